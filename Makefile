@@ -1,0 +1,37 @@
+# `make demo` and `make test` do all the set-up by themselves. PYTHON chooses the interpreter the environment is made from.
+PYTHON ?= python3
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/ready
+SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/* csrc/*/*)
+
+.PHONY: demo test test-all lint format clean
+
+demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
+	$(RUN) examples/denoise.py $(ARGS)
+
+test: $(READY)  ## everything that must pass, in minutes
+	$(RUN) -m pytest -m "not slow" $(ARGS)
+
+test-all: $(READY)  ## also what is slow
+	$(RUN) -m pytest $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+
+format: $(READY)
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info asa_ops/*.so
+
+$(READY): $(SOURCES)
+	@command -v $(PYTHON) >/dev/null || { echo "asa_ops: $(PYTHON) not found: install Python >= 3.10, or name one: make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "asa_ops: needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "asa_ops: $(PYTHON) cannot make virtual environments: install python3-venv (Debian: apt install python3-venv)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@touch $@

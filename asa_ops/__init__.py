@@ -1,0 +1,6 @@
+"""Exact adaptive sparse attention with reciprocal nearest neighbours for feature maps."""
+
+from . import nn
+from .asa import AsaStats, NeighborGraph, asa_attention, explain, reciprocal_neighbors
+
+__all__ = ["AsaStats", "NeighborGraph", "asa_attention", "explain", "nn", "reciprocal_neighbors"]

@@ -1,0 +1,203 @@
+"""The public functions of adaptive sparse attention: checks, dispatch, nothing else."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import checks, dispatch
+from . import blocked, ops, reference
+from .stats import AsaStats
+
+
+def asa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    window: int = 3,
+    topk: int | None = None,
+    reciprocal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    threshold_grad: str | None = None,
+    threshold_band: float = 2.0,
+    impl: str = "auto",
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, AsaStats]:
+    """Attend from every position to its adaptive reciprocal nearest neighbours, exactly, without an N x N matrix.
+
+    A position keeps the positions whose softmax weight exceeds ``alpha`` times the mean weight of its row, if they keep
+    it too (non-local block), and those of its spatial window whose weight exceeds ``beta`` times the window's mean
+    (local block). Its output is the softmax over these survivors times ``value``; 0 without survivors. With neither
+    ``alpha``, ``beta`` nor ``topk`` this is dense attention. Formulas: ``help(asa_ops.asa)``. Source: Sun, Zhang and
+    Zhang, J. Electronic Imaging 33(3), 033038 (2024).
+
+    Args:
+        query: [B, heads, N_q, D], floating point.
+        key: [B, heads, N_k, D]. N_k = N_q unless ``reciprocal=False`` and there is no ``beta``.
+        value: [B, heads, N_k, Dv].
+        alpha: [B, heads or 1, N_q] >= 0, non-local threshold multiplier: 0 keeps every position, inf none. None: no
+            adaptive threshold.
+        beta: [B, heads or 1, N_q] >= 0, local threshold multiplier. None: no local block.
+        grid: (H, W) with H * W == N, positions in raster order; required by ``beta``.
+        window: odd side of the local window.
+        topk: neighbours must also be among the ``topk`` largest scores of their row (ties are all kept).
+        reciprocal: keep a pair only if each is the other's neighbour.
+        key_padding_mask: bool [B, N_k], True = a real position. Padding is nobody's neighbour; where N_q == N_k padding
+            rows give 0.
+        scale: factor of the scores, default D**-0.5.
+        threshold_grad: None, thresholds are constants with zero gradients (as published); "straight_through", alpha and
+            beta learn.
+        threshold_band: half width, in logits, of the straight-through window, > 0.
+        impl: "auto", or one of "reference", "blocked", "cpu", "triton", "cuda"; an explicit choice never falls back
+            (:func:`explain` says what can run).
+        return_stats: also return :class:`AsaStats`.
+
+    Returns:
+        [B, heads, N_q, Dv] in the dtype of ``query``; with ``return_stats`` also the statistics of every row.
+        A negative or NaN threshold, a score that is NaN or +inf, and a surviving value that is not finite give NaN in
+        the rows concerned, never in another image.
+
+    Raises:
+        ValueError: shapes, sizes or options that do not fit. TypeError: dtypes that do not.
+        RuntimeError: ``impl`` cannot run this call here.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops import asa_attention
+        >>> q, k, v = torch.randn(3, 1, 2, 24 * 32, 64)
+        >>> alpha = torch.full((1, 1, 24 * 32), 2.0)
+        >>> out, stats = asa_attention(q, k, v, alpha, grid=(24, 32), return_stats=True)
+        >>> out.shape
+        torch.Size([1, 2, 768, 64])
+    """
+    checks.check_qkv(query, key, value)
+    _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_padding_mask)
+    if threshold_grad not in (None, "straight_through"):
+        raise ValueError(f"threshold_grad must be None or 'straight_through', got {threshold_grad!r}")
+    if not threshold_band > 0:
+        raise ValueError(f"threshold_band must be > 0, got {threshold_band}")
+    impl = dispatch.resolve(_call(query), impl)
+    if impl == "reference":
+        return reference.asa_attention(
+            query,
+            key,
+            value,
+            alpha,
+            beta,
+            grid=grid,
+            window=window,
+            topk=topk,
+            reciprocal=reciprocal,
+            key_padding_mask=key_padding_mask,
+            scale=scale,
+            threshold_grad=threshold_grad,
+            threshold_band=threshold_band,
+            return_stats=return_stats,
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    learn = threshold_grad is not None
+    out, *stats = ops.attend(
+        query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale, learn, threshold_band, impl
+    )
+    return (out, AsaStats(*stats)) if return_stats else out
+
+
+class NeighborGraph(NamedTuple):
+    """A graph in CSR form. Row r = (b * heads + h) * N_q + i holds the survivors of position i, columns ascending.
+
+    Attributes:
+        row_offsets: int64 [B * heads * N_q + 1].
+        col_indices: int32 [nnz]; those of row r are ``col_indices[row_offsets[r] : row_offsets[r + 1]]``.
+    """
+
+    row_offsets: Tensor
+    col_indices: Tensor
+
+
+@torch.no_grad()
+def reciprocal_neighbors(
+    query: Tensor,
+    key: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    window: int = 3,
+    topk: int | None = None,
+    reciprocal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    impl: str = "auto",
+) -> NeighborGraph:
+    """Return who survives in :func:`asa_attention` (local survivors included) as a sparse graph.
+
+    Args: as in :func:`asa_attention`. Memory: N^2 / 8 bytes for one image and head at a time, and the graph.
+
+    Returns:
+        :class:`NeighborGraph`, tokens in raster order.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops import reciprocal_neighbors
+        >>> q = torch.eye(4)[None, None] * 9
+        >>> row_offsets, col_indices = reciprocal_neighbors(q, q, torch.ones(1, 1, 4))
+        >>> col_indices.tolist()
+        [0, 1, 2, 3]
+    """
+    checks.check_qkv(query, key, key)
+    _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_padding_mask)
+    impl = dispatch.resolve(_call(query), impl)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    options = (grid, window, topk, reciprocal)
+    find = reference.neighbor_rows if impl == "reference" else blocked.neighbor_rows
+    counts, columns = [], []
+    for kept in find(query, key, alpha, beta, key_padding_mask, *options, scale):
+        counts.append(kept.sum(-1))
+        columns.append(kept.nonzero()[:, 1].to(torch.int32))
+    zero = torch.zeros(1, dtype=torch.int64, device=query.device)
+    row_offsets = torch.cat([zero, *counts]).cumsum(0)
+    return NeighborGraph(row_offsets, torch.cat([zero[:0].to(torch.int32), *columns]))
+
+
+def explain(query: Tensor, *args, impl: str = "auto", **options) -> str:
+    """Say which implementation of :func:`asa_attention` would run this call, and why the others would not.
+
+    Args: as in :func:`asa_attention`; only ``query`` and ``impl`` matter, the rest may be left out.
+
+    Example:
+        >>> import torch, asa_ops
+        >>> print(asa_ops.explain(torch.randn(1, 1, 64, 32)).splitlines()[0])  # doctest: +ELLIPSIS
+        asa_attention on cpu, torch.float32, impl='auto': ...
+    """
+    checks.check_tensor("query", query, "[B, heads, N_q, D]")
+    return dispatch.explain(_call(query), impl)
+
+
+def _call(query: Tensor) -> dispatch.Call:
+    return dispatch.Call("asa_attention", "asa", query.device.type, query.dtype)
+
+
+def _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_padding_mask) -> None:
+    checks.check_threshold("alpha", alpha, query)
+    checks.check_threshold("beta", beta, query)
+    checks.check_padding_mask(key_padding_mask, query, key)
+    n_q, n_k = query.shape[2], key.shape[2]
+    if n_q != n_k and (reciprocal or beta is not None or grid is not None):
+        given = "reciprocal=True" if reciprocal else "beta" if beta is not None else f"grid={grid}"
+        raise ValueError(f"{given} needs as many queries as keys, got N_q = {n_q} and N_k = {n_k}")
+    if beta is not None and grid is None:
+        raise ValueError(f"beta needs grid=(H, W) with H * W = N = {n_q}, got grid=None")
+    if grid is not None:
+        checks.check_grid(grid, n_q)
+    checks.check_positive_int("window", window)
+    if window % 2 == 0:
+        raise ValueError(f"window must be odd, got window={window}")
+    if topk is not None:
+        checks.check_positive_int("topk", topk)
+        if topk > n_k:
+            raise ValueError(f"topk must be at most the number of keys, N_k = {n_k}, got topk={topk}")

@@ -1,0 +1,241 @@
+"""The torch contracts of adaptive sparse attention: schemas, fakes, autocast, autograd, vmap and FLOPs.
+
+``asa_ops::asa_fwd`` and ``asa_ops::asa_bwd`` are opaque to torch.compile and the same for every implementation, which
+an argument names (resolved beforehand by ``asa_ops.dispatch``). :func:`attend` wraps them in an autograd.Function.
+"""
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from . import blocked
+
+_IMPLEMENTATIONS = {"blocked": blocked}
+
+
+@torch.library.custom_op("asa_ops::asa_fwd", mutates_args=())
+def asa_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    key_padding_mask: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    window: int,
+    topk: int,
+    reciprocal: bool,
+    scale: float,
+    keep_bits: bool,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Run the forward of ``impl`` on checked arguments; topk = 0 means none, a grid of 0 x 0 none.
+
+    Returns:
+        out [B, heads, N_q, Dv]; lse, lse_kept, survivors (int32), kappa, u, each [B, heads, N_q];
+        bits, uint8 [B, heads, N_q, ceil(N_k / 8)]: adaptive neighbours A, lowest bit first (last dimension 0 if
+        ``keep_bits`` is false or there is neither alpha nor topk); local, bool [B, heads, N_q, window**2]: local
+        survivors L (last dimension 0 without beta). kappa and u are -inf where they do not apply.
+    """
+    saved = _new_outputs(query, key, value, alpha, beta, window, topk, keep_bits)
+    grid = (grid_height, grid_width)
+    options = (grid, window, topk or None, reciprocal, scale)
+    _IMPLEMENTATIONS[impl].fwd(query, key, value, alpha, beta, key_padding_mask, *options, saved)
+    return saved
+
+
+@asa_fwd.register_fake
+def _(query, key, value, alpha, beta, mask, height, width, window, topk, reciprocal, scale, keep_bits, impl):
+    return _new_outputs(query, key, value, alpha, beta, window, topk, keep_bits)
+
+
+def _new_outputs(query, key, value, alpha, beta, window, topk, keep_bits):
+    rows, n_keys = query.shape[:3], key.shape[2]
+    statistic = torch.promote_types(query.dtype, torch.float32)
+    thresholded = alpha is not None or topk > 0
+    return (
+        query.new_empty(*rows, value.shape[3]),
+        query.new_empty(rows, dtype=statistic),
+        query.new_empty(rows, dtype=statistic),
+        query.new_empty(rows, dtype=torch.int32),
+        query.new_full(rows, -torch.inf, dtype=statistic),
+        query.new_full(rows, -torch.inf, dtype=statistic),
+        query.new_empty(*rows, blocked.bit_columns(n_keys) if keep_bits and thresholded else 0, dtype=torch.uint8),
+        query.new_empty(*rows, 0 if beta is None else window**2, dtype=torch.bool),
+    )
+
+
+@torch.library.custom_op("asa_ops::asa_bwd", mutates_args=())
+def asa_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    key_padding_mask: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    lse_kept: Tensor,
+    kappa: Tensor,
+    u: Tensor,
+    bits: Tensor,
+    local: Tensor,
+    grid_height: int,
+    grid_width: int,
+    window: int,
+    topk: int,
+    reciprocal: bool,
+    scale: float,
+    learn_thresholds: bool,
+    band: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key, value, alpha, beta from what :func:`asa_fwd` returned with ``keep_bits``.
+
+    Those of alpha and beta are 0 unless ``learn_thresholds``, and [B, 0, 0] where there is no such argument.
+    """
+    grads = _new_gradients(query, key, value, alpha, beta)
+    inputs = (query, key, value, alpha, beta, key_padding_mask)
+    saved = (out, lse, lse_kept, kappa, u, bits, local)
+    options = ((grid_height, grid_width), window, topk or None, reciprocal, scale)
+    _IMPLEMENTATIONS[impl].bwd(grad_out, *inputs, saved, *options, learn_thresholds, band, grads)
+    return grads
+
+
+@asa_bwd.register_fake
+def _(grad_out, query, key, value, alpha, beta, *rest):
+    return _new_gradients(query, key, value, alpha, beta)
+
+
+def _new_gradients(query, key, value, alpha, beta):
+    none = query.shape[0], 0, 0
+    return (
+        *(x.new_empty(x.shape) for x in (query, key, value)),
+        *(query.new_empty(none) if x is None else x.new_zeros(x.shape) for x in (alpha, beta)),
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    (*tensors, height, width, window, topk, reciprocal, scale, _, impl, learn_thresholds, band) = inputs
+    out, lse, lse_kept, survivors, kappa, u, bits, local = output
+    ctx.options = (height, width, window, topk, reciprocal, scale, learn_thresholds, band, impl)
+    ctx.save_for_backward(*tensors, out, lse, lse_kept, kappa, u, bits, local)
+    ctx.mark_non_differentiable(*output[1:])
+
+
+class _AsaAttention(torch.autograd.Function):
+    """Autograd around the two ops. A Function with ``vmap`` works under torch.func transforms, register_autograd not."""
+
+    @staticmethod
+    def forward(*args):
+        *op_args, _, _ = args
+        return asa_fwd(*op_args)
+
+    setup_context = staticmethod(_setup_context)
+
+    @staticmethod
+    def backward(ctx, grad_out, *_):
+        dq, dk, dv, dalpha, dbeta = asa_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
+        _, _, _, alpha, beta, *_ = ctx.saved_tensors
+        no_gradient = [None] * 11
+        return dq, dk, dv, None if alpha is None else dalpha, None if beta is None else dbeta, *no_gradient
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        folded = _fold(info.batch_size, in_dims, args)
+        return _unfold(info.batch_size, _AsaAttention.apply(*folded))
+
+
+def _fold(size: int, in_dims, args):
+    """Merge a vmapped dimension of every tensor into its batch: the op is independent over images."""
+
+    def fold(x, dim):
+        if not isinstance(x, Tensor):
+            return x
+        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+        return x.flatten(0, 1)
+
+    return [fold(x, dim) for x, dim in zip(args, in_dims, strict=True)]
+
+
+def _unfold(size: int, outputs):
+    return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in outputs), (0,) * len(outputs)
+
+
+@asa_fwd.register_vmap
+def _(info, in_dims, *args):
+    return _unfold(info.batch_size, asa_fwd(*_fold(info.batch_size, in_dims, args)))
+
+
+@asa_bwd.register_vmap
+def _(info, in_dims, *args):
+    return _unfold(info.batch_size, asa_bwd(*_fold(info.batch_size, in_dims, args)))
+
+
+def _no_double_backward(ctx, *grads):
+    raise RuntimeError(
+        "asa_attention has no double backward in this implementation: use impl='reference' (with threshold_grad=None)"
+    )
+
+
+asa_bwd.register_autograd(_no_double_backward)
+
+
+@register_flop_formula(torch.ops.asa_ops.asa_fwd)
+def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    """Dense cost: shapes cannot say how many pairs survive (:func:`flops` can)."""
+    return flops(q_shape, k_shape, v_shape)
+
+
+@register_flop_formula(torch.ops.asa_ops.asa_bwd)
+def _backward_flops(do_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+    batch, heads, n_q, dim = q_shape
+    return 2 * batch * heads * n_q * k_shape[2] * (3 * dim + 2 * v_shape[3])
+
+
+def flops(q_shape, k_shape, v_shape, pairs: int | None = None) -> int:
+    """Return the floating point operations of a forward pass, multiply and add counted as two.
+
+    Every score is needed once, 2 * B * heads * N_q * N_k * D; aggregation costs 2 * Dv for each of ``pairs`` (default:
+    all of them, as in dense attention, in all 4 * N^2 * D).
+    """
+    batch, heads, n_q, dim = q_shape
+    everybody = batch * heads * n_q * k_shape[2]
+    return 2 * everybody * dim + 2 * (everybody if pairs is None else pairs) * v_shape[3]
+
+
+def attend(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale, learn, band, impl):
+    """Run ``impl`` with autograd; return out, lse, lse_kept, survivors. Under autocast q, k, v are cast, thresholds not."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        # Here, where autograd sees it, and not inside the op: the backward must read the same casts.
+        low = torch.get_autocast_dtype(device)
+        cast = [x if x.dtype == torch.float64 else x.to(low) for x in (query, key, value)]
+        query, key, value = cast
+        alpha, beta = (x if x is None or x.dtype == query.dtype else x.float() for x in (alpha, beta))
+    inputs = (query, key, value, alpha, beta)
+    # Inside a vmap of a grad, requires_grad does not show: keep what a backward would read.
+    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    options = (*(grid or (0, 0)), window, topk or 0, reciprocal, scale, learns or transforms, impl, learn, band)
+    return _AsaAttention.apply(*inputs, key_padding_mask, *options)[:4]
+
+
+def _register_autocast(device: str) -> None:
+    """Run the op outside autocast, so that its body computes what its fake promises."""
+    library = torch.library.Library("asa_ops", "FRAGMENT")
+    for op in (torch.ops.asa_ops.asa_fwd.default, torch.ops.asa_ops.asa_bwd.default):
+
+        def outside(*args, _op=op, **kwargs):
+            with torch.autocast(device, enabled=False):
+                return _op(*args, **kwargs)
+
+        library.impl(op, outside, f"Autocast{device.upper()}")
+    _libraries.append(library)  # a Library undoes its registrations when it is collected
+
+
+_libraries: list[torch.library.Library] = []
+for _device in ("cpu", "cuda"):
+    _register_autocast(_device)

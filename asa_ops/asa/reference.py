@@ -1,0 +1,241 @@
+"""Adaptive sparse attention in readable PyTorch: the specification.
+
+Dense, O(N^2) memory, any dtype and device, differentiable twice. Every other implementation is compared with this file.
+The formulas stand in ``asa_ops/asa/__init__.py``; the names here are theirs. Scores of half-precision inputs are
+computed in float32 and the result is rounded once.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .stats import AsaStats
+
+
+class Survivors(NamedTuple):
+    """Who survives, and the thresholds that decided it."""
+
+    adaptive: Tensor  # A   [B, heads, N_q, N_k]: j is an adaptive neighbour of i
+    non_local: Tensor  # M   the same, reciprocal
+    local: Tensor  # L   the same, of the local block
+    near: Tensor  # j in W(i)   the same
+    kept: Tensor  # K = M or L
+    lse: Tensor  # [B, heads, N_q], as the rest
+    t: Tensor  # adaptive threshold, a score
+    kappa: Tensor  # k-th largest score
+    u: Tensor  # local threshold, a score
+    invalid: Tensor  # rows whose scores or thresholds are no numbers: their output is NaN
+
+
+def asa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    window: int = 3,
+    topk: int | None = None,
+    reciprocal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    threshold_grad: str | None = None,
+    threshold_band: float = 2.0,
+    published: bool = False,
+    return_stats: bool = False,
+) -> Tensor | tuple[Tensor, AsaStats]:
+    """Compute :func:`asa_ops.asa_attention` densely; see there for the arguments.
+
+    Args:
+        published: reproduce two artefacts of the authors' code, so that published checkpoints match: a position exactly
+            at its threshold counts 1/2, and rows are normalised by sum + 1e-12. Needs alpha, beta and grid, without
+            topk, reciprocal=False or key_padding_mask. Thresholds get zero gradients.
+    """
+    real_q, real_k = real_positions(query, key, key_padding_mask)
+    s = scores(query, key, scale, real_q, real_k)
+    v = without_padding(value, real_k).to(s.dtype)
+    thresholds = [x if x is None else x.to(s.dtype) for x in (alpha, beta)]
+    if published:
+        out, stats = _published(s, v, *thresholds, grid, window)
+    else:
+        found = find_survivors(s, *thresholds, grid, window, topk, reciprocal, real_q, real_k)
+        out, lse_kept = attend(s, v, found.kept, found.invalid)
+        stats = (
+            found.lse.masked_fill(~real_q[:, None], -torch.inf),
+            lse_kept.detach(),
+            found.kept.sum(-1, dtype=torch.int32),
+        )
+        if threshold_grad == "straight_through":
+            pair = real_q[:, None, :, None] & real_k[:, None, None, :]
+            out = _StraightThrough.apply(out, *thresholds, s, v, found, lse_kept, pair, reciprocal, threshold_band)
+    # Thresholds are constants, but a parameter behind them must get a zero gradient, not None (DDP waits for it).
+    for x in thresholds:
+        if x is not None:
+            out = out + x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)[..., None]
+    out = out.to(query.dtype)
+    return (out, AsaStats(*stats)) if return_stats else out
+
+
+def real_positions(query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return which queries [B, N_q] and keys [B, N_k] are real. Equal lengths mean the same positions."""
+    real_k = key.new_ones(key.shape[0], key.shape[2], dtype=torch.bool)
+    if key_padding_mask is not None:
+        real_k = key_padding_mask
+    same = query.shape[2] == key.shape[2]
+    return real_k if same else query.new_ones(query.shape[0], query.shape[2], dtype=torch.bool), real_k
+
+
+def without_padding(x: Tensor, real: Tensor) -> Tensor:
+    """Return ``x`` [B, heads, N, D] with padding positions set to 0, so that nothing in them (NaN) enters a product."""
+    return x.masked_fill(~real[:, None, :, None], 0)
+
+
+def scores(query: Tensor, key: Tensor, scale: float | None, real_q: Tensor, real_k: Tensor) -> Tensor:
+    """Return s_ij = scale * <q_i, k_j>  [B, heads, N_q, N_k], at least in float32; -inf at padding keys."""
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q, k = without_padding(query, real_q).to(dtype), without_padding(key, real_k).to(dtype)
+    return (scale * (q @ k.mT)).masked_fill(~real_k[:, None, None, :], -torch.inf)
+
+
+@torch.no_grad()
+def find_survivors(
+    s: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    grid: tuple[int, int] | None,
+    window: int,
+    topk: int | None,
+    reciprocal: bool,
+    real_q: Tensor,
+    real_k: Tensor,
+) -> Survivors:
+    """Find the survivors of the scores ``s`` [B, heads, N_q, N_k]; formula for formula as in ``asa_ops.asa``."""
+    pair = real_q[:, None, :, None] & real_k[:, None, None, :]
+    n = real_k.sum(-1)[:, None, None]
+    lse = s.logsumexp(-1)
+
+    t = kappa = u = torch.full_like(lse, -torch.inf)
+    if alpha is not None:
+        t = lse + (alpha / n.clamp(min=1)).log()
+    if topk is not None:
+        kappa = s.topk(topk).values[..., -1]
+    adaptive = pair & (s >= kappa[..., None])
+    if alpha is not None:
+        adaptive = adaptive & (s > t[..., None])
+    elif topk is None and beta is not None:
+        adaptive = torch.zeros_like(adaptive)
+    non_local = adaptive & adaptive.mT if reciprocal else adaptive
+
+    near = local = torch.zeros_like(adaptive)
+    if beta is not None:
+        near = pair & in_window(grid, window, s.device)
+        u = beta.log() + (s.masked_fill(~near, -torch.inf).logsumexp(-1) - near.sum(-1).log())
+        local = near & (s > u[..., None])
+
+    # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
+    invalid = (real_q & real_k.any(-1, keepdim=True))[:, None] & ~lse.isfinite()
+    for x in (alpha, beta):
+        if x is not None:
+            invalid = invalid | (real_q[:, None] & ~(x >= 0))
+    return Survivors(adaptive, non_local, local, near, non_local | local, lse, t, kappa, u, invalid)
+
+
+def neighbor_rows(query, key, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale):
+    """Yield the survivors K, bool [N_q, N_k], head by head, image by image."""
+    real_q, real_k = real_positions(query, key, key_padding_mask)
+    s = scores(query, key, scale, real_q, real_k)
+    thresholds = [x if x is None else x.to(s.dtype) for x in (alpha, beta)]
+    kept = find_survivors(s, *thresholds, grid, window, topk, reciprocal, real_q, real_k).kept
+    yield from kept.flatten(0, 1)
+
+
+def in_window(grid: tuple[int, int], window: int, device: torch.device) -> Tensor:
+    """Return [N, N] bool: j lies in the window of side ``window`` around i."""
+    height, width = grid
+    r, c = (x.flatten() for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    near = [(x[:, None] - x[None, :]).abs() <= window // 2 for x in (r, c)]
+    return (near[0] & near[1]).to(device)
+
+
+def attend(s: Tensor, v: Tensor, kept: Tensor, invalid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return the softmax of ``s`` over the pairs ``kept``, times ``v``, and its log-sum-exp.
+
+    A row without survivors gives 0 and -inf, with zero gradients. ``invalid`` rows, and rows that keep a value with a
+    NaN or inf in it, give NaN.
+    """
+    empty = ~kept.any(-1, keepdim=True)
+    # Mask before exp, not after: where(kept, exp(s), 0) has NaN gradients. An empty row is given any finite scores.
+    logits = s.masked_fill(~kept, -torch.inf).masked_fill(empty, 0)
+    p = logits.softmax(-1).masked_fill(~kept, 0)
+    lse_kept = logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
+    # 0 * NaN is NaN, so a non-finite value may not meet the weight 0 of a non-survivor.
+    broken = ~v.isfinite()
+    spoilt = (kept.to(v.dtype) @ broken.any(-1, keepdim=True).to(v.dtype)) > 0
+    if invalid is not None:
+        spoilt = spoilt | invalid[..., None]
+    p = p * torch.where(spoilt, torch.nan, 1.0).to(p.dtype)
+    return p @ v.masked_fill(broken, 0), lse_kept
+
+
+class _StraightThrough(torch.autograd.Function):
+    """The identity on ``out``, with the straight-through gradients of alpha and beta (``asa_ops.asa``, "Gradients")."""
+
+    @staticmethod
+    def forward(out, alpha, beta, s, v, found, lse_kept, pair, reciprocal, band):
+        return out.view_as(out)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        out, alpha, beta, s, v, found, lse_kept, pair, ctx.reciprocal, ctx.band = inputs
+        ctx.save_for_backward(out, alpha, beta, s, v, lse_kept, pair, *found)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, do):
+        out, alpha, beta, s, v, lse_kept, pair, *found = ctx.saved_tensors
+        found = Survivors(*found)
+        gap = s - lse_kept[..., None]
+        c = torch.where(found.kept, gap.exp(), gap.sigmoid()).masked_fill(~found.kept.any(-1, keepdim=True), 1)
+        # <do_i, v_j - out_i>, finite values only: a pair with a broken value has no gradient to offer
+        g = c * (do @ v.nan_to_num(0, 0, 0).mT - (do * out).sum(-1, keepdim=True))
+        g = g.masked_fill(~pair, 0)
+
+        def step_derivative(threshold):
+            z = s - threshold[..., None]
+            return ((1 - z.abs() / ctx.band).clamp(min=0) / ctx.band).masked_fill(~pair | ~z.isfinite(), 0)
+
+        dalpha = dbeta = None
+        if alpha is not None:
+            offer = g.masked_fill(found.local, 0)
+            if ctx.reciprocal:
+                offer = (offer + offer.mT).masked_fill(~found.adaptive.mT, 0)
+            offer = offer.masked_fill(s < found.kappa[..., None], 0)
+            dt = -(step_derivative(found.t) * offer).sum(-1)
+            dalpha = (dt / alpha).masked_fill(alpha == 0, 0).sum_to_size(alpha.shape)
+        if beta is not None:
+            du = -(step_derivative(found.u) * g.masked_fill(found.non_local | ~found.near, 0)).sum(-1)
+            dbeta = (du / beta).masked_fill(beta == 0, 0).sum_to_size(beta.shape)
+        return do, dalpha, dbeta, *[None] * 7
+
+
+def _published(s, v, alpha, beta, grid, window):
+    """The authors' code, in the domain of probabilities, with its weight 1/2 on ties and its + 1e-12."""
+    p = s.softmax(-1)
+    with torch.no_grad():
+        near = in_window(grid, window, s.device).to(s.dtype)
+
+        def step(x):
+            return (1 + x.sign()) / 2
+
+        u = step(p - alpha[..., None] * p.mean(-1, keepdim=True))
+        nu = (near * p).sum(-1) / near.sum(-1)
+        weight = torch.maximum(u * u.mT, step(near * p - (beta * nu)[..., None]))
+    kept = weight * p
+    total = kept.sum(-1)
+    out = (kept / (total[..., None] + 1e-12)) @ v
+    lse = s.logsumexp(-1).detach()
+    return out, (lse, lse + total.detach().log(), (weight > 0).sum(-1, dtype=torch.int32))

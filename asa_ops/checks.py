@@ -1,0 +1,119 @@
+"""Input errors that quote what came and what was expected, raised before any work.
+
+Values inside tensors (a negative ``alpha``, a NaN score) are data, not arguments: they are never checked here, because
+that would force a device synchronisation. They surface as NaN rows of their own image (see ``asa_ops.asa``).
+"""
+
+import torch
+from torch import Tensor
+
+
+def describe(x: object) -> str:
+    """Return a short description of an argument for an error message."""
+    if isinstance(x, Tensor):
+        return f"a {x.dtype} tensor of shape {list(x.shape)} on {x.device}"
+    return f"{x!r} of type {type(x).__name__}"
+
+
+def check_tensor(name: str, x: object, layout: str) -> None:
+    """Check that ``x`` is a tensor with as many dimensions as ``layout`` ("[B, heads, N, D]") names."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {layout}, got {describe(x)}")
+    if x.dim() != layout.count(",") + 1:
+        raise ValueError(f"{name} must have the {layout.count(',') + 1} dimensions {layout}, got {describe(x)}")
+
+
+def check_positive_int(name: str, x: object) -> None:
+    """Check that ``x`` is an integer of at least 1."""
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{name} must be an integer >= 1, got {describe(x)}")
+    if x < 1:
+        raise ValueError(f"{name} must be >= 1, got {name}={x}")
+
+
+def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check rank, batch, heads, lengths, head dim, dtype and device of an attention triple.
+
+    ``query`` [B, heads, N_q, D], ``key`` [B, heads, N_k, D], ``value`` [B, heads, N_k, Dv].
+    """
+    check_tensor("query", query, "[B, heads, N_q, D]")
+    check_tensor("key", key, "[B, heads, N_k, D]")
+    check_tensor("value", value, "[B, heads, N_k, Dv]")
+    if not query.dtype.is_floating_point:
+        raise TypeError(f"query must be floating point, got {describe(query)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {describe(x)}")
+        check_device(name, x, query)
+        if x.shape[:2] != query.shape[:2]:
+            raise ValueError(
+                f"{name} must have the batch and heads of query, [B, heads] = {list(query.shape[:2])}, got {describe(x)}"
+            )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"key must have the head dim of query, D = {query.shape[-1]}, got D = {key.shape[-1]} in {describe(key)}"
+        )
+    if value.shape[-2] != key.shape[-2]:
+        raise ValueError(
+            f"value must have one row per key, N_k = {key.shape[-2]}, got N_k = {value.shape[-2]} in {describe(value)}"
+        )
+    if query.shape[-1] < 1:
+        raise ValueError(f"query must have a head dim D >= 1, got {describe(query)}")
+
+
+def check_device(name: str, x: Tensor, query: Tensor) -> None:
+    """Check that ``x`` lies on the device of ``query``."""
+    if x.device != query.device:
+        raise ValueError(f"{name} must lie on the device of query, {query.device}, got {describe(x)}")
+
+
+def check_threshold(name: str, x: Tensor | None, query: Tensor) -> None:
+    """Check a per-row threshold multiplier [B, heads or 1, N_q] in the dtype of ``query`` or float32."""
+    if x is None:
+        return
+    check_tensor(name, x, "[B, heads or 1, N_q]")
+    if x.dtype not in (query.dtype, torch.float32):
+        raise TypeError(f"{name} must be {query.dtype} (as query) or torch.float32, got {describe(x)}")
+    check_device(name, x, query)
+    batch, heads, n = query.shape[:3]
+    if x.shape[0] != batch or x.shape[1] not in (1, heads) or x.shape[2] != n:
+        raise ValueError(f"{name} must be [B, heads or 1, N_q] = [{batch}, {heads} or 1, {n}], got {describe(x)}")
+
+
+def check_grid(grid: object, n: int) -> None:
+    """Check that ``grid`` is (H, W) with H * W == n."""
+    if not isinstance(grid, tuple | list) or len(grid) != 2:
+        raise TypeError(f"grid must be (H, W), got {describe(grid)}")
+    for side in grid:
+        if isinstance(side, bool) or not isinstance(side, int | torch.SymInt):
+            raise TypeError(f"grid must hold two integers (H, W), got {describe(grid)}")
+    height, width = grid
+    if height < 0 or width < 0 or height * width != n:
+        raise ValueError(f"grid must be (H, W) with H * W = N = {n}, got grid={height, width}, product {height * width}")
+
+
+def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
+    """Check a boolean [B, N_k] mask, True at real positions."""
+    if mask is None:
+        return
+    check_tensor("key_padding_mask", mask, "[B, N_k]")
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask must be torch.bool (True = a real position), got {describe(mask)}")
+    check_device("key_padding_mask", mask, query)
+    if mask.shape[0] != key.shape[0] or mask.shape[1] != key.shape[2]:
+        raise ValueError(
+            f"key_padding_mask must be [B, N_k] = [{key.shape[0]}, {key.shape[2]}], got {describe(mask)}"
+        )
+
+
+def check_choice(name: str, x: object, choices: tuple) -> None:
+    """Check that ``x`` is one of ``choices``."""
+    if x not in choices:
+        raise ValueError(f"{name} must be one of {list(choices)}, got {x!r}")
+
+
+def check_feature_map(x: object, channels: int) -> None:
+    """Check that ``x`` is a feature map [B, C, H, W] with C = ``channels``."""
+    check_tensor("x", x, "[B, C, H, W]")
+    if x.shape[1] != channels:
+        raise ValueError(f"x must have C = in_channels = {channels} channels, got {describe(x)}")

@@ -1,0 +1,89 @@
+"""THE dispatch: which implementation runs a call, and why the others do not.
+
+Every implementation is one predicate that returns None if it can run the call, or the reason why it cannot.
+``impl="auto"`` takes the first that can, in the order of ``_PREDICATES``; an explicit ``impl`` never falls back.
+"""
+
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+
+from . import extension
+
+
+@dataclass(frozen=True)
+class Call:
+    """What the predicates need to know about a call."""
+
+    op: str  # public name, "asa_attention"
+    stem: str  # folder and kernel name, "asa"
+    device: str  # torch device type
+    dtype: torch.dtype
+
+
+def _no_triton(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"Triton kernels need CUDA tensors, these are on {call.device}"
+    if find_spec(f"asa_ops.{call.stem}.triton_fwd") is None:
+        return f"this version of asa_ops holds no Triton kernels for {call.op}"
+    return None
+
+
+def _no_cuda(call: Call) -> str | None:
+    if call.device != "cuda":
+        return f"CUDA kernels need CUDA tensors, these are on {call.device}"
+    return _no_kernel(call, "cuda")
+
+
+def _no_cpu(call: Call) -> str | None:
+    if call.device != "cpu":
+        return f"C++ kernels need CPU tensors, these are on {call.device}"
+    return _no_kernel(call, "cpu")
+
+
+def _no_kernel(call: Call, kind: str) -> str | None:
+    if reason := extension.why_missing():
+        return reason
+    if not extension.has(f"{call.stem}_{kind}_fwd"):
+        return f"this build of the extension holds no {kind} kernel for {call.op}"
+    return None
+
+
+_PREDICATES = {
+    "triton": _no_triton,
+    "cuda": _no_cuda,
+    "cpu": _no_cpu,
+    "blocked": lambda call: None,
+    "reference": lambda call: None,
+}
+
+
+def resolve(call: Call, impl: str) -> str:
+    """Return the implementation that runs ``call``.
+
+    Raises:
+        ValueError: ``impl`` is no known name.
+        RuntimeError: the explicit ``impl`` cannot run this call; the message says why and what can.
+    """
+    if impl == "auto":
+        return next(name for name, why_not in _PREDICATES.items() if why_not(call) is None)
+    if impl not in _PREDICATES:
+        raise ValueError(f"impl must be one of {['auto', *_PREDICATES]}, got impl={impl!r}")
+    if reason := _PREDICATES[impl](call):
+        able = [name for name, why_not in _PREDICATES.items() if why_not(call) is None]
+        raise RuntimeError(f"impl={impl!r} cannot run this {call.op} call: {reason}. Available here: {able}")
+    return impl
+
+
+def explain(call: Call, impl: str) -> str:
+    """Say in a few lines which implementation would run ``call``, and for each other one why it would not."""
+    try:
+        chosen, first = resolve(call, impl), ""
+    except (RuntimeError, ValueError) as error:
+        chosen, first = None, f"\n  {error}"
+    lines = [f"{call.op} on {call.device}, {call.dtype}, impl={impl!r}: {chosen or 'an error'}{first}"]
+    for name, why_not in _PREDICATES.items():
+        reason = why_not(call) or ("runs" if name == chosen else "could run, not chosen")
+        lines.append(f"  {name:<10} {reason}")
+    return "\n".join(lines)

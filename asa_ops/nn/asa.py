@@ -1,0 +1,179 @@
+"""The adaptive sparse attention block."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..asa import asa_attention
+from ..asa.reference import asa_attention as reference_attention
+from ..layout import to_map, to_tokens
+
+_UPSTREAM = {
+    "theta.conv": "query",
+    "phi.conv": "key",
+    "g.conv": "value",
+    "conv_out.conv": "proj",
+    "conv_out.bn": "norm",
+    "se.0": "alpha",
+    "se2.0": "beta",
+}
+
+
+class AdaptiveSparseAttention(nn.Module):
+    """Non-local block whose positions keep only their adaptive reciprocal neighbours, and a local window.
+
+    ``x + norm(proj(asa_attention(query(x), key(x), value(x), alpha(x), beta(x))))``: 1x1 convolutions around
+    :func:`asa_ops.asa_attention`, and two 3x3 convolutions to one channel each that predict the thresholds of every
+    pixel. The identity at initialisation. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038, 2024,
+    section 3) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, and the two kinds of
+    survivors NLSCB and LSCB.
+
+    Args:
+        in_channels: C.
+        reduction: the attention runs on max(C // reduction, 1) channels ("embedded_gaussian"; the value always).
+        mode: "embedded_gaussian", or "gaussian": query = key = x, unscaled, no projection.
+        use_scale: scale scores by D**-0.5 with D the channels of one head ("embedded_gaussian" only).
+        window: odd side of the local window.
+        topk: neighbours must also be among the ``topk`` largest scores of their row.
+        heads: attention heads; the thresholds are shared by all.
+        norm: None, or "batch": batch norm after the output projection.
+        threshold_activation: "relu" (as published) or "softplus", which never clips a threshold to 0.
+        threshold_grad: "straight_through": the thresholds learn; None: they get zero gradients.
+        impl: see :func:`asa_ops.asa_attention`.
+        published: match the authors' code to the last digit: their two numerical artefacts
+            (:func:`asa_ops.asa.reference.asa_attention`), thresholds without gradient. Dense, O(N^2) memory.
+
+    Raises:
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+
+    Example:
+        >>> import torch
+        >>> from asa_ops.nn import AdaptiveSparseAttention
+        >>> block = AdaptiveSparseAttention(64)
+        >>> x = torch.randn(2, 64, 24, 32)
+        >>> torch.equal(block(x), x)
+        True
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 2,
+        mode: str = "embedded_gaussian",
+        use_scale: bool = True,
+        window: int = 3,
+        topk: int | None = None,
+        heads: int = 1,
+        norm: str | None = None,
+        threshold_activation: str = "relu",
+        threshold_grad: str | None = "straight_through",
+        impl: str = "auto",
+        published: bool = False,
+    ):
+        super().__init__()
+        for name, size in (("in_channels", in_channels), ("reduction", reduction), ("heads", heads), ("window", window)):
+            checks.check_positive_int(name, size)
+        if topk is not None:
+            checks.check_positive_int("topk", topk)
+        checks.check_choice("mode", mode, ("embedded_gaussian", "gaussian"))
+        checks.check_choice("norm", norm, (None, "batch"))
+        checks.check_choice("threshold_activation", threshold_activation, ("relu", "softplus"))
+        checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
+        if window % 2 == 0:
+            raise ValueError(f"window must be odd, got window={window}")
+        inner = max(in_channels // reduction, 1)
+        for name, channels in (("in_channels // reduction", inner), ("in_channels", in_channels)):
+            if channels % heads and (mode == "gaussian" or name != "in_channels"):
+                raise ValueError(f"{name} = {channels} must be divisible by heads = {heads}")
+        if published and topk is not None:
+            raise ValueError(f"published=True has no topk, got topk={topk}")
+        self.in_channels, self.inner_channels, self.heads = in_channels, inner, heads
+        self.mode, self.use_scale, self.window, self.topk = mode, use_scale, window, topk
+        self.threshold_activation, self.threshold_grad = threshold_activation, threshold_grad
+        self.impl, self.published = impl, published
+
+        if mode == "embedded_gaussian":
+            self.query = nn.Conv2d(in_channels, inner, 1)
+            self.key = nn.Conv2d(in_channels, inner, 1)
+        self.value = nn.Conv2d(in_channels, inner, 1)
+        self.proj = nn.Conv2d(inner, in_channels, 1, bias=norm is None)
+        self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(in_channels)
+        self.alpha = nn.Conv2d(in_channels, 1, 3, padding=1)
+        self.beta = nn.Conv2d(in_channels, 1, 3, padding=1)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Initialise as published: projections N(0, 0.01^2), the last layer 0, thresholds by torch's default."""
+        for conv in self.children():
+            if isinstance(conv, nn.Conv2d):
+                conv.reset_parameters()
+        for name in ("query", "key", "value"):
+            if conv := getattr(self, name, None):
+                nn.init.normal_(conv.weight, std=0.01)
+                nn.init.zeros_(conv.bias)
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.norm.reset_running_stats()
+            last = self.norm
+        else:
+            last = self.proj
+        nn.init.zeros_(last.weight)
+        nn.init.zeros_(last.bias)
+
+    def tokens(self, x: Tensor) -> dict[str, object]:
+        """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x`` [B, C, H, W].
+
+        The same arguments less ``value``, ``threshold_grad`` and ``impl`` suit :func:`asa_ops.reciprocal_neighbors`.
+        """
+        if self.mode == "gaussian":
+            query = key = to_tokens(x, self.heads)
+            scale = 1.0
+        else:
+            query, key = to_tokens(self.query(x), self.heads), to_tokens(self.key(x), self.heads)
+            scale = query.shape[-1] ** -0.5 if self.use_scale else 1.0
+        activate = nn.functional.relu if self.threshold_activation == "relu" else nn.functional.softplus
+        return {
+            "query": query,
+            "key": key,
+            "value": to_tokens(self.value(x), self.heads),
+            "alpha": activate(self.alpha(x)).flatten(2),
+            "beta": activate(self.beta(x)).flatten(2),
+            "grid": tuple(x.shape[-2:]),
+            "window": self.window,
+            "scale": scale,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, H, W]."""
+        checks.check_feature_map(x, self.in_channels)
+        tokens = self.tokens(x)
+        if self.published:
+            out = reference_attention(**tokens, published=True)
+        else:
+            out = asa_attention(**tokens, topk=self.topk, threshold_grad=self.threshold_grad, impl=self.impl)
+        return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, mode={self.mode!r}, use_scale={self.use_scale}, window={self.window}, topk={self.topk}, "
+            f"heads={self.heads}, threshold_activation={self.threshold_activation!r}, "
+            f"threshold_grad={self.threshold_grad!r}, impl={self.impl!r}, published={self.published}"
+        )
+
+    @staticmethod
+    def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the keys of a published checkpoint's block (theta, phi, g, conv_out, se, se2) to this module's.
+
+        Raises:
+            ValueError: a key that no published block has.
+
+        Example:
+            >>> block.load_state_dict(AdaptiveSparseAttention.from_upstream(published))  # doctest: +SKIP
+        """
+        renamed = {}
+        for key, tensor in state_dict.items():
+            module, _, parameter = key.rpartition(".")
+            if module not in _UPSTREAM:
+                expected = sorted(f"{name}.*" for name in _UPSTREAM)
+                raise ValueError(f"unknown key {key!r} in a published checkpoint, expected {expected}")
+            renamed[f"{_UPSTREAM[module]}.{parameter}"] = tensor
+        return renamed
