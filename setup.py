@@ -22,7 +22,9 @@ def why_no_compiler() -> str | None:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <cstdint>\nint main() { return 0; }\n")
         try:
-            subprocess.run([*shlex.split(compiler), source, "-o", Path(folder, "probe")], check=True, capture_output=True)
+            subprocess.run(
+                [*shlex.split(compiler), source, "-o", Path(folder, "probe")], check=True, capture_output=True
+            )
         except (OSError, subprocess.CalledProcessError) as error:
             return f"the C++ compiler {compiler!r} does not work: {error}"
     return None

@@ -47,7 +47,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         check_device(name, x, query)
         if x.shape[:2] != query.shape[:2]:
             raise ValueError(
-                f"{name} must have the batch and heads of query, [B, heads] = {list(query.shape[:2])}, got {describe(x)}"
+                f"{name} must have the batch and heads of query, {list(query.shape[:2])}, got {describe(x)}"
             )
     if key.shape[-1] != query.shape[-1]:
         raise ValueError(
@@ -89,7 +89,9 @@ def check_grid(grid: object, n: int) -> None:
             raise TypeError(f"grid must hold two integers (H, W), got {describe(grid)}")
     height, width = grid
     if height < 0 or width < 0 or height * width != n:
-        raise ValueError(f"grid must be (H, W) with H * W = N = {n}, got grid={height, width}, product {height * width}")
+        raise ValueError(
+            f"grid must be (H, W) with H * W = N = {n}, got grid={height, width}, product {height * width}"
+        )
 
 
 def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
@@ -101,9 +103,7 @@ def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
         raise TypeError(f"key_padding_mask must be torch.bool (True = a real position), got {describe(mask)}")
     check_device("key_padding_mask", mask, query)
     if mask.shape[0] != key.shape[0] or mask.shape[1] != key.shape[2]:
-        raise ValueError(
-            f"key_padding_mask must be [B, N_k] = [{key.shape[0]}, {key.shape[2]}], got {describe(mask)}"
-        )
+        raise ValueError(f"key_padding_mask must be [B, N_k] = [{key.shape[0]}, {key.shape[2]}], got {describe(mask)}")
 
 
 def check_choice(name: str, x: object, choices: tuple) -> None:

@@ -5,11 +5,14 @@ Every implementation is one predicate that returns None if it can run the call, 
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 
 from . import extension
+
+# Looked up once: a call must not touch the file system (torch.compile traces it).
+_WITH_TRITON = {path.parent.name for path in Path(__file__).parent.glob("*/triton_fwd.py")}
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Call:
 def _no_triton(call: Call) -> str | None:
     if call.device != "cuda":
         return f"Triton kernels need CUDA tensors, these are on {call.device}"
-    if find_spec(f"asa_ops.{call.stem}.triton_fwd") is None:
+    if call.stem not in _WITH_TRITON:
         return f"this version of asa_ops holds no Triton kernels for {call.op}"
     return None
 
@@ -43,8 +46,8 @@ def _no_cpu(call: Call) -> str | None:
 
 
 def _no_kernel(call: Call, kind: str) -> str | None:
-    if reason := extension.why_missing():
-        return reason
+    if extension.WHY_MISSING:
+        return extension.WHY_MISSING
     if not extension.has(f"{call.stem}_{kind}_fwd"):
         return f"this build of the extension holds no {kind} kernel for {call.op}"
     return None

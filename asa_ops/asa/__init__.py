@@ -1,22 +1,22 @@
 """Adaptive sparse attention (ASA): softmax over adaptive reciprocal nearest neighbours and a local window.
 
 Source: C. Sun, J. Zhang and C. Zhang, J. Electronic Imaging 33(3), 033038 (2024): the non-local block (NLSCB) with
-adaptive reciprocal nearest neighbours (A-RNN), the local block (LSCB), thresholds from two small networks (Net 1: alpha,
-Net 2: beta). Here alpha and beta are arguments.
+adaptive reciprocal nearest neighbours (A-RNN), the local block (LSCB), and thresholds from two small networks (Net 1:
+alpha, Net 2: beta). Here alpha and beta are arguments.
 
 With s_ij = scale * <q_i, k_j>, n the number of real positions, lse_i = log sum_j exp s_ij::
 
-    t_i     = lse_i + log(alpha_i / n)                   s_ij > t_i  <=>  softmax weight > alpha_i * mean weight of row i
-    kappa_i = k-th largest s_i.                          with topk; ties at the k-th value are all kept
-    A_ij    = [s_ij > t_i] and [s_ij >= kappa_i]         j is an adaptive neighbour of i
-    M_ij    = A_ij and A_ji                              non-local block; A_ij alone if not reciprocal
+    t_i     = lse_i + log(alpha_i / n)               s_ij > t_i <=> softmax weight > alpha_i * mean weight of row i
+    kappa_i = k-th largest s_i.                      with topk; ties at the k-th value are all kept
+    A_ij    = [s_ij > t_i] and [s_ij >= kappa_i]     j is an adaptive neighbour of i
+    M_ij    = A_ij and A_ji                          non-local block; A_ij alone if not reciprocal
     u_i     = log(beta_i) + log mean_{j in W(i)} exp s_ij    W(i): in-bounds window around i, i included
-    L_ij    = [j in W(i)] and [s_ij > u_i]               local block
-    K_ij    = M_ij or L_ij                               survivors
+    L_ij    = [j in W(i)] and [s_ij > u_i]           local block
+    K_ij    = M_ij or L_ij                           survivors
     out_i   = sum_j K_ij exp(s_ij) v_j / sum_j K_ij exp(s_ij)      0 without survivors
 
-Without alpha and topk, M is empty if there is a beta (the local window alone) and everybody otherwise (dense attention).
-alpha_i = 0 keeps every position, alpha_i = inf none, beta_i = 0 the whole window. Padding counts nowhere.
+Without alpha and topk, M is empty if there is a beta (the local window alone) and everybody otherwise (dense
+attention). alpha_i = 0 keeps every position, alpha_i = inf none, beta_i = 0 the whole window. Padding counts nowhere.
 
 Gradients. Survivors are constants: query, key and value get the gradient of a softmax over survivors. With
 ``threshold_grad="straight_through"`` the step at a threshold gets the derivative d(z) = max(0, 1 - |z| / w) / w, with

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import checks, dispatch
+from ..precision import cast_under_autocast
 from . import blocked, ops, reference
 from .stats import AsaStats
 
@@ -81,6 +82,9 @@ def asa_attention(
         raise ValueError(f"threshold_grad must be None or 'straight_through', got {threshold_grad!r}")
     if not threshold_band > 0:
         raise ValueError(f"threshold_band must be > 0, got {threshold_band}")
+    # Thresholds are compared with float32 scores and keep their dtype.
+    query, key, value = cast_under_autocast(query, key, value)
+    alpha, beta = (x if x is None or x.dtype == query.dtype else x.float() for x in (alpha, beta))
     impl = dispatch.resolve(_call(query), impl)
     if impl == "reference":
         return reference.asa_attention(
@@ -102,7 +106,20 @@ def asa_attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     learn = threshold_grad is not None
     out, *stats = ops.attend(
-        query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale, learn, threshold_band, impl
+        query,
+        key,
+        value,
+        alpha,
+        beta,
+        key_padding_mask,
+        grid,
+        window,
+        topk,
+        reciprocal,
+        scale,
+        learn,
+        threshold_band,
+        impl,
     )
     return (out, AsaStats(*stats)) if return_stats else out
 

@@ -1,9 +1,9 @@
 """Adaptive sparse attention in plain PyTorch, row block by row block: any device, any N, no N x N tensor.
 
-Forward: pass 1 forms the scores of a block of rows, takes the thresholds from them and stores one bit per pair, "j is an
-adaptive neighbour of i". Reciprocity then needs no second product: the mutual neighbours of a block are its bits and the
-transposed bits of its columns. Pass 2 forms the scores again and aggregates over the survivors. The backward reads the
-same bits, so it cannot disagree with the forward about a borderline pair.
+Forward: pass 1 forms the scores of a block of rows, takes the thresholds from them and stores one bit per pair, "j is
+an adaptive neighbour of i". Reciprocity then needs no second product: the mutual neighbours of a block are its bits and
+the transposed bits of its columns. Pass 2 forms the scores again and aggregates over the survivors. The backward reads
+the same bits, so it cannot disagree with the forward about a borderline pair.
 
 Extra memory: N^2 / 8 bytes of neighbour bits per image and head, and a few [rows, N] blocks.
 """
@@ -49,8 +49,7 @@ def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
 
 
 # Bits. Eight booleans are one int64 with bytes 0 or 1; one multiplication gathers them into its top byte, the first in
-# the lowest bit. _SPREAD repeats a byte eight times, _SELECT keeps bit k of byte k. (Little-endian machines, as all that
-# torch runs on.)
+# the lowest bit. _SPREAD repeats a byte eight times, _SELECT keeps bit k of byte k. (Little-endian machines only.)
 _GATHER, _SPREAD, _SELECT = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - 2**64
 
 
@@ -167,7 +166,7 @@ def _either(mask: Tensor, other: Tensor | None) -> Tensor:
 
 
 def _heads(q, k, alpha, beta, key_padding_mask, *options) -> Iterator[tuple[tuple[int, int], _Head]]:
-    """Yield ((image, head), its problem), in at least float32, padding set to 0 so that no NaN in it enters a product."""
+    """Yield ((image, head), its problem), at least in float32, padding set to 0: no NaN in it may enter a product."""
     dtype = torch.promote_types(q.dtype, torch.float32)
     for b in range(q.shape[0]):
         real_k = None if key_padding_mask is None else key_padding_mask[b]
@@ -215,9 +214,7 @@ def fwd(
                 _aggregate(head, rows, s, v, broken, out[at], lse[at], lse_kept[at], survivors[at])
         if not one_pass:
             for rows in head.blocks:
-                _aggregate(
-                    head, rows, head.scores(rows), v, broken, out[at], lse[at], lse_kept[at], survivors[at]
-                )
+                _aggregate(head, rows, head.scores(rows), v, broken, out[at], lse[at], lse_kept[at], survivors[at])
         if head.real_q is not None:
             lse[at].masked_fill_(~head.real_q, -torch.inf)
 
@@ -327,7 +324,7 @@ def bwd(
     for at, head in _heads(query, key, alpha, beta, key_padding_mask, *options):
         head.bits = bits[at] if head.thresholded else None
         head.local = local[at] if beta is not None else None
-        v, broken = _finite(value[at], head.real_k)
+        v, _ = _finite(value[at], head.real_k)
         do_, out_ = do[at].to(dtype), out[at].to(dtype)
         if head.real_q is not None:  # their output is the constant 0
             do_ = do_.masked_fill(~head.real_q[:, None], 0)
@@ -386,7 +383,7 @@ def _admission_weight(s: Tensor, lse_kept: Tensor, kept: Tensor) -> Tensor:
 
 
 def _step_derivative(s: Tensor, threshold: Tensor, band: float) -> Tensor:
-    """d(s_ij - threshold_i): a triangle of half width ``band`` and area 1; 0 at infinite distance (padding, alpha 0)."""
+    """d(s_ij - threshold_i): a triangle of half width ``band`` and area 1; 0 at infinite distance (padding)."""
     z = s - threshold[:, None]
     return z.abs().div_(-band).add_(1).clamp_(min=0).div_(band).masked_fill_(~z.isfinite(), 0)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from ..precision import outside_autocast
 from . import blocked
 
 _IMPLEMENTATIONS = {"blocked": blocked}
@@ -27,10 +28,14 @@ def asa_fwd(
     topk: int,
     reciprocal: bool,
     scale: float,
+    learn_thresholds: bool,
+    band: float,
     keep_bits: bool,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the forward of ``impl`` on checked arguments; topk = 0 means none, a grid of 0 x 0 none.
+
+    ``learn_thresholds`` and ``band`` say what the gradient of alpha and beta is; the forward does not need them.
 
     Returns:
         out [B, heads, N_q, Dv]; lse, lse_kept, survivors (int32), kappa, u, each [B, heads, N_q];
@@ -46,7 +51,7 @@ def asa_fwd(
 
 
 @asa_fwd.register_fake
-def _(query, key, value, alpha, beta, mask, height, width, window, topk, reciprocal, scale, keep_bits, impl):
+def _(query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scale, learn, band, keep_bits, impl):
     return _new_outputs(query, key, value, alpha, beta, window, topk, keep_bits)
 
 
@@ -117,35 +122,64 @@ def _new_gradients(query, key, value, alpha, beta):
     )
 
 
-def _setup_context(ctx, inputs, output):
-    (*tensors, height, width, window, topk, reciprocal, scale, _, impl, learn_thresholds, band) = inputs
-    out, lse, lse_kept, survivors, kappa, u, bits, local = output
-    ctx.options = (height, width, window, topk, reciprocal, scale, learn_thresholds, band, impl)
-    ctx.save_for_backward(*tensors, out, lse, lse_kept, kappa, u, bits, local)
-    ctx.mark_non_differentiable(*output[1:])
-
-
 class _AsaAttention(torch.autograd.Function):
-    """Autograd around the two ops. A Function with ``vmap`` works under torch.func transforms, register_autograd not."""
+    """Autograd around the op. A Function with ``setup_context`` and ``vmap`` works under torch.func transforms."""
 
     @staticmethod
     def forward(*args):
-        *op_args, _, _ = args
-        return asa_fwd(*op_args)
+        return asa_fwd(*args)
 
-    setup_context = staticmethod(_setup_context)
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (*tensors, height, width, window, topk, reciprocal, scale, learn, band, _, impl) = inputs
+        out, lse, lse_kept, _, kappa, u, bits, local = output
+        ctx.options = (height, width, window, topk, reciprocal, scale, learn, band, impl)
+        ctx.has_thresholds = [x is not None for x in (inputs[3], inputs[4])]
+        ctx.save_for_backward(*tensors, out, lse, lse_kept, kappa, u, bits, local)
+        ctx.mark_non_differentiable(*output[1:])
 
     @staticmethod
     def backward(ctx, grad_out, *_):
-        dq, dk, dv, dalpha, dbeta = asa_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
-        _, _, _, alpha, beta, *_ = ctx.saved_tensors
-        no_gradient = [None] * 11
-        return dq, dk, dv, None if alpha is None else dalpha, None if beta is None else dbeta, *no_gradient
+        # torch.compile cannot trace a Function inside a Function's backward, and has no double backward anyway.
+        run = asa_bwd if torch.compiler.is_compiling() else _AsaBackward.apply
+        dq, dk, dv, *dx = run(grad_out, *ctx.saved_tensors, *ctx.options)
+        return (
+            dq,
+            dk,
+            dv,
+            *(d if given else None for d, given in zip(dx, ctx.has_thresholds, strict=True)),
+            *[None] * 11,
+        )
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        folded = _fold(info.batch_size, in_dims, args)
-        return _unfold(info.batch_size, _AsaAttention.apply(*folded))
+        return _unfold(info.batch_size, _AsaAttention.apply(*_fold(info.batch_size, in_dims, args)))
+
+
+class _AsaBackward(torch.autograd.Function):
+    """The backward op, with a clear error instead of a double backward."""
+
+    @staticmethod
+    def forward(*args):
+        return asa_bwd(*args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            "asa_attention has no double backward in this implementation: use impl='reference', threshold_grad=None"
+        )
+
+    @staticmethod
+    def vmap(info, in_dims, *args):
+        return _unfold(info.batch_size, _AsaBackward.apply(*_fold(info.batch_size, in_dims, args)))
+
+
+# The raw op has the same gradient, for whoever calls it from a graph without the Function.
+asa_fwd.register_autograd(_AsaAttention.backward, setup_context=_AsaAttention.setup_context)
 
 
 def _fold(size: int, in_dims, args):
@@ -162,25 +196,6 @@ def _fold(size: int, in_dims, args):
 
 def _unfold(size: int, outputs):
     return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in outputs), (0,) * len(outputs)
-
-
-@asa_fwd.register_vmap
-def _(info, in_dims, *args):
-    return _unfold(info.batch_size, asa_fwd(*_fold(info.batch_size, in_dims, args)))
-
-
-@asa_bwd.register_vmap
-def _(info, in_dims, *args):
-    return _unfold(info.batch_size, asa_bwd(*_fold(info.batch_size, in_dims, args)))
-
-
-def _no_double_backward(ctx, *grads):
-    raise RuntimeError(
-        "asa_attention has no double backward in this implementation: use impl='reference' (with threshold_grad=None)"
-    )
-
-
-asa_bwd.register_autograd(_no_double_backward)
 
 
 @register_flop_formula(torch.ops.asa_ops.asa_fwd)
@@ -207,19 +222,12 @@ def flops(q_shape, k_shape, v_shape, pairs: int | None = None) -> int:
 
 
 def attend(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale, learn, band, impl):
-    """Run ``impl`` with autograd; return out, lse, lse_kept, survivors. Under autocast q, k, v are cast, thresholds not."""
-    device = query.device.type
-    if torch.is_autocast_enabled(device):
-        # Here, where autograd sees it, and not inside the op: the backward must read the same casts.
-        low = torch.get_autocast_dtype(device)
-        cast = [x if x.dtype == torch.float64 else x.to(low) for x in (query, key, value)]
-        query, key, value = cast
-        alpha, beta = (x if x is None or x.dtype == query.dtype else x.float() for x in (alpha, beta))
+    """Run ``impl`` with autograd; return out, lse, lse_kept, survivors."""
     inputs = (query, key, value, alpha, beta)
     # Inside a vmap of a grad, requires_grad does not show: keep what a backward would read.
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
     learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    options = (*(grid or (0, 0)), window, topk or 0, reciprocal, scale, learns or transforms, impl, learn, band)
+    options = (*(grid or (0, 0)), window, topk or 0, reciprocal, scale, learn, band, learns or transforms, impl)
     return _AsaAttention.apply(*inputs, key_padding_mask, *options)[:4]
 
 
@@ -229,7 +237,7 @@ def _register_autocast(device: str) -> None:
     for op in (torch.ops.asa_ops.asa_fwd.default, torch.ops.asa_ops.asa_bwd.default):
 
         def outside(*args, _op=op, **kwargs):
-            with torch.autocast(device, enabled=False):
+            with outside_autocast(device):
                 return _op(*args, **kwargs)
 
         library.impl(op, outside, f"Autocast{device.upper()}")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..precision import ignoring_autocast
 from .stats import AsaStats
 
 
@@ -29,6 +30,7 @@ class Survivors(NamedTuple):
     invalid: Tensor  # rows whose scores or thresholds are no numbers: their output is NaN
 
 
+@ignoring_autocast
 def asa_attention(
     query: Tensor,
     key: Tensor,
@@ -59,6 +61,13 @@ def asa_attention(
     v = without_padding(value, real_k).to(s.dtype)
     thresholds = [x if x is None else x.to(s.dtype) for x in (alpha, beta)]
     if published:
+        if (
+            any(x is None for x in (grid, alpha, beta))
+            or topk is not None
+            or not reciprocal
+            or key_padding_mask is not None
+        ):
+            raise ValueError("published=True needs alpha, beta, grid, and no topk, reciprocal=False, key_padding_mask")
         out, stats = _published(s, v, *thresholds, grid, window)
     else:
         found = find_survivors(s, *thresholds, grid, window, topk, reciprocal, real_q, real_k)

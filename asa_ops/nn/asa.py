@@ -1,6 +1,5 @@
 """The adaptive sparse attention block."""
 
-import torch
 from torch import Tensor, nn
 
 from .. import checks
@@ -24,9 +23,9 @@ class AdaptiveSparseAttention(nn.Module):
 
     ``x + norm(proj(asa_attention(query(x), key(x), value(x), alpha(x), beta(x))))``: 1x1 convolutions around
     :func:`asa_ops.asa_attention`, and two 3x3 convolutions to one channel each that predict the thresholds of every
-    pixel. The identity at initialisation. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038, 2024,
-    section 3) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, and the two kinds of
-    survivors NLSCB and LSCB.
+    pixel. The identity at initialisation. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038,
+    2024) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, and the two kinds of survivors
+    NLSCB and LSCB.
 
     Args:
         in_channels: C.
@@ -71,7 +70,12 @@ class AdaptiveSparseAttention(nn.Module):
         published: bool = False,
     ):
         super().__init__()
-        for name, size in (("in_channels", in_channels), ("reduction", reduction), ("heads", heads), ("window", window)):
+        for name, size in (
+            ("in_channels", in_channels),
+            ("reduction", reduction),
+            ("heads", heads),
+            ("window", window),
+        ):
             checks.check_positive_int(name, size)
         if topk is not None:
             checks.check_positive_int("topk", topk)
@@ -154,8 +158,8 @@ class AdaptiveSparseAttention(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"{self.in_channels}, mode={self.mode!r}, use_scale={self.use_scale}, window={self.window}, topk={self.topk}, "
-            f"heads={self.heads}, threshold_activation={self.threshold_activation!r}, "
+            f"{self.in_channels}, mode={self.mode!r}, use_scale={self.use_scale}, window={self.window}, "
+            f"topk={self.topk}, heads={self.heads}, threshold_activation={self.threshold_activation!r}, "
             f"threshold_grad={self.threshold_grad!r}, impl={self.impl!r}, published={self.published}"
         )
 
