@@ -31,6 +31,13 @@ def check_positive_int(name: str, x: object) -> None:
         raise ValueError(f"{name} must be >= 1, got {name}={x}")
 
 
+def check_window(window: object) -> None:
+    """Check that ``window`` is an odd integer >= 1."""
+    check_positive_int("window", window)
+    if window % 2 == 0:
+        raise ValueError(f"window must be odd, got window={window}")
+
+
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Check rank, batch, heads, lengths, head dim, dtype and device of an attention triple.
 

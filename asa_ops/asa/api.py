@@ -86,41 +86,19 @@ def asa_attention(
     query, key, value = cast_under_autocast(query, key, value)
     alpha, beta = (x if x is None or x.dtype == query.dtype else x.float() for x in (alpha, beta))
     impl = dispatch.resolve(_call(query), impl)
+    options = {
+        "grid": grid,
+        "window": window,
+        "topk": topk,
+        "reciprocal": reciprocal,
+        "key_padding_mask": key_padding_mask,
+        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
+        "threshold_grad": threshold_grad,
+        "threshold_band": threshold_band,
+    }
     if impl == "reference":
-        return reference.asa_attention(
-            query,
-            key,
-            value,
-            alpha,
-            beta,
-            grid=grid,
-            window=window,
-            topk=topk,
-            reciprocal=reciprocal,
-            key_padding_mask=key_padding_mask,
-            scale=scale,
-            threshold_grad=threshold_grad,
-            threshold_band=threshold_band,
-            return_stats=return_stats,
-        )
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    learn = threshold_grad is not None
-    out, *stats = ops.attend(
-        query,
-        key,
-        value,
-        alpha,
-        beta,
-        key_padding_mask,
-        grid,
-        window,
-        topk,
-        reciprocal,
-        scale,
-        learn,
-        threshold_band,
-        impl,
-    )
+        return reference.asa_attention(query, key, value, alpha, beta, **options, return_stats=return_stats)
+    out, *stats = ops.attend(query, key, value, alpha, beta, **options, impl=impl)
     return (out, AsaStats(*stats)) if return_stats else out
 
 
@@ -211,9 +189,7 @@ def _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_
         raise ValueError(f"beta needs grid=(H, W) with H * W = N = {n_q}, got grid=None")
     if grid is not None:
         checks.check_grid(grid, n_q)
-    checks.check_positive_int("window", window)
-    if window % 2 == 0:
-        raise ValueError(f"window must be odd, got window={window}")
+    checks.check_window(window)
     if topk is not None:
         checks.check_positive_int("topk", topk)
         if topk > n_k:

@@ -221,14 +221,31 @@ def flops(q_shape, k_shape, v_shape, pairs: int | None = None) -> int:
     return 2 * everybody * dim + 2 * (everybody if pairs is None else pairs) * v_shape[3]
 
 
-def attend(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale, learn, band, impl):
-    """Run ``impl`` with autograd; return out, lse, lse_kept, survivors."""
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    *,
+    grid: tuple[int, int] | None,
+    window: int,
+    topk: int | None,
+    reciprocal: bool,
+    key_padding_mask: Tensor | None,
+    scale: float,
+    threshold_grad: str | None,
+    threshold_band: float,
+    impl: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Run ``impl`` with autograd on checked arguments; return out, lse, lse_kept, survivors."""
     inputs = (query, key, value, alpha, beta)
     # Inside a vmap of a grad, requires_grad does not show: keep what a backward would read.
     transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    options = (*(grid or (0, 0)), window, topk or 0, reciprocal, scale, learn, band, learns or transforms, impl)
-    return _AsaAttention.apply(*inputs, key_padding_mask, *options)[:4]
+    keep_bits = transforms or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
+    options = (*(grid or (0, 0)), window, topk or 0, reciprocal, float(scale))
+    learning = (threshold_grad is not None, float(threshold_band))
+    return _AsaAttention.apply(*inputs, key_padding_mask, *options, *learning, keep_bits, impl)[:4]
 
 
 def _register_autocast(device: str) -> None:

@@ -61,12 +61,8 @@ def asa_attention(
     v = without_padding(value, real_k).to(s.dtype)
     thresholds = [x if x is None else x.to(s.dtype) for x in (alpha, beta)]
     if published:
-        if (
-            any(x is None for x in (grid, alpha, beta))
-            or topk is not None
-            or not reciprocal
-            or key_padding_mask is not None
-        ):
+        plain = topk is None and reciprocal and key_padding_mask is None
+        if alpha is None or beta is None or grid is None or not plain:
             raise ValueError("published=True needs alpha, beta, grid, and no topk, reciprocal=False, key_padding_mask")
         out, stats = _published(s, v, *thresholds, grid, window)
     else:

@@ -24,7 +24,7 @@ class AdaptiveSparseAttention(nn.Module):
     ``x + norm(proj(asa_attention(query(x), key(x), value(x), alpha(x), beta(x))))``: 1x1 convolutions around
     :func:`asa_ops.asa_attention`, and two 3x3 convolutions to one channel each that predict the thresholds of every
     pixel. The identity at initialisation. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038,
-    2024) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, and the two kinds of survivors
+    2024) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, the two kinds of survivors
     NLSCB and LSCB.
 
     Args:
@@ -70,25 +70,21 @@ class AdaptiveSparseAttention(nn.Module):
         published: bool = False,
     ):
         super().__init__()
-        for name, size in (
-            ("in_channels", in_channels),
-            ("reduction", reduction),
-            ("heads", heads),
-            ("window", window),
-        ):
+        sizes = {"in_channels": in_channels, "reduction": reduction, "heads": heads}
+        for name, size in sizes.items():
             checks.check_positive_int(name, size)
         if topk is not None:
             checks.check_positive_int("topk", topk)
+        checks.check_window(window)
         checks.check_choice("mode", mode, ("embedded_gaussian", "gaussian"))
         checks.check_choice("norm", norm, (None, "batch"))
         checks.check_choice("threshold_activation", threshold_activation, ("relu", "softplus"))
         checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
-        if window % 2 == 0:
-            raise ValueError(f"window must be odd, got window={window}")
         inner = max(in_channels // reduction, 1)
-        for name, channels in (("in_channels // reduction", inner), ("in_channels", in_channels)):
-            if channels % heads and (mode == "gaussian" or name != "in_channels"):
-                raise ValueError(f"{name} = {channels} must be divisible by heads = {heads}")
+        if inner % heads:
+            raise ValueError(f"in_channels // reduction = {inner} must be divisible by heads = {heads}")
+        if mode == "gaussian" and in_channels % heads:
+            raise ValueError(f"in_channels = {in_channels} must be divisible by heads = {heads} in gaussian mode")
         if published and topk is not None:
             raise ValueError(f"published=True has no topk, got topk={topk}")
         self.in_channels, self.inner_channels, self.heads = in_channels, inner, heads
