@@ -24,11 +24,11 @@ def outside_autocast(device: str) -> contextlib.AbstractContextManager:
 
 
 def ignoring_autocast(function: Callable) -> Callable:
-    """Run ``function``, whose first argument is a tensor, outside autocast."""
+    """Run ``function``, whose first argument is ``query``, outside autocast."""
 
     @functools.wraps(function)
-    def run(tensor, *args, **kwargs):
-        with outside_autocast(tensor.device.type):
-            return function(tensor, *args, **kwargs)
+    def run(query, *args, **kwargs):
+        with outside_autocast(query.device.type):
+            return function(query, *args, **kwargs)
 
     return run

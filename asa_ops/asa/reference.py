@@ -228,19 +228,28 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _published(s, v, alpha, beta, grid, window):
-    """The authors' code, in the domain of probabilities, with its weight 1/2 on ties and its + 1e-12."""
-    p = s.softmax(-1)
-    with torch.no_grad():
-        near = in_window(grid, window, s.device).to(s.dtype)
-
-        def step(x):
-            return (1 + x.sign()) / 2
-
-        u = step(p - alpha[..., None] * p.mean(-1, keepdim=True))
-        nu = (near * p).sum(-1) / near.sum(-1)
-        weight = torch.maximum(u * u.mT, step(near * p - (beta * nu)[..., None]))
-    kept = weight * p
+    """The authors' code: weights in the domain of probabilities, and its + 1e-12."""
+    weight = published_mask(s, alpha, beta, grid, window)
+    kept = weight * s.softmax(-1)
     total = kept.sum(-1)
     out = (kept / (total[..., None] + 1e-12)) @ v
     lse = s.logsumexp(-1).detach()
     return out, (lse, lse + total.detach().log(), (weight > 0).sum(-1, dtype=torch.int32))
+
+
+@torch.no_grad()
+def published_mask(s: Tensor, alpha: Tensor, beta: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+    """Return the authors' mask [B, heads, N, N]: 0, 1, or 1/2 where a probability equals its threshold exactly.
+
+    Outside the window the local block compares 0 with beta_i times the window's mean: where the product is 0 (beta_i
+    clipped by the ReLU, or every probability of the window underflowed), a row keeps every position with weight 1/2.
+    """
+
+    def step(x):
+        return (1 + x.sign()) / 2
+
+    p = s.softmax(-1)
+    near = in_window(grid, window, s.device).to(s.dtype)
+    above = step(p - alpha[..., None] * p.mean(-1, keepdim=True))
+    local_mean = (near * p).sum(-1) / near.sum(-1)
+    return torch.maximum(above * above.mT, step(near * p - (beta * local_mean)[..., None]))

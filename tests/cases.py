@@ -1,0 +1,108 @@
+"""Inputs of asa_attention for tests: one factory, one list of named cases."""
+
+from dataclasses import dataclass, field, replace
+
+import pytest
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of asa_attention. Thresholds: "spread" around 1, "heads" (one per head), "zero", "inf", or None."""
+
+    name: str
+    grid: tuple[int, int] = (9, 7)
+    batch: int = 2
+    heads: int = 2
+    dim: int = 8
+    dim_v: int = 5
+    n_keys: int | None = None  # None: as many as queries
+    alpha: str | None = "spread"
+    beta: str | None = "spread"
+    padding: bool = False
+    sharpness: float = 1.5  # standard deviation of the scores, roughly
+    options: dict = field(default_factory=dict)
+
+
+CASES = [
+    Case("plain"),
+    Case("alpha_only", beta=None),
+    Case("beta_only", alpha=None),
+    Case("dense", alpha=None, beta=None),
+    Case("head_thresholds", heads=3, alpha="heads", beta="heads"),
+    Case("one_way", options={"reciprocal": False}),
+    Case("more_keys", beta=None, n_keys=41, options={"reciprocal": False}),
+    Case("fewer_queries_padded", beta=None, n_keys=97, padding=True, options={"reciprocal": False}),
+    Case("topk", options={"topk": 6}),
+    Case("topk_alone", alpha=None, beta=None, options={"topk": 4}),
+    Case("topk_one_way", alpha=None, options={"topk": 3, "reciprocal": False}),
+    Case("topk_all", beta=None, options={"topk": 63}),
+    Case("padding", padding=True),
+    Case("padding_topk", padding=True, alpha="heads", options={"topk": 40}),
+    Case("padding_dense", padding=True, alpha=None, beta=None),
+    Case("window_1", options={"window": 1}),
+    Case("window_5", options={"window": 5}),
+    Case("window_wider_than_map", grid=(3, 4), options={"window": 9}),
+    Case("all_dense", alpha="zero", beta="zero"),
+    Case("all_empty", alpha="inf", beta="inf"),
+    Case("window_only_by_inf", alpha="inf"),
+    Case("mixed", alpha="mixed", beta="mixed"),
+    Case("scale", options={"scale": 0.11}),
+    Case("sharp", sharpness=12.0),
+    Case("one_token", grid=(1, 1)),
+    Case("one_row", grid=(1, 65)),
+    Case("one_column", grid=(63, 1)),
+    Case("wide_values", dim=3, dim_v=33),
+    Case("empty_batch", batch=0),
+]
+IDS = [case.name for case in CASES]
+each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
+
+
+def threshold(kind: str | None, case: Case, dtype: torch.dtype, generator) -> Tensor | None:
+    if kind is None:
+        return None
+    n = case.grid[0] * case.grid[1]
+    shape = case.batch, case.heads if kind == "heads" else 1, n
+    x = torch.empty(shape, dtype=torch.float64).uniform_(0.2, 2.5, generator=generator)
+    if kind == "zero":
+        x.zero_()
+    elif kind == "inf":
+        x.fill_(torch.inf)
+    elif kind == "mixed":  # rows that keep everybody, rows that keep nobody
+        choice = torch.rand(shape, generator=generator)
+        x[choice < 0.2] = 0
+        x[choice > 0.8] = torch.inf
+    return x.to(dtype)
+
+
+def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[list[Tensor | None], dict]:
+    """Return ([query, key, value, alpha, beta], options) of a case, the same numbers in every dtype up to rounding."""
+    generator = torch.Generator().manual_seed(seed)
+    n = case.grid[0] * case.grid[1]
+    n_keys = case.n_keys or n
+
+    def normal(*shape):
+        return torch.randn(case.batch, case.heads, *shape, generator=generator, dtype=torch.float64)
+
+    width = case.sharpness**0.5
+    query, key, value = normal(n, case.dim) * width, normal(n_keys, case.dim) * width, normal(n_keys, case.dim_v)
+    alpha = threshold(case.alpha, case, dtype, generator)
+    beta = threshold(case.beta, case, dtype, generator)
+    options = dict(case.options)
+    if n_keys == n:
+        options["grid"] = case.grid
+    if case.padding:
+        mask = torch.rand(case.batch, n_keys, generator=generator) < 0.7
+        mask[-1] = False  # one image is all padding
+        options["key_padding_mask"] = mask
+    return [query.to(dtype), key.to(dtype), value.to(dtype), alpha, beta], options
+
+
+def with_grad(inputs: list[Tensor | None]) -> list[Tensor | None]:
+    return [x if x is None else x.detach().clone().requires_grad_() for x in inputs]
+
+
+def named(name: str, **changes) -> Case:
+    return replace(CASES[IDS.index(name)], **changes)

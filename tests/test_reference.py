@@ -1,0 +1,286 @@
+"""The specification against independent formulations: plain loops, a dense surrogate, numerical gradients."""
+
+import math
+
+import hypothesis
+import pytest
+import torch
+from cases import CASES, Case, each_case, make, named, with_grad
+from hypothesis import strategies as st
+
+from asa_ops import asa_attention
+from asa_ops.asa import reference
+
+
+def loop_attention(
+    query, key, value, alpha, beta, grid=None, window=3, topk=None, reciprocal=True, key_padding_mask=None, scale=None
+):
+    """asa_attention in scalar Python, one image, head and row after the other."""
+    batch, heads, n_q, dim = query.shape
+    n_k = key.shape[2]
+    scale = dim**-0.5 if scale is None else scale
+    out = torch.zeros(*query.shape[:3], value.shape[-1], dtype=torch.float64)
+    kept_pairs = torch.zeros(batch, heads, n_q, n_k, dtype=torch.bool)
+    for b in range(batch):
+        real_k = [key_padding_mask is None or bool(key_padding_mask[b, j]) for j in range(n_k)]
+        real_q = real_k if n_q == n_k else [True] * n_q
+        n = sum(real_k)
+        for h in range(heads):
+            q, k = query[b, h].tolist(), key[b, h].tolist()
+            s = [[scale * math.fsum(x * y for x, y in zip(row, column, strict=True)) for column in k] for row in q]
+            columns = [j for j in range(n_k) if real_k[j]]
+
+            def multiplier(x, i, b=b, h=h):
+                return float(x[b, h if x.shape[1] > 1 else 0, i])
+
+            def is_neighbour(i, j, s=s, columns=columns, real_q=real_q, real_k=real_k, n=n):
+                if not (real_q[i] and real_k[j]):
+                    return False
+                if alpha is None and topk is None:
+                    return beta is None
+                if alpha is not None:
+                    a = multiplier(alpha, i)
+                    share = math.exp(s[i][j]) / math.fsum(math.exp(s[i][m]) for m in columns)
+                    if a > 0 and not share > a / n:
+                        return False
+                return topk is None or sum(s[i][m] > s[i][j] for m in columns) < topk
+
+            for i in range(n_q):
+                kept = []
+                for j in range(n_k):
+                    keep = is_neighbour(i, j) and (not reciprocal or is_neighbour(j, i))
+                    if beta is not None and real_q[i] and real_k[j]:
+                        around = [
+                            m
+                            for m in columns
+                            if abs(m // grid[1] - i // grid[1]) <= window // 2
+                            and abs(m % grid[1] - i % grid[1]) <= window // 2
+                        ]
+                        mean = math.fsum(math.exp(s[i][m]) for m in around) / len(around)
+                        be = multiplier(beta, i)
+                        keep = keep or (j in around and math.exp(s[i][j]) > (be * mean if be > 0 else 0))
+                    if keep:
+                        kept.append(j)
+                kept_pairs[b, h, i, kept] = True
+                total = math.fsum(math.exp(s[i][j]) for j in kept)
+                for j in kept:
+                    out[b, h, i] += math.exp(s[i][j]) / total * value[b, h, j].double()
+    return out, kept_pairs
+
+
+def check_against_loop(case: Case, seed: int) -> None:
+    inputs, options = make(case, seed=seed)
+    out, stats = reference.asa_attention(*inputs, **options, return_stats=True)
+    expected, kept = loop_attention(*inputs, **options)
+    assert torch.equal(stats.survivors, kept.sum(-1))
+    rows = list(reference.neighbor_rows(*kept_arguments(inputs, options)))
+    assert torch.equal(torch.stack(rows).view_as(kept) if rows else kept, kept)
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+
+
+def kept_arguments(inputs, options):
+    query, key, _, alpha, beta = inputs
+    defaults = {"key_padding_mask": None, "grid": None, "window": 3, "topk": None, "reciprocal": True, "scale": None}
+    return query, key, alpha, beta, *((defaults | options)[name] for name in defaults)
+
+
+@pytest.mark.parametrize("name", ["plain", "padding_topk", "fewer_queries_padded", "mixed", "all_empty", "empty_batch"])
+def test_equals_loops(name):
+    small = {"grid": (5, 4)} if named(name).n_keys is None else {"grid": (3, 5), "n_keys": 19}
+    options = dict(named(name).options)
+    if "topk" in options:
+        options["topk"] = 7
+    check_against_loop(named(name, **small, options=options), seed=1)
+
+
+@st.composite
+def any_case(draw) -> Case:
+    height, width = draw(st.integers(1, 7)), draw(st.integers(1, 6))
+    n = height * width
+    reciprocal = draw(st.booleans())
+    kinds = st.sampled_from([None, "spread", "heads", "zero", "inf", "mixed"])
+    beta = draw(kinds)
+    n_keys = draw(st.none() | st.integers(1, 40)) if not reciprocal and beta is None else None
+    options = {"reciprocal": reciprocal, "window": draw(st.sampled_from([1, 3, 5]))}
+    if draw(st.booleans()):
+        options["topk"] = draw(st.integers(1, n_keys or n))
+    if draw(st.booleans()):
+        options["scale"] = draw(st.floats(-1, 1))
+    return Case(
+        "any",
+        grid=(height, width),
+        batch=draw(st.integers(1, 2)),
+        heads=draw(st.integers(1, 2)),
+        dim=draw(st.integers(1, 6)),
+        dim_v=draw(st.integers(1, 3)),
+        n_keys=n_keys,
+        alpha=draw(kinds),
+        beta=beta,
+        padding=draw(st.booleans()),
+        sharpness=draw(st.floats(0.1, 4)),
+        options=options,
+    )
+
+
+@hypothesis.settings(max_examples=40, deadline=None, derandomize=True)
+@hypothesis.given(any_case(), st.integers(0, 10_000))
+def test_equals_loops_for_any_shape_and_option(case, seed):
+    hypothesis.assume(case.options.get("scale") != 0)  # every pair would be a tie
+    check_against_loop(case, seed)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=1000, deadline=None)
+@hypothesis.given(any_case(), st.integers(0, 10_000))
+def test_equals_loops_at_length(case, seed):
+    hypothesis.assume(case.options.get("scale") != 0)
+    check_against_loop(case, seed)
+
+
+def test_ties_at_the_kth_value_are_all_kept():
+    key = torch.tensor([[3.0], [1.0], [1.0], [1.0], [0.0]], dtype=torch.float64)[None, None]
+    query = torch.ones(1, 1, 1, 1, dtype=torch.float64)
+    _, stats = reference.asa_attention(query, key, key, topk=2, reciprocal=False, return_stats=True)
+    assert stats.survivors.tolist() == [[[4]]]
+
+
+def test_constant_map_keeps_everybody_below_alpha_one_and_nobody_above():
+    x = torch.ones(1, 1, 16, 4, dtype=torch.float64) * 0.5
+    for alpha, expected in ((1 - 1e-9, 16), (1 + 1e-9, 0)):
+        alpha = torch.full((1, 1, 16), alpha, dtype=torch.float64)
+        _, stats = reference.asa_attention(x, x, x, alpha, return_stats=True)
+        assert (stats.survivors == expected).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "one_way", "topk", "padding", "mixed", "dense", "beta_only", "more_keys"])
+@pytest.mark.parametrize("second", [False, True], ids=["gradcheck", "gradgradcheck"])
+def test_numerical_gradients(name, second):
+    case = named(name, grid=(3, 2), n_keys=named(name).n_keys and 5, heads=1, dim=3, dim_v=2)
+    if "topk" in case.options:
+        case = named(name, grid=(3, 2), heads=1, dim=3, dim_v=2, options={"topk": 3})
+    inputs, options = make(case)
+    query, key, value, alpha, beta = with_grad(inputs)
+
+    def run(query, key, value):
+        return reference.asa_attention(query, key, value, alpha, beta, **options)
+
+    check = torch.autograd.gradgradcheck if second else torch.autograd.gradcheck
+    assert check(run, (query, key, value))
+
+
+@each_case
+def test_thresholds_get_zero_gradients_not_none(case):
+    inputs, options = make(case)
+    *_, alpha, beta = inputs = with_grad(inputs)
+    reference.asa_attention(*inputs, **options).sum().backward()
+    for x in (alpha, beta):
+        assert x is None or torch.equal(x.grad, torch.zeros_like(x))
+
+
+def surrogate_threshold_gradients(inputs, options, grad_out, band):
+    """Autograd through a dense relaxation: every admission indicator gets a straight-through derivative by t and u."""
+    query, key, value, alpha, beta = inputs
+    real_q, real_k = reference.real_positions(query, key, options.get("key_padding_mask"))
+    s = reference.scores(query, key, options.get("scale"), real_q, real_k)
+    reciprocal = options.get("reciprocal", True)
+    args = (alpha, beta, options.get("grid"), options.get("window", 3), options.get("topk"), reciprocal)
+    found = reference.find_survivors(s, *args, real_q, real_k)
+    out, lse_kept = reference.attend(s, value, found.kept)
+    s = s.masked_fill(~real_k[:, None, None, :], 0)  # any finite score: such pairs are never used below
+    gap = s - lse_kept[..., None]
+    c = torch.where(found.kept, gap.exp(), gap.sigmoid())
+    c = torch.where((~found.kept.any(-1))[..., None], torch.ones_like(c), c)
+    pair = real_q[:, None, :, None] & real_k[:, None, None, :]
+
+    def moving(threshold, x):  # the threshold as a function of its multiplier, lse held constant
+        threshold = torch.where(real_q[:, None], threshold, torch.zeros_like(threshold))
+        return threshold + (x.log() - x.log().detach()).expand_as(threshold)
+
+    def step(threshold):  # value 0 everywhere, derivative -d(s - t) by t
+        z = s - threshold[..., None]
+        slope = torch.relu(1 - z.detach().abs() / band) / band
+        return torch.where(pair, slope * (z - z.detach()), torch.zeros_like(z))
+
+    change = torch.zeros_like(s)
+    if alpha is not None:
+        admitted = step(moving(found.t, alpha)) * (s >= found.kappa[..., None])
+        if reciprocal:
+            both = admitted * found.adaptive.mT
+            admitted = both + both.mT
+        change = change + torch.where(found.local, 0, 1) * admitted
+    if beta is not None:
+        change = change + torch.where(found.non_local, 0, 1) * found.near * step(moving(found.u, beta))
+    relaxed = out + (change * c) @ value - (change * c).sum(-1, keepdim=True) * out
+    thresholds = [x for x in (alpha, beta) if x is not None]
+    return torch.autograd.grad(relaxed, thresholds, grad_out)
+
+
+LEARNING = [c for c in CASES if (c.alpha or c.beta) and not {c.alpha, c.beta} & {"zero", "inf", "mixed"} and c.batch]
+
+
+@pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.name)
+@pytest.mark.parametrize("band", [0.5, 2.0])
+def test_straight_through_gradients_equal_a_dense_surrogate(case, band):
+    inputs, options = make(case)
+    if case.padding:
+        options["key_padding_mask"][-1] = True  # an image of padding has no scores to relax
+    inputs = with_grad(inputs)
+    out = reference.asa_attention(*inputs, **options, threshold_grad="straight_through", threshold_band=band)
+    grad_out = torch.randn_like(out)
+    thresholds = [x for x in inputs[3:] if x is not None]
+    grads = torch.autograd.grad(out, thresholds, grad_out)
+    expected = surrogate_threshold_gradients(inputs, options, grad_out, band)
+    assert any(g.abs().max() > 1e-3 for g in expected)
+    for g, e in zip(grads, expected, strict=True):
+        torch.testing.assert_close(g, e, rtol=1e-10, atol=1e-12)
+
+
+def test_straight_through_gradient_is_the_change_of_the_loss():
+    """A threshold just above one key: its gradient is the step's slope times what admitting that key changes."""
+    query, band = torch.ones(1, 1, 1, 1, dtype=torch.float64), 0.05
+    key = torch.randn(1, 1, 8, 1, dtype=torch.float64)
+    value = torch.randn(1, 1, 8, 3, dtype=torch.float64)
+    s = key.flatten()
+    j = s.argsort()[4]
+
+    def run(distance, **options):  # threshold at s_j + distance
+        alpha = (8 * (s[j] + distance - s.logsumexp(0)).exp()).view(1, 1, 1).requires_grad_()
+        return alpha, reference.asa_attention(query, key, value, alpha, reciprocal=False, **options)
+
+    alpha, out = run(0.01, threshold_grad="straight_through", threshold_band=band)
+    _, admitted = run(-0.01)
+    grad_out = torch.randn_like(out)
+    (grad,) = torch.autograd.grad(out, alpha, grad_out)
+    slope = (1 - 0.01 / band) / band
+    expected = -slope * (grad_out * (admitted - out)).sum() / alpha
+    torch.testing.assert_close(grad, expected.detach(), rtol=1e-9, atol=0)
+
+
+def test_straight_through_double_backward_raises():
+    inputs, options = make(named("plain"))
+    inputs = with_grad(inputs)
+    out = reference.asa_attention(*inputs, **options, threshold_grad="straight_through")
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs[3], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_zero_and_infinite_multipliers_get_zero_gradients():
+    inputs, options = make(named("mixed"))
+    *_, alpha, beta = inputs = with_grad(inputs)
+    reference.asa_attention(*inputs, **options, threshold_grad="straight_through").square().sum().backward()
+    for x in (alpha, beta):
+        fixed = (x == 0) | x.isinf()
+        assert fixed.any() and (x.grad[fixed] == 0).all() and x.grad.isfinite().all() and (x.grad[~fixed] != 0).any()
+
+
+def test_published_mode_rejects_what_the_published_code_has_not():
+    inputs, options = make(named("topk"))
+    with pytest.raises(ValueError, match="published=True needs"):
+        reference.asa_attention(*inputs, **options, published=True)
+
+
+def test_dense_is_scaled_dot_product_attention():
+    (query, key, value, _, _), _ = make(named("dense"))
+    expected = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+    torch.testing.assert_close(asa_attention(query, key, value, impl="reference"), expected)
