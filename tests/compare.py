@@ -56,7 +56,7 @@ def uncertain_pairs(inputs, options, eps: float) -> tuple[Tensor, Tensor]:
     uncertain = one_way | one_way.mT if reciprocal else one_way
     if beta is not None:
         uncertain = uncertain | (close(found.u) & found.near)
-    return found.kept, uncertain
+    return found.kept, uncertain & real_q[:, None, :, None] & real_k[:, None, None, :]
 
 
 def check_against_reference(impl: str, inputs, options, min_certain: float = 0.99) -> None:

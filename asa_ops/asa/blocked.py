@@ -60,8 +60,8 @@ def bit_columns(n: int) -> int:
 
 def pack_bits(mask: Tensor) -> Tensor:
     """Pack bool [..., n] into uint8 [..., bit_columns(n)], first column in the lowest bit, padded with 0."""
-    mask = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).contiguous()
-    return (mask.view(torch.uint8).view(torch.int64) * _GATHER >> 56).to(torch.uint8)
+    mask = torch.nn.functional.pad(mask, (0, -mask.shape[-1] % 8)).unflatten(-1, (-1, 8)).contiguous()
+    return (mask.view(torch.uint8).view(torch.int64) * _GATHER >> 56).to(torch.uint8)[..., 0]
 
 
 def unpack_bits(bits: Tensor, n: int) -> Tensor:
@@ -271,20 +271,21 @@ def _adaptive_threshold(head: _Head, rows: slice, lse: Tensor) -> Tensor:
 def _aggregate(head, rows, s, v, broken, out, lse, lse_kept, survivors) -> None:
     """Pass 2: the softmax over the survivors of ``rows``, times v."""
     kept = head.kept(rows)
-    p, lse_kept[rows] = _probabilities(s, kept)
-    o = p @ v
+    survivors[rows] = kept.sum(-1, dtype=torch.int32)
+    empty = survivors[rows] == 0
+    logits = _logits(s, kept)
+    p = logits.softmax(-1)
+    # The largest probability is exp(largest score - lse).
+    lse_kept[rows] = (logits.amax(-1) - p.amax(-1).log()).masked_fill_(empty, -torch.inf)
+    o = (p @ v).masked_fill_(empty[:, None], 0)
     # Broken values were left out of v: 0 * NaN is NaN, and only a survivor may spoil its row.
     spoilt = (kept & broken).any(-1)
     out[rows] = o.masked_fill_((spoilt | _invalid(head, rows, lse[rows]))[:, None], torch.nan)
-    survivors[rows] = kept.sum(-1, dtype=torch.int32)
 
 
-def _probabilities(s: Tensor, kept: Tensor, lse_kept: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Softmax of s over ``kept`` (0 in empty rows) and its log-sum-exp, taken from ``lse_kept`` if known."""
-    s = torch.where(kept, s, -torch.inf)
-    if lse_kept is None:
-        lse_kept = s.logsumexp(-1)
-    return s.sub_(lse_kept.masked_fill(lse_kept == -torch.inf, 0)[:, None]).exp_(), lse_kept
+def _logits(s: Tensor, kept: Tensor) -> Tensor:
+    """Scores whose softmax is 0 outside ``kept``; the floor is finite, so an empty row has weights, dropped later."""
+    return torch.where(kept, s, torch.finfo(s.dtype).min)
 
 
 def _invalid(head: _Head, rows: slice, lse: Tensor) -> Tensor:
@@ -328,17 +329,19 @@ def bwd(
         do_, out_ = do[at].to(dtype), out[at].to(dtype)
         if head.real_q is not None:  # their output is the constant 0
             do_ = do_.masked_fill(~head.real_q[:, None], 0)
-        delta = (do_ * out_).sum(-1)  # NaN where the output is: every gradient of such a row is NaN
+        do_ = do_.masked_fill(out_.isnan().any(-1, keepdim=True), torch.nan)  # a spoilt row spoils what it touches
+        delta = (do_ * out_).sum(-1)
         dk_, dv_ = torch.zeros_like(head.k), torch.zeros_like(v)
         for rows in head.blocks:
             s, kept = head.scores(rows), head.kept(rows)
-            p, _ = _probabilities(s, kept, lse_kept[at][rows])
-            spoilt = out_[rows].isnan().any(-1, keepdim=True)
-            dv_.addmm_(p.masked_fill(spoilt, torch.nan).mT, do_[rows])
-            dp = (do_[rows] @ v.mT).sub_(delta[rows, None])  # <do_i, v_j - out_i>
-            ds = p.mul_(dp).masked_fill_(~kept, 0).masked_fill_(kept & spoilt, torch.nan).mul_(scale)
-            dq[at][rows] = (ds @ head.k).to(dq.dtype)
-            dk_.addmm_(ds.mT, head.q[rows])
+            empty = (lse_kept[at][rows] == -torch.inf)[:, None]
+            p = _logits(s, kept).softmax(-1)
+            dv_.addmm_(p.mT, do_[rows].masked_fill(empty, 0))
+            dp = do_[rows] @ v.mT
+            # Not dp - delta: what a row loses to its own mean cancels exactly only against these very products.
+            ds = torch.ops.aten._softmax_backward_data(dp, p, -1, dtype).mul_(scale)
+            dq[at][rows] = (ds @ head.k).masked_fill_(empty, 0).to(dq.dtype)
+            dk_.addmm_(ds.mT, head.q[rows].masked_fill(empty, 0))
             if learn_thresholds:
                 saved_rows = (lse[at], lse_kept[at], kappa[at], u[at])
                 _add_threshold_gradients(head, at, rows, s, dp, v, do_, delta, saved_rows, band, dalpha, dbeta)
@@ -355,7 +358,7 @@ def _add_threshold_gradients(head, at, rows, s, dp, v, do, delta, saved_rows, ba
     """Add the straight-through gradients of ``rows`` (``asa_ops.asa``, "Gradients") to dalpha and dbeta."""
     lse, lse_kept, kappa, u = saved_rows
     non_local, local = head.non_local(rows), head.local_pairs(rows)
-    g = _admission_weight(s, lse_kept[rows, None], _either(non_local, local)).mul_(dp)
+    g = _admission_weight(s, lse_kept[rows, None], _either(non_local, local)).mul_(dp.sub_(delta[rows, None]))
     if head.alpha is not None:
         offer = g if local is None else g.masked_fill(local, 0)
         if head.reciprocal:

@@ -1,0 +1,274 @@
+"""Every implementation against the reference, on the same cases."""
+
+import pytest
+import torch
+from cases import CASES, Case, each_case, make, named, with_grad
+from compare import check_against_reference, survivors
+
+from asa_ops import asa_attention
+from asa_ops.asa import blocked
+
+IMPLEMENTATIONS = ["blocked"]
+each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+@each_impl
+@each_dtype
+@each_case
+def test_equals_reference(impl, dtype, case):
+    check_against_reference(impl, *make(case, dtype))
+
+
+@each_impl
+@pytest.mark.parametrize("grid", [(97, 97), (1, 2049), (33, 31)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
+def test_equals_reference_on_larger_maps(impl, grid):
+    """More than one block of rows, none of them full; 97 x 97 cropped to what fits a dense float64 comparison."""
+    height, width = grid
+    grid = min(height, 40), width
+    case = Case("large", grid=grid, batch=1, heads=1, dim=32, dim_v=16, sharpness=3.0)
+    check_against_reference(impl, *make(case, torch.float32))
+
+
+@each_impl
+def test_float32_thresholds_beside_bfloat16(impl):
+    inputs, options = make(named("plain"), torch.bfloat16)
+    inputs[3:] = [x.float() * 1.001 for x in inputs[3:]]
+    check_against_reference(impl, inputs, options)
+
+
+@each_impl
+@each_case
+@pytest.mark.parametrize("band", [0.7, 2.0])
+def test_float64_equals_reference_threshold_gradients_included(impl, case, band):
+    inputs, options = make(case)
+    results = []
+    for name in (impl, "reference"):
+        leaves = with_grad(inputs)
+        learn = {"threshold_grad": "straight_through", "threshold_band": band}
+        out, stats = asa_attention(*leaves, **options, **learn, impl=name, return_stats=True)
+        torch.manual_seed(1)
+        out.backward(torch.randn_like(out))
+        results.append([out.detach(), *stats, *(x.grad for x in leaves if x is not None)])
+    for ours, expected in zip(*results, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
+
+
+@each_impl
+@each_case
+def test_thresholds_get_zero_gradients_not_none(impl, case):
+    inputs, options = make(case, torch.float32)
+    *_, alpha, beta = inputs = with_grad(inputs)
+    asa_attention(*inputs, **options, impl=impl).sum().backward()
+    for x in (alpha, beta):
+        assert x is None or torch.equal(x.grad, torch.zeros_like(x))
+
+
+@each_impl
+@pytest.mark.parametrize("name", ["plain", "one_way", "topk", "padding", "mixed", "dense", "beta_only"])
+def test_numerical_gradients(impl, name):
+    options = {"topk": 3} if "topk" in named(name).options else named(name).options
+    inputs, options = make(named(name, grid=(3, 2), heads=1, dim=3, dim_v=2, options=options))
+    query, key, value, alpha, beta = with_grad(inputs)
+
+    def run(query, key, value):
+        return asa_attention(query, key, value, alpha, beta, **options, impl=impl)
+
+    assert torch.autograd.gradcheck(run, (query, key, value), check_batched_grad=True)
+
+
+@each_impl
+@each_case
+def test_repeats_bitwise(impl, case):
+    inputs, options = make(case, torch.float32)
+    first = None
+    for _ in range(20):
+        leaves = with_grad(inputs)
+        out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl=impl)
+        out.square().sum().backward()
+        now = [out, *(x.grad for x in leaves if x is not None)]
+        first = first or now
+        assert all(torch.equal(x, y) for x, y in zip(first, now, strict=True))
+
+
+@each_impl
+def test_thread_count_does_not_change_the_survivors(impl):
+    inputs, options = make(Case("large", grid=(33, 31), heads=1, dim=32), torch.float32)
+    threads = torch.get_num_threads()
+    try:
+        found = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            found.append(survivors(impl, inputs, options))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*found)
+
+
+@each_impl
+@pytest.mark.parametrize("case", [c for c in CASES if c.batch and c.name != "one_token"], ids=lambda case: case.name)
+def test_strides_do_not_matter(impl, case):
+    """Tokens that are views of a channels-last feature map, expanded thresholds, a transposed gradient."""
+    inputs, options = make(case, torch.float32)
+    plain, strided = with_grad(inputs), []
+    for x in with_grad(inputs):
+        if x is None:
+            strided.append(None)
+        elif x.dim() == 4:
+            strided.append(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2))
+        else:
+            strided.append(x.repeat_interleave(2, -1)[..., ::2])
+    assert not any(x.is_contiguous() for x in strided if x is not None)
+    expected = asa_attention(*plain, **options, impl=impl)
+    out = asa_attention(*strided, **options, impl=impl)
+    torch.testing.assert_close(out, expected)
+    grad_out = torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).mT
+    given = [i for i, x in enumerate(inputs) if x is not None]
+    grads = torch.autograd.grad(out, [strided[i] for i in given], grad_out)
+    expected_grads = torch.autograd.grad(expected, [plain[i] for i in given], grad_out.contiguous())
+    for x, y in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@each_impl
+def test_query_may_be_key(impl):
+    (x, _, value, alpha, beta), options = make(named("plain"), torch.float32)
+    check_against_reference(impl, [x, x, value, alpha, beta], options)
+
+
+# Bad values are data: they spoil the rows concerned, never another image.
+
+
+def poisoned_images(spoil, impl, case=None, **changes):
+    """Return outputs and gradients with image 0 spoilt by ``spoil(inputs, options)``, and those of clean inputs."""
+    results = []
+    for spoilt in (True, False):
+        inputs, options = make(case or named("plain", **changes), torch.float32)
+        if spoilt:
+            spoil(inputs, options)
+        leaves = with_grad(inputs)
+        learn = {"threshold_grad": "straight_through"}
+        out = asa_attention(*leaves, **options, **learn, impl=impl)
+        out.sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves if x is not None)])
+    return results
+
+
+BAD = [torch.nan, torch.inf, -torch.inf]
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "alpha", "beta"])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_number_leaves_other_images_untouched(impl, which, bad):
+    def spoil(inputs, options):
+        inputs[which][0, 0, 3] = bad
+
+    spoilt, clean = poisoned_images(spoil, impl)
+    if (which, bad) not in ((3, torch.inf), (4, torch.inf)):  # an infinite threshold is a good number: it keeps nobody
+        assert spoilt[0][0].isnan().any()
+    assert not spoilt[0][1].isnan().any()
+    for x, y in zip(spoilt, clean, strict=True):
+        assert torch.equal(x[1], y[1])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("bad", [-1e-3, torch.nan])
+@pytest.mark.parametrize("which", [3, 4], ids=["alpha", "beta"])
+def test_a_bad_threshold_gives_nan_in_its_row_only(impl, bad, which):
+    inputs, options = make(named("plain"), torch.float32)
+    inputs[which][0, 0, 3] = bad
+    out = asa_attention(*inputs, **options, impl=impl)
+    assert out[0, :, 3].isnan().all()
+    out[0, :, 3] = 0
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("name", ["plain", "alpha_only", "dense", "topk_alone", "beta_only"])
+def test_a_nan_score_gives_nan_in_its_row_only(impl, name):
+    inputs, options = make(named(name), torch.float32)
+    inputs[0][0, 1, 5, 2] = torch.nan
+    out = asa_attention(*inputs, **options, impl=impl)
+    assert out[0, 1, 5].isnan().all()
+    out[0, 1, 5] = 0
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
+    inputs, options = make(named("plain"), torch.float32)
+    kept = survivors(impl, inputs, options)[0, 1, :, 7]
+    assert kept.any() and not kept.all()
+    clean = asa_attention(*inputs, **options, impl=impl)
+    inputs[2][0, 1, 7, 2] = bad
+    out = asa_attention(*inputs, **options, impl=impl)
+    assert not out[0, 1, kept].isfinite().all(-1).any()
+    assert torch.equal(out[0, 1, ~kept], clean[0, 1, ~kept])
+    assert torch.equal(out[:, 0], clean[:, 0])
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("name", ["padding", "padding_topk", "padding_dense", "fewer_queries_padded"])
+def test_nothing_in_padding_matters(impl, bad, name):
+    def spoil(inputs, options):
+        hidden = ~options["key_padding_mask"][:, None].expand(-1, 2, -1)
+        for i, x in enumerate(inputs):
+            if x is not None and x.shape[2] == hidden.shape[2]:
+                x[hidden[:, : x.shape[1]]] = bad if i < 3 else -1
+
+    spoilt, clean = poisoned_images(spoil, impl, named(name))
+    for x, y in zip(spoilt, clean, strict=True):
+        assert torch.equal(x, y) and x.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_padding_rows_and_empty_rows_are_zero(impl):
+    inputs, options = make(named("padding"), torch.float32)
+    out, stats = asa_attention(*inputs, **options, impl=impl, return_stats=True)
+    padding = ~options["key_padding_mask"][:, None].expand(-1, 2, -1)
+    assert (out[padding] == 0).all() and (stats.survivors[padding] == 0).all()
+    assert (stats.lse[padding] == -torch.inf).all() and (stats.lse_kept[padding] == -torch.inf).all()
+    assert (out[~padding] != 0).any()
+    inputs, options = make(named("all_empty"), torch.float32)
+    out, stats = asa_attention(*inputs, **options, impl=impl, return_stats=True)
+    assert (out == 0).all() and (stats.lse_kept == -torch.inf).all() and stats.lse.isfinite().all()
+
+
+# The blocked implementation in particular.
+
+
+def test_bits_round_trip():
+    for n in (0, 1, 7, 8, 9, 63, 64, 65, 1000):
+        mask = torch.rand(3, n) < 0.5
+        bits = blocked.pack_bits(mask)
+        assert bits.shape == (3, blocked.bit_columns(n)) and torch.equal(blocked.unpack_bits(bits, n), mask)
+    assert blocked.pack_bits(torch.tensor([[True, False, False, True]])).item() == 0b1001
+
+
+def test_progress_reports_every_row_of_both_passes():
+    inputs, options = make(Case("large", grid=(33, 63), batch=2, heads=1, dim=4), torch.float32)
+    counts = []
+    with blocked.progress(counts.append):
+        asa_attention(*inputs, **options, impl="blocked")
+    assert sum(counts) == 2 * 2 * 33 * 63 and len(counts) > 4
+    asa_attention(*inputs, **options, impl="blocked")
+    assert sum(counts) == 2 * 2 * 33 * 63
+
+
+def test_blocks_do_not_change_the_result(monkeypatch):
+    inputs, options = make(named("topk", grid=(13, 11)), torch.float64)
+    results = []
+    for elements, rows in ((2**20, 64), (1, 8), (1, 16)):
+        monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", elements)
+        monkeypatch.setattr(blocked, "_MIN_ROWS", rows)
+        leaves = with_grad(inputs)
+        out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl="blocked")
+        out.square().sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves)])
+    for other in results[1:]:
+        for x, y in zip(results[0], other, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)
