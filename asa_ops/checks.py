@@ -96,9 +96,7 @@ def check_grid(grid: object, n: int) -> None:
             raise TypeError(f"grid must hold two integers (H, W), got {describe(grid)}")
     height, width = grid
     if height < 0 or width < 0 or height * width != n:
-        raise ValueError(
-            f"grid must be (H, W) with H * W = N = {n}, got grid={height, width}, product {height * width}"
-        )
+        raise ValueError(f"grid must be (H, W) with H * W = N = {n}, got {height} * {width} = {height * width}")
 
 
 def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:

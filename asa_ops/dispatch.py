@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import extension
+from . import checks, extension
 
 # Looked up once: a call must not touch the file system (torch.compile traces it).
 _WITH_TRITON = {path.parent.name for path in Path(__file__).parent.glob("*/triton_fwd.py")}
@@ -60,6 +60,7 @@ _PREDICATES = {
     "blocked": lambda call: None,
     "reference": lambda call: None,
 }
+NAMES = ("auto", *_PREDICATES)
 
 
 def resolve(call: Call, impl: str) -> str:
@@ -71,8 +72,7 @@ def resolve(call: Call, impl: str) -> str:
     """
     if impl == "auto":
         return next(name for name, why_not in _PREDICATES.items() if why_not(call) is None)
-    if impl not in _PREDICATES:
-        raise ValueError(f"impl must be one of {['auto', *_PREDICATES]}, got impl={impl!r}")
+    checks.check_choice("impl", impl, NAMES)
     if reason := _PREDICATES[impl](call):
         able = [name for name, why_not in _PREDICATES.items() if why_not(call) is None]
         raise RuntimeError(f"impl={impl!r} cannot run this {call.op} call: {reason}. Available here: {able}")

@@ -11,9 +11,9 @@ def to_tokens(x: Tensor, heads: int = 1) -> Tensor:
 
 
 def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Return tokens [B, heads, H * W, D] as a feature map [B, heads * D, H, W]."""
+    """Return tokens [B, heads, H * W, D] as a contiguous feature map [B, heads * D, H, W]."""
     batch, heads, _, dim = tokens.shape
-    return tokens.transpose(-1, -2).reshape(batch, heads * dim, *grid)
+    return tokens.transpose(-1, -2).reshape(batch, heads * dim, *grid).contiguous()
 
 
 def window_columns(grid: tuple[int, int], window: int, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -259,7 +259,8 @@ def _find(head: _Head, rows: slice, s: Tensor, lse: Tensor, kappa: Tensor, u: Te
     if head.beta is not None:
         columns, inside = head.near(rows)
         s_near = s.gather(-1, columns).masked_fill_(~inside, -torch.inf)
-        u.copy_(head.beta[rows].log() + (s_near.logsumexp(-1) - inside.sum(-1).log()))
+        log_mean = s_near.logsumexp(-1) - inside.sum(-1).log()
+        u.copy_((head.beta[rows].log() + log_mean).masked_fill_(~inside.any(-1), -torch.inf))  # padding: no window
         head.local[rows] = inside & (s_near > u[:, None])
 
 

@@ -138,7 +138,8 @@ def find_survivors(
     near = local = torch.zeros_like(adaptive)
     if beta is not None:
         near = pair & in_window(grid, window, s.device)
-        u = beta.log() + (s.masked_fill(~near, -torch.inf).logsumexp(-1) - near.sum(-1).log())
+        log_mean = s.masked_fill(~near, -torch.inf).logsumexp(-1) - near.sum(-1).log()
+        u = (beta.log() + log_mean).masked_fill(~near.any(-1), -torch.inf)  # padding: no window
         local = near & (s > u[..., None])
 
     # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.

@@ -2,7 +2,7 @@
 
 from torch import Tensor, nn
 
-from .. import checks
+from .. import checks, dispatch
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
 from ..layout import to_map, to_tokens
@@ -76,6 +76,7 @@ class AdaptiveSparseAttention(nn.Module):
         if topk is not None:
             checks.check_positive_int("topk", topk)
         checks.check_window(window)
+        checks.check_choice("impl", impl, dispatch.NAMES)
         checks.check_choice("mode", mode, ("embedded_gaussian", "gaussian"))
         checks.check_choice("norm", norm, (None, "batch"))
         checks.check_choice("threshold_activation", threshold_activation, ("relu", "softplus"))

@@ -1,0 +1,117 @@
+"""asa_ops.nn: shapes, initialisation, gradients, state dicts."""
+
+import pytest
+import torch
+
+from asa_ops import asa_attention, reciprocal_neighbors
+from asa_ops.layout import to_map, to_tokens
+from asa_ops.nn import AdaptiveSparseAttention
+
+OPTIONS = [
+    {},
+    {"mode": "gaussian"},
+    {"mode": "gaussian", "heads": 4},
+    {"reduction": 1, "heads": 4, "use_scale": False},
+    {"reduction": 100},
+    {"window": 5, "topk": 9},
+    {"norm": "batch", "threshold_activation": "softplus"},
+    {"threshold_grad": None, "impl": "blocked"},
+    {"published": True},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (1, 9), (8, 8)], ids=str)
+def test_is_the_identity_at_first_then_not(options, size):
+    block = AdaptiveSparseAttention(16, **options)
+    x = torch.randn(2, 16, *size)
+    assert torch.equal(block(x), x)
+    last = block.proj if options.get("norm") is None else block.norm
+    torch.nn.init.normal_(last.weight)
+    y = block(x)
+    assert y.shape == x.shape and y.dtype == x.dtype and not torch.equal(y, x)
+
+
+def test_initialisation_is_the_published_one():
+    torch.manual_seed(0)
+    block = AdaptiveSparseAttention(256)
+    for conv in (block.query, block.key, block.value):
+        assert abs(conv.weight.std().item() - 0.01) < 2e-4 and (conv.bias == 0).all()
+    assert (block.proj.weight == 0).all() and (block.proj.bias == 0).all()
+    bound = (256 * 9) ** -0.5
+    for conv in (block.alpha, block.beta):
+        assert 0.95 * bound < conv.weight.abs().max() <= bound and conv.bias.abs().max() <= bound
+    block = AdaptiveSparseAttention(16, norm="batch")
+    assert block.proj.bias is None and (block.norm.weight == 0).all() and (block.norm.bias == 0).all()
+    assert (block.proj.weight != 0).any()
+
+
+@pytest.mark.parametrize("activation", ["relu", "softplus"])
+def test_thresholds_learn_unless_told_not_to(activation):
+    x = torch.randn(2, 16, 9, 8)
+    for threshold_grad, published in (("straight_through", False), (None, False), ("straight_through", True)):
+        torch.manual_seed(0)
+        options = {"threshold_activation": activation, "threshold_grad": threshold_grad, "published": published}
+        block = AdaptiveSparseAttention(16, **options)
+        torch.nn.init.normal_(block.query.weight)
+        torch.nn.init.normal_(block.key.weight)
+        torch.nn.init.normal_(block.proj.weight)
+        block(x).square().sum().backward()
+        for name, parameter in block.named_parameters():
+            learns = threshold_grad is not None and not published
+            if name.startswith(("alpha", "beta")) and not learns:
+                assert torch.equal(parameter.grad, torch.zeros_like(parameter))
+            elif name != "key.bias":  # a constant added to every score of a row
+                assert parameter.grad.abs().max() > 0, name
+
+
+def test_tokens_are_arguments_for_the_functional_op():
+    block = AdaptiveSparseAttention(16, heads=2)
+    torch.nn.init.normal_(block.proj.weight)
+    x = torch.randn(2, 16, 6, 7)
+    tokens = block.tokens(x)
+    y = x + block.proj(to_map(asa_attention(**tokens), (6, 7)))
+    torch.testing.assert_close(y, block(x))
+    del tokens["value"]
+    graph = reciprocal_neighbors(**tokens)
+    assert graph.row_offsets.shape == (2 * 2 * 42 + 1,)
+
+
+def test_gaussian_mode_attends_with_one_tensor():
+    tokens = AdaptiveSparseAttention(16, mode="gaussian").tokens(torch.randn(1, 16, 4, 4))
+    assert tokens["query"] is tokens["key"] and tokens["scale"] == 1
+
+
+def test_layout_round_trip():
+    x = torch.randn(2, 12, 5, 7)
+    tokens = to_tokens(x, heads=3)
+    assert tokens.shape == (2, 3, 35, 4)
+    assert torch.equal(tokens[1, 2, 2 * 7 + 3], x[1, 8:12, 2, 3])
+    assert torch.equal(to_map(tokens, (5, 7)), x)
+
+
+def test_channels_last_and_state_dict():
+    torch.manual_seed(0)
+    block = AdaptiveSparseAttention(16, norm="batch").eval()
+    torch.nn.init.normal_(block.norm.weight)
+    x = torch.randn(2, 16, 6, 5)
+    expected = block(x)
+    assert expected.is_contiguous()
+    y = block.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    assert y.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(y, expected)
+    other = AdaptiveSparseAttention(16, norm="batch").eval()
+    other.load_state_dict(block.state_dict())
+    torch.testing.assert_close(other(x), expected)
+
+
+def test_half_precision_and_autocast():
+    block = AdaptiveSparseAttention(16)
+    torch.nn.init.normal_(block.proj.weight)
+    x = torch.randn(2, 16, 6, 5)
+    expected = block(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = block(x)
+    y.sum().backward()
+    torch.testing.assert_close(y, expected, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(block.bfloat16()(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)

@@ -1,0 +1,224 @@
+"""torch contracts: opcheck, compile, export, autocast, meta, vmap, func transforms, checkpoint, FLOPs, clear errors."""
+
+import pytest
+import torch
+from cases import make, named, with_grad
+from torch.autograd import forward_ad
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from asa_ops import asa_attention, nn
+from asa_ops.asa import ops
+
+LEARN = {"threshold_grad": "straight_through"}
+CONTRACT_CASES = [named(name) for name in ("plain", "topk", "one_way", "padding", "dense", "more_keys", "alpha_only")]
+each_contract_case = pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
+
+
+def op_arguments(inputs, options, keep_bits=True):
+    height, width = options.get("grid", (0, 0))
+    rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True), 0.3
+    return *inputs, options.get("key_padding_mask"), height, width, *rest, True, 2.0, keep_bits, "blocked"
+
+
+@each_contract_case
+@pytest.mark.parametrize("form", ["contiguous", "permuted", "requires_grad", "no_bits"])
+def test_opcheck_forward(case, form):
+    inputs, options = make(case, torch.float32)
+    if form == "permuted":
+        inputs = [x if x is None else x.mT.contiguous().mT for x in inputs]
+    if form == "requires_grad":
+        inputs = with_grad(inputs)
+    torch.library.opcheck(ops.asa_fwd, op_arguments(inputs, options, keep_bits=form != "no_bits"))
+
+
+@each_contract_case
+def test_opcheck_backward(case):
+    inputs, options = make(case, torch.float32)
+    args = op_arguments(inputs, options)
+    out, lse, lse_kept, _, kappa, u, bits, local = ops.asa_fwd(*args)
+    saved = out, lse, lse_kept, kappa, u, bits, local
+    *_, height, width, window, topk, reciprocal, scale, learn, band, _, impl = args
+    options = height, width, window, topk, reciprocal, scale, learn, band, impl
+    torch.library.opcheck(ops.asa_bwd, (torch.randn_like(out), *args[:6], *saved, *options))
+
+
+def loss_and_grads(function, inputs):
+    leaves = with_grad(inputs)
+    out = function(*leaves)
+    grads = torch.autograd.grad(out.float().square().sum(), [x for x in leaves if x is not None])
+    return [out.detach(), *grads]
+
+
+@each_contract_case
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_graph_breaks(case, dynamic):
+    torch._dynamo.reset()
+    inputs, options = make(case, torch.float32)
+
+    def function(*inputs):
+        return asa_attention(*inputs, **options, **LEARN)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    for x, y in zip(loss_and_grads(compiled, inputs), loss_and_grads(function, inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_module_compiles_with_inductor():
+    torch._dynamo.reset()
+    block = nn.AdaptiveSparseAttention(8, threshold_activation="softplus")
+    torch.nn.init.normal_(block.proj.weight)
+    x = torch.randn(2, 8, 6, 5)
+    compiled = torch.compile(block, fullgraph=True)
+    results = []
+    for function in (block, compiled):
+        block.zero_grad()
+        out = function(x)
+        out.square().sum().backward()
+        results.append([out.detach(), *(p.grad.clone() for p in block.parameters())])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_exports_as_one_op():
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value, alpha, beta):
+            return asa_attention(query, key, value, alpha, beta, grid=(9, 7))
+
+    inputs, _ = make(named("plain"), torch.float32)
+    exported = torch.export.export(Attend(), tuple(inputs))
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets.count("asa_ops.asa_fwd.default") == 1
+    torch.testing.assert_close(exported.module()(*inputs), Attend()(*inputs))
+
+
+@pytest.mark.parametrize("impl", ["blocked", "reference"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_autocast_casts_tokens_but_not_thresholds(impl, compiled):
+    torch._dynamo.reset()
+    inputs, options = make(named("plain"), torch.float32)
+    # In bfloat16 these thresholds would all be 1.
+    inputs[3:] = [1 + torch.rand_like(x) * 1e-3 for x in inputs[3:]]
+
+    def function(*inputs):
+        return asa_attention(*inputs, **options, **LEARN, impl=impl)
+
+    low = [x.bfloat16() for x in inputs[:3]]
+    expected = loss_and_grads(function, [*low, *inputs[3:]])
+
+    def under_autocast(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return function(*inputs)
+
+    run = torch.compile(under_autocast, fullgraph=True, backend="aot_eager") if compiled else under_autocast
+    results = loss_and_grads(run, inputs)
+    assert results[0].dtype == torch.bfloat16
+    assert all(x.dtype == torch.float32 for x in results[1:])
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y.to(x.dtype))
+
+
+def test_raw_op_ignores_autocast():
+    args = op_arguments(*make(named("plain"), torch.float32))
+    expected = ops.asa_fwd(*args)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = ops.asa_fwd(*args)
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y)
+
+
+@each_contract_case
+def test_meta_tensors_have_the_real_shapes(case):
+    inputs, options = make(case, torch.bfloat16)
+    out, stats = asa_attention(*inputs, **options, return_stats=True)
+    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+    meta_inputs = [x if x is None else x.to("meta") for x in inputs]
+    meta_out, meta_stats = asa_attention(*meta_inputs, **meta, return_stats=True)
+    for x, y in zip((out, *stats), (meta_out, *meta_stats), strict=True):
+        assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
+
+
+@pytest.mark.parametrize("name", ["plain", "padding", "topk"])
+def test_func_transforms(name):
+    inputs, options = make(named(name))
+    many = [torch.stack([x, x * 1.1, x * 0.9]) for x in inputs[:3]]
+
+    def loss(query, key, value):
+        return asa_attention(query, key, value, *inputs[3:], **options, **LEARN).square().sum()
+
+    images = list(zip(*many, strict=True))
+    expected = [loss_and_grads(lambda *x: asa_attention(*x, *inputs[3:], **options), image) for image in images]
+    expected = [torch.stack(x) for x in zip(*expected, strict=True)][1:]
+    every = (0, 1, 2)
+    per_sample = torch.func.vmap(torch.func.grad(loss, every))(*many)
+    total = torch.func.grad(lambda *x: torch.func.vmap(loss)(*x).sum(), every)(*many)
+    jacobian = torch.func.jacrev(lambda *x: torch.func.vmap(loss)(*x).sum(), every)(*many)
+    one_by_one = zip(*(torch.func.grad(loss, every)(*image) for image in images), strict=True)
+    for results in (per_sample, total, jacobian, [torch.stack(x) for x in one_by_one]):
+        for x, y in zip(results, expected, strict=True):
+            torch.testing.assert_close(x, y)
+
+
+def test_vmap_over_thresholds_alone():
+    inputs, options = make(named("plain"))
+    alphas = torch.stack([inputs[3], inputs[3] * 2])
+    out = torch.func.vmap(lambda a: asa_attention(*inputs[:3], a, inputs[4], **options))(alphas)
+    for x, a in zip(out, alphas, strict=True):
+        torch.testing.assert_close(x, asa_attention(*inputs[:3], a, inputs[4], **options))
+
+
+def test_checkpoint():
+    inputs, options = make(named("plain"))
+
+    def function(*inputs):
+        return asa_attention(*inputs, **options, **LEARN)
+
+    recomputed = loss_and_grads(lambda *x: checkpoint(function, *x, use_reentrant=False), inputs)
+    for x, y in zip(recomputed, loss_and_grads(function, inputs), strict=True):
+        assert torch.equal(x, y)
+
+
+def test_double_backward_says_what_to_use():
+    inputs, options = make(named("plain"))
+    query, *rest = with_grad(inputs)
+    (grad,) = torch.autograd.grad(asa_attention(query, *rest, **options).square().sum(), query, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"no double backward.*use impl='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_forward_mode_is_a_clear_error_not_a_zero_tangent(requires_grad):
+    (query, *rest), options = make(named("plain"))
+    query.requires_grad_(requires_grad)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="jvp"):
+        asa_attention(forward_ad.make_dual(query, query.detach()), *rest, **options)
+
+
+def test_only_out_requires_grad():
+    inputs, options = make(named("plain"))
+    out, stats = asa_attention(*with_grad(inputs), **options, return_stats=True)
+    assert out.requires_grad and not any(x.requires_grad for x in stats)
+
+
+def test_inference_keeps_no_bits():
+    inputs, options = make(named("plain"))
+    *_, bits, local = ops.asa_fwd(*op_arguments(inputs, options, keep_bits=False))
+    assert bits.shape[-1] == 0 and local.shape[-1] == 9
+    *_, bits, _ = ops.asa_fwd(*op_arguments(inputs, options))
+    assert bits.shape[-1] == 8
+
+
+def test_flops_are_those_of_dense_attention():
+    (query, key, value, *_), _ = make(named("dense", grid=(8, 8), dim=16, dim_v=16, batch=1, heads=1))
+    query, key, value = with_grad([query, key, value])
+    with FlopCounterMode(display=False) as forward:
+        out = asa_attention(query, key, value)
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    with FlopCounterMode(display=False) as reference:
+        asa_attention(query, key, value, impl="reference")
+    assert forward.get_total_flops() == 4 * 64**2 * 16
+    assert backward.get_total_flops() == 10 * 64**2 * 16
+    assert ops.flops(query.shape, key.shape, value.shape, pairs=100) == 2 * 64**2 * 16 + 2 * 100 * 16
+    # The reference counts its products, and one [N, N] x [N, 1] for values that are not finite.
+    assert reference.get_total_flops() == 4 * 64**2 * 16 + 2 * 64**2
