@@ -231,10 +231,10 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     clean, noisy = pair(size)
     tuning = (clean, noisy) if size <= TUNING_SIZE else pair(TUNING_SIZE)
     h_dense, h_sparse, alpha = tune(*tuning, unit)
-    print(
-        f"{options.image}, {size} x {size} = {n} tokens, noise {options.noise:g}, PyTorch on {torch.get_num_threads()} threads"
-    )
-    print(f"h and alpha chosen by PSNR{'' if size <= TUNING_SIZE else f' at {TUNING_SIZE} x {TUNING_SIZE}'}\n")
+    threads = torch.get_num_threads()
+    chosen = "" if size <= TUNING_SIZE else f" at {TUNING_SIZE} x {TUNING_SIZE}"
+    print(f"{options.image}, {size} x {size} = {n} tokens, noise {options.noise:g}, {threads} CPU threads")
+    print(f"h and alpha chosen by PSNR{chosen}\n")
 
     shown = noisy.clip(0, 1)
     results = [Result("clean", clean, math.inf, 1.0), Result.of("noisy", clean, shown)]

@@ -1,0 +1,101 @@
+"""The demo, small; and its numbers."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "examples" / "denoise.py"
+
+
+@pytest.fixture(scope="module")
+def denoise():
+    spec = importlib.util.spec_from_file_location("denoise", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_runs_small(denoise, tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    _, noisy, dense, sparse = denoise.main(["--size", "40", "--out", str(picture)])
+    assert noisy.psnr < dense.psnr < sparse.psnr and noisy.ssim < sparse.ssim
+    assert dense.survivors == 1600 and 1 <= sparse.survivors < 800
+    assert sparse.flops < dense.flops == 2 * 1600**2 * (77 + 3)
+    assert dense.memory is None or dense.memory > 0
+    assert skimage.io.imread(picture).std() > 1
+    text = capsys.readouterr().out
+    assert "PSNR dB" in text and f"{sparse.psnr:.2f}" in text
+
+
+def test_scores_are_minus_squared_patch_distances(denoise):
+    image = np.random.default_rng(0).random((9, 8, 3))
+    query, key, value = denoise.attention_inputs(image, 1.3)
+    patches = denoise.patch_tokens(image)
+    expected = -torch.cdist(patches, patches).square() / 1.3**2
+    torch.testing.assert_close((query @ key.mT)[0, 0], expected, rtol=1e-4, atol=1e-4)
+    assert patches.shape == (72, 75) and torch.equal(value[0, 0, 8], torch.tensor(image[1, 0]).float())
+    corner = torch.tensor(image[:3, :3]).float().permute(2, 0, 1)  # the patch at (2, 2) starts at (0, 0)
+    centred = denoise.patch_tokens(image)[2 * 8 + 2].view(3, 5, 5)[:, :3, :3]
+    assert (centred - corner).flatten(1).std() < 0.2
+
+
+def test_weight_maps_agree_with_the_library(denoise):
+    image = denoise.load("coffee", 32)
+    noisy = image + np.random.default_rng(0).normal(0, 0.1, image.shape)
+    out, stats = denoise.sparse(noisy, 0.8, 2.0)
+    for pixel in ((3, 5), (20, 31)):
+        dense, adaptive, reciprocal = denoise.weight_maps(noisy, 0.8, 2.0, stats, pixel)
+        row = pixel[0] * 32 + pixel[1]
+        assert np.count_nonzero(reciprocal) == stats.survivors[0, 0, row]
+        assert np.count_nonzero(dense) == 1024 >= np.count_nonzero(adaptive) >= np.count_nonzero(reciprocal) > 0
+        colour = (reciprocal[..., None] * noisy).sum((0, 1)).clip(0, 1)
+        np.testing.assert_allclose(colour, out[pixel], atol=1e-5)
+
+
+def test_dense_is_skipped_where_its_matrix_is_too_large(denoise, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(denoise, "DENSE_LIMIT", 10**6)
+    monkeypatch.setattr(denoise, "TUNING_SIZE", 20)
+    results = denoise.main(["--size", "32", "--out", str(tmp_path / "out.png")])
+    assert [r.name.split(",")[0] for r in results] == ["clean", "noisy", "ASA"]
+    text = capsys.readouterr().out
+    assert "dense: skipped, one 1024 x 1024 float32 matrix alone is 0.0 GB" in text and "at 20 x 20" in text
+
+
+def test_reads_grey_and_transparent_pictures(denoise, tmp_path):
+    colour = skimage.util.img_as_ubyte(denoise.load("chelsea", 20))
+    for name, image in (("grey", colour[..., 0]), ("rgba", np.dstack([colour, np.full((20, 20), 255, np.uint8)]))):
+        path = tmp_path / f"{name}.png"
+        skimage.io.imsave(path, image, check_contrast=False)
+        assert denoise.load(str(path), 20).shape == (20, 20, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no-such.png"], "no photograph 'no-such.png'"),
+        ([str(SCRIPT)], "cannot read"),
+        (["--size", "4"], "--size must be at least 10, got 4"),
+        (["--noise", "0"], "--noise must be > 0"),
+        (["--out", "no/such/folder.png"], "no folder 'no/such'"),
+    ],
+    ids=["missing", "no image", "small", "noise", "folder"],
+)
+def test_bad_arguments(denoise, arguments, message, capsys):
+    with pytest.raises(SystemExit) as error:
+        denoise.main(arguments)
+    assert message in f"{error.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("photograph", "dense_db", "sparse_db"),
+    [("astronaut", 24.7, 25.4), ("coffee", 26.3, 27.9), ("chelsea", 26.6, 28.0), ("rocket", 28.0, 29.8)],
+)
+def test_gains_on_four_photographs(denoise, photograph, dense_db, sparse_db, tmp_path):
+    """Within 0.3 dB of a dense prototype's figures."""
+    _, _, dense, sparse = denoise.main([photograph, "--out", str(tmp_path / "out.png")])
+    assert abs(dense.psnr - dense_db) < 0.3 and abs(sparse.psnr - sparse_db) < 0.3
