@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
-SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/* csrc/*/*)
+SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 .PHONY: demo test test-all lint format clean
 
@@ -34,4 +34,6 @@ $(READY): $(SOURCES)
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	@$(RUN) -c 'import asa_ops.extension as e; e.WHY_MISSING and print("asa_ops:", e.WHY_MISSING)'
+	@$(RUN) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").exists() or print("asa_ops: Python.h not found: torch.compile cannot build for the CPU, its test is skipped (Debian: apt install python3-dev)")'
 	@touch $@

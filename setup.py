@@ -3,7 +3,6 @@
 Without a working C++ compiler the package installs all the same, with its PyTorch implementations only.
 """
 
-import os
 import shlex
 import subprocess
 import sys
@@ -17,7 +16,9 @@ VERSION = "0.1.0"
 
 def why_no_compiler() -> str | None:
     """Try the compiler that torch's build would use on an empty program; return why it does not work, or None."""
-    compiler = os.environ.get("CXX", "g++")
+    from torch.utils.cpp_extension import get_cxx_compiler
+
+    compiler = get_cxx_compiler()
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe.cpp")
         source.write_text("#include <cstdint>\nint main() { return 0; }\n")
@@ -38,13 +39,14 @@ def extension() -> dict:
     module = CppExtension(
         "asa_ops._C",
         sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
+        depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
         py_limited_api=True,
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # torch 2.10
             ("TORCH_STABLE_ONLY", None),
             ("ASA_OPS_VERSION", str(10000 * major + 100 * minor + patch)),
         ],
-        extra_compile_args=["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden"],
+        extra_compile_args=["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden", "-g0"],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else [],
     )
     return {

@@ -7,6 +7,8 @@ that would force a device synchronisation. They surface as NaN rows of their own
 import torch
 from torch import Tensor
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 def describe(x: object) -> str:
     """Return a short description of an argument for an error message."""
@@ -31,6 +33,12 @@ def check_positive_int(name: str, x: object) -> None:
         raise ValueError(f"{name} must be >= 1, got {name}={x}")
 
 
+def check_number(name: str, x: object) -> None:
+    """Check that ``x`` is a real number."""
+    if isinstance(x, bool) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
+        raise TypeError(f"{name} must be a number, got {describe(x)}")
+
+
 def check_window(window: object) -> None:
     """Check that ``window`` is an odd integer >= 1."""
     check_positive_int("window", window)
@@ -46,8 +54,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_tensor("query", query, "[B, heads, N_q, D]")
     check_tensor("key", key, "[B, heads, N_k, D]")
     check_tensor("value", value, "[B, heads, N_k, Dv]")
-    if not query.dtype.is_floating_point:
-        raise TypeError(f"query must be floating point, got {describe(query)}")
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query must be one of {_DTYPES}, got {describe(query)}")
     for name, x in (("key", key), ("value", value)):
         if x.dtype != query.dtype:
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {describe(x)}")
@@ -80,7 +88,8 @@ def check_threshold(name: str, x: Tensor | None, query: Tensor) -> None:
         return
     check_tensor(name, x, "[B, heads or 1, N_q]")
     if x.dtype not in (query.dtype, torch.float32):
-        raise TypeError(f"{name} must be {query.dtype} (as query) or torch.float32, got {describe(x)}")
+        expected = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
+        raise TypeError(f"{name} must be {expected}, got {describe(x)}")
     check_device(name, x, query)
     batch, heads, n = query.shape[:3]
     if x.shape[0] != batch or x.shape[1] not in (1, heads) or x.shape[2] != n:
@@ -122,3 +131,5 @@ def check_feature_map(x: object, channels: int) -> None:
     check_tensor("x", x, "[B, C, H, W]")
     if x.shape[1] != channels:
         raise ValueError(f"x must have C = in_channels = {channels} channels, got {describe(x)}")
+    if 0 in x.shape[2:]:
+        raise ValueError(f"x must have H, W >= 1, got {describe(x)}")

@@ -15,12 +15,12 @@ LIBRARY = Path(__file__).with_name("_C.abi3.so")
 def load(library: Path) -> str | None:
     """Load the extension; return None if it is usable, otherwise the reason why not."""
     if not library.exists():
-        return "the compiled extension is missing (no working C++ compiler when asa_ops was installed)"
+        return "the compiled extension is missing (no working C++ compiler when asa_ops was installed: reinstall)"
     try:
         torch.ops.load_library(library)
-    except OSError as error:
+        number = torch.ops.asa_ops.extension_version()
+    except (OSError, AttributeError, RuntimeError) as error:
         return f"the compiled extension cannot be loaded ({error})"
-    number = torch.ops.asa_ops.extension_version()
     built = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
     try:
         wanted = version("asa_ops")

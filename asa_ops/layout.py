@@ -1,5 +1,7 @@
 """Feature maps as tokens: [B, C, H, W] <-> [B, heads, N, D] with N = H * W in raster order, and windows on the grid."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -14,6 +16,18 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """Return tokens [B, heads, H * W, D] as a contiguous feature map [B, heads * D, H, W]."""
     batch, heads, _, dim = tokens.shape
     return tokens.transpose(-1, -2).reshape(batch, heads * dim, *grid).contiguous()
+
+
+def csr_of_rows(rows: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return row_offsets (int64) and col_indices (int32) of a boolean matrix given block of rows by block of rows."""
+    counts, columns = (
+        [torch.zeros(1, dtype=torch.int64, device=device)],
+        [torch.zeros(0, dtype=torch.int32, device=device)],
+    )
+    for block in rows:
+        counts.append(block.sum(-1))
+        columns.append(block.nonzero()[:, 1].to(torch.int32))
+    return torch.cat(counts).cumsum(0), torch.cat(columns)
 
 
 def window_columns(grid: tuple[int, int], window: int, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:

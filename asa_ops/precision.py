@@ -7,14 +7,21 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .checks import describe
 
-def cast_under_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return ``tensors`` in the autocast dtype of their device if autocast is on there; float64 stays as it is."""
-    device = tensors[0].device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
-        return tensors
-    low = torch.get_autocast_dtype(device)
-    return tuple(x if x.dtype == torch.float64 else x.to(low) for x in tensors)
+
+def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return ``tensors`` in the autocast dtype of their device where autocast is on; float64 stays as it is."""
+
+    def cast(name: str, x: Tensor) -> Tensor:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+        device = x.device.type
+        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        castable = x.dtype.is_floating_point and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(device)) if on and castable else x
+
+    return tuple(cast(name, x) for name, x in tensors.items())
 
 
 def outside_autocast(device: str) -> contextlib.AbstractContextManager:

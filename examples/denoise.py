@@ -20,6 +20,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+import PIL.Image
 import skimage
 import torch
 from matplotlib.colors import LogNorm
@@ -28,13 +29,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from asa_ops import AsaStats, asa_attention
-from asa_ops.asa import blocked
 from asa_ops.asa.ops import flops
 
 PATCH = 5
 SAMPLES = ("astronaut", "coffee", "chelsea", "rocket")
 WIDTHS = (0.5, 0.7, 0.9, 1.2, 1.6)  # h, in units of noise * sqrt(values in a patch)
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+SETTINGS = [(h, None) for h in WIDTHS] + [(h, alpha) for h in WIDTHS for alpha in ALPHAS]  # None: dense
 TUNING_SIZE = 96  # h and alpha are chosen on a picture no larger than this
 DENSE_LIMIT = 4 * 2**30  # bytes of one N x N float32 matrix above which dense attention is not tried
 
@@ -46,18 +47,22 @@ def load(name: str, size: int) -> np.ndarray:
     elif not Path(name).is_file():
         raise SystemExit(f"denoise: no photograph {name!r}: expected a file or one of {', '.join(SAMPLES)}")
     else:
-        try:
-            image = skimage.io.imread(name)
-        except Exception as error:  # every image plugin has its own
-            raise SystemExit(f"denoise: cannot read {name!r} as an image: {error}") from error
-    if image.ndim == 2:
-        image = skimage.color.gray2rgb(image)
-    if image.ndim != 3 or image.shape[2] not in (3, 4):
-        raise SystemExit(f"denoise: {name!r} has shape {image.shape}, expected a grey, RGB or RGBA picture")
+        image = read(name)
     image = skimage.util.img_as_float(image)
-    if image.shape[2] == 4:
-        image = skimage.color.rgba2rgb(image)
     return skimage.transform.resize(image, (size, size), anti_aliasing=True).clip(0, 1)
+
+
+def read(name: str) -> np.ndarray:
+    """Return a file's picture as uint8 [H, W, 3], what is transparent on white."""
+    try:
+        with PIL.Image.open(name) as file:
+            if file.mode in ("I", "F") or file.mode.startswith("I;"):
+                raise SystemExit(f"denoise: {name!r} has pixels of mode {file.mode!r}, expected 8 bits a colour")
+            picture = file.convert("RGBA")
+    except (OSError, SyntaxError, ValueError) as error:
+        raise SystemExit(f"denoise: cannot read {name!r} as a picture: {error}") from error
+    white = PIL.Image.new("RGBA", picture.size, "white")
+    return np.asarray(PIL.Image.alpha_composite(white, picture).convert("RGB"))
 
 
 def patch_tokens(image: np.ndarray) -> Tensor:
@@ -99,13 +104,13 @@ def psnr(clean: np.ndarray, image: np.ndarray) -> float:
     return peak_signal_noise_ratio(clean, image, data_range=1)
 
 
-def tune(clean: np.ndarray, noisy: np.ndarray, unit: float) -> tuple[float, float, float]:
+def tune(clean: np.ndarray, noisy: np.ndarray, unit: float, bar: tqdm) -> tuple[float, float, float]:
     """Return the best h for dense attention, and the best h and alpha for sparse attention, by PSNR."""
-    settings = [(h * unit, None) for h in WIDTHS] + [(h * unit, alpha) for h in WIDTHS for alpha in ALPHAS]
     scores = {}
-    for h, alpha in tqdm(settings, desc="tuning h and alpha", unit="run", leave=False):
-        image = dense(noisy, h) if alpha is None else sparse(noisy, h, alpha)[0]
-        scores[h, alpha] = psnr(clean, image)
+    for h, alpha in SETTINGS:
+        image = dense(noisy, h * unit) if alpha is None else sparse(noisy, h * unit, alpha)[0]
+        scores[h * unit, alpha] = psnr(clean, image)
+        bar.update()
     best_dense = max((s for s in scores if s[1] is None), key=scores.get)
     best_sparse = max((s for s in scores if s[1] is not None), key=scores.get)
     return best_dense[0], *best_sparse
@@ -215,8 +220,12 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     options = parser.parse_args(arguments)
     if options.size < 2 * PATCH:
         parser.error(f"--size must be at least {2 * PATCH}, got {options.size}")
-    if not options.noise > 0:
-        parser.error(f"--noise must be > 0, got {options.noise}")
+    if not 0 < options.noise < math.inf:
+        parser.error(f"--noise must be > 0 and finite, got {options.noise}")
+    if options.seed < 0:
+        parser.error(f"--seed must be >= 0, got {options.seed}")
+    if options.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        parser.error(f"--out must end in .png, .jpg, .pdf or .svg, got {str(options.out)!r}")
     if not options.out.parent.is_dir():
         parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
 
@@ -230,7 +239,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
     unit = options.noise * math.sqrt(PATCH * PATCH * 3)
     clean, noisy = pair(size)
     tuning = (clean, noisy) if size <= TUNING_SIZE else pair(TUNING_SIZE)
-    h_dense, h_sparse, alpha = tune(*tuning, unit)
+    with tqdm(total=len(SETTINGS), desc="tuning h and alpha", unit="run", leave=False) as bar:
+        h_dense, h_sparse, alpha = tune(*tuning, unit, bar)
     threads = torch.get_num_threads()
     chosen = "" if size <= TUNING_SIZE else f" at {TUNING_SIZE} x {TUNING_SIZE}"
     print(f"{options.image}, {size} x {size} = {n} tokens, noise {options.noise:g}, {threads} CPU threads")
@@ -245,8 +255,7 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         image, seconds, peak = measured(lambda: dense(noisy, h_dense))
         figures = {"seconds": seconds, "memory": peak, "flops": flops(q_shape, k_shape, v_shape), "survivors": n}
         results.append(Result.of(f"dense, h = {h_dense / unit:g} s", clean, image, **figures))
-    with tqdm(total=2 * n, desc="asa_attention", unit="row", leave=False) as bar, blocked.progress(bar.update):
-        (image, stats), seconds, peak = measured(lambda: sparse(noisy, h_sparse, alpha))
+    (image, stats), seconds, peak = measured(lambda: sparse(noisy, h_sparse, alpha))
     pairs = int(stats.survivors.sum())
     figures = {
         "seconds": seconds,
@@ -261,7 +270,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         print(result.row())
     if matrix > DENSE_LIMIT:
         print(f"dense: skipped, one {n} x {n} float32 matrix alone is {matrix / 1e9:.1f} GB")
-    print(f"\ns = noise * sqrt({PATCH * PATCH * 3}); peak MB is what the call added; GFLOP counts scores and survivors")
+    print(f"\ns = noise * sqrt({PATCH * PATCH * 3}); peak MB is what the call added; GFLOP is what the result takes:")
+    print("every score once, and the values of the survivors")
 
     pixels = [(round(size * r), round(size * c)) for r, c in ((0.22, 0.42), (0.5, 0.8), (0.8, 0.3))]
     draw(options.out, results, {p: weight_maps(noisy, h_sparse, alpha, stats, p) for p in pixels})

@@ -16,7 +16,7 @@ def call(change, **options):
 
 
 WRONG = {
-    "no tensor": (lambda a: {"query": [1.0]}, TypeError, r"query must be a tensor \[B, heads, N_q, D\], got \[1.0\]"),
+    "no tensor": (lambda a: {"query": [1.0]}, TypeError, r"query must be a tensor, got \[1.0\] of type list"),
     "query rank": (lambda a: {"query": a["query"][0]}, ValueError, r"query must have the 4 dimensions .*\[2, 24, 8\]"),
     "key rank": (lambda a: {"key": a["key"][None]}, ValueError, r"key must have the 4 dimensions .*\[1, 2, 2, 24, 8\]"),
     "batch": (lambda a: {"key": a["key"][:1]}, ValueError, r"key must have .*\[2, 2\], got .*\[1, 2, 24, 8\]"),
@@ -34,7 +34,11 @@ WRONG = {
         ValueError,
         r"beta needs as many queries as keys, got N_q = 24 and N_k = 9",
     ),
-    "integer": (lambda a: {"query": a["query"].int()}, TypeError, r"floating point, got a torch.int32"),
+    "integer": (
+        lambda a: {"query": a["query"].int()},
+        TypeError,
+        r"query must be one of .*torch.float64.*got a torch.int32",
+    ),
     "dtype mix": (lambda a: {"key": a["key"].half()}, TypeError, r"key .*torch.float32, got a torch.float16"),
     "device mix": (lambda a: {"value": a["value"].to("meta")}, ValueError, r"value .*device of query, cpu, got .*meta"),
     "alpha shape": (
@@ -48,7 +52,7 @@ WRONG = {
     "alpha dtype": (
         lambda a: {"alpha": a["alpha"].double()},
         TypeError,
-        r"alpha must be torch.float32 .*got a torch.float64",
+        r"alpha must be torch.float32, got a torch.float64",
     ),
     "alpha device": (lambda a: {"alpha": a["alpha"].to("meta")}, ValueError, r"alpha must lie on the device of query"),
     "beta shape": (lambda a: {"beta": a["beta"][:1]}, ValueError, r"beta must be .*got .*\[1, 1, 24\]"),
@@ -79,7 +83,19 @@ WRONG = {
         r"key_padding_mask must lie on the device of query, cpu, got .*meta",
     ),
     "threshold_grad": (lambda a: {"threshold_grad": "ste"}, ValueError, r"threshold_grad must be .*got 'ste'"),
-    "threshold_band": (lambda a: {"threshold_band": 0.0}, ValueError, r"threshold_band must be > 0, got 0.0"),
+    "threshold_band": (
+        lambda a: {"threshold_band": 0.0},
+        ValueError,
+        r"threshold_band must be > 0 and finite, got 0.0",
+    ),
+    "threshold_band inf": (lambda a: {"threshold_band": float("inf")}, ValueError, r"finite, got inf"),
+    "threshold_band type": (lambda a: {"threshold_band": "2"}, TypeError, r"threshold_band must be a number, got '2'"),
+    "scale type": (
+        lambda a: {"scale": torch.ones(())},
+        TypeError,
+        r"scale must be a number, got a torch.float32 tensor",
+    ),
+    "reciprocal type": (lambda a: {"reciprocal": "no"}, TypeError, r"reciprocal must be True or False, got 'no'"),
     "impl unknown": (lambda a: {"impl": "fast"}, ValueError, r"impl must be one of \['auto', .*got 'fast'"),
     "impl not here": (
         lambda a: {"impl": "triton"},
@@ -98,12 +114,27 @@ def test_wrong_arguments(name, impl):
         call(change, impl=impl)
 
 
-def test_wrong_arguments_of_reciprocal_neighbors():
-    (query, key, _, alpha, beta), options = make(named("plain"), torch.float32)
-    with pytest.raises(ValueError, match="beta needs grid"):
-        reciprocal_neighbors(query, key, alpha, beta)
-    with pytest.raises(ValueError, match="D = 8, got D = 3"):
-        reciprocal_neighbors(query, key[..., :3], alpha, beta, **options)
+@pytest.mark.parametrize("name", [name for name in WRONG if "value" not in name and "threshold_" not in name])
+def test_wrong_arguments_of_reciprocal_neighbors(name):
+    change, error, message = WRONG[name]
+    inputs, options = make(named("plain", grid=(4, 6)), torch.float32)
+    arguments = dict(zip(("query", "key", "value", "alpha", "beta"), inputs, strict=True)) | options
+    changed = change(arguments)
+    if set(changed) == {"value"}:
+        return
+    arguments |= changed
+    del arguments["value"]
+    with pytest.raises(error, match=message.replace("asa_attention", ".*")):
+        reciprocal_neighbors(**arguments)
+
+
+def test_errors_come_before_any_work(monkeypatch):
+    for module in (asa_ops.asa.api.ops, asa_ops.asa.api.reference):
+        for name in ("attend", "asa_attention"):
+            monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("work was done"), raising=False)
+    for name, (change, error, message) in WRONG.items():
+        with pytest.raises(error, match=message):
+            call(change)
 
 
 def test_explain_names_what_runs_and_why_the_others_do_not():
@@ -116,6 +147,8 @@ def test_explain_names_what_runs_and_why_the_others_do_not():
     assert lines[0] == f"asa_attention on cpu, torch.float32, impl='auto': {chosen}"
     assert dict(zip(names, lines[1:], strict=True))[chosen].endswith("runs")
     assert "need CUDA tensors" in lines[1 + names.index("triton")]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windw'"):
+        asa_ops.explain(query, windw=3)
     assert "an error" in asa_ops.explain(query, impl="cuda").splitlines()[0]
 
 
@@ -142,6 +175,7 @@ MODULE = {
         "in_channels = 17 must be divisible by heads = 2 in gaussian mode",
     ),
     "published topk": ({"published": True, "topk": 3}, ValueError, "published=True has no topk, got topk=3"),
+    "published impl": ({"published": True, "impl": "blocked"}, ValueError, "the reference, got impl='blocked'"),
     "impl": ({"impl": "fast"}, ValueError, "impl must be one of"),
 }
 
@@ -159,5 +193,9 @@ def test_wrong_module_inputs():
         block(torch.randn(1, 8, 4, 4))
     with pytest.raises(ValueError, match=r"x must have the 4 dimensions \[B, C, H, W\]"):
         block(torch.randn(16, 4, 4))
-    with pytest.raises(ValueError, match=r"unknown key 'conv.weight' in a published checkpoint, expected \['conv_out"):
+    with pytest.raises(ValueError, match=r"x must have H, W >= 1, got .*\[1, 16, 0, 4\]"):
+        block(torch.randn(1, 16, 0, 4))
+    with pytest.raises(
+        ValueError, match=r"unknown key 'conv.weight' in a published block's state dict, expected \['conv_out"
+    ):
         AdaptiveSparseAttention.from_upstream({"conv.weight": torch.zeros(1)})

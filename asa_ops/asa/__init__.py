@@ -29,13 +29,14 @@ w = ``threshold_band``, and lse is held constant::
     dl/du_i   = - sum_{j in W(i)} d(s_ij - u_i) (1 - M_ij) G_ij
     dl/dalpha_i = dl/dt_i / alpha_i,  dl/dbeta_i = dl/du_i / beta_i,  0 where the multiplier is 0
 
-(not reciprocal: without A_ji and the second term).
+(not reciprocal: without A_ji and the second term). Where an output row is NaN, all gradients of its image and head may
+be.
 
 Cost per image and head, one unit being an N x N x D product (2 N^2 D operations): dense attention computes 2 units
 forward and 5 backward. ``impl="blocked"`` computes 3 (2 unless reciprocal) and 5, in N^2 / 8 bytes plus O(N D).
 """
 
-from .api import NeighborGraph, asa_attention, explain, reciprocal_neighbors
-from .stats import AsaStats
+from .api import asa_attention, explain, reciprocal_neighbors
+from .types import AsaStats, NeighborGraph
 
 __all__ = ["AsaStats", "NeighborGraph", "asa_attention", "explain", "reciprocal_neighbors"]

@@ -1,14 +1,15 @@
 """The public functions of adaptive sparse attention: checks, dispatch, nothing else."""
 
-from typing import NamedTuple
+import inspect
+import math
 
 import torch
 from torch import Tensor
 
 from .. import checks, dispatch
-from ..precision import cast_under_autocast
-from . import blocked, ops, reference
-from .stats import AsaStats
+from ..precision import cast_under_autocast, outside_autocast
+from . import blocked, cpu, ops, reference
+from .types import AsaStats, Inputs, NeighborGraph, Options
 
 
 def asa_attention(
@@ -76,42 +77,33 @@ def asa_attention(
         >>> out.shape
         torch.Size([1, 2, 768, 64])
     """
-    checks.check_qkv(query, key, value)
-    _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_padding_mask)
-    if threshold_grad not in (None, "straight_through"):
-        raise ValueError(f"threshold_grad must be None or 'straight_through', got {threshold_grad!r}")
-    if not threshold_band > 0:
-        raise ValueError(f"threshold_band must be > 0, got {threshold_band}")
-    # Thresholds are compared with float32 scores and keep their dtype.
-    query, key, value = cast_under_autocast(query, key, value)
-    alpha, beta = (x if x is None or x.dtype == query.dtype else x.float() for x in (alpha, beta))
+    query, key, value = cast_under_autocast(query=query, key=key, value=value)  # thresholds keep their dtype
+    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
+    options = _check(inputs, grid, window, topk, reciprocal, scale)
+    checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
+    checks.check_number("threshold_band", threshold_band)
+    if not 0 < threshold_band < math.inf:
+        raise ValueError(f"threshold_band must be > 0 and finite, got {threshold_band}")
     impl = dispatch.resolve(_call(query), impl)
-    options = {
-        "grid": grid,
-        "window": window,
-        "topk": topk,
-        "reciprocal": reciprocal,
-        "key_padding_mask": key_padding_mask,
-        "scale": query.shape[-1] ** -0.5 if scale is None else scale,
-        "threshold_grad": threshold_grad,
-        "threshold_band": threshold_band,
-    }
     if impl == "reference":
-        return reference.asa_attention(query, key, value, alpha, beta, **options, return_stats=return_stats)
-    out, *stats = ops.attend(query, key, value, alpha, beta, **options, impl=impl)
+        return reference.asa_attention(
+            query,
+            key,
+            value,
+            alpha,
+            beta,
+            grid=grid,
+            window=window,
+            topk=topk,
+            reciprocal=reciprocal,
+            key_padding_mask=key_padding_mask,
+            scale=options.scale,
+            threshold_grad=threshold_grad,
+            threshold_band=threshold_band,
+            return_stats=return_stats,
+        )
+    out, *stats = ops.attend(inputs, options, threshold_grad, float(threshold_band), impl)
     return (out, AsaStats(*stats)) if return_stats else out
-
-
-class NeighborGraph(NamedTuple):
-    """A graph in CSR form. Row r = (b * heads + h) * N_q + i holds the survivors of position i, columns ascending.
-
-    Attributes:
-        row_offsets: int64 [B * heads * N_q + 1].
-        col_indices: int32 [nnz]; those of row r are ``col_indices[row_offsets[r] : row_offsets[r + 1]]``.
-    """
-
-    row_offsets: Tensor
-    col_indices: Tensor
 
 
 @torch.no_grad()
@@ -144,19 +136,14 @@ def reciprocal_neighbors(
         >>> col_indices.tolist()
         [0, 1, 2, 3]
     """
-    checks.check_qkv(query, key, key)
-    _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_padding_mask)
+    query, key = cast_under_autocast(query=query, key=key)
+    value = key[..., :0]  # nobody's values are asked for
+    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
+    options = _check(inputs, grid, window, topk, reciprocal, scale)
     impl = dispatch.resolve(_call(query), impl)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    options = (grid, window, topk, reciprocal)
-    find = reference.neighbor_rows if impl == "reference" else blocked.neighbor_rows
-    counts, columns = [], []
-    for kept in find(query, key, alpha, beta, key_padding_mask, *options, scale):
-        counts.append(kept.sum(-1))
-        columns.append(kept.nonzero()[:, 1].to(torch.int32))
-    zero = torch.zeros(1, dtype=torch.int64, device=query.device)
-    row_offsets = torch.cat([zero, *counts]).cumsum(0)
-    return NeighborGraph(row_offsets, torch.cat([zero[:0].to(torch.int32), *columns]))
+    find = {"reference": reference, "blocked": blocked, "cpu": cpu}[impl].neighbor_graph
+    with outside_autocast(query.device.type):
+        return find(inputs, options)
 
 
 def explain(query: Tensor, *args, impl: str = "auto", **options) -> str:
@@ -169,6 +156,7 @@ def explain(query: Tensor, *args, impl: str = "auto", **options) -> str:
         >>> print(asa_ops.explain(torch.randn(1, 1, 64, 32)).splitlines()[0])  # doctest: +ELLIPSIS
         asa_attention on cpu, torch.float32, impl='auto': ...
     """
+    inspect.signature(asa_attention).bind_partial(query, *args, impl=impl, **options)
     checks.check_tensor("query", query, "[B, heads, N_q, D]")
     return dispatch.explain(_call(query), impl)
 
@@ -177,10 +165,15 @@ def _call(query: Tensor) -> dispatch.Call:
     return dispatch.Call("asa_attention", "asa", query.device.type, query.dtype)
 
 
-def _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_padding_mask) -> None:
+def _check(inputs: Inputs, grid, window, topk, reciprocal, scale) -> Options:
+    """Check what :func:`asa_attention` and :func:`reciprocal_neighbors` have in common; return the options resolved."""
+    query, key, value, alpha, beta, key_padding_mask = inputs
+    checks.check_qkv(query, key, value)
     checks.check_threshold("alpha", alpha, query)
     checks.check_threshold("beta", beta, query)
     checks.check_padding_mask(key_padding_mask, query, key)
+    if not isinstance(reciprocal, bool):
+        raise TypeError(f"reciprocal must be True or False, got {checks.describe(reciprocal)}")
     n_q, n_k = query.shape[2], key.shape[2]
     if n_q != n_k and (reciprocal or beta is not None or grid is not None):
         given = "reciprocal=True" if reciprocal else "beta" if beta is not None else f"grid={grid}"
@@ -194,3 +187,9 @@ def _check_options(query, key, alpha, beta, grid, window, topk, reciprocal, key_
         checks.check_positive_int("topk", topk)
         if topk > n_k:
             raise ValueError(f"topk must be at most the number of keys, N_k = {n_k}, got topk={topk}")
+    if scale is not None:
+        checks.check_number("scale", scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
+    if grid is not None:  # a window wider than the map is the map
+        window = min(window, max(2 * max(grid) - 1, 1))
+    return Options(tuple(grid or (0, 0)), window, topk or 0, reciprocal, scale)

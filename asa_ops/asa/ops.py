@@ -9,9 +9,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..precision import outside_autocast
-from . import blocked
+from . import blocked, cpu
+from .types import Inputs, Options, Saved
 
-_IMPLEMENTATIONS = {"blocked": blocked}
+_IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu}
 
 
 @torch.library.custom_op("asa_ops::asa_fwd", mutates_args=())
@@ -37,38 +38,24 @@ def asa_fwd(
 
     ``learn_thresholds`` and ``band`` say what the gradient of alpha and beta is; the forward does not need them.
 
-    Returns:
-        out [B, heads, N_q, Dv]; lse, lse_kept, survivors (int32), kappa, u, each [B, heads, N_q];
-        bits, uint8 [B, heads, N_q, ceil(N_k / 8)]: adaptive neighbours A, lowest bit first (last dimension 0 if
-        ``keep_bits`` is false or there is neither alpha nor topk); local, bool [B, heads, N_q, window**2]: local
-        survivors L (last dimension 0 without beta). kappa and u are -inf where they do not apply.
+    Returns: the fields of :class:`Saved`; the bits are kept if ``keep_bits``, which a backward pass needs.
     """
-    saved = _new_outputs(query, key, value, alpha, beta, window, topk, keep_bits)
-    grid = (grid_height, grid_width)
-    options = (grid, window, topk or None, reciprocal, scale)
-    _IMPLEMENTATIONS[impl].fwd(query, key, value, alpha, beta, key_padding_mask, *options, saved)
-    return saved
+    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
+    options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
+    saved = _new_saved(inputs, options, keep_bits, impl)
+    _IMPLEMENTATIONS[impl].fwd(inputs, options, saved)
+    return tuple(saved)
 
 
 @asa_fwd.register_fake
 def _(query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scale, learn, band, keep_bits, impl):
-    return _new_outputs(query, key, value, alpha, beta, window, topk, keep_bits)
+    options = Options((h, w), window, topk, reciprocal, scale)
+    return tuple(_new_saved(Inputs(query, key, value, alpha, beta, mask), options, keep_bits, impl))
 
 
-def _new_outputs(query, key, value, alpha, beta, window, topk, keep_bits):
-    rows, n_keys = query.shape[:3], key.shape[2]
-    statistic = torch.promote_types(query.dtype, torch.float32)
-    thresholded = alpha is not None or topk > 0
-    return (
-        query.new_empty(*rows, value.shape[3]),
-        query.new_empty(rows, dtype=statistic),
-        query.new_empty(rows, dtype=statistic),
-        query.new_empty(rows, dtype=torch.int32),
-        query.new_full(rows, -torch.inf, dtype=statistic),
-        query.new_full(rows, -torch.inf, dtype=statistic),
-        query.new_empty(*rows, blocked.bit_columns(n_keys) if keep_bits and thresholded else 0, dtype=torch.uint8),
-        query.new_empty(*rows, 0 if beta is None else window**2, dtype=torch.bool),
-    )
+def _new_saved(inputs: Inputs, options: Options, keep_bits: bool, impl: str) -> Saved:
+    shape = _IMPLEMENTATIONS[impl].bits_shape(inputs.query.shape[2], inputs.key.shape[2])
+    return Saved.new(inputs, options, shape, keep_bits)
 
 
 @torch.library.custom_op("asa_ops::asa_bwd", mutates_args=())
@@ -83,8 +70,9 @@ def asa_bwd(
     out: Tensor,
     lse: Tensor,
     lse_kept: Tensor,
+    survivors: Tensor,
     kappa: Tensor,
-    u: Tensor,
+    log_mean: Tensor,
     bits: Tensor,
     local: Tensor,
     grid_height: int,
@@ -101,25 +89,28 @@ def asa_bwd(
 
     Those of alpha and beta are 0 unless ``learn_thresholds``, and [B, 0, 0] where there is no such argument.
     """
-    grads = _new_gradients(query, key, value, alpha, beta)
-    inputs = (query, key, value, alpha, beta, key_padding_mask)
-    saved = (out, lse, lse_kept, kappa, u, bits, local)
-    options = ((grid_height, grid_width), window, topk or None, reciprocal, scale)
-    _IMPLEMENTATIONS[impl].bwd(grad_out, *inputs, saved, *options, learn_thresholds, band, grads)
-    return grads
+    if (alpha is not None or topk > 0) and 0 in bits.shape[3:] and key.shape[2]:
+        raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
+    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
+    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local)
+    options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
+    grads = _IMPLEMENTATIONS[impl].bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
+    return tuple(_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))
+
+
+def _like(gradient: Tensor | None, x: Tensor | None, query: Tensor) -> Tensor:
+    """Return a gradient in the shape and dtype of its input: 0 if there is none, [B, 0, 0] if there is no input."""
+    if x is None:
+        return query.new_empty(query.shape[0], 0, 0)
+    if gradient is None:
+        return x.new_zeros(x.shape)
+    return gradient.sum_to_size(x.shape).to(x.dtype).contiguous()
 
 
 @asa_bwd.register_fake
 def _(grad_out, query, key, value, alpha, beta, *rest):
-    return _new_gradients(query, key, value, alpha, beta)
-
-
-def _new_gradients(query, key, value, alpha, beta):
-    none = query.shape[0], 0, 0
-    return (
-        *(x.new_empty(x.shape) for x in (query, key, value)),
-        *(query.new_empty(none) if x is None else x.new_zeros(x.shape) for x in (alpha, beta)),
-    )
+    tokens = [x.new_empty(x.shape) for x in (query, key, value)]
+    return *tokens, *(_like(None, x, query) for x in (alpha, beta))
 
 
 class _AsaAttention(torch.autograd.Function):
@@ -132,24 +123,19 @@ class _AsaAttention(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         (*tensors, height, width, window, topk, reciprocal, scale, learn, band, _, impl) = inputs
-        out, lse, lse_kept, _, kappa, u, bits, local = output
         ctx.options = (height, width, window, topk, reciprocal, scale, learn, band, impl)
         ctx.has_thresholds = [x is not None for x in (inputs[3], inputs[4])]
-        ctx.save_for_backward(*tensors, out, lse, lse_kept, kappa, u, bits, local)
+        ctx.save_for_backward(*tensors, *output)
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # the bits would get a gradient of zeros as large as they are
 
     @staticmethod
     def backward(ctx, grad_out, *_):
-        # torch.compile cannot trace a Function inside a Function's backward, and has no double backward anyway.
-        run = asa_bwd if torch.compiler.is_compiling() else _AsaBackward.apply
-        dq, dk, dv, *dx = run(grad_out, *ctx.saved_tensors, *ctx.options)
-        return (
-            dq,
-            dk,
-            dv,
-            *(d if given else None for d, given in zip(dx, ctx.has_thresholds, strict=True)),
-            *[None] * 11,
-        )
+        if grad_out is None:
+            return (None,) * 16
+        dq, dk, dv, *dx = _AsaBackward.apply(grad_out, *ctx.saved_tensors, *ctx.options)
+        dx = (d if given else None for d, given in zip(dx, ctx.has_thresholds, strict=True))
+        return dq, dk, dv, *dx, *[None] * 11
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -195,7 +181,7 @@ def _fold(size: int, in_dims, args):
 
 
 def _unfold(size: int, outputs):
-    return tuple(x.unflatten(0, (size, x.shape[0] // size)) for x in outputs), (0,) * len(outputs)
+    return tuple(x.unflatten(0, (size, x.shape[0] // max(size, 1))) for x in outputs), (0,) * len(outputs)
 
 
 @register_flop_formula(torch.ops.asa_ops.asa_fwd)
@@ -222,30 +208,17 @@ def flops(q_shape, k_shape, v_shape, pairs: int | None = None) -> int:
 
 
 def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    *,
-    grid: tuple[int, int] | None,
-    window: int,
-    topk: int | None,
-    reciprocal: bool,
-    key_padding_mask: Tensor | None,
-    scale: float,
-    threshold_grad: str | None,
-    threshold_band: float,
-    impl: str,
+    inputs: Inputs, options: Options, threshold_grad: str | None, threshold_band: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run ``impl`` with autograd on checked arguments; return out, lse, lse_kept, survivors."""
-    inputs = (query, key, value, alpha, beta)
+    (height, width), *rest = options
+    compiling = torch.compiler.is_compiling()
     # Inside a vmap of a grad, requires_grad does not show: keep what a backward would read.
-    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+    transforms = not compiling and torch._C._are_functorch_transforms_active()
     keep_bits = transforms or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-    options = (*(grid or (0, 0)), window, topk or 0, reciprocal, float(scale))
-    learning = (threshold_grad is not None, float(threshold_band))
-    return _AsaAttention.apply(*inputs, key_padding_mask, *options, *learning, keep_bits, impl)[:4]
+    # torch.compile fails on a Function that is given one tensor twice or needs no gradient; the op has its gradient.
+    run = asa_fwd if compiling else _AsaAttention.apply
+    return run(*inputs, height, width, *rest, threshold_grad is not None, threshold_band, keep_bits, impl)[:4]
 
 
 def _register_autocast(device: str) -> None:

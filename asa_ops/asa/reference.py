@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..layout import csr_of_rows
 from ..precision import ignoring_autocast
-from .stats import AsaStats
+from .types import AsaStats, Inputs, NeighborGraph, Options
 
 
 class Survivors(NamedTuple):
@@ -73,9 +73,10 @@ def asa_attention(
             lse_kept.detach(),
             found.kept.sum(-1, dtype=torch.int32),
         )
-        if threshold_grad == "straight_through":
+        learns = any(x is not None and x.requires_grad for x in (alpha, beta))
+        if threshold_grad == "straight_through" and (learns or not torch.compiler.is_compiling()):
             pair = real_q[:, None, :, None] & real_k[:, None, None, :]
-            out = _StraightThrough.apply(out, *thresholds, s, v, found, lse_kept, pair, reciprocal, threshold_band)
+            out = _StraightThrough.apply(out, *thresholds, s, v, lse_kept, pair, *found, reciprocal, threshold_band)
     # Thresholds are constants, but a parameter behind them must get a zero gradient, not None (DDP waits for it).
     for x in thresholds:
         if x is not None:
@@ -123,14 +124,15 @@ def find_survivors(
     n = real_k.sum(-1)[:, None, None]
     lse = s.logsumexp(-1)
 
+    # Differences of scores are compared, not sums of scores and logarithms, which large scores would swallow.
     t = kappa = u = torch.full_like(lse, -torch.inf)
-    if alpha is not None:
-        t = lse + (alpha / n.clamp(min=1)).log()
     if topk is not None:
         kappa = s.topk(topk).values[..., -1]
     adaptive = pair & (s >= kappa[..., None])
     if alpha is not None:
-        adaptive = adaptive & (s > t[..., None])
+        log_alpha = alpha.log() - n.clamp(min=1).to(s.dtype).log()
+        t = lse + log_alpha
+        adaptive = adaptive & (s - lse[..., None] > log_alpha[..., None])
     elif topk is None and beta is not None:
         adaptive = torch.zeros_like(adaptive)
     non_local = adaptive & adaptive.mT if reciprocal else adaptive
@@ -138,9 +140,9 @@ def find_survivors(
     near = local = torch.zeros_like(adaptive)
     if beta is not None:
         near = pair & in_window(grid, window, s.device)
-        log_mean = s.masked_fill(~near, -torch.inf).logsumexp(-1) - near.sum(-1).log()
-        u = (beta.log() + log_mean).masked_fill(~near.any(-1), -torch.inf)  # padding: no window
-        local = near & (s > u[..., None])
+        log_mean = s.masked_fill(~near, -torch.inf).logsumexp(-1) - near.sum(-1).to(s.dtype).log()
+        u = (beta.log() + log_mean).masked_fill(~near.any(-1), -torch.inf)  # padding has no window
+        local = near & (s - log_mean[..., None] > beta.log()[..., None])
 
     # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
     invalid = (real_q & real_k.any(-1, keepdim=True))[:, None] & ~lse.isfinite()
@@ -150,21 +152,24 @@ def find_survivors(
     return Survivors(adaptive, non_local, local, near, non_local | local, lse, t, kappa, u, invalid)
 
 
-def neighbor_rows(query, key, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale):
-    """Yield the survivors K, bool [N_q, N_k], head by head, image by image."""
+def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
+    """Return the survivors K."""
+    query, key, _, alpha, beta, key_padding_mask = inputs
     real_q, real_k = real_positions(query, key, key_padding_mask)
-    s = scores(query, key, scale, real_q, real_k)
+    s = scores(query, key, options.scale, real_q, real_k)
     thresholds = [x if x is None else x.to(s.dtype) for x in (alpha, beta)]
-    kept = find_survivors(s, *thresholds, grid, window, topk, reciprocal, real_q, real_k).kept
-    yield from kept.flatten(0, 1)
+    shape = options.grid, options.window, options.topk or None, options.reciprocal
+    kept = find_survivors(s, *thresholds, *shape, real_q, real_k).kept
+    return NeighborGraph(*csr_of_rows(kept.flatten(0, 1), query.device))
 
 
 def in_window(grid: tuple[int, int], window: int, device: torch.device) -> Tensor:
     """Return [N, N] bool: j lies in the window of side ``window`` around i."""
     height, width = grid
-    r, c = (x.flatten() for x in torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij"))
+    token = torch.arange(height * width, device=device)
+    r, c = token // max(width, 1), token % max(width, 1)
     near = [(x[:, None] - x[None, :]).abs() <= window // 2 for x in (r, c)]
-    return (near[0] & near[1]).to(device)
+    return near[0] & near[1]
 
 
 def attend(s: Tensor, v: Tensor, kept: Tensor, invalid: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -184,48 +189,73 @@ def attend(s: Tensor, v: Tensor, kept: Tensor, invalid: Tensor | None = None) ->
     if invalid is not None:
         spoilt = spoilt | invalid[..., None]
     p = p * torch.where(spoilt, torch.nan, 1.0).to(p.dtype)
-    return p @ v.masked_fill(broken, 0), lse_kept
+    out = (p @ v.masked_fill(broken, 0)).masked_fill(empty & ~spoilt, 0)  # whatever the gradient there is, it ends here
+    return out, lse_kept
+
+
+def _threshold_gradients(do, out, alpha, beta, s, v, lse_kept, pair, *found_and_options):
+    """Return the straight-through gradients of alpha and beta (``asa_ops.asa``, "Gradients")."""
+    *found, reciprocal, band = found_and_options
+    found = Survivors(*found)
+    gap = s - lse_kept[..., None]
+    c = torch.where(found.kept, gap.exp(), gap.sigmoid()).masked_fill(~found.kept.any(-1, keepdim=True), 1)
+    # <do_i, v_j - out_i>, finite values only: a pair with a broken value has no gradient to offer
+    g = c * (do @ v.nan_to_num(0, 0, 0).mT - (do * out).sum(-1, keepdim=True))
+    g = g.masked_fill(~pair, 0)
+    real = pair.any(-1)
+
+    def step_derivative(threshold):
+        z = s - threshold[..., None]
+        return ((1 - z.abs() / band).clamp(min=0) / band).masked_fill(~pair | ~z.isfinite(), 0)
+
+    def by_multiplier(gradient, x):
+        return (gradient / x).masked_fill((x == 0) | ~real, 0).sum_to_size(x.shape)
+
+    dalpha = dbeta = None
+    if alpha is not None:
+        offer = g.masked_fill(found.local, 0)
+        if reciprocal:
+            offer = (offer + offer.mT).masked_fill(~found.adaptive.mT, 0)
+        offer = offer.masked_fill(s < found.kappa[..., None], 0)
+        dalpha = by_multiplier(-(step_derivative(found.t) * offer).sum(-1), alpha)
+    if beta is not None:
+        offer = g.masked_fill(found.non_local | ~found.near, 0)
+        dbeta = by_multiplier(-(step_derivative(found.u) * offer).sum(-1), beta)
+    return dalpha, dbeta
 
 
 class _StraightThrough(torch.autograd.Function):
-    """The identity on ``out``, with the straight-through gradients of alpha and beta (``asa_ops.asa``, "Gradients")."""
+    """The identity on ``out``, with the straight-through gradients of alpha and beta."""
 
     @staticmethod
-    def forward(out, alpha, beta, s, v, found, lse_kept, pair, reciprocal, band):
+    def forward(out, *rest):
         return out.view_as(out)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        out, alpha, beta, s, v, found, lse_kept, pair, ctx.reciprocal, ctx.band = inputs
-        ctx.save_for_backward(out, alpha, beta, s, v, lse_kept, pair, *found)
+        *tensors, ctx.reciprocal, ctx.band = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, do):
-        out, alpha, beta, s, v, lse_kept, pair, *found = ctx.saved_tensors
-        found = Survivors(*found)
-        gap = s - lse_kept[..., None]
-        c = torch.where(found.kept, gap.exp(), gap.sigmoid()).masked_fill(~found.kept.any(-1, keepdim=True), 1)
-        # <do_i, v_j - out_i>, finite values only: a pair with a broken value has no gradient to offer
-        g = c * (do @ v.nan_to_num(0, 0, 0).mT - (do * out).sum(-1, keepdim=True))
-        g = g.masked_fill(~pair, 0)
+        # torch.compile cannot trace a Function in a Function's backward, and has no double backward to refuse.
+        run = _threshold_gradients if torch.compiler.is_compiling() else _RefuseDoubleBackward.apply
+        dalpha, dbeta = run(do, *ctx.saved_tensors, ctx.reciprocal, ctx.band)
+        return do, dalpha, dbeta, *[None] * 16
 
-        def step_derivative(threshold):
-            z = s - threshold[..., None]
-            return ((1 - z.abs() / ctx.band).clamp(min=0) / ctx.band).masked_fill(~pair | ~z.isfinite(), 0)
 
-        dalpha = dbeta = None
-        if alpha is not None:
-            offer = g.masked_fill(found.local, 0)
-            if ctx.reciprocal:
-                offer = (offer + offer.mT).masked_fill(~found.adaptive.mT, 0)
-            offer = offer.masked_fill(s < found.kappa[..., None], 0)
-            dt = -(step_derivative(found.t) * offer).sum(-1)
-            dalpha = (dt / alpha).masked_fill(alpha == 0, 0).sum_to_size(alpha.shape)
-        if beta is not None:
-            du = -(step_derivative(found.u) * g.masked_fill(found.non_local | ~found.near, 0)).sum(-1)
-            dbeta = (du / beta).masked_fill(beta == 0, 0).sum_to_size(beta.shape)
-        return do, dalpha, dbeta, *[None] * 7
+class _RefuseDoubleBackward(torch.autograd.Function):
+    """The threshold gradients, which have no gradient of their own."""
+
+    forward = staticmethod(_threshold_gradients)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError("asa_attention: straight-through gradients have no double backward, use threshold_grad=None")
 
 
 def _published(s, v, alpha, beta, grid, window):
@@ -234,6 +264,7 @@ def _published(s, v, alpha, beta, grid, window):
     kept = weight * s.softmax(-1)
     total = kept.sum(-1)
     out = (kept / (total[..., None] + 1e-12)) @ v
+    out = out.masked_fill(~((alpha >= 0) & (beta >= 0))[..., None], torch.nan)
     lse = s.logsumexp(-1).detach()
     return out, (lse, lse + total.detach().log(), (weight > 0).sum(-1, dtype=torch.int32))
 

@@ -88,6 +88,8 @@ class AdaptiveSparseAttention(nn.Module):
             raise ValueError(f"in_channels = {in_channels} must be divisible by heads = {heads} in gaussian mode")
         if published and topk is not None:
             raise ValueError(f"published=True has no topk, got topk={topk}")
+        if published and impl not in ("auto", "reference"):
+            raise ValueError(f"published=True runs the reference, got impl={impl!r}")
         self.in_channels, self.inner_channels, self.heads = in_channels, inner, heads
         self.mode, self.use_scale, self.window, self.topk = mode, use_scale, window, topk
         self.threshold_activation, self.threshold_grad = threshold_activation, threshold_grad
@@ -123,7 +125,7 @@ class AdaptiveSparseAttention(nn.Module):
     def tokens(self, x: Tensor) -> dict[str, object]:
         """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x`` [B, C, H, W].
 
-        The same arguments less ``value``, ``threshold_grad`` and ``impl`` suit :func:`asa_ops.reciprocal_neighbors`.
+        Without ``value`` they suit :func:`asa_ops.reciprocal_neighbors`.
         """
         if self.mode == "gaussian":
             query = key = to_tokens(x, self.heads)
@@ -140,6 +142,7 @@ class AdaptiveSparseAttention(nn.Module):
             "beta": activate(self.beta(x)).flatten(2),
             "grid": tuple(x.shape[-2:]),
             "window": self.window,
+            "topk": self.topk,
             "scale": scale,
         }
 
@@ -150,7 +153,7 @@ class AdaptiveSparseAttention(nn.Module):
         if self.published:
             out = reference_attention(**tokens, published=True)
         else:
-            out = asa_attention(**tokens, topk=self.topk, threshold_grad=self.threshold_grad, impl=self.impl)
+            out = asa_attention(**tokens, threshold_grad=self.threshold_grad, impl=self.impl)
         return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
 
     def extra_repr(self) -> str:
@@ -175,6 +178,9 @@ class AdaptiveSparseAttention(nn.Module):
             module, _, parameter = key.rpartition(".")
             if module not in _UPSTREAM:
                 expected = sorted(f"{name}.*" for name in _UPSTREAM)
-                raise ValueError(f"unknown key {key!r} in a published checkpoint, expected {expected}")
+                raise ValueError(
+                    f"unknown key {key!r} in a published block's state dict, expected {expected}; "
+                    "of a whole network's, pass the block's entries without their prefix"
+                )
             renamed[f"{_UPSTREAM[module]}.{parameter}"] = tensor
         return renamed

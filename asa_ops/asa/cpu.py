@@ -1,0 +1,100 @@
+"""Adaptive sparse attention on the CPU: the extension's kernels (csrc/cpu), on tensors as they want them.
+
+The kernels take contiguous float32 or float64 (half precisions are computed in float32), queries times the scale, and
+zeros where nothing may be read: in padding, and for values that are not finite, which are flagged instead.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .types import Inputs, NeighborGraph, Options, Saved
+
+
+def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
+    """Shape of one head's neighbour bits: a byte for eight rows and a column, columns padded to 64."""
+    return (n_q + 7) // 8, (n_k + 63) // 64 * 64
+
+
+class _Prepared(NamedTuple):
+    """The tensors of a call as the kernels take them, in the order of their schemas."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    alpha: Tensor | None
+    beta: Tensor | None
+    real_q: Tensor | None
+    real_k: Tensor | None
+    broken: Tensor | None  # keys whose value was not finite
+
+
+def _prepare(inputs: Inputs, options: Options) -> _Prepared:
+    query, key, value, alpha, beta, key_padding_mask = inputs
+    dtype, rows = inputs.precision, query.shape[:3]
+    real_q = real_k = broken = None
+    if key_padding_mask is not None:
+        real_k = key_padding_mask.contiguous()
+        real_q = real_k if query.shape[2] == key.shape[2] else None
+
+    def clean(x, real):
+        return (x if real is None else x.masked_fill(~real[:, None, :, None], 0)).contiguous()
+
+    q, k, v = (
+        clean(query.to(dtype) * options.scale, real_q),
+        clean(key.to(dtype), real_k),
+        clean(value.to(dtype), real_k),
+    )
+    finite = v.isfinite()
+    if not finite.all():
+        v, broken = v.nan_to_num(0, 0, 0), ~finite.all(-1)
+    thresholds = (x if x is None else x.to(dtype).expand(rows).contiguous() for x in (alpha, beta))
+    return _Prepared(q, k, v, *thresholds, real_q, real_k, broken)
+
+
+def _shape_options(options: Options) -> tuple[int, int, int, int, bool]:
+    return *options.grid, options.window, options.topk, options.reciprocal
+
+
+def fwd(inputs: Inputs, options: Options, saved: Saved) -> None:
+    """Write into ``saved``."""
+    prepared = _prepare(inputs, options)
+    out, *rest = saved
+    full = out if out.dtype == inputs.precision else out.new_empty(out.shape, dtype=inputs.precision)
+    torch.ops.asa_ops.asa_cpu_fwd(*prepared, *_shape_options(options), full, *rest)
+    if full is not out:
+        out.copy_(full)
+
+
+def bwd(
+    do: Tensor, inputs: Inputs, saved: Saved, options: Options, band: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv and, unless ``band`` is None, the straight-through dalpha and dbeta, [B, heads, N_q].
+
+    A row whose output is NaN makes the gradients of its image and head NaN.
+    """
+    *prepared, _ = kernel_inputs = _prepare(inputs, options)
+    do = do.to(inputs.precision)
+    if kernel_inputs.real_q is not None:  # their output is the constant 0
+        do = do.masked_fill(~kernel_inputs.real_q[:, None, :, None], 0)
+    do = do.masked_fill(saved.out.isnan().any(-1, keepdim=True), torch.nan).contiguous()
+    dq, dk, dv = (torch.empty_like(x) for x in prepared[:3])
+    learning = [x if band is not None else None for x in prepared[3:5]]
+    dalpha, dbeta = (x if x is None else torch.zeros_like(x) for x in learning)
+    rest = (saved.lse, saved.lse_kept, saved.kappa, saved.log_mean, saved.bits, saved.local)
+    gradients = (options.scale, band or 0.0, dq, dk, dv, dalpha, dbeta)
+    torch.ops.asa_ops.asa_cpu_bwd(do, *prepared, *_shape_options(options), *rest, *gradients)
+    return dq, dk, dv, dalpha, dbeta
+
+
+def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
+    """Return the survivors K."""
+    saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
+    fwd(inputs, options, saved)
+    row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
+    col_indices = row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32)
+    *prepared, _ = _prepare(inputs, options)
+    rest = (saved.lse, saved.lse_kept, saved.kappa, saved.log_mean, saved.bits, saved.local)
+    torch.ops.asa_ops.asa_cpu_neighbors(*prepared, *_shape_options(options), *rest, row_offsets, col_indices)
+    return NeighborGraph(row_offsets, col_indices)

@@ -1,0 +1,318 @@
+// asa_ops::asa_cpu_fwd, asa_cpu_bwd, asa_cpu_neighbors: checks, threads, and the choice of an instruction set.
+
+#include "asa.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdlib>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+namespace asa_ops::cpu {
+
+template <class T>
+T kth_largest(const T* x, int64_t n, int64_t k, T* scratch) {
+  constexpr int64_t kGroup = 16;
+  const T lowest = -std::numeric_limits<T>::infinity();
+  const auto number = [&](T y) { return std::isnan(y) ? lowest : y; };
+  // The k-th largest of the group maxima is no more than the k-th largest of all: only what reaches it is sorted.
+  T bound = lowest;
+  const int64_t groups = n / kGroup;
+  if (k <= groups) {
+    for (int64_t g = 0; g < groups; ++g) {
+      T largest = lowest;
+      for (int64_t j = g * kGroup; j < (g + 1) * kGroup; ++j) largest = x[j] > largest ? x[j] : largest;
+      scratch[g] = largest;
+    }
+    std::nth_element(scratch, scratch + k - 1, scratch + groups, std::greater<T>());
+    bound = scratch[k - 1];
+  }
+  int64_t count = 0;
+  for (int64_t j = 0; j < n; ++j)
+    if (const T y = number(x[j]); y >= bound) scratch[count++] = y;
+  std::nth_element(scratch, scratch + k - 1, scratch + count, std::greater<T>());
+  return scratch[k - 1];
+}
+template float kth_largest(const float*, int64_t, int64_t, float*);
+template double kth_largest(const double*, int64_t, int64_t, double*);
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Optional = std::optional<Tensor>;
+
+enum class Isa { portable, avx2, avx512 };
+
+Isa best_isa() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+// ASA_OPS_CPU_ISA, for tests, names one that this machine has.
+Isa isa() {
+  static const Isa best = best_isa();
+  const char* wanted = std::getenv("ASA_OPS_CPU_ISA");
+  if (wanted == nullptr) return best;
+  const std::vector<std::string> names = {"portable", "avx2", "avx512"};
+  const auto found = std::find(names.begin(), names.end(), wanted);
+  STD_TORCH_CHECK(found != names.end(), "ASA_OPS_CPU_ISA must be portable, avx2 or avx512, got ", wanted);
+  const Isa chosen = static_cast<Isa>(found - names.begin());
+  STD_TORCH_CHECK(chosen <= best, "ASA_OPS_CPU_ISA=", wanted, ": this machine has ", names[static_cast<int>(best)], " at best");
+  return chosen;
+}
+
+template <class T>
+const Kernels<T>& table() {
+  const auto pick = [](const Kernels<float>& f, const Kernels<double>& d) -> const Kernels<T>& {
+    if constexpr (std::is_same_v<T, float>)
+      return f;
+    else
+      return d;
+  };
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  if (isa() == Isa::avx512) return pick(avx512::kFloat, avx512::kDouble);
+  if (isa() == Isa::avx2) return pick(avx2::kFloat, avx2::kDouble);
+#endif
+  return pick(portable::kFloat, portable::kDouble);
+}
+
+int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<void, Free>;
+
+Memory allocate(int64_t bytes) {
+  void* p = std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64);
+  STD_TORCH_CHECK(p != nullptr, "asa_ops: no memory for ", bytes, " bytes of scratch");
+  return Memory(p);
+}
+
+// Runs kernel(problem, begin, end, scratch) over all blocks of `rows` rows, shared among torch's threads.
+template <class T, class F>
+void run(const Problem<T>& p, int64_t rows, int64_t per_block, const F& kernel) {
+  const int64_t blocks = (rows + per_block - 1) / per_block;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    const Memory scratch = allocate(table<T>().scratch_bytes(p));
+    kernel(begin, end, scratch.get());
+  });
+}
+
+// Runs f(head) for every head: side by side where there are enough of them, else one after the other, each on all threads.
+template <class F>
+void for_heads(int64_t heads, const F& f) {
+  const auto all = [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) f(head);
+  };
+  if (heads >= static_cast<int64_t>(torch::stable::get_num_threads()))
+    torch::stable::parallel_for(0, heads, 1, all);
+  else
+    all(0, heads);
+}
+
+void check(bool ok, const char* name, const char* what) { STD_TORCH_CHECK(ok, "asa_ops: ", name, " must be ", what); }
+
+// A contiguous CPU tensor of the given type and shape.
+void check(const Tensor& x, const char* name, ScalarType type, std::vector<int64_t> shape) {
+  check(x.is_cpu(), name, "on the CPU");
+  check(x.scalar_type() == type, name, "of the dtype expected here");
+  check(x.is_contiguous(), name, "contiguous");
+  check(x.dim() == static_cast<int64_t>(shape.size()), name, "of the rank expected here");
+  for (size_t i = 0; i < shape.size(); ++i) check(x.size(i) == shape[i], name, "of the shape expected here");
+}
+
+template <class U>
+U* data(const Tensor& x, int64_t offset) {
+  return static_cast<U*>(x.mutable_data_ptr()) + offset;
+}
+
+template <class U>
+const U* data(const Optional& x, int64_t offset) {
+  return x ? static_cast<const U*>(x->const_data_ptr()) + offset : nullptr;
+}
+
+// What forward, backward and neighbours have in common.
+struct Call {
+  Tensor q, k, v;
+  Optional alpha, beta, real_q, real_k, broken;
+  int64_t height, width, window, topk;
+  bool reciprocal;
+  Tensor lse, lse_kept, kappa, log_mean, bits, local;
+
+  int64_t batch() const { return q.size(0); }
+  int64_t heads() const { return q.size(1); }
+  int64_t n_q() const { return q.size(2); }
+  int64_t n_k() const { return k.size(2); }
+  int64_t dim() const { return q.size(3); }
+  int64_t dim_v() const { return v.size(3); }
+  ScalarType type() const { return q.scalar_type(); }
+  bool thresholded() const { return alpha || topk > 0; }
+
+  // Otherwise the bits of a head are forgotten with its forward pass.
+  bool keeps_bits() const { return bits.size(3) > 0; }
+
+  static int64_t rounded(int64_t n) { return (n + 63) / 64 * 64; }
+
+  void check_all() const {
+    check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v", "[B, heads, N, D]");
+    check(type() == ScalarType::Float || type() == ScalarType::Double, "q", "float32 or float64");
+    const int64_t b = batch(), h = heads();
+    check(q, "q", type(), {b, h, n_q(), dim()});
+    check(k, "k", type(), {b, h, n_k(), dim()});
+    check(v, "v", type(), {b, h, n_k(), dim_v()});
+    if (alpha) check(*alpha, "alpha", type(), {b, h, n_q()});
+    if (beta) check(*beta, "beta", type(), {b, h, n_q()});
+    if (real_q) check(*real_q, "real_q", ScalarType::Bool, {b, n_q()});
+    if (real_k) check(*real_k, "real_k", ScalarType::Bool, {b, n_k()});
+    if (broken) check(*broken, "broken", ScalarType::Bool, {b, h, n_k()});
+    check(n_k() < INT32_MAX - 64 && n_q() < INT32_MAX - 64, "N", "below 2^31 - 65");
+    check(n_q() == n_k() || (!reciprocal && !beta), "N_q", "N_k where pairs are reciprocal or local");
+    check(!beta || (height >= 0 && width >= 0 && height * width == n_q()), "height * width", "N");
+    check(window >= 1 && window % 2 == 1, "window", "odd");
+    check(topk >= 0 && topk <= n_k(), "topk", "between 0 and N_k");
+    for (const auto& [x, name] : {std::pair{&lse, "lse"}, {&lse_kept, "lse_kept"}, {&kappa, "kappa"}, {&log_mean, "log_mean"}})
+      check(*x, name, type(), {b, h, n_q()});
+    check(bits.dim() == 4, "bits", "[B, heads, strips, columns]");
+    check(bits, "bits", ScalarType::Byte, {b, h, (n_q() + 7) / 8, keeps_bits() ? rounded(n_k()) : 0});
+    check(local, "local", ScalarType::Bool, {b, h, n_q(), beta ? window * window : 0});
+  }
+
+  template <class T>
+  Problem<T> head(int64_t i) const {
+    const int64_t b = i / heads(), q_rows = i * n_q(), k_rows = i * n_k();
+    Problem<T> p{};
+    p.n_q = n_q(), p.n_k = n_k(), p.dim = dim(), p.dim_v = dim_v();
+    p.stride_q = rounded(n_q()), p.stride_k = rounded(n_k());
+    p.height = height, p.width = width, p.window = window, p.topk = topk;
+    p.reciprocal = reciprocal, p.thresholded = thresholded();
+    p.q = data<T>(q, q_rows * dim()), p.k = data<T>(k, k_rows * dim()), p.v = data<T>(v, k_rows * dim_v());
+    p.alpha = data<T>(alpha, q_rows), p.beta = data<T>(beta, q_rows);
+    p.real_q = data<bool>(real_q, b * n_q()), p.real_k = data<bool>(real_k, b * n_k());
+    p.broken = data<bool>(broken, k_rows);
+    p.n_real = p.real_k == nullptr ? n_k() : std::count(p.real_k, p.real_k + n_k(), true);
+    p.lse = data<T>(lse, q_rows), p.lse_kept = data<T>(lse_kept, q_rows);
+    p.kappa = data<T>(kappa, q_rows), p.log_mean = data<T>(log_mean, q_rows);
+    p.bits = data<uint8_t>(bits, i * bits.size(2) * bits.size(3));
+    p.local = data<bool>(local, q_rows * (beta ? window * window : 0));
+    return p;
+  }
+};
+
+template <class T>
+void forward(const Call& call, const Tensor& out, const Tensor& survivors) {
+  const auto& kernels = table<T>();
+  for_heads(call.batch() * call.heads(), [&](int64_t i) {
+    Problem<T> p = call.head<T>(i);
+    p.out = data<T>(out, i * p.n_q * p.dim_v);
+    p.survivors = data<int32_t>(survivors, i * p.n_q);
+    const Memory bits = allocate(p.thresholded && !call.keeps_bits() ? (p.n_q + 7) / 8 * p.stride_k : 0);
+    if (!call.keeps_bits()) p.bits = static_cast<uint8_t*>(bits.get());
+    const Memory panels = allocate(kernels.panel_bytes(p));
+    T* const packed = static_cast<T*>(panels.get());
+    kernels.pack_panels(p, packed);
+    run(p, p.n_q, kScanRows, [&](int64_t begin, int64_t end, void* s) { kernels.scan(p, packed, begin, end, s); });
+    run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.aggregate(p, begin, end, s); });
+  });
+}
+
+template <class T>
+void backward(const Call& call, const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv,
+              const Optional& dalpha, const Optional& dbeta, double scale, double band) {
+  const auto& kernels = table<T>();
+  for_heads(call.batch() * call.heads(), [&](int64_t i) {
+    Problem<T> p = call.head<T>(i);
+    p.d_out = data<T>(d_out, i * p.n_q * p.dim_v);
+    p.dq = data<T>(dq, i * p.n_q * p.dim), p.dk = data<T>(dk, i * p.n_k * p.dim), p.dv = data<T>(dv, i * p.n_k * p.dim_v);
+    if (dalpha) p.dalpha = data<T>(*dalpha, i * p.n_q);
+    if (dbeta) p.dbeta = data<T>(*dbeta, i * p.n_q);
+    p.scale = static_cast<T>(scale), p.band = static_cast<T>(band);
+    std::vector<T> rows(3 * p.n_q);
+    p.row_max = rows.data(), p.row_factor = p.row_max + p.n_q, p.delta = p.row_factor + p.n_q;
+    run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.backward_rows(p, begin, end, s); });
+    run(p, p.n_k, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.backward_columns(p, begin, end, s); });
+    if (dalpha || dbeta)
+      run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.backward_thresholds(p, begin, end, s); });
+  });
+}
+
+void asa_cpu_fwd(Tensor q, Tensor k, Tensor v, Optional alpha, Optional beta, Optional real_q, Optional real_k,
+                 Optional broken, int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, Tensor out,
+                 Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kappa, Tensor log_mean, Tensor bits, Tensor local) {
+  const Call call{q,    k,      v,    alpha,      beta, real_q,   real_k, broken, height, width,
+                  window, topk, reciprocal, lse,  lse_kept, kappa,  log_mean,      bits,   local};
+  call.check_all();
+  check(out, "out", call.type(), {call.batch(), call.heads(), call.n_q(), call.dim_v()});
+  check(survivors, "survivors", ScalarType::Int, {call.batch(), call.heads(), call.n_q()});
+  call.type() == ScalarType::Float ? forward<float>(call, out, survivors) : forward<double>(call, out, survivors);
+}
+
+void asa_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Optional alpha, Optional beta, Optional real_q,
+                 Optional real_k, int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, Tensor lse,
+                 Tensor lse_kept, Tensor kappa, Tensor log_mean, Tensor bits, Tensor local, double scale, double band,
+                 Tensor dq, Tensor dk, Tensor dv, Optional dalpha, Optional dbeta) {
+  const Call call{q,    k,      v,    alpha,      beta, real_q,   real_k, std::nullopt, height, width,
+                  window, topk, reciprocal, lse,  lse_kept, kappa,  log_mean,      bits,         local};
+  call.check_all();
+  const int64_t b = call.batch(), h = call.heads();
+  check(d_out, "d_out", call.type(), {b, h, call.n_q(), call.dim_v()});
+  check(dq, "dq", call.type(), {b, h, call.n_q(), call.dim()});
+  check(dk, "dk", call.type(), {b, h, call.n_k(), call.dim()});
+  check(dv, "dv", call.type(), {b, h, call.n_k(), call.dim_v()});
+  check((!dalpha || alpha) && (!dbeta || beta), "dalpha, dbeta", "given with alpha, beta only");
+  if (dalpha) check(*dalpha, "dalpha", call.type(), {b, h, call.n_q()});
+  if (dbeta) check(*dbeta, "dbeta", call.type(), {b, h, call.n_q()});
+  check((!dalpha && !dbeta) || band > 0, "band", "> 0");
+  check(!call.thresholded() || call.keeps_bits() || call.n_k() == 0, "bits", "those of a forward pass that kept them");
+  call.type() == ScalarType::Float ? backward<float>(call, d_out, dq, dk, dv, dalpha, dbeta, scale, band)
+                                   : backward<double>(call, d_out, dq, dk, dv, dalpha, dbeta, scale, band);
+}
+
+// Fills col_indices from the bits and window flags of a forward pass; row_offsets are the sums of its survivors.
+void asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Optional alpha, Optional beta, Optional real_q, Optional real_k,
+                       int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, Tensor lse,
+                       Tensor lse_kept, Tensor kappa, Tensor log_mean, Tensor bits, Tensor local, Tensor row_offsets,
+                       Tensor col_indices) {
+  const Call call{q,    k,      v,    alpha,      beta, real_q,   real_k, std::nullopt, height, width,
+                  window, topk, reciprocal, lse,  lse_kept, kappa,  log_mean,      bits,         local};
+  call.check_all();
+  const int64_t heads = call.batch() * call.heads(), rows = heads * call.n_q();
+  check(row_offsets, "row_offsets", ScalarType::Long, {rows + 1});
+  const int64_t* const offsets = data<int64_t>(row_offsets, 0);
+  check(col_indices, "col_indices", ScalarType::Int, {offsets[rows]});
+  const auto list = [&](auto zero) {
+    using T = decltype(zero);
+    for_heads(heads, [&](int64_t i) {
+      const Problem<T> p = call.head<T>(i);
+      run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) {
+        table<T>().list_survivors(p, offsets + i * p.n_q, data<int32_t>(col_indices, 0), begin, end, s);
+      });
+    });
+  };
+  call.type() == ScalarType::Float ? list(0.0f) : list(0.0);
+}
+
+}  // namespace
+}  // namespace asa_ops::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&asa_ops::cpu::cpu_isa)); }
+
+STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+  m.impl("asa_cpu_fwd", TORCH_BOX(&asa_ops::cpu::asa_cpu_fwd));
+  m.impl("asa_cpu_bwd", TORCH_BOX(&asa_ops::cpu::asa_cpu_bwd));
+  m.impl("asa_cpu_neighbors", TORCH_BOX(&asa_ops::cpu::asa_cpu_neighbors));
+}

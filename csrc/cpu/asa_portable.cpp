@@ -1,0 +1,4 @@
+// The kernels for whatever the compiler targets by default.
+
+#define ASA_ISA portable
+#include "asa_kernels.h"
