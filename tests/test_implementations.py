@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import CASES, Case, each_case, make, named, with_grad
-from compare import check_against_reference, survivors
+from compare import check_against_reference, check_error, survivors
 
 from asa_ops import asa_attention
 from asa_ops.asa import blocked
@@ -237,6 +237,103 @@ def test_padding_rows_and_empty_rows_are_zero(impl):
     inputs, options = make(named("all_empty"), torch.float32)
     out, stats = asa_attention(*inputs, **options, impl=impl, return_stats=True)
     assert (out == 0).all() and (stats.lse_kept == -torch.inf).all() and stats.lse.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_gradients_end_at_empty_and_padding_rows(impl):
+    """Their output is the constant 0: even a NaN that arrives there goes nowhere."""
+    inputs, options = make(named("padding", beta=None), torch.float32)
+    inputs[3][:, :, 5] = torch.inf
+    leaves = with_grad(inputs)
+    out, stats = asa_attention(*leaves, **options, impl=impl, return_stats=True)
+    dead = (stats.survivors == 0)[..., None]
+    assert dead[0].any() and not dead[0].all()
+    out.backward(torch.ones_like(out).masked_fill(dead, torch.nan))
+    assert all(x.grad.isfinite().all() for x in leaves if x is not None)
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_a_bad_threshold_in_padding_has_no_gradient(impl):
+    inputs, options = make(named("padding"), torch.float32)
+    padding = ~options["key_padding_mask"][:, None]
+    for x in inputs[3:]:
+        x[padding] = torch.nan
+    leaves = with_grad(inputs)
+    asa_attention(*leaves, **options, threshold_grad="straight_through", impl=impl).square().sum().backward()
+    for x in leaves[3:]:
+        assert (x.grad[padding] == 0).all() and x.grad.isfinite().all() and (x.grad != 0).any()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("size", [1e4, 1e6, 1e9])
+def test_large_scores_empty_no_row(impl, size):
+    """A row's largest score always exceeds alpha times the mean for alpha < 1, however large the scores are."""
+    inputs, options = make(Case("large", batch=1, beta="spread", options={"reciprocal": False}), torch.float32)
+    query, key, value, _, beta = inputs
+    alpha, beta = torch.full_like(beta, 0.01), torch.full_like(beta, 0.5)
+    for thresholds in ((alpha, None), (None, beta)):
+        out, stats = asa_attention(query * size, key, value, *thresholds, **options, impl=impl, return_stats=True)
+        assert (stats.survivors > 0).all() and out.isfinite().all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_an_exact_tie_is_no_survivor(impl):
+    """A window of one position: its score is its window's mean, and weight > beta * mean is strict."""
+    (query, key, value, _, beta), options = make(named("beta_only"), torch.float32)
+    for factor, expected in ((1.0, 0), (1 - 1e-3, 1)):
+        threshold = torch.full_like(beta, factor)
+        _, stats = asa_attention(query, key, value, None, threshold, **options, window=1, impl=impl, return_stats=True)
+        assert (stats.survivors == expected).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_tiny_thresholds_do_not_underflow(impl):
+    s = torch.tensor([0.0, -80.0, -101.0])[None, None, :, None]
+    alpha = torch.full((1, 1, 1), 1e-40)  # log(alpha / 3) = -93.2
+    query = torch.ones(1, 1, 1, 1)
+    _, stats = asa_attention(query, s, s, alpha, reciprocal=False, scale=1, impl=impl, return_stats=True)
+    assert stats.survivors.item() == 2
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_no_keys_give_zeros(impl):
+    query, key = torch.randn(2, 2, 5, 4, requires_grad=True), torch.randn(2, 2, 0, 4)
+    out, stats = asa_attention(query, key, key, torch.ones(2, 1, 5), reciprocal=False, impl=impl, return_stats=True)
+    assert out.shape == (2, 2, 5, 4) and (out == 0).all()
+    assert (stats.lse == -torch.inf).all() and (stats.lse_kept == -torch.inf).all() and (stats.survivors == 0).all()
+    out.sum().backward()
+    assert (query.grad == 0).all()
+
+
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+def test_a_window_wider_than_the_map_is_the_map(impl):
+    inputs, options = make(named("plain"), torch.float32)
+    huge, whole = (asa_attention(*inputs, **options, window=w, impl=impl) for w in (10**9 + 1, 17))
+    assert torch.equal(huge, whole)
+
+
+@each_impl
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("offset", [0, 10])
+@pytest.mark.parametrize("band", [0.7, 2.0])
+def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
+    """Under the error rule: an offset of the values cancels in what an admitted pair changes."""
+    case = Case("low", batch=1, heads=8, grid=(12, 11), dim=16, dim_v=8)
+    inputs, options = make(case, dtype)
+    inputs[2] += offset
+    kept = survivors(impl, inputs, options)
+    assert torch.equal(kept, survivors("reference", [x.double() for x in inputs], options)), "pick another seed"
+    grad_out = torch.randn(1, 8, 132, 8).to(dtype)
+
+    def run(name, precision):
+        leaves = with_grad([x.to(precision) for x in inputs])
+        learn = {"threshold_grad": "straight_through", "threshold_band": band}
+        out = asa_attention(*leaves, **options, **learn, impl=name)
+        return torch.autograd.grad(out, leaves[3:], grad_out.to(precision))
+
+    results = run(impl, dtype), run("reference", dtype), run("reference", torch.float64)
+    for name, ours, eager, exact in zip(("alpha", "beta"), *results, strict=True):
+        check_error(f"grad of {name}", ours, eager, exact, torch.finfo(dtype).eps)
 
 
 # The blocked implementation in particular.

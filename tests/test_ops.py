@@ -1,5 +1,8 @@
 """torch contracts: opcheck, compile, export, autocast, meta, vmap, func transforms, checkpoint, FLOPs, clear errors."""
 
+import sysconfig
+from pathlib import Path
+
 import pytest
 import torch
 from cases import make, named, with_grad
@@ -7,10 +10,13 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from asa_ops import asa_attention, nn
+from asa_ops import asa_attention, nn, reciprocal_neighbors
 from asa_ops.asa import ops
 
 LEARN = {"threshold_grad": "straight_through"}
+EVERY_IMPL = ["reference", "blocked", "cpu"]
+KERNELS = EVERY_IMPL[1:]
+each_kernel = pytest.mark.parametrize("impl", KERNELS)
 CONTRACT_CASES = [named(name) for name in ("plain", "topk", "one_way", "padding", "dense", "more_keys", "alpha_only")]
 each_contract_case = pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
 
@@ -22,20 +28,22 @@ def op_arguments(inputs, options, keep_bits=True, impl="blocked"):
 
 
 @each_contract_case
+@each_kernel
 @pytest.mark.parametrize("form", ["contiguous", "permuted", "requires_grad", "no_bits"])
-def test_opcheck_forward(case, form):
+def test_opcheck_forward(case, impl, form):
     inputs, options = make(case, torch.float32)
     if form == "permuted":
         inputs = [x if x is None else x.mT.contiguous().mT for x in inputs]
     if form == "requires_grad":
         inputs = with_grad(inputs)
-    torch.library.opcheck(ops.asa_fwd, op_arguments(inputs, options, keep_bits=form != "no_bits"))
+    torch.library.opcheck(ops.asa_fwd, op_arguments(inputs, options, keep_bits=form != "no_bits", impl=impl))
 
 
 @each_contract_case
-def test_opcheck_backward(case):
+@each_kernel
+def test_opcheck_backward(case, impl):
     inputs, options = make(case, torch.float32)
-    args = op_arguments(inputs, options)
+    args = op_arguments(inputs, options, impl=impl)
     saved = ops.asa_fwd(*args)
     *_, height, width, window, topk, reciprocal, scale, learn, band, _, impl = args
     options = height, width, window, topk, reciprocal, scale, learn, band, impl
@@ -63,6 +71,37 @@ def test_compiles_without_graph_breaks(case, dynamic):
         torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("impl", EVERY_IMPL)
+def test_compiles_where_no_gradient_is_needed(impl):
+    torch._dynamo.reset()
+    inputs, options = make(named("plain"), torch.float32)
+
+    def function(*inputs):
+        return asa_attention(*inputs, **options, **LEARN, impl=impl)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(*with_grad(inputs)), function(*inputs))
+
+
+def test_compiles_where_query_is_key_and_alpha_is_beta():
+    torch._dynamo.reset()
+    (query, _, value, alpha, _), options = make(named("plain"), torch.float32)
+
+    def function(query, value, alpha):
+        return asa_attention(query, query, value, alpha, alpha, **options, **LEARN)
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    inputs = [query, value, alpha]
+    for x, y in zip(loss_and_grads(compiled, inputs), loss_and_grads(function, inputs), strict=True):
+        torch.testing.assert_close(x, y)
+
+
+PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
+
+
+@pytest.mark.skipif(not PYTHON_HEADER.exists(), reason="Inductor needs Python.h (Debian: apt install python3-dev)")
 def test_module_compiles_with_inductor():
     torch._dynamo.reset()
     block = nn.AdaptiveSparseAttention(8, threshold_activation="softplus")
@@ -117,6 +156,26 @@ def test_autocast_casts_tokens_but_not_thresholds(impl, compiled):
         assert torch.equal(x, y.to(x.dtype))
 
 
+@pytest.mark.parametrize("impl", EVERY_IMPL)
+def test_autocast_accepts_the_mixtures_it_makes(impl):
+    (query, key, value, alpha, beta), options = make(named("plain"), torch.float32)
+    low = torch.bfloat16
+    expected = asa_attention(query.to(low), key.to(low), value.to(low), alpha.to(low), beta, **options, impl=impl)
+    with torch.autocast("cpu", dtype=low):
+        out = asa_attention(query, key, value.to(low), alpha.to(low), beta, **options, impl=impl)
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("impl", EVERY_IMPL)
+def test_autocast_neighbors_are_those_attended_to(impl):
+    query, key = torch.randn(2, 1, 2, 400, 16) * 2
+    alpha = torch.ones(1, 1, 400)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        _, stats = asa_attention(query, key, key, alpha, impl=impl, return_stats=True)
+        graph = reciprocal_neighbors(query, key, alpha, impl=impl)
+    assert torch.equal(graph.row_offsets.diff(), stats.survivors.flatten().long())
+
+
 def test_raw_op_ignores_autocast():
     args = op_arguments(*make(named("plain"), torch.float32))
     expected = ops.asa_fwd(*args)
@@ -158,6 +217,12 @@ def test_func_transforms(name):
             torch.testing.assert_close(x, y)
 
 
+def test_vmap_over_nothing():
+    inputs, options = make(named("plain"))
+    none = inputs[0].new_empty(0, *inputs[0].shape)
+    assert torch.func.vmap(lambda q: asa_attention(q, *inputs[1:], **options))(none).shape == (0, 2, 2, 63, 5)
+
+
 def test_vmap_over_thresholds_alone():
     inputs, options = make(named("plain"))
     alphas = torch.stack([inputs[3], inputs[3] * 2])
@@ -183,6 +248,34 @@ def test_double_backward_says_what_to_use():
     (grad,) = torch.autograd.grad(asa_attention(query, *rest, **options).square().sum(), query, create_graph=True)
     with pytest.raises(RuntimeError, match=r"no double backward.*use impl='reference'"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("impl", EVERY_IMPL)
+def test_threshold_gradients_have_no_silent_second_derivative(impl):
+    inputs, options = make(named("plain"))
+    inputs = with_grad(inputs)
+    out = asa_attention(*inputs, **options, **LEARN, impl=impl)
+    grads = torch.autograd.grad(out.sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="no double backward"):
+        sum(g.sum() for g in grads).backward()
+
+
+def test_backward_without_kept_bits_says_so():
+    inputs, options = make(named("plain"))
+    query, *rest = inputs
+    out, *_ = ops.asa_fwd(*op_arguments([query.requires_grad_(), *rest], options, keep_bits=False))
+    with pytest.raises(RuntimeError, match="keep_bits=False"):
+        out.sum().backward()
+
+
+def test_backward_makes_no_gradients_of_statistics():
+    """Autograd would materialise zeros for every output, bits included."""
+    inputs, options = make(named("plain"))
+    seen = []
+    out = asa_attention(*with_grad(inputs), **options)
+    out.grad_fn.register_prehook(lambda grads: seen.append([g is None for g in grads]))
+    out.sum().backward()
+    assert seen[0] == [False] + [True] * 7
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])

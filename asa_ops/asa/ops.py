@@ -139,7 +139,7 @@ class _AsaAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _unfold(info.batch_size, _AsaAttention.apply(*_fold(info.batch_size, in_dims, args)))
+        return _run_folded(_AsaAttention.apply, info.batch_size, in_dims, args)
 
 
 class _AsaBackward(torch.autograd.Function):
@@ -161,27 +161,21 @@ class _AsaBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _unfold(info.batch_size, _AsaBackward.apply(*_fold(info.batch_size, in_dims, args)))
+        return _run_folded(_AsaBackward.apply, info.batch_size, in_dims, args)
 
 
 # The raw op has the same gradient, for whoever calls it from a graph without the Function.
 asa_fwd.register_autograd(_AsaAttention.backward, setup_context=_AsaAttention.setup_context)
 
 
-def _fold(size: int, in_dims, args):
-    """Merge a vmapped dimension of every tensor into its batch: the op is independent over images."""
-
-    def fold(x, dim):
-        if not isinstance(x, Tensor):
-            return x
-        x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
-        return x.flatten(0, 1)
-
-    return [fold(x, dim) for x, dim in zip(args, in_dims, strict=True)]
-
-
-def _unfold(size: int, outputs):
-    return tuple(x.unflatten(0, (size, x.shape[0] // max(size, 1))) for x in outputs), (0,) * len(outputs)
+def _run_folded(run, size: int, in_dims, args):
+    """Run with a vmapped dimension of every tensor merged into its batch: the op is independent over images."""
+    tensors = {i: x for i, x in enumerate(args) if isinstance(x, Tensor)}
+    for i, x in tensors.items():
+        tensors[i] = x.expand(size, *x.shape) if in_dims[i] is None else x.movedim(in_dims[i], 0)
+    batch = tensors[0].shape[1]
+    outputs = run(*(tensors[i].flatten(0, 1) if i in tensors else x for i, x in enumerate(args)))
+    return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
 
 
 @register_flop_formula(torch.ops.asa_ops.asa_fwd)

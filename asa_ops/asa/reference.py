@@ -73,7 +73,7 @@ def asa_attention(
             lse_kept.detach(),
             found.kept.sum(-1, dtype=torch.int32),
         )
-        learns = any(x is not None and x.requires_grad for x in (alpha, beta))
+        learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (alpha, beta))
         if threshold_grad == "straight_through" and (learns or not torch.compiler.is_compiling()):
             pair = real_q[:, None, :, None] & real_k[:, None, None, :]
             out = _StraightThrough.apply(out, *thresholds, s, v, lse_kept, pair, *found, reciprocal, threshold_band)
