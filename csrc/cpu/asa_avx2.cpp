@@ -8,5 +8,6 @@
 
 #pragma GCC target("avx2,fma,bmi,popcnt")
 #define ASA_ISA avx2
+#define ASA_AVX2  // the pragma does not define the compiler's own macros
 #include "asa_kernels.h"
 #endif

@@ -8,5 +8,6 @@
 
 #pragma GCC target("avx2,fma,bmi,popcnt,avx512f,avx512vl,avx512dq,avx512bw")
 #define ASA_ISA avx512
+#define ASA_AVX512  // the pragma does not define the compiler's own macros
 #include "asa_kernels.h"
 #endif

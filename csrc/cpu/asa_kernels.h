@@ -16,6 +16,8 @@ namespace {
 #include "products.h"
 
 constexpr int64_t kStrips = kBlockRows / kStrip;
+constexpr int64_t kCacheBytes = 384 * 1024;  // of the columns in use: a share of a core's second-level cache
+constexpr int64_t kStored = 4096;  // columns a strip, on average, up to which the backward stores scores between its passes
 
 // Memory of one thread, handed out in pieces aligned to cache lines.
 struct Arena {
@@ -43,12 +45,22 @@ int64_t panels_of(const Problem<T>& p) {
   return (p.n_k + kPanel - 1) / kPanel;
 }
 
+// How many columns of a block's lists may be stored between the passes of backward_rows().
+template <class T>
+int64_t stored_columns(const Problem<T>& p) {
+  return kStrips * (p.stride_k < kStored ? p.stride_k : kStored);
+}
+
 template <class T>
 int64_t scratch_bytes(const Problem<T>& p) {
-  const int64_t n = longest(p), scores = (panels_of(p) * kPanel) * 16 * sizeof(T) + 16 * p.dim * sizeof(T);
-  const int64_t lists = n * (3 * kStrip * sizeof(T) + sizeof(int32_t) + 1 + 5 * kStrips) + 8 * widest(p) * kStrip * sizeof(T);
-  const int64_t row = 2 * n * sizeof(T);
-  return (scores > lists ? scores : lists) + row + 64 * 64;
+  const int64_t size = sizeof(T), n = longest(p);
+  const int64_t scan = (panels_of(p) * kPanel + p.dim + 2) * 16 * size + 2 * n * size;
+  const int64_t lists = n * kStrips * (2 + 1 + static_cast<int64_t>(sizeof(int32_t)));
+  const int64_t strips = 4 * kStrips * widest(p) * kStrip * size;
+  const int64_t rows = (2 * stored_columns(p) + 4 * 1024) * kStrip * size;
+  const int64_t thresholds = n * (3 * kStrips + 3 * kStrip * size);
+  const int64_t blocks = lists + strips + (rows > thresholds ? rows : thresholds);
+  return (scan > blocks ? scan : blocks) + 64 * 64;
 }
 
 template <class T>
@@ -83,6 +95,8 @@ bool real(const bool* mask, int64_t i) {
 }
 
 constexpr double kInfinity = __builtin_inf();
+template <class T>
+constexpr T kEpsilon = sizeof(T) == 4 ? T(1.2e-7) : T(2.3e-16);
 
 // ------------------------------------------------------------------------------------------------------------- scan
 
@@ -167,7 +181,7 @@ void scan(const Problem<T>& p, const T* panels, int64_t begin, int64_t end, void
         uint8_t* const bits = p.bits + i0 / kStrip * p.stride_k;
         for (j = 0; j < p.n_k; ++j) {
           const Vec<T> y = load(x + j * 16);
-          bits[j] = static_cast<uint8_t>(bits_of<T>((y - lse > log_alpha) & (y >= kappa)));
+          bits[j] = static_cast<uint8_t>(bits_of((y - lse > log_alpha) & (y >= kappa)));
         }
         for (; j < p.stride_k; ++j) bits[j] = 0;
       }
@@ -268,32 +282,48 @@ int64_t list_columns(const uint8_t* m, int64_t stride, int32_t* list, uint8_t* b
   return count;
 }
 
-// Memory for the work on one block: K of its strips, and the list of a strip.
+// The survivors of one block, as a list of columns for each of its strips, cut into chunks of columns so that the rows
+// of a chunk, read by all strips one after the other, stay in the cache.
 template <class T>
 struct Workspace {
   Arena arena;
-  int64_t stride;
+  int64_t others, stride;  // columns of a block of queries (keys), or of keys (`columns`: queries)
   bool columns;
-  uint8_t *kept, *spare, *bits;
-  int32_t* list;
-  T *a, *b;  // [columns][8]
+  int64_t chunk;  // columns
+  uint8_t *kept, *spare;
+  int32_t* list[kStrips];
+  uint8_t* bits[kStrips];
+  int64_t count[kStrips];
 
-  // For a block of queries, whose lists hold keys, or of keys (`columns`), whose lists hold queries.
   Workspace(const Problem<T>& p, bool columns, void* scratch)
-      : arena{static_cast<char*>(scratch)}, stride(columns ? p.stride_q : p.stride_k), columns(columns) {
+      : arena{static_cast<char*>(scratch)},
+        others(columns ? p.n_q : p.n_k),
+        stride(columns ? p.stride_q : p.stride_k),
+        columns(columns) {
+    chunk = kCacheBytes / ((p.dim + p.dim_v + 1) * static_cast<int64_t>(sizeof(T)));
+    chunk = chunk < 64 ? 64 : chunk > 1024 ? 1024 : chunk;
     kept = arena.take<uint8_t>(kStrips * stride);
     spare = arena.take<uint8_t>(kStrips * stride);
-    bits = arena.take<uint8_t>(stride);
-    list = arena.take<int32_t>(stride);
-    a = arena.take<T>(stride * kStrip);
-    b = arena.take<T>(stride * kStrip);
+    for (int64_t i = 0; i < kStrips; ++i) list[i] = arena.take<int32_t>(stride), bits[i] = arena.take<uint8_t>(stride);
   }
 
   void find(const Problem<T>& p, int64_t block) {
     non_local(p, block, columns, kept, spare, stride);
     add_local(p, block, columns, kept, stride);
+    for (int64_t i = 0; i < kStrips; ++i) count[i] = list_columns(kept + i * stride, stride, list[i], bits[i]);
   }
-  int64_t strip(int64_t i) { return list_columns(kept + i * stride, stride, list, bits); }
+
+  // Calls f(strip, begin, end) for the part of every list within a chunk, chunk by chunk.
+  template <class F>
+  void for_chunks(const F& f) const {
+    int64_t next[kStrips] = {};
+    for (int64_t last = chunk; last < others + chunk; last += chunk)
+      for (int64_t i = 0; i < kStrips; ++i) {
+        const int64_t begin = next[i];
+        while (next[i] < count[i] && list[i][next[i]] < last) ++next[i];
+        if (next[i] > begin) f(i, begin, next[i]);
+      }
+  }
 };
 
 // Calls f(strip, first, lanes) for the strips of a block of `n` rows.
@@ -314,53 +344,76 @@ void unpack(const T* sums, Vec<T> factor, int64_t first, int64_t lanes, int64_t 
 
 // -------------------------------------------------------------------------------------------------------- aggregate
 
-// Softmax of the scores s[c][8] of a list over the bits: unnormalised, in place; and its maximum and sum per lane.
+// The softmax of a strip while its scores come chunk by chunk.
 template <class T>
-void softmax(T* s, const uint8_t* bits, int64_t count, Vec<T>& largest, Vec<T>& sum) {
-  largest = splat(T(-kInfinity));
-  for (int64_t c = 0; c < count; ++c)
-    largest = maximum<T>(largest, select<T>(lanes_of<T>(bits[c]), load(s + c * kStrip), splat(T(-kInfinity))));
-  sum = Vec<T>{};
-  for (int64_t c = 0; c < count; ++c) {
-    const Vec<T> e = exp_nonpositive(load(s + c * kStrip) - largest);
-    const Vec<T> p = select<T>(lanes_of<T>(bits[c]), e, Vec<T>{});
-    sum += p;
-    store(s + c * kStrip, p);
+struct Softmax {
+  Vec<T> largest, sum;
+
+  Softmax() : largest(splat(T(-kInfinity))), sum{} {}  // spelt out: an implicit one is not compiled for this target
+
+  // Turns scores s[c][8] into exp(s - shift) where the bits say so, 0 elsewhere; the shift is at least their maximum.
+  // Returns the factor by which sums made so far shrink, and whether it is 1 everywhere.
+  Vec<T> add(T* s, const uint8_t* bits, int64_t count, bool& same) {
+    Vec<T> m = largest;
+    for (int64_t c = 0; c < count; ++c)
+      m = maximum<T>(m, select<T>(lanes_of<T>(bits[c]), load(s + c * kStrip), splat(T(-kInfinity))));
+    const Vec<T> shift = select<T>(m == splat(T(-kInfinity)), Vec<T>{}, m);  // a lane without survivors so far
+    same = bits_of(m > largest) == 0;
+    const Vec<T> factor = same ? splat(T(1)) : exp_nonpositive(largest - shift);
+    Vec<T> part[4] = {};
+    for (int64_t c = 0; c < count; ++c) {
+      const Vec<T> p = select<T>(lanes_of<T>(bits[c]), exp_nonpositive(load(s + c * kStrip) - shift), Vec<T>{});
+      part[c % 4] += p;
+      store(s + c * kStrip, p);
+    }
+    sum = sum * factor + ((part[0] + part[1]) + (part[2] + part[3]));
+    largest = m;
+    return factor;
   }
-}
+};
 
 template <class T>
 void aggregate(const Problem<T>& p, int64_t begin, int64_t end, void* scratch) {
   Workspace<T> w(p, false, scratch);
-  T* const q = w.arena.template take<T>(p.dim * kStrip);
-  T* const sums = w.arena.template take<T>(p.dim_v * kStrip);
+  T *q[kStrips], *sums[kStrips];
+  for (int64_t i = 0; i < kStrips; ++i) {
+    q[i] = w.arena.template take<T>(p.dim * kStrip);
+    sums[i] = w.arena.template take<T>(p.dim_v * kStrip);
+  }
+  T* const s = w.arena.template take<T>(w.chunk * kStrip);
   for (int64_t block = begin; block < end; ++block) {
     w.find(p, block);
-    for_strips(block, p.n_q, [&](int64_t strip, int64_t first, int64_t lanes) {
-      const int64_t count = w.strip(strip);
-      pack(p.q + first * p.dim, lanes, kStrip, p.dim, q);
-      dots(q, p.k, p.dim, w.list, count, w.a);
-      Vec<T> largest, sum;
-      softmax(w.a, w.bits, count, largest, sum);
-      accumulate(w.a, p.v, p.dim_v, w.list, count, sums);
-      int64_t survivors[kStrip] = {};
-      unsigned spoilt = 0;
+    for_strips(block, p.n_q, [&](int64_t i, int64_t first, int64_t lanes) {
+      pack(p.q + first * p.dim, lanes, kStrip, p.dim, q[i]);
+      for (int64_t d = 0; d < p.dim_v; ++d) store(sums[i] + d * kStrip, Vec<T>{});
+    });
+    Softmax<T> softmax[kStrips];
+    w.for_chunks([&](int64_t i, int64_t from, int64_t to) {
+      dots(q[i], p.k, p.dim, w.list[i] + from, to - from, s);
+      bool same;
+      const Vec<T> factor = softmax[i].add(s, w.bits[i] + from, to - from, same);
+      if (!same)
+        for (int64_t d = 0; d < p.dim_v; ++d) store(sums[i] + d * kStrip, load(sums[i] + d * kStrip) * factor);
+      accumulate(s, p.v, p.dim_v, w.list[i] + from, to - from, sums[i]);
+    });
+    for_strips(block, p.n_q, [&](int64_t i, int64_t first, int64_t lanes) {
       Ints<T> tally = {};
-      for (int64_t c = 0; c < count; ++c) tally -= lanes_of<T>(w.bits[c]);
+      for (int64_t c = 0; c < w.count[i]; ++c) tally -= lanes_of<T>(w.bits[i][c]);
+      unsigned spoilt = 0;
       if (p.broken != nullptr)
-        for (int64_t c = 0; c < count; ++c) spoilt |= p.broken[w.list[c]] ? w.bits[c] : 0;
-      Vec<T> factor;
-      for (int64_t r = 0; r < kStrip; ++r) survivors[r] = tally[r];
+        for (int64_t c = 0; c < w.count[i]; ++c) spoilt |= p.broken[w.list[i][c]] ? w.bits[i][c] : 0;
+      Vec<T> factor = {};
       for (int64_t r = 0; r < lanes; ++r) {
-        const int64_t i = first + r;
-        p.survivors[i] = static_cast<int32_t>(survivors[r]);
-        p.lse_kept[i] = survivors[r] ? T(largest[r] + __builtin_log(static_cast<double>(sum[r]))) : T(-kInfinity);
-        factor[r] = survivors[r] ? 1 / sum[r] : 0;
-        const bool bad = (p.n_real > 0 && !__builtin_isfinite(p.lse[i])) || (p.alpha && !(p.alpha[i] >= 0)) ||
-                         (p.beta && !(p.beta[i] >= 0));
-        if ((bad && real<T>(p.real_q, i)) || (spoilt >> r & 1)) factor[r] = __builtin_nan("");
+        const int64_t row = first + r;
+        const T sum = softmax[i].sum[r];
+        p.survivors[row] = static_cast<int32_t>(tally[r]);
+        p.lse_kept[row] = tally[r] ? T(softmax[i].largest[r] + __builtin_log(static_cast<double>(sum))) : T(-kInfinity);
+        factor[r] = tally[r] ? 1 / sum : 0;
+        const bool bad = (p.n_real > 0 && !__builtin_isfinite(p.lse[row])) || (p.alpha && !(p.alpha[row] >= 0)) ||
+                         (p.beta && !(p.beta[row] >= 0));
+        if ((bad && real<T>(p.real_q, row)) || (spoilt >> r & 1)) factor[r] = __builtin_nan("");
       }
-      unpack(sums, factor, first, lanes, p.dim_v, p.out);
+      unpack(sums[i], factor, first, lanes, p.dim_v, p.out);
     });
   }
 }
@@ -370,12 +423,11 @@ void list_survivors(const Problem<T>& p, const int64_t* offsets, int32_t* column
   Workspace<T> w(p, false, scratch);
   for (int64_t block = begin; block < end; ++block) {
     w.find(p, block);
-    for_strips(block, p.n_q, [&](int64_t strip, int64_t first, int64_t lanes) {
-      const int64_t count = w.strip(strip);
+    for_strips(block, p.n_q, [&](int64_t i, int64_t first, int64_t lanes) {
       for (int64_t r = 0; r < lanes; ++r) {
         int32_t* next = columns + offsets[first + r];
-        for (int64_t c = 0; c < count; ++c)
-          if (w.bits[c] >> r & 1) *next++ = w.list[c];
+        for (int64_t c = 0; c < w.count[i]; ++c)
+          if (w.bits[i][c] >> r & 1) *next++ = w.list[i][c];
       }
     });
   }
@@ -383,37 +435,69 @@ void list_survivors(const Problem<T>& p, const int64_t* offsets, int32_t* column
 
 // --------------------------------------------------------------------------------------------------------- backward
 
+// Two passes over a block's lists: the first takes the softmax and the mean of dp of every row, the second makes ds and
+// dq. Scores and dp are stored between them if the lists are short, else computed again.
 template <class T>
 void backward_rows(const Problem<T>& p, int64_t begin, int64_t end, void* scratch) {
   Workspace<T> w(p, false, scratch);
-  T* const q = w.arena.template take<T>(p.dim * kStrip);
-  T* const d_out = w.arena.template take<T>(p.dim_v * kStrip);
-  T* const sums = w.arena.template take<T>(p.dim * kStrip);
+  T *q[kStrips], *d_out[kStrips], *sums[kStrips];
+  for (int64_t i = 0; i < kStrips; ++i) {
+    q[i] = w.arena.template take<T>(p.dim * kStrip);
+    d_out[i] = w.arena.template take<T>(p.dim_v * kStrip);
+    sums[i] = w.arena.template take<T>(p.dim * kStrip);
+  }
+  const int64_t room = stored_columns(p) + w.chunk;
+  T* const scores = w.arena.template take<T>(room * kStrip);
+  T* const dps = w.arena.template take<T>(room * kStrip);
+  T* const work = w.arena.template take<T>(w.chunk * kStrip);
   for (int64_t block = begin; block < end; ++block) {
     w.find(p, block);
-    for_strips(block, p.n_q, [&](int64_t strip, int64_t first, int64_t lanes) {
-      const int64_t count = w.strip(strip);
-      pack(p.q + first * p.dim, lanes, kStrip, p.dim, q);
-      pack(p.d_out + first * p.dim_v, lanes, kStrip, p.dim_v, d_out);
-      dots(q, p.k, p.dim, w.list, count, w.a);
-      dots(d_out, p.v, p.dim_v, w.list, count, w.b);
-      Vec<T> largest, sum;
-      softmax(w.a, w.bits, count, largest, sum);
-      // The row's mean of dp from these very products: it cancels exactly where a row has one survivor.
-      Vec<T> mean = {};
-      for (int64_t c = 0; c < count; ++c) mean += load(w.a + c * kStrip) * load(w.b + c * kStrip);
-      const Vec<T> factor = select<T>(sum > 0, 1 / sum, Vec<T>{});
-      mean *= factor;
-      for (int64_t c = 0; c < count; ++c) {
-        const Vec<T> ds = load(w.a + c * kStrip) * (load(w.b + c * kStrip) - mean);
-        store(w.a + c * kStrip, select<T>(lanes_of<T>(w.bits[c]), ds, Vec<T>{}));
+    int64_t offset[kStrips], total = 0;
+    for (int64_t i = 0; i < kStrips; ++i) offset[i] = total, total += w.count[i];
+    const bool stored = total <= stored_columns(p);
+    for_strips(block, p.n_q, [&](int64_t i, int64_t first, int64_t lanes) {
+      pack(p.q + first * p.dim, lanes, kStrip, p.dim, q[i]);
+      pack(p.d_out + first * p.dim_v, lanes, kStrip, p.dim_v, d_out[i]);
+      for (int64_t d = 0; d < p.dim; ++d) store(sums[i] + d * kStrip, Vec<T>{});
+    });
+    const auto place = [&](int64_t i, int64_t from) { return stored ? (offset[i] + from) * kStrip : 0; };
+    const auto products = [&](int64_t i, int64_t from, int64_t to) {
+      dots(q[i], p.k, p.dim, w.list[i] + from, to - from, scores + place(i, from));
+      dots(d_out[i], p.v, p.dim_v, w.list[i] + from, to - from, dps + place(i, from));
+    };
+    Softmax<T> softmax[kStrips];
+    Vec<T> mean[kStrips] = {};
+    w.for_chunks([&](int64_t i, int64_t from, int64_t to) {
+      products(i, from, to);
+      const T *s = scores + place(i, from), *dp = dps + place(i, from);
+      for (int64_t c = 0; c < (to - from) * kStrip; c += kStrip) store(work + c, load(s + c));
+      bool same;
+      const Vec<T> shrink = softmax[i].add(work, w.bits[i] + from, to - from, same);
+      Vec<T> part[4] = {};
+      for (int64_t c = 0; c < to - from; ++c) part[c % 4] += load(work + c * kStrip) * load(dp + c * kStrip);
+      mean[i] = mean[i] * shrink + ((part[0] + part[1]) + (part[2] + part[3]));
+    });
+    Vec<T> factor[kStrips];
+    for (int64_t i = 0; i < kStrips; ++i) {
+      factor[i] = select<T>(softmax[i].sum == Vec<T>{}, Vec<T>{}, 1 / softmax[i].sum);
+      mean[i] *= factor[i];
+    }
+    w.for_chunks([&](int64_t i, int64_t from, int64_t to) {
+      if (!stored) products(i, from, to);
+      const T *s = scores + place(i, from), *dp = dps + place(i, from);
+      for (int64_t c = from; c < to; ++c) {
+        const int64_t x = (c - from) * kStrip;
+        const Vec<T> ds = exp_nonpositive(load(s + x) - softmax[i].largest) * (load(dp + x) - mean[i]);
+        store(work + x, select<T>(lanes_of<T>(w.bits[i][c]), ds, Vec<T>{}));
       }
-      accumulate(w.a, p.k, p.dim, w.list, count, sums);
-      unpack(sums, factor * p.scale, first, lanes, p.dim, p.dq);
+      accumulate(work, p.k, p.dim, w.list[i] + from, to - from, sums[i]);
+    });
+    for_strips(block, p.n_q, [&](int64_t i, int64_t first, int64_t lanes) {
+      unpack(sums[i], factor[i] * p.scale, first, lanes, p.dim, p.dq);
       for (int64_t r = 0; r < lanes; ++r) {
-        p.row_max[first + r] = largest[r];
-        p.row_factor[first + r] = factor[r];
-        p.delta[first + r] = mean[r];
+        p.row_max[first + r] = softmax[i].largest[r];
+        p.row_factor[first + r] = factor[i][r];
+        p.delta[first + r] = mean[i][r];
       }
     });
   }
@@ -422,29 +506,41 @@ void backward_rows(const Problem<T>& p, int64_t begin, int64_t end, void* scratc
 template <class T>
 void backward_columns(const Problem<T>& p, int64_t begin, int64_t end, void* scratch) {
   Workspace<T> w(p, true, scratch);
-  T* const k = w.arena.template take<T>(p.dim * kStrip);
-  T* const v = w.arena.template take<T>(p.dim_v * kStrip);
-  T* const sums = w.arena.template take<T>(widest(p) * kStrip);
+  T *k[kStrips], *v[kStrips], *dk[kStrips], *dv[kStrips];
+  for (int64_t i = 0; i < kStrips; ++i) {
+    k[i] = w.arena.template take<T>(p.dim * kStrip);
+    v[i] = w.arena.template take<T>(p.dim_v * kStrip);
+    dk[i] = w.arena.template take<T>(p.dim * kStrip);
+    dv[i] = w.arena.template take<T>(p.dim_v * kStrip);
+  }
+  T* const a = w.arena.template take<T>(w.chunk * kStrip);
+  T* const b = w.arena.template take<T>(w.chunk * kStrip);
   for (int64_t block = begin; block < end; ++block) {
     w.find(p, block);
-    for_strips(block, p.n_k, [&](int64_t strip, int64_t first, int64_t lanes) {
-      const int64_t count = w.strip(strip);
-      pack(p.k + first * p.dim, lanes, kStrip, p.dim, k);
-      pack(p.v + first * p.dim_v, lanes, kStrip, p.dim_v, v);
-      dots(k, p.q, p.dim, w.list, count, w.a);
-      dots(v, p.d_out, p.dim_v, w.list, count, w.b);
-      for (int64_t c = 0; c < count; ++c) {
-        const int64_t i = w.list[c];
-        const Vec<T> e = exp_nonpositive(load(w.a + c * kStrip) - p.row_max[i]) * p.row_factor[i];
-        const Vec<T> probability = select<T>(lanes_of<T>(w.bits[c]), e, Vec<T>{});
-        const Vec<T> ds = probability * (load(w.b + c * kStrip) - p.delta[i]);
-        store(w.a + c * kStrip, probability);
-        store(w.b + c * kStrip, select<T>(lanes_of<T>(w.bits[c]), ds, Vec<T>{}));
+    for_strips(block, p.n_k, [&](int64_t i, int64_t first, int64_t lanes) {
+      pack(p.k + first * p.dim, lanes, kStrip, p.dim, k[i]);
+      pack(p.v + first * p.dim_v, lanes, kStrip, p.dim_v, v[i]);
+      for (int64_t d = 0; d < p.dim; ++d) store(dk[i] + d * kStrip, Vec<T>{});
+      for (int64_t d = 0; d < p.dim_v; ++d) store(dv[i] + d * kStrip, Vec<T>{});
+    });
+    w.for_chunks([&](int64_t i, int64_t from, int64_t to) {
+      const int32_t* const list = w.list[i] + from;
+      dots(k[i], p.q, p.dim, list, to - from, a);
+      dots(v[i], p.d_out, p.dim_v, list, to - from, b);
+      for (int64_t c = 0; c < to - from; ++c) {
+        const int64_t row = list[c];
+        const Ints<T> kept = lanes_of<T>(w.bits[i][from + c]);
+        const Vec<T> e = exp_nonpositive(load(a + c * kStrip) - p.row_max[row]) * p.row_factor[row];
+        const Vec<T> ds = e * (load(b + c * kStrip) - p.delta[row]);
+        store(a + c * kStrip, select<T>(kept, e, Vec<T>{}));
+        store(b + c * kStrip, select<T>(kept, ds, Vec<T>{}));
       }
-      accumulate(w.a, p.d_out, p.dim_v, w.list, count, sums);
-      unpack(sums, splat(T(1)), first, lanes, p.dim_v, p.dv);
-      accumulate(w.b, p.q, p.dim, w.list, count, sums);
-      unpack(sums, splat(T(1)), first, lanes, p.dim, p.dk);
+      accumulate(a, p.d_out, p.dim_v, list, to - from, dv[i]);
+      accumulate(b, p.q, p.dim, list, to - from, dk[i]);
+    });
+    for_strips(block, p.n_k, [&](int64_t i, int64_t first, int64_t lanes) {
+      unpack(dk[i], splat(T(1)), first, lanes, p.dim, p.dk);
+      unpack(dv[i], splat(T(1)), first, lanes, p.dim_v, p.dv);
     });
   }
 }
@@ -469,7 +565,11 @@ void backward_thresholds(const Problem<T>& p, int64_t begin, int64_t end, void* 
   uint8_t* const back = w.arena.template take<uint8_t>(kStrips * w.stride);
   T* const strips[4] = {w.arena.template take<T>(p.dim * kStrip), w.arena.template take<T>(p.dim_v * kStrip),
                         w.arena.template take<T>(p.dim * kStrip), w.arena.template take<T>(p.dim_v * kStrip)};
+  T* const a = w.arena.template take<T>(w.stride * kStrip);
+  T* const b = w.arena.template take<T>(w.stride * kStrip);
   T* const c = w.arena.template take<T>(w.stride * kStrip);
+  int32_t* const list = w.list[0];
+  uint8_t* const bits = w.bits[0];
   for (int64_t block = begin; block < end; ++block) {
     non_local(p, block, false, w.kept, w.spare, w.stride);
     __builtin_memset(local, 0, kStrips * w.stride);
@@ -479,6 +579,7 @@ void backward_thresholds(const Problem<T>& p, int64_t begin, int64_t end, void* 
     if (p.dalpha != nullptr && p.reciprocal) transposed_bits(p, block, back, w.stride);
     for_strips(block, p.n_q, [&](int64_t strip, int64_t first, int64_t lanes) {
       const uint8_t* const m = w.kept + strip * w.stride;
+      const uint8_t* const adaptive = p.bits + first / kStrip * p.stride_k;
       const uint8_t* const l = local + strip * w.stride;
       const uint8_t* const l_back = local_back + strip * w.stride;
       Vec<T> lse = {}, log_alpha = splat(T(kInfinity)), kappa = splat(T(-kInfinity)), lse_kept = {}, delta = {};
@@ -486,7 +587,8 @@ void backward_thresholds(const Problem<T>& p, int64_t begin, int64_t end, void* 
         const int64_t i = first + r;
         lse[r] = p.lse[i];
         if (p.dalpha != nullptr && real<T>(p.real_q, i)) log_alpha[r] = log_multiplier(p, i);
-        if (p.topk) kappa[r] = p.kappa[i];
+        // These scores may differ from those of scan() in the last digits; what it kept stays kept (`adaptive` below).
+        if (p.topk) kappa[r] = p.kappa[i] - 64 * kEpsilon<T> * __builtin_fabs(p.kappa[i]);
         lse_kept[r] = p.lse_kept[i];
         delta[r] = p.delta[i];
       }
@@ -496,39 +598,40 @@ void backward_thresholds(const Problem<T>& p, int64_t begin, int64_t end, void* 
       if (p.dalpha != nullptr) {
         int64_t count = 0;
         if (p.reciprocal) {
-          count = list_columns(back + strip * w.stride, w.stride, w.list, w.bits);
+          count = list_columns(back + strip * w.stride, w.stride, list, bits);
         } else {
           for (int64_t j = 0; j < p.n_k; ++j)
-            if (real<T>(p.real_k, j)) w.list[count] = static_cast<int32_t>(j), w.bits[count++] = 0xFF;
+            if (real<T>(p.real_k, j)) list[count] = static_cast<int32_t>(j), bits[count++] = 0xFF;
         }
-        dots(strips[0], p.k, p.dim, w.list, count, w.a);
+        dots(strips[0], p.k, p.dim, list, count, a);
         int64_t near = 0;  // columns within the band of a threshold
         for (int64_t x = 0; x < count; ++x) {
-          const Vec<T> s = load(w.a + x * kStrip), z = (s - lse) - log_alpha;
+          const Vec<T> s = load(a + x * kStrip), z = (s - lse) - log_alpha;
           const Vec<T> slope = (1 - select<T>(z < 0, -z, z) / p.band) / p.band;
-          const Ints<T> inside = (slope > 0) & (s >= kappa) & lanes_of<T>(w.bits[x]);
-          if (bits_of<T>(inside) == 0) continue;
+          const Ints<T> reached = (s >= kappa) | lanes_of<T>(adaptive[list[x]]);
+          const Ints<T> inside = (slope > 0) & reached & lanes_of<T>(bits[x]);
+          if (bits_of(inside) == 0) continue;
           store(c + near * kStrip, select<T>(inside, slope, Vec<T>{}));
-          store(w.a + near * kStrip, s);
-          w.list[near++] = w.list[x];
+          store(a + near * kStrip, s);
+          list[near++] = list[x];
         }
-        dots(strips[1], p.v, p.dim_v, w.list, near, w.b);
+        dots(strips[1], p.v, p.dim_v, list, near, b);
         Vec<T> sum = {};
         for (int64_t x = 0; x < near; ++x) {
-          const int32_t j = w.list[x];
-          const Vec<T> g = change<T>(load(w.a + x * kStrip), lse_kept, lanes_of<T>(m[j] | l[j]), load(w.b + x * kStrip) - delta);
+          const int32_t j = list[x];
+          const Vec<T> g = change<T>(load(a + x * kStrip), lse_kept, lanes_of<T>(m[j] | l[j]), load(b + x * kStrip) - delta);
           const Ints<T> counts = ~lanes_of<T>(l[j]) & (load(c + x * kStrip) != 0);
           sum += select<T>(counts, load(c + x * kStrip) * g, Vec<T>{});
         }
         if (p.reciprocal) {
           pack(p.k + first * p.dim, lanes, kStrip, p.dim, strips[2]);
           pack(p.v + first * p.dim_v, lanes, kStrip, p.dim_v, strips[3]);
-          dots(strips[2], p.q, p.dim, w.list, near, w.a);
-          dots(strips[3], p.d_out, p.dim_v, w.list, near, w.b);
+          dots(strips[2], p.q, p.dim, list, near, a);
+          dots(strips[3], p.d_out, p.dim_v, list, near, b);
           for (int64_t x = 0; x < near; ++x) {
-            const int32_t j = w.list[x];
-            const Vec<T> g = change<T>(load(w.a + x * kStrip), splat(p.lse_kept[j]), lanes_of<T>(m[j] | l_back[j]),
-                                       load(w.b + x * kStrip) - p.delta[j]);
+            const int32_t j = list[x];
+            const Vec<T> g = change<T>(load(a + x * kStrip), splat(p.lse_kept[j]), lanes_of<T>(m[j] | l_back[j]),
+                                       load(b + x * kStrip) - p.delta[j]);
             const Ints<T> counts = ~lanes_of<T>(l_back[j]) & (load(c + x * kStrip) != 0);
             sum += select<T>(counts, load(c + x * kStrip) * g, Vec<T>{});
           }
@@ -546,15 +649,15 @@ void backward_thresholds(const Problem<T>& p, int64_t begin, int64_t end, void* 
           if (!real<T>(p.real_q, i)) continue;
           int64_t count = 0;
           for_window(p, i, [&](int64_t j, int64_t) {
-            if (real<T>(p.real_k, j) && !(m[j] >> r & 1)) w.list[count++] = static_cast<int32_t>(j);
+            if (real<T>(p.real_k, j) && !(m[j] >> r & 1)) list[count++] = static_cast<int32_t>(j);
           });
-          dots(strips[0], p.k, p.dim, w.list, count, w.a);
-          dots(strips[1], p.v, p.dim_v, w.list, count, w.b);
+          dots(strips[0], p.k, p.dim, list, count, a);
+          dots(strips[1], p.v, p.dim_v, list, count, b);
           const T log_beta = __builtin_log(static_cast<double>(p.beta[i]));
           for (int64_t x = 0; x < count; ++x) {
-            const Vec<T> s = load(w.a + x * kStrip), z = (s - p.log_mean[i]) - log_beta;
+            const Vec<T> s = load(a + x * kStrip), z = (s - p.log_mean[i]) - log_beta;
             const Vec<T> slope = (1 - select<T>(z < 0, -z, z) / p.band) / p.band;
-            const Vec<T> g = change<T>(s, lse_kept, lanes_of<T>(l[w.list[x]]), load(w.b + x * kStrip) - delta);
+            const Vec<T> g = change<T>(s, lse_kept, lanes_of<T>(l[list[x]]), load(b + x * kStrip) - delta);
             sum += select<T>((slope > 0) & lanes_of<T>(1u << r), slope * g, Vec<T>{});
           }
           p.dbeta[i] = p.beta[i] == 0 ? 0 : -sum[r] / p.beta[i];

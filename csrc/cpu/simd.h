@@ -50,27 +50,22 @@ ASA_INLINE Vec<T> select(Ints<T> condition, Vec<T> a, Vec<T> b) {
 }
 
 // One bit per lane of a condition, lane 0 lowest.
-template <class T>
-ASA_INLINE unsigned bits_of(Ints<T> condition) {
+#if defined(ASA_AVX512)
+ASA_INLINE unsigned bits_of(Ints<float> condition) { return _mm256_movepi32_mask(reinterpret_cast<__m256i>(condition)); }
+ASA_INLINE unsigned bits_of(Ints<double> condition) { return _mm512_movepi64_mask(reinterpret_cast<__m512i>(condition)); }
+#else
+template <class I>
+ASA_INLINE unsigned gather_bits(I condition) {
   unsigned bits = 0;
   for (int r = 0; r < 8; ++r) bits |= static_cast<unsigned>(condition[r] & 1) << r;
   return bits;
 }
-
-#if defined(__AVX512DQ__) && defined(__AVX512VL__)
-template <>
-ASA_INLINE unsigned bits_of<float>(Ints<float> condition) {
-  return _mm256_movepi32_mask(reinterpret_cast<__m256i>(condition));
-}
-template <>
-ASA_INLINE unsigned bits_of<double>(Ints<double> condition) {
-  return _mm512_movepi64_mask(reinterpret_cast<__m512i>(condition));
-}
-#elif defined(__AVX2__)
-template <>
-ASA_INLINE unsigned bits_of<float>(Ints<float> condition) {
-  return _mm256_movemask_ps(reinterpret_cast<__m256>(condition));
-}
+#if defined(ASA_AVX2)
+ASA_INLINE unsigned bits_of(Ints<float> condition) { return _mm256_movemask_ps(reinterpret_cast<__m256>(condition)); }
+#else
+ASA_INLINE unsigned bits_of(Ints<float> condition) { return gather_bits(condition); }
+#endif
+ASA_INLINE unsigned bits_of(Ints<double> condition) { return gather_bits(condition); }
 #endif
 
 // The condition whose bits are given.
