@@ -5,7 +5,9 @@ RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/*/*.*)
 
-.PHONY: demo test test-all lint format clean
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
+
+.PHONY: demo test test-all sanitize lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -15,6 +17,14 @@ test: $(READY)  ## everything that must pass, in minutes
 
 test-all: $(READY)  ## also what is slow
 	$(RUN) -m pytest $(ARGS)
+
+sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	rm -rf build/sanitize
+	CXXFLAGS="$(SANITIZE)" CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(RUN) -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --target build/sanitize .
+	cd build/sanitize && PYTHONPATH=. LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
+		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest -p no:cacheprovider -m "not slow" \
+		-k "cpu and not thread and not repeats" ../../tests/test_cpu.py ../../tests/test_implementations.py
 
 lint: $(READY)
 	$(RUN) -m ruff check .

