@@ -65,7 +65,8 @@ def asa_attention(
         the rows concerned, never in another image.
 
     Raises:
-        ValueError: shapes, sizes or options that do not fit. TypeError: dtypes that do not.
+        ValueError: shapes, sizes or options that do not fit.
+        TypeError: dtypes that do not.
         RuntimeError: ``impl`` cannot run this call here.
 
     Example:
@@ -123,10 +124,13 @@ def reciprocal_neighbors(
 ) -> NeighborGraph:
     """Return who survives in :func:`asa_attention` (local survivors included) as a sparse graph.
 
-    Args: as in :func:`asa_attention`. Memory: N^2 / 8 bytes for one image and head at a time, and the graph.
+    Args: as in :func:`asa_attention`. Memory: N^2 / 8 bytes per image and head (``impl="reference"``: dense), and the
+    graph. Its size depends on the data: on an accelerator this synchronises.
 
     Returns:
         :class:`NeighborGraph`, tokens in raster order.
+
+    Raises: as :func:`asa_attention`.
 
     Example:
         >>> import torch
