@@ -23,7 +23,7 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 	CXXFLAGS="$(SANITIZE)" CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(RUN) -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --target build/sanitize .
 	cd build/sanitize && PYTHONPATH=. LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest -p no:cacheprovider -m "not slow" \
+		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest --capture=sys -p no:cacheprovider -m "not slow" \
 		-k "cpu and not thread and not repeats" ../../tests/test_cpu.py ../../tests/test_implementations.py
 
 lint: $(READY)

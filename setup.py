@@ -46,7 +46,14 @@ def extension() -> dict:
             ("TORCH_STABLE_ONLY", None),
             ("ASA_OPS_VERSION", str(10000 * major + 100 * minor + patch)),
         ],
-        extra_compile_args=["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden", "-g0"],
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-Wall",
+            "-fvisibility=hidden",
+            "-g0",
+            f"-ffile-prefix-map={Path.cwd()}=.",
+        ],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else [],
     )
     return {

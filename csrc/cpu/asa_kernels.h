@@ -219,6 +219,7 @@ template <class T>
 void stored_bits(const Problem<T>& p, int64_t block, uint8_t* m, int64_t stride) {
   for (int64_t strip = 0; strip < kStrips; ++strip) {
     const int64_t row = block * kStrips + strip;
+    if (p.stride_k == 0) continue;
     if (row * kStrip < p.n_q)
       __builtin_memcpy(m + strip * stride, p.bits + row * p.stride_k, p.stride_k);
     else
