@@ -19,16 +19,16 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
   m.def("cpu_isa() -> int");
   m.def(
       "asa_cpu_fwd(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, Tensor? broken, "
-      "int height, int width, int window, int topk, bool reciprocal, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_kept, "
+      "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_kept, "
       "Tensor(d!) survivors, Tensor(e!) kappa, Tensor(f!) log_mean, Tensor(g!) bits, Tensor(h!) local) -> ()");
   m.def(
       "asa_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, "
-      "int height, int width, int window, int topk, bool reciprocal, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
-      "Tensor bits, Tensor local, float scale, float band, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
+      "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kappa, "
+      "Tensor log_mean, Tensor bits, Tensor local, float band, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
       "Tensor(d!)? dalpha, Tensor(e!)? dbeta) -> ()");
   m.def(
       "asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, "
-      "int height, int width, int window, int topk, bool reciprocal, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
+      "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
       "Tensor bits, Tensor local, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
 }
 

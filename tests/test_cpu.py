@@ -77,13 +77,13 @@ def test_bitwise_equal_over_thread_counts(case):
 
 def kernel_call():
     """Return a valid call of asa_cpu_fwd as a dict of its arguments."""
-    inputs, options = make(named("plain", grid=(4, 6)), torch.float32)
+    inputs, options = make(named("plain", grid=(4, 6), dim=16, dim_v=32), torch.float32)
     inputs = Inputs(*inputs, None)
     options = Options(options["grid"], 3, 0, True, 0.3)
     saved = Saved.new(inputs, options, cpu.bits_shape(24, 24), keep_bits=True)
-    prepared = cpu._prepare(inputs, options)
+    prepared = cpu._prepare(inputs)
     schema = torch.ops.asa_ops.asa_cpu_fwd.default._schema
-    values = [*prepared, *cpu._shape_options(options), *saved]
+    values = [*prepared, *cpu._scalars(options), *saved]
     return dict(zip([argument.name for argument in schema.arguments], values, strict=True))
 
 

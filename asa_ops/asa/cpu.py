@@ -1,7 +1,7 @@
 """Adaptive sparse attention on the CPU: the extension's kernels (csrc/cpu), on tensors as they want them.
 
-The kernels take contiguous float32 or float64 (half precisions are computed in float32), queries times the scale, and
-zeros where nothing may be read: in padding, and for values that are not finite, which are flagged instead.
+The kernels take contiguous float32 or float64 (half precisions are computed in float32), head dims padded to multiples
+of 16, and zeros where nothing may be read: in padding, and for values that are not finite, which are flagged instead.
 """
 
 from typing import NamedTuple
@@ -13,8 +13,8 @@ from .types import Inputs, NeighborGraph, Options, Saved
 
 
 def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
-    """Shape of one head's neighbour bits: a byte for eight rows and a column, columns padded to 64."""
-    return (n_q + 7) // 8, (n_k + 63) // 64 * 64
+    """Shape of one head's neighbour bits: blocks of 64 x 64 pairs, 8 bytes a query."""
+    return (n_q + 63) // 64, (n_k + 63) // 64 * 512
 
 
 class _Prepared(NamedTuple):
@@ -30,7 +30,12 @@ class _Prepared(NamedTuple):
     broken: Tensor | None  # keys whose value was not finite
 
 
-def _prepare(inputs: Inputs, options: Options) -> _Prepared:
+def _pad(x: Tensor) -> Tensor:
+    """Return x with its last dimension padded to a multiple of 16."""
+    return torch.nn.functional.pad(x, (0, -x.shape[-1] % 16)) if x.shape[-1] % 16 else x
+
+
+def _prepare(inputs: Inputs) -> _Prepared:
     query, key, value, alpha, beta, key_padding_mask = inputs
     dtype, rows = inputs.precision, query.shape[:3]
     real_q = real_k = broken = None
@@ -42,29 +47,32 @@ def _prepare(inputs: Inputs, options: Options) -> _Prepared:
         return (x if real is None else x.masked_fill(~real[:, None, :, None], 0)).contiguous()
 
     q, k, v = (
-        clean(query.to(dtype) * options.scale, real_q),
+        clean(query.to(dtype), real_q),
         clean(key.to(dtype), real_k),
         clean(value.to(dtype), real_k),
     )
-    finite = v.isfinite()
-    if not finite.all():
+    q, k, v = _pad(q), _pad(k), _pad(v)
+    if not v.sum().isfinite():  # rarely; then see which
+        finite = v.isfinite()
         v, broken = v.nan_to_num(0, 0, 0), ~finite.all(-1)
     thresholds = (x if x is None else x.to(dtype).expand(rows).contiguous() for x in (alpha, beta))
     return _Prepared(q, k, v, *thresholds, real_q, real_k, broken)
 
 
-def _shape_options(options: Options) -> tuple[int, int, int, int, bool]:
-    return *options.grid, options.window, options.topk, options.reciprocal
+def _scalars(options: Options) -> tuple[int, int, int, int, bool, float]:
+    return *options.grid, options.window, options.topk, options.reciprocal, options.scale
 
 
 def fwd(inputs: Inputs, options: Options, saved: Saved) -> None:
     """Write into ``saved``."""
-    prepared = _prepare(inputs, options)
+    prepared = _prepare(inputs)
     out, *rest = saved
-    full = out if out.dtype == inputs.precision else out.new_empty(out.shape, dtype=inputs.precision)
-    torch.ops.asa_ops.asa_cpu_fwd(*prepared, *_shape_options(options), full, *rest)
+    padded = (*out.shape[:3], prepared.v.shape[3])
+    fits = out.dtype == inputs.precision and out.shape == padded
+    full = out if fits else out.new_empty(padded, dtype=inputs.precision)
+    torch.ops.asa_ops.asa_cpu_fwd(*prepared, *_scalars(options), full, *rest)
     if full is not out:
-        out.copy_(full)
+        out.copy_(full[..., : out.shape[3]])
 
 
 def bwd(
@@ -74,17 +82,19 @@ def bwd(
 
     A row whose output is NaN makes the gradients of its image and head NaN.
     """
-    *prepared, _ = kernel_inputs = _prepare(inputs, options)
+    *prepared, _ = kernel_inputs = _prepare(inputs)
     do = do.to(inputs.precision)
     if kernel_inputs.real_q is not None:  # their output is the constant 0
         do = do.masked_fill(~kernel_inputs.real_q[:, None, :, None], 0)
     do = do.masked_fill(saved.out.isnan().any(-1, keepdim=True), torch.nan).contiguous()
+    do = _pad(do)
     dq, dk, dv = (torch.empty_like(x) for x in prepared[:3])
     learning = [x if band is not None else None for x in prepared[3:5]]
     dalpha, dbeta = (x if x is None else torch.zeros_like(x) for x in learning)
-    rest = (saved.lse, saved.lse_kept, saved.kappa, saved.log_mean, saved.bits, saved.local)
-    gradients = (options.scale, band or 0.0, dq, dk, dv, dalpha, dbeta)
-    torch.ops.asa_ops.asa_cpu_bwd(do, *prepared, *_shape_options(options), *rest, *gradients)
+    rest = (saved.lse, saved.lse_kept, saved.survivors, saved.kappa, saved.log_mean, saved.bits, saved.local)
+    gradients = (band or 0.0, dq, dk, dv, dalpha, dbeta)
+    torch.ops.asa_ops.asa_cpu_bwd(do, *prepared, *_scalars(options), *rest, *gradients)
+    dq, dk, dv = (d[..., : x.shape[3]] for d, x in zip((dq, dk, dv), inputs[:3], strict=True))
     return dq, dk, dv, dalpha, dbeta
 
 
@@ -94,7 +104,7 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     fwd(inputs, options, saved)
     row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
     col_indices = row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32)
-    *prepared, _ = _prepare(inputs, options)
+    *prepared, _ = _prepare(inputs)
     rest = (saved.lse, saved.lse_kept, saved.kappa, saved.log_mean, saved.bits, saved.local)
-    torch.ops.asa_ops.asa_cpu_neighbors(*prepared, *_shape_options(options), *rest, row_offsets, col_indices)
+    torch.ops.asa_ops.asa_cpu_neighbors(*prepared, *_scalars(options), *rest, row_offsets, col_indices)
     return NeighborGraph(row_offsets, col_indices)

@@ -2,6 +2,10 @@
 
 #include "asa.h"
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -92,25 +96,66 @@ const Kernels<T>& table() {
 
 int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<void, Free>;
+constexpr int64_t kHugePage = 2 * 1024 * 1024;
 
-Memory allocate(int64_t bytes) {
-  void* p = std::aligned_alloc(64, (std::max<int64_t>(bytes, 1) + 63) / 64 * 64);
-  STD_TORCH_CHECK(p != nullptr, "asa_ops: no memory for ", bytes, " bytes of scratch");
-  return Memory(p);
+// Faulting in fresh memory by 4 KB pages can take longer than the computation.
+void prefer_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t bytes) {
+#if defined(__linux__)
+  const auto begin = (reinterpret_cast<uintptr_t>(p) + kHugePage - 1) / kHugePage * kHugePage;
+  const auto end = (reinterpret_cast<uintptr_t>(p) + bytes) / kHugePage * kHugePage;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // a hint: failure is harmless
+#endif
 }
 
-// Runs kernel(problem, begin, end, scratch) over all blocks of `rows` rows, shared among torch's threads.
-template <class T, class F>
-void run(const Problem<T>& p, int64_t rows, int64_t per_block, const F& kernel) {
-  const int64_t blocks = (rows + per_block - 1) / per_block;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    const Memory scratch = allocate(table<T>().scratch_bytes(p));
-    kernel(begin, end, scratch.get());
-  });
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+Memory allocate(int64_t bytes) {
+  const int64_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64, size = (bytes / alignment + 1) * alignment;
+  void* const p = std::aligned_alloc(alignment, size);
+  STD_TORCH_CHECK(p != nullptr, "asa_ops: no memory for ", bytes, " bytes of scratch");
+  prefer_huge_pages(p, size);
+  return Memory(static_cast<char*>(p));
+}
+
+// Memory for the passes of a call, handed out in pieces and then an equal share for every thread.
+class Workspace {
+ public:
+  // Adds a piece of count numbers to what the memory will hold; get() is where it lies once allocated.
+  template <class U>
+  struct Piece {
+    int64_t offset;
+    U* get(const Workspace& w) const { return reinterpret_cast<U*>(w.memory_.get() + offset); }
+  };
+  template <class U>
+  Piece<U> add(int64_t count) {
+    const Piece<U> piece{bytes_};
+    bytes_ += rounded(count * static_cast<int64_t>(sizeof(U)));
+    return piece;
+  }
+
+  void add_share(int64_t bytes) { share_ = std::max(share_, rounded(bytes)); }
+
+  void allocate_all() { memory_ = allocate(bytes_ + share_ * static_cast<int64_t>(torch::stable::get_num_threads())); }
+
+  void* share(int64_t thread) const { return memory_.get() + bytes_ + thread * share_; }
+
+ private:
+  static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  int64_t bytes_ = 0, share_ = 0;
+  Memory memory_;
+};
+
+// Runs pass(queue, scratch) on torch's threads until the queue of `blocks` blocks is empty.
+template <class F>
+void run(int64_t blocks, const Workspace& workspace, const F& pass) {
+  if (blocks == 0) return;
+  Queue queue{0, blocks, false};
+  const int64_t threads = std::min<int64_t>(blocks, torch::stable::get_num_threads());
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { pass(queue, workspace.share(thread)); });
+  STD_TORCH_CHECK(!queue.failed, "asa_ops: the numbers of survivors are not those of the bits");
 }
 
 // Runs f(head) for every head: side by side where there are enough of them, else one after the other, each on all threads.
@@ -152,6 +197,7 @@ struct Call {
   Optional alpha, beta, real_q, real_k, broken;
   int64_t height, width, window, topk;
   bool reciprocal;
+  double scale;
   Tensor lse, lse_kept, kappa, log_mean, bits, local;
 
   int64_t batch() const { return q.size(0); }
@@ -166,7 +212,7 @@ struct Call {
   // Otherwise the bits of a head are forgotten with its forward pass.
   bool keeps_bits() const { return bits.size(3) > 0; }
 
-  static int64_t rounded(int64_t n) { return (n + 63) / 64 * 64; }
+  static int64_t blocks(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
   void check_all() const {
     check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v", "[B, heads, N, D]");
@@ -187,8 +233,9 @@ struct Call {
     check(topk >= 0 && topk <= n_k(), "topk", "between 0 and N_k");
     for (const auto& [x, name] : {std::pair{&lse, "lse"}, {&lse_kept, "lse_kept"}, {&kappa, "kappa"}, {&log_mean, "log_mean"}})
       check(*x, name, type(), {b, h, n_q()});
-    check(bits.dim() == 4, "bits", "[B, heads, strips, columns]");
-    check(bits, "bits", ScalarType::Byte, {b, h, (n_q() + 7) / 8, keeps_bits() ? rounded(n_k()) : 0});
+    check(dim() % kPad == 0 && dim_v() % kPad == 0, "D and Dv", "multiples of 16");
+    check(bits.dim() == 4, "bits", "[B, heads, blocks, bytes]");
+    check(bits, "bits", ScalarType::Byte, {b, h, blocks(n_q()), keeps_bits() ? blocks(n_k()) * kBlock * 8 : 0});
     check(local, "local", ScalarType::Bool, {b, h, n_q(), beta ? window * window : 0});
   }
 
@@ -197,8 +244,8 @@ struct Call {
     const int64_t b = i / heads(), q_rows = i * n_q(), k_rows = i * n_k();
     Problem<T> p{};
     p.n_q = n_q(), p.n_k = n_k(), p.dim = dim(), p.dim_v = dim_v();
-    p.stride_q = rounded(n_q()), p.stride_k = rounded(n_k());
-    p.height = height, p.width = width, p.window = window, p.topk = topk;
+    p.blocks_q = blocks(n_q()), p.blocks_k = blocks(n_k());
+    p.height = height, p.width = width, p.window = window, p.topk = topk, p.scale = static_cast<T>(scale);
     p.reciprocal = reciprocal, p.thresholded = thresholded();
     p.q = data<T>(q, q_rows * dim()), p.k = data<T>(k, k_rows * dim()), p.v = data<T>(v, k_rows * dim_v());
     p.alpha = data<T>(alpha, q_rows), p.beta = data<T>(beta, q_rows);
@@ -207,11 +254,21 @@ struct Call {
     p.n_real = p.real_k == nullptr ? n_k() : std::count(p.real_k, p.real_k + n_k(), true);
     p.lse = data<T>(lse, q_rows), p.lse_kept = data<T>(lse_kept, q_rows);
     p.kappa = data<T>(kappa, q_rows), p.log_mean = data<T>(log_mean, q_rows);
-    p.bits = data<uint8_t>(bits, i * bits.size(2) * bits.size(3));
+    p.bits = reinterpret_cast<uint64_t*>(data<uint8_t>(bits, i * bits.size(2) * bits.size(3)));
     p.local = data<bool>(local, q_rows * (beta ? window * window : 0));
     return p;
   }
 };
+
+template <class T>
+int64_t panels_size(int64_t n, int64_t dim) {
+  return table<T>().panels(n) * table<T>().panel_size(dim);
+}
+
+template <class T>
+void pack_panels(const T* x, int64_t n, int64_t dim, T* panels, const Workspace& workspace) {
+  run(table<T>().panels(n), workspace, [&](Queue& queue, void*) { table<T>().pack_panels(x, n, dim, panels, queue); });
+}
 
 template <class T>
 void forward(const Call& call, const Tensor& out, const Tensor& survivors) {
@@ -220,41 +277,97 @@ void forward(const Call& call, const Tensor& out, const Tensor& survivors) {
     Problem<T> p = call.head<T>(i);
     p.out = data<T>(out, i * p.n_q * p.dim_v);
     p.survivors = data<int32_t>(survivors, i * p.n_q);
-    const Memory bits = allocate(p.thresholded && !call.keeps_bits() ? (p.n_q + 7) / 8 * p.stride_k : 0);
-    if (!call.keeps_bits()) p.bits = static_cast<uint8_t*>(bits.get());
-    const Memory panels = allocate(kernels.panel_bytes(p));
-    T* const packed = static_cast<T*>(panels.get());
-    kernels.pack_panels(p, packed);
-    run(p, p.n_q, kScanRows, [&](int64_t begin, int64_t end, void* s) { kernels.scan(p, packed, begin, end, s); });
-    run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.aggregate(p, begin, end, s); });
+    Workspace workspace;
+    const int64_t words = p.thresholded ? p.blocks_q * p.blocks_k * kBlock : 0;
+    const auto bits = workspace.add<uint64_t>(call.keeps_bits() ? 0 : words);
+    const auto panels = workspace.add<T>(panels_size<T>(p.n_k, p.dim));
+    workspace.add_share(kernels.scan_bytes(p));
+    workspace.add_share(kernels.aggregate_bytes(p));
+    workspace.allocate_all();
+    if (call.keeps_bits())
+      prefer_huge_pages(p.bits, words * 8);
+    else
+      p.bits = bits.get(workspace);
+    p.k_panels = panels.get(workspace);
+    pack_panels(p.k, p.n_k, p.dim, p.k_panels, workspace);
+    if (p.scanned()) run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
+    run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
   });
 }
 
+// Bytes of survivors with their gradients that a backward holds at a time, for one head; one block of queries at least.
+constexpr int64_t kSlabBytes = 64 * 1024 * 1024;
+
+// Sums up dq, dk, dv slab by slab, then the gradients of the thresholds.
 template <class T>
-void backward(const Call& call, const Tensor& d_out, const Tensor& dq, const Tensor& dk, const Tensor& dv,
-              const Optional& dalpha, const Optional& dbeta, double scale, double band) {
+void backward_head(Problem<T>& p) {
   const auto& kernels = table<T>();
+  std::vector<int64_t> offsets(p.n_q + 1), ends;
+  const bool any_dense = kernels.lay_out(p, offsets.data());
+  const auto block_end = [&](int64_t row) { return std::min(p.n_q, row + kBlock); };
+  int64_t entries = 0, rows = 0;  // of the largest slab
+  for (int64_t begin = 0, end; begin < p.n_q; begin = end) {
+    const int64_t most = offsets[begin] + kSlabBytes / (2 * sizeof(T) + sizeof(int32_t));
+    for (end = block_end(begin); end < p.n_q && offsets[block_end(end)] <= most;) end = block_end(end);
+    entries = std::max(entries, offsets[end] - offsets[begin]);
+    rows = std::max(rows, end - begin);
+    ends.push_back(end);
+  }
+  Workspace workspace;
+  const auto k_panels = workspace.add<T>(any_dense ? panels_size<T>(p.n_k, p.dim) : 0);
+  const auto v_panels = workspace.add<T>(any_dense ? panels_size<T>(p.n_k, p.dim_v) : 0);
+  const auto delta = workspace.add<T>(p.n_q);
+  const auto probability = workspace.add<T>(entries), ds = workspace.add<T>(entries);
+  const auto columns = workspace.add<int32_t>(entries), starts = workspace.add<int32_t>((p.blocks_k + 1) * rows);
+  workspace.add_share(kernels.backward_rows_bytes(p));
+  workspace.add_share(kernels.backward_columns_bytes(p, rows, entries));
+  if (p.dalpha || p.dbeta) workspace.add_share(kernels.backward_thresholds_bytes(p));
+  workspace.allocate_all();
+  p.delta = delta.get(workspace);
+  if (any_dense) {
+    pack_panels(p.k, p.n_k, p.dim, p.k_panels = k_panels.get(workspace), workspace);
+    pack_panels(p.v, p.n_k, p.dim_v, p.v_panels = v_panels.get(workspace), workspace);
+  }
+  int64_t begin = 0;
+  for (const int64_t end : ends) {
+    const Slab<T> slab{begin,
+                       end,
+                       offsets.data(),
+                       probability.get(workspace),
+                       ds.get(workspace),
+                       columns.get(workspace),
+                       starts.get(workspace)};
+    run((end - begin + kBlock - 1) / kBlock, workspace,
+        [&](Queue& queue, void* scratch) { kernels.backward_rows(p, slab, queue, scratch); });
+    run(p.blocks_k, workspace, [&](Queue& queue, void* scratch) { kernels.backward_columns(p, slab, queue, scratch); });
+    begin = end;
+  }
+  if (p.dalpha || p.dbeta)
+    run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) { kernels.backward_thresholds(p, queue, scratch); });
+}
+
+template <class T>
+void backward(const Call& call, const Tensor& d_out, const Tensor& survivors, const Tensor& dq, const Tensor& dk,
+              const Tensor& dv, const Optional& dalpha, const Optional& dbeta, double band) {
   for_heads(call.batch() * call.heads(), [&](int64_t i) {
     Problem<T> p = call.head<T>(i);
     p.d_out = data<T>(d_out, i * p.n_q * p.dim_v);
+    p.survivors = data<int32_t>(survivors, i * p.n_q);
     p.dq = data<T>(dq, i * p.n_q * p.dim), p.dk = data<T>(dk, i * p.n_k * p.dim), p.dv = data<T>(dv, i * p.n_k * p.dim_v);
     if (dalpha) p.dalpha = data<T>(*dalpha, i * p.n_q);
     if (dbeta) p.dbeta = data<T>(*dbeta, i * p.n_q);
-    p.scale = static_cast<T>(scale), p.band = static_cast<T>(band);
-    std::vector<T> rows(3 * p.n_q);
-    p.row_max = rows.data(), p.row_factor = p.row_max + p.n_q, p.delta = p.row_factor + p.n_q;
-    run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.backward_rows(p, begin, end, s); });
-    run(p, p.n_k, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.backward_columns(p, begin, end, s); });
-    if (dalpha || dbeta)
-      run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) { kernels.backward_thresholds(p, begin, end, s); });
+    p.band = static_cast<T>(band);
+    std::fill_n(p.dk, p.n_k * p.dim, T(0));
+    std::fill_n(p.dv, p.n_k * p.dim_v, T(0));
+    backward_head(p);
   });
 }
 
 void asa_cpu_fwd(Tensor q, Tensor k, Tensor v, Optional alpha, Optional beta, Optional real_q, Optional real_k,
-                 Optional broken, int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, Tensor out,
+                 Optional broken, int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, double scale, Tensor out,
                  Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kappa, Tensor log_mean, Tensor bits, Tensor local) {
   const Call call{q,    k,      v,    alpha,      beta, real_q,   real_k, broken, height, width,
-                  window, topk, reciprocal, lse,  lse_kept, kappa,  log_mean,      bits,   local};
+                  window, topk, reciprocal, scale, lse,  lse_kept, kappa,  log_mean,      bits,   local};
   call.check_all();
   check(out, "out", call.type(), {call.batch(), call.heads(), call.n_q(), call.dim_v()});
   check(survivors, "survivors", ScalarType::Int, {call.batch(), call.heads(), call.n_q()});
@@ -262,14 +375,14 @@ void asa_cpu_fwd(Tensor q, Tensor k, Tensor v, Optional alpha, Optional beta, Op
 }
 
 void asa_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Optional alpha, Optional beta, Optional real_q,
-                 Optional real_k, int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, Tensor lse,
-                 Tensor lse_kept, Tensor kappa, Tensor log_mean, Tensor bits, Tensor local, double scale, double band,
-                 Tensor dq, Tensor dk, Tensor dv, Optional dalpha, Optional dbeta) {
+                 Optional real_k, int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, double scale, Tensor lse,
+                 Tensor lse_kept, Tensor survivors, Tensor kappa, Tensor log_mean, Tensor bits, Tensor local, double band, Tensor dq, Tensor dk, Tensor dv, Optional dalpha, Optional dbeta) {
   const Call call{q,    k,      v,    alpha,      beta, real_q,   real_k, std::nullopt, height, width,
-                  window, topk, reciprocal, lse,  lse_kept, kappa,  log_mean,      bits,         local};
+                  window, topk, reciprocal, scale, lse,  lse_kept, kappa,  log_mean,      bits,         local};
   call.check_all();
   const int64_t b = call.batch(), h = call.heads();
   check(d_out, "d_out", call.type(), {b, h, call.n_q(), call.dim_v()});
+  check(survivors, "survivors", ScalarType::Int, {b, h, call.n_q()});
   check(dq, "dq", call.type(), {b, h, call.n_q(), call.dim()});
   check(dk, "dk", call.type(), {b, h, call.n_k(), call.dim()});
   check(dv, "dv", call.type(), {b, h, call.n_k(), call.dim_v()});
@@ -278,17 +391,17 @@ void asa_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Optional alpha, Opt
   if (dbeta) check(*dbeta, "dbeta", call.type(), {b, h, call.n_q()});
   check((!dalpha && !dbeta) || band > 0, "band", "> 0");
   check(!call.thresholded() || call.keeps_bits() || call.n_k() == 0, "bits", "those of a forward pass that kept them");
-  call.type() == ScalarType::Float ? backward<float>(call, d_out, dq, dk, dv, dalpha, dbeta, scale, band)
-                                   : backward<double>(call, d_out, dq, dk, dv, dalpha, dbeta, scale, band);
+  call.type() == ScalarType::Float ? backward<float>(call, d_out, survivors, dq, dk, dv, dalpha, dbeta, band)
+                                   : backward<double>(call, d_out, survivors, dq, dk, dv, dalpha, dbeta, band);
 }
 
 // Fills col_indices from the bits and window flags of a forward pass; row_offsets are the sums of its survivors.
 void asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Optional alpha, Optional beta, Optional real_q, Optional real_k,
-                       int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, Tensor lse,
+                       int64_t height, int64_t width, int64_t window, int64_t topk, bool reciprocal, double scale, Tensor lse,
                        Tensor lse_kept, Tensor kappa, Tensor log_mean, Tensor bits, Tensor local, Tensor row_offsets,
                        Tensor col_indices) {
   const Call call{q,    k,      v,    alpha,      beta, real_q,   real_k, std::nullopt, height, width,
-                  window, topk, reciprocal, lse,  lse_kept, kappa,  log_mean,      bits,         local};
+                  window, topk, reciprocal, scale, lse,  lse_kept, kappa,  log_mean,      bits,         local};
   call.check_all();
   const int64_t heads = call.batch() * call.heads(), rows = heads * call.n_q();
   check(row_offsets, "row_offsets", ScalarType::Long, {rows + 1});
@@ -298,8 +411,11 @@ void asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Optional alpha, Optional be
     using T = decltype(zero);
     for_heads(heads, [&](int64_t i) {
       const Problem<T> p = call.head<T>(i);
-      run(p, p.n_q, kBlockRows, [&](int64_t begin, int64_t end, void* s) {
-        table<T>().list_survivors(p, offsets + i * p.n_q, data<int32_t>(col_indices, 0), begin, end, s);
+      Workspace workspace;
+      workspace.add_share(table<T>().list_survivors_bytes(p));
+      workspace.allocate_all();
+      run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) {
+        table<T>().list_survivors(p, offsets + i * p.n_q, data<int32_t>(col_indices, 0), queue, scratch);
       });
     });
   };

@@ -5,50 +5,86 @@
 
 namespace asa_ops::cpu {
 
-// One head of one image. Bits are kept by strips: byte [strip][j] says for the eight rows of a strip, the first in the
-// lowest bit, whether j is an adaptive neighbour: [ceil(n_q / 8)][stride_k], columns from n_k on 0.
+constexpr int64_t kBlock = 64;  // rows or columns that a thread takes at a time; the bits of a word
+constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
+
+// One head of one image.
 template <class T>
 struct Problem {
   int64_t n_q, n_k, dim, dim_v;
-  int64_t stride_q, stride_k;  // n_q and n_k rounded up to 64
+  int64_t blocks_q, blocks_k;
   int64_t height, width, window, topk;
   bool reciprocal;
   bool thresholded;  // there are adaptive neighbours; otherwise M is everybody, or nobody if there is a beta
   int64_t n_real;
 
-  const T *q, *k, *v;  // [n][dim]: q times the scale, padding and values that are not finite set to 0
+  T scale;
+
+  const T *q, *k, *v;  // [n][dim]; padding and values that are not finite set to 0
   const T *alpha, *beta;  // [n_q], or null
   const bool *real_q, *real_k;  // or null: all
   const bool* broken;  // [n_k] keys with a value that was not finite, or null: none
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
-  uint8_t* bits;
+  // [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as adaptive neighbour.
+  uint64_t* bits;
   bool* local;  // [n_q][window^2], with a beta
+  T *k_panels, *v_panels;  // keys and values as the products of whole rows want them (gemm.h), where there are any
 
   // backward
   const T* d_out;
   T *dq, *dk, *dv, *dalpha, *dbeta;
-  T scale, band;
-  T *row_max, *row_factor, *delta;  // [n_q]: p_ij = exp(s_ij - row_max_i) * row_factor_i; <do_i, out_i>
+  T band;
+  T* delta;  // [n_q] <do_i, out_i>
+
+  bool scanned() const { return thresholded || beta != nullptr; }
 };
 
-constexpr int64_t kScanRows = 16;  // rows that scan() takes at a time
-constexpr int64_t kBlockRows = 64;  // rows or columns that the others take at a time
+// The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities p_ij
+// and gradients ds_ij, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) - offsets[begin]:
+// its survivors in ascending order, or, in dense rows, all keys.
+template <class T>
+struct Slab {
+  int64_t begin, end;  // rows; begin is a multiple of kBlock
+  const int64_t* offsets;  // [n_q + 1]
+  T *p, *ds;
+  int32_t* columns;
+  int32_t* starts;  // [blocks_k + 1][end - begin]: where the entries of a column block start in a row
+};
 
-// Each kernel works on blocks [begin, end) of rows (or columns) and writes nothing outside them, so results do not depend
-// on how blocks are shared among threads. `scratch` is memory of one thread, scratch_bytes() of it.
+// Hands out the blocks of one pass to threads. Which thread takes a block does not show in its results.
+struct Queue {
+  int64_t next, end;
+  bool failed;  // what a pass was given does not fit together
+  bool take(int64_t& block) {
+    block = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    return block < end;
+  }
+};
+
+// Each pass takes blocks from a queue and writes nothing outside them. `scratch` is memory of one thread, of the size that
+// the function named *_bytes returns.
 template <class T>
 struct Kernels {
-  int64_t (*scratch_bytes)(const Problem<T>&);
-  int64_t (*panel_bytes)(const Problem<T>&);
-  void (*pack_panels)(const Problem<T>&, T* panels);
-  void (*scan)(const Problem<T>&, const T* panels, int64_t begin, int64_t end, void* scratch);
-  void (*aggregate)(const Problem<T>&, int64_t begin, int64_t end, void* scratch);
-  void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, int64_t begin, int64_t end, void* scratch);
-  void (*backward_rows)(const Problem<T>&, int64_t begin, int64_t end, void* scratch);
-  void (*backward_columns)(const Problem<T>&, int64_t begin, int64_t end, void* scratch);
-  void (*backward_thresholds)(const Problem<T>&, int64_t begin, int64_t end, void* scratch);
+  int64_t (*panels)(int64_t n);  // how many panels n keys make
+  int64_t (*panel_size)(int64_t dim);  // numbers in one
+  void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);
+
+  int64_t (*scan_bytes)(const Problem<T>&);
+  void (*scan)(const Problem<T>&, Queue&, void* scratch);
+  int64_t (*aggregate_bytes)(const Problem<T>&);
+  void (*aggregate)(const Problem<T>&, Queue&, void* scratch);
+  int64_t (*list_survivors_bytes)(const Problem<T>&);
+  void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, Queue&, void* scratch);
+
+  bool (*lay_out)(const Problem<T>&, int64_t* offsets);  // fills a Slab's offsets; returns whether there are dense rows
+  int64_t (*backward_rows_bytes)(const Problem<T>&);
+  void (*backward_rows)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
+  int64_t (*backward_columns_bytes)(const Problem<T>&, int64_t rows, int64_t entries);  // of a slab
+  void (*backward_columns)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
+  int64_t (*backward_thresholds_bytes)(const Problem<T>&);
+  void (*backward_thresholds)(const Problem<T>&, Queue&, void* scratch);
 };
 
 // The k-th largest of n numbers (NaN counts as -inf); reorders `scratch` [n].

@@ -1,30 +1,40 @@
-// Vectors of eight numbers, one per row of a strip, in whatever registers the target has (GCC vector extensions).
-// Included by asa_kernels.h inside a namespace per instruction set.
+// Vectors of as many numbers as the target's registers hold (GCC vector extensions). Included by asa_kernels.h inside a
+// namespace per instruction set.
 
 // Everything here is inlined, so how vectors wider than the registers would be passed does not matter.
 #pragma GCC diagnostic ignored "-Wpsabi"
+
+#if defined(ASA_AVX512)
+constexpr int kBytes = 64;
+#elif defined(ASA_AVX2)
+constexpr int kBytes = 32;
+#else
+constexpr int kBytes = 16;
+#endif
 
 template <class T>
 struct Lanes;
 
 template <>
 struct Lanes<float> {
-  typedef float V __attribute__((vector_size(32), may_alias));
-  typedef int32_t I __attribute__((vector_size(32), may_alias));
-  typedef float Unaligned __attribute__((vector_size(32), aligned(4), may_alias));
+  typedef float V __attribute__((vector_size(kBytes), may_alias));
+  typedef int32_t I __attribute__((vector_size(kBytes), may_alias));
+  typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
 };
 
 template <>
 struct Lanes<double> {
-  typedef double V __attribute__((vector_size(64), may_alias));
-  typedef int64_t I __attribute__((vector_size(64), may_alias));
-  typedef double Unaligned __attribute__((vector_size(64), aligned(8), may_alias));
+  typedef double V __attribute__((vector_size(kBytes), may_alias));
+  typedef int64_t I __attribute__((vector_size(kBytes), may_alias));
+  typedef double Unaligned __attribute__((vector_size(kBytes), aligned(8), may_alias));
 };
 
 template <class T>
 using Vec = typename Lanes<T>::V;
 template <class T>
 using Ints = typename Lanes<T>::I;
+template <class T>
+constexpr int kLanes = kBytes / sizeof(T);
 
 #define ASA_INLINE static inline __attribute__((always_inline))
 
@@ -49,44 +59,100 @@ ASA_INLINE Vec<T> select(Ints<T> condition, Vec<T> a, Vec<T> b) {
   return condition ? a : b;
 }
 
-// One bit per lane of a condition, lane 0 lowest.
+// a > b ? a : b, lane by lane (b where one of them is NaN); the lanes where a > b or a >= b, lane 0 in the lowest bit; a
+// in the lanes whose bit is set, b in the others.
 #if defined(ASA_AVX512)
-ASA_INLINE unsigned bits_of(Ints<float> condition) { return _mm256_movepi32_mask(reinterpret_cast<__m256i>(condition)); }
-ASA_INLINE unsigned bits_of(Ints<double> condition) { return _mm512_movepi64_mask(reinterpret_cast<__m512i>(condition)); }
+ASA_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+ASA_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a, b); }
+ASA_INLINE uint64_t greater(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+ASA_INLINE uint64_t greater(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GT_OQ); }
+ASA_INLINE uint64_t at_least(Vec<float> a, Vec<float> b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
+ASA_INLINE uint64_t at_least(Vec<double> a, Vec<double> b) { return _mm512_cmp_pd_mask(a, b, _CMP_GE_OQ); }
+ASA_INLINE Vec<float> choose(uint64_t bits, Vec<float> a, Vec<float> b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(bits), b, a);
+}
+ASA_INLINE Vec<double> choose(uint64_t bits, Vec<double> a, Vec<double> b) {
+  return _mm512_mask_blend_pd(static_cast<__mmask8>(bits), b, a);
+}
 #else
-template <class I>
-ASA_INLINE unsigned gather_bits(I condition) {
-  unsigned bits = 0;
-  for (int r = 0; r < 8; ++r) bits |= static_cast<unsigned>(condition[r] & 1) << r;
-  return bits;
+template <class V>
+ASA_INLINE V maximum(V a, V b) {
+  return a > b ? a : b;
 }
 #if defined(ASA_AVX2)
-ASA_INLINE unsigned bits_of(Ints<float> condition) { return _mm256_movemask_ps(reinterpret_cast<__m256>(condition)); }
+ASA_INLINE uint64_t bits_of(Ints<float> c) { return _mm256_movemask_ps(reinterpret_cast<__m256>(c)); }
+ASA_INLINE uint64_t bits_of(Ints<double> c) { return _mm256_movemask_pd(reinterpret_cast<__m256d>(c)); }
 #else
-ASA_INLINE unsigned bits_of(Ints<float> condition) { return gather_bits(condition); }
+template <class I>
+ASA_INLINE uint64_t bits_of(I condition) {
+  uint64_t bits = 0;
+  for (unsigned r = 0; r < sizeof(I) / sizeof(condition[0]); ++r) bits |= static_cast<uint64_t>(condition[r] & 1) << r;
+  return bits;
+}
 #endif
-ASA_INLINE unsigned bits_of(Ints<double> condition) { return gather_bits(condition); }
-#endif
-
-// The condition whose bits are given.
-template <class T>
-ASA_INLINE Ints<T> lanes_of(unsigned bits) {
-  const Ints<T> bit = {1, 2, 4, 8, 16, 32, 64, 128};
+template <class V>
+ASA_INLINE uint64_t greater(V a, V b) {
+  return bits_of(a > b);
+}
+template <class V>
+ASA_INLINE uint64_t at_least(V a, V b) {
+  return bits_of(a >= b);
+}
+template <class V>
+ASA_INLINE V choose(uint64_t bits, V a, V b) {
+  decltype(a < b) bit;
   using I = decltype(bit[0] + 0);
-  return ((static_cast<I>(bits) - Ints<T>{}) & bit) != 0;
+  for (unsigned r = 0; r < sizeof(V) / sizeof(a[0]); ++r) bit[r] = I{1} << r;
+  return ((static_cast<I>(bits) - (bit ^ bit)) & bit) != 0 ? a : b;
+}
+#endif
+
+template <class T>
+ASA_INLINE T largest_of(Vec<T> x) {
+  T y = x[0];
+  for (int r = 1; r < kLanes<T>; ++r) y = x[r] > y ? x[r] : y;
+  return y;
 }
 
 template <class T>
-ASA_INLINE Vec<T> maximum(Vec<T> a, Vec<T> b) {
-  return select<T>(a > b, a, b);
+ASA_INLINE T sum_of(Vec<T> x) {
+  T y[kLanes<T>];
+  store(y, x);
+  for (int half = kLanes<T> / 2; half > 0; half /= 2)
+    for (int r = 0; r < half; ++r) y[r] += y[r + half];
+  return y[0];
 }
 
-// e^x for x <= 0 (NaN stays NaN), relative error below 2e-7: 2^n from the exponent bits, e^r on |r| <= log(2) / 2 by a
+// sums[0..3] = the sums of the lanes of four vectors.
+#if defined(ASA_AVX512)
+ASA_INLINE void sums_of_four(const Vec<float>* x, float* sums) {
+  const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
+  const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
+  const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
+  const __m512 e = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  const __m256 f = _mm256_add_ps(_mm512_castps512_ps256(e), _mm512_extractf32x8_ps(e, 1));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
+}
+#elif defined(ASA_AVX2)
+ASA_INLINE void sums_of_four(const Vec<float>* x, float* sums) {
+  const __m256 f = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
+  _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
+}
+#else
+ASA_INLINE void sums_of_four(const Vec<float>* x, float* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_of<float>(x[i]);
+}
+#endif
+ASA_INLINE void sums_of_four(const Vec<double>* x, double* sums) {
+  for (int i = 0; i < 4; ++i) sums[i] = sum_of<double>(x[i]);
+}
+
+// e^x for x <= 87 (NaN stays NaN), relative error below 2e-7: 2^n from the exponent bits, e^r on |r| <= log(2) / 2 by a
 // polynomial of degree 6 fitted to relative error 2e-9. Below -87 the result stays at e^-87, not far from 0.
-ASA_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
+ASA_INLINE Vec<float> exponential(Vec<float> x) {
   using V = Vec<float>;
   using I = Ints<float>;
-  x = select<float>(x < -87.0f, splat(-87.0f), x);
+  x = maximum(splat(-87.0f), x);
   const V shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low mantissa bits
   const V n = shifted - 12582912.0f;
   const V r = (x - n * 0.693145752f) - n * 1.42860677e-6f;  // log(2) in two parts
@@ -94,14 +160,17 @@ ASA_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   p = p * r + 0.0416683592f;
   p = p * r + 0.166664213f;
   p = p * r + 0.499999911f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = p * (r * r) + r + 1.0f;  // the small terms first, which rounds less
   const I exponent = (reinterpret_cast<I>(shifted) - 0x4B400000 + 127) << 23;
   return p * reinterpret_cast<V>(exponent);
 }
 
 // For gradient checks: exact, not fast.
-ASA_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
-  for (int r = 0; r < 8; ++r) x[r] = __builtin_exp(x[r]);
+ASA_INLINE Vec<double> exponential(Vec<double> x) {
+  for (int r = 0; r < kLanes<double>; ++r) x[r] = __builtin_exp(x[r]);
   return x;
 }
+
+constexpr double kInfinity = __builtin_inf();
+template <class T>
+constexpr T kEpsilon = sizeof(T) == 4 ? T(1.2e-7) : T(2.3e-16);

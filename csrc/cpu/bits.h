@@ -1,0 +1,220 @@
+// Who survives, 64 pairs a word: m[r][J] of a block says for its query r which of the keys 64 J to 64 J + 63.
+
+// Memory of one thread, handed out in pieces aligned to cache lines; from null, it only counts their bytes.
+struct Arena {
+  char* const start;
+  int64_t used = 0;
+  explicit Arena(void* start) : start(static_cast<char*>(start)) {}
+  template <class T>
+  T* take(int64_t count) {
+    T* const p = start == nullptr ? nullptr : reinterpret_cast<T*>(start + used);
+    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return p;
+  }
+};
+
+// The size of a pass's scratch, a struct that takes its pieces from an arena when constructed.
+template <template <class> class Scratch, class T, class... Sizes>
+int64_t bytes_of(const Problem<T>& p, Sizes... sizes) {
+  Arena arena(nullptr);
+  Scratch<T>(arena, p, sizes...);
+  return arena.used;
+}
+
+ASA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+ASA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+ASA_INLINE int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+ASA_INLINE bool real(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
+
+// Calls f(j, o) for every column j of the window around token i that is on the map, with its offset o.
+template <class T, class F>
+void for_window(const Problem<T>& p, int64_t i, const F& f) {
+  const int64_t reach = p.window / 2, row = i / p.width, column = i % p.width;
+  for (int64_t a = -reach; a <= reach; ++a) {
+    if (row + a < 0 || row + a >= p.height) continue;
+    for (int64_t b = -reach; b <= reach; ++b) {
+      if (column + b < 0 || column + b >= p.width) continue;
+      f((row + a) * p.width + column + b, (a + reach) * p.window + b + reach);
+    }
+  }
+}
+
+// Exchange the high half of the words at the even multiples of kHalf with the low half of those at the odd ones.
+template <int kHalf>
+ASA_INLINE void exchange(uint64_t* x, uint64_t low) {
+  for (int base = 0; base < 64; base += 2 * kHalf)
+    for (int i = base; i < base + kHalf; ++i) {
+      const uint64_t y = (x[i] >> kHalf ^ x[i + kHalf]) & low;
+      x[i] ^= y << kHalf;
+      x[i + kHalf] ^= y;
+    }
+}
+
+// Transpose a 64 x 64 bit matrix: bit c of word r to bit r of word c.
+static void transpose64(uint64_t* x) {
+  exchange<32>(x, 0x00000000FFFFFFFFull);
+  exchange<16>(x, 0x0000FFFF0000FFFFull);
+  exchange<8>(x, 0x00FF00FF00FF00FFull);
+  exchange<4>(x, 0x0F0F0F0F0F0F0F0Full);
+  exchange<2>(x, 0x3333333333333333ull);
+  exchange<1>(x, 0x5555555555555555ull);
+}
+
+// A^T of a block of queries: which queries have them as adaptive neighbours. Only where N_q = N_k.
+template <class T>
+void neighbors_back(const Problem<T>& p, int64_t block, uint64_t* back) {
+  alignas(64) uint64_t tile[64];
+  for (int64_t j = 0; j < p.blocks_k; ++j) {
+    __builtin_memcpy(tile, p.bits + (j * p.blocks_k + block) * kBlock, sizeof(tile));
+    transpose64(tile);
+    for (int64_t r = 0; r < kBlock; ++r) back[r * p.blocks_k + j] = tile[r];
+  }
+}
+
+// M of a block of queries.
+template <class T>
+void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
+  alignas(64) uint64_t tile[64];
+  for (int64_t j = 0; j < p.blocks_k; ++j) {
+    if (p.thresholded) {
+      const uint64_t* const mine = p.bits + (block * p.blocks_k + j) * kBlock;
+      uint64_t any = 0;
+      for (int64_t r = 0; r < kBlock; ++r) any |= mine[r];
+      if (any != 0 && p.reciprocal) {
+        __builtin_memcpy(tile, p.bits + (j * p.blocks_k + block) * kBlock, sizeof(tile));
+        transpose64(tile);
+        for (int64_t r = 0; r < kBlock; ++r) tile[r] &= mine[r];
+      } else {
+        __builtin_memcpy(tile, mine, sizeof(tile));
+      }
+    } else {
+      uint64_t keys = 0;
+      for (int64_t c = j * kBlock; c < smaller(p.n_k, (j + 1) * kBlock); ++c)
+        keys |= static_cast<uint64_t>(real(p.real_k, c)) << c % kBlock;
+      for (int64_t r = 0; r < kBlock; ++r) {
+        const int64_t i = block * kBlock + r;
+        tile[r] = p.beta == nullptr && i < p.n_q && real(p.real_q, i) ? keys : 0;
+      }
+    }
+    for (int64_t r = 0; r < kBlock; ++r) m[r * p.blocks_k + j] = tile[r];
+  }
+}
+
+// Adds L of a block of queries to l, or L^T.
+template <class T>
+void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l) {
+  if (p.beta == nullptr) return;
+  const int64_t size = p.window * p.window;
+  for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
+    const int64_t i = block * kBlock + r;
+    for_window(p, i, [&](int64_t j, int64_t o) {
+      const bool flag = transposed ? p.local[j * size + size - 1 - o] : p.local[i * size + o];
+      l[r * p.blocks_k + j / kBlock] |= static_cast<uint64_t>(flag) << j % kBlock;
+    });
+  }
+}
+
+ASA_INLINE int64_t count_bits(const uint64_t* words, int64_t size) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < size; ++j) count += __builtin_popcountll(words[j]);
+  return count;
+}
+
+// Calls f(j) for the bits set, ascending.
+template <class F>
+ASA_INLINE void for_bits(const uint64_t* words, int64_t size, const F& f) {
+  for (int64_t w = 0; w < size; ++w)
+    for (uint64_t word = words[w]; word != 0; word &= word - 1) f(w * kBlock + __builtin_ctzll(word));
+}
+
+// The bits set, ascending, each plus `first`; returns where the list ends.
+ASA_INLINE int32_t* list_bits(const uint64_t* words, int64_t size, int64_t first, int32_t* list) {
+  for_bits(words, size, [&](int64_t j) { *list++ = static_cast<int32_t>(first + j); });
+  return list;
+}
+
+// The lanes of a vector at column j, a multiple of its length.
+template <class T>
+ASA_INLINE uint64_t lane_bits(const uint64_t* words, int64_t j) {
+  return words[j / kBlock] >> j % kBlock;
+}
+
+// The survivors of a block of queries, and which strips of rows have so many that whole rows are computed.
+template <class T>
+struct Survivors {
+  uint64_t* m;
+  int64_t count[kBlock];
+  bool dense[kStrips];
+
+  Survivors(Arena& arena, const Problem<T>& p) : m(arena.take<uint64_t>(kBlock * p.blocks_k)) {}
+
+  void find(const Problem<T>& p, int64_t block) {
+    non_local(p, block, m);
+    add_local(p, block, false, m);
+    for (int64_t r = 0; r < kBlock; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
+    for (int64_t i = 0; i < kStrips; ++i) dense[i] = is_dense(p, count + i * kRows);
+  }
+
+  const uint64_t* row(const Problem<T>& p, int64_t r) const { return m + r * p.blocks_k; }
+
+  // Products with lists take about four times as long a pair as products of whole rows.
+  template <class Count>
+  static bool is_dense(const Problem<T>& p, const Count* count, int64_t rows = kRows) {
+    int64_t sum = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += count[r];
+    return 4 * sum > kRows * p.n_k;
+  }
+
+  // Calls f(r) for the rows of the block that have lists.
+  template <class F>
+  void for_listed(const Problem<T>& p, int64_t block, const F& f) const {
+    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r)
+      if (!dense[r / kRows]) f(r);
+  }
+
+  // Calls f(strip, first row of it, rows of it) for the others.
+  template <class F>
+  void for_dense(const Problem<T>& p, int64_t block, const F& f) const {
+    for (int64_t i = 0; i < kStrips; ++i)
+      if (dense[i]) f(i, block * kBlock + i * kRows, smaller(kRows, p.n_q - block * kBlock - i * kRows));
+  }
+};
+
+constexpr int64_t kCacheBytes = 512 * 1024;  // of the rows in use at a time: a share of a core's second-level cache
+
+// How many rows of `numbers` stay in the cache.
+template <class T>
+int64_t cached_rows(int64_t numbers) {
+  return larger(kBlock, kCacheBytes / (larger(1, numbers) * static_cast<int64_t>(sizeof(T))));
+}
+
+// Up to a block of ascending lists of row numbers, list[i] of count[i], read side by side: all of them go through one
+// stretch of rows, which stays in the cache, before the next.
+struct Lists {
+  const int32_t* list[kBlock];
+  int64_t count[kBlock];
+
+  static int64_t first_at_least(const int32_t* list, int64_t begin, int64_t end, int64_t bound) {
+    while (begin < end) {
+      const int64_t middle = (begin + end) / 2;
+      if (list[middle] < bound)
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    return begin;
+  }
+
+  // Calls f(i, begin, end) for the part of list i in each stretch.
+  template <class F>
+  void by_stretches(int64_t rows, int64_t stretch, const F& f) const {
+    int64_t next[kBlock] = {};
+    for (int64_t last = stretch; last < rows + stretch; last += stretch)
+      for (int64_t i = 0; i < kBlock; ++i) {
+        const int64_t begin = next[i];
+        next[i] = first_at_least(list[i], begin, count[i], last);
+        if (next[i] > begin) f(i, begin, next[i]);
+      }
+  }
+};

@@ -1,0 +1,60 @@
+// Products with a list of rows, where few pairs survive. Rows are read where they lie; their length is a multiple of kPad.
+
+// s[c] = <x, rows[list[c]]> for c < count; writes s up to a multiple of four.
+template <class T>
+static void dots(const T* x, const T* rows, int64_t dim, const int32_t* list, int64_t count, T* s) {
+  for (int64_t c = 0; c < count; c += 4) {
+    const T* y[4];
+    for (int64_t i = 0; i < 4; ++i) y[i] = rows + list[c + i < count ? c + i : count - 1] * dim;
+    Vec<T> sum[4] = {};
+    for (int64_t d = 0; d < dim; d += kLanes<T>) {
+      const Vec<T> z = load(x + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sum[i] += z * load(y[i] + d);
+    }
+    sums_of_four(sum, s + c);
+  }
+}
+
+// Few sums at a time wait for each other's latency: then every other row goes to a second set of them.
+template <int kWide, class T>
+ASA_INLINE void add_rows(const T* weights, const T* rows, int64_t dim, const int32_t* list, int64_t count, T* sums) {
+  constexpr int kSets = kWide < 8 ? 2 : 1;
+  Vec<T> sum[kSets][kWide] = {};
+  int64_t c = 0;
+  for (; c + kSets <= count; c += kSets)
+#pragma GCC unroll 2
+    for (int i = 0; i < kSets; ++i) {
+      const T* const y = rows + list[c + i] * dim;
+#pragma GCC unroll 16
+      for (int d = 0; d < kWide; ++d) sum[i][d] += weights[c + i] * load(y + d * kLanes<T>);
+    }
+  if (c < count)
+#pragma GCC unroll 16
+    for (int d = 0; d < kWide; ++d) sum[0][d] += weights[c] * load(rows + list[c] * dim + d * kLanes<T>);
+#pragma GCC unroll 16
+  for (int d = 0; d < kWide; ++d) {
+    T* const p = sums + d * kLanes<T>;
+    store(p, load(p) + (kSets == 1 ? sum[0][d] : sum[0][d] + sum[kSets - 1][d]));
+  }
+}
+
+// sums[d] += sum over c < count of weights[c] * rows[list[c]][d].
+template <class T>
+static void accumulate(const T* weights, const T* rows, int64_t dim, const int32_t* list, int64_t count, T* sums) {
+  constexpr int64_t kPartial = 256;
+  for (int64_t first = 0; first < count; first += kPartial) {
+    const int64_t size = count - first < kPartial ? count - first : kPartial;
+    const T* const w = weights + first;
+    const int32_t* const part = list + first;
+    int64_t d = 0;
+    const auto fits = [&](int64_t vectors) { return d + vectors * kLanes<T> <= dim; };
+#if defined(ASA_AVX512)
+    for (; fits(16); d += 16 * kLanes<T>) add_rows<16>(w, rows + d, dim, part, size, sums + d);
+#endif
+    for (; fits(8); d += 8 * kLanes<T>) add_rows<8>(w, rows + d, dim, part, size, sums + d);
+    for (; fits(4); d += 4 * kLanes<T>) add_rows<4>(w, rows + d, dim, part, size, sums + d);
+    for (; fits(2); d += 2 * kLanes<T>) add_rows<2>(w, rows + d, dim, part, size, sums + d);
+    for (; fits(1); d += kLanes<T>) add_rows<1>(w, rows + d, dim, part, size, sums + d);
+  }
+}
