@@ -93,7 +93,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     T largest[kBlock], sum[kBlock];
     for (int64_t r = 0; r < kBlock; ++r) largest[r] = -kInfinity, sum[r] = 0;
 
-    Lists lists = {};
+    Lists<kBlock> lists = {};
     int64_t offset[kBlock], used = 0;
     survivors.for_listed(p, block, [&](int64_t r) {
       scale_row(p.q + (block * kBlock + r) * p.dim, p.dim, p.scale, q + r * p.dim);
@@ -103,11 +103,11 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       list_bits(survivors.row(p, r), p.blocks_k, 0, w.columns + used);
       used += rounded_up(lists.count[r], kPad);
     });
-    lists.by_stretches(p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
+    lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
       dots(q + r * p.dim, p.k, p.dim, lists.list[r] + from, to - from, s + offset[r] + from);
     });
     survivors.for_listed(p, block, [&](int64_t r) { sum[r] = exponentials(s + offset[r], lists.count[r], largest[r]); });
-    lists.by_stretches(p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
+    lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
       accumulate(s + offset[r] + from, p.v, p.dim_v, lists.list[r] + from, to - from, sums + r * p.dim_v);
     });
 

@@ -303,7 +303,8 @@ template <class T>
 void backward_head(Problem<T>& p) {
   const auto& kernels = table<T>();
   std::vector<int64_t> offsets(p.n_q + 1), ends;
-  const bool any_dense = kernels.lay_out(p, offsets.data());
+  const auto dense = std::make_unique<bool[]>(p.n_q);
+  const bool any_dense = kernels.lay_out(p, offsets.data(), dense.get());
   const auto block_end = [&](int64_t row) { return std::min(p.n_q, row + kBlock); };
   int64_t entries = 0, rows = 0;  // of the largest slab
   for (int64_t begin = 0, end; begin < p.n_q; begin = end) {
@@ -328,18 +329,23 @@ void backward_head(Problem<T>& p) {
     pack_panels(p.k, p.n_k, p.dim, p.k_panels = k_panels.get(workspace), workspace);
     pack_panels(p.v, p.n_k, p.dim_v, p.v_panels = v_panels.get(workspace), workspace);
   }
+  const int64_t threads = torch::stable::get_num_threads();
+  const int64_t column_blocks = std::clamp<int64_t>(p.blocks_k / (4 * threads), 1, 4);
   int64_t begin = 0;
   for (const int64_t end : ends) {
     const Slab<T> slab{begin,
                        end,
                        offsets.data(),
+                       dense.get(),
                        probability.get(workspace),
                        ds.get(workspace),
                        columns.get(workspace),
-                       starts.get(workspace)};
+                       starts.get(workspace),
+                       column_blocks * kBlock};
     run((end - begin + kBlock - 1) / kBlock, workspace,
         [&](Queue& queue, void* scratch) { kernels.backward_rows(p, slab, queue, scratch); });
-    run(p.blocks_k, workspace, [&](Queue& queue, void* scratch) { kernels.backward_columns(p, slab, queue, scratch); });
+    run((p.blocks_k + column_blocks - 1) / column_blocks, workspace,
+        [&](Queue& queue, void* scratch) { kernels.backward_columns(p, slab, queue, scratch); });
     begin = end;
   }
   if (p.dalpha || p.dbeta)

@@ -42,15 +42,17 @@ struct Problem {
 };
 
 // The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities p_ij
-// and gradients ds_ij, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) - offsets[begin]:
-// its survivors in ascending order, or, in dense rows, all keys.
+// and the gradients ds_ij of <q_i, k_j>, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) -
+// offsets[begin]: its survivors in ascending order, or, in dense rows, all keys.
 template <class T>
 struct Slab {
   int64_t begin, end;  // rows; begin is a multiple of kBlock
   const int64_t* offsets;  // [n_q + 1]
+  const bool* dense;  // [n_q]
   T *p, *ds;
   int32_t* columns;
-  int32_t* starts;  // [blocks_k + 1][end - begin]: where the entries of a column block start in a row
+  int32_t* starts;  // [blocks_k + 1][end - begin]: where the entries of a column block start in a row, 0 in dense ones
+  int64_t columns_at_a_time;  // of the second pass; a multiple of kBlock, at most 4 kBlock
 };
 
 // Hands out the blocks of one pass to threads. Which thread takes a block does not show in its results.
@@ -78,7 +80,7 @@ struct Kernels {
   int64_t (*list_survivors_bytes)(const Problem<T>&);
   void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, Queue&, void* scratch);
 
-  bool (*lay_out)(const Problem<T>&, int64_t* offsets);  // fills a Slab's offsets; returns whether there are dense rows
+  bool (*lay_out)(const Problem<T>&, int64_t* offsets, bool* dense);  // for a Slab; returns whether any row is dense
   int64_t (*backward_rows_bytes)(const Problem<T>&);
   void (*backward_rows)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
   int64_t (*backward_columns_bytes)(const Problem<T>&, int64_t rows, int64_t entries);  // of a slab

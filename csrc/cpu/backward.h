@@ -14,26 +14,26 @@ int64_t dense_stride(const Problem<T>& p) {
 }
 
 template <class T>
-bool lay_out(const Problem<T>& p, int64_t* offsets) {
+bool lay_out(const Problem<T>& p, int64_t* offsets, bool* dense) {
   bool any = false;
   offsets[0] = 0;
   for (int64_t i = 0; i < p.n_q; ++i) {
-    const bool dense = is_dense_strip(p, i);
-    offsets[i + 1] = offsets[i] + (dense ? dense_stride(p) : rounded_up(p.survivors[i], kPad));
-    any |= dense;
+    dense[i] = is_dense_strip(p, i);
+    offsets[i + 1] = offsets[i] + (dense[i] ? dense_stride(p) : rounded_up(p.survivors[i], kPad));
+    any |= dense[i];
   }
   // Dense strips are written whole.
-  if (p.n_q > 0 && is_dense_strip(p, p.n_q - 1)) offsets[p.n_q] += (rounded_up(p.n_q, kRows) - p.n_q) * dense_stride(p);
+  if (p.n_q > 0 && dense[p.n_q - 1]) offsets[p.n_q] += (rounded_up(p.n_q, kRows) - p.n_q) * dense_stride(p);
   return any;
 }
 
-// p and dp of a row to ds, in place; returns <p, dp>.
+// dp of a row to the gradient of <q, k>, in place; returns <p, dp>.
 template <class T>
-T score_gradients(const T* probability, T* dp, int64_t count) {
+T score_gradients(const T* probability, T* dp, int64_t count, T scale) {
   Vec<T> part = {};
   for (int64_t c = 0; c < count; c += kLanes<T>) part += load(probability + c) * load(dp + c);
   const T mean = sum_of<T>(part);
-  for (int64_t c = 0; c < count; c += kLanes<T>) store(dp + c, load(probability + c) * (load(dp + c) - mean));
+  for (int64_t c = 0; c < count; c += kLanes<T>) store(dp + c, load(probability + c) * (load(dp + c) - mean) * scale);
   return mean;
 }
 
@@ -75,7 +75,7 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
     }
     for (int64_t x = 0; x < kBlock * p.dim; ++x) sums[x] = 0;
 
-    Lists lists = {};
+    Lists<kBlock> lists = {};
     T *probability[kBlock], *ds[kBlock];
     for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
       const int64_t offset = slab.offsets[block * kBlock + r] - base;
@@ -94,10 +94,10 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
       lists.list[r] = list;
       lists.count[r] = survivors.count[r];
     });
-    lists.by_stretches(p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
+    lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
       dots(q + r * p.dim, p.k, p.dim, lists.list[r] + from, to - from, probability[r] + from);
     });
-    lists.by_stretches(p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
+    lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
       dots(p.d_out + (block * kBlock + r) * p.dim_v, p.v, p.dim_v, lists.list[r] + from, to - from, ds[r] + from);
     });
     survivors.for_listed(p, block, [&](int64_t r) {
@@ -106,13 +106,15 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
       const T sum = exponentials(probability[r], count, largest);
       scale_row(probability[r], count, count ? 1 / sum : T(0), probability[r]);
       for (int64_t c = count; c < rounded_up(count, kPad); ++c) probability[r][c] = ds[r][c] = 0;
-      p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], count);
+      p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], count, p.scale);
     });
-    lists.by_stretches(p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
+    lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
       accumulate(ds[r] + from, p.k, p.dim, lists.list[r] + from, to - from, sums + r * p.dim);
     });
 
     survivors.for_dense(p, block, [&](int64_t i, int64_t first, int64_t rows) {
+      for (int64_t j = 0; j <= p.blocks_k; ++j)
+        for (int64_t r = first; r < first + rows; ++r) slab.starts[j * rows_of_slab + r - slab.begin] = 0;
       pack(p.q + first * p.dim, rows, kRows, p.dim, q + i * kRows * p.dim, p.scale);
       pack(p.d_out + first * p.dim_v, rows, kRows, p.dim_v, d_out + i * kRows * p.dim_v);
     });
@@ -130,7 +132,7 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
         T largest = -kInfinity, sum = 0;
         masked_exponentials(probability[r], survivors.row(p, r), 0, p.n_k, largest, sum);
         scale_row(probability[r], p.n_k, survivors.count[r] ? 1 / sum : T(0), probability[r]);
-        p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], p.n_k);
+        p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], p.n_k, p.scale);
       }
     });
     const int64_t keys = cached_rows<T>(p.dim);
@@ -140,27 +142,28 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
                                   sums + i * kRows * p.dim);
       });
 
-    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r)
-      for (int64_t d = 0; d < p.dim; ++d) p.dq[(block * kBlock + r) * p.dim + d] = sums[r * p.dim + d] * p.scale;
+    for (int64_t x = 0; x < smaller(kBlock, p.n_q - block * kBlock) * p.dim; ++x) p.dq[block * kBlock * p.dim + x] = sums[x];
   }
 }
 
 constexpr int64_t kTerms = 256;  // dense rows that are summed by column at a time
+constexpr int64_t kMostColumns = 4 * kBlock;  // that are sorted at a time
 
 template <class T>
 struct ColumnsScratch {
-  T *dk, *dv, *dense_p, *dense_ds, *p, *ds;
+  T *p, *ds;  // of the survivors of some columns, sorted by column
   int32_t* rows;
+  T *dense_p, *dense_ds;  // of some dense rows and a block of columns
+  T* sums;
 
   ColumnsScratch(Arena& arena, const Problem<T>& problem, int64_t rows_of_slab, int64_t entries_of_slab) {
-    const int64_t entries = smaller(kBlock * rows_of_slab, entries_of_slab);  // of a block of columns
-    dk = arena.take<T>(kBlock * problem.dim);
-    dv = arena.take<T>(kBlock * problem.dim_v);
-    dense_p = arena.take<T>(kTerms * kBlock);
-    dense_ds = arena.take<T>(kTerms * kBlock);
+    const int64_t entries = smaller(kMostColumns * rows_of_slab, entries_of_slab);
     p = arena.take<T>(entries);
     ds = arena.take<T>(entries);
     rows = arena.take<int32_t>(entries);
+    dense_p = arena.take<T>(kTerms * kBlock);
+    dense_ds = arena.take<T>(kTerms * kBlock);
+    sums = arena.take<T>(kRows * larger(problem.dim, problem.dim_v));
   }
 };
 
@@ -169,67 +172,81 @@ int64_t backward_columns_bytes(const Problem<T>& p, int64_t rows, int64_t entrie
   return bytes_of<ColumnsScratch>(p, rows, entries);
 }
 
+// Adds what the lists of the slab's rows contribute to dk and dv of columns [begin, end).
+template <class T>
+void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>& w, int64_t begin, int64_t end) {
+  const int64_t rows_of_slab = slab.end - slab.begin, base = slab.offsets[slab.begin];
+  const int32_t* const from = slab.starts + begin / kBlock * rows_of_slab;
+  const int32_t* const to = slab.starts + (end + kBlock - 1) / kBlock * rows_of_slab;
+  const auto for_entries = [&](const auto& f) {
+    for (int64_t i = 0; i < rows_of_slab; ++i) {
+      const int64_t offset = slab.offsets[slab.begin + i] - base;
+      for (int64_t e = offset + from[i]; e < offset + to[i]; ++e) f(slab.begin + i, slab.columns[e] - begin, e);
+    }
+  };
+  int64_t next[kMostColumns] = {};
+  for_entries([&](int64_t, int64_t column, int64_t) { ++next[column]; });
+  Lists<kMostColumns> lists;
+  for (int64_t c = 0, used = 0; c < kMostColumns; ++c) {
+    lists.list[c] = w.rows + used;
+    lists.count[c] = next[c];
+    next[c] = used;
+    used += lists.count[c];
+  }
+  for_entries([&](int64_t row, int64_t column, int64_t entry) {
+    const int64_t x = next[column]++;
+    w.rows[x] = static_cast<int32_t>(row);
+    w.p[x] = slab.p[entry];
+    w.ds[x] = slab.ds[entry];
+  });
+  lists.by_stretches(slab.begin, slab.end, cached_rows<T>(p.dim + p.dim_v), [&](int64_t c, int64_t first, int64_t last) {
+    const int64_t x = lists.list[c] - w.rows + first, column = begin + c;
+    accumulate(w.p + x, p.d_out, p.dim_v, w.rows + x, last - first, p.dv + column * p.dim_v);
+    accumulate(w.ds + x, p.q, p.dim, w.rows + x, last - first, p.dk + column * p.dim);
+  });
+}
+
+// x[rows][dim] += the product of left[terms][kBlock], transposed, with right[terms][dim].
+template <class T>
+void add_transposed(const T* left, const T* right, int64_t terms, int64_t rows, int64_t dim, T* x, T* sums) {
+  int64_t r = 0;
+  for (; r + kRows <= rows; r += kRows) add_product<Left::by_term>(left + r, kBlock, right, terms, dim, x + r * dim);
+  if (r == rows) return;
+  for (int64_t d = 0; d < kRows * dim; ++d) sums[d] = 0;
+  add_product<Left::by_term>(left + r, kBlock, right, terms, dim, sums);
+  for (int64_t d = 0; d < (rows - r) * dim; ++d) x[r * dim + d] += sums[d];
+}
+
+// Adds what the slab's dense rows contribute to dk and dv of the columns of a block.
+template <class T>
+void add_dense(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>& w, int64_t begin) {
+  const int64_t columns = smaller(kBlock, p.n_k - begin), base = slab.offsets[slab.begin];
+  for (int64_t i = slab.begin, end; i < slab.end; i = end) {
+    for (end = i; end < slab.end && end - i < kTerms && slab.dense[end];) ++end;
+    if (end == i) {
+      ++end;
+      continue;
+    }
+    for (int64_t t = i; t < end; ++t) {
+      const int64_t entry = slab.offsets[t] - base + begin, to = (t - i) * kBlock;
+      for (int64_t c = 0; c < kBlock; ++c) {
+        w.dense_p[to + c] = c < columns ? slab.p[entry + c] : T(0);
+        w.dense_ds[to + c] = c < columns ? slab.ds[entry + c] : T(0);
+      }
+    }
+    add_transposed(w.dense_p, p.d_out + i * p.dim_v, end - i, columns, p.dim_v, p.dv + begin * p.dim_v, w.sums);
+    add_transposed(w.dense_ds, p.q + i * p.dim, end - i, columns, p.dim, p.dk + begin * p.dim, w.sums);
+  }
+}
+
 template <class T>
 void backward_columns(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void* scratch) {
-  const int64_t rows_of_slab = slab.end - slab.begin, base = slab.offsets[slab.begin];
   Arena arena(scratch);
-  const ColumnsScratch<T> w(arena, p, rows_of_slab, slab.offsets[slab.end] - base);
-  T *const dk = w.dk, *const dv = w.dv, *const probability = w.p, *const ds = w.ds;
-  int32_t* const rows = w.rows;
-
-  for (int64_t block; queue.take(block);) {
-    const int64_t first = block * kBlock, columns = smaller(kBlock, p.n_k - first);
-    for (int64_t x = 0; x < kBlock * p.dim; ++x) dk[x] = 0;
-    for (int64_t x = 0; x < kBlock * p.dim_v; ++x) dv[x] = 0;
-
-    // The lists of the slab's rows, as far as they fall on these columns, sorted by column.
-    const int32_t* const starts = slab.starts + block * rows_of_slab;
-    const auto for_entries = [&](const auto& f) {
-      for (int64_t i = slab.begin; i < slab.end; ++i) {
-        if (is_dense_strip(p, i)) continue;
-        const int64_t offset = slab.offsets[i] - base;
-        for (int64_t e = offset + starts[i - slab.begin]; e < offset + starts[rows_of_slab + i - slab.begin]; ++e)
-          f(i, slab.columns[e] - first, e);
-      }
-    };
-    int64_t next[kBlock] = {};
-    for_entries([&](int64_t, int64_t column, int64_t) { ++next[column]; });
-    Lists lists;
-    for (int64_t c = 0, used = 0; c < kBlock; ++c) {
-      lists.list[c] = rows + used;
-      lists.count[c] = next[c];
-      next[c] = used;
-      used += lists.count[c];
-    }
-    for_entries([&](int64_t i, int64_t column, int64_t entry) {
-      const int64_t to = next[column]++;
-      rows[to] = static_cast<int32_t>(i);
-      probability[to] = slab.p[entry];
-      ds[to] = slab.ds[entry];
-    });
-    lists.by_stretches(p.n_q, cached_rows<T>(p.dim + p.dim_v), [&](int64_t c, int64_t from, int64_t to) {
-      const int64_t offset = lists.list[c] - rows + from;
-      accumulate(probability + offset, p.d_out, p.dim_v, rows + offset, to - from, dv + c * p.dim_v);
-      accumulate(ds + offset, p.q, p.dim, rows + offset, to - from, dk + c * p.dim);
-    });
-
-    for (int64_t i = slab.begin, end; i < slab.end; i = end) {
-      end = smaller(slab.end, (i / kRows + 1) * kRows);
-      if (!is_dense_strip(p, i)) continue;
-      while (end < slab.end && end - i + kRows <= kTerms && is_dense_strip(p, end)) end = smaller(slab.end, end + kRows);
-      for (int64_t t = i; t < end; ++t)
-        for (int64_t c = 0; c < kBlock; ++c) {
-          const int64_t entry = slab.offsets[t] - base + first + c;
-          w.dense_p[(t - i) * kBlock + c] = c < columns ? slab.p[entry] : T(0);
-          w.dense_ds[(t - i) * kBlock + c] = c < columns ? slab.ds[entry] : T(0);
-        }
-      for (int64_t c = 0; c < columns; c += kRows) {
-        add_product<Left::by_term>(w.dense_p + c, kBlock, p.d_out + i * p.dim_v, end - i, p.dim_v, dv + c * p.dim_v);
-        add_product<Left::by_term>(w.dense_ds + c, kBlock, p.q + i * p.dim, end - i, p.dim, dk + c * p.dim);
-      }
-    }
-
-    for (int64_t x = 0; x < columns * p.dim; ++x) p.dk[first * p.dim + x] += dk[x] * p.scale;
-    for (int64_t x = 0; x < columns * p.dim_v; ++x) p.dv[first * p.dim_v + x] += dv[x];
+  const int64_t base = slab.offsets[slab.begin];
+  const ColumnsScratch<T> w(arena, p, slab.end - slab.begin, slab.offsets[slab.end] - base);
+  for (int64_t taken; queue.take(taken);) {
+    const int64_t begin = taken * slab.columns_at_a_time, end = smaller(p.n_k, begin + slab.columns_at_a_time);
+    add_listed(p, slab, w, begin, end);
+    for (int64_t first = begin; first < end; first += kBlock) add_dense(p, slab, w, first);
   }
 }

@@ -189,12 +189,26 @@ int64_t cached_rows(int64_t numbers) {
   return larger(kBlock, kCacheBytes / (larger(1, numbers) * static_cast<int64_t>(sizeof(T))));
 }
 
-// Up to a block of ascending lists of row numbers, list[i] of count[i], read side by side: all of them go through one
-// stretch of rows, which stays in the cache, before the next.
+// Ascending lists of row numbers, list[i] of count[i], read side by side: all of them go through one stretch of rows, which
+// stays in the cache, before the next.
+template <int64_t kSize>
 struct Lists {
-  const int32_t* list[kBlock];
-  int64_t count[kBlock];
+  const int32_t* list[kSize];
+  int64_t count[kSize];
 
+  // Calls f(i, from, to) for the part of list i in each stretch of rows [begin, end).
+  template <class F>
+  void by_stretches(int64_t begin, int64_t end, int64_t stretch, const F& f) const {
+    int64_t next[kSize] = {};
+    for (int64_t bound = begin + stretch; bound < end + stretch; bound += stretch)
+      for (int64_t i = 0; i < kSize; ++i) {
+        const int64_t from = next[i];
+        next[i] = bound >= end ? count[i] : first_at_least(list[i], from, count[i], bound);
+        if (next[i] > from) f(i, from, next[i]);
+      }
+  }
+
+ private:
   static int64_t first_at_least(const int32_t* list, int64_t begin, int64_t end, int64_t bound) {
     while (begin < end) {
       const int64_t middle = (begin + end) / 2;
@@ -204,17 +218,5 @@ struct Lists {
         end = middle;
     }
     return begin;
-  }
-
-  // Calls f(i, begin, end) for the part of list i in each stretch.
-  template <class F>
-  void by_stretches(int64_t rows, int64_t stretch, const F& f) const {
-    int64_t next[kBlock] = {};
-    for (int64_t last = stretch; last < rows + stretch; last += stretch)
-      for (int64_t i = 0; i < kBlock; ++i) {
-        const int64_t begin = next[i];
-        next[i] = first_at_least(list[i], begin, count[i], last);
-        if (next[i] > begin) f(i, begin, next[i]);
-      }
   }
 };
