@@ -42,8 +42,8 @@ struct Problem {
 };
 
 // The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities p_ij
-// and the gradients ds_ij of <q_i, k_j>, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) -
-// offsets[begin]: its survivors in ascending order, or, in dense rows, all keys.
+// and gradients ds_ij, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) - offsets[begin]:
+// its survivors in ascending order, or, in dense rows, all keys.
 template <class T>
 struct Slab {
   int64_t begin, end;  // rows; begin is a multiple of kBlock

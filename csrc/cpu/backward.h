@@ -27,13 +27,13 @@ bool lay_out(const Problem<T>& p, int64_t* offsets, bool* dense) {
   return any;
 }
 
-// dp of a row to the gradient of <q, k>, in place; returns <p, dp>.
+// dp of a row to ds, in place; returns <p, dp>.
 template <class T>
-T score_gradients(const T* probability, T* dp, int64_t count, T scale) {
+T score_gradients(const T* probability, T* dp, int64_t count) {
   Vec<T> part = {};
   for (int64_t c = 0; c < count; c += kLanes<T>) part += load(probability + c) * load(dp + c);
   const T mean = sum_of<T>(part);
-  for (int64_t c = 0; c < count; c += kLanes<T>) store(dp + c, load(probability + c) * (load(dp + c) - mean) * scale);
+  for (int64_t c = 0; c < count; c += kLanes<T>) store(dp + c, load(probability + c) * (load(dp + c) - mean));
   return mean;
 }
 
@@ -106,7 +106,7 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
       const T sum = exponentials(probability[r], count, largest);
       scale_row(probability[r], count, count ? 1 / sum : T(0), probability[r]);
       for (int64_t c = count; c < rounded_up(count, kPad); ++c) probability[r][c] = ds[r][c] = 0;
-      p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], count, p.scale);
+      p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], count);
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
       accumulate(ds[r] + from, p.k, p.dim, lists.list[r] + from, to - from, sums + r * p.dim);
@@ -132,7 +132,7 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
         T largest = -kInfinity, sum = 0;
         masked_exponentials(probability[r], survivors.row(p, r), 0, p.n_k, largest, sum);
         scale_row(probability[r], p.n_k, survivors.count[r] ? 1 / sum : T(0), probability[r]);
-        p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], p.n_k, p.scale);
+        p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], p.n_k);
       }
     });
     const int64_t keys = cached_rows<T>(p.dim);
@@ -142,7 +142,7 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
                                   sums + i * kRows * p.dim);
       });
 
-    for (int64_t x = 0; x < smaller(kBlock, p.n_q - block * kBlock) * p.dim; ++x) p.dq[block * kBlock * p.dim + x] = sums[x];
+    scale_row(sums, smaller(kBlock, p.n_q - block * kBlock) * p.dim, p.scale, p.dq + block * kBlock * p.dim);
   }
 }
 
@@ -248,5 +248,6 @@ void backward_columns(const Problem<T>& p, const Slab<T>& slab, Queue& queue, vo
     const int64_t begin = taken * slab.columns_at_a_time, end = smaller(p.n_k, begin + slab.columns_at_a_time);
     add_listed(p, slab, w, begin, end);
     for (int64_t first = begin; first < end; first += kBlock) add_dense(p, slab, w, first);
+    if (slab.end == p.n_q) scale_row(p.dk + begin * p.dim, (end - begin) * p.dim, p.scale, p.dk + begin * p.dim);
   }
 }
