@@ -64,11 +64,11 @@ struct AggregateScratch {
   int32_t* columns;
 
   AggregateScratch(Arena& arena, const Problem<T>& p) : survivors(arena, p) {
-    const int64_t listed = kBlock * (p.n_k / 4 + kPad + 1);  // survivors in rows that are not dense
+    const int64_t listed = p.q_at_a_time * (p.n_k / 4 + 1 + list_room(0));  // survivors in rows that are not dense
     stretch = smaller(panels_of<T>(p.n_k), larger(1, cached_rows<T>(p.dim + p.dim_v) / kPanel<T>));
-    sums = arena.take<T>(kBlock * p.dim_v);
+    sums = arena.take<T>(p.q_at_a_time * p.dim_v);
     s = arena.take<T>(listed);
-    q = arena.take<T>(kBlock * p.dim);
+    q = arena.take<T>(p.q_at_a_time * p.dim);
     whole = arena.take<T>(kRows * stretch * kPanel<T>);
     columns = arena.take<int32_t>(listed);
   }
@@ -87,50 +87,48 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
   T *const sums = w.sums, *const s = w.s, *const q = w.q;
   const int64_t panels = panels_of<T>(p.n_k), stretch = w.stretch, stride = stretch * kPanel<T>;
 
-  for (int64_t block; queue.take(block);) {
-    survivors.find(p, block);
-    for (int64_t x = 0; x < kBlock * p.dim_v; ++x) sums[x] = 0;
-    T largest[kBlock], sum[kBlock];
-    for (int64_t r = 0; r < kBlock; ++r) largest[r] = -kInfinity, sum[r] = 0;
+  while (survivors.take(p, queue)) {
+    for (int64_t x = 0; x < survivors.rows * p.dim_v; ++x) sums[x] = 0;
+    T largest[kMostRows], sum[kMostRows];
+    for (int64_t r = 0; r < survivors.rows; ++r) largest[r] = -kInfinity, sum[r] = 0;
 
-    Lists<kBlock> lists = {};
-    int64_t offset[kBlock], used = 0;
-    survivors.for_listed(p, block, [&](int64_t r) {
-      scale_row(p.q + (block * kBlock + r) * p.dim, p.dim, p.scale, q + r * p.dim);
+    Lists<kMostRows> lists = {};
+    int64_t offset[kMostRows], used = 0;
+    survivors.for_listed([&](int64_t r) {
+      scale_row(p.q + (survivors.first + r) * p.dim, p.dim, p.scale, q + r * p.dim);
       lists.list[r] = w.columns + used;
       lists.count[r] = survivors.count[r];
       offset[r] = used;
       list_bits(survivors.row(p, r), p.blocks_k, 0, w.columns + used);
-      used += rounded_up(lists.count[r], kPad);
+      used += list_room(lists.count[r]);
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
       dots(q + r * p.dim, p.k, p.dim, lists.list[r] + from, to - from, s + offset[r] + from);
     });
-    survivors.for_listed(p, block, [&](int64_t r) { sum[r] = exponentials(s + offset[r], lists.count[r], largest[r]); });
+    survivors.for_listed([&](int64_t r) { sum[r] = exponentials(s + offset[r], lists.count[r], largest[r]); });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
       accumulate(s + offset[r] + from, p.v, p.dim_v, lists.list[r] + from, to - from, sums + r * p.dim_v);
     });
 
-    survivors.for_dense(p, block, [&](int64_t i, int64_t first, int64_t rows) {
-      pack(p.q + first * p.dim, rows, kRows, p.dim, q + i * kRows * p.dim, p.scale);
+    survivors.for_dense([&](int64_t first, int64_t rows) {
+      pack(p.q + (survivors.first + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch) {
       const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>, to = smaller(p.n_k, end * kPanel<T>);
-      survivors.for_dense(p, block, [&](int64_t i, int64_t, int64_t rows) {
+      survivors.for_dense([&](int64_t first, int64_t rows) {
         for (int64_t x = begin; x < end; ++x)
-          scores(q + i * kRows * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.dim, w.whole + (x - begin) * kPanel<T>, stride);
-        for (int64_t r = i * kRows; r < i * kRows + rows; ++r) {
-          T* const row = w.whole + (r - i * kRows) * stride;
+          scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.dim, w.whole + (x - begin) * kPanel<T>, stride);
+        for (int64_t r = first; r < first + rows; ++r) {
+          T* const row = w.whole + (r - first) * stride;
           const T factor = masked_exponentials(row, survivors.row(p, r), from, to, largest[r], sum[r]);
-          if (factor != 1)
-            for (int64_t d = 0; d < p.dim_v; ++d) sums[r * p.dim_v + d] *= factor;
+          if (factor != 1) scale_row(sums + r * p.dim_v, p.dim_v, factor, sums + r * p.dim_v);
         }
-        add_product<Left::by_row>(w.whole, stride, p.v + from * p.dim_v, to - from, p.dim_v, sums + i * kRows * p.dim_v);
+        add_product<Left::by_row>(w.whole, stride, p.v + from * p.dim_v, to - from, p.dim_v, sums + first * p.dim_v);
       });
     }
 
-    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r)
-      finish_row(p, block * kBlock + r, survivors.row(p, r), survivors.count[r], largest[r], sum[r], sums + r * p.dim_v);
+    for (int64_t r = 0; r < survivors.rows; ++r)
+      finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r], largest[r], sum[r], sums + r * p.dim_v);
   }
 }
 
@@ -143,15 +141,14 @@ template <class T>
 void list_survivors(const Problem<T>& p, const int64_t* offsets, int32_t* columns, Queue& queue, void* scratch) {
   Arena arena(scratch);
   Survivors<T> survivors(arena, p);
-  for (int64_t block; queue.take(block);) {
-    survivors.find(p, block);
-    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
-      const int64_t i = block * kBlock + r;
+  while (survivors.take(p, queue))
+    for (int64_t r = 0; r < survivors.rows; ++r) {
+      const int64_t i = survivors.first + r;
       if (offsets[i + 1] - offsets[i] != survivors.count[r]) {
         queue.failed = true;
         continue;
       }
-      list_bits(survivors.row(p, r), p.blocks_k, 0, columns + offsets[i]);
+      int32_t* next = columns + offsets[i];
+      for_bits(survivors.row(p, r), p.blocks_k, [&](int64_t j) { *next++ = static_cast<int32_t>(j); });
     }
-  }
 }

@@ -148,15 +148,15 @@ class Workspace {
   Memory memory_;
 };
 
-// Runs pass(queue, scratch) on torch's threads until the queue of `blocks` blocks is empty.
+// Runs pass(queue, scratch) on torch's threads until the queue is empty.
 template <class F>
-void run(int64_t blocks, const Workspace& workspace, const F& pass) {
-  if (blocks == 0) return;
-  Queue queue{0, blocks, false};
-  const int64_t threads = std::min<int64_t>(blocks, torch::stable::get_num_threads());
+void run(Queue queue, const Workspace& workspace, const F& pass) {
+  const int64_t threads = std::min<int64_t>(queue.end - queue.next, torch::stable::get_num_threads());
   torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { pass(queue, workspace.share(thread)); });
   STD_TORCH_CHECK(!queue.failed, "asa_ops: the numbers of survivors are not those of the bits");
 }
+
+int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
 // Runs f(head) for every head: side by side where there are enough of them, else one after the other, each on all threads.
 template <class F>
@@ -212,7 +212,6 @@ struct Call {
   // Otherwise the bits of a head are forgotten with its forward pass.
   bool keeps_bits() const { return bits.size(3) > 0; }
 
-  static int64_t blocks(int64_t n) { return (n + kBlock - 1) / kBlock; }
 
   void check_all() const {
     check(q.dim() == 4 && k.dim() == 4 && v.dim() == 4, "q, k, v", "[B, heads, N, D]");
@@ -235,8 +234,14 @@ struct Call {
       check(*x, name, type(), {b, h, n_q()});
     check(dim() % kPad == 0 && dim_v() % kPad == 0, "D and Dv", "multiples of 16");
     check(bits.dim() == 4, "bits", "[B, heads, blocks, bytes]");
-    check(bits, "bits", ScalarType::Byte, {b, h, blocks(n_q()), keeps_bits() ? blocks(n_k()) * kBlock * 8 : 0});
+    check(bits, "bits", ScalarType::Byte, {b, h, parts(n_q(), kBlock), keeps_bits() ? parts(n_k(), kBlock) * kBlock * 8 : 0});
     check(local, "local", ScalarType::Bool, {b, h, n_q(), beta ? window * window : 0});
+  }
+
+  // Fewer than kMostRows where threads would have nothing to do.
+  static int64_t at_a_time(int64_t blocks) {
+    const int64_t threads = torch::stable::get_num_threads();
+    return blocks >= 16 * threads ? kMostRows : blocks >= 8 * threads ? kMostRows / 2 : kBlock;
   }
 
   template <class T>
@@ -244,7 +249,8 @@ struct Call {
     const int64_t b = i / heads(), q_rows = i * n_q(), k_rows = i * n_k();
     Problem<T> p{};
     p.n_q = n_q(), p.n_k = n_k(), p.dim = dim(), p.dim_v = dim_v();
-    p.blocks_q = blocks(n_q()), p.blocks_k = blocks(n_k());
+    p.blocks_q = parts(n_q(), kBlock), p.blocks_k = parts(n_k(), kBlock);
+    p.q_at_a_time = at_a_time(p.blocks_q), p.k_at_a_time = at_a_time(p.blocks_k);
     p.height = height, p.width = width, p.window = window, p.topk = topk, p.scale = static_cast<T>(scale);
     p.reciprocal = reciprocal, p.thresholded = thresholded();
     p.q = data<T>(q, q_rows * dim()), p.k = data<T>(k, k_rows * dim()), p.v = data<T>(v, k_rows * dim_v());
@@ -267,7 +273,7 @@ int64_t panels_size(int64_t n, int64_t dim) {
 
 template <class T>
 void pack_panels(const T* x, int64_t n, int64_t dim, T* panels, const Workspace& workspace) {
-  run(table<T>().panels(n), workspace, [&](Queue& queue, void*) { table<T>().pack_panels(x, n, dim, panels, queue); });
+  run({0, table<T>().panels(n)}, workspace, [&](Queue& queue, void*) { table<T>().pack_panels(x, n, dim, panels, queue); });
 }
 
 template <class T>
@@ -290,12 +296,12 @@ void forward(const Call& call, const Tensor& out, const Tensor& survivors) {
       p.bits = bits.get(workspace);
     p.k_panels = panels.get(workspace);
     pack_panels(p.k, p.n_k, p.dim, p.k_panels, workspace);
-    if (p.scanned()) run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
-    run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
+    if (p.scanned()) run({0, p.blocks_q}, workspace, [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
+    run({0, parts(p.n_q, p.q_at_a_time)}, workspace, [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
   });
 }
 
-// Bytes of survivors with their gradients that a backward holds at a time, for one head; one block of queries at least.
+// Bytes of survivors with their gradients that a backward holds at a time, for one head; kMostRows queries at least.
 constexpr int64_t kSlabBytes = 64 * 1024 * 1024;
 
 // Sums up dq, dk, dv slab by slab, then the gradients of the thresholds.
@@ -305,11 +311,13 @@ void backward_head(Problem<T>& p) {
   std::vector<int64_t> offsets(p.n_q + 1), ends;
   const auto dense = std::make_unique<bool[]>(p.n_q);
   const bool any_dense = kernels.lay_out(p, offsets.data(), dense.get());
-  const auto block_end = [&](int64_t row) { return std::min(p.n_q, row + kBlock); };
   int64_t entries = 0, rows = 0;  // of the largest slab
   for (int64_t begin = 0, end; begin < p.n_q; begin = end) {
     const int64_t most = offsets[begin] + kSlabBytes / (2 * sizeof(T) + sizeof(int32_t));
-    for (end = block_end(begin); end < p.n_q && offsets[block_end(end)] <= most;) end = block_end(end);
+    const auto next = [&] { return std::min(p.n_q, end + kMostRows); };
+    end = begin;
+    do end = next();
+    while (end < p.n_q && offsets[next()] <= most);
     entries = std::max(entries, offsets[end] - offsets[begin]);
     rows = std::max(rows, end - begin);
     ends.push_back(end);
@@ -329,9 +337,7 @@ void backward_head(Problem<T>& p) {
     pack_panels(p.k, p.n_k, p.dim, p.k_panels = k_panels.get(workspace), workspace);
     pack_panels(p.v, p.n_k, p.dim_v, p.v_panels = v_panels.get(workspace), workspace);
   }
-  const int64_t threads = torch::stable::get_num_threads();
-  const int64_t column_blocks = std::clamp<int64_t>(p.blocks_k / (4 * threads), 1, 4);
-  int64_t begin = 0;
+  int64_t begin = 0;  // a multiple of kMostRows whatever the number of threads, which must not show in the sums
   for (const int64_t end : ends) {
     const Slab<T> slab{begin,
                        end,
@@ -340,16 +346,15 @@ void backward_head(Problem<T>& p) {
                        probability.get(workspace),
                        ds.get(workspace),
                        columns.get(workspace),
-                       starts.get(workspace),
-                       column_blocks * kBlock};
-    run((end - begin + kBlock - 1) / kBlock, workspace,
+                       starts.get(workspace)};
+    run({begin / p.q_at_a_time, parts(end, p.q_at_a_time)}, workspace,
         [&](Queue& queue, void* scratch) { kernels.backward_rows(p, slab, queue, scratch); });
-    run((p.blocks_k + column_blocks - 1) / column_blocks, workspace,
+    run({0, parts(p.n_k, p.k_at_a_time)}, workspace,
         [&](Queue& queue, void* scratch) { kernels.backward_columns(p, slab, queue, scratch); });
     begin = end;
   }
   if (p.dalpha || p.dbeta)
-    run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) { kernels.backward_thresholds(p, queue, scratch); });
+    run({0, p.blocks_q}, workspace, [&](Queue& queue, void* scratch) { kernels.backward_thresholds(p, queue, scratch); });
 }
 
 template <class T>
@@ -420,7 +425,7 @@ void asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Optional alpha, Optional be
       Workspace workspace;
       workspace.add_share(table<T>().list_survivors_bytes(p));
       workspace.allocate_all();
-      run(p.blocks_q, workspace, [&](Queue& queue, void* scratch) {
+      run({0, parts(p.n_q, p.q_at_a_time)}, workspace, [&](Queue& queue, void* scratch) {
         table<T>().list_survivors(p, offsets + i * p.n_q, data<int32_t>(col_indices, 0), queue, scratch);
       });
     });

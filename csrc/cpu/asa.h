@@ -5,7 +5,8 @@
 
 namespace asa_ops::cpu {
 
-constexpr int64_t kBlock = 64;  // rows or columns that a thread takes at a time; the bits of a word
+constexpr int64_t kBlock = 64;  // the bits of a word
+constexpr int64_t kMostRows = 4 * kBlock;  // enough to share what the cache holds of the others
 constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
 
 // One head of one image.
@@ -13,6 +14,7 @@ template <class T>
 struct Problem {
   int64_t n_q, n_k, dim, dim_v;
   int64_t blocks_q, blocks_k;
+  int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
   int64_t height, width, window, topk;
   bool reciprocal;
   bool thresholded;  // there are adaptive neighbours; otherwise M is everybody, or nobody if there is a beta
@@ -46,19 +48,18 @@ struct Problem {
 // its survivors in ascending order, or, in dense rows, all keys.
 template <class T>
 struct Slab {
-  int64_t begin, end;  // rows; begin is a multiple of kBlock
+  int64_t begin, end;  // rows; begin is a multiple of kMostRows
   const int64_t* offsets;  // [n_q + 1]
   const bool* dense;  // [n_q]
   T *p, *ds;
   int32_t* columns;
   int32_t* starts;  // [blocks_k + 1][end - begin]: where the entries of a column block start in a row, 0 in dense ones
-  int64_t columns_at_a_time;  // of the second pass; a multiple of kBlock, at most 4 kBlock
 };
 
 // Hands out the blocks of one pass to threads. Which thread takes a block does not show in its results.
 struct Queue {
   int64_t next, end;
-  bool failed;  // what a pass was given does not fit together
+  bool failed = false;  // what a pass was given does not fit together
   bool take(int64_t& block) {
     block = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
     return block < end;

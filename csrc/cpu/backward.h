@@ -19,7 +19,7 @@ bool lay_out(const Problem<T>& p, int64_t* offsets, bool* dense) {
   offsets[0] = 0;
   for (int64_t i = 0; i < p.n_q; ++i) {
     dense[i] = is_dense_strip(p, i);
-    offsets[i + 1] = offsets[i] + (dense[i] ? dense_stride(p) : rounded_up(p.survivors[i], kPad));
+    offsets[i + 1] = offsets[i] + (dense[i] ? dense_stride(p) : list_room(p.survivors[i]));
     any |= dense[i];
   }
   // Dense strips are written whole.
@@ -44,9 +44,9 @@ struct RowsScratch {
 
   RowsScratch(Arena& arena, const Problem<T>& p)
       : survivors(arena, p),
-        sums(arena.take<T>(kBlock * p.dim)),
-        q(arena.take<T>(kBlock * p.dim)),
-        d_out(arena.take<T>(kBlock * p.dim_v)) {}
+        sums(arena.take<T>(p.q_at_a_time * p.dim)),
+        q(arena.take<T>(p.q_at_a_time * p.dim)),
+        d_out(arena.take<T>(p.q_at_a_time * p.dim_v)) {}
 };
 
 template <class T>
@@ -63,29 +63,27 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
   const int64_t rows_of_slab = slab.end - slab.begin, panels = panels_of<T>(p.n_k), stride = dense_stride(p);
   const int64_t stretch = larger(1, cached_rows<T>(p.dim + p.dim_v) / kPanel<T>);  // panels
 
-  for (int64_t taken; queue.take(taken);) {
-    const int64_t block = slab.begin / kBlock + taken, base = slab.offsets[slab.begin];
-    survivors.find(p, block);
+  while (survivors.take(p, queue)) {
+    const int64_t group = survivors.first;
+    Lists<kMostRows> lists = {};
+    T *probability[kMostRows], *ds[kMostRows];
     bool same = true;
-    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r)
-      same &= p.survivors[block * kBlock + r] == survivors.count[r];
+    for (int64_t r = 0; r < survivors.rows; ++r) {
+      const int64_t offset = slab.offsets[group + r] - slab.offsets[slab.begin];
+      probability[r] = slab.p + offset;
+      ds[r] = slab.ds + offset;
+      same &= p.survivors[group + r] == survivors.count[r];
+    }
     if (!same) {
       queue.failed = true;
       continue;
     }
-    for (int64_t x = 0; x < kBlock * p.dim; ++x) sums[x] = 0;
+    for (int64_t x = 0; x < survivors.rows * p.dim; ++x) sums[x] = 0;
 
-    Lists<kBlock> lists = {};
-    T *probability[kBlock], *ds[kBlock];
-    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
-      const int64_t offset = slab.offsets[block * kBlock + r] - base;
-      probability[r] = slab.p + offset;
-      ds[r] = slab.ds + offset;
-    }
-    survivors.for_listed(p, block, [&](int64_t r) {
-      scale_row(p.q + (block * kBlock + r) * p.dim, p.dim, p.scale, q + r * p.dim);
-      int32_t* const list = slab.columns + (slab.offsets[block * kBlock + r] - base);
-      int32_t *start = slab.starts + block * kBlock + r - slab.begin, *end = list;
+    survivors.for_listed([&](int64_t r) {
+      scale_row(p.q + (group + r) * p.dim, p.dim, p.scale, q + r * p.dim);
+      int32_t* const list = slab.columns + (slab.offsets[group + r] - slab.offsets[slab.begin]);
+      int32_t *start = slab.starts + group + r - slab.begin, *end = list;
       for (int64_t j = 0; j < p.blocks_k; ++j, start += rows_of_slab) {
         *start = static_cast<int32_t>(end - list);
         end = list_bits(survivors.row(p, r) + j, 1, j * kBlock, end);
@@ -98,56 +96,55 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
       dots(q + r * p.dim, p.k, p.dim, lists.list[r] + from, to - from, probability[r] + from);
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
-      dots(p.d_out + (block * kBlock + r) * p.dim_v, p.v, p.dim_v, lists.list[r] + from, to - from, ds[r] + from);
+      dots(p.d_out + (group + r) * p.dim_v, p.v, p.dim_v, lists.list[r] + from, to - from, ds[r] + from);
     });
-    survivors.for_listed(p, block, [&](int64_t r) {
+    survivors.for_listed([&](int64_t r) {
       T largest;
       const int64_t count = lists.count[r];
       const T sum = exponentials(probability[r], count, largest);
       scale_row(probability[r], count, count ? 1 / sum : T(0), probability[r]);
       for (int64_t c = count; c < rounded_up(count, kPad); ++c) probability[r][c] = ds[r][c] = 0;
-      p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], count);
+      p.delta[group + r] = score_gradients(probability[r], ds[r], count);
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
       accumulate(ds[r] + from, p.k, p.dim, lists.list[r] + from, to - from, sums + r * p.dim);
     });
 
-    survivors.for_dense(p, block, [&](int64_t i, int64_t first, int64_t rows) {
+    survivors.for_dense([&](int64_t first, int64_t rows) {
       for (int64_t j = 0; j <= p.blocks_k; ++j)
-        for (int64_t r = first; r < first + rows; ++r) slab.starts[j * rows_of_slab + r - slab.begin] = 0;
-      pack(p.q + first * p.dim, rows, kRows, p.dim, q + i * kRows * p.dim, p.scale);
-      pack(p.d_out + first * p.dim_v, rows, kRows, p.dim_v, d_out + i * kRows * p.dim_v);
+        for (int64_t r = group + first; r < group + first + rows; ++r) slab.starts[j * rows_of_slab + r - slab.begin] = 0;
+      pack(p.q + (group + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
+      pack(p.d_out + (group + first) * p.dim_v, rows, kRows, p.dim_v, d_out + first * p.dim_v);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch)
-      survivors.for_dense(p, block, [&](int64_t i, int64_t, int64_t) {
+      survivors.for_dense([&](int64_t first, int64_t) {
         for (int64_t x = begin; x < smaller(panels, begin + stretch); ++x) {
           const T* const keys = p.k_panels + x * panel_size<T>(p.dim);
           const T* const values = p.v_panels + x * panel_size<T>(p.dim_v);
-          scores(q + i * kRows * p.dim, keys, p.dim, probability[i * kRows] + x * kPanel<T>, stride);
-          scores(d_out + i * kRows * p.dim_v, values, p.dim_v, ds[i * kRows] + x * kPanel<T>, stride);
+          scores(q + first * p.dim, keys, p.dim, probability[first] + x * kPanel<T>, stride);
+          scores(d_out + first * p.dim_v, values, p.dim_v, ds[first] + x * kPanel<T>, stride);
         }
       });
-    survivors.for_dense(p, block, [&](int64_t i, int64_t, int64_t rows) {
-      for (int64_t r = i * kRows; r < i * kRows + rows; ++r) {
+    survivors.for_dense([&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + rows; ++r) {
         T largest = -kInfinity, sum = 0;
         masked_exponentials(probability[r], survivors.row(p, r), 0, p.n_k, largest, sum);
         scale_row(probability[r], p.n_k, survivors.count[r] ? 1 / sum : T(0), probability[r]);
-        p.delta[block * kBlock + r] = score_gradients(probability[r], ds[r], p.n_k);
+        p.delta[group + r] = score_gradients(probability[r], ds[r], p.n_k);
       }
     });
     const int64_t keys = cached_rows<T>(p.dim);
     for (int64_t from = 0; from < p.n_k; from += keys)
-      survivors.for_dense(p, block, [&](int64_t i, int64_t, int64_t) {
-        add_product<Left::by_row>(ds[i * kRows] + from, stride, p.k + from * p.dim, smaller(keys, p.n_k - from), p.dim,
-                                  sums + i * kRows * p.dim);
+      survivors.for_dense([&](int64_t first, int64_t) {
+        add_product<Left::by_row>(ds[first] + from, stride, p.k + from * p.dim, smaller(keys, p.n_k - from), p.dim,
+                                  sums + first * p.dim);
       });
 
-    scale_row(sums, smaller(kBlock, p.n_q - block * kBlock) * p.dim, p.scale, p.dq + block * kBlock * p.dim);
+    scale_row(sums, survivors.rows * p.dim, p.scale, p.dq + group * p.dim);
   }
 }
 
 constexpr int64_t kTerms = 256;  // dense rows that are summed by column at a time
-constexpr int64_t kMostColumns = 4 * kBlock;  // that are sorted at a time
 
 template <class T>
 struct ColumnsScratch {
@@ -157,7 +154,7 @@ struct ColumnsScratch {
   T* sums;
 
   ColumnsScratch(Arena& arena, const Problem<T>& problem, int64_t rows_of_slab, int64_t entries_of_slab) {
-    const int64_t entries = smaller(kMostColumns * rows_of_slab, entries_of_slab);
+    const int64_t entries = smaller(kMostRows * rows_of_slab, entries_of_slab);
     p = arena.take<T>(entries);
     ds = arena.take<T>(entries);
     rows = arena.take<int32_t>(entries);
@@ -184,10 +181,10 @@ void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T
       for (int64_t e = offset + from[i]; e < offset + to[i]; ++e) f(slab.begin + i, slab.columns[e] - begin, e);
     }
   };
-  int64_t next[kMostColumns] = {};
+  int64_t next[kMostRows] = {};
   for_entries([&](int64_t, int64_t column, int64_t) { ++next[column]; });
-  Lists<kMostColumns> lists;
-  for (int64_t c = 0, used = 0; c < kMostColumns; ++c) {
+  Lists<kMostRows> lists;
+  for (int64_t c = 0, used = 0; c < kMostRows; ++c) {
     lists.list[c] = w.rows + used;
     lists.count[c] = next[c];
     next[c] = used;
@@ -245,7 +242,7 @@ void backward_columns(const Problem<T>& p, const Slab<T>& slab, Queue& queue, vo
   const int64_t base = slab.offsets[slab.begin];
   const ColumnsScratch<T> w(arena, p, slab.end - slab.begin, slab.offsets[slab.end] - base);
   for (int64_t taken; queue.take(taken);) {
-    const int64_t begin = taken * slab.columns_at_a_time, end = smaller(p.n_k, begin + slab.columns_at_a_time);
+    const int64_t begin = taken * p.k_at_a_time, end = smaller(p.n_k, begin + p.k_at_a_time);
     add_listed(p, slab, w, begin, end);
     for (int64_t first = begin; first < end; first += kBlock) add_dense(p, slab, w, first);
     if (slab.end == p.n_q) scale_row(p.dk + begin * p.dim, (end - begin) * p.dim, p.scale, p.dk + begin * p.dim);

@@ -128,11 +128,27 @@ ASA_INLINE void for_bits(const uint64_t* words, int64_t size, const F& f) {
     for (uint64_t word = words[w]; word != 0; word &= word - 1) f(w * kBlock + __builtin_ctzll(word));
 }
 
-// The bits set, ascending, each plus `first`; returns where the list ends.
+// Writes the bits set to a list, ascending, each plus `first`, and up to kPad numbers more; returns where the list ends.
 ASA_INLINE int32_t* list_bits(const uint64_t* words, int64_t size, int64_t first, int32_t* list) {
+#if defined(ASA_AVX512)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t w = 0; w < size; ++w) {
+    if (words[w] == 0) continue;
+    for (int64_t bit = 0; bit < kBlock; bit += 16) {
+      const auto bits = static_cast<__mmask16>(words[w] >> bit);
+      const __m512i columns = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(first + w * kBlock + bit)));
+      _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(bits, columns));
+      list += __builtin_popcount(bits);
+    }
+  }
+#else
   for_bits(words, size, [&](int64_t j) { *list++ = static_cast<int32_t>(first + j); });
+#endif
   return list;
 }
+
+// How many numbers to allow for a list that is read by whole vectors.
+ASA_INLINE int64_t list_room(int64_t count) { return rounded_up(count, kPad) + kPad; }
 
 // The lanes of a vector at column j, a multiple of its length.
 template <class T>
@@ -140,44 +156,54 @@ ASA_INLINE uint64_t lane_bits(const uint64_t* words, int64_t j) {
   return words[j / kBlock] >> j % kBlock;
 }
 
-// The survivors of a block of queries, and which strips of rows have so many that whole rows are computed.
+// The survivors of some consecutive queries, and which strips of rows have so many that whole rows are computed.
 template <class T>
 struct Survivors {
+  int64_t first, rows;
   uint64_t* m;
-  int64_t count[kBlock];
-  bool dense[kStrips];
+  int64_t count[kMostRows];
+  bool dense[kMostRows / kRows];
 
-  Survivors(Arena& arena, const Problem<T>& p) : m(arena.take<uint64_t>(kBlock * p.blocks_k)) {}
+  Survivors(Arena& arena, const Problem<T>& p) : m(arena.take<uint64_t>(p.q_at_a_time * p.blocks_k)) {}
 
-  void find(const Problem<T>& p, int64_t block) {
-    non_local(p, block, m);
-    add_local(p, block, false, m);
-    for (int64_t r = 0; r < kBlock; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
-    for (int64_t i = 0; i < kStrips; ++i) dense[i] = is_dense(p, count + i * kRows);
+  // Takes the next rows from a queue.
+  bool take(const Problem<T>& p, Queue& queue) {
+    int64_t taken;
+    if (!queue.take(taken)) return false;
+    first = taken * p.q_at_a_time;
+    rows = smaller(p.q_at_a_time, p.n_q - first);
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      uint64_t* const words = m + r * p.blocks_k;
+      non_local(p, (first + r) / kBlock, words);
+      add_local(p, (first + r) / kBlock, false, words);
+    }
+    for (int64_t r = 0; r < rows; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
+    for (int64_t r = 0; r < rows; r += kRows) dense[r / kRows] = is_dense(p, count + r, smaller(kRows, rows - r));
+    return true;
   }
 
   const uint64_t* row(const Problem<T>& p, int64_t r) const { return m + r * p.blocks_k; }
 
   // Products with lists take about four times as long a pair as products of whole rows.
   template <class Count>
-  static bool is_dense(const Problem<T>& p, const Count* count, int64_t rows = kRows) {
+  static bool is_dense(const Problem<T>& p, const Count* count, int64_t rows) {
     int64_t sum = 0;
     for (int64_t r = 0; r < rows; ++r) sum += count[r];
     return 4 * sum > kRows * p.n_k;
   }
 
-  // Calls f(r) for the rows of the block that have lists.
+  // Calls f(r) for the rows that have lists.
   template <class F>
-  void for_listed(const Problem<T>& p, int64_t block, const F& f) const {
-    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r)
+  void for_listed(const F& f) const {
+    for (int64_t r = 0; r < rows; ++r)
       if (!dense[r / kRows]) f(r);
   }
 
-  // Calls f(strip, first row of it, rows of it) for the others.
+  // Calls f(first row, rows) for the strips of others.
   template <class F>
-  void for_dense(const Problem<T>& p, int64_t block, const F& f) const {
-    for (int64_t i = 0; i < kStrips; ++i)
-      if (dense[i]) f(i, block * kBlock + i * kRows, smaller(kRows, p.n_q - block * kBlock - i * kRows));
+  void for_dense(const F& f) const {
+    for (int64_t r = 0; r < rows; r += kRows)
+      if (dense[r / kRows]) f(r, smaller(kRows, rows - r));
   }
 };
 

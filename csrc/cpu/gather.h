@@ -1,19 +1,29 @@
 // Products with a list of rows, where few pairs survive. Rows are read where they lie; their length is a multiple of kPad.
 
+template <class T>
+ASA_INLINE void four_dots(const T* x, const T* rows, int64_t dim, const int32_t* list, T* s) {
+  const T *const a = rows + list[0] * dim, *const b = rows + list[1] * dim;
+  const T *const c = rows + list[2] * dim, *const e = rows + list[3] * dim;
+  Vec<T> sum[4] = {};
+  for (int64_t d = 0; d < dim; d += kLanes<T>) {
+    const Vec<T> z = load(x + d);
+    sum[0] += z * load(a + d);
+    sum[1] += z * load(b + d);
+    sum[2] += z * load(c + d);
+    sum[3] += z * load(e + d);
+  }
+  sums_of_four(sum, s);
+}
+
 // s[c] = <x, rows[list[c]]> for c < count; writes s up to a multiple of four.
 template <class T>
 static void dots(const T* x, const T* rows, int64_t dim, const int32_t* list, int64_t count, T* s) {
-  for (int64_t c = 0; c < count; c += 4) {
-    const T* y[4];
-    for (int64_t i = 0; i < 4; ++i) y[i] = rows + list[c + i < count ? c + i : count - 1] * dim;
-    Vec<T> sum[4] = {};
-    for (int64_t d = 0; d < dim; d += kLanes<T>) {
-      const Vec<T> z = load(x + d);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sum[i] += z * load(y[i] + d);
-    }
-    sums_of_four(sum, s + c);
-  }
+  int64_t c = 0;
+  for (; c + 4 <= count; c += 4) four_dots(x, rows, dim, list + c, s + c);
+  if (c == count) return;
+  int32_t rest[4];
+  for (int64_t i = 0; i < 4; ++i) rest[i] = list[c + i < count ? c + i : c];
+  four_dots(x, rows, dim, rest, s + c);
 }
 
 // Few sums at a time wait for each other's latency: then every other row goes to a second set of them.

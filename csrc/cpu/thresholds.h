@@ -67,7 +67,7 @@ struct ThresholdsScratch {
         scaled(arena.take<T>(p.dim)),
         near(arena, most(p)) {}
 
-  static int64_t most(const Problem<T>& p) { return p.blocks_k * kBlock + p.window * p.window + kPad; }
+  static int64_t most(const Problem<T>& p) { return list_room(p.blocks_k * kBlock + p.window * p.window); }
 };
 
 template <class T>
