@@ -18,6 +18,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace asa_ops::cpu {
@@ -138,15 +139,35 @@ class Workspace {
 
   void add_share(int64_t bytes) { share_ = std::max(share_, rounded(bytes)); }
 
-  void allocate_all() { memory_ = allocate(bytes_ + share_ * static_cast<int64_t>(torch::stable::get_num_threads())); }
+  void allocate_all() {
+    size_ = bytes_ + share_ * static_cast<int64_t>(torch::stable::get_num_threads());
+    if (size_ <= last_size_) {
+      size_ = std::exchange(last_size_, 0);
+      memory_ = std::move(last_);
+    } else {
+      memory_ = allocate(size_);
+    }
+  }
+
+  // A thread keeps its last workspace if it is small: a new one would be zeroed page by page in every call.
+  ~Workspace() {
+    constexpr int64_t kKept = 32 * 1024 * 1024;
+    if (size_ > kKept || size_ <= last_size_) return;
+    last_ = std::move(memory_);
+    last_size_ = size_;
+  }
 
   void* share(int64_t thread) const { return memory_.get() + bytes_ + thread * share_; }
 
  private:
   static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
-  int64_t bytes_ = 0, share_ = 0;
+  int64_t bytes_ = 0, share_ = 0, size_ = 0;
   Memory memory_;
+  static thread_local Memory last_;
+  static thread_local int64_t last_size_;
 };
+thread_local Memory Workspace::last_;
+thread_local int64_t Workspace::last_size_ = 0;
 
 // Runs pass(queue, scratch) on torch's threads until the queue is empty.
 template <class F>

@@ -178,6 +178,10 @@ void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T
   const auto for_entries = [&](const auto& f) {
     for (int64_t i = 0; i < rows_of_slab; ++i) {
       const int64_t offset = slab.offsets[slab.begin + i] - base;
+      const int64_t ahead = smaller(i + 8, rows_of_slab - 1), later = slab.offsets[slab.begin + ahead] - base + from[ahead];
+      __builtin_prefetch(slab.columns + later);
+      __builtin_prefetch(slab.p + later);
+      __builtin_prefetch(slab.ds + later);
       for (int64_t e = offset + from[i]; e < offset + to[i]; ++e) f(slab.begin + i, slab.columns[e] - begin, e);
     }
   };
