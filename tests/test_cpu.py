@@ -47,8 +47,45 @@ def test_any_head_dim(instruction_set, dim):
 @pytest.mark.parametrize(
     "case", [named("plain", grid=(40, 47)), named("mixed", grid=(40, 47), dim=64)], ids=["plain", "mixed"]
 )
-def test_lists_longer_than_a_chunk(instruction_set, case):
+def test_lists_longer_than_a_stretch(instruction_set, case):
     check_against_reference("cpu", *make(case, torch.float32))
+
+
+def rows_of_any_density(n: int, dim: int, dtype: torch.dtype) -> tuple[list, dict]:
+    """Every other stretch of 16 rows keeps up to everybody, so whole rows and lists meet in one block."""
+    query, key, value = torch.randn(3, 1, 1, n, dim, dtype=torch.float64)
+    row = torch.arange(n)
+    alpha = torch.where(row // 16 % 2 == 0, 0.3 * torch.rand(n), 1.5 + torch.rand(n))
+    return [query.to(dtype), key.to(dtype), value.to(dtype), alpha[None, None].to(dtype), None], {"reciprocal": False}
+
+
+def fractions_of_rows(inputs, options) -> torch.Tensor:
+    _, stats = asa_attention(*inputs, **options, impl="cpu", return_stats=True)
+    return stats.survivors[0, 0] / inputs[1].shape[2]
+
+
+@pytest.mark.parametrize("dim", [16, 33, 96])
+def test_dense_rows_beside_sparse_ones(instruction_set, dim):
+    inputs, options = rows_of_any_density(301, dim, torch.float32)
+    fractions = fractions_of_rows(inputs, options)
+    assert (fractions > 0.6).sum() > 100 and (fractions < 0.15).sum() > 100  # whole rows from a quarter on
+    check_against_reference("cpu", inputs, options)
+
+
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_survivors_of_a_backward_in_more_than_one_slab(reciprocal):
+    """The backward holds 64 MB of survivors at a time, 3.4 million in float64."""
+    inputs, _ = rows_of_any_density(3000, 8, torch.float64)
+    options = {"reciprocal": reciprocal, "threshold_grad": "straight_through"}
+    gradients = []
+    for impl in ("cpu", "blocked"):
+        leaves = with_grad(inputs)
+        out, stats = asa_attention(*leaves, **options, impl=impl, return_stats=True)
+        out.square().sum().backward()
+        gradients.append([x.grad for x in leaves if x is not None])
+    assert reciprocal or stats.survivors.sum() > 3.5e6
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-11)
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
@@ -57,12 +94,20 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
         torch.ops.asa_ops.cpu_isa()
 
 
+def test_bitwise_equal_over_thread_counts_on_a_large_map():
+    """Here the number of threads also decides how many rows one of them takes at a time."""
+    check_bitwise_equal_over_thread_counts(*rows_of_any_density(4300, 16, torch.float32))
+
+
 @each_case
 def test_bitwise_equal_over_thread_counts(case):
-    inputs, options = make(case, torch.float32)
+    check_bitwise_equal_over_thread_counts(*make(case, torch.float32))
+
+
+def check_bitwise_equal_over_thread_counts(inputs, options):
     threads, results = torch.get_num_threads(), []
     try:
-        for count in (1, 2, 3):
+        for count in (1, 2, 3, 16):
             torch.set_num_threads(count)
             leaves = with_grad(inputs)
             learn = {"threshold_grad": "straight_through"}
@@ -114,6 +159,39 @@ def test_entry_point_refuses(name):
     call[argument] = change(call[argument])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.asa_ops.asa_cpu_fwd(**call)
+
+
+def test_backward_and_neighbors_refuse_numbers_that_do_not_fit():
+    """They say where survivors are written, so wrong ones would write out of bounds."""
+    call = kernel_call()
+    torch.ops.asa_ops.asa_cpu_fwd(**call)
+    q, k, v, alpha, beta, real_q, real_k, _, *scalars = list(call.values())[:14]
+    out, lse, lse_kept, survivors, kappa, log_mean, bits, local = list(call.values())[14:]
+    given = (q, k, v, alpha, beta, real_q, real_k, *scalars, lse, lse_kept)
+    offsets = torch.nn.functional.pad(survivors.flatten().long().cumsum(0), (1, 0))
+    columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+
+    def neighbors(offsets):
+        torch.ops.asa_ops.asa_cpu_neighbors(*given, kappa, log_mean, bits, local, offsets, columns)
+
+    def backward(survivors):
+        torch.ops.asa_ops.asa_cpu_bwd(
+            torch.ones_like(out), *given, survivors, kappa, log_mean, bits, local, 0.0, *gradients, None, None
+        )
+
+    neighbors(offsets)
+    backward(survivors)
+    with pytest.raises(RuntimeError, match="numbers of survivors"):
+        neighbors(torch.cat([offsets[:1], offsets[1:-1] + 1, offsets[-1:]]))
+    with pytest.raises(RuntimeError, match="numbers of survivors"):
+        backward(survivors + 1)
+    with pytest.raises(RuntimeError, match="row_offsets must be ascending from 0"):
+        neighbors(torch.cat([offsets[:1], -offsets[1:-1], offsets[-1:]]))
+    with pytest.raises(RuntimeError, match="survivors must be between 0 and N_k"):
+        backward(survivors - 100)
+    with pytest.raises(RuntimeError, match="survivors must be of the shape expected"):
+        backward(survivors[:1].contiguous())
 
 
 def test_auto_prefers_it():

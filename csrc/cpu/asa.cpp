@@ -15,7 +15,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <exception>
 #include <memory>
+#include <mutex>
 #include <optional>
 #include <string>
 #include <utility>
@@ -182,13 +184,21 @@ int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 // Runs f(head) for every head: side by side where there are enough of them, else one after the other, each on all threads.
 template <class F>
 void for_heads(int64_t heads, const F& f) {
-  const auto all = [&](int64_t begin, int64_t end) {
-    for (int64_t head = begin; head < end; ++head) f(head);
+  std::exception_ptr failure;  // across the stable ABI its message would be lost
+  std::mutex mutex;
+  const auto some = [&](int64_t begin, int64_t end) {
+    try {
+      for (int64_t head = begin; head < end; ++head) f(head);
+    } catch (...) {
+      const std::lock_guard<std::mutex> lock(mutex);
+      failure = std::current_exception();
+    }
   };
   if (heads >= static_cast<int64_t>(torch::stable::get_num_threads()))
-    torch::stable::parallel_for(0, heads, 1, all);
+    torch::stable::parallel_for(0, heads, 1, some);
   else
-    all(0, heads);
+    some(0, heads);
+  if (failure) std::rethrow_exception(failure);
 }
 
 void check(bool ok, const char* name, const char* what) { STD_TORCH_CHECK(ok, "asa_ops: ", name, " must be ", what); }
@@ -329,6 +339,8 @@ constexpr int64_t kSlabBytes = 64 * 1024 * 1024;
 template <class T>
 void backward_head(Problem<T>& p) {
   const auto& kernels = table<T>();
+  check(std::all_of(p.survivors, p.survivors + p.n_q, [&](int32_t x) { return x >= 0 && x <= p.n_k; }), "survivors",
+        "between 0 and N_k");
   std::vector<int64_t> offsets(p.n_q + 1), ends;
   const auto dense = std::make_unique<bool[]>(p.n_q);
   const bool any_dense = kernels.lay_out(p, offsets.data(), dense.get());
@@ -438,6 +450,7 @@ void asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Optional alpha, Optional be
   const int64_t heads = call.batch() * call.heads(), rows = heads * call.n_q();
   check(row_offsets, "row_offsets", ScalarType::Long, {rows + 1});
   const int64_t* const offsets = data<int64_t>(row_offsets, 0);
+  check(offsets[0] == 0 && std::is_sorted(offsets, offsets + rows + 1), "row_offsets", "ascending from 0");
   check(col_indices, "col_indices", ScalarType::Int, {offsets[rows]});
   const auto list = [&](auto zero) {
     using T = decltype(zero);
