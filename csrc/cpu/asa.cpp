@@ -60,7 +60,7 @@ using Optional = std::optional<Tensor>;
 enum class Isa { portable, avx2, avx512 };
 
 Isa best_isa() {
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
     return Isa::avx512;
@@ -90,7 +90,7 @@ const Kernels<T>& table() {
     else
       return d;
   };
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
   if (isa() == Isa::avx512) return pick(avx512::kFloat, avx512::kDouble);
   if (isa() == Isa::avx2) return pick(avx2::kFloat, avx2::kDouble);
 #endif

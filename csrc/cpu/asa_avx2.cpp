@@ -2,12 +2,19 @@
 
 #include "asa.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+#if defined(__x86_64__) && defined(__GNUC__)
 // Headers first: nothing of theirs may be compiled for this instruction set, or it could be linked in elsewhere.
 #include <immintrin.h>
 
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,bmi,popcnt"))), apply_to = function)
+#else
 #pragma GCC target("avx2,fma,bmi,popcnt")
+#endif
 #define ASA_ISA avx2
 #define ASA_AVX2  // the pragma does not define the compiler's own macros
 #include "asa_kernels.h"
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
 #endif

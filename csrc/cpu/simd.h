@@ -80,8 +80,10 @@ ASA_INLINE V maximum(V a, V b) {
   return a > b ? a : b;
 }
 #if defined(ASA_AVX2)
-ASA_INLINE uint64_t bits_of(Ints<float> c) { return _mm256_movemask_ps(reinterpret_cast<__m256>(c)); }
-ASA_INLINE uint64_t bits_of(Ints<double> c) { return _mm256_movemask_pd(reinterpret_cast<__m256d>(c)); }
+ASA_INLINE uint64_t greater(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
+ASA_INLINE uint64_t greater(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)); }
+ASA_INLINE uint64_t at_least(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
+ASA_INLINE uint64_t at_least(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ)); }
 #else
 template <class I>
 ASA_INLINE uint64_t bits_of(I condition) {
@@ -89,7 +91,6 @@ ASA_INLINE uint64_t bits_of(I condition) {
   for (unsigned r = 0; r < sizeof(I) / sizeof(condition[0]); ++r) bits |= static_cast<uint64_t>(condition[r] & 1) << r;
   return bits;
 }
-#endif
 template <class V>
 ASA_INLINE uint64_t greater(V a, V b) {
   return bits_of(a > b);
@@ -98,6 +99,7 @@ template <class V>
 ASA_INLINE uint64_t at_least(V a, V b) {
   return bits_of(a >= b);
 }
+#endif
 template <class V>
 ASA_INLINE V choose(uint64_t bits, V a, V b) {
   decltype(a < b) bit;
