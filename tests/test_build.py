@@ -47,6 +47,15 @@ def test_extension_uses_the_stable_abi_only():
         assert not any(name in symbol for name in ("N2at", "N3c10", "5torch", "3c10")), symbol
 
 
+@pytest.mark.parametrize("compiler", ["aarch64-linux-gnu-g++", "clang++"])
+def test_kernels_compile_for_other_machines_and_compilers(compiler, tmp_path):
+    if not shutil.which(compiler):
+        pytest.skip(f"no {compiler} here")
+    for source in sorted((ROOT / "csrc/cpu").glob("asa_*.cpp")):
+        flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC"]
+        subprocess.run([compiler, *flags, "-c", source, "-o", tmp_path / "kernels.o"], check=True)
+
+
 def test_installs_and_works_without_a_compiler(tmp_path):
     copy = tmp_path / "source"
     ignore = shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "__pycache__", "tests")
