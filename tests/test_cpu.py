@@ -72,6 +72,55 @@ def test_dense_rows_beside_sparse_ones(instruction_set, dim):
     check_against_reference("cpu", inputs, options)
 
 
+def test_lists_as_long_as_they_get(instruction_set):
+    """A quarter of all keys in every row, the most that lists are made for."""
+    inputs = [*torch.randn(3, 1, 1, 2052, 16), None, None]
+    options = {"topk": 513, "reciprocal": False}
+    assert (fractions_of_rows(inputs, options) == 0.25).double().mean() > 0.9  # but for ties
+    check_against_reference("cpu", inputs, options)
+
+
+@pytest.mark.parametrize("topk", [128, 256])
+@pytest.mark.parametrize("reciprocal", [False, True])
+def test_threshold_gradients_beside_a_kth_largest_score_near_0(instruction_set, topk, reciprocal):
+    query, key, value = torch.randn(3, 1, 1, 512, 64, dtype=torch.float64)
+    inputs = [query, key, value, 1 + torch.rand(1, 1, 512, dtype=torch.float64), None]
+    options = {"topk": topk, "reciprocal": reciprocal, "threshold_grad": "straight_through"}
+    gradients = []
+    for impl in ("cpu", "reference"):
+        leaves = with_grad(inputs)
+        asa_attention(*leaves, **options, impl=impl).square().sum().backward()
+        gradients.append(leaves[3].grad)
+    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
+
+
+def test_gradient_of_an_empty_row_among_dense_ones_goes_nowhere():
+    query, key, value = torch.randn(3, 1, 1, 64, 16)
+    alpha = torch.zeros(1, 1, 64).index_fill(2, torch.tensor([5]), torch.inf)
+    gradients = []
+    for upstream in (1.0, torch.nan):
+        leaves = with_grad([query, key, value])
+        out = asa_attention(*leaves, alpha, reciprocal=False, impl="cpu")
+        out.backward(torch.ones_like(out).index_fill(2, torch.tensor([5]), upstream))
+        gradients.append([x.grad for x in leaves])
+    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+
+
+def test_a_nan_key_before_a_long_stretch_of_padding_is_seen():
+    query, key, value = torch.randn(3, 1, 1, 400, 512)
+    key[0, 0, 0] = torch.nan
+    mask = torch.ones(1, 400, dtype=torch.bool)
+    mask[0, 1:100] = False
+    out = asa_attention(query, key, value, torch.ones(1, 1, 400), key_padding_mask=mask, impl="cpu")
+    assert torch.equal(out.isnan().any(-1)[0, 0], mask[0])
+
+
+def test_a_window_that_nobody_uses_costs_nothing():
+    inputs = with_grad([*torch.randn(3, 1, 1, 64, 16), torch.ones(1, 1, 64)])
+    out = asa_attention(*inputs, window=10**9 + 1, threshold_grad="straight_through", impl="cpu")
+    out.sum().backward()
+
+
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_survivors_of_a_backward_in_more_than_one_slab(reciprocal):
     """The backward holds 64 MB of survivors at a time, 3.4 million in float64."""
@@ -182,6 +231,8 @@ def test_backward_and_neighbors_refuse_numbers_that_do_not_fit():
 
     neighbors(offsets)
     backward(survivors)
+    with pytest.raises(RuntimeError, match="bits must be those of a forward pass that kept them"):
+        torch.ops.asa_ops.asa_cpu_neighbors(*given, kappa, log_mean, bits[..., :0], local, offsets, columns)
     with pytest.raises(RuntimeError, match="numbers of survivors"):
         neighbors(torch.cat([offsets[:1], offsets[1:-1] + 1, offsets[-1:]]))
     with pytest.raises(RuntimeError, match="numbers of survivors"):

@@ -88,15 +88,22 @@ def bwd(
         do = do.masked_fill(~kernel_inputs.real_q[:, None, :, None], 0)
     if not saved.out.sum().isfinite():  # rarely; then see which rows
         do = do.masked_fill(saved.out.isnan().any(-1, keepdim=True), torch.nan)
-    do = _pad(do).contiguous()
-    dq, dk, dv = (torch.empty_like(x) for x in prepared[:3])
-    learning = [x if band is not None else None for x in prepared[3:5]]
-    dalpha, dbeta = (x if x is None else torch.zeros_like(x) for x in learning)
     rest = (saved.lse, saved.lse_kept, saved.survivors, saved.kappa, saved.log_mean, saved.bits, saved.local)
-    gradients = (band or 0.0, dq, dk, dv, dalpha, dbeta)
-    torch.ops.asa_ops.asa_cpu_bwd(do, *prepared, *_scalars(options), *rest, *gradients)
-    dq, dk, dv = (d[..., : x.shape[3]] for d, x in zip((dq, dk, dv), inputs[:3], strict=True))
-    return dq, dk, dv, dalpha, dbeta
+
+    def run(do, *thresholds):
+        dq, dk, dv = gradients = [torch.empty_like(x) for x in prepared[:3]]
+        learning = [x if x is None else torch.zeros_like(x) for x in thresholds]
+        torch.ops.asa_ops.asa_cpu_bwd(
+            _pad(do).contiguous(), *prepared, *_scalars(options), *rest, band or 0.0, *gradients, *learning
+        )
+        return [d[..., : x.shape[3]] for d, x in zip((dq, dk, dv), inputs[:3], strict=True)], learning
+
+    learned = prepared[3:5] if band is not None else (None, None)
+    gradients, learning = run(do, *learned)
+    if not do.sum().isfinite():  # what reaches the constant output of an empty row ends there, but for its thresholds
+        empty = (saved.survivors == 0) & ~saved.out.isnan().any(-1)
+        gradients, _ = run(do.masked_fill(empty[..., None], 0), None, None)
+    return *gradients, *learning
 
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:

@@ -64,7 +64,7 @@ struct AggregateScratch {
   int32_t* columns;
 
   AggregateScratch(Arena& arena, const Problem<T>& p) : survivors(arena, p) {
-    const int64_t listed = p.q_at_a_time * (p.n_k / 4 + 1 + list_room(0));  // survivors in rows that are not dense
+    const int64_t listed = p.q_at_a_time * (p.n_k / 4 + 1 + 2 * kPad);  // room for the lists of rows that are not dense
     stretch = smaller(panels_of<T>(p.n_k), larger(1, cached_rows<T>(p.dim + p.dim_v) / kPanel<T>));
     sums = arena.take<T>(p.q_at_a_time * p.dim_v);
     s = arena.take<T>(listed);

@@ -126,6 +126,8 @@ Memory allocate(int64_t bytes) {
 // Memory for the passes of a call, handed out in pieces and then an equal share for every thread.
 class Workspace {
  public:
+  explicit Workspace(int64_t threads) : threads_(threads) {}
+
   // Adds a piece of count numbers to what the memory will hold; get() is where it lies once allocated.
   template <class U>
   struct Piece {
@@ -142,7 +144,7 @@ class Workspace {
   void add_share(int64_t bytes) { share_ = std::max(share_, rounded(bytes)); }
 
   void allocate_all() {
-    size_ = bytes_ + share_ * static_cast<int64_t>(torch::stable::get_num_threads());
+    size_ = bytes_ + share_ * threads_;
     if (size_ <= last_size_) {
       size_ = std::exchange(last_size_, 0);
       memory_ = std::move(last_);
@@ -159,10 +161,12 @@ class Workspace {
     last_size_ = size_;
   }
 
+  int64_t threads() const { return threads_; }
   void* share(int64_t thread) const { return memory_.get() + bytes_ + thread * share_; }
 
  private:
   static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  const int64_t threads_;
   int64_t bytes_ = 0, share_ = 0, size_ = 0;
   Memory memory_;
   static thread_local Memory last_;
@@ -171,30 +175,33 @@ class Workspace {
 thread_local Memory Workspace::last_;
 thread_local int64_t Workspace::last_size_ = 0;
 
-// Runs pass(queue, scratch) on torch's threads until the queue is empty.
+// Runs pass(queue, scratch) on the workspace's threads until the queue is empty.
 template <class F>
 void run(Queue queue, const Workspace& workspace, const F& pass) {
-  const int64_t threads = std::min<int64_t>(queue.end - queue.next, torch::stable::get_num_threads());
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t thread, int64_t) { pass(queue, workspace.share(thread)); });
+  const auto work = [&](int64_t thread, int64_t) { pass(queue, workspace.share(thread)); };
+  torch::stable::parallel_for(0, std::min(queue.end - queue.next, workspace.threads()), 1, work);
   STD_TORCH_CHECK(!queue.failed, "asa_ops: the numbers of survivors are not those of the bits");
 }
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-// Runs f(head) for every head: side by side where there are enough of them, else one after the other, each on all threads.
+// Runs f(head, threads) for every head: side by side where there are enough of them, else one after the other, each on all
+// threads.
 template <class F>
 void for_heads(int64_t heads, const F& f) {
   std::exception_ptr failure;  // across the stable ABI its message would be lost
   std::mutex mutex;
+  const int64_t all = torch::stable::get_num_threads();
+  const bool side_by_side = heads >= all;
   const auto some = [&](int64_t begin, int64_t end) {
     try {
-      for (int64_t head = begin; head < end; ++head) f(head);
+      for (int64_t head = begin; head < end; ++head) f(head, side_by_side ? 1 : all);
     } catch (...) {
       const std::lock_guard<std::mutex> lock(mutex);
       failure = std::current_exception();
     }
   };
-  if (heads >= static_cast<int64_t>(torch::stable::get_num_threads()))
+  if (side_by_side)
     torch::stable::parallel_for(0, heads, 1, some);
   else
     some(0, heads);
@@ -269,19 +276,22 @@ struct Call {
     check(local, "local", ScalarType::Bool, {b, h, n_q(), beta ? window * window : 0});
   }
 
+  void check_bits_kept() const {
+    check(!thresholded() || keeps_bits() || n_k() == 0, "bits", "those of a forward pass that kept them");
+  }
+
   // Fewer than kMostRows where threads would have nothing to do.
-  static int64_t at_a_time(int64_t blocks) {
-    const int64_t threads = torch::stable::get_num_threads();
+  static int64_t at_a_time(int64_t blocks, int64_t threads) {
     return blocks >= 16 * threads ? kMostRows : blocks >= 8 * threads ? kMostRows / 2 : kBlock;
   }
 
   template <class T>
-  Problem<T> head(int64_t i) const {
+  Problem<T> head(int64_t i, int64_t threads) const {
     const int64_t b = i / heads(), q_rows = i * n_q(), k_rows = i * n_k();
     Problem<T> p{};
     p.n_q = n_q(), p.n_k = n_k(), p.dim = dim(), p.dim_v = dim_v();
     p.blocks_q = parts(n_q(), kBlock), p.blocks_k = parts(n_k(), kBlock);
-    p.q_at_a_time = at_a_time(p.blocks_q), p.k_at_a_time = at_a_time(p.blocks_k);
+    p.q_at_a_time = at_a_time(p.blocks_q, threads), p.k_at_a_time = at_a_time(p.blocks_k, threads);
     p.height = height, p.width = width, p.window = window, p.topk = topk, p.scale = static_cast<T>(scale);
     p.reciprocal = reciprocal, p.thresholded = thresholded();
     p.q = data<T>(q, q_rows * dim()), p.k = data<T>(k, k_rows * dim()), p.v = data<T>(v, k_rows * dim_v());
@@ -310,11 +320,11 @@ void pack_panels(const T* x, int64_t n, int64_t dim, T* panels, const Workspace&
 template <class T>
 void forward(const Call& call, const Tensor& out, const Tensor& survivors) {
   const auto& kernels = table<T>();
-  for_heads(call.batch() * call.heads(), [&](int64_t i) {
-    Problem<T> p = call.head<T>(i);
+  for_heads(call.batch() * call.heads(), [&](int64_t i, int64_t threads) {
+    Problem<T> p = call.head<T>(i, threads);
     p.out = data<T>(out, i * p.n_q * p.dim_v);
     p.survivors = data<int32_t>(survivors, i * p.n_q);
-    Workspace workspace;
+    Workspace workspace(threads);
     const int64_t words = p.thresholded ? p.blocks_q * p.blocks_k * kBlock : 0;
     const auto bits = workspace.add<uint64_t>(call.keeps_bits() ? 0 : words);
     const auto panels = workspace.add<T>(panels_size<T>(p.n_k, p.dim));
@@ -337,25 +347,26 @@ constexpr int64_t kSlabBytes = 64 * 1024 * 1024;
 
 // Sums up dq, dk, dv slab by slab, then the gradients of the thresholds.
 template <class T>
-void backward_head(Problem<T>& p) {
+void backward_head(Problem<T>& p, int64_t threads) {
   const auto& kernels = table<T>();
   check(std::all_of(p.survivors, p.survivors + p.n_q, [&](int32_t x) { return x >= 0 && x <= p.n_k; }), "survivors",
         "between 0 and N_k");
   std::vector<int64_t> offsets(p.n_q + 1), ends;
   const auto dense = std::make_unique<bool[]>(p.n_q);
   const bool any_dense = kernels.lay_out(p, offsets.data(), dense.get());
+  const int64_t entry = 2 * sizeof(T) + sizeof(int32_t), row = (p.blocks_k + 1) * sizeof(int32_t);
   int64_t entries = 0, rows = 0;  // of the largest slab
   for (int64_t begin = 0, end; begin < p.n_q; begin = end) {
-    const int64_t most = offsets[begin] + kSlabBytes / (2 * sizeof(T) + sizeof(int32_t));
-    const auto next = [&] { return std::min(p.n_q, end + kMostRows); };
+    const auto longer = [&] { return std::min(p.n_q, end + kMostRows); };
+    const auto bytes = [&](int64_t to) { return (offsets[to] - offsets[begin]) * entry + (to - begin) * row; };
     end = begin;
-    do end = next();
-    while (end < p.n_q && offsets[next()] <= most);
+    do end = longer();
+    while (end < p.n_q && bytes(longer()) <= kSlabBytes);
     entries = std::max(entries, offsets[end] - offsets[begin]);
     rows = std::max(rows, end - begin);
     ends.push_back(end);
   }
-  Workspace workspace;
+  Workspace workspace(threads);
   const auto k_panels = workspace.add<T>(any_dense ? panels_size<T>(p.n_k, p.dim) : 0);
   const auto v_panels = workspace.add<T>(any_dense ? panels_size<T>(p.n_k, p.dim_v) : 0);
   const auto delta = workspace.add<T>(p.n_q);
@@ -393,8 +404,8 @@ void backward_head(Problem<T>& p) {
 template <class T>
 void backward(const Call& call, const Tensor& d_out, const Tensor& survivors, const Tensor& dq, const Tensor& dk,
               const Tensor& dv, const Optional& dalpha, const Optional& dbeta, double band) {
-  for_heads(call.batch() * call.heads(), [&](int64_t i) {
-    Problem<T> p = call.head<T>(i);
+  for_heads(call.batch() * call.heads(), [&](int64_t i, int64_t threads) {
+    Problem<T> p = call.head<T>(i, threads);
     p.d_out = data<T>(d_out, i * p.n_q * p.dim_v);
     p.survivors = data<int32_t>(survivors, i * p.n_q);
     p.dq = data<T>(dq, i * p.n_q * p.dim), p.dk = data<T>(dk, i * p.n_k * p.dim), p.dv = data<T>(dv, i * p.n_k * p.dim_v);
@@ -403,7 +414,7 @@ void backward(const Call& call, const Tensor& d_out, const Tensor& survivors, co
     p.band = static_cast<T>(band);
     std::fill_n(p.dk, p.n_k * p.dim, T(0));
     std::fill_n(p.dv, p.n_k * p.dim_v, T(0));
-    backward_head(p);
+    backward_head(p, threads);
   });
 }
 
@@ -430,11 +441,11 @@ void asa_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Optional alpha, Opt
   check(dq, "dq", call.type(), {b, h, call.n_q(), call.dim()});
   check(dk, "dk", call.type(), {b, h, call.n_k(), call.dim()});
   check(dv, "dv", call.type(), {b, h, call.n_k(), call.dim_v()});
+  call.check_bits_kept();
   check((!dalpha || alpha) && (!dbeta || beta), "dalpha, dbeta", "given with alpha, beta only");
   if (dalpha) check(*dalpha, "dalpha", call.type(), {b, h, call.n_q()});
   if (dbeta) check(*dbeta, "dbeta", call.type(), {b, h, call.n_q()});
   check((!dalpha && !dbeta) || band > 0, "band", "> 0");
-  check(!call.thresholded() || call.keeps_bits() || call.n_k() == 0, "bits", "those of a forward pass that kept them");
   call.type() == ScalarType::Float ? backward<float>(call, d_out, survivors, dq, dk, dv, dalpha, dbeta, band)
                                    : backward<double>(call, d_out, survivors, dq, dk, dv, dalpha, dbeta, band);
 }
@@ -447,6 +458,7 @@ void asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Optional alpha, Optional be
   const Call call{q,    k,      v,    alpha,      beta, real_q,   real_k, std::nullopt, height, width,
                   window, topk, reciprocal, scale, lse,  lse_kept, kappa,  log_mean,      bits,         local};
   call.check_all();
+  call.check_bits_kept();
   const int64_t heads = call.batch() * call.heads(), rows = heads * call.n_q();
   check(row_offsets, "row_offsets", ScalarType::Long, {rows + 1});
   const int64_t* const offsets = data<int64_t>(row_offsets, 0);
@@ -454,9 +466,9 @@ void asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Optional alpha, Optional be
   check(col_indices, "col_indices", ScalarType::Int, {offsets[rows]});
   const auto list = [&](auto zero) {
     using T = decltype(zero);
-    for_heads(heads, [&](int64_t i) {
-      const Problem<T> p = call.head<T>(i);
-      Workspace workspace;
+    for_heads(heads, [&](int64_t i, int64_t threads) {
+      const Problem<T> p = call.head<T>(i, threads);
+      Workspace workspace(threads);
       workspace.add_share(table<T>().list_survivors_bytes(p));
       workspace.allocate_all();
       run({0, parts(p.n_q, p.q_at_a_time)}, workspace, [&](Queue& queue, void* scratch) {

@@ -29,7 +29,8 @@ struct Problem {
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
-  // [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as adaptive neighbour.
+  // If thresholded, [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as
+  // adaptive neighbour.
   uint64_t* bits;
   bool* local;  // [n_q][window^2], with a beta
   T *k_panels, *v_panels;  // keys and values as the products of whole rows want them (gemm.h), where there are any

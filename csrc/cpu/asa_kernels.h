@@ -5,7 +5,7 @@
 //   backward     rows give dq, columns dk and dv, no atomics
 //   thresholds   straight-through gradients of alpha and beta
 //
-// Where few pairs survive, a row visits them by a list; where many do, eight rows at a time visit everybody and mask.
+// Where few pairs survive, a row visits them by a list; where many do, a strip of rows visits everybody and masks.
 
 #include "asa.h"
 

@@ -1,7 +1,7 @@
 // The gradients of q, k, v: rows first, which give dq and leave p and ds of every survivor in a slab, then columns, which
 // sum them to dv and dk. No two threads add to the same number.
 
-// The same choice of dense strips as Survivors::find, from the counts that the forward left.
+// The same choice of dense strips as Survivors::take, from the counts that the forward left.
 template <class T>
 bool is_dense_strip(const Problem<T>& p, int64_t row) {
   const int64_t first = row / kRows * kRows;

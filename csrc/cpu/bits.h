@@ -147,7 +147,7 @@ ASA_INLINE int32_t* list_bits(const uint64_t* words, int64_t size, int64_t first
   return list;
 }
 
-// How many numbers to allow for a list that is read by whole vectors.
+// How many numbers to allow for a list that is written and read by whole vectors: at most count + 2 kPad.
 ASA_INLINE int64_t list_room(int64_t count) { return rounded_up(count, kPad) + kPad; }
 
 // The lanes of a vector at column j, a multiple of its length.

@@ -43,7 +43,11 @@ struct RunningSum {
   void add(const T* s, int64_t count) {
     constexpr T kNear = 60;
     if (shift == T(-kInfinity)) shift = largest(s, count);
-    if (shift == T(-kInfinity)) return;
+    if (shift == T(-kInfinity)) {
+      for (int64_t j = 0; j < count; ++j)
+        if (s[j] != s[j]) sum = s[j];  // the largest of NaN and -inf is -inf
+      return;
+    }
     T most;
     T part = exponentials(s, count, most);
     if (most > shift + kNear) {

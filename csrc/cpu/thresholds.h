@@ -50,6 +50,13 @@ ASA_INLINE T slope_at(const Problem<T>& p, T z) {
 }
 
 template <class T>
+T squared_norm(const T* x, int64_t dim) {
+  Vec<T> sum = {};
+  for (int64_t d = 0; d < dim; d += kLanes<T>) sum += load(x + d) * load(x + d);
+  return sum_of<T>(sum);
+}
+
+template <class T>
 struct ThresholdsScratch {
   uint64_t *m, *back, *local, *local_back;
   int32_t* list;
@@ -67,7 +74,7 @@ struct ThresholdsScratch {
         scaled(arena.take<T>(p.dim)),
         near(arena, most(p)) {}
 
-  static int64_t most(const Problem<T>& p) { return list_room(p.blocks_k * kBlock + p.window * p.window); }
+  static int64_t most(const Problem<T>& p) { return list_room(p.blocks_k * kBlock); }
 };
 
 template <class T>
@@ -99,17 +106,21 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
     }
     dots(scaled(p.q + i * p.dim), p.k, p.dim, list, count, s);
     for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = -kInfinity;
-    // These scores may differ from those of scan() in the last digits; what it kept stays kept.
     const T log_alpha = log_multiplier(p, i);
-    const T kappa = p.topk ? p.kappa[i] - 64 * kEpsilon<T> * __builtin_fabs(p.kappa[i]) : T(-kInfinity);
+    // These scores may differ from those of scan() in the last digits, and the k-th largest would fall below itself.
+    const auto among_the_largest = [&](T score, int64_t j) {
+      if (!p.topk || score >= p.kappa[i]) return true;
+      const T *const q = p.q + i * p.dim, *const k = p.k + j * p.dim;
+      const T rounding = 16 * kEpsilon<T> * p.scale * __builtin_sqrt(squared_norm(q, p.dim) * squared_norm(k, p.dim));
+      return score >= p.kappa[i] - __builtin_fabs(rounding);
+    };
     near.count = 0;
     for (int64_t c = 0; c < count; c += kLanes<T>) {
       const Vec<T> z = (load(s + c) - splat(p.lse[i])) - splat(log_alpha);
       const uint64_t inside = greater(splat(p.band), z) & greater(z, splat(-p.band));
       for_bits(&inside, 1, [&](int64_t lane) {
         const int64_t x = c + lane, j = list[x];
-        const uint64_t* const adaptive = p.bits + (i / kBlock * p.blocks_k + j / kBlock) * kBlock + i % kBlock;
-        if (s[x] < kappa && !(*adaptive >> j % kBlock & 1)) return;
+        if (!among_the_largest(s[x], j)) return;
         near.list[near.count] = static_cast<int32_t>(j);
         near.s[near.count] = s[x];
         slope[near.count++] = slope_at(p, T((s[x] - p.lse[i]) - log_alpha));
