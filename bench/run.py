@@ -133,6 +133,24 @@ TITLE = """| inputs | N | D | mode | density | ms | / SDPA (quartiles) | eager /
 |---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
 
 
+def commit() -> str:
+    folder = Path(__file__).parent
+    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    return result.stdout.strip() or "unknown"
+
+
+def processor() -> str:
+    """Return the processor's name, with its family and model where Linux tells: names of virtual ones say little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    info = dict(line.split(":", 1) for line in lines if ":" in line)
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    name, *numbers = (info.get(key, "?") for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {numbers[0]}, model {numbers[1]})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", choices=SIDES, default=list(SIDES), help="tokens")
@@ -148,10 +166,11 @@ def main() -> None:
             results.append(case(kind, n, dim, backward, options.rounds, bar))
             bar.write(row(results[-1]))
     environment = {
+        "commit": commit(),
+        "processor": processor(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),
         "instruction set": ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()],
-        "machine": platform.machine(),
     }
     print(f"\n{environment}\n\n{TITLE}")
     print("\n".join(row(result) for result in results))
