@@ -33,9 +33,9 @@ w = ``threshold_band``, and lse is held constant::
 be.
 
 Cost per image and head, one unit being an N x N x D product (2 N^2 D operations): dense attention computes 2 units
-forward and 5 backward. ``impl="blocked"`` computes 3 (2 unless reciprocal) and 5; ``impl="cpu"`` 1 + 2 f and 7 f (9 f
-for long lists), with f the fraction of (strip of eight rows, column) pairs that hold a survivor. Both in N^2 / 8 bytes
-plus O(N D).
+forward and 5 backward. ``impl="blocked"`` computes 3 (2 unless reciprocal) and 5; ``impl="cpu"`` 1 + 2 f and 5 f, with
+f the fraction of pairs that survive, or 1 in strips of rows where that is more than a quarter. Both in N^2 / 8 bytes
+plus O(N D); the backward of ``impl="cpu"`` holds survivors besides, up to 64 MB (or those of 256 rows) at a time.
 """
 
 from .api import asa_attention, explain, reciprocal_neighbors

@@ -1,7 +1,12 @@
 // Adaptive sparse attention on a CPU, for one instruction set (the including file's namespace ASA_ISA).
 //
+//   simd         vectors
+//   memory       scratch, caches
+//   gemm         products of whole rows
+//   gather       products with a list of rows
+//   bits         who survives: M = A and A^T from bits alone, lists
 //   scan         scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits
-//   aggregate    M = A and A^T from bits alone; scores of the pairs that survive; softmax; times v
+//   aggregate    scores of the pairs that survive; softmax; times v
 //   backward     rows give dq, columns dk and dv, no atomics
 //   thresholds   straight-through gradients of alpha and beta
 //
@@ -13,6 +18,8 @@ namespace asa_ops::cpu::ASA_ISA {
 namespace {
 
 #include "simd.h"
+
+#include "memory.h"
 
 #include "gemm.h"
 

@@ -148,20 +148,25 @@ constexpr int64_t kTerms = 256;  // dense rows that are summed by column at a ti
 
 template <class T>
 struct ColumnsScratch {
-  T *p, *ds;  // of the survivors of some columns, sorted by column
-  int32_t* rows;
+  char* entries;  // survivors of some columns, sorted by column
   T *dense_p, *dense_ds;  // of some dense rows and a block of columns
   T* sums;
 
   ColumnsScratch(Arena& arena, const Problem<T>& problem, int64_t rows_of_slab, int64_t entries_of_slab) {
-    const int64_t entries = smaller(kMostRows * rows_of_slab, entries_of_slab);
-    p = arena.take<T>(entries);
-    ds = arena.take<T>(entries);
-    rows = arena.take<int32_t>(entries);
+    Arena count(nullptr);
+    Sorted(count, smaller(kMostRows * rows_of_slab, entries_of_slab));
+    entries = arena.take<char>(count.used);
     dense_p = arena.take<T>(kTerms * kBlock);
     dense_ds = arena.take<T>(kTerms * kBlock);
     sums = arena.take<T>(kRows * larger(problem.dim, problem.dim_v));
   }
+
+  // As many as there are lie side by side: memory for the most there could be is not touched.
+  struct Sorted {
+    int32_t* rows;
+    T *p, *ds;
+    Sorted(Arena& arena, int64_t count) : rows(arena.take<int32_t>(count)), p(arena.take<T>(count)), ds(arena.take<T>(count)) {}
+  };
 };
 
 template <class T>
@@ -178,6 +183,7 @@ void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T
   const auto for_entries = [&](const auto& f) {
     for (int64_t i = 0; i < rows_of_slab; ++i) {
       const int64_t offset = slab.offsets[slab.begin + i] - base;
+      // Those of different rows lie far apart.
       const int64_t ahead = smaller(i + 8, rows_of_slab - 1), later = slab.offsets[slab.begin + ahead] - base + from[ahead];
       __builtin_prefetch(slab.columns + later);
       __builtin_prefetch(slab.p + later);
@@ -185,25 +191,27 @@ void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T
       for (int64_t e = offset + from[i]; e < offset + to[i]; ++e) f(slab.begin + i, slab.columns[e] - begin, e);
     }
   };
-  int64_t next[kMostRows] = {};
-  for_entries([&](int64_t, int64_t column, int64_t) { ++next[column]; });
+  int64_t next[kMostRows] = {}, count = 0;
+  for_entries([&](int64_t, int64_t column, int64_t) { ++next[column], ++count; });
+  Arena arena(w.entries);
+  const typename ColumnsScratch<T>::Sorted sorted(arena, count);
   Lists<kMostRows> lists;
   for (int64_t c = 0, used = 0; c < kMostRows; ++c) {
-    lists.list[c] = w.rows + used;
+    lists.list[c] = sorted.rows + used;
     lists.count[c] = next[c];
     next[c] = used;
     used += lists.count[c];
   }
   for_entries([&](int64_t row, int64_t column, int64_t entry) {
     const int64_t x = next[column]++;
-    w.rows[x] = static_cast<int32_t>(row);
-    w.p[x] = slab.p[entry];
-    w.ds[x] = slab.ds[entry];
+    sorted.rows[x] = static_cast<int32_t>(row);
+    sorted.p[x] = slab.p[entry];
+    sorted.ds[x] = slab.ds[entry];
   });
   lists.by_stretches(slab.begin, slab.end, cached_rows<T>(p.dim + p.dim_v), [&](int64_t c, int64_t first, int64_t last) {
-    const int64_t x = lists.list[c] - w.rows + first, column = begin + c;
-    accumulate(w.p + x, p.d_out, p.dim_v, w.rows + x, last - first, p.dv + column * p.dim_v);
-    accumulate(w.ds + x, p.q, p.dim, w.rows + x, last - first, p.dk + column * p.dim);
+    const int64_t x = lists.list[c] - sorted.rows + first, column = begin + c;
+    accumulate(sorted.p + x, p.d_out, p.dim_v, sorted.rows + x, last - first, p.dv + column * p.dim_v);
+    accumulate(sorted.ds + x, p.q, p.dim, sorted.rows + x, last - first, p.dk + column * p.dim);
   });
 }
 

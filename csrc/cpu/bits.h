@@ -1,30 +1,5 @@
 // Who survives, 64 pairs a word: m[r][J] of a block says for its query r which of the keys 64 J to 64 J + 63.
 
-// Memory of one thread, handed out in pieces aligned to cache lines; from null, it only counts their bytes.
-struct Arena {
-  char* const start;
-  int64_t used = 0;
-  explicit Arena(void* start) : start(static_cast<char*>(start)) {}
-  template <class T>
-  T* take(int64_t count) {
-    T* const p = start == nullptr ? nullptr : reinterpret_cast<T*>(start + used);
-    used += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
-    return p;
-  }
-};
-
-// The size of a pass's scratch, a struct that takes its pieces from an arena when constructed.
-template <template <class> class Scratch, class T, class... Sizes>
-int64_t bytes_of(const Problem<T>& p, Sizes... sizes) {
-  Arena arena(nullptr);
-  Scratch<T>(arena, p, sizes...);
-  return arena.used;
-}
-
-ASA_INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
-ASA_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-ASA_INLINE int64_t rounded_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
-
 ASA_INLINE bool real(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
 
 // Calls f(j, o) for every column j of the window around token i that is on the map, with its offset o.
@@ -204,45 +179,5 @@ struct Survivors {
   void for_dense(const F& f) const {
     for (int64_t r = 0; r < rows; r += kRows)
       if (dense[r / kRows]) f(r, smaller(kRows, rows - r));
-  }
-};
-
-constexpr int64_t kCacheBytes = 512 * 1024;  // of the rows in use at a time: a share of a core's second-level cache
-
-// How many rows of `numbers` stay in the cache.
-template <class T>
-int64_t cached_rows(int64_t numbers) {
-  return larger(kBlock, kCacheBytes / (larger(1, numbers) * static_cast<int64_t>(sizeof(T))));
-}
-
-// Ascending lists of row numbers, list[i] of count[i], read side by side: all of them go through one stretch of rows, which
-// stays in the cache, before the next.
-template <int64_t kSize>
-struct Lists {
-  const int32_t* list[kSize];
-  int64_t count[kSize];
-
-  // Calls f(i, from, to) for the part of list i in each stretch of rows [begin, end).
-  template <class F>
-  void by_stretches(int64_t begin, int64_t end, int64_t stretch, const F& f) const {
-    int64_t next[kSize] = {};
-    for (int64_t bound = begin + stretch; bound < end + stretch; bound += stretch)
-      for (int64_t i = 0; i < kSize; ++i) {
-        const int64_t from = next[i];
-        next[i] = bound >= end ? count[i] : first_at_least(list[i], from, count[i], bound);
-        if (next[i] > from) f(i, from, next[i]);
-      }
-  }
-
- private:
-  static int64_t first_at_least(const int32_t* list, int64_t begin, int64_t end, int64_t bound) {
-    while (begin < end) {
-      const int64_t middle = (begin + end) / 2;
-      if (list[middle] < bound)
-        begin = middle + 1;
-      else
-        end = middle;
-    }
-    return begin;
   }
 };

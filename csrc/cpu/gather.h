@@ -68,3 +68,35 @@ static void accumulate(const T* weights, const T* rows, int64_t dim, const int32
     for (; fits(1); d += kLanes<T>) add_rows<1>(w, rows + d, dim, part, size, sums + d);
   }
 }
+
+// Ascending lists of row numbers, list[i] of count[i], read side by side: all of them go through one stretch of rows, which
+// stays in the cache, before the next.
+template <int64_t kSize>
+struct Lists {
+  const int32_t* list[kSize];
+  int64_t count[kSize];
+
+  // Calls f(i, from, to) for the part of list i in each stretch of rows [begin, end).
+  template <class F>
+  void by_stretches(int64_t begin, int64_t end, int64_t stretch, const F& f) const {
+    int64_t next[kSize] = {};
+    for (int64_t bound = begin + stretch; bound < end + stretch; bound += stretch)
+      for (int64_t i = 0; i < kSize; ++i) {
+        const int64_t from = next[i];
+        next[i] = bound >= end ? count[i] : first_at_least(list[i], from, count[i], bound);
+        if (next[i] > from) f(i, from, next[i]);
+      }
+  }
+
+ private:
+  static int64_t first_at_least(const int32_t* list, int64_t begin, int64_t end, int64_t bound) {
+    while (begin < end) {
+      const int64_t middle = (begin + end) / 2;
+      if (list[middle] < bound)
+        begin = middle + 1;
+      else
+        end = middle;
+    }
+    return begin;
+  }
+};
