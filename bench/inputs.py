@@ -69,4 +69,10 @@ def all_dense(n: int, dim: int, seed: int = 0) -> list[Tensor]:
     return [x if i < 3 else torch.zeros_like(x) for i, x in enumerate(iid(n, dim, seed))]
 
 
-INPUTS = {"labels": labels, "photo": photo, "iid": iid, "dense": all_dense}
+def a_third(n: int, dim: int, seed: int = 0) -> list[Tensor]:
+    """Thresholds that a third of all pairs pass: too many for lists, few for whole rows, so the slowest density."""
+    query, key, value, alpha, beta = iid(n, dim, seed)
+    return [query, key, value, torch.full_like(alpha, 0.35), torch.ones_like(beta)]
+
+
+INPUTS = {"labels": labels, "photo": photo, "iid": iid, "third": a_third, "dense": all_dense}

@@ -102,7 +102,8 @@ def bwd(
     gradients, learning = run(do, *learned)
     if not do.sum().isfinite():  # what reaches the constant output of an empty row ends there, but for its thresholds
         empty = (saved.survivors == 0) & ~saved.out.isnan().any(-1)
-        gradients, _ = run(do.masked_fill(empty[..., None], 0), None, None)
+        if empty.any():
+            gradients, _ = run(do.masked_fill(empty[..., None], 0), None, None)
     return *gradients, *learning
 
 

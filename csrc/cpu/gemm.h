@@ -6,7 +6,6 @@ constexpr int64_t kRows = 8;  // rows of a tile: all of it stays in registers, a
 #else
 constexpr int64_t kRows = 4;
 #endif
-constexpr int64_t kStrips = kBlock / kRows;
 constexpr int64_t kDepth = 256;  // terms of a sum added one after the other; more are added in parts, which round less
 
 // Keys are packed for tile() by panels [D][kPanel], so that a row of a panel is one tile wide.
