@@ -70,9 +70,9 @@ def all_dense(n: int, dim: int, seed: int = 0) -> list[Tensor]:
 
 
 def a_third(n: int, dim: int, seed: int = 0) -> list[Tensor]:
-    """Thresholds that a third of all pairs pass: too many for lists, few for whole rows, so the slowest density."""
+    """Thresholds of 0.5: a third of all pairs survive, too many for lists and few for whole rows."""
     query, key, value, alpha, beta = iid(n, dim, seed)
-    return [query, key, value, torch.full_like(alpha, 0.35), torch.ones_like(beta)]
+    return [query, key, value, torch.full_like(alpha, 0.5), torch.ones_like(beta)]
 
 
 INPUTS = {"labels": labels, "photo": photo, "iid": iid, "third": a_third, "dense": all_dense}
