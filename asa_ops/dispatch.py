@@ -9,9 +9,10 @@ from pathlib import Path
 
 import torch
 
-from . import checks, extension
+from . import checks, extension, triton_support
 
 # Looked up once: a call must not touch the file system (torch.compile traces it).
+_MAX_DIM = 256
 _WITH_TRITON = {path.parent.name for path in Path(__file__).parent.glob("*/triton_fwd.py")}
 
 
@@ -21,27 +22,32 @@ class Call:
 
     op: str  # public name, "asa_attention"
     stem: str  # folder and kernel name, "asa"
-    device: str  # torch device type
+    device: torch.device
     dtype: torch.dtype
+    dim: int  # the largest head dim of its tensors
 
 
 def _no_triton(call: Call) -> str | None:
-    if call.device != "cuda":
-        return f"Triton kernels need CUDA tensors, these are on {call.device}"
     if call.stem not in _WITH_TRITON:
         return f"this version of asa_ops holds no Triton kernels for {call.op}"
+    if reason := triton_support.why_not_on(call.device):
+        return reason
+    if call.dtype == torch.float64:
+        return "Triton kernels take float16, bfloat16 and float32, not float64: impl='reference' does"
+    if call.dim > _MAX_DIM:
+        return f"Triton kernels take head dims up to {_MAX_DIM}, got {call.dim}: impl='blocked' and 'reference' take any"
     return None
 
 
 def _no_cuda(call: Call) -> str | None:
-    if call.device != "cuda":
-        return f"CUDA kernels need CUDA tensors, these are on {call.device}"
+    if call.device.type != "cuda":
+        return f"CUDA kernels need CUDA tensors, these are on {call.device.type}"
     return _no_kernel(call, "cuda")
 
 
 def _no_cpu(call: Call) -> str | None:
-    if call.device != "cpu":
-        return f"C++ kernels need CPU tensors, these are on {call.device}"
+    if call.device.type != "cpu":
+        return f"C++ kernels need CPU tensors, these are on {call.device.type}"
     return _no_kernel(call, "cpu")
 
 
@@ -54,9 +60,9 @@ def _no_kernel(call: Call, kind: str) -> str | None:
 
 
 _PREDICATES = {
+    "cpu": _no_cpu,
     "triton": _no_triton,
     "cuda": _no_cuda,
-    "cpu": _no_cpu,
     "blocked": lambda call: None,
     "reference": lambda call: None,
 }
@@ -85,7 +91,7 @@ def explain(call: Call, impl: str) -> str:
         chosen, first = resolve(call, impl), ""
     except (RuntimeError, ValueError) as error:
         chosen, first = None, f"\n  {error}"
-    lines = [f"{call.op} on {call.device}, {call.dtype}, impl={impl!r}: {chosen or 'an error'}{first}"]
+    lines = [f"{call.op} on {call.device.type}, {call.dtype}, impl={impl!r}: {chosen or 'an error'}{first}"]
     for name, why_not in _PREDICATES.items():
         reason = why_not(call) or ("runs" if name == chosen else "could run, not chosen")
         lines.append(f"  {name:<10} {reason}")

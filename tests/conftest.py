@@ -1,7 +1,12 @@
-"""Shared fixtures: uninitialised memory is poisoned, so that reading it shows."""
+"""Shared fixtures: uninitialised memory is poisoned, so that reading it shows; Triton kernels are interpreted."""
+
+import os
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides what @triton.jit makes
 
 
 @pytest.fixture(autouse=True)

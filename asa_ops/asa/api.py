@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..precision import cast_under_autocast, outside_autocast
-from . import blocked, cpu, ops, reference
+from . import blocked, cpu, ops, reference, triton
 from .types import AsaStats, Inputs, NeighborGraph, Options
 
 
@@ -85,7 +85,7 @@ def asa_attention(
     checks.check_number("threshold_band", threshold_band)
     if not 0 < threshold_band < math.inf:
         raise ValueError(f"threshold_band must be > 0 and finite, got {threshold_band}")
-    impl = dispatch.resolve(_call(query), impl)
+    impl = dispatch.resolve(_call(query, value), impl)
     if impl == "reference":
         return reference.asa_attention(
             query,
@@ -145,7 +145,7 @@ def reciprocal_neighbors(
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = _check(inputs, grid, window, topk, reciprocal, scale)
     impl = dispatch.resolve(_call(query), impl)
-    find = {"reference": reference, "blocked": blocked, "cpu": cpu}[impl].neighbor_graph
+    find = {"reference": reference, "blocked": blocked, "cpu": cpu, "triton": triton}[impl].neighbor_graph
     with outside_autocast(query.device.type):
         return find(inputs, options)
 
@@ -165,8 +165,9 @@ def explain(query: Tensor, *args, impl: str = "auto", **options) -> str:
     return dispatch.explain(_call(query), impl)
 
 
-def _call(query: Tensor) -> dispatch.Call:
-    return dispatch.Call("asa_attention", "asa", query.device.type, query.dtype)
+def _call(query: Tensor, value: Tensor | None = None) -> dispatch.Call:
+    dim = max(x.shape[-1] for x in (query, value) if x is not None)
+    return dispatch.Call("asa_attention", "asa", query.device, query.dtype, dim)
 
 
 def _check(inputs: Inputs, grid, window, topk, reciprocal, scale) -> Options:

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..precision import outside_autocast
-from . import blocked, cpu
+from . import blocked, cpu, triton
 from .types import Inputs, Options, Saved
 
-_IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu}
+_IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton}
 
 
 @torch.library.custom_op("asa_ops::asa_fwd", mutates_args=())
@@ -33,17 +33,17 @@ def asa_fwd(
     band: float,
     keep_bits: bool,
     impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Run the forward of ``impl`` on checked arguments; topk = 0 means none, a grid of 0 x 0 none.
 
-    ``learn_thresholds`` and ``band`` say what the gradient of alpha and beta is; the forward does not need them.
+    ``learn_thresholds`` and ``band`` say what the gradient of alpha and beta is; the forward may keep more for it.
 
     Returns: the fields of :class:`Saved`; the bits are kept if ``keep_bits``, which a backward pass needs.
     """
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     saved = _new_saved(inputs, options, keep_bits, impl)
-    _IMPLEMENTATIONS[impl].fwd(inputs, options, saved)
+    _IMPLEMENTATIONS[impl].fwd(inputs, options, saved, learn_thresholds and keep_bits)
     return tuple(saved)
 
 
@@ -55,7 +55,7 @@ def _(query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scal
 
 def _new_saved(inputs: Inputs, options: Options, keep_bits: bool, impl: str) -> Saved:
     shape = _IMPLEMENTATIONS[impl].bits_shape(inputs.query.shape[2], inputs.key.shape[2])
-    return Saved.new(inputs, options, shape, keep_bits)
+    return Saved.new(inputs, options, shape, keep_bits, keep_more=keep_bits and impl == "triton")
 
 
 @torch.library.custom_op("asa_ops::asa_bwd", mutates_args=())
@@ -75,6 +75,8 @@ def asa_bwd(
     log_mean: Tensor,
     bits: Tensor,
     local: Tensor,
+    rest: Tensor,
+    lse_kept2: Tensor,
     grid_height: int,
     grid_width: int,
     window: int,
@@ -92,7 +94,7 @@ def asa_bwd(
     if (alpha is not None or topk > 0) and 0 in bits.shape[3:] and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
-    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local)
+    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, lse_kept2)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     grads = _IMPLEMENTATIONS[impl].bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
     return tuple(_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))

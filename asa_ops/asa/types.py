@@ -70,9 +70,14 @@ class Saved(NamedTuple):
     log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window; -inf without beta
     bits: Tensor  # uint8 [.., *bits_shape] adaptive neighbours A, one bit a pair; last dimension 0: not kept
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
+    # What an implementation keeps for its backward beside these; last dimension 0 where it does not.
+    rest: Tensor  # [.., N_q, Dv] what rounding took from out
+    lse_kept2: Tensor  # [.., N_q] lse_kept in base 2, not rounded again
 
     @classmethod
-    def new(cls, inputs: Inputs, options: Options, bits_shape: tuple[int, int], keep_bits: bool) -> "Saved":
+    def new(
+        cls, inputs: Inputs, options: Options, bits_shape: tuple[int, int], keep_bits: bool, keep_more: bool = False
+    ) -> "Saved":
         """Allocate what a forward pass writes; ``bits_shape`` is the implementation's, for one head."""
         query, value = inputs.query, inputs.value
         rows = query.shape[:3]
@@ -88,4 +93,6 @@ class Saved(NamedTuple):
             log_mean=query.new_full(rows, -torch.inf, dtype=inputs.precision),
             bits=query.new_empty(*rows[:2], strips, columns if keep_bits else 0, dtype=torch.uint8),
             local=query.new_empty(*rows, window, dtype=torch.bool),
+            rest=query.new_empty(*rows, value.shape[3] if keep_more and query.dtype != inputs.precision else 0),
+            lse_kept2=query.new_empty(*rows[:2], rows[2] if keep_more else 0, dtype=inputs.precision),
         )

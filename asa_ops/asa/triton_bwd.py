@@ -1,0 +1,204 @@
+"""The backward in Triton, over the neighbours that the forward stored as bits: rows for dq, columns for dk and dv.
+
+Each program owns what it sums, in a fixed order: no atomics, bitwise repeatable. ``lse_kept2`` is the log-sum-exp over
+a row's survivors in base 2, ``delta_i`` = <do_i, out_i>. Pairs that survive only locally come in
+``triton_window_bwd``, which also sums the parts written here.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import image_of, load_tile, load_whole, pairs_of_tile, product, some_columns
+
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _asa_dq_kernel(
+    q, k, v, do, lists, lengths, words, lse_kept2, delta, partial,
+    words_stride, scale2, zs, padded, key_padded, others, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK_V: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, BY_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """dq_i / scale = sum_j p_ij (<do_i, v_j> - delta_i) k_j over every ``splits``-th listed block.
+
+    Axis 2 of the grid: chunks of COLUMNS of the result.
+    """
+    blocks = padded // BLOCK_M
+    z = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    i0 = block * BLOCK_M
+    split = tl.program_id(1)
+    column = tl.program_id(2) * COLUMNS
+    rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_M)
+    base = tl.load(lse_kept2 + rows)
+    delta_i = tl.load(delta + rows)
+    words += z.to(tl.int64) * words_stride
+    lists += (z.to(tl.int64) * blocks + block) * others
+    SUB: tl.constexpr = BLOCK_N if BLOCK_N > 64 else 64
+    PARTS: tl.constexpr = SUB // BLOCK_N
+    q_whole = load_whole(q, z * padded + i0, BLOCK_M, DIM, CHUNK, TMA)
+    do_whole = load_whole(do, z * padded + i0, BLOCK_M, DIM_V, CHUNK_V, TMA)
+    acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    for t in range(split, tl.load(lengths + z * blocks + block) * PARTS, splits):
+        j0 = tl.load(lists + t // PARTS) * SUB + t % PARTS * BLOCK_N
+        at = z * key_padded + j0
+        k_whole = load_whole(k, at, BLOCK_N, DIM, CHUNK, TMA)
+        s = product(q, q_whole, z * padded + i0, k, k_whole, at, BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)
+        v_whole = load_whole(v, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
+        dp = product(do, do_whole, z * padded + i0, v, v_whole, at,
+                     BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)  # fmt: skip
+        kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
+        p = tl.exp2(tl.where(kept, s * scale2 - base[:, None], -float("inf")))
+        ds = tl.where(kept, p * (dp - delta_i[:, None]), 0)
+        keys = some_columns(k, k_whole, at, column, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
+        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+    at = split * tl.cast(zs, tl.int64) * padded + rows
+    tl.store(partial + at[:, None] * DIM + (column + tl.arange(0, COLUMNS))[None, :], acc)
+
+
+@triton.jit
+def _asa_dkv_kernel(
+    q, k, v, do, lists, lengths, words, lse_kept2, delta, partial_k, partial_v,
+    words_stride, scale2, zs, padded, key_padded, others, splits,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK_V: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_V: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+):  # fmt: skip
+    """dv_j = sum_i p_ij do_i and dk_j / scale = sum_i p_ij (<do_i, v_j> - delta_i) q_i, one or both.
+
+    Tiles are [keys, queries], so that neither p nor its gradient is ever transposed. Axis 2 of the grid: chunks of
+    the result.
+    """
+    blocks = key_padded // BLOCK_M
+    z = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    j0 = block * BLOCK_M
+    split = tl.program_id(1)
+    chunk = tl.program_id(2)
+    words += z.to(tl.int64) * words_stride
+    lists += (z.to(tl.int64) * blocks + block) * others
+    at_key = z * key_padded + j0
+    SUB: tl.constexpr = BLOCK_N if BLOCK_N > 64 else 64
+    PARTS: tl.constexpr = SUB // BLOCK_N
+    k_whole = load_whole(k, at_key, BLOCK_M, DIM, CHUNK, TMA)
+    if WANT_DK:
+        v_whole = load_whole(v, at_key, BLOCK_M, DIM_V, CHUNK_V, TMA)
+        dk = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    if WANT_DV:
+        dv = tl.zeros([BLOCK_M, COLUMNS_V], tl.float32)
+    for t in range(split, tl.load(lengths + z * blocks + block) * PARTS, splits):
+        i0 = tl.load(lists + t // PARTS) * SUB + t % PARTS * BLOCK_N
+        at = z * padded + i0
+        rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_N)
+        q_whole = load_whole(q, at, BLOCK_N, DIM, CHUNK, TMA)
+        s = product(k, k_whole, at_key, q, q_whole, at, BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)
+        kept = pairs_of_tile(words, j0, i0, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
+        p = tl.exp2(tl.where(kept, s * scale2 - tl.load(lse_kept2 + rows)[None, :], -float("inf")))
+        do_whole = load_whole(do, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
+        if WANT_DV:
+            live = some_columns(do, do_whole, at, chunk * COLUMNS_V, BLOCK_N, DIM_V, CHUNK_V, COLUMNS_V, TMA)
+            dv = tl.dot(p.to(live.dtype), live, dv, input_precision=PRECISION)
+        if WANT_DK:
+            dp = product(v, v_whole, at_key, do, do_whole, at, BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)
+            ds = tl.where(kept, p * (dp - tl.load(delta + rows)[None, :]), 0)
+            queries = some_columns(q, q_whole, at, chunk * COLUMNS, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
+            dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
+    at = (split * tl.cast(zs, tl.int64) * key_padded + at_key + tl.arange(0, BLOCK_M))[:, None]
+    if WANT_DK:
+        tl.store(partial_k + at * DIM + (chunk * COLUMNS + tl.arange(0, COLUMNS))[None, :], dk)
+    if WANT_DV:
+        tl.store(partial_v + at * DIM_V + (chunk * COLUMNS_V + tl.arange(0, COLUMNS_V))[None, :], dv)
+
+
+@triton.jit
+def admission_weight(gap2, kept, empty):
+    """c_ij of ``asa_ops.asa`` from s_ij - lse_kept_i in base 2: to first order the weight a pair has or would have."""
+    weight = tl.exp2(tl.where(kept, gap2, -tl.abs(gap2)))
+    # The logistic function from the exponential of what is not positive.
+    logistic = tl.where(gap2 > 0, 1, weight) / (1 + weight)
+    return tl.where(empty, 1, tl.where(kept, weight, logistic))
+
+
+@triton.jit
+def step_derivative(z, band):
+    """d(z): a triangle of half width ``band`` and area 1; 0 at infinite distance."""
+    height = 1 - tl.abs(z) / band
+    return tl.where(height > 0, height, 0) / band
+
+
+@triton.jit
+def _asa_dt_kernel(
+    q, k, v, do, lists, lengths, words, lse2, cut2, kappa2, lse_kept2, delta, order, key_counts, partial,
+    words_stride, scale2, band, heads, zs, per_image, padded, key_padded, others, splits, width, reach,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
+    CHUNK_V: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
+    MUTUAL: tl.constexpr, HAS_TOPK: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """-dl/dt_i, the straight-through gradient of the adaptive threshold, of pairs outside the window.
+
+    Both directions of a pair are laid out [i, j]: four products a tile, two unless MUTUAL. One-way bits A are read by
+    rows, for A_ij, and by columns, for A_ji.
+    """
+    blocks = padded // BLOCK_M
+    z = tl.program_id(0) // blocks
+    block = tl.program_id(0) % blocks
+    i0 = block * BLOCK_M
+    split = tl.program_id(1)
+    at_i = z * padded + i0
+    rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_M)
+    words += z.to(tl.int64) * words_stride
+    lists += (z.to(tl.int64) * blocks + block) * others
+    image = tl.cast(image_of(z, heads, per_image), tl.int64)
+    n_keys = tl.load(key_counts + image)
+    kept_i, delta_i = tl.load(lse_kept2 + rows), tl.load(delta + rows)
+    lse_i, cut_i = tl.load(lse2 + rows), tl.load(cut2 + rows)
+    order += image * padded
+    SUB: tl.constexpr = BLOCK_N if BLOCK_N > 64 else 64
+    PARTS: tl.constexpr = SUB // BLOCK_N
+    acc = tl.zeros([BLOCK_M], tl.float32)
+    for t in range(split, tl.load(lengths + z * blocks + block) * PARTS, splits):
+        j0 = tl.load(lists + t // PARTS) * SUB + t % PARTS * BLOCK_N
+        at_j = z * key_padded + j0
+        j = j0 + tl.arange(0, BLOCK_N)
+        s = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        back = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for c in range(0, DIM, CHUNK):
+            qi = load_tile(q, at_i, c, BLOCK_M, CHUNK, DIM, TMA)
+            s = tl.dot(qi, load_tile(k, at_j, c, BLOCK_N, CHUNK, DIM, TMA).T, s, input_precision=PRECISION)
+            if MUTUAL:
+                ki = load_tile(k, at_i, c, BLOCK_M, CHUNK, DIM, TMA)
+                back = tl.dot(ki, load_tile(q, at_j, c, BLOCK_N, CHUNK, DIM, TMA).T, back, input_precision=PRECISION)
+        dp = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        dp_back = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for c in range(0, DIM_V, CHUNK_V):
+            doi = load_tile(do, at_i, c, BLOCK_M, CHUNK_V, DIM_V, TMA)
+            dp = tl.dot(doi, load_tile(v, at_j, c, BLOCK_N, CHUNK_V, DIM_V, TMA).T, dp, input_precision=PRECISION)
+            if MUTUAL:
+                vi = load_tile(v, at_i, c, BLOCK_M, CHUNK_V, DIM_V, TMA)
+                doj = load_tile(do, at_j, c, BLOCK_N, CHUNK_V, DIM_V, TMA)
+                dp_back = tl.dot(vi, doj.T, dp_back, input_precision=PRECISION)
+        s *= scale2
+        neighbour = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, False)
+        counts = (j < n_keys)[None, :]
+        if MUTUAL:
+            other_way = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, False, True)
+            counts &= other_way
+            neighbour &= other_way
+        if HAS_TOPK:
+            counts &= s >= tl.load(kappa2 + rows)[:, None]
+        if HAS_WINDOW:
+            token_i = tl.load(order + i0 + tl.arange(0, BLOCK_M))[:, None]
+            token_j = tl.load(order + j)[None, :]
+            near = tl.abs(token_i // width - token_j // width) <= reach
+            counts &= (near & (tl.abs(token_i % width - token_j % width) <= reach)) == 0
+        empty_i = (kept_i == -float("inf"))[:, None]
+        offer = admission_weight(s - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
+        if MUTUAL:
+            columns = z.to(tl.int64) * padded + j
+            kept_j = tl.load(lse_kept2 + columns)[None, :]
+            weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
+            offer += weight * (dp_back - tl.load(delta + columns)[None, :])
+        step = step_derivative(((s - lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
+        acc += tl.sum(tl.where(counts & (step > 0), step * offer, 0), 1)
+    tl.store(partial + split * tl.cast(zs, tl.int64) * padded + rows, acc)

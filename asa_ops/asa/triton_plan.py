@@ -1,0 +1,157 @@
+"""From block maxima of the scores to the tiles worth visiting: on the device, with fixed capacity, without a host sync.
+
+``peaks[J, i]`` is the largest score (base 2, float16, rounded up) that query i gives to the 64 keys of block J. A tile
+of 64 x 64 pairs is active if some row's peak exceeds that row's threshold; if neighbours must be mutual, in both
+directions. What is left out holds no neighbour; what is visited in vain costs time only.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import image_of
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _asa_flags_kernel(
+    largest, total, lse, alpha, kappa, order, counts, key_counts, peaks, lse2, cut2, kappa2, flags,
+    alpha_stride_b, alpha_stride_h, alpha_stride_n, peaks_stride, heads, zs, per_image, n, padded, key_blocks, band2,
+    SPLITS: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_TOPK: tl.constexpr, HAS_FLAGS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Thresholds of 64 rows, and which blocks of 64 keys they reach within ``band2`` (base 2).
+
+    SPLITS > 0: lse comes from the partial sums of the statistics and is written; 0: it is read. A pair is above its
+    threshold if s2 - lse2 > cut2 (and s2 >= kappa2); rows that are padding have an infinite cut2.
+    """
+    blocks = padded // 64
+    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    block = tl.program_id(0) % blocks
+    p = block * 64 + tl.arange(0, 64)
+    at = z * padded + p
+    token = tl.load(order + image_of(z, heads, per_image) * padded + p).to(tl.int64)
+    real = p < tl.load(counts + image_of(z, heads, per_image))
+    if SPLITS > 0:
+        m = tl.full([64], -float("inf"), tl.float32)
+        for split in tl.static_range(SPLITS):
+            m = tl.maximum(m, tl.load(largest + split * zs * padded + at))
+        m = tl.where(m == -float("inf"), 0, m)
+        # A row with a NaN has a NaN sum, whatever its maximum.
+        summed = tl.zeros([64], tl.float32)
+        for split in tl.static_range(SPLITS):
+            part = tl.load(total + split * zs * padded + at)
+            weight = tl.exp2(tl.load(largest + split * zs * padded + at) - m)
+            summed += tl.where(part == 0, 0, part * weight)
+        row_lse2 = m + tl.log2(summed)
+        tl.store(lse + z * n + token, row_lse2 * LN_2, mask=real)
+    else:
+        row_lse2 = tl.load(lse + z * n + token, mask=real, other=0) * LOG2_E
+    tl.store(lse2 + at, row_lse2)
+    if HAS_FLAGS:
+        n_keys = tl.load(key_counts + image_of(z, heads, per_image))
+        cut = tl.full([64], -float("inf"), tl.float32)
+        if HAS_ALPHA:
+            multiplier = alpha + z // heads * alpha_stride_b + z % heads * alpha_stride_h + token * alpha_stride_n
+            multiplier = tl.load(multiplier, mask=real, other=0).to(tl.float32)
+            cut = tl.log2(multiplier) - tl.log2(n_keys.to(tl.float32))
+            cut = tl.where(multiplier >= 0, cut, float("nan"))
+        cut = tl.where(real, cut, float("inf"))
+        tl.store(cut2 + at, cut)
+        kth = tl.full([64], -float("inf"), tl.float32)
+        if HAS_TOPK:
+            kth = tl.load(kappa + z * n + token, mask=real, other=0) * LOG2_E
+            tl.store(kappa2 + at, kth)
+        for start in range(0, key_blocks, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            there = j * 64 < n_keys
+            # padded is a multiple of 64 and counts rows; peaks lie [key block, row]
+            peak = tl.load(peaks + z * peaks_stride + tl.cast(j, tl.int64)[None, :] * padded + p[:, None],
+                           mask=there[None, :], other=-float("inf")).to(tl.float32)  # fmt: skip
+            reached = ((peak - row_lse2[:, None]) > (cut[:, None] - band2)) & (peak >= kth[:, None])
+            reached = tl.max(reached.to(tl.int32), 0) * there.to(tl.int32)
+            tl.store(flags + (z * blocks + block) * key_blocks + j, reached.to(tl.int8), mask=j < key_blocks)
+
+
+@triton.jit
+def _asa_pairs_kernel(
+    flags, pairs, count, row_blocks, column_blocks, tiles, other_tiles,
+    TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Collect the active tiles of TILE x TILE pairs, unordered if mutual, as z * tiles * other_tiles + I * .. + J.
+
+    Their order is left to chance: each is worked on alone, and what is summed over them are integers.
+    """
+    z = tl.cast(tl.program_id(0) // tiles, tl.int64)
+    tile = tl.program_id(0) % tiles
+    first = tile // BLOCK_J * BLOCK_J if MUTUAL else 0
+    flags += z * row_blocks * column_blocks
+    SUB: tl.constexpr = TILE // 64
+    for start in range(first, other_tiles, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        there = j < other_tiles
+        active = tl.zeros([BLOCK_J], tl.int32)
+        for a in tl.static_range(SUB):
+            for b in tl.static_range(SUB):
+                row, column = tile * SUB + a, j * SUB + b
+                flag = tl.load(flags + row * column_blocks + column, mask=there, other=0).to(tl.int32)
+                if MUTUAL:
+                    flag &= tl.load(flags + column * column_blocks + row, mask=there, other=0).to(tl.int32)
+                active |= flag
+        if MUTUAL:
+            active = tl.where(j >= tile, active, 0)
+        wanted = active != 0
+        slot = tl.atomic_add(count, tl.sum(active, 0)) + tl.cumsum(active, 0) - 1
+        tl.store(pairs + slot, (z * tiles + tile) * other_tiles + j, mask=wanted)
+
+
+@triton.jit
+def _asa_occupied_kernel(words, flags, words_stride, padded, key_blocks, BLOCK_J: tl.constexpr):
+    """flags[I, J]: whether any bit of a tile of 64 x 64 pairs is set."""
+    blocks = padded // 64
+    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    block = tl.program_id(0) % blocks
+    i = block * 64 + tl.arange(0, 64)
+    for start in range(0, key_blocks, BLOCK_J):
+        c = 2 * start + tl.arange(0, 2 * BLOCK_J)
+        word = tl.load(words + z * words_stride + tl.cast(c, tl.int64)[None, :] * padded + i[:, None],
+                       mask=(c < 2 * key_blocks)[None, :], other=0)  # fmt: skip
+        occupied = tl.max(tl.reshape(tl.max((word != 0).to(tl.int32), 0), [BLOCK_J, 2]), 1)
+        j = start + tl.arange(0, BLOCK_J)
+        tl.store(flags + (z * blocks + block) * key_blocks + j, occupied.to(tl.int8), mask=j < key_blocks)
+
+
+@triton.jit
+def _asa_lists_kernel(
+    by_rows, by_columns, lists, lengths, blocks, others, row_blocks, column_blocks,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """For every block of ROWS rows the blocks of COLUMNS columns that hold an active tile, ascending.
+
+    A tile (I, J) of 64 x 64 is active if by_rows[I, J] and by_columns[J, I] say so, each if asked for; ``row_blocks``
+    and ``column_blocks`` are the sides of a flag matrix.
+    """
+    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    block = tl.program_id(0) % blocks
+    offset = z * row_blocks * column_blocks
+    SUB_I: tl.constexpr = ROWS // 64
+    SUB_J: tl.constexpr = COLUMNS // 64
+    length = 0
+    for start in range(0, others, BLOCK_J):
+        j = start + tl.arange(0, BLOCK_J)
+        there = j < others
+        active = tl.zeros([BLOCK_J], tl.int32)
+        for a in tl.static_range(SUB_I):
+            for b in tl.static_range(SUB_J):
+                i, jj = block * SUB_I + a, j * SUB_J + b
+                flag = there.to(tl.int32)
+                if BY_ROWS:
+                    flag &= tl.load(by_rows + offset + i * column_blocks + jj, mask=there, other=0).to(tl.int32)
+                if BY_COLUMNS:
+                    flag &= tl.load(by_columns + offset + jj * column_blocks + i, mask=there, other=0).to(tl.int32)
+                active |= flag
+        slot = length + tl.cumsum(active, 0) - 1
+        tl.store(lists + (z * blocks + block) * others + slot, j, mask=active != 0)
+        length += tl.sum(active, 0)
+    tl.store(lengths + z * blocks + block, length)

@@ -1,0 +1,155 @@
+"""What the Triton kernels of adaptive sparse attention share: tiles of tokens, their products, one bit a pair.
+
+Tokens are arranged (``triton_arrange``): [Z * padded, WIDTH], Z = B * heads, rows in 8 x 8 spatial tiles, padded with
+zeros to whole blocks, so tiles need no masks. Pairs are words[column // 32, row]: bit column % 32 of an int32.
+
+``BY_ROWS`` and ``BY_COLUMNS`` say how a tile of pairs is read: by the words of its rows, by those of its columns (whose
+bits are rows then), or by both, a pair counting if both say so. Mutual neighbours stored as such, M_ij = M_ji, are read
+by rows; one-way neighbours A by rows where rows are queries and by columns where rows are keys; A_ij and A_ji by both.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def load_tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+    """x[row : row + ROWS, column : column + COLUMNS]; x is a pointer, or a descriptor of such blocks."""
+    if TMA:
+        tile = x.load([row, column])
+    else:
+        rows = tl.cast(row, tl.int64) + tl.arange(0, ROWS)
+        tile = tl.load(x + rows[:, None] * WIDTH + (column + tl.arange(0, COLUMNS))[None, :])
+    return tile
+
+
+@triton.jit
+def load_whole(x, row, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TMA: tl.constexpr):
+    """Whole rows for :func:`product` to use as often as it likes; nothing if products go chunk by chunk."""
+    if CHUNK == WIDTH:
+        tile = load_tile(x, row, 0, ROWS, WIDTH, WIDTH, TMA)
+    else:
+        tile = 0
+    return tile
+
+
+@triton.jit
+def product(
+    a, a_whole, a_row, b, b_whole, b_row,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """<a_i, b_j> for ROWS rows of a and COLUMNS rows of b, float32."""
+    if CHUNK == WIDTH:
+        s = tl.dot(a_whole, b_whole.T, input_precision=PRECISION)
+    else:
+        s = tl.zeros([ROWS, COLUMNS], tl.float32)
+        for c in tl.static_range(0, WIDTH, CHUNK):
+            x = load_tile(a, a_row, c, ROWS, CHUNK, WIDTH, TMA)
+            s = tl.dot(x, load_tile(b, b_row, c, COLUMNS, CHUNK, WIDTH, TMA).T, s, input_precision=PRECISION)
+    return s
+
+
+@triton.jit
+def some_columns(
+    x, whole, row, column,
+    ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """COLUMNS columns of rows that :func:`load_whole` may have loaded already."""
+    if CHUNK == WIDTH and COLUMNS == WIDTH:
+        tile = whole
+    else:
+        tile = load_tile(x, row, column, ROWS, COLUMNS, WIDTH, TMA)
+    return tile
+
+
+@triton.jit
+def image_of(z, heads, per_image):
+    """Index of a head's image in what may be shared by all images (``per_image`` 0)."""
+    return z // heads * per_image
+
+
+@triton.jit
+def words_by_rows(words, row, column, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] bool from words[column // 32, row]."""
+    at = tl.cast(column // 32, tl.int64) * padded + row + tl.arange(0, ROWS)
+    j = tl.arange(0, COLUMNS)
+    word = tl.load(words + at)[:, None]
+    for c in tl.static_range(1, COLUMNS // 32):
+        word = tl.where(j[None, :] < 32 * c, word, tl.load(words + at + c * padded)[:, None])
+    return ((word >> (j % 32)[None, :]) & 1) != 0
+
+
+@triton.jit
+def words_by_columns(words, row, column, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """[ROWS, COLUMNS] bool from words[row // 32, column]."""
+    at = tl.cast(row // 32, tl.int64) * padded + column + tl.arange(0, COLUMNS)
+    i = tl.arange(0, ROWS)
+    word = tl.load(words + at)[None, :]
+    for r in tl.static_range(1, ROWS // 32):
+        word = tl.where(i[:, None] < 32 * r, word, tl.load(words + at + r * padded)[None, :])
+    return ((word >> (i % 32)[:, None]) & 1) != 0
+
+
+@triton.jit
+def pairs_of_tile(
+    words, row, column, padded,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Which pairs of a tile are neighbours, bool [ROWS, COLUMNS]."""
+    if BY_ROWS and BY_COLUMNS:
+        by_columns = words_by_columns(words, row, column, padded, ROWS, COLUMNS)
+        kept = words_by_rows(words, row, column, padded, ROWS, COLUMNS) & by_columns
+    elif BY_ROWS:
+        kept = words_by_rows(words, row, column, padded, ROWS, COLUMNS)
+    else:
+        kept = words_by_columns(words, row, column, padded, ROWS, COLUMNS)
+    return kept
+
+
+@triton.jit
+def bit_at(words, row, column, padded, valid):
+    """Bit of the pairs (row, column), for tensors of equal shape; False where not ``valid``."""
+    word = tl.load(words + tl.cast(column // 32, tl.int64) * padded + row, mask=valid, other=0)
+    return ((word >> (column % 32)) & 1) != 0
+
+
+@triton.jit
+def pack_rows(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Words [ROWS, COLUMNS // 32] of a bool tile."""
+    bit = tl.full([COLUMNS], 1, tl.int32) << (tl.arange(0, COLUMNS) % 32)
+    bits = tl.where(pairs, bit[None, :], 0)
+    return tl.sum(tl.reshape(bits, [ROWS, COLUMNS // 32, 32]), 2)
+
+
+@triton.jit
+def pack_columns(pairs, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Words [ROWS // 32, COLUMNS] of the transposed bool tile."""
+    bit = tl.full([ROWS], 1, tl.int32) << (tl.arange(0, ROWS) % 32)
+    bits = tl.where(pairs, bit[:, None], 0)
+    return tl.sum(tl.reshape(bits, [ROWS // 32, 32, COLUMNS]), 1)
+
+
+@triton.jit
+def first_bits(n):
+    """Words whose lowest n bits are set, n clamped to 0..32."""
+    partial = (tl.full(n.shape, 1, tl.int32) << tl.maximum(tl.minimum(n, 31), 0)) - 1
+    return tl.where(n >= 32, -1, partial)
+
+
+@triton.jit
+def count_bits(x):
+    """Number of set bits of int32 words (the shifts are arithmetic; the masks drop what they bring in)."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    x = x + (x >> 8)
+    return (x + (x >> 16)) & 0x3F
+
+
+@triton.jit
+def window_neighbour(token, offset, height, width, WINDOW: tl.constexpr):
+    """The ``offset``-th token of the window around ``token`` (raster order), and whether it lies on the grid."""
+    r = token // width + offset // WINDOW - WINDOW // 2
+    c = token % width + offset % WINDOW - WINDOW // 2
+    return r * width + c, (r >= 0) & (r < height) & (c >= 0) & (c < width)

@@ -1,0 +1,149 @@
+"""The local block in Triton, forward: who survives in the window, and what these pairs add to the sum over neighbours.
+
+Pairs of a window are few and scattered, so they are taken one offset at a time with plain float32 products. The tile
+kernels know the mutual neighbours M only; here come the pairs that survive locally without being neighbours, and the
+row is finished: parts summed, normalised, written in raster order.
+"""
+
+import triton
+import triton.language as tl
+
+from .triton_tiles import bit_at, image_of, window_neighbour
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _asa_window_kernel(
+    q, k, order, place, beta, log_mean, local, beta_stride_b, beta_stride_h, beta_stride_n,
+    scale2, heads, per_image, n, padded, height, width,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """log_mean_i = log mean exp s_ij over the window of i; local survivors s_ij - log_mean_i > log beta_i.
+
+    Scores are formed twice, so that a window of any size needs no memory.
+    """
+    blocks = padded // BLOCK
+    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    image = image_of(z, heads, per_image)
+    token = tl.load(order + image * padded + p)
+    real = token >= 0
+    d = tl.arange(0, DIM)
+    q_i = tl.load(q + (z * padded + p)[:, None] * DIM + d[None, :]).to(tl.float32)
+    m = tl.full([BLOCK], -float("inf"), tl.float32)
+    summed = tl.zeros([BLOCK], tl.float32)
+    members = tl.zeros([BLOCK], tl.float32)
+    for offset in range(WINDOW * WINDOW):
+        other, inside = window_neighbour(token, offset, height, width, WINDOW)
+        at = tl.load(place + image * n + other, mask=real & inside, other=-1)
+        near = at >= 0
+        k_j = tl.load(k + (z * padded + at)[:, None] * DIM + d[None, :], mask=near[:, None], other=0).to(tl.float32)
+        s = tl.where(near, tl.sum(q_i * k_j, 1) * scale2, -float("inf"))
+        m_new = tl.maximum(m, s)
+        base = tl.where(m_new == -float("inf"), 0, m_new)
+        summed = summed * tl.exp2(m - base) + tl.exp2(s - base)
+        members += near.to(tl.float32)
+        m = m_new
+    mean2 = m + tl.log2(summed) - tl.log2(members)
+    row = z * n + token
+    tl.store(log_mean + row, mean2 * LN_2, mask=real)
+    multiplier = beta + z // heads * beta_stride_b + z % heads * beta_stride_h + token.to(tl.int64) * beta_stride_n
+    multiplier = tl.load(multiplier, mask=real, other=0).to(tl.float32)
+    cut = tl.where(multiplier >= 0, tl.log2(multiplier), float("nan"))
+    for offset in range(WINDOW * WINDOW):
+        other, inside = window_neighbour(token, offset, height, width, WINDOW)
+        at = tl.load(place + image * n + other, mask=real & inside, other=-1)
+        near = at >= 0
+        k_j = tl.load(k + (z * padded + at)[:, None] * DIM + d[None, :], mask=near[:, None], other=0).to(tl.float32)
+        s = tl.sum(q_i * k_j, 1) * scale2
+        tl.store(local + row * (WINDOW * WINDOW) + offset, near & (s - mean2 > cut), mask=real)
+
+
+@triton.jit
+def _asa_combine_kernel(
+    partial, total, row_largest, row_count, row_broken, words, q, k, v, broken, order, place, key_counts, local,
+    lse, alpha, beta, out, rest, lse_kept, lse_kept2, survivors,
+    alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
+    words_stride, scale2, heads, zs, per_image, n, padded, height, width, dim_v,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr, HAS_BITS: tl.constexpr,
+    ONE_WAY_BITS: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_BETA: tl.constexpr, HAS_REST: tl.constexpr,
+    FOR_BACKWARD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Finish rows: the parts of the sum over neighbours, the local survivors beside them, output and statistics.
+
+    ``rest`` is what rounding takes from the output, so that the backward can have it to more digits. Rows that are
+    padding are not touched.
+    """
+    blocks = padded // BLOCK
+    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    image = image_of(z, heads, per_image)
+    token = tl.load(order + image * padded + p)
+    real = token >= 0
+    at_row = z * padded + p
+    d_v = tl.arange(0, DIM_V)
+    acc = tl.zeros([BLOCK, DIM_V], tl.float32)
+    summed = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        at = split * tl.cast(zs, tl.int64) * padded + at_row
+        acc += tl.load(partial + at[:, None] * DIM_V + d_v[None, :])
+        summed += tl.load(total + at)
+    m = tl.load(row_largest + at_row)
+    kept_count = tl.load(row_count + at_row)
+    spoilt = tl.load(row_broken + at_row) != 0
+    if WINDOW > 0:
+        if HAS_BITS:
+            words += z * words_stride
+        d = tl.arange(0, DIM)
+        q_i = tl.load(q + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
+        for offset in range(WINDOW * WINDOW):
+            other, inside = window_neighbour(token, offset, height, width, WINDOW)
+            flag = tl.load(local + (z * n + token) * (WINDOW * WINDOW) + offset, mask=real & inside, other=0) != 0
+            at = tl.load(place + image * n + other, mask=flag, other=0)
+            new = flag
+            if HAS_BITS:
+                neighbour = bit_at(words, p, at, padded, flag)
+                if ONE_WAY_BITS:
+                    neighbour &= bit_at(words, at, p, padded, flag)
+                new = flag & (neighbour == 0)
+            at_key = (z * padded + at)[:, None]
+            k_j = tl.load(k + at_key * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
+            s = tl.where(new, tl.sum(q_i * k_j, 1) * scale2, -float("inf"))
+            m_new = tl.maximum(m, s)
+            base = tl.where(m_new == -float("inf"), 0, m_new)
+            shrink, weight = tl.exp2(m - base), tl.exp2(s - base)
+            v_j = tl.load(v + at_key * DIM_V + d_v[None, :], mask=new[:, None], other=0)
+            acc = acc * shrink[:, None] + weight[:, None] * v_j.to(tl.float32)
+            summed = summed * shrink + weight
+            bad = (tl.load(broken + z * (padded // 32) + at // 32, mask=new, other=0) >> (at % 32)) & 1
+            spoilt |= bad != 0
+            kept_count += new.to(tl.int32)
+            m = m_new
+    row = z * n + token
+    row_lse = tl.load(lse + row, mask=real, other=0)
+    empty = kept_count == 0
+    acc = tl.where(empty[:, None], 0, acc / tl.where(empty, 1, summed)[:, None])
+    # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
+    invalid = (tl.abs(row_lse) < float("inf")) == 0
+    if HAS_ALPHA:
+        multiplier = alpha + z // heads * alpha_stride_b + z % heads * alpha_stride_h
+        invalid |= (tl.load(multiplier + token.to(tl.int64) * alpha_stride_n, mask=real, other=0) >= 0) == 0
+    if HAS_BETA:
+        multiplier = beta + z // heads * beta_stride_b + z % heads * beta_stride_h
+        invalid |= (tl.load(multiplier + token.to(tl.int64) * beta_stride_n, mask=real, other=0) >= 0) == 0
+    invalid &= tl.load(key_counts + image) > 0
+    acc = tl.where((spoilt | invalid)[:, None], float("nan"), acc)
+    base = tl.where(m == -float("inf"), 0, m)
+    kept2 = tl.where(empty, -float("inf"), base + tl.log2(summed))
+    tl.store(lse_kept + row, kept2 * LN_2, mask=real)
+    tl.store(survivors + row, kept_count, mask=real)
+    rounded = acc.to(out.dtype.element_ty)
+    at_out = row[:, None] * dim_v + d_v[None, :]
+    there = real[:, None] & (d_v < dim_v)[None, :]
+    tl.store(out + at_out, rounded, mask=there)
+    if FOR_BACKWARD:
+        tl.store(lse_kept2 + row, kept2, mask=real)
+    if HAS_REST:
+        tl.store(rest + at_out, (acc - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=there)
