@@ -30,9 +30,17 @@ def interpreted() -> bool:
     return triton.knobs.runtime.interpret
 
 
-@functools.cache
 def why_not_on(device: torch.device) -> str | None:
     """Return None if Triton kernels run on tensors of ``device``, otherwise the reason why not."""
+    return _why_not_on(device)
+
+
+# To torch.compile the answer is a constant: torch.compiler.assume_constant_result, without importing torch._dynamo.
+why_not_on._dynamo_marked_constant = True
+
+
+@functools.cache
+def _why_not_on(device: torch.device) -> str | None:
     if device.type == "cpu" and interpreted():
         return None
     if device.type != "cuda":
@@ -62,5 +70,9 @@ def processors(device: torch.device) -> int:
 
 
 def launch(kernel, grid: tuple[int, ...], *args, warps: int = 4, stages: int = 1, **constants) -> None:
-    """Launch a Triton kernel: arguments by position, constexprs by name."""
-    kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=True)
+    """Launch a Triton kernel: arguments by position, constexprs by name.
+
+    Products and sums are fused where the kernel says so (tl.fma), nowhere else: the same expression must give the same
+    number in two kernels.
+    """
+    kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=False)

@@ -77,7 +77,9 @@ def threshold(kind: str | None, case: Case, dtype: torch.dtype, generator) -> Te
     return x.to(dtype)
 
 
-def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[list[Tensor | None], dict]:
+def make(
+    case: Case, dtype: torch.dtype = torch.float64, seed: int = 0, device: str = "cpu"
+) -> tuple[list[Tensor | None], dict]:
     """Return ([query, key, value, alpha, beta], options) of a case, the same numbers in every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
     n = case.grid[0] * case.grid[1]
@@ -96,8 +98,9 @@ def make(case: Case, dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple
     if case.padding:
         mask = torch.rand(case.batch, n_keys, generator=generator) < 0.7
         mask[-1] = False  # one image is all padding
-        options["key_padding_mask"] = mask
-    return [query.to(dtype), key.to(dtype), value.to(dtype), alpha, beta], options
+        options["key_padding_mask"] = mask.to(device)
+    inputs = query.to(dtype), key.to(dtype), value.to(dtype), alpha, beta
+    return [x if x is None else x.to(device) for x in inputs], options
 
 
 def with_grad(inputs: list[Tensor | None]) -> list[Tensor | None]:

@@ -18,10 +18,10 @@ def dense(graph, batch: int, heads: int, n_q: int, n_k: int) -> Tensor:
     assert offsets.dtype == torch.int64 and columns.dtype == torch.int32
     assert offsets.shape == (batch * heads * n_q + 1,) and offsets[0] == 0 and offsets[-1] == len(columns)
     counts = offsets.diff()
-    rows = torch.arange(len(counts)).repeat_interleave(counts)
+    rows = torch.arange(len(counts), device=offsets.device).repeat_interleave(counts)
     ascending = (columns.diff() > 0) | (rows.diff() > 0)
     assert ascending.all()
-    kept = torch.zeros(batch * heads * n_q, n_k, dtype=torch.bool)
+    kept = torch.zeros(batch * heads * n_q, n_k, dtype=torch.bool, device=offsets.device)
     kept[rows, columns.long()] = True
     return kept.view(batch, heads, n_q, n_k)
 
@@ -81,7 +81,7 @@ def check_against_reference(impl: str, inputs, options, min_certain: float = 0.9
 
     ours = [x.detach().clone().requires_grad_() for x in (query, key, value)]
     out, stats = asa_attention(*ours, *inputs[3:], **options, impl=impl, return_stats=True)
-    grad_out = torch.randn(out.shape, dtype=torch.float64).to(query.dtype)
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(query)
     grads = torch.autograd.grad(out, ours, grad_out)
     exact_out, exact_lse, exact_lse_kept, exact_grads = run_reference(torch.float64)
     eager_out, _, _, eager_grads = run_reference(query.dtype)

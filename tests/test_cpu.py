@@ -177,7 +177,7 @@ def kernel_call():
     saved = Saved.new(inputs, options, cpu.bits_shape(24, 24), keep_bits=True)
     prepared = cpu._prepare(inputs)
     schema = torch.ops.asa_ops.asa_cpu_fwd.default._schema
-    values = [*prepared, *cpu._scalars(options), *saved]
+    values = [*prepared, *cpu._scalars(options), *saved[:8]]
     return dict(zip([argument.name for argument in schema.arguments], values, strict=True))
 
 

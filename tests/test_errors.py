@@ -98,9 +98,9 @@ WRONG = {
     "reciprocal type": (lambda a: {"reciprocal": "no"}, TypeError, r"reciprocal must be True or False, got 'no'"),
     "impl unknown": (lambda a: {"impl": "fast"}, ValueError, r"impl must be one of \['auto', .*got 'fast'"),
     "impl not here": (
-        lambda a: {"impl": "triton"},
+        lambda a: {"impl": "cuda"},
         RuntimeError,
-        r"impl='triton' cannot run .*need CUDA tensors, these are on cpu. Available here: \[.*'blocked', 'reference'\]",
+        r"impl='cuda' cannot run .*need CUDA tensors, these are on cpu. Available here: \[.*'blocked', 'reference'\]",
     ),
 }
 
@@ -137,7 +137,9 @@ def test_errors_come_before_any_work(monkeypatch):
             call(change)
 
 
-def test_explain_names_what_runs_and_why_the_others_do_not():
+def test_explain_names_what_runs_and_why_the_others_do_not(monkeypatch):
+    monkeypatch.setattr(dispatch.triton_support, "interpreted", lambda: False)
+    monkeypatch.setattr(dispatch.triton_support, "_why_not_on", dispatch.triton_support._why_not_on.__wrapped__)
     query = torch.randn(1, 1, 16, 8)
     text = asa_ops.explain(query)
     lines = text.splitlines()

@@ -11,6 +11,24 @@ from asa_ops.bits import bit_columns, pack_bits, unpack_bits
 
 IMPLEMENTATIONS = ["blocked", "cpu"]
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+
+
+def everywhere(names: str = "", values: tuple = (), quick: tuple | None = None):
+    """Parametrize ``impl``, the reference and Triton's interpreter included, and other arguments.
+
+    The interpreter is slow: where ``quick`` is given, `make test` runs Triton on these values only.
+    """
+    rows = []
+    chosen = [x if isinstance(x, tuple) else (x,) for x in quick or ()]
+    for impl in ("reference", *IMPLEMENTATIONS, "triton"):
+        for value in values or ((),):
+            value = value if isinstance(value, tuple) else (value,)
+            later = impl == "triton" and quick is not None and value not in chosen
+            name = "-".join([impl, *map(str, value)])
+            rows.append(pytest.param(impl, *value, id=name, marks=[pytest.mark.slow] if later else []))
+    return pytest.mark.parametrize(f"impl,{names}" if names else "impl", rows)
+
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
@@ -132,7 +150,7 @@ def test_strides_do_not_matter(impl, case):
         torch.testing.assert_close(x, y)
 
 
-@each_impl
+@everywhere()
 def test_query_may_be_key(impl):
     (x, _, value, alpha, beta), options = make(named("plain"), torch.float32)
     check_against_reference(impl, [x, x, value, alpha, beta], options)
@@ -141,11 +159,11 @@ def test_query_may_be_key(impl):
 # Bad values are data: they spoil the rows concerned, never another image.
 
 
-def poisoned_images(spoil, impl, case=None, **changes):
+def poisoned_images(spoil, impl, case=None):
     """Return outputs and gradients with image 0 spoilt by ``spoil(inputs, options)``, and those of clean inputs."""
     results = []
     for spoilt in (True, False):
-        inputs, options = make(case or named("plain", **changes), torch.float32)
+        inputs, options = make(case or named("plain", heads=1), torch.float32)
         if spoilt:
             spoil(inputs, options)
         leaves = with_grad(inputs)
@@ -159,9 +177,11 @@ def poisoned_images(spoil, impl, case=None, **changes):
 BAD = [torch.nan, torch.inf, -torch.inf]
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "alpha", "beta"])
-@pytest.mark.parametrize("bad", BAD)
+@everywhere(
+    "which,bad",
+    tuple((which, bad) for which in range(5) for bad in BAD),
+    quick=((1, torch.nan), (2, torch.inf)),
+)
 def test_a_bad_number_leaves_other_images_untouched(impl, which, bad):
     def spoil(inputs, options):
         inputs[which][0, 0, 3] = bad
@@ -174,10 +194,8 @@ def test_a_bad_number_leaves_other_images_untouched(impl, which, bad):
         assert torch.equal(x[1], y[1])
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("bad", [-1e-3, torch.nan])
-@pytest.mark.parametrize("which", [3, 4], ids=["alpha", "beta"])
-def test_a_bad_threshold_gives_nan_in_its_row_only(impl, bad, which):
+@everywhere("which,bad", tuple((which, bad) for which in (3, 4) for bad in (-1e-3, torch.nan)))
+def test_a_bad_threshold_gives_nan_in_its_row_only(impl, which, bad):
     inputs, options = make(named("plain"), torch.float32)
     inputs[which][0, 0, 3] = bad
     out = asa_attention(*inputs, **options, impl=impl)
@@ -186,8 +204,7 @@ def test_a_bad_threshold_gives_nan_in_its_row_only(impl, bad, which):
     assert not out.isnan().any()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("name", ["plain", "alpha_only", "dense", "topk_alone", "beta_only"])
+@everywhere("name", ("plain", "alpha_only", "dense", "topk_alone", "beta_only"))
 def test_a_nan_score_gives_nan_in_its_row_only(impl, name):
     inputs, options = make(named(name), torch.float32)
     inputs[0][0, 1, 5, 2] = torch.nan
@@ -197,8 +214,7 @@ def test_a_nan_score_gives_nan_in_its_row_only(impl, name):
     assert not out.isnan().any()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("bad", BAD)
+@everywhere("bad", tuple(BAD), quick=(torch.nan,))
 def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
     inputs, options = make(named("plain"), torch.float32)
     kept = survivors(impl, inputs, options)[0, 1, :, 7]
@@ -211,22 +227,24 @@ def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
     assert torch.equal(out[:, 0], clean[:, 0])
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("name", ["padding", "padding_topk", "padding_dense", "fewer_queries_padded"])
-def test_nothing_in_padding_matters(impl, bad, name):
+@everywhere(
+    "name,bad",
+    tuple((name, bad) for name in ("padding", "padding_topk", "padding_dense", "fewer_queries_padded") for bad in BAD),
+    quick=(("padding", torch.nan), ("fewer_queries_padded", torch.inf)),
+)
+def test_nothing_in_padding_matters(impl, name, bad):
     def spoil(inputs, options):
-        hidden = ~options["key_padding_mask"][:, None].expand(-1, 2, -1)
+        hidden = ~options["key_padding_mask"][:, None]
         for i, x in enumerate(inputs):
             if x is not None and x.shape[2] == hidden.shape[2]:
-                x[hidden[:, : x.shape[1]]] = bad if i < 3 else -1
+                x[hidden] = bad if i < 3 else -1
 
-    spoilt, clean = poisoned_images(spoil, impl, named(name))
+    spoilt, clean = poisoned_images(spoil, impl, named(name, heads=1))
     for x, y in zip(spoilt, clean, strict=True):
         assert torch.equal(x, y) and x.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@everywhere()
 def test_padding_rows_and_empty_rows_are_zero(impl):
     inputs, options = make(named("padding"), torch.float32)
     out, stats = asa_attention(*inputs, **options, impl=impl, return_stats=True)
@@ -239,7 +257,7 @@ def test_padding_rows_and_empty_rows_are_zero(impl):
     assert (out == 0).all() and (stats.lse_kept == -torch.inf).all() and stats.lse.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@everywhere()
 def test_gradients_end_at_empty_and_padding_rows(impl):
     """Their output is the constant 0: even a NaN that arrives there goes nowhere."""
     inputs, options = make(named("padding", beta=None), torch.float32)
@@ -252,7 +270,7 @@ def test_gradients_end_at_empty_and_padding_rows(impl):
     assert all(x.grad.isfinite().all() for x in leaves if x is not None)
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@everywhere()
 def test_a_bad_threshold_in_padding_has_no_gradient(impl):
     inputs, options = make(named("padding"), torch.float32)
     padding = ~options["key_padding_mask"][:, None]
@@ -264,8 +282,7 @@ def test_a_bad_threshold_in_padding_has_no_gradient(impl):
         assert (x.grad[padding] == 0).all() and x.grad.isfinite().all() and (x.grad != 0).any()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
-@pytest.mark.parametrize("size", [1e4, 1e6, 1e9])
+@everywhere("size", (1e4, 1e6, 1e9))
 def test_large_scores_empty_no_row(impl, size):
     """A row's largest score always exceeds alpha times the mean for alpha < 1, however large the scores are."""
     inputs, options = make(Case("large", batch=1, beta="spread", options={"reciprocal": False}), torch.float32)
@@ -276,7 +293,7 @@ def test_large_scores_empty_no_row(impl, size):
         assert (stats.survivors > 0).all() and out.isfinite().all()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@everywhere()
 def test_an_exact_tie_is_no_survivor(impl):
     """A window of one position: its score is its window's mean, and weight > beta * mean is strict."""
     (query, key, value, _, beta), options = make(named("beta_only"), torch.float32)
@@ -286,7 +303,7 @@ def test_an_exact_tie_is_no_survivor(impl):
         assert (stats.survivors == expected).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@everywhere()
 def test_tiny_thresholds_do_not_underflow(impl):
     s = torch.tensor([0.0, -80.0, -101.0])[None, None, :, None]
     alpha = torch.full((1, 1, 1), 1e-40)  # log(alpha / 3) = -93.2
@@ -295,7 +312,7 @@ def test_tiny_thresholds_do_not_underflow(impl):
     assert stats.survivors.item() == 2
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@everywhere()
 def test_no_keys_give_zeros(impl):
     query, key = torch.randn(2, 2, 5, 4, requires_grad=True), torch.randn(2, 2, 0, 4)
     out, stats = asa_attention(query, key, key, torch.ones(2, 1, 5), reciprocal=False, impl=impl, return_stats=True)

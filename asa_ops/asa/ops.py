@@ -76,7 +76,7 @@ def asa_bwd(
     bits: Tensor,
     local: Tensor,
     rest: Tensor,
-    lse_kept2: Tensor,
+    base2: Tensor,
     grid_height: int,
     grid_width: int,
     window: int,
@@ -94,7 +94,7 @@ def asa_bwd(
     if (alpha is not None or topk > 0) and 0 in bits.shape[3:] and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
-    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, lse_kept2)
+    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, base2)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     grads = _IMPLEMENTATIONS[impl].bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
     return tuple(_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))

@@ -136,8 +136,9 @@ class _Problem:
         out = x.new_empty((self.zs * order.padded, width))
         block = max(self.block, 32)
         launch(
-            arrange._asa_arrange_kernel, (self.zs * order.padded // block,), x, out, self.broken, order.order, *x.stride(),
-            self.heads, order.per_image, order.padded, x.shape[3], DIM=width, BLOCK=block, CLEAN=clean, warps=self.warps,
+            arrange._asa_arrange_kernel, (self.zs * order.padded // block,), x, out, self.broken, order.order,
+            *x.stride(), self.heads, order.per_image, order.padded, x.shape[3], DIM=width, BLOCK=block, CLEAN=clean,
+            warps=self.warps,
         )  # fmt: skip
         return out
 
@@ -196,7 +197,7 @@ def fwd(inputs: Inputs, options: Options, saved: Saved, learn_thresholds: bool) 
 
 def _forward(problem: _Problem, saved: Saved) -> Tensor:
     """Run a forward pass; return the bits."""
-    arrange, plan, kernels, window, *_ = _kernels()
+    _, _, kernels, window, *_ = _kernels()
     inputs, options, rows, keys = problem.inputs, problem.options, problem.rows, problem.keys
     zs, heads, per_image = problem.zs, problem.heads, problem.per_image
     alpha, beta = inputs.alpha, inputs.beta
@@ -265,18 +266,20 @@ def _forward(problem: _Problem, saved: Saved) -> Tensor:
     local = saved.local.view(torch.uint8)
     if beta is not None:
         launch(
-            window._asa_window_kernel, (zs * rows.padded // problem.block,), problem.q, problem.k, rows.order, rows.place, beta,
-            saved.log_mean, local, *problem.strides[1], problem.scale2, heads, per_image, rows.n, rows.padded, height,
-            width, DIM=problem.width, WINDOW=problem.window, BLOCK=problem.block, warps=problem.warps,
+            window._asa_window_kernel, (zs * rows.padded // problem.block,), problem.q, problem.k, rows.order,
+            rows.place, beta, saved.log_mean, local, *problem.strides[1], problem.scale2, heads, per_image, rows.n,
+            rows.padded, height, width, DIM=problem.width, WINDOW=problem.window, BLOCK=problem.block,
+            warps=problem.warps,
         )  # fmt: skip
     launch(
-        window._asa_combine_kernel, (zs * rows.padded // problem.block,), partial, sums, row_largest, row_count, row_broken, words,
-        problem.q, problem.k, problem.v, problem.broken, rows.order, rows.place, keys.counts, local, saved.lse, alpha,
-        beta, saved.out, saved.rest, saved.lse_kept, saved.lse_kept2, saved.survivors, *problem.strides[0], *problem.strides[1],
-        words_stride, problem.scale2, heads, zs, per_image, rows.n, rows.padded, height, width, problem.dim_v,
-        SPLITS=splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window, HAS_BITS=problem.has_bits,
-        ONE_WAY_BITS=problem.one_way_bits, HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None,
-        HAS_REST=saved.rest.shape[-1] > 0, FOR_BACKWARD=saved.lse_kept2.shape[-1] > 0, BLOCK=problem.block, warps=problem.warps,
+        window._asa_combine_kernel, (zs * rows.padded // problem.block,), partial, sums, row_largest, row_count,
+        row_broken, words, problem.q, problem.k, problem.v, problem.broken, rows.order, rows.place, keys.counts, local,
+        saved.lse, alpha, beta, saved.out, saved.rest, saved.lse_kept, saved.base2, saved.survivors,
+        *problem.strides[0], *problem.strides[1], words_stride, problem.scale2, heads, zs, per_image, rows.n,
+        rows.padded, height, width, problem.dim_v, SPLITS=splits, DIM=problem.width, DIM_V=problem.width_v,
+        WINDOW=problem.window, HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits,
+        HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, HAS_REST=saved.rest.shape[-1] > 0,
+        FOR_BACKWARD=saved.base2.shape[-1] > 0, BLOCK=problem.block, warps=problem.warps,
     )  # fmt: skip
     return bits
 
@@ -300,10 +303,11 @@ def _thresholds(
     row_blocks, key_blocks = rows.padded // _TILE, keys.padded // _TILE
     flags = problem.new(problem.zs, row_blocks, key_blocks, dtype=torch.int8) if problem.has_bits else None
     launch(
-        plan._asa_flags_kernel, (problem.zs * row_blocks,), largest, total, saved.lse, alpha, saved.kappa, rows.order,
-        rows.counts, keys.counts, peaks, lse2, cut2, kappa2, flags, *problem.strides[0], peaks_stride, problem.heads,
-        problem.zs, problem.per_image, rows.n, rows.padded, key_blocks, band * _LOG2_E, SPLITS=splits,
-        HAS_ALPHA=alpha is not None, HAS_TOPK=problem.has_topk, HAS_FLAGS=problem.has_bits, BLOCK_J=32,
+        plan._asa_flags_kernel, (problem.zs * row_blocks,), largest, total, saved.lse, saved.base2, alpha, saved.kappa,
+        rows.order, rows.counts, keys.counts, peaks, lse2, cut2, kappa2, flags, *problem.strides[0], peaks_stride,
+        problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, key_blocks, band * _LOG2_E, SPLITS=splits,
+        HAS_ALPHA=alpha is not None, HAS_TOPK=problem.has_topk, HAS_FLAGS=problem.has_bits,
+        HAS_BASE2=saved.base2.shape[-1] > 0, BLOCK_J=32,
     )  # fmt: skip
     return _Thresholds(lse2, cut2, kappa2, flags)
 
@@ -385,7 +389,7 @@ def bwd(
 
 
 def _backward(problem: _Problem, do, saved: Saved, band: float | None, dq, dk, dv, dalpha, dbeta) -> None:
-    arrange, _, kernels, _, bwd_kernels, finish, _ = _kernels()
+    arrange, _, kernels, _, _, finish, _ = _kernels()
     inputs, options, rows, keys = problem.inputs, problem.options, problem.rows, problem.keys
     zs, heads, per_image = problem.zs, problem.heads, problem.per_image
     height, width = options.grid
@@ -393,15 +397,26 @@ def _backward(problem: _Problem, do, saved: Saved, band: float | None, dq, dk, d
     delta, lse_kept2 = (problem.new(zs, rows.padded) for _ in range(2))
     poisoned = problem.q.new_zeros((zs,), dtype=torch.int32)
     launch(
-        arrange._asa_arrange_gradient_kernel, (zs * rows.padded // problem.block,), do, saved.out, saved.rest, saved.lse_kept2,
-        saved.survivors, rows.order, problem.do, delta, lse_kept2, poisoned, *do.stride(), heads, per_image, rows.n,
-        rows.padded, problem.dim_v, DIM=problem.width_v, BLOCK=problem.block, HAS_REST=saved.rest.shape[-1] > 0, warps=problem.warps,
+        arrange._asa_arrange_gradient_kernel, (zs * rows.padded // problem.block,), do, saved.out, saved.rest,
+        saved.base2, saved.survivors, rows.order, problem.do, delta, lse_kept2, poisoned, *do.stride(), heads,
+        per_image, rows.n, rows.padded, problem.dim_v, DIM=problem.width_v, BLOCK=problem.block,
+        HAS_REST=saved.rest.shape[-1] > 0, PRECISION=_precision(problem.dtype), warps=problem.warps,
     )  # fmt: skip
+
+    def settle(residual: Tensor | None, parts: int) -> None:
+        launch(
+            finish._asa_settle_delta_kernel, (zs * rows.padded // problem.block,), residual, problem.q, problem.k,
+            problem.v, problem.do, words, lse_kept2, delta, rows.order, rows.place, local, words_stride, problem.scale2,
+            heads, zs, per_image, rows.n, rows.padded, height, width, SPLITS=parts, DIM=problem.width,
+            DIM_V=problem.width_v, WINDOW=problem.window, HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits,
+            BLOCK=problem.block, warps=problem.warps,
+        )  # fmt: skip
 
     bits = saved.bits
     splits_q = splits_k = splits_t = 0
     partial_q = partial_k = partial_v = partial_t = words = thresholds = None
     words_stride = 0
+    local = saved.local.view(torch.uint8)
     if problem.dense:
         bits = bits.new_empty(*bits.shape[:2], *bits_shape(rows.n, keys.n))
     if bits.shape[-1]:
@@ -415,33 +430,40 @@ def _backward(problem: _Problem, do, saved: Saved, band: float | None, dq, dk, d
             )  # fmt: skip
         flags = _occupied(problem, words, words_stride)
         common = (words, lse_kept2, delta)
+        if problem.dtype == torch.float32:
+            settle(*_row_products(problem, flags, words_stride, common, residual=True))
         partial_q, splits_q = _row_products(problem, flags, words_stride, common)
         partial_k, partial_v, splits_k = _column_products(problem, flags, words_stride, common)
         if dalpha is not None:
             thresholds = _thresholds(problem, saved, None, None, 0, peaks, peaks_stride, band)
             partial_t, splits_t = _threshold_products(problem, flags, words_stride, common, thresholds, band)
+    elif problem.dtype == torch.float32:
+        settle(None, 0)
     t = thresholds or _Thresholds(None, None, None, None)
-    local = saved.local.view(torch.uint8)
     launch(
-        finish._asa_finish_rows_kernel, (zs * rows.padded // problem.block,), partial_q, partial_t, problem.q, problem.k,
-        problem.v, problem.do, words, t.lse2, t.cut2, t.kappa2, lse_kept2, delta, poisoned, rows.order, rows.place,
-        local, saved.log_mean, inputs.alpha, inputs.beta, dq, dalpha, dbeta, *problem.strides[0], *problem.strides[1],
-        words_stride, problem.scale, problem.scale2, band or 1.0, heads, zs, per_image, rows.n, rows.padded, height,
-        width, problem.dim, SPLITS=splits_q, T_SPLITS=splits_t, DIM=problem.width, DIM_V=problem.width_v,
-        WINDOW=problem.window, HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, MUTUAL=problem.mutual,
-        HAS_TOPK=problem.has_topk, LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None, BLOCK=problem.block, warps=problem.warps,
+        finish._asa_finish_rows_kernel, (zs * rows.padded // problem.block,), partial_q, partial_t, problem.q,
+        problem.k, problem.v, problem.do, words, t.lse2, t.cut2, t.kappa2, lse_kept2, delta, poisoned, rows.order,
+        rows.place, local, saved.log_mean, inputs.alpha, inputs.beta, dq, dalpha, dbeta, *problem.strides[0],
+        *problem.strides[1], words_stride, problem.scale, problem.scale2, band or 1.0, heads, zs, per_image, rows.n,
+        rows.padded, height, width, problem.dim, SPLITS=splits_q, T_SPLITS=splits_t, DIM=problem.width,
+        DIM_V=problem.width_v, WINDOW=problem.window, HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits,
+        MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk, LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None,
+        BLOCK=problem.block, warps=problem.warps,
     )  # fmt: skip
     launch(
-        finish._asa_finish_columns_kernel, (zs * keys.padded // problem.block,), partial_k, partial_v, problem.q, problem.k,
-        problem.v, problem.do, words, lse_kept2, delta, poisoned, keys.order, keys.place, local, dk, dv, words_stride,
-        problem.scale, problem.scale2, heads, zs, per_image, keys.n, keys.padded, height, width, problem.dim,
-        problem.dim_v, SPLITS=splits_k, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
+        finish._asa_finish_columns_kernel, (zs * keys.padded // problem.block,), partial_k, partial_v, problem.q,
+        problem.k, problem.v, problem.do, words, lse_kept2, delta, poisoned, keys.order, keys.place, local, dk, dv,
+        words_stride, problem.scale, problem.scale2, heads, zs, per_image, keys.n, keys.padded, height, width,
+        problem.dim, problem.dim_v, SPLITS=splits_k, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
         HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, BLOCK=problem.block, warps=problem.warps,
     )  # fmt: skip
 
 
-def _row_products(problem: _Problem, flags, words_stride: int, common) -> tuple[Tensor, int]:
-    """Return the parts [splits, zs * padded, D] of dq / scale over neighbours, and how many parts."""
+def _row_products(problem: _Problem, flags, words_stride: int, common, residual: bool = False) -> tuple[Tensor, int]:
+    """Return the parts [splits, zs * padded, D] of dq / scale over neighbours, and how many parts.
+
+    ``residual``: those [splits, zs * padded] of what delta misses instead.
+    """
     *_, kernels, _, _ = _kernels()
     rows, keys, zs = problem.rows, problem.keys, problem.zs
     config = problem.config("dq")
@@ -449,16 +471,16 @@ def _row_products(problem: _Problem, flags, words_stride: int, common) -> tuple[
     chunk, chunk_v = min(config.chunk, problem.width), min(config.chunk, problem.width_v)
     columns = min(config.columns, problem.width)
     lists, lengths, others = _lists(problem, flags, flags, config, rows=True)
-    parts = problem.width // columns
+    parts = 1 if residual else problem.width // columns
     splits = problem.splits(zs * blocks * parts, _MAX_SPLITS)
-    partial = problem.new(splits, zs * rows.padded, problem.width)
+    partial = problem.new(splits, zs * rows.padded, *(() if residual else (problem.width,)))
     m, n = config.block_m, config.block_n
     launch(
         kernels._asa_dq_kernel, (zs * blocks, splits, parts),
         *problem.tiles(config, q=(m, chunk), k=(n, chunk), v=(n, chunk_v), do=(m, chunk_v)), lists, lengths, *common,
         partial, words_stride, problem.scale2, zs, rows.padded, keys.padded, others, splits, BLOCK_M=m, BLOCK_N=n,
         DIM=problem.width, DIM_V=problem.width_v, CHUNK=chunk, CHUNK_V=chunk_v, COLUMNS=columns,
-        BY_COLUMNS=problem.one_way_bits, **problem.common(config),
+        BY_COLUMNS=problem.one_way_bits, RESIDUAL=residual, **problem.common(config),
     )  # fmt: skip
     return partial, splits
 
@@ -537,12 +559,11 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     words, words_stride = None, 0
     if saved.bits.shape[-1]:
         words, words_stride, _, _ = problem.words_and_peaks(saved.bits)
-    height, width = options.grid
     block = 16
     launch(
         graph._asa_neighbors_kernel, (problem.zs * math.ceil(rows.n / block),), words, saved.local.view(torch.uint8),
         rows.place, keys.place, row_offsets, col_indices, words_stride, problem.heads, problem.per_image, rows.n,
-        keys.n, rows.padded, max(width, 1), HAS_BITS=problem.has_bits, DENSE=problem.dense, WINDOW=problem.window,
-        BLOCK=block, BLOCK_J=64,
+        keys.n, rows.padded, max(options.grid[1], 1), HAS_BITS=problem.has_bits, DENSE=problem.dense,
+        WINDOW=problem.window, BLOCK=block, BLOCK_J=64,
     )  # fmt: skip
     return NeighborGraph(row_offsets, col_indices)

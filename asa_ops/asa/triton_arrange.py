@@ -8,7 +8,7 @@ is zero.
 import triton
 import triton.language as tl
 
-from .triton_tiles import image_of
+from .triton_tiles import SCALARS, image_of
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _token_at(position, height, width):
     return (8 * band + in_tile // wide) * width + 8 * tile + in_tile % wide
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_order_kernel(
     real, order, place, counts, height, width, n, padded, HAS_PADDING: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -50,12 +50,12 @@ def _asa_order_kernel(
     tl.store(counts + image, found)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_arrange_kernel(
     x, out, broken, order, stride_b, stride_h, stride_n, stride_d, heads, per_image, padded, dim,
     DIM: tl.constexpr, BLOCK: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
-    """out[z, p] = x[token at p], with zeros up to DIM; if CLEAN, 0 for what is not finite, noted in ``broken`` words."""
+    """out[z, p] = x[token at p], zeros up to DIM; if CLEAN, 0 for what is not finite, noted in ``broken`` words."""
     blocks = padded // BLOCK
     z = tl.cast(tl.program_id(0) // blocks, tl.int64)
     block = tl.program_id(0) % blocks
@@ -74,11 +74,11 @@ def _asa_arrange_kernel(
     tl.store(out + (z * padded + p)[:, None] * DIM + d[None, :], tile)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_arrange_gradient_kernel(
-    do, out, rest, row_kept2, survivors, order, live, delta, lse_kept2, poisoned,
+    do, out, rest, base2, survivors, order, live, delta, lse_kept2, poisoned,
     stride_b, stride_h, stride_n, stride_d, heads, per_image, n, padded, dim,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_REST: tl.constexpr,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_REST: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """live = do in order, delta_i = <do_i, out_i>, and lse_kept2 in order.
 
@@ -95,16 +95,20 @@ def _asa_arrange_gradient_kernel(
     there = real[:, None] & (d < dim)[None, :]
     source = do + z // heads * stride_b + z % heads * stride_h
     g = tl.load(source + token[:, None] * stride_n + d[None, :] * stride_d, mask=there, other=0)
-    o = tl.load(out + row[:, None] * dim + d[None, :], mask=there, other=0).to(tl.float32)
-    if HAS_REST:
-        o += tl.load(rest + row[:, None] * dim + d[None, :], mask=there, other=0).to(tl.float32)
+    o = tl.load(out + row[:, None] * dim + d[None, :], mask=there, other=0)
     spoilt = tl.max((o != o).to(tl.int32), 1) != 0
     finite = tl.abs(g.to(tl.float32)) < float("inf")
     empty = tl.load(survivors + row, mask=real, other=0) == 0
     ended = (empty | spoilt)[:, None] & (finite == 0)
-    sum_of_products = tl.sum(tl.where(there & (ended == 0), g.to(tl.float32) * tl.where(o == o, o, 0), 0), 1)
-    sum_of_products = tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), sum_of_products)
-    tl.store(delta + z * padded + p, sum_of_products)
-    tl.store(live + (z * padded + p)[:, None] * DIM + d[None, :], tl.where(ended, 0, g))
-    tl.store(lse_kept2 + z * padded + p, tl.load(row_kept2 + row, mask=real, other=float("inf")))
+    g = tl.where(ended, 0, g)
+    # By a product of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
+    products = tl.dot(g, tl.where(o == o, o, 0).T, input_precision=PRECISION)
+    if HAS_REST:
+        low = tl.load(rest + row[:, None] * dim + d[None, :], mask=there, other=0)
+        products += tl.dot(g, tl.where(low == low, low, 0).T, input_precision=PRECISION)
+    i = tl.arange(0, BLOCK)
+    of_row = tl.sum(tl.where(i[:, None] == i[None, :], products, 0), 1)
+    tl.store(delta + z * padded + p, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
+    tl.store(live + (z * padded + p)[:, None] * DIM + d[None, :], g)
+    tl.store(lse_kept2 + z * padded + p, tl.load(base2 + (2 * z + 1) * n + token, mask=real, other=float("inf")))
     tl.atomic_max(poisoned + z, tl.max((spoilt & real).to(tl.int32), 0))

@@ -8,21 +8,23 @@ a row's survivors in base 2, ``delta_i`` = <do_i, out_i>. Pairs that survive onl
 import triton
 import triton.language as tl
 
-from .triton_tiles import image_of, load_tile, load_whole, pairs_of_tile, product, some_columns
+from .triton_tiles import SCALARS, image_of, load_tile, load_whole, pairs_of_tile, product, some_columns
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_dq_kernel(
     q, k, v, do, lists, lengths, words, lse_kept2, delta, partial,
     words_stride, scale2, zs, padded, key_padded, others, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_V: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, BY_COLUMNS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
 ):  # fmt: skip
     """dq_i / scale = sum_j p_ij (<do_i, v_j> - delta_i) k_j over every ``splits``-th listed block.
 
-    Axis 2 of the grid: chunks of COLUMNS of the result.
+    Axis 2 of the grid: chunks of COLUMNS of the result. RESIDUAL: only sum_j p_ij (<do_i, v_j> - delta_i), which would
+    be 0 if delta were not rounded.
     """
     blocks = padded // BLOCK_M
     z = tl.program_id(0) // blocks
@@ -39,7 +41,10 @@ def _asa_dq_kernel(
     PARTS: tl.constexpr = SUB // BLOCK_N
     q_whole = load_whole(q, z * padded + i0, BLOCK_M, DIM, CHUNK, TMA)
     do_whole = load_whole(do, z * padded + i0, BLOCK_M, DIM_V, CHUNK_V, TMA)
-    acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
+    if RESIDUAL:
+        acc = tl.zeros([BLOCK_M], tl.float32)
+    else:
+        acc = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     for t in range(split, tl.load(lengths + z * blocks + block) * PARTS, splits):
         j0 = tl.load(lists + t // PARTS) * SUB + t % PARTS * BLOCK_N
         at = z * key_padded + j0
@@ -49,15 +54,21 @@ def _asa_dq_kernel(
         dp = product(do, do_whole, z * padded + i0, v, v_whole, at,
                      BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)  # fmt: skip
         kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
-        p = tl.exp2(tl.where(kept, s * scale2 - base[:, None], -float("inf")))
+        p = tl.exp2(tl.where(kept, tl.fma(s, scale2, -base[:, None]), -float("inf")))
         ds = tl.where(kept, p * (dp - delta_i[:, None]), 0)
-        keys = some_columns(k, k_whole, at, column, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
-        acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+        if RESIDUAL:
+            acc += tl.sum(ds, 1)
+        else:
+            keys = some_columns(k, k_whole, at, column, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
+            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
     at = split * tl.cast(zs, tl.int64) * padded + rows
-    tl.store(partial + at[:, None] * DIM + (column + tl.arange(0, COLUMNS))[None, :], acc)
+    if RESIDUAL:
+        tl.store(partial + at, acc)
+    else:
+        tl.store(partial + at[:, None] * DIM + (column + tl.arange(0, COLUMNS))[None, :], acc)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_dkv_kernel(
     q, k, v, do, lists, lengths, words, lse_kept2, delta, partial_k, partial_v,
     words_stride, scale2, zs, padded, key_padded, others, splits,
@@ -94,7 +105,7 @@ def _asa_dkv_kernel(
         q_whole = load_whole(q, at, BLOCK_N, DIM, CHUNK, TMA)
         s = product(k, k_whole, at_key, q, q_whole, at, BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)
         kept = pairs_of_tile(words, j0, i0, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
-        p = tl.exp2(tl.where(kept, s * scale2 - tl.load(lse_kept2 + rows)[None, :], -float("inf")))
+        p = tl.exp2(tl.where(kept, tl.fma(s, scale2, -tl.load(lse_kept2 + rows)[None, :]), -float("inf")))
         do_whole = load_whole(do, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
         if WANT_DV:
             live = some_columns(do, do_whole, at, chunk * COLUMNS_V, BLOCK_N, DIM_V, CHUNK_V, COLUMNS_V, TMA)
@@ -127,7 +138,7 @@ def step_derivative(z, band):
     return tl.where(height > 0, height, 0) / band
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_dt_kernel(
     q, k, v, do, lists, lengths, words, lse2, cut2, kappa2, lse_kept2, delta, order, key_counts, partial,
     words_stride, scale2, band, heads, zs, per_image, padded, key_padded, others, splits, width, reach,
@@ -178,7 +189,6 @@ def _asa_dt_kernel(
                 vi = load_tile(v, at_i, c, BLOCK_M, CHUNK_V, DIM_V, TMA)
                 doj = load_tile(do, at_j, c, BLOCK_N, CHUNK_V, DIM_V, TMA)
                 dp_back = tl.dot(vi, doj.T, dp_back, input_precision=PRECISION)
-        s *= scale2
         neighbour = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, False)
         counts = (j < n_keys)[None, :]
         if MUTUAL:
@@ -186,19 +196,19 @@ def _asa_dt_kernel(
             counts &= other_way
             neighbour &= other_way
         if HAS_TOPK:
-            counts &= s >= tl.load(kappa2 + rows)[:, None]
+            counts &= s * scale2 >= tl.load(kappa2 + rows)[:, None]
         if HAS_WINDOW:
             token_i = tl.load(order + i0 + tl.arange(0, BLOCK_M))[:, None]
             token_j = tl.load(order + j)[None, :]
             near = tl.abs(token_i // width - token_j // width) <= reach
             counts &= (near & (tl.abs(token_i % width - token_j % width) <= reach)) == 0
         empty_i = (kept_i == -float("inf"))[:, None]
-        offer = admission_weight(s - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
+        offer = admission_weight(tl.fma(s, scale2, -kept_i[:, None]), neighbour, empty_i) * (dp - delta_i[:, None])
         if MUTUAL:
             columns = z.to(tl.int64) * padded + j
             kept_j = tl.load(lse_kept2 + columns)[None, :]
-            weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
+            weight = admission_weight(tl.fma(back, scale2, -kept_j), neighbour, kept_j == -float("inf"))
             offer += weight * (dp_back - tl.load(delta + columns)[None, :])
-        step = step_derivative(((s - lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
+        step = step_derivative((tl.fma(s, scale2, -lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
         acc += tl.sum(tl.where(counts & (step > 0), step * offer, 0), 1)
     tl.store(partial + split * tl.cast(zs, tl.int64) * padded + rows, acc)

@@ -9,11 +9,12 @@ import triton
 import triton.language as tl
 
 from .triton_tiles import (
+    SCALARS,
     count_bits,
     first_bits,
     image_of,
-    load_whole,
     load_tile,
+    load_whole,
     pack_columns,
     pack_rows,
     pairs_of_tile,
@@ -21,7 +22,7 @@ from .triton_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_statistics_kernel(
     q, k, largest, total, peaks, key_counts, peaks_stride, scale2, heads, zs, per_image, padded, key_padded, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
@@ -73,7 +74,7 @@ def _from_ordered(x):
     return (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_topk_kernel(
     q, k, order, counts, key_counts, kappa, scale2, topk, heads, per_image, n, padded, key_padded,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
@@ -146,7 +147,7 @@ def _keeps_broken(words, broken, block, TILE: tl.constexpr):
     return tl.max(((words & bad[None, :]) != 0).to(tl.int32), 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_mask_kernel(
     q, k, pairs, count, lse2, cut2, kappa2, key_counts, broken, words, row_largest, row_count, row_broken,
     words_stride, scale2, heads, per_image, padded, key_padded, tiles, other_tiles,
@@ -228,7 +229,7 @@ def _asa_mask_kernel(
         tl.atomic_max(row_broken + rows, _keeps_broken(of_rows, bad_z, j_tile, TILE))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_everybody_kernel(
     words, largest, broken, counts, key_counts, row_largest, row_count, row_broken,
     words_stride, heads, zs, per_image, padded, key_padded, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -255,7 +256,7 @@ def _asa_everybody_kernel(
     tl.store(row_broken + at, bad)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_aggregate_kernel(
     q, k, v, lists, lengths, words, row_largest, partial, total, words_stride, scale2, zs, padded, key_padded, others,
     splits,

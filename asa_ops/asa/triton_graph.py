@@ -3,10 +3,10 @@
 import triton
 import triton.language as tl
 
-from .triton_tiles import bit_at, image_of
+from .triton_tiles import SCALARS, bit_at, image_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_neighbors_kernel(
     words, local, place, key_place, row_offsets, col_indices,
     words_stride, heads, per_image, n, n_keys, padded, width,

@@ -8,23 +8,23 @@ directions. What is left out holds no neighbour; what is visited in vain costs t
 import triton
 import triton.language as tl
 
-from .triton_tiles import image_of
+from .triton_tiles import SCALARS, image_of
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_flags_kernel(
-    largest, total, lse, alpha, kappa, order, counts, key_counts, peaks, lse2, cut2, kappa2, flags,
+    largest, total, lse, base2, alpha, kappa, order, counts, key_counts, peaks, lse2, cut2, kappa2, flags,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, peaks_stride, heads, zs, per_image, n, padded, key_blocks, band2,
     SPLITS: tl.constexpr, HAS_ALPHA: tl.constexpr, HAS_TOPK: tl.constexpr, HAS_FLAGS: tl.constexpr,
-    BLOCK_J: tl.constexpr,
+    HAS_BASE2: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Thresholds of 64 rows, and which blocks of 64 keys they reach within ``band2`` (base 2).
 
-    SPLITS > 0: lse comes from the partial sums of the statistics and is written; 0: it is read. A pair is above its
-    threshold if s2 - lse2 > cut2 (and s2 >= kappa2); rows that are padding have an infinite cut2.
+    SPLITS > 0: lse comes from the partial sums of the statistics and is written; 0: it is read from ``base2``. A pair
+    is above its threshold if s2 - lse2 > cut2 (and s2 >= kappa2); rows that are padding have an infinite cut2.
     """
     blocks = padded // 64
     z = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -46,8 +46,12 @@ def _asa_flags_kernel(
             summed += tl.where(part == 0, 0, part * weight)
         row_lse2 = m + tl.log2(summed)
         tl.store(lse + z * n + token, row_lse2 * LN_2, mask=real)
+        if HAS_BASE2:
+            tl.store(base2 + 2 * z * n + token, row_lse2, mask=real)
     else:
-        row_lse2 = tl.load(lse + z * n + token, mask=real, other=0) * LOG2_E
+        row_lse2 = tl.load(base2 + 2 * z * n + token, mask=real, other=0)
+    if not HAS_ALPHA:
+        row_lse2 = tl.zeros_like(row_lse2)  # the cut is -inf, which differences of huge scores may reach
     tl.store(lse2 + at, row_lse2)
     if HAS_FLAGS:
         n_keys = tl.load(key_counts + image_of(z, heads, per_image))
@@ -74,7 +78,7 @@ def _asa_flags_kernel(
             tl.store(flags + (z * blocks + block) * key_blocks + j, reached.to(tl.int8), mask=j < key_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_pairs_kernel(
     flags, pairs, count, row_blocks, column_blocks, tiles, other_tiles,
     TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr,
@@ -106,7 +110,7 @@ def _asa_pairs_kernel(
         tl.store(pairs + slot, (z * tiles + tile) * other_tiles + j, mask=wanted)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_occupied_kernel(words, flags, words_stride, padded, key_blocks, BLOCK_J: tl.constexpr):
     """flags[I, J]: whether any bit of a tile of 64 x 64 pairs is set."""
     blocks = padded // 64
@@ -122,7 +126,7 @@ def _asa_occupied_kernel(words, flags, words_stride, padded, key_blocks, BLOCK_J
         tl.store(flags + (z * blocks + block) * key_blocks + j, occupied.to(tl.int8), mask=j < key_blocks)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_lists_kernel(
     by_rows, by_columns, lists, lengths, blocks, others, row_blocks, column_blocks,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, BLOCK_J: tl.constexpr,

@@ -11,6 +11,14 @@ by rows; one-way neighbours A by rows where rows are queries and by columns wher
 import triton
 import triton.language as tl
 
+# Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
+SCALARS = [
+    "heads", "zs", "per_image", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach", "splits",
+    "tiles", "other_tiles", "blocks", "others", "row_blocks", "column_blocks", "key_blocks", "words_stride",
+    "peaks_stride", "alpha_stride_b", "alpha_stride_h", "alpha_stride_n", "beta_stride_b", "beta_stride_h",
+    "beta_stride_n",
+]  # fmt: skip
+
 
 @triton.jit
 def load_tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
@@ -44,7 +52,7 @@ def product(
         s = tl.dot(a_whole, b_whole.T, input_precision=PRECISION)
     else:
         s = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for c in tl.static_range(0, WIDTH, CHUNK):
+        for c in range(0, WIDTH, CHUNK):
             x = load_tile(a, a_row, c, ROWS, CHUNK, WIDTH, TMA)
             s = tl.dot(x, load_tile(b, b_row, c, COLUMNS, CHUNK, WIDTH, TMA).T, s, input_precision=PRECISION)
     return s

@@ -8,13 +8,13 @@ row is finished: parts summed, normalised, written in raster order.
 import triton
 import triton.language as tl
 
-from .triton_tiles import bit_at, image_of, window_neighbour
+from .triton_tiles import SCALARS, bit_at, image_of, window_neighbour
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_window_kernel(
     q, k, order, place, beta, log_mean, local, beta_stride_b, beta_stride_h, beta_stride_n,
     scale2, heads, per_image, n, padded, height, width,
@@ -61,10 +61,10 @@ def _asa_window_kernel(
         tl.store(local + row * (WINDOW * WINDOW) + offset, near & (s - mean2 > cut), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_combine_kernel(
     partial, total, row_largest, row_count, row_broken, words, q, k, v, broken, order, place, key_counts, local,
-    lse, alpha, beta, out, rest, lse_kept, lse_kept2, survivors,
+    lse, alpha, beta, out, rest, lse_kept, base2, survivors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     words_stride, scale2, heads, zs, per_image, n, padded, height, width, dim_v,
     SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr, HAS_BITS: tl.constexpr,
@@ -144,6 +144,6 @@ def _asa_combine_kernel(
     there = real[:, None] & (d_v < dim_v)[None, :]
     tl.store(out + at_out, rounded, mask=there)
     if FOR_BACKWARD:
-        tl.store(lse_kept2 + row, kept2, mask=real)
+        tl.store(base2 + (2 * z + 1) * n + token, kept2, mask=real)
     if HAS_REST:
         tl.store(rest + at_out, (acc - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=there)

@@ -1,4 +1,4 @@
-"""The local block in Triton, backward: gradients through pairs that survive in the window only, and of thresholds there.
+"""The local block in Triton, backward: gradients through pairs that survive in the window only, thresholds included.
 
 As in the forward, pairs of the window are taken one offset at a time. Rows and columns are finished here: the parts of
 the tile kernels summed, what the window adds, all written in raster order. A head in which an output row is NaN gets
@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 
 from .triton_bwd import admission_weight, step_derivative
-from .triton_tiles import bit_at, image_of, window_neighbour
+from .triton_tiles import SCALARS, bit_at, image_of, window_neighbour
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -28,7 +28,54 @@ def _flag_at(local, row, offset, valid, WINDOW: tl.constexpr):
     return tl.load(local + row * (WINDOW * WINDOW) + offset, mask=valid, other=0) != 0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_settle_delta_kernel(
+    partial, q, k, v, do, words, lse_kept2, delta, order, place, local,
+    words_stride, scale2, heads, zs, per_image, n, padded, height, width,
+    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr, HAS_BITS: tl.constexpr,
+    ONE_WAY_BITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Add to delta what is missing until sum_j p_ij (<do_i, v_j> - delta_i) is 0, neighbours' parts given.
+
+    delta comes from the output; its rounding reaches every pair of a row with the same sign. In float32 that is the
+    largest error of the gradients where many survive, in half precisions it is below the rounding of the weights.
+    """
+    blocks = padded // BLOCK
+    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    at_row = z * padded + p
+    delta_i = tl.load(delta + at_row)
+    missing = tl.zeros([BLOCK], tl.float32)
+    for split in range(SPLITS):
+        missing += tl.load(partial + split * tl.cast(zs, tl.int64) * padded + at_row)
+    if WINDOW > 0:
+        if HAS_BITS:
+            words += z * words_stride
+        image = image_of(z, heads, per_image)
+        token = tl.load(order + image * padded + p)
+        real = token >= 0
+        d, d_v = tl.arange(0, DIM), tl.arange(0, DIM_V)
+        q_i = tl.load(q + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
+        do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
+        kept_i = tl.load(lse_kept2 + at_row)
+        for offset in range(WINDOW * WINDOW):
+            other, inside = window_neighbour(token, offset, height, width, WINDOW)
+            new = _flag_at(local, z * n + token, offset, real & inside, WINDOW)
+            at = tl.load(place + image * n + other, mask=new, other=0)
+            if HAS_BITS:
+                neighbour = bit_at(words, p, at, padded, new)
+                if ONE_WAY_BITS:
+                    neighbour &= bit_at(words, at, p, padded, new)
+                new &= neighbour == 0
+            at_key = z * padded + at
+            k_j = tl.load(k + at_key[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
+            v_j = tl.load(v + at_key[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
+            weight = tl.exp2(tl.where(new, tl.fma(tl.sum(q_i * k_j, 1), scale2, -kept_i), -float("inf")))
+            missing += tl.where(new, weight * (tl.sum(do_i * v_j, 1) - delta_i), 0)
+    tl.store(delta + at_row, delta_i + missing)
+
+
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_rows_kernel(
     partial, partial_t, q, k, v, do, words, lse2, cut2, kappa2, lse_kept2, delta, poisoned, order, place, local,
     log_mean, alpha, beta, dq, dalpha, dbeta,
@@ -84,35 +131,35 @@ def _asa_finish_rows_kernel(
             at_key = z * padded + at
             k_j = tl.load(k + at_key[:, None] * DIM + d[None, :], mask=used[:, None], other=0).to(tl.float32)
             v_j = tl.load(v + at_key[:, None] * DIM_V + d_v[None, :], mask=used[:, None], other=0).to(tl.float32)
-            s = tl.sum(q_i * k_j, 1) * scale2
+            s = tl.sum(q_i * k_j, 1)
             dp = tl.sum(do_i * v_j, 1) - delta_i
             new = survives & (neighbour == 0)
-            ds = tl.where(new, tl.exp2(tl.where(new, s - kept_i, 0)) * dp, 0)
+            ds = tl.where(new, tl.exp2(tl.where(new, tl.fma(s, scale2, -kept_i), 0)) * dp, 0)
             acc += ds[:, None] * k_j
             if LEARN_ALPHA or LEARN_BETA:
                 empty_i = kept_i == -float("inf")
-                offer = admission_weight(s - kept_i, survives | neighbour, empty_i) * dp
+                offer = admission_weight(tl.fma(s, scale2, -kept_i), survives | neighbour, empty_i) * dp
             if LEARN_BETA:
-                step = step_derivative((s * LN_2 - mean_i) - log_beta, band)
+                step = step_derivative(tl.fma(s, scale, -mean_i) - log_beta, band)
                 du += tl.where(near & (neighbour == 0) & (step > 0), step * offer, 0)
             if LEARN_ALPHA:
                 lse_i, cut_i = tl.load(lse2 + at_row), tl.load(cut2 + at_row)
-                step = step_derivative(((s - lse_i) - cut_i) * LN_2, band)
+                step = step_derivative((tl.fma(s, scale2, -lse_i) - cut_i) * LN_2, band)
                 counts = near & (step > 0)
                 if HAS_TOPK:
-                    counts &= s >= tl.load(kappa2 + at_row)
+                    counts &= s * scale2 >= tl.load(kappa2 + at_row)
                 offer = tl.where(survives, 0, offer)
                 if MUTUAL:
                     counts &= other_way
                     back_survives = _flag_at(local, z * n + other, WINDOW * WINDOW - 1 - offset, near, WINDOW)
                     k_i = tl.load(k + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
                     q_j = tl.load(q + at_key[:, None] * DIM + d[None, :], mask=near[:, None], other=0).to(tl.float32)
-                    back = tl.sum(k_i * q_j, 1) * scale2
+                    back = tl.sum(k_i * q_j, 1)
                     v_i = tl.load(v + at_row[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
                     do_j = tl.load(do + at_key[:, None] * DIM_V + d_v[None, :], mask=near[:, None], other=0)
                     dp_back = tl.sum(v_i * do_j.to(tl.float32), 1) - tl.load(delta + at_key)
                     kept_j = tl.load(lse_kept2 + at_key)
-                    weight = admission_weight(back - kept_j, neighbour, kept_j == -float("inf"))
+                    weight = admission_weight(tl.fma(back, scale2, -kept_j), neighbour, kept_j == -float("inf"))
                     offer += tl.where(back_survives, 0, weight * dp_back)
                 dt += tl.where(counts, step * offer, 0)
     bad = tl.load(poisoned + z) != 0
@@ -131,7 +178,7 @@ def _asa_finish_rows_kernel(
         tl.store(dbeta + row, tl.where(bad, float("nan"), du), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_columns_kernel(
     partial_k, partial_v, q, k, v, do, words, lse_kept2, delta, poisoned, order, place, local, dk, dv,
     words_stride, scale, scale2, heads, zs, per_image, n, padded, height, width, dim, dim_v,
@@ -169,8 +216,9 @@ def _asa_finish_columns_kernel(
             at_row = z * padded + at
             q_i = tl.load(q + at_row[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
             do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
-            s = tl.sum(q_i * k_j, 1) * scale2
-            weight = tl.where(new, tl.exp2(tl.where(new, s - tl.load(lse_kept2 + at_row), 0)), 0)
+            s = tl.sum(q_i * k_j, 1)
+            gap = tl.fma(s, scale2, -tl.load(lse_kept2 + at_row))
+            weight = tl.where(new, tl.exp2(tl.where(new, gap, 0)), 0)
             ds = tl.where(new, weight * (tl.sum(do_i * v_j, 1) - tl.load(delta + at_row)), 0)
             acc_k += ds[:, None] * q_i
             acc_v += weight[:, None] * do_i

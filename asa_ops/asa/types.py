@@ -72,7 +72,7 @@ class Saved(NamedTuple):
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.
     rest: Tensor  # [.., N_q, Dv] what rounding took from out
-    lse_kept2: Tensor  # [.., N_q] lse_kept in base 2, not rounded again
+    base2: Tensor  # [.., 2, N_q] lse and lse_kept in base 2, not rounded again
 
     @classmethod
     def new(
@@ -94,5 +94,5 @@ class Saved(NamedTuple):
             bits=query.new_empty(*rows[:2], strips, columns if keep_bits else 0, dtype=torch.uint8),
             local=query.new_empty(*rows, window, dtype=torch.bool),
             rest=query.new_empty(*rows, value.shape[3] if keep_more and query.dtype != inputs.precision else 0),
-            lse_kept2=query.new_empty(*rows[:2], rows[2] if keep_more else 0, dtype=inputs.precision),
+            base2=query.new_empty(*rows[:2], 2, rows[2] if keep_more else 0, dtype=inputs.precision),
         )

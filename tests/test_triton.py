@@ -1,0 +1,369 @@
+"""The Triton kernels in Triton's interpreter: float32 and float16 (it gets bfloat16 wrong), tiny and ragged sizes.
+
+What every implementation must do is in test_implementations.py; here is what these kernels are made of, and every
+option against the reference under other block sizes than the interpreter's own.
+"""
+
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, Case, make, named, with_grad
+from compare import check_against_reference, check_error, survivors
+
+from asa_ops import asa_attention, dispatch, triton_support
+from asa_ops.asa import triton as asa
+from asa_ops.asa import triton_configs
+from asa_ops.asa.triton_configs import Config
+from asa_ops.asa.types import Inputs, Options, Saved
+
+triton = pytest.importorskip("triton")
+tl = pytest.importorskip("triton.language")
+tiles = pytest.importorskip("asa_ops.asa.triton_tiles")
+pytestmark = pytest.mark.skipif(not triton_support.interpreted(), reason="not in Triton's interpreter")
+
+# In float16 what differs from float32, the others with `make test-all`.
+HALF = ("plain", "topk", "wide_values", "mixed")
+LEARNING = ("plain", "one_way", "more_keys", "padding_topk", "mixed")
+
+
+def each(names: tuple, quick: tuple):
+    """The named cases, those not in ``quick`` marked slow; the interpreter's time goes with the number of heads."""
+    rows = []
+    for name in names:
+        heads = named(name).heads if name in ("plain", "head_thresholds") else 1
+        case = named(name, heads=heads)
+        rows.append(pytest.param(case, id=name, marks=[] if name in quick else [pytest.mark.slow]))
+    return pytest.mark.parametrize("case", rows)
+
+
+ALL = tuple(case.name for case in CASES)
+QUICK = tuple(name for name in ALL if name != "window_wider_than_map")
+
+
+@each(ALL, quick=QUICK)
+def test_float32_equals_reference(case):
+    check_against_reference("triton", *make(case, torch.float32))
+
+
+@each(ALL, quick=HALF)
+def test_float16_equals_reference(case):
+    check_against_reference("triton", *make(case, torch.float16))
+
+
+def threshold_gradients(case, dtype, band=2.0, offset=0.0):
+    """Check dalpha and dbeta under the error rule, survivors being the same in every precision."""
+    inputs, options = make(case, dtype)
+    inputs[2] += offset
+    kept = survivors("triton", inputs, options)
+    exact_inputs = [x if x is None else x.double() for x in inputs]
+    assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64)
+
+    def run(name, precision):
+        leaves = with_grad([x if x is None else x.to(precision) for x in inputs])
+        learn = {"threshold_grad": "straight_through", "threshold_band": band}
+        out = asa_attention(*leaves, **options, **learn, impl=name)
+        thresholds = [x for x in leaves[3:] if x is not None]
+        return torch.autograd.grad(out, thresholds, grad_out.to(precision))
+
+    eager, exact = run("reference", dtype), run("reference", torch.float64)
+    for ours, yardstick, truth in zip(run("triton", dtype), eager, exact, strict=True):
+        check_error("threshold gradient", ours, yardstick, truth, torch.finfo(dtype).eps)
+        assert truth.numel() == 0 or truth.abs().max() > 0
+
+
+@each(tuple(c.name for c in CASES if c.alpha not in (None, "zero", "inf") and c.batch), quick=LEARNING)
+def test_threshold_gradients(case):
+    threshold_gradients(case, torch.float32, band=1.3)
+
+
+def test_threshold_gradients_in_half_precision():
+    """An offset of the values cancels in what an admitted pair changes: delta must not come from a rounded output."""
+    threshold_gradients(named("plain", dim=16, dim_v=8), torch.float16, offset=10.0)
+
+
+# Other block sizes: of every kernel, as on a GPU but smaller.
+
+LARGE = Case("large", grid=(13, 15), batch=1, heads=1, dim=33, dim_v=20, sharpness=3.0)
+BLOCKS = {
+    "whole_rows": Config(64, 64, 4, 1),
+    "descriptors": Config(64, 64, 4, 1, tma=True),
+    "wide_tiles": Config(128, 128, 4, 1, tma=True),
+    "narrow_tiles": Config(128, 32, 4, 1, tma=True),
+    "chunks": Config(64, 32, 4, 1, chunk=16, columns=16),
+}
+
+
+@pytest.fixture
+def blocks(request, monkeypatch):
+    """Run every kernel with one configuration, as nearly as it can."""
+    config = BLOCKS[request.param]
+    square = config._replace(block_m=min(config.block_m, config.block_n * 2), block_n=max(config.block_n, 64))
+    square = square._replace(block_m=square.block_n)
+
+    def find(kernel, *_):
+        return {"mask": square, "dt": square, "statistics": config._replace(block_n=square.block_n)}.get(kernel, config)
+
+    monkeypatch.setattr(triton_configs, "find", find)
+    return request.param
+
+
+@pytest.mark.parametrize("blocks", BLOCKS, indirect=True)
+def test_any_blocks_give_the_same(blocks):
+    check_against_reference("triton", *make(LARGE, torch.float32))
+
+
+@pytest.mark.parametrize("blocks", ["descriptors", "chunks"], indirect=True)
+@pytest.mark.parametrize("options", [{"topk": 9}, {"reciprocal": False}], ids=["topk", "one_way"])
+def test_any_blocks_give_the_same_threshold_gradients(blocks, options):
+    case = Case("learning", grid=(9, 8), batch=1, heads=1, dim=17, dim_v=6, options=options)
+    threshold_gradients(case, torch.float32)
+
+
+@pytest.mark.parametrize("name", ["plain", "dense"])
+def test_split_work_gives_the_same(monkeypatch, name):
+    """Keys of the statistics, listed blocks of all sums, dealt out among several programs."""
+    monkeypatch.setattr(asa._Problem, "splits", lambda self, programs, limit: min(3, limit))
+    check_against_reference("triton", *make(named(name, grid=(13, 15), batch=1, heads=1), torch.float32))
+
+
+def test_query_is_key_takes_one_product(monkeypatch):
+    symmetric = []
+    launch = asa.launch
+
+    def spy(kernel, *args, **constants):
+        symmetric.append(constants.get("SYMMETRIC"))
+        launch(kernel, *args, **constants)
+
+    monkeypatch.setattr(asa, "launch", spy)
+    (x, other, value, alpha, beta), options = make(named("plain"), torch.float32)
+    asa_attention(x, x, value, alpha, beta, **options, impl="triton")
+    assert True in symmetric
+    symmetric.clear()
+    asa_attention(x, other, value, alpha, beta, **options, impl="triton")
+    assert False in symmetric and True not in symmetric
+
+
+def test_repeats_bitwise():
+    inputs, options = make(named("plain"), torch.float32)
+    first = None
+    for _ in range(3):
+        leaves = with_grad(inputs)
+        out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl="triton")
+        out.square().sum().backward()
+        now = [out, *(x.grad for x in leaves)]
+        first = first or now
+        assert all(torch.equal(x, y) for x, y in zip(first, now, strict=True))
+
+
+@pytest.mark.parametrize("name", ["plain", "padding", "more_keys"])
+def test_strides_do_not_matter(name):
+    inputs, options = make(named(name), torch.float32)
+    strided = [
+        x if x is None else x.mT.contiguous().mT if x.dim() == 4 else x.repeat_interleave(2, -1)[..., ::2]
+        for x in inputs
+    ]
+    plain, other = with_grad(inputs), with_grad(inputs)
+    expected = asa_attention(*plain, **options, impl="triton")
+    out = asa_attention(*strided, **options, impl="triton")
+    assert torch.equal(out, expected)
+    grad_out = torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).mT
+    given = [i for i, x in enumerate(inputs) if x is not None]
+    expected_grads = torch.autograd.grad(expected, [plain[i] for i in given], grad_out.contiguous())
+    again = asa_attention(*other, **options, impl="triton")
+    for x, y in zip(torch.autograd.grad(again, [other[i] for i in given], grad_out), expected_grads, strict=True):
+        assert torch.equal(x, y)
+
+
+def test_thresholds_get_zero_gradients_not_none():
+    *_, alpha, beta = inputs = with_grad(make(named("plain"), torch.float32)[0])
+    asa_attention(*inputs, grid=(9, 7), impl="triton").sum().backward()
+    assert torch.equal(alpha.grad, torch.zeros_like(alpha)) and torch.equal(beta.grad, torch.zeros_like(beta))
+
+
+# The parts.
+
+
+def problem_of(case, dtype=torch.float32, learn=False):
+    inputs, options = make(case, dtype)
+    grid = options.get("grid", (0, 0))
+    inputs = Inputs(*inputs, options.get("key_padding_mask"))
+    rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True)
+    options = Options(grid, *rest, options.get("scale", inputs.query.shape[-1] ** -0.5))
+    return asa._Problem(inputs, options, learn)
+
+
+@pytest.mark.parametrize("grid", [(1, 1), (8, 8), (9, 7), (17, 19), (40, 3), (3, 40), (1, 130)], ids=str)
+def test_order_cuts_the_map_into_tiles(grid):
+    height, width = grid
+    order = problem_of(Case("order", grid=grid, batch=1, heads=1)).rows
+    n = height * width
+    tokens = order.order[0, :n].long()
+    assert sorted(tokens.tolist()) == list(range(n)) and (order.order[0, n:] == -1).all()
+    assert torch.equal(order.place[0, tokens], torch.arange(n, dtype=torch.int32)) and order.counts.item() == n
+    tiles = [(t // width // 8, t % width // 8) for t in tokens.tolist()]
+    runs = [tile for tile, previous in zip(tiles, [None, *tiles], strict=False) if tile != previous]
+    assert len(runs) == len(set(tiles)) == math.ceil(height / 8) * math.ceil(width / 8)  # each tile in one run
+
+
+def test_order_leaves_padding_out():
+    case = named("padding", grid=(40, 33))
+    problem = problem_of(case)
+    real = problem.inputs.key_padding_mask
+    assert problem.rows.counts.tolist() == real.sum(-1).tolist()
+    for image in range(case.batch):
+        count = int(real[image].sum())
+        tokens = problem.rows.order[image, :count].long()
+        assert torch.equal(tokens.sort().values, real[image].nonzero()[:, 0])
+        assert (problem.rows.order[image, count:] == -1).all()
+        assert torch.equal(problem.rows.place[image] >= 0, real[image])
+
+
+def test_arranged_tokens_are_padded_with_zeros():
+    problem = problem_of(named("plain", dim=5))
+    q = problem.q.view(2, 2, problem.rows.padded, problem.width)
+    tokens = problem.rows.order[0, :63].long()
+    assert torch.equal(q[:, :, :63, :5], problem.inputs.query[:, :, tokens])
+    assert q[:, :, 63:].abs().max() == 0 and q[..., 5:].abs().max() == 0
+
+
+def test_peaks_are_never_below_the_scores_and_lists_miss_no_pair():
+    """Bits are looked for in listed tiles only; every pair of the reference must be there."""
+    case = Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=6.0, beta=None)
+    inputs, options = make(case, torch.float32)
+    found = Inputs(*inputs, None)
+    saved = Saved.new(found, Options((20, 20), 3, 0, True, 8**-0.5), asa.bits_shape(400, 400), True, True)
+    problem = asa._Problem(found, Options((20, 20), 3, 0, True, 8**-0.5), False)
+    bits = asa._forward(problem, saved)
+    words, stride, peaks, _ = problem.words_and_peaks(bits)
+    tokens = problem.rows.order[0, :400].long()
+    s = (inputs[0] @ inputs[1].mT * 8**-0.5)[0, 0][tokens][:, tokens] / math.log(2)
+    padded = problem.rows.padded
+    peaks = peaks[0, : padded // 64 * padded].view(-1, padded)[:, :400].float()
+    blocks = torch.nn.functional.pad(s, (0, padded - 400), value=-torch.inf).unflatten(-1, (-1, 64)).amax(-1).mT
+    there = blocks > -torch.inf
+    assert (peaks >= blocks)[there].all() and (peaks - blocks)[there].max() < 0.1
+    flags = asa._occupied(problem, words, stride)[0]
+    kept = survivors("reference", inputs, options)[0, 0][tokens][:, tokens]
+    kept = torch.nn.functional.pad(kept, (0, padded - 400, 0, padded - 400))
+    tiles = kept.unflatten(0, (-1, 64)).unflatten(-1, (-1, 64)).any(-1).any(1)
+    assert torch.equal(flags != 0, tiles) and not tiles.all(), "some tiles are empty, or nothing is shown"
+
+
+@pytest.mark.parametrize("topk", [1, 7, 99, 100])
+def test_topk_is_exact_with_ties(topk):
+    """Small integers: many scores tie, and all that tie with the k-th largest are kept."""
+    query = torch.randint(-3, 4, (1, 1, 100, 4)).float()
+    key = torch.randint(-3, 4, (1, 1, 100, 4)).float()
+    options = {"topk": topk, "reciprocal": False, "scale": 1.0}
+    kept = survivors("triton", [query, key, key, None, None], options)
+    s = query @ key.mT
+    assert torch.equal(kept, s >= s.topk(topk).values[..., -1:])
+
+
+def test_topk_of_huge_tiny_and_negative_scores():
+    key = torch.tensor([3e38, 1e-38, 0.0, -1e-38, -3e38, 1.0, -1.0])[None, None, :, None]
+    for k in range(1, 8):
+        options = {"topk": k, "reciprocal": False, "scale": 1.0}
+        kept = survivors("triton", [torch.full((1, 1, 1, 1), 0.5), key, key, None, None], options)
+        assert torch.equal(kept, 0.5 * key.mT >= (0.5 * key.mT).topk(k).values[..., -1:])
+
+
+@triton.jit
+def round_trip(pairs, rows, columns, counts, back, other, N: tl.constexpr, M: tl.constexpr):
+    at = tl.arange(0, N)[:, None] * M + tl.arange(0, M)[None, :]
+    kept = tl.load(pairs + at) != 0
+    of_rows = tiles.pack_rows(kept, N, M)
+    tl.store(rows + tl.arange(0, M // 32)[None, :] * N + tl.arange(0, N)[:, None], of_rows)
+    tl.store(counts + tl.arange(0, N), tl.sum(tiles.count_bits(of_rows), 1))
+    of_columns = tiles.pack_columns(kept, N, M)
+    tl.store(columns + tl.arange(0, N // 32)[:, None] * M + tl.arange(0, M)[None, :], of_columns)
+    tl.store(back + at, tiles.words_by_rows(rows, 0, 0, N, N, M).to(tl.uint8))
+    tl.store(other + at, tiles.words_by_columns(columns, 0, 0, M, N, M).to(tl.uint8))
+
+
+def test_bits_are_packed_and_counted():
+    """32 x 64 random pairs to words of rows and of columns, and back."""
+    pairs = (torch.rand(32, 64) < 0.5).to(torch.uint8)
+    rows, columns = torch.zeros(2, 32, dtype=torch.int32), torch.zeros(1, 64, dtype=torch.int32)
+    counts, back, other = torch.zeros(32, dtype=torch.int32), torch.zeros_like(pairs), torch.zeros_like(pairs)
+    round_trip[(1,)](pairs, rows, columns, counts, back, other, N=32, M=64)
+    assert torch.equal(back, pairs) and torch.equal(other, pairs)
+    assert torch.equal(counts, pairs.sum(-1, dtype=torch.int32))
+
+
+# Which calls they take, and what is said of the others.
+
+
+def test_float64_and_large_head_dims_are_refused():
+    x = torch.randn(1, 1, 9, 8)
+    with pytest.raises(RuntimeError, match=r"not float64: impl='reference' does"):
+        asa_attention(x.double(), x.double(), x.double(), impl="triton")
+    wide = torch.randn(1, 1, 9, 257)
+    for tensors in ((wide, wide, x), (x, x, wide)):
+        with pytest.raises(RuntimeError, match="head dims up to 256, got 257"):
+            asa_attention(*tensors, impl="triton")
+
+
+@pytest.mark.parametrize("state", ["missing", "old"])
+def test_a_missing_or_old_triton_is_named(monkeypatch, state):
+    """As on a CUDA machine: tensors there cannot be had here, so the call is made of its description."""
+    if state == "missing":
+        monkeypatch.setitem(sys.modules, "triton", None)
+        expected = r"Triton >= 3.6 is needed, and importing triton fails \(.*\): pip install triton"
+    else:
+        monkeypatch.setattr(triton, "__version__", "3.4.0")
+        expected = "Triton >= 3.6 is needed, this is 3.4.0"
+    for cached in (triton_support.why_no_triton, triton_support.interpreted, triton_support._why_not_on):
+        monkeypatch.setattr(triton_support, cached.__name__, cached.__wrapped__)
+    call = dispatch.Call("asa_attention", "asa", torch.device("cuda"), torch.bfloat16, 64)
+    with pytest.raises(RuntimeError, match=expected):
+        dispatch.resolve(call, "triton")
+    assert dispatch.resolve(call, "auto") == "blocked"
+
+
+def test_every_kernel_has_a_configuration_everywhere():
+    for arch in (80, 90, 100):
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for dim in (1, 16, 64, 65, 128, 129, 256):
+                found = {kernel: triton_configs.find(kernel, dim, dtype, arch) for kernel in triton_configs.KERNELS}
+                either = found.pop("dkv") or (found["dk"] and found["dv"])
+                assert either
+                assert all(found[k] for k in found if k not in ("dk", "dv")), (arch, dtype, dim)
+                for kernel, config in found.items():
+                    if config is None:
+                        continue
+                    assert 64 <= config.block_m <= 128 and 128 % config.block_n == 0
+                    assert config.block_n >= 64 or kernel not in ("statistics", "topk")
+                    # One descriptor serves both sides of such tiles, and whole rows.
+                    assert config.block_m == config.block_n or kernel not in ("mask", "dt") or not config.tma
+                    assert config.block_m == config.block_n or kernel != "mask"
+                    assert not config.tma or config.chunk >= 256 or kernel in ("mask", "dt")
+
+
+KERNELS_SCRIPT = Path(__file__).parents[1] / "bench" / "kernels.py"
+
+
+def compile_kernels(*options: str) -> str:
+    """Run bench/kernels.py as `make kernels` does, outside the interpreter; return its output."""
+    import os
+
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(
+        [sys.executable, KERNELS_SCRIPT, *options], capture_output=True, text=True, env=environment, check=False
+    )
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    return run.stdout
+
+
+def test_kernels_keep_to_their_budget_at_head_dim_256_on_hopper():
+    assert "\nOK: " in compile_kernels("--quick")
+
+
+@pytest.mark.slow
+def test_all_kernels_keep_to_their_budget():
+    assert "\nOK: " in compile_kernels()
