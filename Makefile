@@ -3,20 +3,25 @@ PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
+OUT ?= build/gpu
 SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/*/*.*)
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo test test-all sanitize lint format clean
+.PHONY: demo test test-all kernels sanitize gpu lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
 
 test: $(READY)  ## everything that must pass, in minutes
-	$(RUN) -m pytest -m "not slow" $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
 
 test-all: $(READY)  ## also what is slow
-	$(RUN) -m pytest $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+
+kernels:  ## compile every Triton kernel without a GPU and hold it to its budget, with PYTHON's triton (default: .venv's)
+	@$(if $(filter file,$(origin PYTHON)),$(MAKE) --no-print-directory $(READY))
+	PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),$(RUN),$(PYTHON)) bench/kernels.py $(ARGS)
 
 sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize
@@ -25,6 +30,9 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 	cd build/sanitize && PYTHONPATH=. LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest --capture=sys -p no:cacheprovider -m "not slow" \
 		-k "cpu and not thread and not repeats" ../../tests/test_cpu.py ../../tests/test_implementations.py
+
+gpu:  ## on a CUDA machine, with its own Python: tests, checks and timings, in minutes; OUT=folder, KEEP=1 keeps the summary
+	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(KEEP),--keep) $(ARGS)
 
 lint: $(READY)
 	$(RUN) -m ruff check .

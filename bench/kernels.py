@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from asa_ops import triton_support
 from asa_ops.asa import triton as asa
 from asa_ops.asa import triton_configs
 from asa_ops.asa.types import Inputs, Options, Saved
@@ -37,6 +38,7 @@ ASYNC_COPIES = r"\b(LDGSTS|UTMALDG)\b"
 
 # Spilled stores that sm_80, with its smaller tiles, is known to need. Everything not named here must have none.
 SPILL_CEILING = {
+    ("finish_rows", 64, 80): 1,
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
 }
 
@@ -46,7 +48,9 @@ CALLS = {  # name: (arguments of the call, thresholds learn)
     "topk": ({"topk": 16}, True),
     "one_way": ({"reciprocal": False}, True),
     "symmetric": ({"symmetric": True}, False),
-    "dense": ({"thresholds": False}, False),
+    "dense": ({"alpha": False, "beta": False}, False),
+    "window_only": ({"alpha": False}, True),
+    "topk_alone": ({"alpha": False, "beta": False, "topk": 16}, True),
 }
 
 
@@ -122,9 +126,9 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
     torch.set_float32_matmul_precision(precision)
     try:
         with (
-            mock.patch.object(asa, "launch", launch),
-            mock.patch.object(asa, "architecture", lambda device: arch),
-            mock.patch.object(asa, "processors", lambda device: 132),
+            mock.patch.object(triton_support, "launch", launch),
+            mock.patch.object(triton_support, "architecture", lambda device: arch),
+            mock.patch.object(triton_support, "processors", lambda device: 132),
         ):
             for options, learn in CALLS.values():
                 _call(dim, dtype, learn, **options)
@@ -133,14 +137,15 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
     return found
 
 
-def _call(dim, dtype, learn, topk=0, reciprocal=True, symmetric=False, thresholds=True) -> None:
+def _call(dim, dtype, learn, topk=0, reciprocal=True, symmetric=False, alpha=True, beta=True) -> None:
     """Go through a forward and a backward call on tensors without memory."""
     height = width = 64
     n = height * width
     query = torch.empty(2, 2, n, dim, dtype=dtype, device="meta")
     key = query if symmetric else torch.empty_like(query)
-    threshold = torch.empty(2, 2, n, dtype=torch.float32, device="meta") if thresholds else None
-    inputs = Inputs(query, key, torch.empty_like(query), threshold, threshold, None)
+    threshold = torch.empty(2, 2, n, dtype=torch.float32, device="meta")
+    thresholds = (threshold if given else None for given in (alpha, beta))
+    inputs = Inputs(query, key, torch.empty_like(query), *thresholds, None)
     options = Options((height, width), 3, topk, reciprocal, 0.1)
     saved = Saved.new(inputs, options, asa.bits_shape(n, n), keep_bits=True, keep_more=True)
     asa.fwd(inputs, options, saved, learn)

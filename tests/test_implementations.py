@@ -5,11 +5,12 @@ import torch
 from cases import CASES, Case, each_case, make, named, with_grad
 from compare import check_against_reference, check_error, survivors
 
-from asa_ops import asa_attention
+from asa_ops import asa_attention, triton_support
 from asa_ops.asa import blocked
 from asa_ops.bits import bit_columns, pack_bits, unpack_bits
 
 IMPLEMENTATIONS = ["blocked", "cpu"]
+INTERPRETED = ["triton"] if triton_support.interpreted() else []  # with a GPU there is test_gpu.py
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
@@ -20,7 +21,7 @@ def everywhere(names: str = "", values: tuple = (), quick: tuple | None = None):
     """
     rows = []
     chosen = [x if isinstance(x, tuple) else (x,) for x in quick or ()]
-    for impl in ("reference", *IMPLEMENTATIONS, "triton"):
+    for impl in ("reference", *IMPLEMENTATIONS, *INTERPRETED):
         for value in values or ((),):
             value = value if isinstance(value, tuple) else (value,)
             later = impl == "triton" and quick is not None and value not in chosen
@@ -310,6 +311,16 @@ def test_tiny_thresholds_do_not_underflow(impl):
     query = torch.ones(1, 1, 1, 1)
     _, stats = asa_attention(query, s, s, alpha, reciprocal=False, scale=1, impl=impl, return_stats=True)
     assert stats.survivors.item() == 2
+
+
+@everywhere("size,reciprocal", ((10.0, True), (10.0, False), (300.0, True), (300.0, False)))
+def test_scores_far_below_zero(impl, size, reciprocal):
+    """Equal scores weigh the same wherever they lie: here -283 and -254,558, below whatever stands for no score."""
+    query = torch.full((1, 1, 70, 8), size)
+    value, alpha = torch.randn_like(query), torch.full((1, 1, 70), 0.5)
+    out, stats = asa_attention(query, -query, value, alpha, reciprocal=reciprocal, impl=impl, return_stats=True)
+    assert (stats.survivors == 70).all()
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
 
 
 @everywhere()

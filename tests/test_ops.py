@@ -11,12 +11,12 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from asa_ops import asa_attention, nn, reciprocal_neighbors
+from asa_ops import asa_attention, nn, reciprocal_neighbors, triton_support
 from asa_ops.asa import ops
 from asa_ops.asa.types import Saved
 
 LEARN = {"threshold_grad": "straight_through"}
-EVERY_IMPL = ["reference", "blocked", "cpu", "triton"]
+EVERY_IMPL = ["reference", "blocked", "cpu", *(["triton"] if triton_support.interpreted() else [])]
 KERNELS = EVERY_IMPL[1:]
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 CONTRACT_CASES = [named(name) for name in ("plain", "topk", "one_way", "padding", "dense", "more_keys", "alpha_only")]
@@ -303,7 +303,7 @@ def test_only_out_requires_grad():
 
 def test_inference_keeps_no_bits():
     inputs, options = make(named("plain"), torch.float32)
-    for impl, columns in (("blocked", 8), ("triton", 1280)):
+    for impl, columns in (("blocked", 8), ("triton", 1280))[: len(KERNELS) - 1]:
         saved = Saved(*ops.asa_fwd(*op_arguments(inputs, options, keep_bits=False, impl=impl)))
         assert saved.bits.shape[-1] == saved.rest.shape[-1] == saved.base2.shape[-1] == 0 and saved.local.shape[-1] == 9
         assert Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl=impl))).bits.shape[-1] == columns

@@ -23,6 +23,9 @@ from asa_ops.asa.types import Inputs, Options, Saved
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 tiles = pytest.importorskip("asa_ops.asa.triton_tiles")
+arrange = pytest.importorskip("asa_ops.asa.triton_arrange")
+plan = pytest.importorskip("asa_ops.asa.triton_plan")
+forward = pytest.importorskip("asa_ops.asa.triton_fwd").forward
 pytestmark = pytest.mark.skipif(not triton_support.interpreted(), reason="not in Triton's interpreter")
 
 # In float16 what differs from float32, the others with `make test-all`.
@@ -127,19 +130,19 @@ def test_any_blocks_give_the_same_threshold_gradients(blocks, options):
 @pytest.mark.parametrize("name", ["plain", "dense"])
 def test_split_work_gives_the_same(monkeypatch, name):
     """Keys of the statistics, listed blocks of all sums, dealt out among several programs."""
-    monkeypatch.setattr(asa._Problem, "splits", lambda self, programs, limit: min(3, limit))
+    monkeypatch.setattr(arrange.Problem, "splits", lambda self, programs, limit: min(3, limit))
     check_against_reference("triton", *make(named(name, grid=(13, 15), batch=1, heads=1), torch.float32))
 
 
 def test_query_is_key_takes_one_product(monkeypatch):
     symmetric = []
-    launch = asa.launch
+    launch = triton_support.launch
 
     def spy(kernel, *args, **constants):
         symmetric.append(constants.get("SYMMETRIC"))
         launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(asa, "launch", spy)
+    monkeypatch.setattr(triton_support, "launch", spy)
     (x, other, value, alpha, beta), options = make(named("plain"), torch.float32)
     asa_attention(x, x, value, alpha, beta, **options, impl="triton")
     assert True in symmetric
@@ -194,7 +197,7 @@ def problem_of(case, dtype=torch.float32, learn=False):
     inputs = Inputs(*inputs, options.get("key_padding_mask"))
     rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True)
     options = Options(grid, *rest, options.get("scale", inputs.query.shape[-1] ** -0.5))
-    return asa._Problem(inputs, options, learn)
+    return arrange.Problem(inputs, options, learn)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (8, 8), (9, 7), (17, 19), (40, 3), (3, 40), (1, 130)], ids=str)
@@ -237,17 +240,17 @@ def test_peaks_are_never_below_the_scores_and_lists_miss_no_pair():
     inputs, options = make(case, torch.float32)
     found = Inputs(*inputs, None)
     saved = Saved.new(found, Options((20, 20), 3, 0, True, 8**-0.5), asa.bits_shape(400, 400), True, True)
-    problem = asa._Problem(found, Options((20, 20), 3, 0, True, 8**-0.5), False)
-    bits = asa._forward(problem, saved)
-    words, stride, peaks, _ = problem.words_and_peaks(bits)
+    problem = arrange.Problem(found, Options((20, 20), 3, 0, True, 8**-0.5), False)
+    forward(problem, saved)
+    bits = problem.bits(saved.bits)
     tokens = problem.rows.order[0, :400].long()
     s = (inputs[0] @ inputs[1].mT * 8**-0.5)[0, 0][tokens][:, tokens] / math.log(2)
     padded = problem.rows.padded
-    peaks = peaks[0, : padded // 64 * padded].view(-1, padded)[:, :400].float()
+    peaks = bits.peaks[0, : padded // 64 * padded].view(-1, padded)[:, :400].float()
     blocks = torch.nn.functional.pad(s, (0, padded - 400), value=-torch.inf).unflatten(-1, (-1, 64)).amax(-1).mT
     there = blocks > -torch.inf
     assert (peaks >= blocks)[there].all() and (peaks - blocks)[there].max() < 0.1
-    flags = asa._occupied(problem, words, stride)[0]
+    flags = plan.find_occupied(problem, bits)[0]
     kept = survivors("reference", inputs, options)[0, 0][tokens][:, tokens]
     kept = torch.nn.functional.pad(kept, (0, padded - 400, 0, padded - 400))
     tiles = kept.unflatten(0, (-1, 64)).unflatten(-1, (-1, 64)).any(-1).any(1)

@@ -5,10 +5,21 @@ map is cut into tiles of 8 x 8. Real positions come first, padding is left out; 
 is zero.
 """
 
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from .. import triton_support as support
+from . import triton_configs
+from .triton import PAD, bits_shape, padded_length
 from .triton_tiles import SCALARS, image_of
+from .types import Inputs, Options, Saved
 
 
 @triton.jit
@@ -112,3 +123,170 @@ def _asa_arrange_gradient_kernel(
     tl.store(live + (z * padded + p)[:, None] * DIM + d[None, :], g)
     tl.store(lse_kept2 + z * padded + p, tl.load(base2 + (2 * z + 1) * n + token, mask=real, other=float("inf")))
     tl.atomic_max(poisoned + z, tl.max((spoilt & real).to(tl.int32), 0))
+
+
+LOG2_E = math.log2(math.e)
+MAX_SPLITS = 4  # parts of a sum, each of which takes memory
+
+
+def _one_tensor(x: Tensor, y: Tensor) -> bool:
+    """Whether x and y are the same numbers in memory (autograd may hand one tensor over as two objects)."""
+    return x is y or (x.data_ptr() == y.data_ptr() != 0 and x.shape == y.shape and x.stride() == y.stride())
+
+
+@dataclass
+class Order:
+    """In which order the tokens of every image stand; the same for all images where there is no padding."""
+
+    n: int
+    padded: int
+    order: Tensor  # int32 [images, padded] token at a position, -1 where there is none
+    place: Tensor  # int32 [images, n] position of a token, -1 for padding
+    counts: Tensor  # int32 [images] real tokens
+    per_image: int  # 1: images differ, 0: one for all
+
+    @classmethod
+    def new(cls, n: int, grid: tuple[int, int], real: Tensor | None, like: Tensor) -> "Order":
+        images = 1 if real is None else real.shape[0]
+        height, width = grid if 0 not in grid else (1, n)
+        padded = padded_length(n)
+        order = like.new_full((images, padded), -1, dtype=torch.int32)
+        place = like.new_empty((images, n), dtype=torch.int32)
+        counts = like.new_empty((images,), dtype=torch.int32)
+        mask = None if real is None else real.contiguous().view(torch.uint8)
+        programs = (images, 1) if real is not None else (1, padded // PAD)
+        support.launch(
+            _asa_order_kernel, programs, mask, order, place, counts, height, width, n, padded,
+            HAS_PADDING=real is not None, BLOCK=1024 if real is not None else PAD,
+        )  # fmt: skip
+        return cls(n, padded, order, place, counts, int(real is not None))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How products of float32 are formed: as torch's own."""
+    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+
+
+class Problem:
+    """A call: its tensors as the kernels want them, and what all launches have in common."""
+
+    def __init__(self, inputs: Inputs, options: Options, learn_thresholds: bool):
+        query, key, value, alpha, beta, key_padding_mask = inputs
+        self.inputs, self.options = inputs, options
+        self.heads, self.dtype, self.device = query.shape[1], query.dtype, query.device
+        self.zs = query.shape[0] * query.shape[1]
+        self.dim, self.dim_v = query.shape[3], value.shape[3]
+        self.width, self.width_v = (max(16, 1 << max(d - 1, 0).bit_length()) for d in (self.dim, self.dim_v))
+        self.scale, self.scale2 = options.scale, options.scale * LOG2_E
+        self.has_bits = alpha is not None or options.topk > 0
+        self.dense = not self.has_bits and beta is None
+        self.mutual = options.reciprocal
+        self.window = 0 if beta is None else options.window
+        self.has_topk = 0 < options.topk < key.shape[2]
+        # Threshold gradients ask for A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
+        self.one_way_bits = learn_thresholds and self.mutual and alpha is not None
+        self.strides = [(0, 0, 0) if x is None else self._threshold_strides(x) for x in (alpha, beta)]
+
+        head_dim = max(self.width, self.width_v)
+        self.block, self.warps = triton_configs.rows_at_a_time(head_dim, support.architecture(self.device))
+
+        self.keys = Order.new(key.shape[2], options.grid, key_padding_mask, query)
+        same = query.shape[2] == key.shape[2]
+        self.rows = self.keys if same else Order.new(query.shape[2], (0, 0), None, query)
+        if not same and self.keys.per_image:  # one order of rows for every image, where kernels expect one each
+            rows, batch = self.rows, query.shape[0]
+            each = (x.expand(batch, *x.shape[1:]).contiguous() for x in (rows.order, rows.place, rows.counts))
+            self.rows = Order(rows.n, rows.padded, *each, 1)
+        self.per_image = self.keys.per_image
+        self.do = None
+        self.broken = query.new_empty((self.zs, self.keys.padded // 32), dtype=torch.int32)
+        self.q = self._arrange(query, self.rows, self.width)
+        self.k = self.q if same and _one_tensor(query, key) else self._arrange(key, self.keys, self.width)
+        self.v = self._arrange(value, self.keys, self.width_v, clean=True)
+
+    def _threshold_strides(self, x: Tensor) -> tuple[int, int, int]:
+        return x.stride(0), x.stride(1) if x.shape[1] > 1 else 0, x.stride(2)
+
+    def _arrange(self, x: Tensor, order: Order, width: int, clean: bool = False) -> Tensor:
+        out = x.new_empty((self.zs * order.padded, width))
+        block = max(self.block, 32)
+        support.launch(
+            _asa_arrange_kernel, (self.zs * order.padded // block,), x, out, self.broken, order.order,
+            *x.stride(), self.heads, order.per_image, order.padded, x.shape[3], DIM=width, BLOCK=block, CLEAN=clean,
+            warps=self.warps,
+        )  # fmt: skip
+        return out
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.q.new_empty(shape, dtype=dtype)
+
+    def row_programs(self, order: Order) -> tuple[int]:
+        """Return the grid of a kernel that takes ``block`` rows a program."""
+        return (self.zs * order.padded // self.block,)
+
+    def config(self, kernel: str) -> triton_configs.Config | None:
+        dim, arch = max(self.width, self.width_v), support.architecture(self.device)
+        return triton_configs.find(kernel, dim, self.dtype, arch, self.one_way_bits)
+
+    def tiles(self, config: triton_configs.Config, **columns: int):
+        """Return arranged tensors as a kernel loads them: q=(rows, columns) and so on, by descriptor or by pointer."""
+        tensors = {"q": self.q, "k": self.k, "v": self.v, "do": self.do}
+        if not config.tma:
+            return [tensors[name] for name in columns]
+        return [TensorDescriptor.from_tensor(tensors[name], list(block)) for name, block in columns.items()]
+
+    def splits(self, programs: int, limit: int) -> int:
+        """Return into how many parts to cut each program's work so that waves of programs fill the device."""
+        slots = support.processors(self.device)
+
+        def time(parts: int) -> float:
+            return math.ceil(programs * parts / slots) / parts + 0.02 * parts
+
+        return min(range(1, limit + 1), key=time)
+
+    def common(self, config: triton_configs.Config) -> dict:
+        return {"PRECISION": _precision(self.dtype), "TMA": config.tma, "warps": config.warps, "stages": config.stages}
+
+    def new_bits(self) -> Tensor:
+        """Allocate the bits of all heads where they are not to be kept."""
+        return self.new(self.zs, *bits_shape(self.rows.n, self.keys.n), dtype=torch.uint8)
+
+    def bits(self, memory: Tensor) -> "Bits":
+        """Return bits [zs or B, heads, ...] in their parts."""
+        flat = memory.view(self.zs, -1)
+        size = self.keys.padded // 8 * self.rows.padded
+        words, peaks = flat.view(torch.int32), flat[:, size:].view(torch.float16)
+        return Bits(words[:, : size // 4], words.stride(0), peaks, peaks.stride(0))
+
+    def arrange_gradient(self, do: Tensor, saved: Saved) -> "RowGradients":
+        """Arrange the gradient of the output, as ``self.do``, and what goes with it."""
+        self.do = self.q.new_empty((self.zs * self.rows.padded, self.width_v))
+        delta, lse_kept2 = (self.new(self.zs, self.rows.padded) for _ in range(2))
+        poisoned = self.q.new_zeros((self.zs,), dtype=torch.int32)
+        support.launch(
+            _asa_arrange_gradient_kernel, (self.zs * self.rows.padded // self.block,), do, saved.out, saved.rest,
+            saved.base2, saved.survivors, self.rows.order, self.do, delta, lse_kept2, poisoned, *do.stride(),
+            self.heads, self.per_image, self.rows.n, self.rows.padded, self.dim_v, DIM=self.width_v, BLOCK=self.block,
+            HAS_REST=saved.rest.shape[-1] > 0, PRECISION=_precision(self.dtype), warps=self.warps,
+        )  # fmt: skip
+        return RowGradients(delta, lse_kept2, poisoned)
+
+
+class Bits(NamedTuple):
+    """Pairs as bits, and block maxima of the scores, each with its stride from head to head."""
+
+    words: Tensor  # int32 [zs, keys / 32 * rows]
+    stride: int
+    peaks: Tensor  # float16
+    peaks_stride: int
+
+
+NO_BITS = Bits(None, 0, None, 0)
+
+
+class RowGradients(NamedTuple):
+    """What the backward needs to know of rows, arranged: [zs, padded], ``poisoned`` [zs]."""
+
+    delta: Tensor  # <do_i, out_i>
+    lse_kept2: Tensor  # log-sum-exp over survivors in base 2; inf at padding
+    poisoned: Tensor  # whether a row of the head has the output NaN

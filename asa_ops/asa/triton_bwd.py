@@ -5,10 +5,29 @@ a row's survivors in base 2, ``delta_i`` = <do_i, out_i>. Pairs that survive onl
 ``triton_window_bwd``, which also sums the parts written here.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .triton_tiles import SCALARS, image_of, load_tile, load_whole, pairs_of_tile, product, some_columns
+from .. import triton_support as support
+from .triton_arrange import MAX_SPLITS, NO_BITS, Bits, Problem, RowGradients
+from .triton_fwd import keep_everybody
+from .triton_plan import Thresholds, find_occupied, find_thresholds, list_blocks
+from .triton_tiles import (
+    SCALARS,
+    admission_weight,
+    image_of,
+    load_tile,
+    load_whole,
+    pairs_of_tile,
+    product,
+    some_columns,
+    step_derivative,
+)
+from .triton_window import RowFindings
+from .triton_window_bwd import NO_PARTS, Parts, finish_columns, finish_rows, settle_delta
+from .types import Saved
 
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -122,22 +141,6 @@ def _asa_dkv_kernel(
         tl.store(partial_v + at * DIM_V + (chunk * COLUMNS_V + tl.arange(0, COLUMNS_V))[None, :], dv)
 
 
-@triton.jit
-def admission_weight(gap2, kept, empty):
-    """c_ij of ``asa_ops.asa`` from s_ij - lse_kept_i in base 2: to first order the weight a pair has or would have."""
-    weight = tl.exp2(tl.where(kept, gap2, -tl.abs(gap2)))
-    # The logistic function from the exponential of what is not positive.
-    logistic = tl.where(gap2 > 0, 1, weight) / (1 + weight)
-    return tl.where(empty, 1, tl.where(kept, weight, logistic))
-
-
-@triton.jit
-def step_derivative(z, band):
-    """d(z): a triangle of half width ``band`` and area 1; 0 at infinite distance."""
-    height = 1 - tl.abs(z) / band
-    return tl.where(height > 0, height, 0) / band
-
-
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dt_kernel(
     q, k, v, do, lists, lengths, words, lse2, cut2, kappa2, lse_kept2, delta, order, key_counts, partial,
@@ -212,3 +215,105 @@ def _asa_dt_kernel(
         step = step_derivative((tl.fma(s, scale2, -lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
         acc += tl.sum(tl.where(counts & (step > 0), step * offer, 0), 1)
     tl.store(partial + split * tl.cast(zs, tl.int64) * padded + rows, acc)
+
+
+def backward(problem: Problem, do: Tensor, saved: Saved, band: float | None, tokens: tuple, learning: tuple) -> None:
+    """Write ``tokens``, the gradients dq, dk, dv, and ``learning``, dalpha and dbeta, each where it is not None."""
+    row = problem.arrange_gradient(do, saved)
+    memory = problem.new_bits() if problem.dense else saved.bits
+    sums_q = sums_k = sums_v = sums_t = NO_PARTS
+    bits, thresholds = NO_BITS, None
+    if memory.shape[-1]:
+        bits = problem.bits(memory)
+        if problem.dense:
+            unused = problem.q.new_empty((3, problem.zs, problem.rows.padded), dtype=torch.int32)
+            keep_everybody(problem, bits, RowFindings(unused[0].view(torch.float32), *unused[1:]), unused[:0])
+        flags = find_occupied(problem, bits)
+        if problem.dtype == torch.float32:
+            settle_delta(problem, saved, bits, row, _sum_rows(problem, flags, bits, row, residual=True))
+        sums_q = _sum_rows(problem, flags, bits, row)
+        sums_k, sums_v = _sum_columns(problem, flags, bits, row)
+        if learning[0] is not None:
+            thresholds = find_thresholds(problem, saved, bits, None, band)
+            sums_t = _sum_thresholds(problem, flags, bits, row, thresholds, band)
+    elif problem.dtype == torch.float32:
+        settle_delta(problem, saved, bits, row, NO_PARTS)
+    finish_rows(problem, saved, bits, row, thresholds, band, sums_q, sums_t, tokens[0], *learning)
+    finish_columns(problem, saved, bits, row, sums_k, sums_v, *tokens[1:])
+
+
+def _sum_rows(problem: Problem, flags: Tensor, bits: Bits, row: RowGradients, residual: bool = False) -> Parts:
+    """Return dq / scale over neighbours, [splits, zs * padded, D]; ``residual``: what delta misses, without D."""
+    config = problem.config("dq")
+    rows, keys, zs = problem.rows, problem.keys, problem.zs
+    m, n = config.block_m, config.block_n
+    blocks = rows.padded // m
+    chunk, chunk_v = min(config.chunk, problem.width), min(config.chunk, problem.width_v)
+    columns = min(config.columns, problem.width)
+    lists = list_blocks(problem, flags, flags, config, rows=True)
+    parts = 1 if residual else problem.width // columns
+    splits = problem.splits(zs * blocks * parts, MAX_SPLITS)
+    partial = problem.new(splits, zs * rows.padded, *(() if residual else (problem.width,)))
+    support.launch(
+        _asa_dq_kernel, (zs * blocks, splits, parts),
+        *problem.tiles(config, q=(m, chunk), k=(n, chunk), v=(n, chunk_v), do=(m, chunk_v)), lists.lists, lists.lengths,
+        bits.words, row.lse_kept2, row.delta, partial, bits.stride, problem.scale2, zs, rows.padded, keys.padded,
+        lists.others, splits, BLOCK_M=m, BLOCK_N=n, DIM=problem.width, DIM_V=problem.width_v, CHUNK=chunk,
+        CHUNK_V=chunk_v, COLUMNS=columns, BY_COLUMNS=problem.one_way_bits, RESIDUAL=residual, **problem.common(config),
+    )  # fmt: skip
+    return Parts(partial, splits)
+
+
+def _sum_columns(problem: Problem, flags: Tensor, bits: Bits, row: RowGradients) -> tuple[Parts, Parts]:
+    """Return dk / scale and dv over neighbours, [splits, zs * padded, D or Dv]: by one kernel if it fits, or two."""
+    rows, keys, zs = problem.rows, problem.keys, problem.zs
+    fused = problem.config("dkv")
+    fused = fused is not None and fused.columns >= max(problem.width, problem.width_v)
+    sums = {}
+    for name in ("dkv",) if fused else ("dk", "dv"):
+        config = problem.config(name)
+        m, n = config.block_m, config.block_n
+        blocks = keys.padded // m
+        chunk, chunk_v = min(config.chunk, problem.width), min(config.chunk, problem.width_v)
+        columns, columns_v = min(config.columns, problem.width), min(config.columns, problem.width_v)
+        parts = {"dkv": 1, "dk": problem.width // columns, "dv": problem.width_v // columns_v}[name]
+        lists = list_blocks(problem, flags, flags, config, rows=False)
+        splits = problem.splits(zs * blocks * parts, MAX_SPLITS)
+        widths = {"k": problem.width, "v": problem.width_v}
+        sums |= {x: Parts(problem.new(splits, zs * keys.padded, widths[x]), splits) for x in name[1:]}
+        support.launch(
+            _asa_dkv_kernel, (zs * blocks, splits, parts),
+            *problem.tiles(config, q=(n, chunk), k=(m, chunk), v=(m, chunk_v), do=(n, chunk_v)), lists.lists,
+            lists.lengths, bits.words, row.lse_kept2, row.delta, sums["k"].partial if "k" in name else None,
+            sums["v"].partial if "v" in name else None, bits.stride, problem.scale2, zs, rows.padded, keys.padded,
+            lists.others, splits, BLOCK_M=m, BLOCK_N=n, DIM=problem.width, DIM_V=problem.width_v, CHUNK=chunk,
+            CHUNK_V=chunk_v, COLUMNS=columns, COLUMNS_V=columns_v, BY_ROWS=problem.mutual,
+            BY_COLUMNS=problem.one_way_bits or not problem.mutual, WANT_DK="k" in name, WANT_DV="v" in name,
+            **problem.common(config),
+        )  # fmt: skip
+    return sums["k"], sums["v"]
+
+
+def _sum_thresholds(
+    problem: Problem, flags: Tensor, bits: Bits, row: RowGradients, thresholds: Thresholds, band: float
+) -> Parts:
+    """Return -dl/dt over pairs outside the window, [splits, zs, padded]."""
+    config = problem.config("dt")
+    rows, keys, zs = problem.rows, problem.keys, problem.zs
+    m, n = config.block_m, config.block_n
+    blocks = rows.padded // m
+    chunk, chunk_v = min(config.chunk, problem.width), min(config.chunk, problem.width_v)
+    # Tiles with a score in the band around their rows' thresholds, and a neighbour the other way.
+    lists = list_blocks(problem, thresholds.flags, flags, config, rows=True)
+    splits = problem.splits(zs * blocks, MAX_SPLITS)
+    partial = problem.new(splits, zs, rows.padded)
+    support.launch(
+        _asa_dt_kernel, (zs * blocks, splits),
+        *problem.tiles(config, q=(m, chunk), k=(n, chunk), v=(n, chunk_v), do=(m, chunk_v)), lists.lists, lists.lengths,
+        bits.words, *thresholds[:3], row.lse_kept2, row.delta, rows.order, keys.counts, partial, bits.stride,
+        problem.scale2, band, problem.heads, zs, problem.per_image, rows.padded, keys.padded, lists.others, splits,
+        max(problem.options.grid[1], 1), problem.window // 2, BLOCK_M=m, BLOCK_N=n, DIM=problem.width,
+        DIM_V=problem.width_v, CHUNK=chunk, CHUNK_V=chunk_v, MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk,
+        HAS_WINDOW=problem.window > 0, **problem.common(config),
+    )  # fmt: skip
+    return Parts(partial, splits)

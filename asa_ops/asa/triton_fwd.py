@@ -5,9 +5,15 @@ read its bits. Each kernel sums in a fixed order, so results repeat bitwise. Wha
 ``triton_window``.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import triton_support as support
+from .triton import PAD
+from .triton_arrange import MAX_SPLITS, NO_BITS, Bits, Problem
+from .triton_plan import Thresholds, collect_pairs, find_occupied, find_thresholds, list_blocks
 from .triton_tiles import (
     SCALARS,
     count_bits,
@@ -20,6 +26,9 @@ from .triton_tiles import (
     pairs_of_tile,
     product,
 )
+from .triton_topk import find_kth
+from .triton_window import RowFindings, Sums, combine, find_local_survivors
+from .types import Saved
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -48,7 +57,8 @@ def _asa_statistics_kernel(
         s = tl.where((j0 + tl.arange(0, BLOCK_N))[None, :] < n_keys, s * scale2, -float("inf"))
         if HAS_PEAKS:
             peak = tl.max(tl.reshape(s, [BLOCK_M, SUB, 64]), 2)
-            above = peak + tl.abs(peak) * 0.001 + 1e-6  # more than rounding to float16 takes
+            # More than rounding to float16 takes, in its range at the lower end: never below the score.
+            above = tl.maximum(peak + tl.abs(peak) * 0.001 + 1e-6, -65504.0)
             block = tl.cast(j0 // 64, tl.int64) + tl.arange(0, SUB)
             tl.store(peaks + block[None, :] * padded + rows[:, None], above.to(tl.float16))
             m_new = tl.maximum(m, tl.max(peak, 1))
@@ -60,84 +70,6 @@ def _asa_statistics_kernel(
     at = (split * zs + z).to(tl.int64) * padded + rows
     tl.store(largest + at, m)
     tl.store(total + at, summed)
-
-
-@triton.jit
-def _ordered(x):
-    """Integers in the order of the floats they are made from."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _from_ordered(x):
-    return (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_topk_kernel(
-    q, k, order, counts, key_counts, kappa, scale2, topk, heads, per_image, n, padded, key_padded,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, CUTS: tl.constexpr,
-):  # fmt: skip
-    """A threshold between the ``topk``-th largest score of every row and the next smaller one, exactly, for any topk.
-
-    Scores are never stored. The bits of a float, as an integer, order as it does: every sweep over the keys counts how
-    many scores reach each of CUTS values that divide the interval known to hold the k-th largest, until exactly topk
-    scores reach its lower end or it holds a single value. The last sweep finds the two neighbours of the gap; any
-    threshold between them selects the same scores, however a later product rounds.
-    """
-    blocks = padded // BLOCK_M
-    z = tl.program_id(0) // blocks
-    i0 = tl.program_id(0) % blocks * BLOCK_M
-    n_keys = tl.load(key_counts + image_of(z, heads, per_image))
-    rows = i0 + tl.arange(0, BLOCK_M)
-    real = rows < tl.load(counts + image_of(z, heads, per_image))
-    q_whole = load_whole(q, z * padded + i0, BLOCK_M, DIM, CHUNK, TMA)
-    # low: at least topk scores reach it (-inf: all do). high: fewer do.
-    low = tl.full([BLOCK_M], -0x7F800001, tl.int32)
-    high = tl.full([BLOCK_M], 0x7F800001, tl.int32)
-    reached = tl.zeros([BLOCK_M], tl.int32) + n_keys
-    open_rows = tl.max((real & (reached > topk)).to(tl.int32), 0)
-    while open_rows != 0:
-        # In int64: the interval is wider than an int32 holds.
-        step = (high.to(tl.int64) - low.to(tl.int64) + CUTS) // (CUTS + 1)
-        counted = tl.zeros([BLOCK_M, CUTS], tl.int32)
-        cuts = low.to(tl.int64)[:, None] + step[:, None] * (1 + tl.arange(0, CUTS))[None, :]
-        cuts = tl.minimum(cuts, high.to(tl.int64)[:, None]).to(tl.int32)
-        values = _from_ordered(cuts)
-        for j0 in range(0, n_keys, BLOCK_N):
-            k_whole = load_whole(k, z * key_padded + j0, BLOCK_N, DIM, CHUNK, TMA)
-            s = product(q, q_whole, z * padded + i0, k, k_whole, z * key_padded + j0,
-                        BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA) * scale2  # fmt: skip
-            s = tl.where((j0 + tl.arange(0, BLOCK_N))[None, :] < n_keys, s, float("nan"))
-            for c in tl.static_range(CUTS):
-                cut = tl.sum(tl.where((tl.arange(0, CUTS) == c)[None, :], values, 0), 1)
-                hits = tl.sum((s >= cut[:, None]).to(tl.int32), 1)
-                counted += tl.where((tl.arange(0, CUTS) == c)[None, :], hits[:, None], 0)
-        enough = counted >= topk
-        low = tl.maximum(low, tl.max(tl.where(enough, cuts, -0x7F800001), 1))
-        reached = tl.minimum(reached, tl.min(tl.where(enough, counted, 0x7FFFFFFF), 1))
-        high = tl.minimum(high, tl.min(tl.where(enough, 0x7F800001, cuts), 1))
-        width = high.to(tl.int64) - low.to(tl.int64)
-        open_rows = tl.max((real & (reached > topk) & (width > 1)).to(tl.int32), 0)
-    floor = _from_ordered(low)
-    kth = tl.full([BLOCK_M], float("inf"), tl.float32)
-    following = tl.full([BLOCK_M], -float("inf"), tl.float32)
-    for j0 in range(0, n_keys, BLOCK_N):
-        k_whole = load_whole(k, z * key_padded + j0, BLOCK_N, DIM, CHUNK, TMA)
-        s = product(q, q_whole, z * padded + i0, k, k_whole, z * key_padded + j0,
-                    BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA) * scale2  # fmt: skip
-        there = (j0 + tl.arange(0, BLOCK_N))[None, :] < n_keys
-        above = s >= floor[:, None]
-        kth = tl.minimum(kth, tl.min(tl.where(there & above, s, float("inf")), 1))
-        following = tl.maximum(following, tl.max(tl.where(there & (above == 0), s, -float("inf")), 1))
-    middle = following + (kth - following) * 0.5
-    threshold = tl.where((middle > following) & (middle < kth), middle, kth)
-    threshold = tl.where((n_keys <= topk) | (reached == n_keys), -float("inf"), threshold)
-    image = tl.cast(image_of(z, heads, per_image), tl.int64)
-    token = tl.load(order + image * padded + rows, mask=real, other=0)
-    tl.store(kappa + z.to(tl.int64) * n + token, threshold * 0.6931471805599453, mask=real)
 
 
 @triton.jit
@@ -183,7 +115,6 @@ def _asa_mask_kernel(
         a = (s - tl.load(lse2 + rows)[:, None]) > tl.load(cut2 + rows)[:, None]
         if HAS_TOPK:
             a &= s >= tl.load(kappa2 + rows)[:, None]
-        kept = a
         if MUTUAL:
             back = s if SYMMETRIC else back * scale2
             columns = z.to(tl.int64) * padded + j0 + tl.arange(0, TILE)
@@ -192,6 +123,8 @@ def _asa_mask_kernel(
                 a_back &= back >= tl.load(kappa2 + columns)[None, :]
             kept = a & a_back
             largest_columns = tl.max(tl.where(kept, back, -float("inf")), 0)
+        else:
+            kept = a & ((j0 + tl.arange(0, TILE)) < n_keys)[None, :]
         largest_rows = tl.max(tl.where(kept, s, -float("inf")), 1)
         # Positions after the last real one have zeros for keys: their scores are numbers, their bits must be 0.
         group = tl.arange(0, TILE // 32)
@@ -297,3 +230,94 @@ def _asa_aggregate_kernel(
     tl.store(partial + at[:, None] * DIM_V + (column + tl.arange(0, CHUNK_V))[None, :], acc)
     if column == 0:
         tl.store(total + at, summed)
+
+
+def forward(problem: Problem, saved: Saved) -> None:
+    """Write into ``saved``."""
+    memory = saved.bits
+    if not memory.shape[-1] and (problem.has_bits or problem.dense):
+        memory = problem.new_bits()
+    bits = problem.bits(memory) if memory.shape[-1] else NO_BITS
+    statistics = _find_statistics(problem, bits)
+    if problem.has_topk:
+        find_kth(problem, saved)
+    thresholds = find_thresholds(problem, saved, bits, statistics)
+    rows = problem.zs, problem.rows.padded
+    row_largest = problem.q.new_full(rows, -torch.inf, dtype=torch.float32)
+    found = RowFindings(row_largest, *problem.q.new_zeros((2, *rows), dtype=torch.int32))
+    if problem.has_bits:
+        bits.words.zero_()
+        _find_neighbours(problem, thresholds, bits, found)
+    elif problem.dense:
+        keep_everybody(problem, bits, found, statistics[0])
+    if problem.inputs.beta is not None:
+        find_local_survivors(problem, saved)
+    sums = _aggregate(problem, bits, found.largest) if memory.shape[-1] else Sums(None, None, 0)
+    combine(problem, saved, bits, found, sums)
+
+
+def _find_statistics(problem: Problem, bits: Bits) -> tuple[Tensor, Tensor]:
+    """Return maximum and sum of exponentials of every row in parts, [splits, zs, padded] each; write the peaks."""
+    config = problem.config("statistics")
+    rows, keys, zs = problem.rows, problem.keys, problem.zs
+    blocks = rows.padded // config.block_m
+    splits = problem.splits(zs * blocks, min(8, keys.padded // config.block_n))
+    largest, total = (problem.new(splits, zs, rows.padded) for _ in range(2))
+    chunk = min(config.chunk, problem.width)
+    support.launch(
+        _asa_statistics_kernel, (zs * blocks, splits),
+        *problem.tiles(config, q=(config.block_m, chunk), k=(config.block_n, chunk)), largest, total, bits.peaks,
+        keys.counts, bits.peaks_stride, problem.scale2, problem.heads, zs, problem.per_image, rows.padded, keys.padded,
+        splits, BLOCK_M=config.block_m, BLOCK_N=config.block_n, DIM=problem.width, CHUNK=chunk,
+        HAS_PEAKS=problem.has_bits, **problem.common(config),
+    )  # fmt: skip
+    return largest, total
+
+
+def _find_neighbours(problem: Problem, thresholds: Thresholds, bits: Bits, found: RowFindings) -> None:
+    """Decide the pairs of all tiles that reach thresholds: write bits and findings."""
+    config = problem.config("mask")
+    rows, keys, tile = problem.rows, problem.keys, config.block_m
+    pairs, count = collect_pairs(problem, thresholds.flags, tile)
+    chunk = min(config.chunk, problem.width)
+    support.launch(
+        _asa_mask_kernel, (min(len(pairs), 2 * support.processors(problem.device)),),
+        *problem.tiles(config, q=(tile, chunk), k=(tile, chunk)), pairs, count, thresholds.lse2, thresholds.cut2,
+        thresholds.kappa2, keys.counts, problem.broken, bits.words, *found, bits.stride, problem.scale2, problem.heads,
+        problem.per_image, rows.padded, keys.padded, rows.padded // tile, keys.padded // tile, TILE=tile,
+        DIM=problem.width, CHUNK=chunk, MUTUAL=problem.mutual, SYMMETRIC=problem.mutual and problem.k is problem.q,
+        ONE_WAY_BITS=problem.one_way_bits, HAS_TOPK=problem.has_topk, **problem.common(config),
+    )  # fmt: skip
+
+
+def keep_everybody(problem: Problem, bits: Bits, found: RowFindings, largest: Tensor) -> None:
+    """Write the bits and findings of dense attention; ``largest`` [parts, zs, padded]: maxima of rows."""
+    rows, keys = problem.rows, problem.keys
+    support.launch(
+        _asa_everybody_kernel, (problem.zs * rows.padded // PAD,), bits.words, largest, problem.broken, rows.counts,
+        keys.counts, *found, bits.stride, problem.heads, problem.zs, problem.per_image, rows.padded, keys.padded,
+        SPLITS=largest.shape[0], BLOCK=PAD,
+    )  # fmt: skip
+
+
+def _aggregate(problem: Problem, bits: Bits, row_largest: Tensor) -> Sums:
+    """Return the sums over neighbours."""
+    config = problem.config("aggregate")
+    rows, keys, zs = problem.rows, problem.keys, problem.zs
+    m, n = config.block_m, config.block_n
+    blocks = rows.padded // m
+    chunk, columns = min(config.chunk, problem.width), min(config.columns, problem.width_v)
+    flags = find_occupied(problem, bits)
+    lists = list_blocks(problem, flags, flags, config, rows=True)
+    parts = problem.width_v // columns
+    splits = problem.splits(zs * blocks * parts, MAX_SPLITS)
+    partial = problem.new(splits, zs * rows.padded, problem.width_v)
+    total = problem.new(splits, zs, rows.padded)
+    support.launch(
+        _asa_aggregate_kernel, (zs * blocks, splits, parts),
+        *problem.tiles(config, q=(m, chunk), k=(n, chunk), v=(n, columns)), lists.lists, lists.lengths, bits.words,
+        row_largest, partial, total, bits.stride, problem.scale2, zs, rows.padded, keys.padded, lists.others, splits,
+        BLOCK_M=m, BLOCK_N=n, DIM=problem.width, DIM_V=problem.width_v, CHUNK=chunk, CHUNK_V=columns,
+        BY_COLUMNS=problem.one_way_bits, **problem.common(config),
+    )  # fmt: skip
+    return Sums(partial, total, splits)

@@ -1,9 +1,14 @@
 """The survivors of a forward pass as a graph in CSR form, tokens in raster order."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import triton_support as support
+from .triton_arrange import NO_BITS, Problem
 from .triton_tiles import SCALARS, bit_at, image_of
+from .types import Saved
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -36,3 +41,15 @@ def _asa_neighbors_kernel(
         kept = kept.to(tl.int32)
         tl.store(col_indices + slot[:, None] + tl.cumsum(kept, 1) - 1, j[None, :] + tl.zeros_like(kept), mask=kept != 0)
         slot += tl.sum(kept, 1)
+
+
+def write_columns(problem: Problem, saved: Saved, row_offsets: Tensor, col_indices: Tensor) -> None:
+    """Fill ``col_indices`` from the bits and flags of a forward pass."""
+    rows, keys = problem.rows, problem.keys
+    bits = problem.bits(saved.bits) if saved.bits.shape[-1] else NO_BITS
+    support.launch(
+        _asa_neighbors_kernel, (problem.zs * triton.cdiv(rows.n, 16),), bits.words, saved.local.view(torch.uint8),
+        rows.place, keys.place, row_offsets, col_indices, bits.stride, problem.heads, problem.per_image, rows.n,
+        keys.n, rows.padded, max(problem.options.grid[1], 1), HAS_BITS=problem.has_bits, DENSE=problem.dense,
+        WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
+    )  # fmt: skip

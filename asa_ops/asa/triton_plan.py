@@ -5,12 +5,20 @@ of 64 x 64 pairs is active if some row's peak exceeds that row's threshold; if n
 directions. What is left out holds no neighbour; what is visited in vain costs time only.
 """
 
+import math
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import triton_support as support
+from .triton_arrange import Bits, Problem
+from .triton_configs import Config
 from .triton_tiles import SCALARS, image_of
+from .types import Saved
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -65,7 +73,7 @@ def _asa_flags_kernel(
         tl.store(cut2 + at, cut)
         kth = tl.full([64], -float("inf"), tl.float32)
         if HAS_TOPK:
-            kth = tl.load(kappa + z * n + token, mask=real, other=0) * LOG2_E
+            kth = tl.load(kappa + z * n + token, mask=real, other=0) / LN_2
             tl.store(kappa2 + at, kth)
         for start in range(0, key_blocks, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)
@@ -159,3 +167,82 @@ def _asa_lists_kernel(
         tl.store(lists + (z * blocks + block) * others + slot, j, mask=active != 0)
         length += tl.sum(active, 0)
     tl.store(lengths + z * blocks + block, length)
+
+
+class Thresholds(NamedTuple):
+    """In base 2 and arranged order, [zs, padded]: a pair is a neighbour if s2 - lse2 > cut2 and s2 >= kappa2."""
+
+    lse2: Tensor
+    cut2: Tensor
+    kappa2: Tensor
+    flags: Tensor | None  # int8 [zs, row blocks, key blocks]: tiles that reach a threshold of their rows
+
+
+def find_thresholds(
+    problem: Problem, saved: Saved, bits: Bits, statistics: tuple[Tensor, Tensor] | None, band: float = 0.0
+) -> Thresholds:
+    """Find thresholds and the tiles that reach them, or come within ``band`` of them.
+
+    ``statistics``: the partial sums of a forward, whose lse is written to ``saved``; without them it is read there.
+    """
+    rows, keys, alpha = problem.rows, problem.keys, problem.inputs.alpha
+    lse2, cut2, kappa2 = (problem.new(problem.zs, rows.padded) for _ in range(3))
+    row_blocks, key_blocks = rows.padded // 64, keys.padded // 64
+    flags = problem.new(problem.zs, row_blocks, key_blocks, dtype=torch.int8) if problem.has_bits else None
+    largest, total = statistics or (None, None)
+    support.launch(
+        _asa_flags_kernel, (problem.zs * row_blocks,), largest, total, saved.lse, saved.base2, alpha, saved.kappa,
+        rows.order, rows.counts, keys.counts, bits.peaks, lse2, cut2, kappa2, flags, *problem.strides[0],
+        bits.peaks_stride, problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, key_blocks,
+        band * math.log2(math.e), SPLITS=0 if statistics is None else largest.shape[0], HAS_ALPHA=alpha is not None,
+        HAS_TOPK=problem.has_topk, HAS_FLAGS=problem.has_bits, HAS_BASE2=saved.base2.shape[-1] > 0, BLOCK_J=32,
+    )  # fmt: skip
+    return Thresholds(lse2, cut2, kappa2, flags)
+
+
+def collect_pairs(problem: Problem, flags: Tensor, tile: int) -> tuple[Tensor, Tensor]:
+    """Collect the active tiles of ``tile`` x ``tile`` pairs; return room for all their numbers, and their count."""
+    rows, keys = problem.rows, problem.keys
+    tiles, other_tiles = rows.padded // tile, keys.padded // tile
+    capacity = problem.zs * (tiles * (tiles + 1) // 2 if problem.mutual else tiles * other_tiles)
+    pairs = problem.new(capacity, dtype=torch.int64)
+    count = problem.q.new_zeros((1,), dtype=torch.int32)
+    support.launch(
+        _asa_pairs_kernel, (problem.zs * tiles,), flags, pairs, count, rows.padded // 64, keys.padded // 64, tiles,
+        other_tiles, TILE=tile, MUTUAL=problem.mutual, BLOCK_J=128,
+    )  # fmt: skip
+    return pairs, count
+
+
+def find_occupied(problem: Problem, bits: Bits) -> Tensor:
+    """Return flags int8 [zs, row blocks, key blocks] of the tiles that hold a bit."""
+    row_blocks, key_blocks = problem.rows.padded // 64, problem.keys.padded // 64
+    flags = problem.new(problem.zs, row_blocks, key_blocks, dtype=torch.int8)
+    support.launch(
+        _asa_occupied_kernel, (problem.zs * row_blocks,), bits.words, flags, bits.stride, problem.rows.padded,
+        key_blocks, BLOCK_J=16,
+    )  # fmt: skip
+    return flags
+
+
+class Lists(NamedTuple):
+    """For every block of rows, or of keys, the blocks of the other side to visit."""
+
+    lists: Tensor  # int32 [zs, blocks, others], ascending
+    lengths: Tensor  # int32 [zs, blocks]
+    others: int
+
+
+def list_blocks(problem: Problem, by_rows: Tensor, by_columns: Tensor, config: Config, rows: bool) -> Lists:
+    """List, for every block of rows (of keys if not ``rows``), the blocks of the other side in active tiles."""
+    own, other = (problem.rows, problem.keys) if rows else (problem.keys, problem.rows)
+    size = max(config.block_n, 64)
+    blocks, others = own.padded // config.block_m, other.padded // size
+    lists = problem.new(problem.zs, blocks, others, dtype=torch.int32)
+    lengths = problem.new(problem.zs, blocks, dtype=torch.int32)
+    support.launch(
+        _asa_lists_kernel, (problem.zs * blocks,), by_rows, by_columns, lists, lengths, blocks, others,
+        *by_rows.shape[1:], ROWS=config.block_m, COLUMNS=size, BY_ROWS=rows or problem.mutual,
+        BY_COLUMNS=problem.mutual or not rows, BLOCK_J=128,
+    )  # fmt: skip
+    return Lists(lists, lengths, others)

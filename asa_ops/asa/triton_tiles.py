@@ -161,3 +161,19 @@ def window_neighbour(token, offset, height, width, WINDOW: tl.constexpr):
     r = token // width + offset // WINDOW - WINDOW // 2
     c = token % width + offset % WINDOW - WINDOW // 2
     return r * width + c, (r >= 0) & (r < height) & (c >= 0) & (c < width)
+
+
+@triton.jit
+def admission_weight(gap2, kept, empty):
+    """c_ij of ``asa_ops.asa`` from s_ij - lse_kept_i in base 2: to first order the weight a pair has or would have."""
+    weight = tl.exp2(tl.where(kept, gap2, -tl.abs(gap2)))
+    # The logistic function from the exponential of what is not positive.
+    logistic = tl.where(gap2 > 0, 1, weight) / (1 + weight)
+    return tl.where(empty, 1, tl.where(kept, weight, logistic))
+
+
+@triton.jit
+def step_derivative(z, band):
+    """d(z): a triangle of half width ``band`` and area 1; 0 at infinite distance."""
+    height = 1 - tl.abs(z) / band
+    return tl.where(height > 0, height, 0) / band

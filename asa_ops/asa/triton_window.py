@@ -5,13 +5,35 @@ kernels know the mutual neighbours M only; here come the pairs that survive loca
 row is finished: parts summed, normalised, written in raster order.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from .. import triton_support as support
+from .triton_arrange import Bits, Problem
 from .triton_tiles import SCALARS, bit_at, image_of, window_neighbour
+from .types import Saved
 
-LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class RowFindings(NamedTuple):
+    """What rows know of their neighbours, arranged, [zs, padded]."""
+
+    largest: Tensor  # largest score of a neighbour, base 2; -inf without any
+    count: Tensor  # int32
+    broken: Tensor  # int32, not 0 if the value of a neighbour is not finite
+
+
+class Sums(NamedTuple):
+    """Sums over neighbours in ``splits`` parts."""
+
+    partial: Tensor | None  # [splits, zs * padded, Dv]
+    total: Tensor | None  # [splits, zs, padded]
+    splits: int
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -86,10 +108,11 @@ def _asa_combine_kernel(
     d_v = tl.arange(0, DIM_V)
     acc = tl.zeros([BLOCK, DIM_V], tl.float32)
     summed = tl.zeros([BLOCK], tl.float32)
-    for split in range(SPLITS):
-        at = split * tl.cast(zs, tl.int64) * padded + at_row
-        acc += tl.load(partial + at[:, None] * DIM_V + d_v[None, :])
-        summed += tl.load(total + at)
+    if SPLITS > 0:
+        for split in range(SPLITS):
+            at = split * tl.cast(zs, tl.int64) * padded + at_row
+            acc += tl.load(partial + at[:, None] * DIM_V + d_v[None, :])
+            summed += tl.load(total + at)
     m = tl.load(row_largest + at_row)
     kept_count = tl.load(row_count + at_row)
     spoilt = tl.load(row_broken + at_row) != 0
@@ -147,3 +170,30 @@ def _asa_combine_kernel(
         tl.store(base2 + (2 * z + 1) * n + token, kept2, mask=real)
     if HAS_REST:
         tl.store(rest + at_out, (acc - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=there)
+
+
+def find_local_survivors(problem: Problem, saved: Saved) -> None:
+    """Write log_mean and local of ``saved``."""
+    rows, (height, width) = problem.rows, problem.options.grid
+    support.launch(
+        _asa_window_kernel, problem.row_programs(rows), problem.q, problem.k, rows.order, rows.place,
+        problem.inputs.beta, saved.log_mean, saved.local.view(torch.uint8), *problem.strides[1], problem.scale2,
+        problem.heads, problem.per_image, rows.n, rows.padded, height, width, DIM=problem.width, WINDOW=problem.window,
+        BLOCK=problem.block, warps=problem.warps,
+    )  # fmt: skip
+
+
+def combine(problem: Problem, saved: Saved, bits: Bits, found: RowFindings, sums: Sums) -> None:
+    """Write the output and its statistics to ``saved``."""
+    rows, keys, (height, width) = problem.rows, problem.keys, problem.options.grid
+    alpha, beta = problem.inputs.alpha, problem.inputs.beta
+    support.launch(
+        _asa_combine_kernel, problem.row_programs(rows), sums.partial, sums.total, *found, bits.words, problem.q,
+        problem.k, problem.v, problem.broken, rows.order, rows.place, keys.counts, saved.local.view(torch.uint8),
+        saved.lse, alpha, beta, saved.out, saved.rest, saved.lse_kept, saved.base2, saved.survivors,
+        *problem.strides[0], *problem.strides[1], bits.stride, problem.scale2, problem.heads, problem.zs,
+        problem.per_image, rows.n, rows.padded, height, width, problem.dim_v, SPLITS=sums.splits, DIM=problem.width,
+        DIM_V=problem.width_v, WINDOW=problem.window, HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits,
+        HAS_ALPHA=alpha is not None, HAS_BETA=beta is not None, HAS_REST=saved.rest.shape[-1] > 0,
+        FOR_BACKWARD=saved.base2.shape[-1] > 0, BLOCK=problem.block, warps=problem.warps,
+    )  # fmt: skip

@@ -5,21 +5,39 @@ the tile kernels summed, what the window adds, all written in raster order. A he
 NaN gradients.
 """
 
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .triton_bwd import admission_weight, step_derivative
-from .triton_tiles import SCALARS, bit_at, image_of, window_neighbour
+from .. import triton_support as support
+from .triton_arrange import Bits, Problem, RowGradients
+from .triton_plan import Thresholds
+from .triton_tiles import SCALARS, admission_weight, bit_at, image_of, step_derivative, window_neighbour
+from .types import Saved
 
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Parts(NamedTuple):
+    """A sum over neighbours in ``splits`` parts, [splits, ...]."""
+
+    partial: Tensor | None
+    splits: int
+
+
+NO_PARTS = Parts(None, 0)
 
 
 @triton.jit
 def _sum_of_parts(partial, at, zs, padded, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     d = tl.arange(0, WIDTH)
     acc = tl.zeros([BLOCK, WIDTH], tl.float32)
-    for split in range(SPLITS):
-        acc += tl.load(partial + (split * tl.cast(zs, tl.int64) * padded + at)[:, None] * WIDTH + d[None, :])
+    if SPLITS > 0:
+        for split in range(SPLITS):
+            acc += tl.load(partial + (split * tl.cast(zs, tl.int64) * padded + at)[:, None] * WIDTH + d[None, :])
     return acc
 
 
@@ -46,8 +64,9 @@ def _asa_settle_delta_kernel(
     at_row = z * padded + p
     delta_i = tl.load(delta + at_row)
     missing = tl.zeros([BLOCK], tl.float32)
-    for split in range(SPLITS):
-        missing += tl.load(partial + split * tl.cast(zs, tl.int64) * padded + at_row)
+    if SPLITS > 0:
+        for split in range(SPLITS):
+            missing += tl.load(partial + split * tl.cast(zs, tl.int64) * padded + at_row)
     if WINDOW > 0:
         if HAS_BITS:
             words += z * words_stride
@@ -98,8 +117,9 @@ def _asa_finish_rows_kernel(
     acc = _sum_of_parts(partial, at_row, zs, padded, DIM, SPLITS, BLOCK)
     if LEARN_ALPHA:
         dt = tl.zeros([BLOCK], tl.float32)  # -dl/dt
-        for split in range(T_SPLITS):
-            dt += tl.load(partial_t + split * tl.cast(zs, tl.int64) * padded + at_row)
+        if T_SPLITS > 0:
+            for split in range(T_SPLITS):
+                dt += tl.load(partial_t + split * tl.cast(zs, tl.int64) * padded + at_row)
     if WINDOW > 0:
         if HAS_BITS:
             words += z * words_stride
@@ -182,7 +202,7 @@ def _asa_finish_rows_kernel(
 def _asa_finish_columns_kernel(
     partial_k, partial_v, q, k, v, do, words, lse_kept2, delta, poisoned, order, place, local, dk, dv,
     words_stride, scale, scale2, heads, zs, per_image, n, padded, height, width, dim, dim_v,
-    SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr,
+    SPLITS_K: tl.constexpr, SPLITS_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr,
     HAS_BITS: tl.constexpr, ONE_WAY_BITS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK keys; in the window of a key are the queries whose windows hold it."""
@@ -195,8 +215,8 @@ def _asa_finish_columns_kernel(
     row = z * n + token
     at_key = z * padded + p
     d, d_v = tl.arange(0, DIM), tl.arange(0, DIM_V)
-    acc_k = _sum_of_parts(partial_k, at_key, zs, padded, DIM, SPLITS, BLOCK)
-    acc_v = _sum_of_parts(partial_v, at_key, zs, padded, DIM_V, SPLITS, BLOCK)
+    acc_k = _sum_of_parts(partial_k, at_key, zs, padded, DIM, SPLITS_K, BLOCK)
+    acc_v = _sum_of_parts(partial_v, at_key, zs, padded, DIM_V, SPLITS_V, BLOCK)
     if WINDOW > 0:
         if HAS_BITS:
             words += z * words_stride
@@ -229,3 +249,54 @@ def _asa_finish_columns_kernel(
     tl.store(dk + row[:, None] * dim + d[None, :], acc_k.to(dk.dtype.element_ty), mask=there)
     there = real[:, None] & (d_v < dim_v)[None, :]
     tl.store(dv + row[:, None] * dim_v + d_v[None, :], acc_v.to(dv.dtype.element_ty), mask=there)
+
+
+def _window_arguments(problem: Problem, saved: Saved) -> tuple:
+    """Where rows stand and who survives locally."""
+    return problem.rows.order, problem.rows.place, saved.local.view(torch.uint8)
+
+
+def settle_delta(problem: Problem, saved: Saved, bits: Bits, row: RowGradients, residual: Parts) -> None:
+    """Correct delta in place by what it misses over neighbours, ``residual``, and over local survivors."""
+    rows, (height, width) = problem.rows, problem.options.grid
+    support.launch(
+        _asa_settle_delta_kernel, problem.row_programs(rows), residual.partial, problem.q, problem.k, problem.v,
+        problem.do, bits.words, row.lse_kept2, row.delta, *_window_arguments(problem, saved), bits.stride,
+        problem.scale2, problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, height, width,
+        SPLITS=residual.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
+        HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, BLOCK=problem.block, warps=problem.warps,
+    )  # fmt: skip
+
+
+def finish_rows(
+    problem: Problem, saved: Saved, bits: Bits, row: RowGradients, thresholds: Thresholds | None, band: float | None,
+    sums_q: Parts, sums_t: Parts, dq: Tensor, dalpha: Tensor | None, dbeta: Tensor | None,
+) -> None:  # fmt: skip
+    """Write dq, and dalpha and dbeta where they are asked for."""
+    rows, (height, width) = problem.rows, problem.options.grid
+    lse2, cut2, kappa2, _ = thresholds or (None,) * 4
+    support.launch(
+        _asa_finish_rows_kernel, problem.row_programs(rows), sums_q.partial, sums_t.partial, problem.q, problem.k,
+        problem.v, problem.do, bits.words, lse2, cut2, kappa2, row.lse_kept2, row.delta, row.poisoned,
+        *_window_arguments(problem, saved), saved.log_mean, problem.inputs.alpha, problem.inputs.beta, dq, dalpha,
+        dbeta, *problem.strides[0], *problem.strides[1], bits.stride, problem.scale, problem.scale2, band or 1.0,
+        problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, height, width, problem.dim,
+        SPLITS=sums_q.splits, T_SPLITS=sums_t.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
+        HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk,
+        LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None, BLOCK=problem.block, warps=problem.warps,
+    )  # fmt: skip
+
+
+def finish_columns(
+    problem: Problem, saved: Saved, bits: Bits, row: RowGradients, sums_k: Parts, sums_v: Parts, dk: Tensor, dv: Tensor
+) -> None:
+    """Write dk and dv."""
+    keys, (height, width) = problem.keys, problem.options.grid
+    support.launch(
+        _asa_finish_columns_kernel, problem.row_programs(keys), sums_k.partial, sums_v.partial, problem.q, problem.k,
+        problem.v, problem.do, bits.words, row.lse_kept2, row.delta, row.poisoned, keys.order, keys.place,
+        saved.local.view(torch.uint8), dk, dv, bits.stride, problem.scale, problem.scale2, problem.heads, problem.zs,
+        problem.per_image, keys.n, keys.padded, height, width, problem.dim, problem.dim_v, SPLITS_K=sums_k.splits,
+        SPLITS_V=sums_v.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
+        HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, BLOCK=problem.block, warps=problem.warps,
+    )  # fmt: skip

@@ -1,0 +1,64 @@
+"""A pytest plugin: run every n-th test only, and write outcomes as they come, so that a killed run has told something.
+
+``pytest -p gpu_shard --shard 3/12 --outcomes FILE``; FILE gets JSON lines, which ``gpu_report.tally`` reads.
+"""
+
+import json
+
+import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="0/1", help="k/n: the k-th of n shares of the tests, from 0")
+    parser.addoption("--outcomes", help="append outcomes to this file, JSON lines")
+
+
+def pytest_configure(config):
+    if config.option.outcomes:
+        config.pluginmanager.register(_Recorder(config.option.outcomes))
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k, so that shares are of equal length
+def pytest_collection_modifyitems(config, items):
+    share, shares = (int(part) for part in config.option.shard.split("/"))
+    others = [item for i, item in enumerate(items) if i % shares != share]
+    if others:
+        config.hook.pytest_deselected(items=others)
+        items[:] = items[share::shares]
+
+
+class _Recorder:
+    def __init__(self, path: str):
+        self.path = path
+
+    def write(self, **line) -> None:
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def pytest_collection_finish(self, session):
+        self.write(event="selected", tests=[item.nodeid for item in session.items])
+
+    def pytest_collectreport(self, report):
+        if report.failed:
+            self.write(event="outcome", test=report.nodeid, outcome="error", seconds=0, message=_first_error(report))
+
+    def pytest_runtest_logstart(self, nodeid):
+        self.write(event="started", test=nodeid)
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.passed:
+            return
+        outcome = "error" if report.failed and report.when != "call" else report.outcome
+        message = "" if report.passed else _first_error(report)
+        self.write(
+            event="outcome", test=report.nodeid, outcome=outcome, seconds=round(report.duration, 3), message=message
+        )
+
+
+def _first_error(report) -> str:
+    """Return the line that says what went wrong, or why a test was skipped."""
+    if isinstance(report.longrepr, tuple):  # file, line, reason
+        return str(report.longrepr[2])
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = str(crash.message if crash else report.longrepr).strip().splitlines()
+    return lines[0][:300] if lines else ""

@@ -1,0 +1,601 @@
+"""The Triton kernels on a GPU: what an interpreter cannot show. Run by ``make gpu``; skipped where there is no GPU.
+
+bfloat16 and TF32, every row of the table of configurations against float64, sizes beyond the range of 32-bit indices
+and of a grid's second axis, memory, bitwise repeats, CUDA graphs, streams, host synchronisation.
+"""
+
+import os
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+import torch
+from cases import CASES, Case, each_case, make, named, with_grad
+from compare import check_against_reference, check_error, survivors, uncertain_pairs
+from gpu_cases import configured, each_configuration
+
+import asa_ops
+from asa_ops import asa_attention, reciprocal_neighbors, triton_support
+from asa_ops.asa import reference
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+# The fixtures ask torch for deterministic algorithms, and cuBLAS has them only with this, read at its first call.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+DEVICE = "cuda"
+# More heads: the error rule compares maxima, which should be taken over many numbers.
+LEARNING = [replace(case, heads=4 * case.heads) for case in CASES if case.batch and (case.alpha or case.beta)]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+
+
+def attend(*inputs, **options):
+    return asa_attention(*inputs, **options, impl="triton")
+
+
+# Against the reference.
+
+
+@each_dtype
+@each_case
+def test_equals_reference(dtype, case):
+    check_against_reference("triton", *make(case, dtype, device=DEVICE))
+
+
+def in_gaps(inputs, options):
+    """Return inputs with float32 thresholds that lie in the middle of gaps between scores.
+
+    No pair is then near its threshold, so that survivors are the same in every precision of the products.
+    """
+    query, key, value, alpha, beta = inputs
+    real_q, real_k = reference.real_positions(query, key, options.get("key_padding_mask"))
+    s = reference.scores(query.double(), key.double(), options.get("scale"), real_q, real_k)
+    if alpha is not None:
+        alpha = _in_gaps(s, alpha, s.isfinite())
+    if beta is not None:
+        near = real_k[:, None, None, :] & reference.in_window(options["grid"], options.get("window", 3), s.device)
+        beta = _in_gaps(s.masked_fill(~near, -torch.inf), beta, near)
+    return [query, key, value, alpha, beta]
+
+
+def _in_gaps(s, multiplier, member):
+    """Move the thresholds lse + log(multiplier / members) of ``s`` to the middle of the widest gap nearby."""
+    if s.shape[-1] < 2:
+        return multiplier.float()
+    count = member.sum(-1)
+    lse, log_n = s.logsumexp(-1), count.clamp(min=1).double().log()
+    threshold = lse + multiplier.double().log() - log_n
+    ordered = s.sort(-1, descending=True).values
+    above = (s > threshold[..., None]).sum(-1)  # this many are above: the gaps nearby end at these ranks
+    ranks = above[..., None] + torch.arange(-8, 9, device=s.device)
+    inside = (ranks >= 1) & (ranks < count[..., None])
+    ranks = ranks.clamp(1, s.shape[-1] - 1)
+    upper, lower = ordered.gather(-1, ranks - 1), ordered.gather(-1, ranks)
+    gap = torch.where(inside, upper - lower, -1.0)
+    widest = gap.argmax(-1, keepdim=True)
+    middle = ((upper + lower) / 2).gather(-1, widest)[..., 0]
+    moved = (middle - lse + log_n).exp()
+    usable = inside.any(-1) & threshold.isfinite() & moved.isfinite()
+    return torch.where(usable, moved, multiplier.double()).float()
+
+
+def check_threshold_gradients(inputs, options, band: float = 2.0) -> None:
+    """Check the straight-through gradients, and the others beside them, of inputs that no rounding can decide."""
+    dtype = inputs[0].dtype
+    exact_inputs = [x if x is None else x.double() for x in inputs]
+    kept = survivors("triton", inputs, options)
+    assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
+    given = [i for i, x in enumerate(inputs) if x is not None]
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64).to(kept.device)
+
+    def run(impl, inputs):
+        leaves = with_grad(inputs)
+        learn = {"threshold_grad": "straight_through", "threshold_band": band}
+        out = asa_attention(*leaves, **options, **learn, impl=impl)
+        return torch.autograd.grad(out, [leaves[i] for i in given], grad_out.to(out.dtype))
+
+    results = run("triton", inputs), run("reference", inputs), run("reference", exact_inputs)
+    for i, ours, eager, exact in zip(given, *results, strict=True):
+        name = ("query", "key", "value", "alpha", "beta")[i]
+        assert ours.dtype == inputs[i].dtype
+        check_error(f"grad of {name}", ours, eager, exact, torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.name)
+def test_threshold_gradients(dtype, case):
+    inputs, options = make(case, dtype, device=DEVICE)
+    check_threshold_gradients(in_gaps(inputs, options), options, band=1.3)
+
+
+def check_query_is_key(inputs, options) -> None:
+    """Check a call that is given one tensor for both, whose gradient is the sum of two; survivors are certain."""
+    _, _, value, alpha, beta = inputs
+    results = []
+    for impl, dtype in (("triton", value.dtype), ("reference", value.dtype), ("reference", torch.float64)):
+        x, v = (y.detach().to(dtype).requires_grad_() for y in (inputs[0], value))
+        thresholds = [y if dtype == value.dtype else y.double() for y in (alpha, beta)]
+        out = asa_attention(x, x, v, *thresholds, **options, impl=impl)
+        torch.manual_seed(1)
+        grad_out = torch.randn(out.shape, dtype=torch.float64).to(out)
+        results.append([out, *torch.autograd.grad(out, (x, v), grad_out)])
+    for name, ours, eager, exact in zip(("out", "grad of query and key", "grad of value"), *results, strict=True):
+        check_error(name, ours, eager, exact, torch.finfo(value.dtype).eps)
+
+
+@each_configuration
+def test_configuration(row, variant, monkeypatch):
+    dim, dtype, arch = row
+    if arch:
+        monkeypatch.setattr(triton_support, "architecture", lambda device: arch)
+    inputs, options = make(configured(dim, variant), dtype, device=DEVICE)
+    if variant == "query_is_key":
+        inputs[1] = inputs[0]
+    check_against_reference("triton", inputs, options)
+    if variant != "dense":
+        inputs = in_gaps(inputs, options)
+        check_threshold_gradients(inputs, options)
+    if variant == "query_is_key":
+        check_query_is_key(inputs, options)
+
+
+@pytest.fixture
+def tf32():
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+TF32_EPS = 2.0**-10
+
+
+@pytest.mark.parametrize("variant", ["plain", "one_way", "topk", "dense", "ragged"])
+@pytest.mark.parametrize("dim", [64, 256])
+def test_configuration_tf32(dim, variant, tf32):
+    """The error rule with TF32 as the precision: eager PyTorch may use it too, and eps is its own."""
+    inputs, options = make(configured(dim, variant), torch.float32, device=DEVICE)
+    kept = survivors("triton", inputs, options)
+    # Operands are cut to 11 bits: scores are off by about 2^-10 of themselves. 16 sqrt(D) is the margin's own factor.
+    expected, uncertain = uncertain_pairs(inputs, options, TF32_EPS / (4 * inputs[0].shape[-1] ** 0.5))
+    assert torch.equal(kept[~uncertain], expected[~uncertain])
+    assert (~uncertain).double().mean() > 0.8
+    real = reference.real_positions(*inputs[:2], None)
+    leaves = with_grad(inputs[:3])
+    grad_out = torch.randn(*leaves[0].shape[:3], leaves[2].shape[3]).to(DEVICE)
+
+    def run(precision, dtype):
+        torch.set_float32_matmul_precision(precision)
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in leaves)
+        out, _ = reference.attend(reference.scores(q, k, options.get("scale"), *real), v, kept)
+        return out, *torch.autograd.grad(out, (q, k, v), grad_out.to(dtype))
+
+    torch.set_float32_matmul_precision("high")
+    out = attend(*leaves, *inputs[3:], **options)
+    ours = out, *torch.autograd.grad(out, leaves, grad_out)
+    names = ("out", "grad of query", "grad of key", "grad of value")
+    for name, x, eager, exact in zip(
+        names, ours, run("high", torch.float32), run("highest", torch.float64), strict=True
+    ):
+        check_error(name, x, eager, exact, TF32_EPS)
+    if variant != "dense":
+        leaves = with_grad(inputs)
+        attend(*leaves, **options, threshold_grad="straight_through").square().sum().backward()
+        assert all(x.grad.isfinite().all() and x.grad.any() for x in leaves)
+
+
+# Large sizes.
+
+
+def test_more_pairs_than_a_32_bit_index_can_name():
+    """N = 46,400: N^2 exceeds 2^31. Sampled rows against float64; only these have an incoming gradient."""
+    height, width, dim = 200, 232, 32
+    n = height * width
+    generator = torch.Generator(DEVICE).manual_seed(0)
+
+    def normal(size):
+        return (torch.randn(1, 1, n, dim, device=DEVICE, generator=generator) * size).bfloat16()
+
+    query, key, value = normal(1.3), normal(1.3), normal(1.0)
+    alpha = torch.empty(1, 1, n, device=DEVICE).uniform_(0.8, 2, generator=generator)
+    beta = torch.empty(1, 1, n, device=DEVICE).uniform_(0.5, 1.5, generator=generator)
+    leaves = with_grad([query, key, value])
+    out, stats = attend(*leaves, alpha, beta, grid=(height, width), return_stats=True)
+
+    q, k = query[0, 0].double(), key[0, 0].double()
+    lse = torch.cat([(q[i : i + 1024] @ k.mT * dim**-0.5).logsumexp(-1) for i in range(0, n, 1024)])
+    torch.testing.assert_close(stats.lse[0, 0].double(), lse, rtol=1e-6, atol=1e-5)
+
+    rows = torch.randint(n, (396,), device=DEVICE, generator=generator).tolist()
+    rows = torch.tensor(sorted({0, 1, n - 2, n - 1, *rows}), device=DEVICE)
+    s, back = q[rows] @ k.mT * dim**-0.5, k[rows] @ q.mT * dim**-0.5
+    margin = 16 * torch.finfo(torch.float32).eps * max(s.abs().max(), back.abs().max()) * dim**0.5
+    log_alpha, log_beta = (alpha[0, 0].double() / n).log(), beta[0, 0].double().log()
+    token = torch.arange(n, device=DEVICE)
+    near = ((rows // width)[:, None] - token // width).abs() <= 1
+    near &= ((rows % width)[:, None] - token % width).abs() <= 1
+    log_mean = s.masked_fill(~near, -torch.inf).logsumexp(-1) - near.sum(-1).double().log()
+    above = (
+        s - (lse + log_alpha)[rows, None],
+        back - (lse + log_alpha)[None, :],
+        s - (log_mean + log_beta[rows])[:, None],
+    )
+    expected = ((above[0] > 0) & (above[1] > 0)) | (near & (above[2] > 0))
+    uncertain = (above[0].abs() <= margin) | (above[1].abs() <= margin) | (near & (above[2].abs() <= margin))
+
+    offsets, columns = reciprocal_neighbors(query, key, alpha, beta, grid=(height, width), impl="triton")
+    assert torch.equal(offsets.diff(), stats.survivors.flatten().long())
+    kept = torch.zeros_like(expected)
+    for i, row in enumerate(rows.tolist()):
+        kept[i, columns[offsets[row] : offsets[row + 1]].long()] = True
+    assert torch.equal(kept.sum(-1), stats.survivors[0, 0, rows].long())
+    assert torch.equal(kept[~uncertain], expected[~uncertain]) and (~uncertain).double().mean() > 0.99
+    assert 0.001 < kept.double().mean() < 0.5
+
+    grad_rows = torch.randn(1, 1, len(rows), dim, device=DEVICE, generator=generator).bfloat16()
+    grad_out = torch.zeros_like(out)
+    grad_out[:, :, rows] = grad_rows
+    ours = out[:, :, rows], *torch.autograd.grad(out, leaves, grad_out)
+    everybody = torch.ones(1, n, dtype=torch.bool, device=DEVICE)
+
+    def run_reference(dtype):
+        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (query, key, value))
+        s = reference.scores(q[:, :, rows], k, None, everybody[:, rows], everybody)
+        out, _ = reference.attend(s, v.to(s.dtype), kept[None, None])
+        out = out.to(dtype)
+        return out, *torch.autograd.grad(out, (q, k, v), grad_rows.to(dtype))
+
+    names = ("out", "grad of query", "grad of key", "grad of value")
+    eager, exact = run_reference(torch.bfloat16), run_reference(torch.float64)
+    for name, x, yardstick, truth in zip(names, ours, eager, exact, strict=True):
+        check_error(name, x, yardstick, truth, torch.finfo(torch.bfloat16).eps)
+
+
+def test_more_heads_than_a_grid_axis_takes():
+    """70,000 heads: the second and third axis of a grid end at 65,535."""
+    case = Case("heads", grid=(4, 4), batch=2, heads=35_000, dim=16, dim_v=16)
+    inputs, options = make(case, torch.bfloat16, device=DEVICE)
+    check_against_reference("triton", inputs, options)
+    leaves = with_grad(inputs)
+    attend(*leaves, **options, threshold_grad="straight_through").square().sum().backward()
+    assert all(x.grad.isfinite().all() for x in leaves)
+
+
+# Memory.
+
+
+def extra_memory(n: int, heads: int, dim: int, backward: bool, learn: bool) -> tuple[int, int]:
+    """Return the bytes that a call takes at its peak beside inputs, output and gradients: held, and asked for."""
+    side = int(n**0.5)
+    query, key, value = torch.randn(3, 1, heads, n, dim, device=DEVICE).bfloat16()
+    thresholds = [torch.full((1, heads, n), 1.5, device=DEVICE) for _ in range(2)]
+    leaves = [x.clone().requires_grad_(backward) for x in (query, key, value)]
+    leaves += [x.requires_grad_(learn) for x in thresholds]
+    grad_out = torch.randn_like(value)
+    wanted = [x for x in leaves if x.requires_grad]
+    options = {"grid": (side, side), "threshold_grad": "straight_through" if learn else None}
+
+    def run():
+        out = attend(*leaves, **options)
+        return (out, *torch.autograd.grad(out, wanted, grad_out)) if wanted else (out,)
+
+    returned = sum(x.numel() * x.element_size() for x in run())  # which also compiles
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated(), torch.cuda.memory_stats()["requested_bytes.all.current"]
+    run()
+    after = torch.cuda.max_memory_allocated(), torch.cuda.memory_stats()["requested_bytes.all.peak"]
+    return after[0] - before[0] - returned, after[1] - before[1] - returned
+
+
+def bytes_of_a_token(dim: int) -> int:
+    """Return the constant of the cap's O(N D): what is held for a token of a head beside bits and maxima, bfloat16.
+
+    Parts of sums in float32, at most 4 each of dq, dk and dv (the backward; the forward has those of out). Tokens in
+    order: q, k, v, do. What rounding took from the output. Sums of exponentials and maxima of at most 8 parts, lse,
+    thresholds, counts, orders, local survivors of a 3 x 3 window and so on, single numbers: less than 256 bytes.
+    """
+    return 4 * 3 * 4 * dim + 2 * 4 * dim + 2 * dim + 256
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "learning"])
+@pytest.mark.parametrize(("n", "heads", "dim"), [(4096, 1, 256), (9409, 1, 256), (9409, 3, 64), (16384, 1, 64)])
+def test_memory_stays_below_the_cap(n, heads, dim, mode):
+    """N^2 / 8 bytes of bits, N^2 / 32 of block maxima, and O(N D), for every head and image."""
+    held, asked_for = extra_memory(n, heads, dim, backward=mode != "forward", learn=mode == "learning")
+    padded = (n + 127) // 128 * 128
+    rounding = 30 * 2**20  # the allocator may hand out up to 1 MiB more than it is asked for, about 30 times
+    cap = heads * (padded**2 / 8 + padded**2 / 32 + padded * bytes_of_a_token(dim))
+    assert 0 < asked_for <= cap, f"{asked_for / 1e6:.1f} MB, the cap is {cap / 1e6:.1f} MB"
+    assert held <= cap + rounding, f"{held / 1e6:.1f} MB, the cap is {cap / 1e6:.1f} MB"
+
+
+@pytest.mark.parametrize("mode", ["forward", "backward", "learning"])
+def test_memory_quadratic_in_n_is_bits_and_maxima(mode):
+    """From two sizes, exactly: what is linear in N cancels if no work is split, whatever the device."""
+    with mock.patch.object(triton_support, "processors", lambda device: 1):
+        settings = {"heads": 2, "dim": 32, "backward": mode != "forward", "learn": mode == "learning"}
+        small, large = (extra_memory(n, **settings)[1] for n in (64**2, 128**2))
+    quadratic = (large - 4 * small) / 2 / (128**4 - 4 * 64**4)
+    linear = (small / 2 - quadratic * 64**4) / 64**2
+    # Lists and flags of tiles of 64 x 64 and more pairs take a few bytes each, N^2 / 512 at most.
+    assert quadratic <= 1 / 8 + 1 / 32 + 1 / 512, f"{quadratic:.5f} N^2 + {linear:.0f} N bytes a head"
+    assert linear <= bytes_of_a_token(32)
+
+
+# Repeats, graphs, streams.
+
+
+def moderate(grid=(33, 31), heads=2, dim=64, batch=1, dtype=torch.bfloat16, **changes):
+    return make(
+        Case("moderate", grid=grid, batch=batch, heads=heads, dim=dim, dim_v=dim, **changes), dtype, device=DEVICE
+    )
+
+
+def call_and_gradients(leaves, options):
+    """Return output, statistics and all gradients of a call with thresholds that learn."""
+    out, stats = attend(*leaves, **options, threshold_grad="straight_through", return_stats=True)
+    return [out, *stats, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
+
+
+def differences(first, again):
+    """Count, without waiting for the device, in how many tensors a bit differs."""
+    return sum((x != y).any().long() for x, y in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside_other_work"])
+@pytest.mark.parametrize(("grid", "heads", "dim", "times"), [((33, 31), 2, 64, 1000), ((64, 64), 1, 256, 200)])
+def test_repeats_bitwise(grid, heads, dim, times, busy):
+    inputs, options = moderate(grid, heads, dim)
+    leaves = with_grad(inputs)
+    first = call_and_gradients(leaves, options)
+    other = torch.cuda.Stream()
+    a = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
+    count = torch.zeros((), dtype=torch.long, device=DEVICE)
+    torch.cuda.synchronize()
+    for i in range(times // 4 if busy else times):
+        if busy:  # work of changing length, so that programs end in changing order
+            with torch.cuda.stream(other):
+                for _ in range(1 + i % 3):
+                    torch.mm(a, a)
+        count += differences(first, call_and_gradients(leaves, options))
+    torch.cuda.synchronize()
+    assert count.item() == 0
+
+
+THRESHOLDS = ["spread", "zero", "inf", "mixed"]  # from everybody to nobody: the graph must hold them all
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("name", ["plain", "topk", "one_way", "padding", "dense"])
+def test_cuda_graph_replays_with_changed_inputs(name, backward):
+    changes = {"grid": (33, 31), "dim": 64, "dim_v": 64}
+
+    def fresh(seed):
+        case = named(name, **changes)
+        if case.alpha is not None:
+            case = named(name, **changes, alpha=THRESHOLDS[seed % 4], beta=THRESHOLDS[seed % 3])
+        inputs, options = make(case, torch.bfloat16, seed, DEVICE)
+        return [x for x in inputs if x is not None], options
+
+    values, options = fresh(0)
+    static = with_grad(values) if backward else [x.clone() for x in values]
+    thresholds = [None] * (5 - len(static))
+
+    def run(leaves):
+        if backward and len(leaves) == 5:
+            return call_and_gradients(leaves, options)
+        out = attend(*leaves, *thresholds, **options)
+        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))] if backward else [out]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run(static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(static)
+    for seed in range(1, 6):
+        values, fresh_options = fresh(seed)
+        if "key_padding_mask" in options:
+            options["key_padding_mask"].copy_(fresh_options["key_padding_mask"])
+        with torch.no_grad():
+            for x, y in zip(static, values, strict=True):
+                x.copy_(y)
+        graph.replay()
+        torch.cuda.synchronize()
+        expected = run(with_grad(values) if backward else values)
+        for x, y in zip(captured, expected, strict=True):
+            assert torch.equal(x, y), f"replay {seed}"
+
+
+def test_runs_on_the_current_stream():
+    inputs, options = moderate()
+    expected = attend(*inputs, **options)
+    late = [torch.zeros_like(x) for x in inputs]
+    stream = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(50_000_000)  # inputs arrive when a call on another stream would be over
+        for x, y in zip(late, inputs, strict=True):
+            x.copy_(y)
+        out = attend(*late, **options)
+    stream.synchronize()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("name", ["plain", "topk", "one_way", "padding", "dense", "beta_only", "all_empty"])
+def test_never_waits_for_the_device(name):
+    """Forward, statistics and backward enqueue work and return."""
+    inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
+    given = [i for i, x in enumerate(inputs) if x is not None]
+
+    def run():
+        leaves = with_grad(inputs)
+        learn = {"threshold_grad": "straight_through"}
+        out, _ = attend(*leaves, **options, **learn, return_stats=True)
+        return torch.autograd.grad(out, [leaves[i] for i in given], torch.ones_like(out))
+
+    run()  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        run()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Bad values are data. NaN and infinities may go other ways through a GPU's maxima and comparisons than through NumPy's.
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "alpha", "beta"])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_number_leaves_other_images_untouched(dtype, which, bad):
+    results = []
+    for spoilt in (True, False):
+        inputs, options = make(named("plain", grid=(13, 11)), dtype, device=DEVICE)
+        if spoilt:
+            inputs[which][0, 0, 3] = bad
+        leaves = with_grad(inputs)
+        results.append([x.detach() for x in call_and_gradients(leaves, options)])
+    spoilt, clean = results
+    if (which, bad) not in ((3, torch.inf), (4, torch.inf)):  # an infinite threshold is a good number: it keeps nobody
+        assert spoilt[0][0].isnan().any()
+    assert not spoilt[0][1].isnan().any()
+    for x, y in zip(spoilt, clean, strict=True):
+        assert torch.equal(x[1], y[1])
+
+
+@pytest.mark.parametrize("name", ["plain", "alpha_only", "dense", "topk_alone", "beta_only"])
+def test_a_nan_score_gives_nan_in_its_row_only(name):
+    inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
+    inputs[0][0, 1, 5, 2] = torch.nan
+    out = attend(*inputs, **options)
+    assert out[0, 1, 5].isnan().all()
+    out[0, 1, 5] = 0
+    assert not out.isnan().any()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_a_bad_value_spoils_only_rows_that_keep_it(bad):
+    inputs, options = make(named("plain"), torch.bfloat16, device=DEVICE)
+    kept = survivors("triton", inputs, options)[0, 1, :, 7]
+    assert kept.any() and not kept.all()
+    clean = attend(*inputs, **options)
+    inputs[2][0, 1, 7, 2] = bad
+    out = attend(*inputs, **options)
+    assert not out[0, 1, kept].isfinite().all(-1).any()
+    assert torch.equal(out[0, 1, ~kept], clean[0, 1, ~kept]) and torch.equal(out[:, 0], clean[:, 0])
+
+
+@pytest.mark.parametrize("reciprocal", [True, False], ids=["mutual", "one_way"])
+@pytest.mark.parametrize("size", [10.0, 300.0])  # in base 2, scores of -408 and -367,000
+def test_scores_far_below_zero(size, reciprocal):
+    """Equal scores weigh the same wherever they lie: beyond float16, and below the 0 of positions that are no keys."""
+    query = torch.full((1, 1, 70, 8), size, device=DEVICE)
+    value, alpha = torch.randn_like(query), torch.full((1, 1, 70), 0.5, device=DEVICE)
+    out, stats = attend(query, -query, value, alpha, reciprocal=reciprocal, return_stats=True)
+    assert (stats.survivors == 70).all()
+    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
+
+
+@pytest.mark.parametrize("name", ["padding", "padding_topk", "padding_dense", "fewer_queries_padded"])
+def test_nothing_in_padding_matters(name):
+    results = []
+    for spoilt in (True, False):
+        inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
+        hidden = ~options["key_padding_mask"][:, None].expand(-1, 2, -1)
+        for x in inputs:
+            if spoilt and x is not None and x.shape[2] == hidden.shape[2]:
+                x[hidden[:, : x.shape[1]]] = torch.nan if x.dim() == 4 else -1
+        leaves = with_grad(inputs)
+        out = attend(*leaves, **options, threshold_grad="straight_through")
+        out.sum().backward()
+        results.append([out.detach(), *(x.grad for x in leaves if x is not None)])
+    for x, y in zip(*results, strict=True):
+        assert torch.equal(x, y) and x.isfinite().all()
+
+
+# With the rest of PyTorch.
+
+
+def test_auto_takes_triton():
+    inputs, options = moderate()
+    assert ": triton" in asa_ops.explain(inputs[0]).splitlines()[0]
+    assert torch.equal(asa_attention(*inputs, **options), attend(*inputs, **options))
+
+
+def test_what_it_cannot_run_is_named():
+    x = torch.randn(1, 1, 9, 8, device=DEVICE, dtype=torch.float64)
+    with pytest.raises(RuntimeError, match="float64"):
+        attend(x, x, x)
+    wide = torch.randn(1, 1, 9, 257, device=DEVICE)
+    with pytest.raises(RuntimeError, match="head dims up to 256, got 257"):
+        attend(wide, wide, wide)
+    for y in (x, wide):  # without an explicit choice something else runs
+        torch.testing.assert_close(asa_attention(y, y, y), asa_attention(y, y, y, impl="reference"))
+    with pytest.raises(ValueError, match="device of query"):
+        attend(x.float(), x.float().cpu(), x.float())
+
+
+def test_strides_do_not_matter():
+    """Tokens that are views of a channels-last feature map, an expanded threshold, a transposed gradient."""
+    inputs, options = moderate()
+    plain = with_grad(inputs)
+    strided = [x.mT.contiguous().mT if x.dim() == 4 else x.repeat_interleave(2, -1)[..., ::2] for x in inputs]
+    strided = [x.detach().requires_grad_() for x in strided]
+    assert not any(x.is_contiguous() for x in strided)
+    expected, out = attend(*plain, **options), attend(*strided, **options)
+    assert torch.equal(out, expected)
+    grad_out = torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).to(out).mT
+    grads = torch.autograd.grad(out, strided, grad_out)
+    expected_grads = torch.autograd.grad(expected, plain, grad_out.contiguous())
+    assert all(torch.equal(x, y) for x, y in zip(grads, expected_grads, strict=True))
+
+
+def test_misaligned_views_give_the_same():
+    """Tensors that start between multiples of 16 bytes, which kernels compiled for aligned pointers may not read."""
+    inputs, options = moderate(dtype=torch.bfloat16)
+    expected = attend(*inputs, **options)
+
+    def shifted(x):
+        flat = x.new_empty(x.numel() + 1)
+        flat[1:] = x.flatten()
+        return flat[1:].view(x.shape)
+
+    moved = [shifted(x) for x in inputs]
+    assert all(x.data_ptr() % 16 for x in moved)
+    assert torch.equal(attend(*moved, **options), expected)
+
+
+def test_compiles_without_a_graph_break():
+    inputs, options = moderate(dtype=torch.float32)
+
+    def step(query, key, value, alpha, beta):
+        out = attend(query, key, value, alpha.exp(), beta.exp(), **options, threshold_grad="straight_through")
+        return out.square().sum()
+
+    results = []
+    for run in (step, torch.compile(step, fullgraph=True)):
+        leaves = with_grad(inputs)
+        loss = run(*leaves)
+        loss.backward()
+        results.append([loss.detach(), *(x.grad for x in leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+def test_autocast_casts_tokens_and_keeps_thresholds():
+    inputs, options = moderate(dtype=torch.float32)
+    leaves = with_grad(inputs)
+    with torch.autocast(DEVICE, torch.bfloat16):
+        out = attend(*leaves, **options)
+    tokens = with_grad([x.bfloat16() for x in inputs[:3]])
+    expected = attend(*tokens, *inputs[3:], **options)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
+    grad_out = torch.randn_like(out)
+    grads = torch.autograd.grad(out, leaves[:3], grad_out)
+    for x, y in zip(grads, torch.autograd.grad(expected, tokens, grad_out), strict=True):
+        assert x.dtype == torch.float32 and torch.equal(x, y.float())
