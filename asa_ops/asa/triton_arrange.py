@@ -226,7 +226,8 @@ class Problem:
 
     def config(self, kernel: str) -> triton_configs.Config | None:
         dim, arch = max(self.width, self.width_v), support.architecture(self.device)
-        return triton_configs.find(kernel, dim, self.dtype, arch, self.one_way_bits)
+        both = self.one_way_bits or (kernel == "mask" and self.has_topk)
+        return triton_configs.find(kernel, dim, self.dtype, arch, both)
 
     def tiles(self, config: triton_configs.Config, **columns: int):
         """Return arranged tensors as a kernel loads them: q=(rows, columns) and so on, by descriptor or by pointer."""
@@ -282,6 +283,14 @@ class Bits(NamedTuple):
 
 
 NO_BITS = Bits(None, 0, None, 0)
+
+
+class RowFindings(NamedTuple):
+    """What rows know of their neighbours, arranged, [zs, padded]."""
+
+    largest: Tensor  # largest score of a neighbour, base 2; -inf without any
+    count: Tensor  # int32
+    broken: Tensor  # int32, not 0 if the value of a neighbour is not finite
 
 
 class RowGradients(NamedTuple):

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
-from .triton_arrange import MAX_SPLITS, NO_BITS, Bits, Problem, RowGradients
-from .triton_fwd import keep_everybody
-from .triton_plan import Thresholds, find_occupied, find_thresholds, list_blocks
+from .triton_arrange import MAX_SPLITS, NO_BITS, Bits, Problem, RowFindings, RowGradients
+from .triton_plan import Thresholds, find_occupied, find_thresholds, keep_everybody, list_blocks
 from .triton_tiles import (
     SCALARS,
     admission_weight,
@@ -25,7 +24,6 @@ from .triton_tiles import (
     some_columns,
     step_derivative,
 )
-from .triton_window import RowFindings
 from .triton_window_bwd import NO_PARTS, Parts, finish_columns, finish_rows, settle_delta
 from .types import Saved
 

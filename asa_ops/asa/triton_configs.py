@@ -49,7 +49,7 @@ _TABLE = {
     ("dt", 256, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=64),
     ("dt", 128, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=64),
     ("dt", 64, HALF, 90): Config(64, 64, 8, 2, tma=True, chunk=64),
-    # Pairs decided by bits read both ways (thresholds that learn) take registers: smaller tiles.
+    # Bits stored and read both ways (thresholds that learn), or a second threshold, take registers: smaller tiles.
     ("mask_both", 256, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=128),
     ("mask_both", 128, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=128),
     ("aggregate_both", 256, HALF, 90): Config(64, 32, 4, 2, tma=True),
@@ -100,8 +100,8 @@ _INTERPRETED_TILES = Config(64, 64, 4, 1, chunk=32, columns=32)
 def find(kernel: str, dim: int, dtype: torch.dtype, architecture: int, both: bool = False) -> Config | None:
     """Return the row for head dim ``dim`` (the larger of D and Dv, at most 256); None if there is none.
 
-    ``both``: for pairs decided by bits read both ways. Architectures without rows of their own take those of the next
-    lower one.
+    ``both``: the rows for bits stored and read both ways. Architectures without rows of their own take those of the
+    next lower one.
     """
     if architecture == 0:
         return _INTERPRETED_TILES if kernel in ("statistics", "mask") else _INTERPRETED

@@ -11,9 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
-from .triton import PAD
-from .triton_arrange import MAX_SPLITS, NO_BITS, Bits, Problem
-from .triton_plan import Thresholds, collect_pairs, find_occupied, find_thresholds, list_blocks
+from .triton_arrange import MAX_SPLITS, NO_BITS, Bits, Problem, RowFindings
+from .triton_plan import Thresholds, collect_pairs, find_occupied, find_thresholds, keep_everybody, list_blocks
 from .triton_tiles import (
     SCALARS,
     count_bits,
@@ -27,7 +26,7 @@ from .triton_tiles import (
     product,
 )
 from .triton_topk import find_kth
-from .triton_window import RowFindings, Sums, combine, find_local_survivors
+from .triton_window import Sums, combine, find_local_survivors
 from .types import Saved
 
 
@@ -163,33 +162,6 @@ def _asa_mask_kernel(
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_everybody_kernel(
-    words, largest, broken, counts, key_counts, row_largest, row_count, row_broken,
-    words_stride, heads, zs, per_image, padded, key_padded, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Dense attention: everybody real is everybody's neighbour."""
-    blocks = padded // BLOCK
-    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    image = image_of(z, heads, per_image)
-    n_keys = tl.load(key_counts + image)
-    real = p < tl.load(counts + image)
-    bad = tl.zeros([BLOCK], tl.int32)
-    for group in range(0, key_padded // 32):
-        valid = first_bits(tl.zeros([BLOCK], tl.int32) + n_keys - 32 * group)
-        word = tl.where(real, valid, 0)
-        tl.store(words + z * words_stride + tl.cast(group, tl.int64) * padded + p, word)
-        bad |= (word & tl.load(broken + z * (key_padded // 32) + group)) != 0
-    m = tl.full([BLOCK], -float("inf"), tl.float32)
-    for split in tl.static_range(SPLITS):
-        m = tl.maximum(m, tl.load(largest + split * zs * padded + z * padded + p))
-    at = z * padded + p
-    tl.store(row_largest + at, m)
-    tl.store(row_count + at, tl.where(real, n_keys, 0))
-    tl.store(row_broken + at, bad)
-
-
-@triton.jit(do_not_specialize=SCALARS)
 def _asa_aggregate_kernel(
     q, k, v, lists, lengths, words, row_largest, partial, total, words_stride, scale2, zs, padded, key_padded, others,
     splits,
@@ -287,16 +259,6 @@ def _find_neighbours(problem: Problem, thresholds: Thresholds, bits: Bits, found
         problem.per_image, rows.padded, keys.padded, rows.padded // tile, keys.padded // tile, TILE=tile,
         DIM=problem.width, CHUNK=chunk, MUTUAL=problem.mutual, SYMMETRIC=problem.mutual and problem.k is problem.q,
         ONE_WAY_BITS=problem.one_way_bits, HAS_TOPK=problem.has_topk, **problem.common(config),
-    )  # fmt: skip
-
-
-def keep_everybody(problem: Problem, bits: Bits, found: RowFindings, largest: Tensor) -> None:
-    """Write the bits and findings of dense attention; ``largest`` [parts, zs, padded]: maxima of rows."""
-    rows, keys = problem.rows, problem.keys
-    support.launch(
-        _asa_everybody_kernel, (problem.zs * rows.padded // PAD,), bits.words, largest, problem.broken, rows.counts,
-        keys.counts, *found, bits.stride, problem.heads, problem.zs, problem.per_image, rows.padded, keys.padded,
-        SPLITS=largest.shape[0], BLOCK=PAD,
     )  # fmt: skip
 
 

@@ -14,9 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
-from .triton_arrange import Bits, Problem
+from .triton import PAD
+from .triton_arrange import Bits, Problem, RowFindings
 from .triton_configs import Config
-from .triton_tiles import SCALARS, image_of
+from .triton_tiles import SCALARS, first_bits, image_of
 from .types import Saved
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -169,6 +170,33 @@ def _asa_lists_kernel(
     tl.store(lengths + z * blocks + block, length)
 
 
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_everybody_kernel(
+    words, largest, broken, counts, key_counts, row_largest, row_count, row_broken,
+    words_stride, heads, zs, per_image, padded, key_padded, SPLITS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Dense attention: everybody real is everybody's neighbour."""
+    blocks = padded // BLOCK
+    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+    p = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    image = image_of(z, heads, per_image)
+    n_keys = tl.load(key_counts + image)
+    real = p < tl.load(counts + image)
+    bad = tl.zeros([BLOCK], tl.int32)
+    for group in range(0, key_padded // 32):
+        valid = first_bits(tl.zeros([BLOCK], tl.int32) + n_keys - 32 * group)
+        word = tl.where(real, valid, 0)
+        tl.store(words + z * words_stride + tl.cast(group, tl.int64) * padded + p, word)
+        bad |= (word & tl.load(broken + z * (key_padded // 32) + group)) != 0
+    m = tl.full([BLOCK], -float("inf"), tl.float32)
+    for split in tl.static_range(SPLITS):
+        m = tl.maximum(m, tl.load(largest + split * zs * padded + z * padded + p))
+    at = z * padded + p
+    tl.store(row_largest + at, m)
+    tl.store(row_count + at, tl.where(real, n_keys, 0))
+    tl.store(row_broken + at, bad)
+
+
 class Thresholds(NamedTuple):
     """In base 2 and arranged order, [zs, padded]: a pair is a neighbour if s2 - lse2 > cut2 and s2 >= kappa2."""
 
@@ -246,3 +274,13 @@ def list_blocks(problem: Problem, by_rows: Tensor, by_columns: Tensor, config: C
         BY_COLUMNS=problem.mutual or not rows, BLOCK_J=128,
     )  # fmt: skip
     return Lists(lists, lengths, others)
+
+
+def keep_everybody(problem: Problem, bits: Bits, found: RowFindings, largest: Tensor) -> None:
+    """Write the bits and findings of dense attention; ``largest`` [parts, zs, padded]: maxima of rows."""
+    rows, keys = problem.rows, problem.keys
+    support.launch(
+        _asa_everybody_kernel, (problem.zs * rows.padded // PAD,), bits.words, largest, problem.broken, rows.counts,
+        keys.counts, *found, bits.stride, problem.heads, problem.zs, problem.per_image, rows.padded, keys.padded,
+        SPLITS=largest.shape[0], BLOCK=PAD,
+    )  # fmt: skip

@@ -13,19 +13,11 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
-from .triton_arrange import Bits, Problem
+from .triton_arrange import Bits, Problem, RowFindings
 from .triton_tiles import SCALARS, bit_at, image_of, window_neighbour
 from .types import Saved
 
 LN_2 = tl.constexpr(0.6931471805599453)
-
-
-class RowFindings(NamedTuple):
-    """What rows know of their neighbours, arranged, [zs, padded]."""
-
-    largest: Tensor  # largest score of a neighbour, base 2; -inf without any
-    count: Tensor  # int32
-    broken: Tensor  # int32, not 0 if the value of a neighbour is not finite
 
 
 class Sums(NamedTuple):
