@@ -153,7 +153,7 @@ def test_strides_do_not_matter(impl, case):
 
 @everywhere()
 def test_query_may_be_key(impl):
-    (x, _, value, alpha, beta), options = make(named("plain"), torch.float32)
+    (x, _, value, alpha, beta), options = make(named("plain", heads=1), torch.float32)
     check_against_reference(impl, [x, x, value, alpha, beta], options)
 
 
@@ -273,7 +273,7 @@ def test_gradients_end_at_empty_and_padding_rows(impl):
 
 @everywhere()
 def test_a_bad_threshold_in_padding_has_no_gradient(impl):
-    inputs, options = make(named("padding"), torch.float32)
+    inputs, options = make(named("padding", heads=1), torch.float32)
     padding = ~options["key_padding_mask"][:, None]
     for x in inputs[3:]:
         x[padding] = torch.nan

@@ -56,7 +56,8 @@ def asa_attention(
             beta learn.
         threshold_band: half width, in logits, of the straight-through window, > 0.
         impl: "auto", or one of "reference", "blocked", "cpu", "triton", "cuda"; an explicit choice never falls back
-            (:func:`explain` says what can run).
+            (:func:`explain` says what can run). "triton" forms float32 products as torch does
+            (``torch.set_float32_matmul_precision``), and runs on CPU tensors in Triton's interpreter only.
         return_stats: also return :class:`AsaStats`.
 
     Returns:
