@@ -59,6 +59,8 @@ def architecture(device: torch.device) -> int:
     """Return the row of the configuration tables for ``device``: 80, 90 or 100; 0 for the interpreter."""
     if device.type != "cuda":
         return 0
+    if torch.version.hip is not None:
+        return 80
     major, _ = torch.cuda.get_device_capability(device)
     return {9: 90, 10: 100}.get(major, 80)
 
@@ -69,10 +71,17 @@ def processors(device: torch.device) -> int:
     return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def launch(kernel, grid: tuple[int, ...], *args, warps: int = 4, stages: int = 1, **constants) -> None:
-    """Launch a Triton kernel: arguments by position, constexprs by name.
+def compile_options(warps: int = 4, stages: int = 1, registers: int | None = None) -> dict:
+    """Return how kernels are compiled.
 
-    Products and sums are fused where the kernel says so (tl.fma), nowhere else: the same expression must give the same
-    number in two kernels.
+    Products and sums are never fused: the same score must be the same number in every kernel. ``registers``: as many as
+    a thread may use; left to itself, ptxas may spill some to fit a second program.
     """
-    kernel[grid](*args, **constants, num_warps=warps, num_stages=stages, enable_fp_fusion=False)
+    return {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": False}
+
+
+def launch(
+    kernel, grid: tuple[int, ...], *args, warps: int = 4, stages: int = 1, registers: int | None = None, **constants
+) -> None:
+    """Launch a Triton kernel: arguments by position, constexprs by name."""
+    kernel[grid](*args, **constants, **compile_options(warps, stages, registers))

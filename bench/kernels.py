@@ -39,6 +39,7 @@ ASYNC_COPIES = r"\b(LDGSTS|UTMALDG)\b"
 # Spilled stores that sm_80, with its smaller tiles, is known to need. Everything not named here must have none.
 SPILL_CEILING = {
     ("finish_rows", 64, 80): 1,
+    ("combine", 256, 80): 2,
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
 }
 
@@ -66,6 +67,7 @@ class Launch(NamedTuple):
     divisible: tuple  # indices of arguments that are multiples of 16
     warps: int
     stages: int
+    registers: int | None
 
 
 class Report(NamedTuple):
@@ -99,7 +101,7 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
     """Return the distinct launches of matrix kernels in forward and backward calls with head dim ``dim``."""
     found: dict[tuple, Launch] = {}
 
-    def launch(kernel, grid, *args, warps=4, stages=1, **constants):
+    def launch(kernel, grid, *args, warps=4, stages=1, registers=None, **constants):
         parameters = kernel.arg_names
         given = dict(zip(parameters, args, strict=False)) | constants
         types, values, divisible = [], [], []
@@ -116,11 +118,13 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
         label = kernel.__name__.removeprefix("_asa_").removesuffix("_kernel")
         if label == "dkv" and not (constants["WANT_DK"] and constants["WANT_DV"]):
             label = "dk" if constants["WANT_DK"] else "dv"
-        if wanted and label not in wanted:
+        if (wanted and label not in wanted) or (precision != "highest" and "PRECISION" not in constants):
             return
         kind = "tf32" if precision != "highest" and dtype == torch.float32 else str(dtype).removeprefix("torch.")
         key = (label, dim, kind, tuple(types), tuple(values), warps, stages)
-        found[key] = Launch(kernel, label, dim, kind, tuple(types), tuple(values), tuple(divisible), warps, stages)
+        found[key] = Launch(
+            kernel, label, dim, kind, tuple(types), tuple(values), tuple(divisible), warps, stages, registers
+        )
 
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
@@ -165,7 +169,7 @@ def compile_launch(launch: Launch, arch: int) -> Report:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", arch, 32),
-            options={"num_warps": launch.warps, "num_stages": launch.stages, "enable_fp_fusion": False},
+            options=triton_support.compile_options(launch.warps, launch.stages, launch.registers),
         )
     except Exception as error:  # whatever the compiler raises is the finding
         return Report(0, 0, 0, 0, 0, time.time() - started, f"{type(error).__name__}: {str(error)[:300]}")

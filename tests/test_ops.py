@@ -226,6 +226,19 @@ def test_func_transforms(name):
             torch.testing.assert_close(x, y)
 
 
+@pytest.mark.parametrize("impl", KERNELS)
+def test_jacobian_of_one_image(impl):
+    """vmap over the gradient alone: what the forward saved is expanded, and must not be read as if it were not."""
+    (query, key, value, alpha, _), _ = make(
+        named("plain", grid=(2, 2), batch=1, heads=2, dim=3, dim_v=2), torch.float32
+    )
+    jacobians = [
+        torch.func.jacrev(lambda q: asa_attention(q, key, value, alpha, impl=name))(query)  # noqa: B023
+        for name in (impl, "reference")
+    ]
+    torch.testing.assert_close(*jacobians, rtol=1e-4, atol=1e-5)
+
+
 def test_vmap_over_nothing():
     inputs, options = make(named("plain"))
     none = inputs[0].new_empty(0, *inputs[0].shape)
@@ -275,6 +288,12 @@ def test_backward_without_kept_bits_says_so():
     out, *_ = ops.asa_fwd(*op_arguments([query.requires_grad_(), *rest], options, keep_bits=False))
     with pytest.raises(RuntimeError, match="keep_bits=False"):
         out.sum().backward()
+    if "triton" in KERNELS:  # keeps more than bits, dense attention too
+        inputs, _ = make(named("dense", grid=(2, 2)), torch.float32)
+        inputs[0].requires_grad_()
+        out, *_ = ops.asa_fwd(*op_arguments(inputs, {}, keep_bits=False, impl="triton"))
+        with pytest.raises(RuntimeError, match="keep_bits=False"):
+            out.sum().backward()
 
 
 def test_backward_makes_no_gradients_of_statistics():

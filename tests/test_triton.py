@@ -84,6 +84,14 @@ def test_threshold_gradients(case):
     threshold_gradients(case, torch.float32, band=1.3)
 
 
+@pytest.mark.parametrize("topk", [None, 9], ids=["", "topk"])
+def test_threshold_gradients_of_pairs_in_tiles_without_neighbours(topk):
+    """One-way bits are needed of every tile with a score in the band, also where no two are each other's neighbours."""
+    options = {} if topk is None else {"topk": topk}
+    case = Case("border", grid=(13, 5), batch=1, heads=1, dim=4, beta=None, sharpness=1.5, options=options)
+    threshold_gradients(case, torch.float32)
+
+
 def test_threshold_gradients_in_half_precision():
     """An offset of the values cancels in what an admitted pair changes: delta must not come from a rounded output."""
     threshold_gradients(named("plain", dim=16, dim_v=8), torch.float16, offset=10.0)
@@ -241,7 +249,7 @@ def test_peaks_are_never_below_the_scores_and_lists_miss_no_pair():
     found = Inputs(*inputs, None)
     saved = Saved.new(found, Options((20, 20), 3, 0, True, 8**-0.5), asa.bits_shape(400, 400), True, True)
     problem = arrange.Problem(found, Options((20, 20), 3, 0, True, 8**-0.5), False)
-    forward(problem, saved)
+    forward(problem, saved, None)
     bits = problem.bits(saved.bits)
     tokens = problem.rows.order[0, :400].long()
     s = (inputs[0] @ inputs[1].mT * 8**-0.5)[0, 0][tokens][:, tokens] / math.log(2)
@@ -287,6 +295,26 @@ def round_trip(pairs, rows, columns, counts, back, other, N: tl.constexpr, M: tl
     tl.store(columns + tl.arange(0, N // 32)[:, None] * M + tl.arange(0, M)[None, :], of_columns)
     tl.store(back + at, tiles.words_by_rows(rows, 0, 0, N, N, M).to(tl.uint8))
     tl.store(other + at, tiles.words_by_columns(columns, 0, 0, M, N, M).to(tl.uint8))
+
+
+def test_top_one_of_adjacent_floats():
+    """No float lies between the two largest: the threshold must be the larger of them, to the last bit."""
+    key = torch.tensor([1.0, 1.0 + 2**-23, -1.0, 0.5])[None, None, :, None]
+    query = torch.rand(1, 1, 64, 1) + 0.5
+    options = {"topk": 1, "reciprocal": False, "scale": 1.0}
+    assert survivors("triton", [query, key, key, None, None], options).any(-1).all()
+
+
+def test_no_queries_have_zero_gradients():
+    query, key = torch.randn(1, 1, 0, 4, requires_grad=True), torch.randn(1, 1, 5, 4, requires_grad=True)
+    asa_attention(query, key, key, reciprocal=False, impl="triton").sum().backward()
+    assert (key.grad == 0).all()
+
+
+@pytest.mark.parametrize("setting", ["ieee", "tf32"])
+def test_products_follow_either_setting_of_torch(monkeypatch, setting):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
+    assert arrange._precision(torch.float32) == setting and arrange._precision(torch.float16) == "ieee"
 
 
 def test_bits_are_packed_and_counted():

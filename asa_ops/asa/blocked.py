@@ -166,8 +166,8 @@ def _heads(inputs: Inputs, options: Options, saved: Saved) -> Iterator[tuple[tup
             yield (b, h), _Head(*tokens, ~v.isfinite().all(-1), a, be, real_q, real_k, options, bits, local)
 
 
-def fwd(inputs: Inputs, options: Options, saved: Saved, learn_thresholds: bool) -> None:
-    """Write into ``saved``; thresholds that learn need no more of it."""
+def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
+    """Write into ``saved``; thresholds that learn, within ``band``, need no more of it."""
     if not inputs.key.shape[2]:  # nobody to attend to
         for x, empty in zip(saved[:4], (0, -torch.inf, -torch.inf, 0), strict=True):
             x.fill_(empty)

@@ -63,8 +63,8 @@ def _scalars(options: Options) -> tuple[int, int, int, int, bool, float]:
     return *options.grid, options.window, options.topk, options.reciprocal, options.scale
 
 
-def fwd(inputs: Inputs, options: Options, saved: Saved, learn_thresholds: bool) -> None:
-    """Write into ``saved``; thresholds that learn need no more of it."""
+def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
+    """Write into ``saved``; thresholds that learn, within ``band``, need no more of it."""
     prepared = _prepare(inputs)
     out, *rest, _, _ = saved
     padded = (*out.shape[:3], prepared.v.shape[3])
@@ -110,7 +110,7 @@ def bwd(
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
     saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
-    fwd(inputs, options, saved, False)
+    fwd(inputs, options, saved, None)
     row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
     col_indices = row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32)
     *prepared, _ = _prepare(inputs)

@@ -43,7 +43,7 @@ def asa_fwd(
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     saved = _new_saved(inputs, options, keep_bits, impl)
-    _IMPLEMENTATIONS[impl].fwd(inputs, options, saved, learn_thresholds and keep_bits)
+    _IMPLEMENTATIONS[impl].fwd(inputs, options, saved, band if learn_thresholds and keep_bits else None)
     return tuple(saved)
 
 
@@ -92,6 +92,8 @@ def asa_bwd(
     Those of alpha and beta are 0 unless ``learn_thresholds``, and [B, 0, 0] where there is no such argument.
     """
     if (alpha is not None or topk > 0) and 0 in bits.shape[3:] and key.shape[2]:
+        raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
+    if impl == "triton" and 0 in base2.shape[3:] and out.numel() and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, base2)
@@ -176,7 +178,7 @@ def _run_folded(run, size: int, in_dims, args):
     for i, x in tensors.items():
         tensors[i] = x.expand(size, *x.shape) if in_dims[i] is None else x.movedim(in_dims[i], 0)
     batch = tensors[0].shape[1]
-    outputs = run(*(tensors[i].flatten(0, 1) if i in tensors else x for i, x in enumerate(args)))
+    outputs = run(*(tensors[i].flatten(0, 1).contiguous() if i in tensors else x for i, x in enumerate(args)))
     return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
 
 

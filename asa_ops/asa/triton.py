@@ -43,8 +43,8 @@ def _on_its_device(function):
 
 
 @_on_its_device
-def fwd(inputs: Inputs, options: Options, saved: Saved, learn_thresholds: bool) -> None:
-    """Write into ``saved``."""
+def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
+    """Write into ``saved``; ``band``: half width of the window in which thresholds learn, None if they do not."""
     if not saved.lse.numel():
         return
     empty = 0, -torch.inf, -torch.inf, 0
@@ -54,11 +54,11 @@ def fwd(inputs: Inputs, options: Options, saved: Saved, learn_thresholds: bool) 
         return
     from . import triton_arrange, triton_fwd
 
-    problem = triton_arrange.Problem(inputs, options, learn_thresholds)
+    problem = triton_arrange.Problem(inputs, options, band is not None)
     if inputs.key_padding_mask is not None and problem.rows is problem.keys:  # kernels leave padding rows alone
         for x, value in zip((*saved[:4], saved.local, saved.rest), (*empty, False, 0), strict=True):
             x.fill_(value)
-    triton_fwd.forward(problem, saved)
+    triton_fwd.forward(problem, saved, band)
 
 
 @_on_its_device
@@ -70,11 +70,12 @@ def bwd(
     A row whose output is NaN makes the gradients of its image and head NaN.
     """
     # Kernels leave padding alone.
-    new = torch.zeros if inputs.key_padding_mask is not None or not inputs.key.shape[2] else torch.empty
+    nothing = not saved.lse.numel() or not inputs.key.shape[2]
+    new = torch.zeros if nothing or inputs.key_padding_mask is not None else torch.empty
     tokens = tuple(new(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
     wanted = [x is not None and band is not None for x in (inputs.alpha, inputs.beta)]
     learning = tuple(new(saved.lse.shape, dtype=torch.float32, device=do.device) if x else None for x in wanted)
-    if saved.lse.numel() and inputs.key.shape[2]:
+    if not nothing:
         from . import triton_arrange, triton_bwd
 
         problem = triton_arrange.Problem(inputs, options, band is not None)
@@ -86,7 +87,7 @@ def bwd(
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
     saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
-    fwd(inputs, options, saved, False)
+    fwd(inputs, options, saved, None)
     row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
     col_indices = row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32)
     if len(col_indices):

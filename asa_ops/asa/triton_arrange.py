@@ -75,7 +75,7 @@ def _asa_arrange_kernel(
     d = tl.arange(0, DIM)
     there = (token >= 0)[:, None] & (d < dim)[None, :]
     source = x + z // heads * stride_b + z % heads * stride_h
-    tile = tl.load(source + token[:, None] * stride_n + d[None, :] * stride_d, mask=there, other=0)
+    tile = tl.load(source + token[:, None] * stride_n + d[None, :].to(tl.int64) * stride_d, mask=there, other=0)
     if CLEAN:
         finite = tl.abs(tile.to(tl.float32)) < float("inf")
         bad = tl.max((finite == 0).to(tl.int32), 1) << (tl.arange(0, BLOCK) % 32)
@@ -105,13 +105,17 @@ def _asa_arrange_gradient_kernel(
     d = tl.arange(0, DIM)
     there = real[:, None] & (d < dim)[None, :]
     source = do + z // heads * stride_b + z % heads * stride_h
-    g = tl.load(source + token[:, None] * stride_n + d[None, :] * stride_d, mask=there, other=0)
+    g = tl.load(source + token[:, None] * stride_n + d[None, :].to(tl.int64) * stride_d, mask=there, other=0)
     o = tl.load(out + row[:, None] * dim + d[None, :], mask=there, other=0)
     spoilt = tl.max((o != o).to(tl.int32), 1) != 0
     finite = tl.abs(g.to(tl.float32)) < float("inf")
     empty = tl.load(survivors + row, mask=real, other=0) == 0
     ended = (empty | spoilt)[:, None] & (finite == 0)
     g = tl.where(ended, 0, g)
+    if not HAS_REST:
+        # All weights of a row are off by the same factor, that of the rounded lse_kept2: in float32 it shows.
+        lost = tl.load(base2 + (3 * z + 2) * n + token, mask=real, other=0)
+        g *= tl.exp2(-lost)[:, None]
     # By a product of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
     products = tl.dot(g, tl.where(o == o, o, 0).T, input_precision=PRECISION)
     if HAS_REST:
@@ -121,7 +125,7 @@ def _asa_arrange_gradient_kernel(
     of_row = tl.sum(tl.where(i[:, None] == i[None, :], products, 0), 1)
     tl.store(delta + z * padded + p, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
     tl.store(live + (z * padded + p)[:, None] * DIM + d[None, :], g)
-    tl.store(lse_kept2 + z * padded + p, tl.load(base2 + (2 * z + 1) * n + token, mask=real, other=float("inf")))
+    tl.store(lse_kept2 + z * padded + p, tl.load(base2 + (3 * z + 1) * n + token, mask=real, other=float("inf")))
     tl.atomic_max(poisoned + z, tl.max((spoilt & real).to(tl.int32), 0))
 
 
@@ -163,8 +167,8 @@ class Order:
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: as torch's own."""
-    return "tf32" if dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" else "ieee"
+    """How products of float32 are formed: as torch's own, whichever of its settings said so."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 class Problem:

@@ -71,7 +71,7 @@ def _asa_dq_kernel(
         dp = product(do, do_whole, z * padded + i0, v, v_whole, at,
                      BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)  # fmt: skip
         kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
-        p = tl.exp2(tl.where(kept, tl.fma(s, scale2, -base[:, None]), -float("inf")))
+        p = tl.exp2(tl.where(kept, (s * scale2 - base[:, None]), -float("inf")))
         ds = tl.where(kept, p * (dp - delta_i[:, None]), 0)
         if RESIDUAL:
             acc += tl.sum(ds, 1)
@@ -122,7 +122,7 @@ def _asa_dkv_kernel(
         q_whole = load_whole(q, at, BLOCK_N, DIM, CHUNK, TMA)
         s = product(k, k_whole, at_key, q, q_whole, at, BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)
         kept = pairs_of_tile(words, j0, i0, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
-        p = tl.exp2(tl.where(kept, tl.fma(s, scale2, -tl.load(lse_kept2 + rows)[None, :]), -float("inf")))
+        p = tl.exp2(tl.where(kept, s * scale2 - tl.load(lse_kept2 + rows)[None, :], -float("inf")))
         do_whole = load_whole(do, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
         if WANT_DV:
             live = some_columns(do, do_whole, at, chunk * COLUMNS_V, BLOCK_N, DIM_V, CHUNK_V, COLUMNS_V, TMA)
@@ -204,13 +204,13 @@ def _asa_dt_kernel(
             near = tl.abs(token_i // width - token_j // width) <= reach
             counts &= (near & (tl.abs(token_i % width - token_j % width) <= reach)) == 0
         empty_i = (kept_i == -float("inf"))[:, None]
-        offer = admission_weight(tl.fma(s, scale2, -kept_i[:, None]), neighbour, empty_i) * (dp - delta_i[:, None])
+        offer = admission_weight(s * scale2 - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
         if MUTUAL:
             columns = z.to(tl.int64) * padded + j
             kept_j = tl.load(lse_kept2 + columns)[None, :]
-            weight = admission_weight(tl.fma(back, scale2, -kept_j), neighbour, kept_j == -float("inf"))
+            weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
             offer += weight * (dp_back - tl.load(delta + columns)[None, :])
-        step = step_derivative((tl.fma(s, scale2, -lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
+        step = step_derivative(((s * scale2 - lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
         acc += tl.sum(tl.where(counts & (step > 0), step * offer, 0), 1)
     tl.store(partial + split * tl.cast(zs, tl.int64) * padded + rows, acc)
 

@@ -204,7 +204,7 @@ def _asa_aggregate_kernel(
         tl.store(total + at, summed)
 
 
-def forward(problem: Problem, saved: Saved) -> None:
+def forward(problem: Problem, saved: Saved, band: float | None) -> None:
     """Write into ``saved``."""
     memory = saved.bits
     if not memory.shape[-1] and (problem.has_bits or problem.dense):
@@ -213,7 +213,8 @@ def forward(problem: Problem, saved: Saved) -> None:
     statistics = _find_statistics(problem, bits)
     if problem.has_topk:
         find_kth(problem, saved)
-    thresholds = find_thresholds(problem, saved, bits, statistics)
+    # Threshold gradients ask for A_ji of pairs (i, j) in the band below the threshold of i: those tiles too.
+    thresholds = find_thresholds(problem, saved, bits, statistics, band if problem.one_way_bits else 0.0)
     rows = problem.zs, problem.rows.padded
     row_largest = problem.q.new_full(rows, -torch.inf, dtype=torch.float32)
     found = RowFindings(row_largest, *problem.q.new_zeros((2, *rows), dtype=torch.int32))

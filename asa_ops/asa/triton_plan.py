@@ -56,9 +56,9 @@ def _asa_flags_kernel(
         row_lse2 = m + tl.log2(summed)
         tl.store(lse + z * n + token, row_lse2 * LN_2, mask=real)
         if HAS_BASE2:
-            tl.store(base2 + 2 * z * n + token, row_lse2, mask=real)
+            tl.store(base2 + 3 * z * n + token, row_lse2, mask=real)
     else:
-        row_lse2 = tl.load(base2 + 2 * z * n + token, mask=real, other=0)
+        row_lse2 = tl.load(base2 + 3 * z * n + token, mask=real, other=0)
     if not HAS_ALPHA:
         row_lse2 = tl.zeros_like(row_lse2)  # the cut is -inf, which differences of huge scores may reach
     tl.store(lse2 + at, row_lse2)
@@ -74,7 +74,7 @@ def _asa_flags_kernel(
         tl.store(cut2 + at, cut)
         kth = tl.full([64], -float("inf"), tl.float32)
         if HAS_TOPK:
-            kth = tl.load(kappa + z * n + token, mask=real, other=0) / LN_2
+            kth = tl.load(kappa + z * n + token, mask=real, other=0)
             tl.store(kappa2 + at, kth)
         for start in range(0, key_blocks, BLOCK_J):
             j = start + tl.arange(0, BLOCK_J)

@@ -84,7 +84,7 @@ def _asa_topk_kernel(
     threshold = tl.where((n_keys <= topk) | (reached == n_keys), -float("inf"), threshold)
     image = tl.cast(image_of(z, heads, per_image), tl.int64)
     token = tl.load(order + image * padded + rows, mask=real, other=0)
-    tl.store(kappa + z.to(tl.int64) * n + token, threshold * 0.6931471805599453, mask=real)
+    tl.store(kappa + z.to(tl.int64) * n + token, threshold, mask=real)
 
 
 def find_kth(problem: Problem, saved: Saved) -> None:

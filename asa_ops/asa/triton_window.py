@@ -159,7 +159,9 @@ def _asa_combine_kernel(
     there = real[:, None] & (d_v < dim_v)[None, :]
     tl.store(out + at_out, rounded, mask=there)
     if FOR_BACKWARD:
-        tl.store(base2 + (2 * z + 1) * n + token, kept2, mask=real)
+        tl.store(base2 + (3 * z + 1) * n + token, kept2, mask=real)
+        lost = tl.where(empty, 0, (base - kept2) + tl.log2(summed))
+        tl.store(base2 + (3 * z + 2) * n + token, lost, mask=real)
     if HAS_REST:
         tl.store(rest + at_out, (acc - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=there)
 

@@ -89,7 +89,7 @@ def _asa_settle_delta_kernel(
             at_key = z * padded + at
             k_j = tl.load(k + at_key[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
             v_j = tl.load(v + at_key[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
-            weight = tl.exp2(tl.where(new, tl.fma(tl.sum(q_i * k_j, 1), scale2, -kept_i), -float("inf")))
+            weight = tl.exp2(tl.where(new, tl.sum(q_i * k_j, 1) * scale2 - kept_i, -float("inf")))
             missing += tl.where(new, weight * (tl.sum(do_i * v_j, 1) - delta_i), 0)
     tl.store(delta + at_row, delta_i + missing)
 
@@ -154,17 +154,17 @@ def _asa_finish_rows_kernel(
             s = tl.sum(q_i * k_j, 1)
             dp = tl.sum(do_i * v_j, 1) - delta_i
             new = survives & (neighbour == 0)
-            ds = tl.where(new, tl.exp2(tl.where(new, tl.fma(s, scale2, -kept_i), 0)) * dp, 0)
+            ds = tl.where(new, tl.exp2(tl.where(new, s * scale2 - kept_i, 0)) * dp, 0)
             acc += ds[:, None] * k_j
             if LEARN_ALPHA or LEARN_BETA:
                 empty_i = kept_i == -float("inf")
-                offer = admission_weight(tl.fma(s, scale2, -kept_i), survives | neighbour, empty_i) * dp
+                offer = admission_weight(s * scale2 - kept_i, survives | neighbour, empty_i) * dp
             if LEARN_BETA:
-                step = step_derivative(tl.fma(s, scale, -mean_i) - log_beta, band)
+                step = step_derivative((s * scale - mean_i) - log_beta, band)
                 du += tl.where(near & (neighbour == 0) & (step > 0), step * offer, 0)
             if LEARN_ALPHA:
                 lse_i, cut_i = tl.load(lse2 + at_row), tl.load(cut2 + at_row)
-                step = step_derivative((tl.fma(s, scale2, -lse_i) - cut_i) * LN_2, band)
+                step = step_derivative(((s * scale2 - lse_i) - cut_i) * LN_2, band)
                 counts = near & (step > 0)
                 if HAS_TOPK:
                     counts &= s * scale2 >= tl.load(kappa2 + at_row)
@@ -179,7 +179,7 @@ def _asa_finish_rows_kernel(
                     do_j = tl.load(do + at_key[:, None] * DIM_V + d_v[None, :], mask=near[:, None], other=0)
                     dp_back = tl.sum(v_i * do_j.to(tl.float32), 1) - tl.load(delta + at_key)
                     kept_j = tl.load(lse_kept2 + at_key)
-                    weight = admission_weight(tl.fma(back, scale2, -kept_j), neighbour, kept_j == -float("inf"))
+                    weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
                     offer += tl.where(back_survives, 0, weight * dp_back)
                 dt += tl.where(counts, step * offer, 0)
     bad = tl.load(poisoned + z) != 0
@@ -237,7 +237,7 @@ def _asa_finish_columns_kernel(
             q_i = tl.load(q + at_row[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
             do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
             s = tl.sum(q_i * k_j, 1)
-            gap = tl.fma(s, scale2, -tl.load(lse_kept2 + at_row))
+            gap = s * scale2 - tl.load(lse_kept2 + at_row)
             weight = tl.where(new, tl.exp2(tl.where(new, gap, 0)), 0)
             ds = tl.where(new, weight * (tl.sum(do_i * v_j, 1) - tl.load(delta + at_row)), 0)
             acc_k += ds[:, None] * q_i
@@ -284,6 +284,7 @@ def finish_rows(
         SPLITS=sums_q.splits, T_SPLITS=sums_t.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
         HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk,
         LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None, BLOCK=problem.block, warps=problem.warps,
+        registers=255,
     )  # fmt: skip
 
 

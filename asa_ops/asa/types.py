@@ -66,13 +66,13 @@ class Saved(NamedTuple):
     lse: Tensor  # [.., N_q]
     lse_kept: Tensor  # [.., N_q]
     survivors: Tensor  # int32 [.., N_q]
-    kappa: Tensor  # [.., N_q] k-th largest score; -inf without topk
+    kappa: Tensor  # [.., N_q] k-th largest score, in base 2 if impl="triton"; -inf without topk
     log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window; -inf without beta
     bits: Tensor  # uint8 [.., *bits_shape] adaptive neighbours A, one bit a pair; last dimension 0: not kept
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.
     rest: Tensor  # [.., N_q, Dv] what rounding took from out
-    base2: Tensor  # [.., 2, N_q] lse and lse_kept in base 2, not rounded again
+    base2: Tensor  # [.., 3, N_q] lse, lse_kept in base 2, not rounded again; what rounding took from the latter
 
     @classmethod
     def new(
@@ -94,5 +94,5 @@ class Saved(NamedTuple):
             bits=query.new_empty(*rows[:2], strips, columns if keep_bits else 0, dtype=torch.uint8),
             local=query.new_empty(*rows, window, dtype=torch.bool),
             rest=query.new_empty(*rows, value.shape[3] if keep_more and query.dtype != inputs.precision else 0),
-            base2=query.new_empty(*rows[:2], 2, rows[2] if keep_more else 0, dtype=inputs.precision),
+            base2=query.new_empty(*rows[:2], 3, rows[2] if keep_more else 0, dtype=inputs.precision),
         )
