@@ -4,11 +4,14 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 OUT ?= build/gpu
-SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+# CUDA kernels are compiled for this machine's GPU only, or where there is none for one; `make wheel` takes the default.
+GPU = $(firstword $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
+	sed -n 's/^\([89]\|1[0-9]\)\.\([0-9]\)$$/\1\2/p') 80)
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo test test-all kernels sanitize gpu lint format clean
+.PHONY: demo test test-all kernels sanitize gpu wheel lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -25,7 +28,7 @@ kernels:  ## compile every Triton kernel without a GPU and hold it to its budget
 
 sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize
-	CXXFLAGS="$(SANITIZE)" CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(RUN) -m pip install --quiet --disable-pip-version-check \
+	ASA_OPS_NO_CUDA=1 CXXFLAGS="$(SANITIZE)" CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(RUN) -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --target build/sanitize .
 	cd build/sanitize && PYTHONPATH=. LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest --capture=sys -p no:cacheprovider -m "not slow" \
@@ -33,6 +36,14 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 
 gpu:  ## on a CUDA machine, with its own Python: tests, checks and timings, in minutes; OUT=folder, KEEP=1 keeps the summary
 	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(KEEP),--keep) $(ARGS)
+
+wheel: $(READY)  ## one wheel for CPU and GPU, every Python and torch that pyproject.toml allows, in dist, and its audit
+	rm -rf dist build/lib* build/wheel
+	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+	$(RUN) -m abi3audit --strict --summary dist/*.whl
+	@$(RUN) -m zipfile -e dist/*.whl build/wheel
+	@du -h dist/*.whl build/wheel/asa_ops/_C.abi3.so
+	@$(RUN) -c 'import torch; torch.ops.load_library("build/wheel/asa_ops/_C.abi3.so"); print("CUDA architectures:", torch.ops.asa_ops.cuda_architectures() or "none")'
 
 lint: $(READY)
 	$(RUN) -m ruff check .
@@ -51,7 +62,8 @@ $(READY): $(SOURCES)
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "asa_ops: $(PYTHON) cannot make virtual environments: install python3-venv (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(RUN) -m pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps --editable .
+	ASA_OPS_CUDA_ARCHS="$${ASA_OPS_CUDA_ARCHS:-$(GPU)}" $(RUN) -m pip install --quiet --disable-pip-version-check \
+		--no-build-isolation --no-deps --editable .
 	@$(RUN) -c 'import asa_ops.extension as e; e.WHY_MISSING and print("asa_ops:", e.WHY_MISSING)'
 	@$(RUN) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").exists() or print("asa_ops: Python.h not found: torch.compile cannot build for the CPU, its test is skipped (Debian: apt install python3-dev)")'
 	@touch $@

@@ -1,44 +1,147 @@
 """Build the compiled extension asa_ops/_C.abi3.so; everything else is in pyproject.toml.
 
-Without a working C++ compiler the package installs all the same, with its PyTorch implementations only.
+Without a working C++ compiler the package installs all the same, without the extension; without a working nvcc the
+extension holds no CUDA kernels. Environment: ASA_OPS_CUDA_ARCHS (default "80;90") are the GPUs that CUDA kernels are
+compiled for, ASA_OPS_NO_CUDA=1 leaves them out, MAX_JOBS is how many files are compiled at a time.
 """
 
+import os
+import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
+from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 VERSION = "0.1.0"
+CUDA_SOURCES = sorted(Path("csrc/cuda").glob("*.cu"))
+CUDA_RUNTIME = ["-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,-s"]
+# Folders of this machine stay out of the binary.
+PREFIXES = [f"-ffile-prefix-map={folder}={name}" for folder, name in ((Path.cwd(), "."), (include_paths()[0], "torch"))]
+
+
+def why_not(compiler: list[str], suffix: str, program: str) -> str | None:
+    """Try a compiler on a small program; return why it does not work, or None."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, f"probe{suffix}")
+        source.write_text(program)
+        try:
+            subprocess.run([*compiler, source, "-o", Path(folder, "probe")], check=True, capture_output=True, text=True)
+        except OSError as error:
+            return f"{compiler[0]!r} does not work: {error}"
+        except subprocess.CalledProcessError as error:
+            return f"{compiler[0]!r} fails with {error.returncode}: {error.stdout}{error.stderr}".strip()
+    return None
 
 
 def why_no_compiler() -> str | None:
-    """Try the compiler that torch's build would use on an empty program; return why it does not work, or None."""
-    from torch.utils.cpp_extension import get_cxx_compiler
+    """Return why the C++ compiler that torch's build would use does not work, or None."""
+    return why_not(shlex.split(get_cxx_compiler()), ".cpp", "#include <cstdint>\nint main() { return 0; }\n")
 
-    compiler = get_cxx_compiler()
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text("#include <cstdint>\nint main() { return 0; }\n")
-        try:
-            subprocess.run(
-                [*shlex.split(compiler), source, "-o", Path(folder, "probe")], check=True, capture_output=True
-            )
-        except (OSError, subprocess.CalledProcessError) as error:
-            return f"the C++ compiler {compiler!r} does not work: {error}"
-    return None
+
+def why_no_cuda(nvcc: str | None, flags: list[str]) -> str | None:
+    """Return why the extension cannot hold CUDA kernels, or None."""
+    if os.environ.get("ASA_OPS_NO_CUDA", "0") not in ("", "0"):
+        return "ASA_OPS_NO_CUDA is set"
+    if not CUDA_SOURCES:
+        return "there are none in csrc/cuda"
+    if not nvcc:
+        return "no nvcc in CUDA_HOME, on the PATH or in /usr/local/cuda"
+    program = "#include <cuda_runtime.h>\n__global__ void kernel() {}\nint main() { kernel<<<1, 1>>>(); return 0; }\n"
+    return why_not([nvcc, *flags, "-frandom-seed", "probe"], ".cu", program)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    folders = [*([f"{home}/bin"] if home else []), os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def cuda_architectures() -> list[int]:
+    """Return the GPUs to compile for as 10 * compute capability, ascending."""
+    wanted = os.environ.get("ASA_OPS_CUDA_ARCHS") or "80;90"
+    if not re.fullmatch(r"\d+(;\d+)*", wanted) or min(map(int, wanted.split(";"))) < 80:
+        sys.exit(f'asa_ops: ASA_OPS_CUDA_ARCHS must be like "80;90", each 80 or more, got "{wanted}"')
+    return sorted({int(arch) for arch in wanted.split(";")})
+
+
+def nvcc_flags(architectures: list[int]) -> list[str]:
+    """Return the flags for machine code of each architecture, and PTX of the last, from which newer GPUs are served."""
+    *older, last = architectures
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in older]
+    codes.append(f"arch=compute_{last},code=[sm_{last},compute_{last}]")
+    host = ["-fPIC", "-fvisibility=hidden", *PREFIXES]
+    # Products and sums are never fused: the same score must be the same number in every kernel.
+    flags = ["-std=c++17", "-O3", "--fmad=false", *(f"-gencode={code}" for code in codes)]
+    return flags + [word for flag in host for word in ("-Xcompiler", flag)]
+
+
+class BuildWithCuda(BuildExtension):
+    """Also compiles csrc/cuda: BuildExtension itself refuses to where torch was built without CUDA."""
+
+    def build_extension(self, extension):
+        architectures, nvcc = cuda_architectures(), find_nvcc()
+        flags = nvcc_flags(architectures)
+        if reason := why_no_cuda(nvcc, flags):
+            print(f"asa_ops: building without CUDA kernels ({reason})", file=sys.stderr)
+            extension.define_macros.append(("ASA_OPS_CUDA_ARCHS", '""'))
+        else:
+            told = ";".join(map(str, architectures))
+            extension.define_macros += [("ASA_OPS_CUDA_ARCHS", f'"{told}"'), ("USE_CUDA", None)]
+            add_cuda(extension, [nvcc, *flags], Path("build/cuda", told.replace(";", "-")))
+        super().build_extension(extension)
+
+
+def add_cuda(extension, nvcc: list[str], folder: Path) -> None:
+    """Compile csrc/cuda to objects in ``folder``, a lasting one, and have them linked with the CUDA runtime."""
+    # nvcc tells where its toolkit is, also where it is a wrapper: INCLUDES="-I/usr/local/cuda/include"
+    dry_run = subprocess.run([nvcc[0], "-dryrun", "-c", CUDA_SOURCES[0]], check=True, capture_output=True, text=True)
+    found = dict(re.findall("^#\\$ (INCLUDES|LIBRARIES)=(.*)$", dry_run.stderr, re.MULTILINE))
+    extension.include_dirs += [flag.removeprefix("-I") for flag in shlex.split(found["INCLUDES"])]
+    defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in extension.define_macros]
+    command = [*nvcc, *defines, "-I", include_paths()[0]]
+    folder.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = list(pool.map(lambda source: compile_cuda(source, folder, command), CUDA_SOURCES))
+    extension.extra_objects += map(str, objects)
+    extension.extra_link_args += shlex.split(found["LIBRARIES"]) + CUDA_RUNTIME
+
+
+def compile_cuda(source: Path, folder: Path, command: list[str]) -> Path:
+    """Compile one file and return the object, the one of before if its command and the files it read are unchanged."""
+    compiled, listed, told = (folder / f"{source.stem}{suffix}" for suffix in (".o", ".d", ".command"))
+    # The seed is that of the names which nvcc makes up: the same source gives the same object.
+    options = ["-frandom-seed", source.name, "-MD", "-MF", str(listed), "-c", str(source), "-o", str(compiled)]
+    line = shlex.join([*command, *options])
+    try:
+        files = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        newest = max(Path(file).stat().st_mtime_ns for file in files)
+        if told.read_text() == line and newest < compiled.stat().st_mtime_ns:
+            return compiled
+    except OSError:  # never compiled, or what it read is gone
+        pass
+    told.unlink(missing_ok=True)
+    print(line, flush=True)
+    started = time.time_ns()
+    if subprocess.run([*command, *options]).returncode:
+        sys.exit(f"asa_ops: {source} does not compile")
+    os.utime(compiled, ns=(started, started))  # what is edited while it compiles counts as newer
+    told.write_text(line)
+    return compiled
 
 
 def extension() -> dict:
     """Return setup()'s arguments for the extension."""
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
-
     major, minor, patch = (int(part) for part in VERSION.split("."))
     module = CppExtension(
         "asa_ops._C",
-        sorted(str(path) for path in Path("csrc").glob("**/*.cpp")),
+        sorted(str(path) for pattern in ("*.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern)),
         depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
         py_limited_api=True,
         define_macros=[
@@ -46,19 +149,12 @@ def extension() -> dict:
             ("TORCH_STABLE_ONLY", None),
             ("ASA_OPS_VERSION", str(10000 * major + 100 * minor + patch)),
         ],
-        extra_compile_args=[
-            "-std=c++17",
-            "-O3",
-            "-Wall",
-            "-fvisibility=hidden",
-            "-g0",
-            f"-ffile-prefix-map={Path.cwd()}=.",
-        ],
+        extra_compile_args=["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden", "-g0", *PREFIXES],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else [],
     )
     return {
         "ext_modules": [module],
-        "cmdclass": {"build_ext": BuildExtension},
+        "cmdclass": {"build_ext": BuildWithCuda},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 

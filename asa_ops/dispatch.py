@@ -1,7 +1,8 @@
 """THE dispatch: which implementation runs a call, and why the others do not.
 
 Every implementation is one predicate that returns None if it can run the call, or the reason why it cannot.
-``impl="auto"`` takes the first that can, in the order of ``_PREDICATES``; an explicit ``impl`` never falls back.
+``impl="auto"`` takes the first that can, in the order of ``_PREDICATES``, or of "triton" and "cuda" the one measured
+faster; an explicit ``impl`` never falls back.
 """
 
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import checks, extension, triton_support
+from . import checks, cuda_support, extension, measured, triton_support
 
 # Looked up once: a call must not touch the file system (torch.compile traces it).
 _MAX_DIM = 256
@@ -32,30 +33,29 @@ def _no_triton(call: Call) -> str | None:
         return f"this version of asa_ops holds no Triton kernels for {call.op}"
     if reason := triton_support.why_not_on(call.device):
         return reason
-    if call.dtype == torch.float64:
-        return "Triton kernels take float16, bfloat16 and float32, not float64: impl='reference' does"
-    if call.dim > _MAX_DIM:
-        return f"Triton kernels take head dims up to {_MAX_DIM}, got {call.dim}: impl='blocked' takes any"
-    return None
+    return _no_tiles(call, "Triton")
 
 
 def _no_cuda(call: Call) -> str | None:
-    if call.device.type != "cuda":
-        return f"CUDA kernels need CUDA tensors, these are on {call.device.type}"
-    return _no_kernel(call, "cuda")
+    return cuda_support.why_not_on(f"{call.stem}_cuda_fwd", call.device) or _no_tiles(call, "CUDA")
+
+
+def _no_tiles(call: Call, kind: str) -> str | None:
+    """What kernels on the matrix units of a GPU do not take."""
+    if call.dtype == torch.float64:
+        return f"{kind} kernels take float16, bfloat16 and float32, not float64: impl='reference' does"
+    if call.dim > _MAX_DIM:
+        return f"{kind} kernels take head dims up to {_MAX_DIM}, got {call.dim}: impl='blocked' takes any"
+    return None
 
 
 def _no_cpu(call: Call) -> str | None:
     if call.device.type != "cpu":
         return f"C++ kernels need CPU tensors, these are on {call.device.type}"
-    return _no_kernel(call, "cpu")
-
-
-def _no_kernel(call: Call, kind: str) -> str | None:
     if extension.WHY_MISSING:
         return extension.WHY_MISSING
-    if not extension.has(f"{call.stem}_{kind}_fwd"):
-        return f"this build of the extension holds no {kind} kernel for {call.op}"
+    if not extension.has(f"{call.stem}_cpu_fwd", "CPU"):
+        return f"this build of the extension holds no cpu kernel for {call.op}"
     return None
 
 
@@ -77,8 +77,10 @@ def resolve(call: Call, impl: str) -> str:
         RuntimeError: the explicit ``impl`` cannot run this call; the message says why and what can.
     """
     if impl == "auto":
-        able = (name for name, why_not in _PREDICATES.items() if why_not(call) is None)
-        return next(name for name in able if not _for_tests(name, call))
+        able = [name for name, why_not in _PREDICATES.items() if why_not(call) is None and not _for_tests(name, call)]
+        if "triton" in able and "cuda" in able:
+            return measured.faster(call.stem, call.dim, call.dtype, call.device)
+        return able[0]
     checks.check_choice("impl", impl, NAMES)
     if reason := _PREDICATES[impl](call):
         able = [name for name, why_not in _PREDICATES.items() if why_not(call) is None]
@@ -87,8 +89,8 @@ def resolve(call: Call, impl: str) -> str:
 
 
 def _for_tests(name: str, call: Call) -> bool:
-    """Triton's interpreter runs only when it is asked for."""
-    return name == "triton" and call.device.type == "cpu"
+    """Triton's interpreter and the emulation of CUDA kernels run only when they are asked for."""
+    return name in ("triton", "cuda") and call.device.type == "cpu"
 
 
 def explain(call: Call, impl: str) -> str:

@@ -32,6 +32,27 @@ def load(library: Path) -> str | None:
 WHY_MISSING = load(LIBRARY)
 
 
-def has(op: str) -> bool:
-    """Return whether the extension is loaded and holds the op ``asa_ops::<op>``."""
-    return WHY_MISSING is None and hasattr(torch.ops.asa_ops, op)
+def has(op: str, key: str) -> bool:
+    """Return whether the op ``asa_ops::<op>`` has a kernel for ``key``, "CPU" or "CUDA": a schema does not tell."""
+    if WHY_MISSING or not hasattr(torch.ops.asa_ops, op):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"asa_ops::{op}", key)
+
+
+# To torch.compile the answer is a constant: torch.compiler.assume_constant_result, without importing torch._dynamo.
+has._dynamo_marked_constant = True
+
+
+def cuda_architectures() -> tuple[int, ...]:
+    """Return the GPUs that the extension holds machine code for, 10 * compute capability, ascending.
+
+    Of the last it also holds PTX, which newer GPUs compile. Empty: it was built without CUDA, or cannot be loaded.
+    """
+    told = "" if WHY_MISSING else torch.ops.asa_ops.cuda_architectures()
+    return tuple(int(arch) for arch in told.split(";") if arch)
+
+
+def cuda_versions() -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the newest CUDA that the driver here runs, (0, 0) without one, and the CUDA of the extension's kernels."""
+    driver, built = torch.ops.asa_ops.cuda_versions()
+    return (driver // 1000, driver % 1000 // 10), (built // 1000, built % 1000 // 10)

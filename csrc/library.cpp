@@ -6,17 +6,40 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <string>
+#include <tuple>
+
+#ifdef USE_CUDA
+#include <cuda_runtime_api.h>
+#endif
 
 namespace {
 
 // 10000 * major + 100 * minor + patch of the asa_ops that this library was built from.
 int64_t extension_version() { return ASA_OPS_VERSION; }
 
+// The GPUs that the CUDA kernels are compiled for, 10 * compute capability, ascending, "80;90"; the last also as PTX.
+// Empty: this build holds no CUDA kernels.
+std::string cuda_architectures() { return ASA_OPS_CUDA_ARCHS; }
+
+// The newest CUDA that the driver here runs (0: no driver) and the CUDA of the kernels, 1000 * major + 10 * minor.
+std::tuple<int64_t, int64_t> cuda_versions() {
+#ifdef USE_CUDA
+  int driver = 0;
+  if (cudaDriverGetVersion(&driver) != cudaSuccess) driver = 0;
+  return {driver, CUDART_VERSION};
+#else
+  return {0, 0};
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(asa_ops, m) {
   m.def("extension_version() -> int");
   m.def("cpu_isa() -> int");
+  m.def("cuda_architectures() -> str");
+  m.def("cuda_versions() -> (int, int)");
   m.def(
       "asa_cpu_fwd(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, Tensor? broken, "
       "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_kept, "
@@ -30,8 +53,15 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
       "asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, "
       "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
       "Tensor bits, Tensor local, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+  m.def(
+      "asa_cuda_topk(Tensor query, Tensor key, Tensor? real, int height, int width, int topk, float scale, Tensor(a!) kappa) -> ()");
+  m.def(
+      "asa_cuda_window(Tensor query, Tensor key, Tensor beta, Tensor? real, int height, int width, int window, float scale, "
+      "Tensor(a!) log_mean, Tensor(b!) local) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {
   m.impl("extension_version", TORCH_BOX(&extension_version));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
+  m.impl("cuda_versions", TORCH_BOX(&cuda_versions));
 }

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -56,39 +57,144 @@ def test_kernels_compile_for_other_machines_and_compilers(compiler, tmp_path):
         subprocess.run([compiler, *flags, "-c", source, "-o", tmp_path / "kernels.o"], check=True)
 
 
-def test_installs_and_works_without_a_compiler(tmp_path):
-    copy = tmp_path / "source"
-    ignore = shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "__pycache__", "tests")
-    shutil.copytree(ROOT, copy, ignore=ignore)
-    target = tmp_path / "installed"
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "install",
-        "--no-build-isolation",
-        "--no-deps",
-        "--quiet",
-        "--target",
-        target,
-    ]
-    environment = os.environ | {"CXX": "no-such-compiler", "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    subprocess.run([*command, copy], check=True, env=environment, cwd=tmp_path, capture_output=True)
+@pytest.mark.skipif(not (shutil.which("nm") and shutil.which("ldd")), reason="nm and ldd list symbols and libraries")
+def test_extension_needs_nothing_that_a_torch_without_cuda_lacks():
+    """Whatever it does not define is in libraries that are always there, or is weak: one binary for CPU and GPU."""
+    folder = Path(torch.__file__).with_name("lib")
+    linked = subprocess.run(
+        ["ldd", extension.LIBRARY],
+        check=True,
+        env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
+        capture_output=True,
+        text=True,
+    )
+    libraries = [word for word in linked.stdout.split() if word.startswith("/") and "cuda" not in Path(word).name]
+    assert {"libtorch_cpu.so", "libc.so.6"} <= {Path(library).name for library in libraries}
+    defined = {name for library in libraries for _, name in symbols(library, "--defined-only")}
+    needed = {name for kind, name in symbols(extension.LIBRARY, "--undefined-only") if kind not in "wv"}
+    assert "aoti_torch_library_def" in needed
+    assert not needed - defined
+
+
+def symbols(library: Path | str, which: str) -> list[tuple[str, str]]:
+    """Return the dynamic symbols of a library as (nm's letter, name without version)."""
+    listing = subprocess.run(["nm", "-D", which, library], check=True, capture_output=True, text=True)
+    return [(words[-2], words[-1].split("@")[0]) for words in map(str.split, listing.stdout.splitlines())]
+
+
+@pytest.mark.skipif(not extension.cuda_architectures(), reason="the extension was built without CUDA kernels")
+@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) lists the symbols")
+def test_symbols_of_cuda_are_weak():
+    undefined = {name: kind for kind, name in symbols(extension.LIBRARY, "--undefined-only")}
+    assert undefined["aoti_torch_get_current_cuda_stream"] == "w"
+    assert not any(name.startswith(("cuda", "__cuda")) for name in undefined)  # the runtime is linked in
+
+
+def test_works_and_explains_with_an_extension_that_cannot_be_loaded(tmp_path):
+    shutil.copytree(ROOT / "asa_ops", tmp_path / "asa_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    (tmp_path / "asa_ops" / "_C.abi3.so").write_bytes(b"not a library")
+    told = run_with(tmp_path, sys.executable)
+    assert "cpu        the compiled extension cannot be loaded" in told
+
+
+def run_with(folder: Path, python: str) -> str:
+    """Import asa_ops from ``folder``, run a call and return what explain() says of it."""
     program = (
         "import torch, asa_ops; q = torch.randn(1, 1, 6, 4); print(asa_ops.__file__); print(asa_ops.explain(q)); "
         "print(asa_ops.asa_attention(q, q, q, torch.ones(1, 1, 6)).shape)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", program],
+        [python, "-c", program],
         check=True,
-        env=environment | {"PYTHONPATH": str(target)},
-        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(folder)},
+        cwd=folder,
         capture_output=True,
         text=True,
     )
-    assert run.stdout.startswith(str(target))
-    assert "the compiled extension is missing (no working C++ compiler" in run.stdout
+    assert run.stdout.startswith(str(folder))
     assert "torch.Size([1, 1, 6, 4])" in run.stdout
+    return run.stdout
+
+
+def installed(tmp_path: Path, **environment: str) -> Path:
+    """Install a copy of the source tree into a folder, as pip does, and return the folder."""
+    ignore = shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=ignore)
+    options = ["--no-build-isolation", "--no-deps", "--quiet", "--target", tmp_path / "installed"]
+    subprocess.run(
+        [sys.executable, "-m", "pip", "install", *options, tmp_path / "source"],
+        check=True,
+        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment,
+        cwd=tmp_path,
+        capture_output=True,
+    )
+    return tmp_path / "installed"
+
+
+def test_installs_and_works_without_a_compiler(tmp_path):
+    folder = installed(tmp_path, CXX="no-such-compiler")
+    assert "the compiled extension is missing (no working C++ compiler" in run_with(folder, sys.executable)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["asked", "broken"])
+def test_builds_without_cuda_when_asked_or_nvcc_is_broken(way, tmp_path):
+    environment = {"ASA_OPS_NO_CUDA": "1"} if way == "asked" else {"PATH": with_broken_nvcc(tmp_path), "CUDA_HOME": ""}
+    folder = installed(tmp_path, **environment)
+    assert "  cpu        runs" in run_with(folder, sys.executable)
+    program = "import torch, sys; torch.ops.load_library(sys.argv[1]); print(torch.ops.asa_ops.cuda_architectures())"
+    library = folder / "asa_ops" / extension.LIBRARY.name
+    run = subprocess.run([sys.executable, "-c", program, library], check=True, capture_output=True, text=True)
+    assert run.stdout.strip() == ""
+
+
+def with_broken_nvcc(folder: Path) -> str:
+    """Return a PATH on which nvcc is found first and always fails."""
+    (folder / "nvcc").write_text("#!/bin/sh\necho nothing works >&2\nexit 3\n")
+    (folder / "nvcc").chmod(0o755)
+    return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+@pytest.fixture
+def setup_file(monkeypatch) -> dict:
+    """Return what setup.py defines, without its building anything."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: None)
+    return runpy.run_path("setup.py")
+
+
+def test_setup_says_why_there_will_be_no_cuda_kernels(setup_file, tmp_path, monkeypatch):
+    why_not, find = setup_file["why_no_cuda"], setup_file["find_nvcc"]
+    monkeypatch.setitem(why_not.__globals__, "CUDA_SOURCES", [])
+    assert "none in csrc/cuda" in why_not("nvcc", [])
+    monkeypatch.setitem(why_not.__globals__, "CUDA_SOURCES", ["kernel.cu"])
+    assert "no nvcc" in why_not(None, [])
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", with_broken_nvcc(tmp_path))
+    assert why_not(find(), []).endswith("nvcc' fails with 3: nothing works")
+    monkeypatch.setenv("ASA_OPS_NO_CUDA", "1")
+    assert why_not(find(), []) == "ASA_OPS_NO_CUDA is set"
+
+
+def test_setup_reads_the_architectures(setup_file, monkeypatch):
+    architectures, flags = setup_file["cuda_architectures"], setup_file["nvcc_flags"]
+    monkeypatch.delenv("ASA_OPS_CUDA_ARCHS", raising=False)
+    assert architectures() == [80, 90]
+    monkeypatch.setenv("ASA_OPS_CUDA_ARCHS", "100;86")
+    assert architectures() == [86, 100]
+    codes = [flag for flag in flags([86, 100]) if flag.startswith("-gencode")]
+    assert codes == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_100,code=[sm_100,compute_100]"]
+    for wrong in ("8.0", "75", "80,90", "90a"):
+        monkeypatch.setenv("ASA_OPS_CUDA_ARCHS", wrong)
+        with pytest.raises(SystemExit, match=f'must be like "80;90", each 80 or more, got "{wrong}"'):
+            architectures()
+
+
+@pytest.mark.skipif("ASA_OPS_OTHER_PYTHON" not in os.environ, reason="ASA_OPS_OTHER_PYTHON names no Python with torch")
+def test_the_same_binary_works_under_another_python_and_torch(tmp_path):
+    ignore = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / "asa_ops", tmp_path / "asa_ops", ignore=ignore)
+    assert "  cpu        runs" in run_with(tmp_path, os.environ["ASA_OPS_OTHER_PYTHON"])
 
 
 def imports(path: Path) -> set[str]:

@@ -9,7 +9,7 @@ from asa_ops import asa_attention, extension
 from asa_ops.asa import cpu
 from asa_ops.asa.types import Inputs, Options, Saved
 
-pytestmark = pytest.mark.skipif(not extension.has("asa_cpu_fwd"), reason=str(extension.WHY_MISSING))
+pytestmark = pytest.mark.skipif(not extension.has("asa_cpu_fwd", "CPU"), reason=str(extension.WHY_MISSING))
 SETS = ["portable", "avx2", "avx512"]
 
 

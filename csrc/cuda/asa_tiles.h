@@ -1,0 +1,142 @@
+// Tiles of tokens in shared memory, and their products.
+//
+// Every operand passes through shared memory in chunks of 64 rows by 128 bytes: 64 columns of a half precision, 32 of
+// float32. Products of half precisions run on tensor cores (mma.m16n8k16), those of float32 as fused multiply-adds over
+// ascending columns, both into the same fragments: of a tile, warp w owns rows 16 w to 16 w + 15, and of 8 columns n a
+// thread owns [n][0], [n][1] in row g, columns 2 t and 2 t + 1, and [n][2], [n][3] in row g + 8; g = lane / 4, t = lane % 4.
+
+#pragma once
+
+#include "asa.h"
+
+namespace asa_ops::cuda {
+
+constexpr int kChunkBytes = kBlock * 128;
+
+template <class T>
+constexpr int kColumns = 128 / int(sizeof(T));  // of a chunk
+
+// Groups of 16 bytes of a row lie where no two rows of eight share memory banks.
+__device__ __forceinline__ int swizzled(int row, int group) { return row * 128 + ((group ^ (row & 7)) << 4); }
+
+// Starts copying kBlock rows of kColumns<T> numbers, `width` apart in memory.
+template <class T>
+__device__ __forceinline__ void copy_chunk(char* chunk, const T* from, int width) {
+#pragma unroll
+  for (int i = 0; i < kChunkBytes / 16 / kThreads; ++i) {
+    const int unit = i * kThreads + threadIdx.x, row = unit / 8, group = unit % 8;
+    copy_async(chunk + swizzled(row, group), from + int64_t(row) * width + group * (16 / int(sizeof(T))));
+  }
+}
+
+// Chunks pass through shared memory in the order in which `load(step, memory)` starts their copies, STAGES at a time.
+template <int STAGES, int BYTES, class Load>
+class Ring {
+ public:
+  static constexpr int kBytes = STAGES * BYTES;
+
+  __device__ Ring(char* memory, Load load) : memory_(memory), load_(load) {
+    for (int step = 0; step < STAGES - 1; ++step) start(step);
+  }
+
+  // The next chunks, which stay until the next call.
+  __device__ const char* next() {
+    copy_wait<STAGES - 2>();
+    __syncthreads();  // everybody's copies are there, and everybody is done with the chunks that the next ones replace
+    start(step_ + STAGES - 1);
+    return memory_ + step_++ % STAGES * BYTES;
+  }
+
+  // To be called by everybody before the memory is used for something else.
+  __device__ void finish() {
+    copy_wait<0>();
+    __syncthreads();
+  }
+
+ private:
+  __device__ void start(int step) {
+    load_(step, memory_ + step % STAGES * BYTES);
+    copy_commit();
+  }
+
+  char* memory_;
+  Load load_;
+  int step_ = 0;
+};
+
+// Where a thread's numbers lie in a tile.
+struct Fragment {
+  int row, column;  // g + 16 warp, 2 t
+
+  __device__ Fragment() : row(int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4), column(int(threadIdx.x) % 4 * 2) {}
+  __device__ int row_of(int i) const { return row + i / 2 * 8; }
+  __device__ int column_of(int n, int i) const { return n * 8 + column + i % 2; }
+};
+
+using Tile = float[8][4];
+
+__device__ __forceinline__ void clear(Tile& x) {
+#pragma unroll
+  for (int n = 0; n < 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x[n][i] = 0;
+}
+
+__device__ __forceinline__ float4 float4_at(const char* chunk, int row, int group) {
+  return *reinterpret_cast<const float4*>(chunk + swizzled(row, group));
+}
+
+// c += a b^T for chunks a and b.
+template <class T>
+__device__ __forceinline__ void multiply_transposed(Tile& c, const char* a, const char* b) {
+  const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
+  if constexpr (sizeof(T) == 2) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k) {
+      uint32_t left[4];
+      load_matrices<false>(left, a + swizzled(first + lane % 16, 2 * k + lane / 16));
+#pragma unroll
+      for (int n = 0; n < 8; n += 2) {
+        uint32_t right[4];
+        load_matrices<false>(right, b + swizzled(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        multiply_add<T>(c[n], left, right[0], right[1]);
+        multiply_add<T>(c[n + 1], left, right[2], right[3]);
+      }
+    }
+  } else {
+    const Fragment at;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const float4 low = float4_at(a, at.row, k), high = float4_at(a, at.row + 8, k);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          const float4 right = float4_at(b, at.column_of(n, i), k);
+          c[n][i] = fmaf(low.w, right.w, fmaf(low.z, right.z, fmaf(low.y, right.y, fmaf(low.x, right.x, c[n][i]))));
+          c[n][2 + i] = fmaf(high.w, right.w, fmaf(high.z, right.z, fmaf(high.y, right.y, fmaf(high.x, right.x, c[n][2 + i]))));
+        }
+    }
+  }
+}
+
+// The product of a tile whose operands come as the next `chunks` pairs of chunks.
+template <class T, class R>
+__device__ __forceinline__ void multiply_chunks(Tile& s, R& ring, int chunks) {
+  clear(s);
+  for (int c = 0; c < chunks; ++c) {
+    const char* const chunk = ring.next();
+    multiply_transposed<T>(s, chunk, chunk + kChunkBytes);
+  }
+}
+
+// The largest of a row, which four threads share.
+__device__ __forceinline__ float max_over_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+
+// The bits of the first n of 32 columns.
+__device__ __forceinline__ uint32_t first_bits(int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
+
+}  // namespace asa_ops::cuda

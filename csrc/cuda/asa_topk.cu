@@ -1,0 +1,156 @@
+// The k-th largest score of every row, exactly, for any k: no score is ever stored.
+//
+// The bits of a float, taken as an integer, order as it does. Every sweep over the keys counts how many scores fall into
+// each of kBins parts of the interval known to hold the k-th largest, until exactly k scores reach its lower end or it
+// holds a single value: five sweeps at most, since 7 bits are settled in each. The last sweep finds the two scores next
+// to the gap; any threshold between them selects the same scores, however another kernel's product rounds.
+
+#include "asa_tiles.h"
+
+namespace asa_ops::cuda {
+namespace {
+
+constexpr int kBins = 128;
+constexpr int kStages = 3;
+constexpr int32_t kLowest = -0x7f800001, kBeyond = 0x7f800001;  // -inf as an integer; one more than inf
+
+__device__ __forceinline__ int32_t ordered(float x) {
+  const int32_t bits = bits_as<int32_t>(x);
+  return bits ^ (bits >> 31 & 0x7fffffff);
+}
+__device__ __forceinline__ float from_ordered(int32_t x) { return bits_as<float>(x ^ (x >> 31 & 0x7fffffff)); }
+
+// What is known of a row: `reached` scores, at least k, are no less than low; `above`, fewer, are no less than high.
+struct Interval {
+  int32_t low, high;
+  int reached, above;
+  int shift;  // a bin is 2^shift wide
+};
+
+struct Memory {
+  char chunks[kStages * 2 * kChunkBytes];
+  int bins[kBlock][kBins];
+  Interval rows[kBlock];
+  int open;
+};
+
+// The smallest shift for which kBins bins cover the interval.
+__device__ __forceinline__ int shift_of(const Interval& row) {
+  const uint32_t width = uint32_t(row.high) - uint32_t(row.low);
+  int shift = 0;
+  while ((uint64_t(kBins) << shift) < width) ++shift;
+  return shift;
+}
+
+template <class T>
+__global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float* kappa) {
+  Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
+  const int blocks = p.rows.padded / kBlock;
+  const int z = blockIdx.x / blocks, i0 = blockIdx.x % blocks * kBlock;
+  const int image = image_of(z, p.heads, p.per_image);
+  const int n_rows = p.rows.counts[image], n_keys = p.keys.counts[image];
+  const int chunks = p.width / kColumns<T>;
+  const T* const q = p.q + row_at(z, p.rows.padded, i0) * p.width;
+  const T* const k = p.k + row_at(z, p.keys.padded, 0) * p.width;
+  const Fragment at;
+
+  // Calls use(s2, row of the block) for every score of the block, column by column of a row in any order.
+  const auto sweep = [&](auto use) {
+    const auto load = [&](int step, char* chunk) {
+      const int j0 = step / chunks * kBlock, column = step % chunks * kColumns<T>;
+      if (j0 >= n_keys) return;
+      copy_chunk(chunk, q + column, p.width);
+      copy_chunk(chunk + kChunkBytes, k + int64_t(j0) * p.width + column, p.width);
+    };
+    Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(memory.chunks, load);
+    for (int j0 = 0; j0 < n_keys; j0 += kBlock) {
+      Tile s;
+      multiply_chunks<T>(s, ring, chunks);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          if (j0 + at.column_of(n, i) < n_keys) use(s[n][i] * p.scale2, i / 2);
+    }
+    ring.finish();
+  };
+
+  if (threadIdx.x < kBlock) {
+    Interval& row = memory.rows[threadIdx.x];
+    row = {kLowest, kBeyond, n_keys, 0, 0};
+    row.shift = shift_of(row);
+  }
+  const auto is_open = [&](const Interval& row) {
+    return row.reached > p.topk && uint32_t(row.high) - uint32_t(row.low) > 1;
+  };
+  // Whether a row is open, for everybody.
+  const auto any_open = [&] {
+    if (threadIdx.x == 0) memory.open = 0;
+    __syncthreads();
+    if (threadIdx.x < kBlock && i0 + int(threadIdx.x) < n_rows && is_open(memory.rows[threadIdx.x])) memory.open = 1;
+    __syncthreads();
+    return memory.open != 0;
+  };
+  while (any_open()) {
+    for (int i = threadIdx.x; i < kBlock * kBins; i += kThreads) memory.bins[i / kBins][i % kBins] = 0;
+    __syncthreads();
+    sweep([&](float s, int high) {
+      const Interval& row = memory.rows[at.row + 8 * high];  // not in registers, of which there are none to spare
+      const uint32_t above = uint32_t(ordered(s)) - uint32_t(row.low);
+      if (s == s && above < uint32_t(row.high) - uint32_t(row.low))
+        atomicAdd(&memory.bins[at.row + 8 * high][above >> row.shift], 1);
+    });
+    if (threadIdx.x < kBlock) {
+      Interval& row = memory.rows[threadIdx.x];
+      if (is_open(row)) {
+        int count = row.above, bin = kBins;
+        while (bin > 0 && count < p.topk) count += memory.bins[threadIdx.x][--bin];
+        if (count >= p.topk) {
+          row.above = count - memory.bins[threadIdx.x][bin];
+          row.reached = count;
+          const int64_t low = row.low + (int64_t(bin) << row.shift), high = low + (int64_t(1) << row.shift);
+          row.low = int32_t(low);
+          row.high = high < row.high ? int32_t(high) : row.high;
+          row.shift = shift_of(row);
+        } else {
+          row.reached = 0;  // NaN among the scores: the row has no k-th largest, and its output is NaN
+        }
+      }
+    }
+  }
+
+  float kth[2] = {INFINITY, INFINITY}, following[2] = {-INFINITY, -INFINITY};
+  const float floor[2] = {from_ordered(memory.rows[at.row].low), from_ordered(memory.rows[at.row + 8].low)};
+  sweep([&](float s, int high) {
+    if (s >= floor[high])
+      kth[high] = fminf(kth[high], s);
+    else
+      following[high] = fmaxf(following[high], s);
+  });
+#pragma unroll
+  for (int high = 0; high < 2; ++high) {
+    kth[high] = -max_over_quad(-kth[high]);
+    following[high] = max_over_quad(following[high]);
+    const int position = i0 + at.row + 8 * high;
+    if (threadIdx.x % 4 != 0 || position >= n_rows) continue;
+    const int reached = memory.rows[at.row + 8 * high].reached;
+    const float middle = following[high] + (kth[high] - following[high]) * 0.5f;
+    float threshold = middle > following[high] && middle < kth[high] ? middle : kth[high];
+    if (n_keys <= p.topk || reached == n_keys || reached == 0) threshold = -INFINITY;
+    const int token = p.rows.order[row_at(image, p.rows.padded, position)];
+    kappa[row_at(z, p.rows.n, token)] = threshold;
+  }
+}
+
+}  // namespace
+
+template <class T>
+void find_kth(const Problem<T>& problem, float* kappa, cudaStream_t stream) {
+  launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.zs * (problem.rows.padded / kBlock)), kThreads, sizeof(Memory),
+         stream, problem, kappa);
+}
+template void find_kth(const Problem<Half>&, float*, cudaStream_t);
+template void find_kth(const Problem<BFloat16>&, float*, cudaStream_t);
+template void find_kth(const Problem<float>&, float*, cudaStream_t);
+
+}  // namespace asa_ops::cuda

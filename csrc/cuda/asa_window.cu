@@ -1,0 +1,54 @@
+// The local block: the mean of every window, and who survives in it.
+//
+// Pairs of a window are few and scattered, so they are taken one at a time by a warp, in plain float32 products.
+
+#include "asa_rows.h"
+
+namespace asa_ops::cuda {
+namespace {
+
+// log_mean_i = log mean exp s_ij over the window of i; local survivors s_ij - log_mean_i > log beta_i. A row a warp.
+// Scores are formed twice, so that a window of any size needs no memory.
+template <class T>
+__global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, float* log_mean, uint8_t* local) {
+  const WarpRow at(p.rows, p.heads, p.per_image);
+  if (at.token < 0) return;
+  const Vector q_i(p.q, at.index, p.width);
+  // Calls use(offset, whether somebody is there, score) for every offset of the window.
+  const auto visit = [&](auto use) {
+    for (int offset = 0; offset < p.window * p.window; ++offset) {
+      const int j = window_neighbour(p, at, offset);
+      use(offset, j >= 0, j < 0 ? -INFINITY : dot(q_i, Vector(p.k, row_at(at.z, p.keys.padded, j), p.width)) * p.scale2);
+    }
+  };
+  float largest = -INFINITY, total = 0;
+  int members = 0;
+  visit([&](int, bool near, float s) {
+    const float base = fmaxf(largest, s), finite = base == -INFINITY ? 0 : base;
+    total = total * exp2f(largest - finite) + exp2f(s - finite);
+    members += near;
+    largest = base;
+  });
+  const float mean2 = largest + log2f(total) - log2f(float(members));
+  const float beta = multiplier_at(p.beta, at.z, p.heads, at.token);
+  const float cut = beta >= 0 ? log2f(beta) : NAN;
+  const int64_t row = row_at(at.z, p.rows.n, at.token);
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) log_mean[row] = mean2 * kLn2;
+  visit([&](int offset, bool near, float s) {
+    if (lane == 0) local[row * (p.window * p.window) + offset] = near && s - mean2 > cut;
+  });
+}
+
+}  // namespace
+
+template <class T>
+void find_local_survivors(const Problem<T>& problem, float* log_mean, uint8_t* local, cudaStream_t stream) {
+  launch("asa_window_kernel", &asa_window_kernel<T>, row_programs(problem.zs, problem.rows), kThreads, 0, stream, problem, log_mean,
+         local);
+}
+template void find_local_survivors(const Problem<Half>&, float*, uint8_t*, cudaStream_t);
+template void find_local_survivors(const Problem<BFloat16>&, float*, uint8_t*, cudaStream_t);
+template void find_local_survivors(const Problem<float>&, float*, uint8_t*, cudaStream_t);
+
+}  // namespace asa_ops::cuda

@@ -1,0 +1,140 @@
+// What kernels need of the hardware: launches, 16-bit numbers, asynchronous copies, matrix instructions.
+//
+// Compiled by nvcc this is a thin layer over CUDA; compiled as C++ everything in it comes from testing/simt.h, which runs
+// kernels on the CPU. Kernels use nothing of either directly but thread indices, barriers, shuffles, votes and atomics.
+
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__CUDACC__)
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+namespace asa_ops::cuda {
+
+template <class T, class U>
+__device__ __forceinline__ T bits_as(U x) {
+  static_assert(sizeof(T) == sizeof(U));
+  T y;
+  memcpy(&y, &x, sizeof(T));
+  return y;
+}
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+__device__ __forceinline__ float to_float(float x) { return x; }
+__device__ __forceinline__ float to_float(Half x) { return __half2float(__ushort_as_half(x.bits)); }
+__device__ __forceinline__ float to_float(BFloat16 x) { return __uint_as_float(uint32_t(x.bits) << 16); }
+
+template <class T>
+__device__ __forceinline__ T from_float(float x);
+template <>
+__device__ __forceinline__ float from_float<float>(float x) {
+  return x;
+}
+template <>
+__device__ __forceinline__ Half from_float<Half>(float x) {
+  return {__half_as_ushort(__float2half_rn(x))};
+}
+template <>
+__device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
+}
+
+// The smallest half that is no less than x.
+__device__ __forceinline__ Half half_above(float x) { return {__half_as_ushort(__float2half_ru(x))}; }
+
+// Two numbers in the order in which matrix instructions take them.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+__device__ __forceinline__ char* shared_memory() {
+  extern __shared__ __align__(128) char memory[];
+  return memory;
+}
+
+// Copies 16 bytes to shared memory in the background: there after copy_wait and a barrier.
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+}
+// Closes a group of copies.
+__device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+// Waits for all groups but the last PENDING.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four matrices of 8 x 8 16-bit numbers, whose rows lie where lanes 8 m to 8 m + 7 say.
+template <bool TRANSPOSED>
+__device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
+  const uint32_t at = __cvta_generic_to_shared(row);
+  if constexpr (TRANSPOSED)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+  else
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(at)
+                 : "memory");
+}
+
+// c [16 x 8] += a [16 x 16] b [16 x 8], in float32.
+template <class T>
+__device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  if constexpr (std::is_same_v<T, Half>)
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+  else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// Launches a kernel; an error names it.
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream, Args... args) {
+  const auto check = [&](cudaError_t error) {
+    if (error != cudaSuccess) throw std::runtime_error(std::string("asa_ops: launching ") + name + ": " + cudaGetErrorString(error));
+  };
+  if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  kernel<<<grid, threads, shared, stream>>>(static_cast<Params>(args)...);
+  check(cudaGetLastError());
+}
+
+}  // namespace asa_ops::cuda
+
+#else
+
+#include "../testing/simt.h"
+
+namespace asa_ops::cuda {
+
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t, Args... args) {
+  simt::launch(name, kernel, grid, threads, shared, static_cast<Params>(args)...);
+}
+
+}  // namespace asa_ops::cuda
+
+#endif

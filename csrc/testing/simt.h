@@ -1,0 +1,495 @@
+// CUDA's model of execution on a CPU, for tests: csrc/cuda compiled as ordinary C++ runs behind this header.
+//
+// Blocks run one after another, the threads of a block as fibers of one thread of the machine. A fiber runs until it
+// must wait for the others, at a barrier or in a collective of its warp. What a GPU leaves to chance is made as unkind
+// as it may be: asynchronous copies arrive when they are waited for and not before, shared memory starts as NaN, and
+// ASA_OPS_SIMT_REVERSED=1 runs fibers from the last to the first, which shows in the results where a barrier is missing.
+
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+#if !defined(__x86_64__) && !defined(__aarch64__)
+#include <ucontext.h>
+#endif
+
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __restrict__ __restrict
+
+struct dim3 {
+  unsigned x = 1, y = 1, z = 1;
+  constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = void*;
+
+namespace simt {
+
+constexpr int kWarp = 32;
+constexpr size_t kStack = 128 * 1024;
+
+// The stack pointer of a fiber that does not run; its registers lie on its stack.
+#if defined(__x86_64__) || defined(__aarch64__)
+using Context = void*;
+extern "C" void asa_simt_switch(Context* from, Context to);
+#if defined(__x86_64__)
+asm(R"(
+.text
+.weak asa_simt_switch
+.type asa_simt_switch, @function
+asa_simt_switch:
+  pushq %rbp
+  pushq %rbx
+  pushq %r12
+  pushq %r13
+  pushq %r14
+  pushq %r15
+  movq %rsp, (%rdi)
+  movq %rsi, %rsp
+  popq %r15
+  popq %r14
+  popq %r13
+  popq %r12
+  popq %rbx
+  popq %rbp
+  ret
+.size asa_simt_switch, .-asa_simt_switch
+)");
+#else
+asm(R"(
+.text
+.weak asa_simt_switch
+.type asa_simt_switch, %function
+asa_simt_switch:
+  sub sp, sp, #176
+  stp x19, x20, [sp]
+  stp x21, x22, [sp, #16]
+  stp x23, x24, [sp, #32]
+  stp x25, x26, [sp, #48]
+  stp x27, x28, [sp, #64]
+  stp x29, x30, [sp, #80]
+  stp d8, d9, [sp, #96]
+  stp d10, d11, [sp, #112]
+  stp d12, d13, [sp, #128]
+  stp d14, d15, [sp, #144]
+  mov x9, sp
+  str x9, [x0]
+  mov sp, x1
+  ldp x19, x20, [sp]
+  ldp x21, x22, [sp, #16]
+  ldp x23, x24, [sp, #32]
+  ldp x25, x26, [sp, #48]
+  ldp x27, x28, [sp, #64]
+  ldp x29, x30, [sp, #80]
+  ldp d8, d9, [sp, #96]
+  ldp d10, d11, [sp, #112]
+  ldp d12, d13, [sp, #128]
+  ldp d14, d15, [sp, #144]
+  add sp, sp, #176
+  ret
+.size asa_simt_switch, .-asa_simt_switch
+)");
+#endif
+inline void switch_context(Context& from, Context& to) { asa_simt_switch(&from, to); }
+// A context that will start in `entry` at the top of a stack.
+inline Context new_context(char* stack, size_t size, void (*entry)()) {
+  auto* const top = reinterpret_cast<void**>(stack + size);
+#if defined(__x86_64__)
+  top[-2] = reinterpret_cast<void*>(entry);  // after `ret` the stack is off by 8 from a multiple of 16, as after a call
+  std::fill(top - 8, top - 2, nullptr);
+  return top - 8;
+#else
+  std::fill(top - 22, top, nullptr);
+  top[-22 + 11] = reinterpret_cast<void*>(entry);
+  return top - 22;
+#endif
+}
+#else
+using Context = ucontext_t;
+inline void switch_context(Context& from, Context& to) { swapcontext(&from, &to); }
+inline Context new_context(char* stack, size_t size, void (*entry)()) {
+  Context made;
+  getcontext(&made);
+  made.uc_stack.ss_sp = stack, made.uc_stack.ss_size = size, made.uc_link = nullptr;
+  makecontext(&made, entry, 0);
+  return made;
+}
+#endif
+
+// Waits until everybody has come, as often as it is asked to.
+struct Barrier {
+  int members = 0, arrived = 0;
+  unsigned round = 0;
+};
+
+struct Copy {
+  void* to;
+  char bytes[16];
+};
+
+struct Fiber {
+  Context context;
+  std::unique_ptr<char[]> stack;
+  dim3 thread;
+  int lane = 0, warp = 0;
+  bool done = false;
+  Barrier* waits_at = nullptr;
+  unsigned round = 0;
+  std::vector<std::vector<Copy>> copies;  // groups of asynchronous copies, the open one last
+};
+
+// What the lanes of a warp show each other; two of them in turn, so that nobody overwrites what another still reads.
+struct Exchange {
+  alignas(16) unsigned char slots[kWarp][32];
+};
+
+struct Warp {
+  Barrier barrier;
+  Exchange exchanges[2];
+};
+
+struct Machine {
+  Context scheduler;
+  std::vector<Fiber> fibers;
+  std::vector<Warp> warps;
+  Barrier block;
+  Fiber* current = nullptr;
+  std::vector<char> shared;
+  std::function<void()> kernel;
+  std::string name, failure;
+  dim3 block_index, grid_size, block_size;
+  const void* main_stack = nullptr;
+  size_t main_stack_size = 0;
+  const bool reversed = std::getenv("ASA_OPS_SIMT_REVERSED") != nullptr;
+};
+
+inline Machine& machine() {
+  static thread_local Machine one;
+  return one;
+}
+
+inline void enter(Fiber& fiber) {
+  Machine& m = machine();
+  m.current = &fiber;
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(&fake, fiber.stack.get(), kStack);
+#endif
+  switch_context(m.scheduler, fiber.context);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+  m.current = nullptr;
+}
+
+inline void leave(Fiber& fiber) {
+  Machine& m = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  void* fake = nullptr;
+  __sanitizer_start_switch_fiber(fiber.done ? nullptr : &fake, m.main_stack, m.main_stack_size);
+#endif
+  switch_context(fiber.context, m.scheduler);
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(fake, nullptr, nullptr);
+#endif
+}
+
+inline void fiber_main() {
+  Machine& m = machine();
+#if defined(__SANITIZE_ADDRESS__)
+  __sanitizer_finish_switch_fiber(nullptr, &m.main_stack, &m.main_stack_size);
+#endif
+  Fiber& fiber = *m.current;
+  try {
+    m.kernel();
+  } catch (const std::exception& error) {  // it cannot leave this stack
+    m.failure = error.what();
+  }
+  fiber.done = true;
+  leave(fiber);
+  std::abort();  // a fiber that is done is never entered again
+}
+
+inline void wait_at(Barrier& barrier) {
+  Fiber& fiber = *machine().current;
+  if (++barrier.arrived == barrier.members) {
+    barrier.arrived = 0;
+    ++barrier.round;
+    return;
+  }
+  fiber.waits_at = &barrier;
+  fiber.round = barrier.round;
+  leave(fiber);
+}
+
+inline void run_block() {
+  Machine& m = machine();
+  // Whatever a block finds in shared memory is left over from another.
+  std::fill(m.shared.begin(), m.shared.end(), char(0xff));
+  m.block = {static_cast<int>(m.fibers.size()), 0, 0};
+  for (Warp& warp : m.warps) warp.barrier = {kWarp, 0, 0};
+  for (Fiber& fiber : m.fibers) {
+#if defined(__SANITIZE_ADDRESS__)
+    __asan_unpoison_memory_region(fiber.stack.get(), kStack);  // the fiber before never returned
+#endif
+    fiber.context = new_context(fiber.stack.get(), kStack, &fiber_main);
+    fiber.done = false;
+    fiber.waits_at = nullptr;
+    fiber.copies.assign(1, {});
+  }
+  const size_t count = m.fibers.size();
+  for (size_t left = count; left > 0;) {
+    bool moved = false;
+    for (size_t i = 0; i < count; ++i) {
+      Fiber& fiber = m.fibers[m.reversed ? count - 1 - i : i];
+      if (fiber.done || (fiber.waits_at != nullptr && fiber.waits_at->round == fiber.round)) continue;
+      fiber.waits_at = nullptr;
+      enter(fiber);
+      if (!m.failure.empty()) throw std::logic_error(std::exchange(m.failure, ""));
+      moved = true;
+      left -= fiber.done;
+    }
+    if (!moved) throw std::logic_error(m.name + ": some threads wait for others that have gone");
+  }
+  for (const Fiber& fiber : m.fibers)
+    for (const auto& group : fiber.copies)
+      if (!group.empty()) throw std::logic_error(m.name + ": asynchronous copies are under way at its end");
+}
+
+// Runs a kernel as kernel<<<grid, block, shared>>>(args...) would.
+template <class Kernel, class... Args>
+void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shared, Args... args) {
+  Machine& m = machine();
+  if (threads % kWarp != 0 || threads > 1024) throw std::logic_error(std::string(name) + ": threads not in whole warps");
+  m.name = name;
+  m.kernel = [=] { kernel(args...); };
+  m.grid_size = grid;
+  m.block_size = dim3(threads);
+  m.shared = std::vector<char>(shared);  // of the exact size, for AddressSanitizer
+  m.warps.resize(threads / kWarp);
+  m.fibers.resize(threads);
+  for (int i = 0; i < threads; ++i) {
+    Fiber& fiber = m.fibers[i];
+    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+    fiber.thread = dim3(i, 0, 0);
+    fiber.lane = i % kWarp, fiber.warp = i / kWarp;
+  }
+  for (unsigned z = 0; z < grid.z; ++z)
+    for (unsigned y = 0; y < grid.y; ++y)
+      for (unsigned x = 0; x < grid.x; ++x) {
+        m.block_index = dim3(x, y, z);
+        run_block();
+      }
+}
+
+// Shows `mine` to the warp, waits for the others, and returns what they showed.
+template <class T>
+const Exchange& exchange(const T& mine) {
+  static_assert(sizeof(T) <= sizeof(Exchange::slots[0]));
+  Fiber& fiber = *machine().current;
+  Warp& warp = machine().warps[fiber.warp];
+  Exchange& slots = warp.exchanges[warp.barrier.round % 2];
+  std::memcpy(slots.slots[fiber.lane], &mine, sizeof(T));
+  wait_at(warp.barrier);
+  return slots;
+}
+
+template <class T>
+T shown(const Exchange& slots, int lane) {
+  T value;
+  std::memcpy(&value, slots.slots[lane], sizeof(T));
+  return value;
+}
+
+inline void check_mask(unsigned mask) {
+  if (mask != ~0u) throw std::logic_error(machine().name + ": collectives of part of a warp are not emulated");
+}
+
+}  // namespace simt
+
+#define threadIdx (simt::machine().current->thread)
+#define blockIdx (simt::machine().block_index)
+#define gridDim (simt::machine().grid_size)
+#define blockDim (simt::machine().block_size)
+
+inline void __syncthreads() { simt::wait_at(simt::machine().block); }
+
+inline void __syncwarp(unsigned mask = ~0u) {
+  simt::check_mask(mask);
+  simt::exchange(0);
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  simt::check_mask(mask);
+  return simt::shown<T>(simt::exchange(value), lane);
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+  simt::check_mask(mask);
+  return simt::shown<T>(simt::exchange(value), simt::machine().current->lane ^ other);
+}
+
+inline unsigned __ballot_sync(unsigned mask, bool vote) {
+  simt::check_mask(mask);
+  const simt::Exchange& slots = simt::exchange(vote);
+  unsigned votes = 0;
+  for (int lane = 0; lane < simt::kWarp; ++lane) votes |= unsigned(simt::shown<bool>(slots, lane)) << lane;
+  return votes;
+}
+
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+
+template <class T>
+T atomicAdd(T* at, T value) {
+  const T before = *at;
+  *at += value;
+  return before;
+}
+template <class T>
+T atomicOr(T* at, T value) {
+  const T before = *at;
+  *at |= value;
+  return before;
+}
+
+using std::max;
+using std::min;
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+
+namespace asa_ops::cuda {
+
+// The other half of device.h: numbers in 16 bits, and the hardware's matrix and copy instructions.
+
+template <class T, class U>
+T bits_as(U x) {
+  static_assert(sizeof(T) == sizeof(U));
+  T y;
+  std::memcpy(&y, &x, sizeof(T));
+  return y;
+}
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float to_float(float x) { return x; }
+inline float to_float(Half x) { return static_cast<float>(bits_as<_Float16>(x.bits)); }
+inline float to_float(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
+
+template <class T>
+T from_float(float x);
+template <>
+inline float from_float<float>(float x) {
+  return x;
+}
+template <>
+inline Half from_float<Half>(float x) {
+  return {bits_as<uint16_t>(static_cast<_Float16>(x))};
+}
+template <>
+inline BFloat16 from_float<BFloat16>(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  if (std::isnan(x)) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
+}
+
+// The smallest half that is no less than x.
+inline Half half_above(float x) {
+  Half y = from_float<Half>(x);
+  if (to_float(y) < x) y.bits += y.bits >> 15 ? -1 : 1;
+  return y;
+}
+
+template <class T>
+uint32_t pack(float low, float high) {
+  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+inline char* shared_memory() { return simt::machine().shared.data(); }
+
+inline void copy_async(void* to, const void* from) {
+  simt::Copy copy{to, {}};
+  if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
+    throw std::logic_error(simt::machine().name + ": an asynchronous copy is not aligned");
+  std::memcpy(copy.bytes, from, sizeof(copy.bytes));
+  simt::machine().current->copies.back().push_back(copy);
+}
+
+inline void copy_commit() { simt::machine().current->copies.emplace_back(); }
+
+template <int PENDING>
+void copy_wait() {
+  auto& copies = simt::machine().current->copies;
+  while (copies.size() > PENDING + 1) {
+    for (const simt::Copy& copy : copies.front()) std::memcpy(copy.to, copy.bytes, sizeof(copy.bytes));
+    copies.erase(copies.begin());
+  }
+}
+
+// ldmatrix.x4: four matrices of 8 x 8 16-bit numbers, whose rows lie where lanes 8 m to 8 m + 7 say.
+template <bool TRANSPOSED>
+void load_matrices(uint32_t (&out)[4], const void* row) {
+  const simt::Exchange& rows = simt::exchange(row);
+  const int lane = simt::machine().current->lane, g = lane / 4, t = lane % 4;
+  for (int m = 0; m < 4; ++m) {
+    const auto at = [&](int r, int c) -> uint32_t {
+      return static_cast<const uint16_t*>(simt::shown<const void*>(rows, 8 * m + r))[c];
+    };
+    out[m] = TRANSPOSED ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
+  }
+}
+
+// mma.m16n8k16: c += a b, fragments as the PTX manual lays them out.
+template <class T>
+void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  struct Operands {
+    uint32_t a[4], b[2];
+  };
+  const simt::Exchange& slots = simt::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
+  const int lane = simt::machine().current->lane, g = lane / 4, t = lane % 4;
+  const auto number = [](uint32_t pair, int i) { return to_float(T{static_cast<uint16_t>(pair >> 16 * i)}); };
+  for (int other = 0; other < 4; ++other) {  // the lanes that hold columns 2 other, + 1, + 8 and + 9 of a's rows
+    const Operands left = simt::shown<Operands>(slots, 4 * g + other);
+    for (int column = 0; column < 2; ++column) {
+      const Operands right = simt::shown<Operands>(slots, 4 * (2 * t + column) + other);
+      for (int half = 0; half < 2; ++half)
+        for (int i = 0; i < 2; ++i) {
+          const float b = number(right.b[half], i);
+          c[column] = std::fma(number(left.a[2 * half], i), b, c[column]);
+          c[2 + column] = std::fma(number(left.a[2 * half + 1], i), b, c[2 + column]);
+        }
+    }
+  }
+}
+
+}  // namespace asa_ops::cuda

@@ -1,0 +1,49 @@
+"""Build csrc/cuda as ordinary C++ behind csrc/testing/simt.h: a library that runs its kernels on CPU tensors.
+
+Loaded beside the extension, it registers the ops ``asa_ops::asa_cuda_*`` for CPU tensors. Kernels whose barriers
+suffice give the same bits in whichever order the threads of a block run: ``ASA_OPS_SIMT_REVERSED=1`` runs the last
+first.
+"""
+
+import fcntl
+import os
+import shlex
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
+
+ROOT = Path(__file__).parents[1]
+SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+HEADERS = [*(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/testing").glob("*.h")]
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
+
+
+def build(sanitize: bool = False) -> Path:
+    """Return the library, built anew if a source is newer; several processes may ask at once."""
+    folder = ROOT / "build" / ("simt_sanitized" if sanitize else "simt")
+    folder.mkdir(parents=True, exist_ok=True)
+    library = folder / "libasa_simt.so"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        newest = max(path.stat().st_mtime for path in [*SOURCES, *HEADERS, Path(__file__)])
+        if not library.exists() or library.stat().st_mtime < newest:
+            _compile(folder, library, SANITIZE if sanitize else [])
+    return library
+
+
+def _compile(folder: Path, library: Path, sanitize: list[str]) -> None:
+    compiler = shlex.split(get_cxx_compiler())
+    flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-ffp-contract=off", *sanitize]
+    flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", include_paths()[0]]
+
+    def compile_one(source: Path) -> Path:
+        compiled = folder / f"{source.stem}.o"
+        subprocess.run([*compiler, *flags, "-x", "c++", "-c", source, "-o", compiled], check=True)
+        return compiled
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile_one, SOURCES))
+    links = [f"-L{library_paths()[0]}", "-ltorch_cpu", "-ltorch", "-lc10"]
+    subprocess.run([*compiler, *sanitize, "-shared", *objects, *links, "-o", library], check=True)

@@ -1,0 +1,106 @@
+"""Which implementation is taken on machines that are not this one: calls are made of their description."""
+
+import pytest
+import torch
+
+from asa_ops import cuda_support, dispatch, extension, measured, triton_support
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Return a function that sets what is found: a GPU with its driver, and an extension with CUDA kernels."""
+
+    def found(capability=(9, 0), driver=(13, 0), images=(80, 90), kernels=("CUDA",)):
+        monkeypatch.setattr(extension, "WHY_MISSING", None)
+        monkeypatch.setattr(extension, "cuda_architectures", lambda: images)
+        monkeypatch.setattr(extension, "cuda_versions", lambda: (driver, (13, 0)))
+        monkeypatch.setattr(extension, "has", lambda op, key: op == f"asa_{key.lower()}_fwd" or key in kernels)
+        monkeypatch.setattr(torch.version, "hip", None)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+
+    monkeypatch.setattr(cuda_support, "_why_not_on", cuda_support._why_not_on.__wrapped__)
+    monkeypatch.setattr(triton_support, "_why_not_on", lambda device: None)
+    return found
+
+
+def call(device="cuda", dtype=torch.bfloat16, dim=64):
+    return dispatch.Call("asa_attention", "asa", torch.device(device), dtype, dim)
+
+
+REASONS = {
+    "float64": ({}, {"dtype": torch.float64}, "take float16, bfloat16 and float32, not float64: impl='reference' does"),
+    "wide": ({}, {"dim": 257}, "CUDA kernels take head dims up to 256, got 257: impl='blocked' takes any"),
+    "built without": ({"images": ()}, {}, "this build of the extension holds no CUDA kernels"),
+    "no driver": ({"driver": (0, 0)}, {}, "there is no NVIDIA driver here"),
+    "old driver": ({"driver": (12, 8)}, {}, "runs CUDA 12.8 at most, the CUDA kernels were built with 13.0: update it"),
+    "no device": ({"capability": None}, {}, "finds no CUDA device here"),
+    "old device": ({"capability": (7, 5)}, {}, r"need compute capability >= \(8, 0\), this device has \(7, 5\)"),
+    "no image": (
+        {"capability": (8, 6), "images": (90,)},
+        {},
+        r"this device has compute capability \(8, 6\), this build holds CUDA kernels for \(9, 0\) and newer ones only",
+    ),
+    "minor": (
+        {"capability": (8, 0), "images": (86, 90)},
+        {},
+        r"this device has compute capability \(8, 0\), this build holds CUDA kernels for \(8, 6\), \(9, 0\) and newer",
+    ),
+    "on the cpu": ({}, {"device": "cpu"}, "CUDA kernels need CUDA tensors, these are on cpu"),
+    "on meta": ({}, {"device": "meta"}, "CUDA kernels need CUDA tensors, these are on meta"),
+}
+
+
+@pytest.mark.parametrize("name", REASONS)
+def test_what_cuda_kernels_cannot_run_is_explained(name, machine):
+    found, asked, reason = REASONS[name]
+    machine(**found)
+    with pytest.raises(RuntimeError, match=f"impl='cuda' cannot run this asa_attention call: .*{reason}"):
+        dispatch.resolve(call(**asked), "cuda")
+    assert dispatch.resolve(call(**asked), "auto") != "cuda"
+
+
+def test_a_missing_extension_is_the_reason(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(extension, "WHY_MISSING", "it was never built")
+    with pytest.raises(RuntimeError, match="it was never built"):
+        dispatch.resolve(call(), "cuda")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)])
+def test_devices_that_an_image_serves(capability, machine):
+    """Machine code of sm_80 on 8.x, of sm_90 on 9.0, its PTX on what came later."""
+    machine(capability=capability)
+    assert dispatch.resolve(call(), "cuda") == "cuda"
+
+
+def test_auto_takes_what_was_measured_faster(machine, monkeypatch):
+    machine()
+    assert dispatch.resolve(call(), "auto") == "triton"
+    entry = measured.Measurement("cuda", "gpu.json", "0123456")
+    monkeypatch.setitem(measured.MEASUREMENTS, ("asa", 64, torch.bfloat16, (9, 0)), entry)
+    assert dispatch.resolve(call(), "auto") == dispatch.resolve(call(dim=40), "auto") == "cuda"
+    assert "cuda       runs" in dispatch.explain(call(), "auto")
+    for other in (call(dim=65), call(dtype=torch.float16)):
+        assert dispatch.resolve(other, "auto") == "triton"
+    machine(capability=(8, 0))
+    assert dispatch.resolve(call(), "auto") == "triton"
+
+
+def test_auto_takes_cuda_where_triton_cannot(machine, monkeypatch):
+    machine()
+    monkeypatch.setattr(triton_support, "_why_not_on", lambda device: "no Triton")
+    assert dispatch.resolve(call(), "auto") == "cuda"
+
+
+def test_an_emulation_runs_only_when_it_is_asked_for(machine):
+    machine(capability=None, driver=(0, 0), kernels=("CPU",))
+    assert dispatch.resolve(call("cpu"), "cuda") == "cuda"
+    assert dispatch.resolve(call("cpu"), "auto") == "cpu"
+
+
+def test_measurements_name_known_kernels_and_files():
+    for (stem, dim, _, _), measurement in measured.MEASUREMENTS.items():
+        assert stem in dispatch._WITH_TRITON and dim in (64, 128, 256)
+        assert measurement.faster in ("triton", "cuda")
+        assert measurement.results and measurement.commit
