@@ -10,6 +10,15 @@ from torch import Tensor
 from .checks import describe
 
 
+def has_autocast(device: str) -> bool:
+    """Return whether there is such a thing as autocast on ``device``."""
+    return torch.amp.is_autocast_available(device)
+
+
+# To torch.compile the answer is a constant: torch 2.11 cannot trace the question.
+has_autocast._dynamo_marked_constant = True
+
+
 def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     """Return ``tensors`` in the autocast dtype of their device where autocast is on; float64 stays as it is."""
 
@@ -17,7 +26,7 @@ def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(x)}")
         device = x.device.type
-        on = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        on = has_autocast(device) and torch.is_autocast_enabled(device)
         castable = x.dtype.is_floating_point and x.dtype != torch.float64
         return x.to(torch.get_autocast_dtype(device)) if on and castable else x
 
@@ -26,8 +35,7 @@ def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
 
 def outside_autocast(device: str) -> contextlib.AbstractContextManager:
     """Return a context in which nothing is cast on ``device``."""
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else contextlib.nullcontext()
+    return torch.autocast(device, enabled=False) if has_autocast(device) else contextlib.nullcontext()
 
 
 def ignoring_autocast(function: Callable) -> Callable:
