@@ -57,7 +57,7 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
       "asa_cuda_topk(Tensor query, Tensor key, Tensor? real, int height, int width, int topk, float scale, Tensor(a!) kappa) -> ()");
   m.def(
       "asa_cuda_window(Tensor query, Tensor key, Tensor beta, Tensor? real, int height, int width, int window, float scale, "
-      "Tensor(a!) log_mean, Tensor(b!) local) -> ()");
+      "Tensor(a!) log_mean2, Tensor(b!) local) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {

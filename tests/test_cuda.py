@@ -74,8 +74,8 @@ def check_kth_largest(inputs, options, topk: int) -> None:
     assert ((kappa <= expected + margin) & (kappa >= following - margin))[rows & ~few].all()
 
 
-@each_dtype
 @pytest.mark.parametrize("topk", [1, 5, 40])
+@each_dtype
 def test_topk(dtype, topk):
     inputs, options = make(named("alpha_only", grid=(9, 15), dim=19), dtype)
     check_kth_largest(inputs, options, topk)
@@ -132,29 +132,30 @@ def test_topk_of_a_row_with_a_nan_ends():
 
 
 def window(inputs, options, side: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run the kernel; return log_mean and local."""
+    """Run the kernel; return log_mean2 and local."""
     query, key, _, _, beta = inputs
-    log_mean = torch.full(query.shape[:3], math.nan)
+    log_mean2 = torch.full(query.shape[:3], math.nan)
     local = torch.ones(*query.shape[:3], side**2, dtype=torch.bool)
     mask, scale = options.get("key_padding_mask"), scale_of(inputs, options)
-    torch.ops.asa_ops.asa_cuda_window(query, key, beta.float(), mask, *options["grid"], side, scale, log_mean, local)
-    return log_mean, local
+    torch.ops.asa_ops.asa_cuda_window(query, key, beta.float(), mask, *options["grid"], side, scale, log_mean2, local)
+    return log_mean2, local
 
 
-@each_dtype
-@pytest.mark.parametrize("name", WINDOWED)
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float32, name) for name in WINDOWED] + [(x, "padding") for x in DTYPES[1:]], ids=str
+)
 def test_window(dtype, name):
     inputs, options = make(named(name), dtype)
     side = options.get("window", 3)
-    log_mean, local = window(inputs, options, side)
+    log_mean2, local = window(inputs, options, side)
     s = scores(inputs, options)
     real_q, real_k = reference.real_positions(*inputs[:2], options.get("key_padding_mask"))
     near = real_q[:, None, :, None] & real_k[:, None, None, :] & reference.in_window(options["grid"], side, s.device)
     near = near.expand(s.shape)
     expected = s.masked_fill(~near, -math.inf).logsumexp(-1) - near.sum(-1).double().log()
-    rows = real_q[:, None].expand(log_mean.shape)
+    rows = real_q[:, None].expand(log_mean2.shape)
     rounding = 16 * torch.finfo(torch.float32).eps * max(1.0, s[near].abs().max().item())
-    torch.testing.assert_close(log_mean[rows].double(), expected[rows], rtol=0, atol=rounding)
+    torch.testing.assert_close(log_mean2[rows].double() / LOG2_E, expected[rows], rtol=0, atol=rounding)
     cut = inputs[4].double().log()[..., None] + expected[..., None]
     survives = near & (s > cut)
     certain = (s - cut).abs() > 2 * rounding
@@ -221,7 +222,7 @@ import asa_ops, simt, test_cuda
 from cases import make, named
 torch.ops.load_library(simt.build(sanitize={sanitize}))
 results = []
-for dtype in test_cuda.DTYPES:
+for dtype in (torch.float32, torch.float16):
     inputs, options = make(named("padding", grid=(9, 15), dim=70), dtype)
     results += [test_cuda.kth_largest(inputs, options, 6), *test_cuda.window(inputs, options, 3)]
     inputs, options = make(named("fewer_queries_padded"), dtype)
@@ -243,7 +244,7 @@ def test_the_order_of_threads_does_not_matter(tmp_path):
     """A missing barrier shows as another result."""
     plain = run_elsewhere(tmp_path / "plain")
     backwards = run_elsewhere(tmp_path / "reversed", ASA_OPS_SIMT_REVERSED="1")
-    assert len(plain) == 12 and all(torch.equal(x, y) for x, y in zip(plain, backwards, strict=True))
+    assert len(plain) == 8 and all(torch.equal(x, y) for x, y in zip(plain, backwards, strict=True))
 
 
 @pytest.mark.slow
@@ -257,4 +258,4 @@ def test_nothing_out_of_bounds_under_sanitizers(tmp_path):
     ]
     simt.build(sanitize=True)
     options = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
-    assert len(run_elsewhere(tmp_path / "sanitized", sanitize=True, **options)) == 12
+    assert len(run_elsewhere(tmp_path / "sanitized", sanitize=True, **options)) == 8

@@ -7,6 +7,7 @@ option against the reference under other block sizes than the interpreter's own.
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,8 @@ def check_threshold_gradients(inputs, options, dtype, band=2.0):
 
 @each(tuple(c.name for c in CASES if c.alpha not in (None, "zero", "inf") and c.batch), quick=LEARNING)
 def test_threshold_gradients(case):
+    if case.name == "sharp":  # a last bit of these scores moves a gradient by 1e-6: 126 rows are too few to compare by
+        case = replace(case, heads=8)
     threshold_gradients(case, torch.float32, band=1.3)
 
 

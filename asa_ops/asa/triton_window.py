@@ -30,11 +30,11 @@ class Sums(NamedTuple):
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_window_kernel(
-    q, k, order, place, beta, log_mean, local, beta_stride_b, beta_stride_h, beta_stride_n,
+    q, k, order, place, beta, log_mean2, local, beta_stride_b, beta_stride_h, beta_stride_n,
     scale2, heads, per_image, n, padded, height, width,
     DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """log_mean_i = log mean exp s_ij over the window of i; local survivors s_ij - log_mean_i > log beta_i.
+    """log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i.
 
     Scores are formed twice, so that a window of any size needs no memory.
     """
@@ -62,7 +62,7 @@ def _asa_window_kernel(
         m = m_new
     mean2 = m + tl.log2(summed) - tl.log2(members)
     row = z * n + token
-    tl.store(log_mean + row, mean2 * LN_2, mask=real)
+    tl.store(log_mean2 + row, mean2, mask=real)
     multiplier = beta + z // heads * beta_stride_b + z % heads * beta_stride_h + token.to(tl.int64) * beta_stride_n
     multiplier = tl.load(multiplier, mask=real, other=0).to(tl.float32)
     cut = tl.where(multiplier >= 0, tl.log2(multiplier), float("nan"))

@@ -97,7 +97,7 @@ def _asa_settle_delta_kernel(
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_rows_kernel(
     partial, partial_t, q, k, v, do, words, lse2, cut2, kappa2, lse_kept2, delta, poisoned, order, place, local,
-    log_mean, alpha, beta, dq, dalpha, dbeta,
+    log_mean2, alpha, beta, dq, dalpha, dbeta,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     words_stride, scale, scale2, band, heads, zs, per_image, n, padded, height, width, dim,
     SPLITS: tl.constexpr, T_SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr,
@@ -129,7 +129,7 @@ def _asa_finish_rows_kernel(
         if LEARN_BETA:
             multiplier = beta + z // heads * beta_stride_b + z % heads * beta_stride_h
             multiplier = tl.load(multiplier + token.to(tl.int64) * beta_stride_n, mask=real, other=0).to(tl.float32)
-            mean_i, log_beta = tl.load(log_mean + row, mask=real, other=0), tl.log2(multiplier) * LN_2
+            mean_i, cut_u = tl.load(log_mean2 + row, mask=real, other=0), tl.log2(multiplier)
             du = tl.zeros([BLOCK], tl.float32)  # -dl/du
         for offset in range(WINDOW * WINDOW):
             other, inside = window_neighbour(token, offset, height, width, WINDOW)
@@ -160,7 +160,8 @@ def _asa_finish_rows_kernel(
                 empty_i = kept_i == -float("inf")
                 offer = admission_weight(s * scale2 - kept_i, survives | neighbour, empty_i) * dp
             if LEARN_BETA:
-                step = step_derivative((s * scale - mean_i) - log_beta, band)
+                # In the forward's terms: a score that is its window's mean is so here too, to the last bit.
+                step = step_derivative(((s * scale2 - mean_i) - cut_u) * LN_2, band)
                 du += tl.where(near & (neighbour == 0) & (step > 0), step * offer, 0)
             if LEARN_ALPHA:
                 lse_i, cut_i = tl.load(lse2 + at_row), tl.load(cut2 + at_row)

@@ -67,7 +67,7 @@ class Saved(NamedTuple):
     lse_kept: Tensor  # [.., N_q]
     survivors: Tensor  # int32 [.., N_q]
     kappa: Tensor  # [.., N_q] k-th largest score, in base 2 if impl="triton"; -inf without topk
-    log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window; -inf without beta
+    log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window, as kappa in base 2; -inf without beta
     bits: Tensor  # uint8 [.., *bits_shape] adaptive neighbours A, one bit a pair; last dimension 0: not kept
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.

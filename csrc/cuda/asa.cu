@@ -135,7 +135,7 @@ void for_type(const Tensor& x, Run run) {
 void check_tokens(const Tensor& query, const Tensor& key, const Optional& real) {
   check(query.dim() == 4, "query", "[B, heads, N, D]");
   check(query.size(3) <= 256, "D", "at most 256");
-  check(query.size(2) < INT32_MAX - kBlock && key.size(2) < INT32_MAX - kBlock, "N", "below 2^31 - 64");
+  check(query.size(2) < 1 << 28 && key.size(2) < 1 << 28, "N", "below 2^28");  // eight rows of a map in an int
   check(key, "key", query.scalar_type(), {query.size(0), query.size(1), key.size(2), query.size(3)});
   if (real) check_contiguous(*real, "real", ScalarType::Bool, {query.size(0), key.size(2)});
 }
@@ -154,21 +154,21 @@ void asa_cuda_topk(Tensor query, Tensor key, Optional real, int64_t height, int6
 }
 
 void asa_cuda_window(Tensor query, Tensor key, Tensor beta, Optional real, int64_t height, int64_t width, int64_t window,
-                     double scale, Tensor log_mean, Tensor local) {
+                     double scale, Tensor log_mean2, Tensor local) {
   check_tokens(query, key, real);
   const int64_t b = query.size(0), heads = query.size(1), n = query.size(2);
   check(height * width == n && key.size(2) == n, "height * width", "N, of query and key");
   check(window >= 1 && window % 2 == 1 && window <= 46339, "window", "odd, of less than 2^31 positions");
   check(beta.dim() == 3 && (beta.size(1) == 1 || beta.size(1) == heads), "beta", "[B, heads or 1, N]");
   check(beta, "beta", ScalarType::Float, {b, beta.size(1), n});
-  check_contiguous(log_mean, "log_mean", ScalarType::Float, {b, heads, n});
+  check_contiguous(log_mean2, "log_mean2", ScalarType::Float, {b, heads, n});
   check_contiguous(local, "local", ScalarType::Bool, {b, heads, n, window * window});
-  if (log_mean.numel() == 0) return;
+  if (log_mean2.numel() == 0) return;
   for_type(query, [&](auto zero) {
     Arranged<decltype(zero)> call(query, key, real, height, width, scale);
     call.problem.window = static_cast<int>(window);
     call.problem.beta = {data<const float>(beta), {beta.stride(0), beta.size(1) > 1 ? beta.stride(1) : 0, beta.stride(2)}};
-    find_local_survivors(call.problem, data<float>(log_mean), data<uint8_t>(local), call.stream());
+    find_local_survivors(call.problem, data<float>(log_mean2), data<uint8_t>(local), call.stream());
   });
 }
 

@@ -14,7 +14,6 @@ namespace asa_ops::cuda {
 constexpr int kBlock = 64;     // tokens of a block, rows and columns of a tile
 constexpr int kThreads = 128;  // of a program: four warps, each with 16 rows of a tile, or with one row
 constexpr int kWarps = kThreads / 32;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // In which order the tokens of every image stand.
 struct Order {
@@ -71,8 +70,8 @@ void arrange(const T* x, Strides strides, int zs, int heads, int per_image, cons
 template <class T>
 void find_kth(const Problem<T>& problem, float* kappa, cudaStream_t stream);
 
-// asa_window.cu: log_mean [zs, n] and local survivors [zs, n, window^2], raster order.
+// asa_window.cu: log_mean2 [zs, n], in base 2, and local survivors [zs, n, window^2], raster order.
 template <class T>
-void find_local_survivors(const Problem<T>& problem, float* log_mean, uint8_t* local, cudaStream_t stream);
+void find_local_survivors(const Problem<T>& problem, float* log_mean2, uint8_t* local, cudaStream_t stream);
 
 }  // namespace asa_ops::cuda

@@ -94,11 +94,11 @@ __device__ __forceinline__ void multiply_transposed(Tile& c, const char* a, cons
 #pragma unroll
     for (int k = 0; k < 4; ++k) {
       uint32_t left[4];
-      load_matrices<false>(left, a + swizzled(first + lane % 16, 2 * k + lane / 16));
+      load_matrices(left, a + swizzled(first + lane % 16, 2 * k + lane / 16));
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         uint32_t right[4];
-        load_matrices<false>(right, b + swizzled(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
+        load_matrices(right, b + swizzled(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
         multiply_add<T>(c[n], left, right[0], right[1]);
         multiply_add<T>(c[n + 1], left, right[2], right[3]);
       }

@@ -7,10 +7,10 @@
 namespace asa_ops::cuda {
 namespace {
 
-// log_mean_i = log mean exp s_ij over the window of i; local survivors s_ij - log_mean_i > log beta_i. A row a warp.
+// log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i. A row a warp.
 // Scores are formed twice, so that a window of any size needs no memory.
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, float* log_mean, uint8_t* local) {
+__global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, float* log_mean2, uint8_t* local) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const Vector q_i(p.q, at.index, p.width);
@@ -34,7 +34,7 @@ __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, floa
   const float cut = beta >= 0 ? log2f(beta) : NAN;
   const int64_t row = row_at(at.z, p.rows.n, at.token);
   const int lane = threadIdx.x % 32;
-  if (lane == 0) log_mean[row] = mean2 * kLn2;
+  if (lane == 0) log_mean2[row] = mean2;
   visit([&](int offset, bool near, float s) {
     if (lane == 0) local[row * (p.window * p.window) + offset] = near && s - mean2 > cut;
   });
@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, floa
 }  // namespace
 
 template <class T>
-void find_local_survivors(const Problem<T>& problem, float* log_mean, uint8_t* local, cudaStream_t stream) {
-  launch("asa_window_kernel", &asa_window_kernel<T>, row_programs(problem.zs, problem.rows), kThreads, 0, stream, problem, log_mean,
+void find_local_survivors(const Problem<T>& problem, float* log_mean2, uint8_t* local, cudaStream_t stream) {
+  launch("asa_window_kernel", &asa_window_kernel<T>, row_programs(problem.zs, problem.rows), kThreads, 0, stream, problem, log_mean2,
          local);
 }
 template void find_local_survivors(const Problem<Half>&, float*, uint8_t*, cudaStream_t);

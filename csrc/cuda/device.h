@@ -54,15 +54,6 @@ __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 
-// The smallest half that is no less than x.
-__device__ __forceinline__ Half half_above(float x) { return {__half_as_ushort(__float2half_ru(x))}; }
-
-// Two numbers in the order in which matrix instructions take them.
-template <class T>
-__device__ __forceinline__ uint32_t pack(float low, float high) {
-  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
-}
-
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
@@ -81,19 +72,11 @@ __device__ __forceinline__ void copy_wait() {
 }
 
 // Four matrices of 8 x 8 16-bit numbers, whose rows lie where lanes 8 m to 8 m + 7 say.
-template <bool TRANSPOSED>
 __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* row) {
-  const uint32_t at = __cvta_generic_to_shared(row);
-  if constexpr (TRANSPOSED)
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(at)
-                 : "memory");
-  else
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(at)
-                 : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
 }
 
 // c [16 x 8] += a [16 x 16] b [16 x 8], in float32.

@@ -30,10 +30,8 @@
 
 #define __global__
 #define __device__
-#define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
-#define __restrict__ __restrict
 
 struct dim3 {
   unsigned x = 1, y = 1, z = 1;
@@ -175,7 +173,7 @@ struct Machine {
   std::vector<char> shared;
   std::function<void()> kernel;
   std::string name, failure;
-  dim3 block_index, grid_size, block_size;
+  dim3 block_index;
   const void* main_stack = nullptr;
   size_t main_stack_size = 0;
   const bool reversed = std::getenv("ASA_OPS_SIMT_REVERSED") != nullptr;
@@ -281,8 +279,6 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
   if (threads % kWarp != 0 || threads > 1024) throw std::logic_error(std::string(name) + ": threads not in whole warps");
   m.name = name;
   m.kernel = [=] { kernel(args...); };
-  m.grid_size = grid;
-  m.block_size = dim3(threads);
   m.shared = std::vector<char>(shared);  // of the exact size, for AddressSanitizer
   m.warps.resize(threads / kWarp);
   m.fibers.resize(threads);
@@ -327,21 +323,8 @@ inline void check_mask(unsigned mask) {
 
 #define threadIdx (simt::machine().current->thread)
 #define blockIdx (simt::machine().block_index)
-#define gridDim (simt::machine().grid_size)
-#define blockDim (simt::machine().block_size)
 
 inline void __syncthreads() { simt::wait_at(simt::machine().block); }
-
-inline void __syncwarp(unsigned mask = ~0u) {
-  simt::check_mask(mask);
-  simt::exchange(0);
-}
-
-template <class T>
-T __shfl_sync(unsigned mask, T value, int lane) {
-  simt::check_mask(mask);
-  return simt::shown<T>(simt::exchange(value), lane);
-}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
@@ -357,28 +340,15 @@ inline unsigned __ballot_sync(unsigned mask, bool vote) {
   return votes;
 }
 
-inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
-
 template <class T>
 T atomicAdd(T* at, T value) {
   const T before = *at;
   *at += value;
   return before;
 }
-template <class T>
-T atomicOr(T* at, T value) {
-  const T before = *at;
-  *at |= value;
-  return before;
-}
-
 using std::max;
 using std::min;
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
-inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
-struct float2 {
-  float x, y;
-};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -423,18 +393,6 @@ inline BFloat16 from_float<BFloat16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
-// The smallest half that is no less than x.
-inline Half half_above(float x) {
-  Half y = from_float<Half>(x);
-  if (to_float(y) < x) y.bits += y.bits >> 15 ? -1 : 1;
-  return y;
-}
-
-template <class T>
-uint32_t pack(float low, float high) {
-  return from_float<T>(low).bits | uint32_t(from_float<T>(high).bits) << 16;
-}
-
 inline char* shared_memory() { return simt::machine().shared.data(); }
 
 inline void copy_async(void* to, const void* from) {
@@ -457,16 +415,11 @@ void copy_wait() {
 }
 
 // ldmatrix.x4: four matrices of 8 x 8 16-bit numbers, whose rows lie where lanes 8 m to 8 m + 7 say.
-template <bool TRANSPOSED>
-void load_matrices(uint32_t (&out)[4], const void* row) {
+inline void load_matrices(uint32_t (&out)[4], const void* row) {
   const simt::Exchange& rows = simt::exchange(row);
-  const int lane = simt::machine().current->lane, g = lane / 4, t = lane % 4;
-  for (int m = 0; m < 4; ++m) {
-    const auto at = [&](int r, int c) -> uint32_t {
-      return static_cast<const uint16_t*>(simt::shown<const void*>(rows, 8 * m + r))[c];
-    };
-    out[m] = TRANSPOSED ? at(2 * t, g) | at(2 * t + 1, g) << 16 : at(g, 2 * t) | at(g, 2 * t + 1) << 16;
-  }
+  const int lane = simt::machine().current->lane;
+  for (int m = 0; m < 4; ++m)  // numbers 2 t and 2 t + 1 of row g
+    std::memcpy(&out[m], static_cast<const char*>(simt::shown<const void*>(rows, 8 * m + lane / 4)) + lane % 4 * 4, 4);
 }
 
 // mma.m16n8k16: c += a b, fragments as the PTX manual lays them out.
