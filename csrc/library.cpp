@@ -54,10 +54,19 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
       "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
       "Tensor bits, Tensor local, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
   m.def(
-      "asa_cuda_topk(Tensor query, Tensor key, Tensor? real, int height, int width, int topk, float scale, Tensor(a!) kappa) -> ()");
+      "asa_cuda_fwd(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real, int height, int width, int window, "
+      "int topk, bool reciprocal, float scale, float band, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_kept, "
+      "Tensor(d!) survivors, Tensor(e!) kappa, Tensor(f!) log_mean, Tensor(g!) bits, Tensor(h!) local, Tensor(i!) rest, "
+      "Tensor(j!) base2) -> ()");
   m.def(
-      "asa_cuda_window(Tensor query, Tensor key, Tensor beta, Tensor? real, int height, int width, int window, float scale, "
-      "Tensor(a!) log_mean2, Tensor(b!) local) -> ()");
+      "asa_cuda_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real, int height, int width, "
+      "int window, int topk, bool reciprocal, float scale, float band, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, "
+      "Tensor kappa, Tensor log_mean, Tensor bits, Tensor local, Tensor rest, Tensor base2, Tensor(a!) dq, Tensor(b!) dk, "
+      "Tensor(c!) dv, Tensor(d!)? dalpha, Tensor(e!)? dbeta) -> ()");
+  m.def(
+      "asa_cuda_neighbors(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real, int height, int width, int window, "
+      "int topk, bool reciprocal, float scale, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kappa, "
+      "Tensor log_mean, Tensor bits, Tensor local, Tensor rest, Tensor base2, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {

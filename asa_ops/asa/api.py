@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import checks, dispatch
 from ..precision import cast_under_autocast, outside_autocast
-from . import blocked, cpu, ops, reference, triton
+from . import ops, reference
 from .types import AsaStats, Inputs, NeighborGraph, Options
 
 
@@ -146,7 +146,7 @@ def reciprocal_neighbors(
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = _check(inputs, grid, window, topk, reciprocal, scale)
     impl = dispatch.resolve(_call(query), impl)
-    find = {"reference": reference, "blocked": blocked, "cpu": cpu, "triton": triton}[impl].neighbor_graph
+    find = (reference if impl == "reference" else ops.IMPLEMENTATIONS[impl]).neighbor_graph
     with outside_autocast(query.device.type):
         return find(inputs, options)
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import buffers
 from .types import Inputs, NeighborGraph, Options, Saved
 
 
@@ -111,9 +112,8 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
     saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
     fwd(inputs, options, saved, None)
-    row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
-    col_indices = row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32)
+    graph = buffers.new_graph(saved)
     *prepared, _ = _prepare(inputs)
     rest = (saved.lse, saved.lse_kept, saved.kappa, saved.log_mean, saved.bits, saved.local)
-    torch.ops.asa_ops.asa_cpu_neighbors(*prepared, *_scalars(options), *rest, row_offsets, col_indices)
-    return NeighborGraph(row_offsets, col_indices)
+    torch.ops.asa_ops.asa_cpu_neighbors(*prepared, *_scalars(options), *rest, *graph)
+    return graph

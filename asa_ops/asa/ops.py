@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..precision import outside_autocast
-from . import blocked, cpu, triton
+from . import blocked, cpu, cuda, triton
 from .types import Inputs, Options, Saved
 
-_IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton}
+IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton, "cuda": cuda}
+_KEEP_MORE = ("triton", "cuda")  # for their backward: see Saved
 
 
 @torch.library.custom_op("asa_ops::asa_fwd", mutates_args=())
@@ -43,7 +44,7 @@ def asa_fwd(
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     saved = _new_saved(inputs, options, keep_bits, impl)
-    _IMPLEMENTATIONS[impl].fwd(inputs, options, saved, band if learn_thresholds and keep_bits else None)
+    IMPLEMENTATIONS[impl].fwd(inputs, options, saved, band if learn_thresholds and keep_bits else None)
     return tuple(saved)
 
 
@@ -54,8 +55,8 @@ def _(query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scal
 
 
 def _new_saved(inputs: Inputs, options: Options, keep_bits: bool, impl: str) -> Saved:
-    shape = _IMPLEMENTATIONS[impl].bits_shape(inputs.query.shape[2], inputs.key.shape[2])
-    return Saved.new(inputs, options, shape, keep_bits, keep_more=keep_bits and impl == "triton")
+    shape = IMPLEMENTATIONS[impl].bits_shape(inputs.query.shape[2], inputs.key.shape[2])
+    return Saved.new(inputs, options, shape, keep_bits, keep_more=keep_bits and impl in _KEEP_MORE)
 
 
 @torch.library.custom_op("asa_ops::asa_bwd", mutates_args=())
@@ -93,12 +94,12 @@ def asa_bwd(
     """
     if (alpha is not None or topk > 0) and 0 in bits.shape[3:] and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
-    if impl == "triton" and 0 in base2.shape[3:] and out.numel() and key.shape[2]:
+    if impl in _KEEP_MORE and 0 in base2.shape[3:] and out.numel() and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, base2)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    grads = _IMPLEMENTATIONS[impl].bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
+    grads = IMPLEMENTATIONS[impl].bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
     return tuple(_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))
 
 

@@ -15,6 +15,7 @@ import functools
 import torch
 from torch import Tensor
 
+from . import buffers
 from .types import Inputs, NeighborGraph, Options, Saved
 
 PAD = 128  # tokens of a head are padded to a multiple of this
@@ -45,20 +46,10 @@ def _on_its_device(function):
 @_on_its_device
 def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
     """Write into ``saved``; ``band``: half width of the window in which thresholds learn, None if they do not."""
-    if not saved.lse.numel():
-        return
-    empty = 0, -torch.inf, -torch.inf, 0
-    if not inputs.key.shape[2]:  # nobody to attend to
-        for x, value in zip(saved[:4], empty, strict=True):
-            x.fill_(value)
-        return
-    from . import triton_arrange, triton_fwd
+    if buffers.prepare_outputs(inputs, saved):
+        from . import triton_arrange, triton_fwd
 
-    problem = triton_arrange.Problem(inputs, options, band is not None)
-    if inputs.key_padding_mask is not None and problem.rows is problem.keys:  # kernels leave padding rows alone
-        for x, value in zip((*saved[:4], saved.local, saved.rest), (*empty, False, 0), strict=True):
-            x.fill_(value)
-    triton_fwd.forward(problem, saved, band)
+        triton_fwd.forward(triton_arrange.Problem(inputs, options, band is not None), saved, band)
 
 
 @_on_its_device
@@ -69,13 +60,8 @@ def bwd(
 
     A row whose output is NaN makes the gradients of its image and head NaN.
     """
-    # Kernels leave padding alone.
-    nothing = not saved.lse.numel() or not inputs.key.shape[2]
-    new = torch.zeros if nothing or inputs.key_padding_mask is not None else torch.empty
-    tokens = tuple(new(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
-    wanted = [x is not None and band is not None for x in (inputs.alpha, inputs.beta)]
-    learning = tuple(new(saved.lse.shape, dtype=torch.float32, device=do.device) if x else None for x in wanted)
-    if not nothing:
+    tokens, learning, wanted = buffers.new_gradients(inputs, saved, band)
+    if wanted:
         from . import triton_arrange, triton_bwd
 
         problem = triton_arrange.Problem(inputs, options, band is not None)
@@ -88,11 +74,9 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
     saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
     fwd(inputs, options, saved, None)
-    row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
-    col_indices = row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32)
-    if len(col_indices):
+    graph = buffers.new_graph(saved)
+    if len(graph.col_indices):
         from . import triton_arrange, triton_graph
 
-        problem = triton_arrange.Problem(inputs, options, False)
-        triton_graph.write_columns(problem, saved, row_offsets, col_indices)
-    return NeighborGraph(row_offsets, col_indices)
+        triton_graph.write_columns(triton_arrange.Problem(inputs, options, False), saved, *graph)
+    return graph

@@ -66,7 +66,7 @@ class Saved(NamedTuple):
     lse: Tensor  # [.., N_q]
     lse_kept: Tensor  # [.., N_q]
     survivors: Tensor  # int32 [.., N_q]
-    kappa: Tensor  # [.., N_q] k-th largest score, in base 2 if impl="triton"; -inf without topk
+    kappa: Tensor  # [.., N_q] k-th largest score, in base 2 if impl is "triton" or "cuda"; -inf without topk
     log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window, as kappa in base 2; -inf without beta
     bits: Tensor  # uint8 [.., *bits_shape] adaptive neighbours A, one bit a pair; last dimension 0: not kept
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta

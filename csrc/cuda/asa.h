@@ -1,9 +1,13 @@
-// Adaptive sparse attention on the GPU: what the kernels of csrc/cuda share.
+// Adaptive sparse attention on the GPU: what the kernels of csrc/cuda share, and the steps of a call.
 //
 // Tokens are arranged first (asa_arrange.cu): [zs * padded, width], zs = B * heads, the map cut into tiles of 8 x 8,
 // padding left out, zeros up to whole blocks of 64 tokens and to a width of 64, 128 or 256. So no tile needs a bounds
 // check. Scores are in base 2: s2 = scale * log2(e) * <q_i, k_j>. Everything runs in one stream; no size depends on the
 // data, nothing is read back, and what is summed is summed in a fixed order: results repeat bit for bit.
+//
+// Every pair is decided once (asa_mask.cu) and stored as a bit; all later steps, the backward's too, read the bits.
+// Sums over neighbours run over tiles (asa_gather.cu); pairs that survive only in the window, and all pairs of rows that
+// keep few (`few`), are added one by one where rows and columns are finished (asa_finish.cu).
 
 #pragma once
 
@@ -14,6 +18,8 @@ namespace asa_ops::cuda {
 constexpr int kBlock = 64;     // tokens of a block, rows and columns of a tile
 constexpr int kThreads = 128;  // of a program: four warps, each with 16 rows of a tile, or with one row
 constexpr int kWarps = kThreads / 32;
+constexpr int kFew = 32;       // up to this many neighbours a row are taken one by one
+constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
 // In which order the tokens of every image stand.
 struct Order {
@@ -21,6 +27,8 @@ struct Order {
   const int32_t* order = nullptr;   // [images, padded] token at a position, -1 where there is none
   const int32_t* place = nullptr;   // [images, n] position of a token, -1 for padding
   const int32_t* counts = nullptr;  // [images] real tokens
+
+  __host__ __device__ int blocks() const { return padded / kBlock; }
 };
 
 // Where the numbers of a [B, heads, N, D] tensor lie.
@@ -28,7 +36,7 @@ struct Strides {
   int64_t b = 0, h = 0, n = 0, d = 0;
 };
 
-// A multiplier of thresholds, [B, heads or 1, N] float32.
+// A multiplier of thresholds, [B, heads or 1, N] float32; no data: there is none.
 struct Multiplier {
   const float* data = nullptr;
   Strides strides;
@@ -40,12 +48,69 @@ struct Problem {
   int heads, zs;
   int per_image;  // 1: the order differs from image to image, 0: one for all
   Order rows, keys;
-  int width;
-  int grid_height, grid_width, window;
-  int topk;
-  float scale2;
-  Multiplier beta;
-  const T *q, *k;  // arranged
+  int dim, dim_v, width, width_v;  // of q and k, of v; before and after arranging
+  int grid_height, grid_width;
+  int window;          // side, 0: no local block
+  int topk;            // 0: none
+  bool mutual;         // neighbours must be each other's
+  bool symmetric;      // query is key
+  bool has_bits;       // there are adaptive neighbours
+  bool one_way_bits;   // bits are A, from which M = A and its transpose, as thresholds that learn ask for; otherwise M
+  bool few;            // rows keep few neighbours: one by one
+  float scale, scale2;
+  Multiplier alpha, beta;
+  const T *q, *k, *v, *d_out;  // arranged
+  const uint32_t* broken;      // [zs, keys / 32] keys whose value is not finite, which is 0 in v
+  uint32_t* words;             // pair (i, j): bit j % 32 of words[j / 32][i]; every head's `stride` further on
+  int64_t words_stride;
+  Half* peaks;                 // [key block, row] at least the largest score of a row with the keys of a block
+  int64_t peaks_stride;
+};
+
+// What a forward pass returns and keeps, in raster order, [zs, n] and more; null where it is not kept.
+template <class T>
+struct Saved {
+  T* out;              // [.., dim_v]
+  float *lse, *lse_kept;
+  int32_t* survivors;
+  float *kappa2, *log_mean2;
+  uint8_t* local;      // [.., window^2]
+  T* rest;             // [.., dim_v] what rounding took from out
+  float* base2;        // [zs, 3, n] lse and lse_kept in base 2; what rounding took from the latter
+};
+
+// Thresholds in arranged order, [zs, padded]: j is a neighbour of i if s2 - lse2 > cut2 and s2 >= kappa2.
+struct Thresholds {
+  float *lse2, *cut2, *kappa2;  // kappa2 null: no topk
+  uint8_t* flags;               // [zs, row blocks, key blocks] tiles that reach a threshold of their rows
+};
+
+// For every block of tokens the blocks of the other side to visit, ascending.
+struct Lists {
+  int32_t* lists;    // [zs, blocks, others]
+  int32_t* lengths;  // [zs, blocks]
+  int others;
+};
+
+// A sum over neighbours in parts, [splits, zs * padded, width]; no parts: nobody was summed.
+struct Parts {
+  float* sums = nullptr;
+  int splits = 0;
+};
+
+// What the sum over neighbours says of rows, in the same parts, [splits, zs * padded].
+struct Totals {
+  float* largest;  // score, base 2
+  float* total;    // of exp2(s2 - largest)
+  int32_t* count;
+};
+
+// What the backward knows of rows, arranged, [zs, padded].
+struct RowGradients {
+  float* delta;      // <do, out>
+  float* kept2;      // log-sum-exp over survivors in base 2; inf at padding
+  float* live2;      // the same, but inf too where a single survivor holds all the weight: its score has no gradient
+  uint32_t* poisoned;  // [zs] whether a row of the head has the output NaN
 };
 
 __device__ __forceinline__ int image_of(int z, int heads, int per_image) { return z / heads * per_image; }
@@ -57,21 +122,92 @@ __device__ __forceinline__ float multiplier_at(const Multiplier& x, int z, int h
   return x.data[z / heads * x.strides.b + z % heads * x.strides.h + token * x.strides.n];
 }
 
-// Launchers, one for each step, in the file of that name.
+// The bits of the first n of 32 columns.
+__device__ __forceinline__ uint32_t first_bits(int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 
-// asa_arrange.cu
+// c_ij of asa_ops.asa from s_ij - lse_kept_i in base 2: to first order the weight that a pair has or would have.
+__device__ __forceinline__ float admission_weight(float gap2, bool kept, bool empty) {
+  if (empty) return 1;
+  const float weight = exp2f(kept ? gap2 : -fabsf(gap2));
+  return kept ? weight : (gap2 > 0 ? 1 : weight) / (1 + weight);
+}
+
+// d(z): a triangle of half width `band` and area 1.
+__device__ __forceinline__ float step_derivative(float z, float band) { return fmaxf(1 - fabsf(z) / band, 0) / band; }
+
+// Launchers, in the file of that name, in the order of a call.
+
+// asa_arrange.cu. `broken`, zeroed, may be null: then what is not finite stays.
 void find_order(const bool* real, int images, int n, int height, int width, int padded, int32_t* order, int32_t* place,
                 int32_t* counts, cudaStream_t stream);
 template <class T>
 void arrange(const T* x, Strides strides, int zs, int heads, int per_image, const Order& order, int dim, int width, T* out,
-             cudaStream_t stream);
+             uint32_t* broken, cudaStream_t stream);
+template <class T>
+void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides, const Saved<T>& saved, T* arranged,
+                      const RowGradients& row, cudaStream_t stream);
+
+// asa_statistics.cu: maximum and sum of exponentials of every row in `splits` parts, [splits, zs * padded]; the peaks.
+template <class T>
+void find_statistics(const Problem<T>& problem, int splits, float* largest, float* total, cudaStream_t stream);
 
 // asa_topk.cu: a threshold in base 2 for every row, [zs, n] in raster order, at or just below its k-th largest score.
 template <class T>
-void find_kth(const Problem<T>& problem, float* kappa, cudaStream_t stream);
+void find_kth(const Problem<T>& problem, float* kappa2, cudaStream_t stream);
 
-// asa_window.cu: log_mean2 [zs, n], in base 2, and local survivors [zs, n, window^2], raster order.
+// asa_plan.cu. Thresholds, and tiles within `band2` of them: from statistics, writing lse to `saved`, or without (0
+// splits) from what it holds.
 template <class T>
-void find_local_survivors(const Problem<T>& problem, float* log_mean2, uint8_t* local, cudaStream_t stream);
+void find_thresholds(const Problem<T>& problem, int splits, const float* largest, const float* total, const Saved<T>& saved,
+                     float band2, const Thresholds& thresholds, cudaStream_t stream);
+// flags [zs, row blocks, key blocks]: tiles that hold a bit.
+template <class T>
+void find_occupied(const Problem<T>& problem, uint8_t* flags, cudaStream_t stream);
+// Lists blocks J for every I where by_rows[I, J] and by_columns[J, I], each if given, and J >= I if `upper`.
+void list_blocks(const uint8_t* by_rows, const uint8_t* by_columns, bool upper, int zs, int blocks, const Lists& lists,
+                 cudaStream_t stream);
+// The bits of dense attention.
+template <class T>
+void keep_everybody(const Problem<T>& problem, cudaStream_t stream);
+
+// asa_mask.cu: decides the pairs of all listed tiles, and of their transposes if mutual. Words are zeroed before.
+template <class T>
+void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, cudaStream_t stream);
+
+// asa_window.cu: log_mean2 and the local survivors.
+template <class T>
+void find_local_survivors(const Problem<T>& problem, const Saved<T>& saved, cudaStream_t stream);
+
+// asa_gather.cu: sums over the neighbours in listed blocks: of values, with totals; of what delta misses, a number a
+// row; of dq / scale, dk / scale, dv.
+enum class Sum { kValues, kResidual, kDq, kDk, kDv };
+template <class T>
+void sum_neighbours(Sum what, const Problem<T>& problem, const Lists& lists, const RowGradients& row, const Parts& parts,
+                    const Totals& totals, cudaStream_t stream);
+
+// asa_thresholds.cu: -dl/dt of pairs outside the window, a number a row.
+template <class T>
+void sum_thresholds(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, const RowGradients& row,
+                    float band, const Parts& parts, cudaStream_t stream);
+
+// asa_finish.cu: rows and columns, parts and pairs one by one summed, in raster order.
+template <class T>
+void finish_rows(const Problem<T>& problem, const Parts& values, const Totals& totals, const Saved<T>& saved, cudaStream_t stream);
+// Corrects delta by what it misses, until sum_j p_ij (<do_i, v_j> - delta_i) is 0.
+template <class T>
+void settle_delta(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& residual,
+                  cudaStream_t stream);
+template <class T>
+void finish_row_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,
+                          const Thresholds& thresholds, float band, const Parts& sums_q, const Parts& sums_t, T* dq,
+                          float* dalpha, float* dbeta, cudaStream_t stream);
+template <class T>
+void finish_column_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& sums_k,
+                             const Parts& sums_v, T* dk, T* dv, cudaStream_t stream);
+
+// asa_graph.cu: the columns of all survivors, ascending, of every row from its offset on.
+template <class T>
+void write_columns(const Problem<T>& problem, const Saved<T>& saved, const int64_t* row_offsets, int32_t* col_indices,
+                   cudaStream_t stream);
 
 }  // namespace asa_ops::cuda

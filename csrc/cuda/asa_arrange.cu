@@ -3,7 +3,7 @@
 // Attention does not care about the order of tokens, skipping does: neighbours on the map are neighbours in memory if the
 // map is cut into tiles of 8 x 8. Real positions come first, padding is left out; what follows them is zero.
 
-#include "asa_tiles.h"
+#include "asa_rows.h"
 
 namespace asa_ops::cuda {
 namespace {
@@ -46,16 +46,66 @@ __global__ void __launch_bounds__(kThreads) asa_order_kernel(const bool* real, i
   if (threadIdx.x == 0) counts[image] = found;
 }
 
-// out[z, p] = x[token at p], zeros up to `width`. A row a warp.
+// out[z, p] = x[token at p], zeros up to `width`; with `broken`, 0 for what is not finite, noted there. A row a warp.
 template <class T>
 __global__ void __launch_bounds__(kThreads) asa_arrange_kernel(const T* x, Strides strides, int heads, int per_image, Order order,
-                                                               int dim, int width, T* out) {
-  const int64_t row = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int z = int(row / order.padded), p = int(row % order.padded), lane = threadIdx.x % 32;
-  const int token = order.order[row_at(image_of(z, heads, per_image), order.padded, p)];
-  const T* const from = x + z / heads * strides.b + z % heads * strides.h + token * strides.n;
-  for (int d = lane; d < width; d += 32)
-    out[row * width + d] = token >= 0 && d < dim ? from[d * strides.d] : from_float<T>(0);
+                                                               int dim, int width, T* out, uint32_t* broken) {
+  const WarpRow at(order, heads, per_image);
+  const T* const from = x + at.z / heads * strides.b + at.z % heads * strides.h + at.token * strides.n;
+  bool finite = true;
+  each_number(width, [&](int, int d) {
+    T number = at.token >= 0 && d < dim ? from[d * strides.d] : from_float<T>(0);
+    if (broken != nullptr && !(fabsf(to_float(number)) < INFINITY)) finite = false, number = from_float<T>(0);
+    out[at.index * width + d] = number;
+  });
+  if (__any_sync(~0u, !finite) && threadIdx.x % 32 == 0) atomicOr(broken + at.index / 32, 1u << at.index % 32);
+}
+
+// arranged = do in order, delta_i = <do_i, out_i>, and the rest of RowGradients. A row a warp.
+//
+// What reaches the constant output of a row without survivors ends there, even a NaN, but for the row's thresholds:
+// arranged is 0 and delta NaN then. A row whose output is NaN poisons its image and head.
+template <class T>
+__global__ void __launch_bounds__(kThreads) asa_arrange_gradient_kernel(Problem<T> p, const T* d_out, Strides strides, Saved<T> saved,
+                                                                        T* arranged, RowGradients row) {
+  const WarpRow at(p.rows, p.heads, p.per_image);
+  const int lane = threadIdx.x % 32;
+  if (at.token < 0) {
+    each_number(p.width_v, [&](int, int d) { arranged[at.index * p.width_v + d] = from_float<T>(0); });
+    if (lane == 0) row.delta[at.index] = 0, row.kept2[at.index] = row.live2[at.index] = INFINITY;
+    return;
+  }
+  const int64_t saved_row = row_at(at.z, p.rows.n, at.token), base = int64_t(3 * at.z) * p.rows.n + at.token;
+  const T* const from = d_out + at.z / p.heads * strides.b + at.z % p.heads * strides.h + at.token * strides.n;
+  Vector gradient{}, out{}, rest{};
+  bool finite = true, spoilt = false;
+  each_number(p.dim_v, [&](int r, int d) {
+    gradient.x[r] = to_float(from[d * strides.d]);
+    finite = finite && fabsf(gradient.x[r]) < INFINITY;
+    out.x[r] = to_float(saved.out[saved_row * p.dim_v + d]);
+    spoilt = spoilt || out.x[r] != out.x[r];
+    if (saved.rest != nullptr) rest.x[r] = to_float(saved.rest[saved_row * p.dim_v + d]);
+  });
+  spoilt = __any_sync(~0u, spoilt);
+  const int survivors = saved.survivors[saved_row];
+  const bool ended = (survivors == 0 || spoilt) && __any_sync(~0u, !finite);
+  // All weights of a row are off by the same factor, that of the rounded kept2: in float32 it shows.
+  const float factor = saved.rest == nullptr ? exp2f(-saved.base2[base + 2 * int64_t(p.rows.n)]) : 1;
+  each_number(p.width_v, [&](int r, int d) {
+    // What is not finite ends; of what is spoilt nothing is used but that it is.
+    const bool dead = (survivors == 0 || spoilt) && !(fabsf(gradient.x[r]) < INFINITY);
+    gradient.x[r] = dead ? 0 : gradient.x[r] * factor;
+    if (out.x[r] != out.x[r]) out.x[r] = 0;
+    if (rest.x[r] != rest.x[r]) rest.x[r] = 0;
+    arranged[at.index * p.width_v + d] = from_float<T>(gradient.x[r]);
+  });
+  const float delta = dot(gradient, out) + dot(gradient, rest);
+  if (lane != 0) return;
+  const float kept2 = saved.base2[base + p.rows.n];
+  row.delta[at.index] = ended ? NAN : delta;
+  row.kept2[at.index] = kept2;
+  row.live2[at.index] = survivors == 1 ? INFINITY : kept2;
+  if (spoilt) atomicOr(row.poisoned + at.z, 1u);
 }
 
 }  // namespace
@@ -68,12 +118,23 @@ void find_order(const bool* real, int images, int n, int height, int width, int 
 
 template <class T>
 void arrange(const T* x, Strides strides, int zs, int heads, int per_image, const Order& order, int dim, int width, T* out,
-             cudaStream_t stream) {
-  launch("asa_arrange_kernel", &asa_arrange_kernel<T>, dim3(int64_t(zs) * order.padded / kWarps), kThreads, 0, stream, x, strides,
-         heads, per_image, order, dim, width, out);
+             uint32_t* broken, cudaStream_t stream) {
+  launch("asa_arrange_kernel", &asa_arrange_kernel<T>, row_programs(zs, order), kThreads, 0, stream, x, strides, heads, per_image,
+         order, dim, width, out, broken);
 }
-template void arrange(const Half*, Strides, int, int, int, const Order&, int, int, Half*, cudaStream_t);
-template void arrange(const BFloat16*, Strides, int, int, int, const Order&, int, int, BFloat16*, cudaStream_t);
-template void arrange(const float*, Strides, int, int, int, const Order&, int, int, float*, cudaStream_t);
+
+template <class T>
+void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides, const Saved<T>& saved, T* arranged,
+                      const RowGradients& row, cudaStream_t stream) {
+  launch("asa_arrange_gradient_kernel", &asa_arrange_gradient_kernel<T>, row_programs(problem.zs, problem.rows), kThreads, 0, stream,
+         problem, d_out, strides, saved, arranged, row);
+}
+
+#define INSTANTIATE(T)                                                                                                         \
+  template void arrange(const T*, Strides, int, int, int, const Order&, int, int, T*, uint32_t*, cudaStream_t);                \
+  template void arrange_gradient(const Problem<T>&, const T*, Strides, const Saved<T>&, T*, const RowGradients&, cudaStream_t);
+INSTANTIATE(Half)
+INSTANTIATE(BFloat16)
+INSTANTIATE(float)
 
 }  // namespace asa_ops::cuda

@@ -16,12 +16,19 @@ constexpr int kChunkBytes = kBlock * 128;
 template <class T>
 constexpr int kColumns = 128 / int(sizeof(T));  // of a chunk
 
+// Chunks of a token of `width` numbers.
+template <class T>
+__device__ __forceinline__ int chunks_of(int width) {
+  return width / kColumns<T>;
+}
+
 // Groups of 16 bytes of a row lie where no two rows of eight share memory banks.
 __device__ __forceinline__ int swizzled(int row, int group) { return row * 128 + ((group ^ (row & 7)) << 4); }
 
-// Starts copying kBlock rows of kColumns<T> numbers, `width` apart in memory.
+// Starts copying the `index`-th chunk of kBlock rows of `width` numbers.
 template <class T>
-__device__ __forceinline__ void copy_chunk(char* chunk, const T* from, int width) {
+__device__ __forceinline__ void copy_chunk(char* chunk, const T* rows, int width, int index) {
+  const T* const from = rows + index * kColumns<T>;
 #pragma unroll
   for (int i = 0; i < kChunkBytes / 16 / kThreads; ++i) {
     const int unit = i * kThreads + threadIdx.x, row = unit / 8, group = unit % 8;
@@ -130,13 +137,124 @@ __device__ __forceinline__ void multiply_chunks(Tile& s, R& ring, int chunks) {
   }
 }
 
+// The weights of a tile as the left operand of a product with the rows of a chunk: halves in registers, where the
+// product of tokens left them; float32 in shared memory, where every warp reads its own rows only.
+template <class T>
+struct Weights {
+  static constexpr int kBytes = 0;
+  uint32_t pairs[4][4];
+
+  __device__ Weights(const Tile& p, char*) {
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) pairs[k][i] = pack<T>(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
+  }
+};
+template <>
+struct Weights<float> {
+  static constexpr int kStride = kBlock + 4;  // rows of a warp start in different banks
+  static constexpr int kBytes = kBlock * kStride * int(sizeof(float));
+  const float* rows;
+
+  __device__ Weights(const Tile& p, char* memory) : rows(reinterpret_cast<const float*>(memory)) {
+    const Fragment at;
+    __syncwarp();  // everybody is done with the weights before
+#pragma unroll
+    for (int n = 0; n < 8; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) reinterpret_cast<float*>(memory)[at.row_of(i) * kStride + at.column_of(n, i)] = p[n][i];
+    __syncwarp();
+  }
+};
+
+// c += p x for a chunk x of 64 rows; c: kColumns<T> / 8 parts of a fragment.
+template <class T>
+__device__ __forceinline__ void multiply_weights(float (*c)[4], const Weights<T>& p, const char* x) {
+  if constexpr (sizeof(T) == 2) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int k = 0; k < 4; ++k)
+#pragma unroll
+      for (int n = 0; n < 8; n += 2) {
+        uint32_t right[4];
+        load_matrices_transposed(right, x + swizzled(16 * k + lane % 16, n + lane / 16));
+        multiply_add<T>(c[n], p.pairs[k], right[0], right[1]);
+        multiply_add<T>(c[n + 1], p.pairs[k], right[2], right[3]);
+      }
+  } else {
+    const Fragment at;
+#pragma unroll 4
+    for (int j = 0; j < kBlock; ++j) {
+      const float low = p.rows[at.row * Weights<T>::kStride + j], high = p.rows[(at.row + 8) * Weights<T>::kStride + j];
+#pragma unroll
+      for (int n = 0; n < 4; ++n) {
+        const float2 right = *reinterpret_cast<const float2*>(x + swizzled(j, 2 * n + at.column / 4) + at.column % 4 * 4);
+        c[n][0] = fmaf(low, right.x, c[n][0]);
+        c[n][1] = fmaf(low, right.y, c[n][1]);
+        c[n][2] = fmaf(high, right.x, c[n][2]);
+        c[n][3] = fmaf(high, right.y, c[n][3]);
+      }
+    }
+  }
+}
+
+// A bit for each of a thread's numbers of a tile: bit 4 n + i for [n][i].
+
+__device__ __forceinline__ bool bit_of(uint32_t bits, int n, int i) { return bits >> (4 * n + i) & 1; }
+
+// From one word of 32 columns for each half of a row, `high`: the thread's lower row or the one 8 rows further on.
+__device__ __forceinline__ uint32_t bits_of_row(uint32_t left, uint32_t right, const Fragment& at, int high) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int n = 0; n < 8; ++n) bits |= ((n < 4 ? left : right) >> (8 * (n % 4) + at.column) & 3) << (4 * n + 2 * high);
+  return bits;
+}
+
+// How bits are read for a tile whose rows are queries, or keys: by the words of the tile's rows, whose bits are its
+// columns, or by those of its columns, or both, a pair counting if both say so.
+struct Reading {
+  bool by_rows, by_columns;
+};
+
+// M is read by rows on either side, since it is its own transpose; A by rows where rows are queries and by columns where
+// rows are keys; A and its transpose by both.
+template <class T>
+__device__ __forceinline__ Reading reading_of(const Problem<T>& p, bool rows_are_queries) {
+  return {rows_are_queries || p.mutual, p.one_way_bits || (!rows_are_queries && !p.mutual)};
+}
+
+// The neighbours in the tile of blocks `row` and `column`; `words` of a head with `padded` queries.
+__device__ __forceinline__ uint32_t neighbours_of_tile(const uint32_t* words, int padded, int row, int column, Reading reading,
+                                                       const Fragment& at) {
+  uint32_t bits = ~0u;
+  if (reading.by_rows) {
+    const uint32_t* const left = words + int64_t(2 * column) * padded + row * kBlock + at.row;
+    bits = bits_of_row(left[0], left[padded], at, 0) | bits_of_row(left[8], left[padded + 8], at, 1);
+  }
+  if (reading.by_columns) {
+    const uint32_t* const from = words + int64_t(2 * row + at.row / 32) * padded + column * kBlock + at.column;
+    uint32_t turned = 0;
+#pragma unroll
+    for (int n = 0; n < 8; ++n) {
+      const uint2 two = *reinterpret_cast<const uint2*>(from + 8 * n);
+      const uint32_t x = two.x >> at.row % 32, y = two.y >> at.row % 32;
+      turned |= ((x & 1) | (y & 1) << 1 | (x >> 8 & 1) << 2 | (y >> 8 & 1) << 3) << (4 * n);
+    }
+    bits &= turned;
+  }
+  return bits;
+}
+
 // The largest of a row, which four threads share.
 __device__ __forceinline__ float max_over_quad(float x) {
   x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
   return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
 }
 
-// The bits of the first n of 32 columns.
-__device__ __forceinline__ uint32_t first_bits(int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
+__device__ __forceinline__ float sum_over_quad(float x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
 
 }  // namespace asa_ops::cuda

@@ -43,13 +43,13 @@ __device__ __forceinline__ int shift_of(const Interval& row) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float* kappa) {
+__global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float* kappa2) {
   Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
-  const int blocks = p.rows.padded / kBlock;
+  const int blocks = p.rows.blocks();
   const int z = blockIdx.x / blocks, i0 = blockIdx.x % blocks * kBlock;
   const int image = image_of(z, p.heads, p.per_image);
   const int n_rows = p.rows.counts[image], n_keys = p.keys.counts[image];
-  const int chunks = p.width / kColumns<T>;
+  const int chunks = chunks_of<T>(p.width);
   const T* const q = p.q + row_at(z, p.rows.padded, i0) * p.width;
   const T* const k = p.k + row_at(z, p.keys.padded, 0) * p.width;
   const Fragment at;
@@ -57,10 +57,10 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
   // Calls use(s2, row of the block) for every score of the block, column by column of a row in any order.
   const auto sweep = [&](auto use) {
     const auto load = [&](int step, char* chunk) {
-      const int j0 = step / chunks * kBlock, column = step % chunks * kColumns<T>;
+      const int j0 = step / chunks * kBlock;
       if (j0 >= n_keys) return;
-      copy_chunk(chunk, q + column, p.width);
-      copy_chunk(chunk + kChunkBytes, k + int64_t(j0) * p.width + column, p.width);
+      copy_chunk(chunk, q, p.width, step % chunks);
+      copy_chunk(chunk + kChunkBytes, k + int64_t(j0) * p.width, p.width, step % chunks);
     };
     Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(memory.chunks, load);
     for (int j0 = 0; j0 < n_keys; j0 += kBlock) {
@@ -138,16 +138,16 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
     float threshold = middle > following[high] && middle < kth[high] ? middle : kth[high];
     if (n_keys <= p.topk || reached == n_keys || reached == 0) threshold = -INFINITY;
     const int token = p.rows.order[row_at(image, p.rows.padded, position)];
-    kappa[row_at(z, p.rows.n, token)] = threshold;
+    kappa2[row_at(z, p.rows.n, token)] = threshold;
   }
 }
 
 }  // namespace
 
 template <class T>
-void find_kth(const Problem<T>& problem, float* kappa, cudaStream_t stream) {
-  launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.zs * (problem.rows.padded / kBlock)), kThreads, sizeof(Memory),
-         stream, problem, kappa);
+void find_kth(const Problem<T>& problem, float* kappa2, cudaStream_t stream) {
+  launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.zs * problem.rows.blocks()), kThreads, sizeof(Memory),
+         stream, problem, kappa2);
 }
 template void find_kth(const Problem<Half>&, float*, cudaStream_t);
 template void find_kth(const Problem<BFloat16>&, float*, cudaStream_t);

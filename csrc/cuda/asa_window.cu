@@ -13,12 +13,12 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, float* log_mean2, uint8_t* local) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
-  const Vector q_i(p.q, at.index, p.width);
+  const Vector q = vector_at(p.q, at.index, p.width);
   // Calls use(offset, whether somebody is there, score) for every offset of the window.
   const auto visit = [&](auto use) {
     for (int offset = 0; offset < p.window * p.window; ++offset) {
       const int j = window_neighbour(p, at, offset);
-      use(offset, j >= 0, j < 0 ? -INFINITY : dot(q_i, Vector(p.k, row_at(at.z, p.keys.padded, j), p.width)) * p.scale2);
+      use(offset, j >= 0, j < 0 ? -INFINITY : dot(q, vector_at(p.k, row_at(at.z, p.keys.padded, j), p.width)) * p.scale2);
     }
   };
   float largest = -INFINITY, total = 0;
@@ -43,12 +43,12 @@ __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, floa
 }  // namespace
 
 template <class T>
-void find_local_survivors(const Problem<T>& problem, float* log_mean2, uint8_t* local, cudaStream_t stream) {
-  launch("asa_window_kernel", &asa_window_kernel<T>, row_programs(problem.zs, problem.rows), kThreads, 0, stream, problem, log_mean2,
-         local);
+void find_local_survivors(const Problem<T>& problem, const Saved<T>& saved, cudaStream_t stream) {
+  launch("asa_window_kernel", &asa_window_kernel<T>, row_programs(problem.zs, problem.rows), kThreads, 0, stream, problem,
+         saved.log_mean2, saved.local);
 }
-template void find_local_survivors(const Problem<Half>&, float*, uint8_t*, cudaStream_t);
-template void find_local_survivors(const Problem<BFloat16>&, float*, uint8_t*, cudaStream_t);
-template void find_local_survivors(const Problem<float>&, float*, uint8_t*, cudaStream_t);
+template void find_local_survivors(const Problem<Half>&, const Saved<Half>&, cudaStream_t);
+template void find_local_survivors(const Problem<BFloat16>&, const Saved<BFloat16>&, cudaStream_t);
+template void find_local_survivors(const Problem<float>&, const Saved<float>&, cudaStream_t);
 
 }  // namespace asa_ops::cuda

@@ -54,6 +54,15 @@ __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 
+// The smallest 16-bit number that is no smaller.
+__device__ __forceinline__ Half half_above(float x) { return {__half_as_ushort(__float2half_ru(x))}; }
+
+// Two numbers side by side, the first one in the lower half.
+template <class T>
+__device__ __forceinline__ uint32_t pack(float x, float y) {
+  return uint32_t(from_float<T>(x).bits) | uint32_t(from_float<T>(y).bits) << 16;
+}
+
 __device__ __forceinline__ char* shared_memory() {
   extern __shared__ __align__(128) char memory[];
   return memory;
@@ -79,6 +88,14 @@ __device__ __forceinline__ void load_matrices(uint32_t (&out)[4], const void* ro
                : "memory");
 }
 
+// The same, each matrix transposed.
+__device__ __forceinline__ void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+               : "r"(uint32_t(__cvta_generic_to_shared(row)))
+               : "memory");
+}
+
 // c [16 x 8] += a [16 x 16] b [16 x 8], in float32.
 template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
@@ -94,15 +111,30 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+inline void check(cudaError_t error, const std::string& what) {
+  if (error != cudaSuccess) throw std::runtime_error("asa_ops: " + what + ": " + cudaGetErrorString(error));
+}
+
 // Launches a kernel; an error names it.
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream, Args... args) {
-  const auto check = [&](cudaError_t error) {
-    if (error != cudaSuccess) throw std::runtime_error(std::string("asa_ops: launching ") + name + ": " + cudaGetErrorString(error));
-  };
-  if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)));
+  const std::string what = std::string("launching ") + name;
+  if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
   kernel<<<grid, threads, shared, stream>>>(static_cast<Params>(args)...);
-  check(cudaGetLastError());
+  check(cudaGetLastError(), what);
+}
+
+// Zeros `bytes`, of each of `rows` rows that lie `pitch` bytes apart.
+inline void clear_memory(void* at, size_t bytes, cudaStream_t stream, size_t rows = 1, size_t pitch = 0) {
+  check(cudaMemset2DAsync(at, rows > 1 ? pitch : bytes, 0, bytes, rows, stream), "clearing memory");
+}
+
+// Of the current device: how many programs run at a time, at least.
+inline int processors() {
+  int device = 0, count = 0;
+  check(cudaGetDevice(&device), "finding the device");
+  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking the device");
+  return count;
 }
 
 }  // namespace asa_ops::cuda
@@ -117,6 +149,12 @@ template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t, Args... args) {
   simt::launch(name, kernel, grid, threads, shared, static_cast<Params>(args)...);
 }
+
+inline void clear_memory(void* at, size_t bytes, cudaStream_t, size_t rows = 1, size_t pitch = 0) {
+  for (size_t row = 0; row < rows; ++row) std::memset(static_cast<char*>(at) + row * pitch, 0, bytes);
+}
+
+inline int processors() { return 7; }  // so few that even small calls are cut into parts
 
 }  // namespace asa_ops::cuda
 

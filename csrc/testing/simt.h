@@ -29,6 +29,7 @@
 #endif
 
 #define __global__
+#define __host__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -173,7 +174,7 @@ struct Machine {
   std::vector<char> shared;
   std::function<void()> kernel;
   std::string name, failure;
-  dim3 block_index;
+  dim3 block_index, grid;
   const void* main_stack = nullptr;
   size_t main_stack_size = 0;
   const bool reversed = std::getenv("ASA_OPS_SIMT_REVERSED") != nullptr;
@@ -278,6 +279,7 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
   Machine& m = machine();
   if (threads % kWarp != 0 || threads > 1024) throw std::logic_error(std::string(name) + ": threads not in whole warps");
   m.name = name;
+  m.grid = grid;
   m.kernel = [=] { kernel(args...); };
   m.shared = std::vector<char>(shared);  // of the exact size, for AddressSanitizer
   m.warps.resize(threads / kWarp);
@@ -323,6 +325,7 @@ inline void check_mask(unsigned mask) {
 
 #define threadIdx (simt::machine().current->thread)
 #define blockIdx (simt::machine().block_index)
+#define gridDim (simt::machine().grid)
 
 inline void __syncthreads() { simt::wait_at(simt::machine().block); }
 
@@ -332,12 +335,28 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
   return simt::shown<T>(simt::exchange(value), simt::machine().current->lane ^ other);
 }
 
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  simt::check_mask(mask);
+  return simt::shown<T>(simt::exchange(value), lane);
+}
+
+inline void __syncwarp() { simt::exchange(0); }
+
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   simt::check_mask(mask);
   const simt::Exchange& slots = simt::exchange(vote);
   unsigned votes = 0;
   for (int lane = 0; lane < simt::kWarp; ++lane) votes |= unsigned(simt::shown<bool>(slots, lane)) << lane;
   return votes;
+}
+
+inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vote) != 0; }
+
+inline unsigned atomicOr(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at |= value;
+  return before;
 }
 
 template <class T>
@@ -349,6 +368,13 @@ T atomicAdd(T* at, T value) {
 using std::max;
 using std::min;
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
+inline int __ffs(int x) { return __builtin_ffs(x); }
+struct alignas(8) float2 {
+  float x, y;
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
+};
 struct alignas(16) float4 {
   float x, y, z, w;
 };
@@ -393,6 +419,18 @@ inline BFloat16 from_float<BFloat16>(float x) {
   return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};
 }
 
+inline Half half_above(float x) {
+  const Half near = from_float<Half>(x);
+  if (!(to_float(near) < x)) return near;
+  // The next one up: away from zero for positive numbers, towards it for negative ones.
+  return {static_cast<uint16_t>(near.bits & 0x8000 ? near.bits - 1 : near.bits + 1)};
+}
+
+template <class T>
+uint32_t pack(float x, float y) {
+  return uint32_t(from_float<T>(x).bits) | uint32_t(from_float<T>(y).bits) << 16;
+}
+
 inline char* shared_memory() { return simt::machine().shared.data(); }
 
 inline void copy_async(void* to, const void* from) {
@@ -420,6 +458,18 @@ inline void load_matrices(uint32_t (&out)[4], const void* row) {
   const int lane = simt::machine().current->lane;
   for (int m = 0; m < 4; ++m)  // numbers 2 t and 2 t + 1 of row g
     std::memcpy(&out[m], static_cast<const char*>(simt::shown<const void*>(rows, 8 * m + lane / 4)) + lane % 4 * 4, 4);
+}
+
+// ldmatrix.x4.trans: the numbers of rows 2 t and 2 t + 1 in column g.
+inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
+  const simt::Exchange& rows = simt::exchange(row);
+  const int lane = simt::machine().current->lane;
+  for (int m = 0; m < 4; ++m) {
+    uint16_t pair[2];
+    for (int i = 0; i < 2; ++i)
+      std::memcpy(&pair[i], static_cast<const char*>(simt::shown<const void*>(rows, 8 * m + lane % 4 * 2 + i)) + lane / 4 * 2, 2);
+    std::memcpy(&out[m], pair, 4);
+  }
 }
 
 // mma.m16n8k16: c += a b, fragments as the PTX manual lays them out.

@@ -1,0 +1,55 @@
+"""Adaptive sparse attention on the GPU: the CUDA C++ kernels of the extension (csrc/cuda).
+
+They take the same steps as the Triton kernels (``asa_ops.asa.triton``) and hold the same memory; scores of float32 are
+plain sums of products. One op a call launches everything; nothing is read back.
+"""
+
+import torch
+from torch import Tensor
+
+from . import buffers
+from .types import Inputs, NeighborGraph, Options, Saved
+
+PAD = 64  # tokens of a head are padded to a multiple of this
+
+
+def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
+    """Shape of one head's bits: for 64 keys and every query, in arranged order, 64 bits and a float16 maximum."""
+    return (n_k + PAD - 1) // PAD, (n_q + PAD - 1) // PAD * PAD * 10
+
+
+def _arguments(inputs: Inputs, options: Options) -> tuple:
+    """Return the arguments that all ops begin with."""
+    query, key, value, alpha, beta, key_padding_mask = inputs
+    thresholds = (x if x is None else x.float() for x in (alpha, beta))
+    real = key_padding_mask if key_padding_mask is None else key_padding_mask.contiguous()
+    (height, width), window, topk, reciprocal, scale = options
+    return query, key, value, *thresholds, real, height, width, window, topk, reciprocal, scale
+
+
+def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
+    """Write into ``saved``; ``band``: half width of the window in which thresholds learn, None if they do not."""
+    if buffers.prepare_outputs(inputs, saved):
+        torch.ops.asa_ops.asa_cuda_fwd(*_arguments(inputs, options), band or 0.0, *saved)
+
+
+def bwd(
+    do: Tensor, inputs: Inputs, saved: Saved, options: Options, band: float | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Return dq, dk, dv and, unless ``band`` is None, the straight-through dalpha and dbeta, [B, heads, N_q].
+
+    A row whose output is NaN makes the gradients of its image and head NaN.
+    """
+    tokens, learning, wanted = buffers.new_gradients(inputs, saved, band)
+    if wanted:
+        torch.ops.asa_ops.asa_cuda_bwd(do, *_arguments(inputs, options), band or 0.0, *saved, *tokens, *learning)
+    return *tokens, *learning
+
+
+def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
+    """Return the survivors K."""
+    saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
+    fwd(inputs, options, saved, None)
+    graph = buffers.new_graph(saved)
+    torch.ops.asa_ops.asa_cuda_neighbors(*_arguments(inputs, options), *saved, *graph)
+    return graph

@@ -1,0 +1,211 @@
+// Sums over the neighbours in listed tiles: the forward's values and the backward's dq, dk, dv, by one kernel.
+//
+// A program owns a block of tokens, queries or keys, and takes the listed blocks of the other side: a tile of scores, in
+// the backward also <do, v>, turned into weights and multiplied with the tokens that are summed. So nothing is transposed
+// but bits, nothing is summed by atomics, and every sum is formed in a fixed order. Operands pass through shared memory
+// chunk by chunk, whatever their width; only the sum itself, as wide as what is summed, stays in registers.
+
+#include "asa_tiles.h"
+
+namespace asa_ops::cuda {
+namespace {
+
+constexpr int kStages = 3;
+
+// Weights of a tile: exponentials on a base that grows; or p = exp2(s2 - base); or p (<do, v> - delta).
+enum class Form { kGrowing, kWeight, kGradient };
+
+template <class T>
+struct Gather {
+  Form form;
+  bool rows_are_queries;
+  int zs, padded, other_padded, query_padded;  // tokens of the own side, of the other one, of queries
+  int width, width_v;
+  float scale2;
+  const T *own, *other;      // q and k, or k and q
+  const T *own_v, *other_v;  // do and v, or v and do: of gradients only
+  const T* summed;           // [.., WIDTH] of the other side; null: the weights themselves
+  const uint32_t* words;
+  int64_t words_stride;
+  Reading reading;
+  const uint32_t* broken;       // of growing weights
+  const float *base2, *delta;   // of queries, otherwise
+  Lists lists;
+  Parts parts;
+  Totals totals;             // of growing weights
+};
+
+template <class T, int WIDTH>
+__global__ void __launch_bounds__(kThreads) asa_gather_kernel(Gather<T> g) {
+  constexpr int kSummed = WIDTH / kColumns<T>;  // chunks
+  const int blocks = g.padded / kBlock;
+  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y, splits = gridDim.y;
+  const int* const list = g.lists.lists + int64_t(blockIdx.x) * g.lists.others;
+  const int length = g.lists.lengths[blockIdx.x];
+  const int64_t own = row_at(z, g.padded, block * kBlock), others = row_at(z, g.other_padded, 0);
+  const int chunks = chunks_of<T>(g.width), chunks_v = g.form == Form::kGradient ? chunks_of<T>(g.width_v) : 0;
+  const int steps = chunks + chunks_v + (g.summed != nullptr ? kSummed : 0);  // of a tile
+  const auto load = [&](int step, char* chunk) {
+    const int turn = split + step / steps * splits;
+    if (turn >= length) return;
+    const int64_t other = others + int64_t(list[turn]) * kBlock;
+    int index = step % steps;
+    if (index < chunks) {
+      copy_chunk(chunk, g.own + own * g.width, g.width, index);
+      copy_chunk(chunk + kChunkBytes, g.other + other * g.width, g.width, index);
+    } else if ((index -= chunks) < chunks_v) {
+      copy_chunk(chunk, g.own_v + own * g.width_v, g.width_v, index);
+      copy_chunk(chunk + kChunkBytes, g.other_v + other * g.width_v, g.width_v, index);
+    } else {
+      copy_chunk(chunk, g.summed + other * WIDTH, WIDTH, index - chunks_v);
+    }
+  };
+  using Chunks = Ring<kStages, 2 * kChunkBytes, decltype(load)>;
+  Chunks ring(shared_memory(), load);
+  const Fragment at;
+  const uint32_t* const words = g.words + z * g.words_stride;
+
+  float sum[WIDTH / 8][4];
+#pragma unroll
+  for (int n = 0; n < WIDTH / 8; ++n)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) sum[n][i] = 0;
+  float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};  // total: of the thread's columns
+  int count[2] = {0, 0};
+  uint32_t spoilt = 0;
+
+  for (int turn = split; turn < length; turn += splits) {
+    const int j = list[turn];
+    const int64_t other = others + int64_t(j) * kBlock;
+    const uint32_t kept = neighbours_of_tile(words, g.query_padded, block, j, g.reading, at);
+    Tile p;
+    multiply_chunks<T>(p, ring, chunks);
+    if (g.form == Form::kGrowing) {
+      const uint32_t* const bad = g.broken + (others / kBlock + j) * 2;
+      spoilt |= kept & (bits_of_row(bad[0], bad[1], at, 0) | bits_of_row(bad[0], bad[1], at, 1));
+#pragma unroll
+      for (int high = 0; high < 2; ++high) {
+        float base = largest[high];
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int i = 2 * high; i < 2 * high + 2; ++i) {
+            p[n][i] = bit_of(kept, n, i) ? p[n][i] * g.scale2 : -INFINITY;
+            base = fmaxf(base, p[n][i]);
+          }
+        base = max_over_quad(base);
+        const float finite = base == -INFINITY ? 0 : base, shrink = exp2f(largest[high] - finite);
+        largest[high] = base;
+        total[high] *= shrink;
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int i = 2 * high; i < 2 * high + 2; ++i) {
+            p[n][i] = exp2f(p[n][i] - finite);
+            total[high] += p[n][i];
+          }
+#pragma unroll
+        for (int n = 0; n < WIDTH / 8; ++n)
+#pragma unroll
+          for (int i = 2 * high; i < 2 * high + 2; ++i) sum[n][i] *= shrink;
+        count[high] += __popc(kept & 0x33333333u << 2 * high);
+      }
+    } else {
+      // Where a query's numbers lie, for a thread's number of the tile.
+      const auto query = [&](int n, int i) { return g.rows_are_queries ? own + at.row_of(i) : other + at.column_of(n, i); };
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+          p[n][i] = bit_of(kept, n, i) ? exp2f(p[n][i] * g.scale2 - g.base2[query(n, i)]) : 0;
+      if (g.form == Form::kGradient) {
+        Tile dp;
+        multiply_chunks<T>(dp, ring, chunks_v);
+#pragma unroll
+        for (int n = 0; n < 8; ++n)
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            p[n][i] = bit_of(kept, n, i) ? p[n][i] * (dp[n][i] - g.delta[query(n, i)]) : 0;
+      }
+    }
+    if (g.summed != nullptr) {
+      const Weights<T> weights(p, shared_memory() + Chunks::kBytes);
+#pragma unroll
+      for (int c = 0; c < kSummed; ++c) multiply_weights<T>(sum + c * (kColumns<T> / 8), weights, ring.next());
+    } else {
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) total[i / 2] += p[n][i];
+    }
+  }
+  ring.finish();
+
+  spoilt |= __shfl_xor_sync(~0u, spoilt, 1);
+  spoilt |= __shfl_xor_sync(~0u, spoilt, 2);
+#pragma unroll
+  for (int high = 0; high < 2; ++high) {
+    const int64_t row = int64_t(split) * g.zs * g.padded + own + at.row + 8 * high;
+    const uint32_t of_row = 0x33333333u << 2 * high;
+    const float all = sum_over_quad(total[high]);
+    int kept = count[high] + __shfl_xor_sync(~0u, count[high], 1);
+    kept += __shfl_xor_sync(~0u, kept, 2);
+    if (threadIdx.x % 4 == 0) {
+      if (g.form == Form::kGrowing) g.totals.largest[row] = largest[high], g.totals.total[row] = all, g.totals.count[row] = kept;
+      if (g.summed == nullptr) g.parts.sums[row] = all;
+    }
+    if (g.summed != nullptr) {
+      const bool bad = (spoilt & of_row) != 0;
+#pragma unroll
+      for (int n = 0; n < WIDTH / 8; ++n)
+        *reinterpret_cast<float2*>(g.parts.sums + row * WIDTH + 8 * n + at.column) =
+            bad ? float2{NAN, NAN} : float2{sum[n][2 * high], sum[n][2 * high + 1]};
+    }
+  }
+}
+
+template <class T, int WIDTH>
+void run(const Gather<T>& gather, cudaStream_t stream) {
+  launch("asa_gather_kernel", &asa_gather_kernel<T, WIDTH>, dim3(gather.zs * (gather.padded / kBlock), gather.parts.splits), kThreads,
+         kStages * 2 * kChunkBytes + Weights<T>::kBytes, stream, gather);
+}
+
+}  // namespace
+
+template <class T>
+void sum_neighbours(Sum what, const Problem<T>& p, const Lists& lists, const RowGradients& row, const Parts& parts,
+                    const Totals& totals, cudaStream_t stream) {
+  const bool by_queries = what != Sum::kDk && what != Sum::kDv;
+  Gather<T> g{};
+  g.form = what == Sum::kValues ? Form::kGrowing : what == Sum::kDv ? Form::kWeight : Form::kGradient;
+  g.rows_are_queries = by_queries;
+  g.zs = p.zs, g.query_padded = p.rows.padded;
+  g.padded = by_queries ? p.rows.padded : p.keys.padded, g.other_padded = by_queries ? p.keys.padded : p.rows.padded;
+  g.width = p.width, g.width_v = p.width_v, g.scale2 = p.scale2;
+  g.own = by_queries ? p.q : p.k, g.other = by_queries ? p.k : p.q;
+  g.own_v = by_queries ? p.d_out : p.v, g.other_v = by_queries ? p.v : p.d_out;
+  g.words = p.words, g.words_stride = p.words_stride, g.reading = reading_of(p, by_queries);
+  g.broken = p.broken;
+  g.base2 = what == Sum::kDv ? row.kept2 : row.live2, g.delta = row.delta;
+  g.lists = lists, g.parts = parts, g.totals = totals;
+  switch (what) {
+    case Sum::kValues: g.summed = p.v; break;
+    case Sum::kResidual: break;
+    case Sum::kDq: g.summed = p.k; break;
+    case Sum::kDk: g.summed = p.q; break;
+    case Sum::kDv: g.summed = p.d_out; break;
+  }
+  const int width = what == Sum::kResidual ? 64 : what == Sum::kValues || what == Sum::kDv ? p.width_v : p.width;
+  if (width == 64) return run<T, 64>(g, stream);
+  if (width == 128) return run<T, 128>(g, stream);
+  run<T, 256>(g, stream);
+}
+
+#define INSTANTIATE(T)                                                                                                        \
+  template void sum_neighbours(Sum, const Problem<T>&, const Lists&, const RowGradients&, const Parts&, const Totals&, \
+                               cudaStream_t);
+INSTANTIATE(Half)
+INSTANTIATE(BFloat16)
+INSTANTIATE(float)
+
+}  // namespace asa_ops::cuda
