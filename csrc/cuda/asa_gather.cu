@@ -3,7 +3,8 @@
 // A program owns a block of tokens, queries or keys, and takes the listed blocks of the other side: a tile of scores, in
 // the backward also <do, v>, turned into weights and multiplied with the tokens that are summed. So nothing is transposed
 // but bits, nothing is summed by atomics, and every sum is formed in a fixed order. Operands pass through shared memory
-// chunk by chunk, whatever their width; only the sum itself, as wide as what is summed, stays in registers.
+// chunk by chunk, whatever their width, but those that the program owns, which stay if they are halves; the sum itself, as
+// wide as what is summed, stays in registers. Where it leaves few of them a tile is taken in two halves.
 
 #include "asa_tiles.h"
 
@@ -12,56 +13,76 @@ namespace {
 
 constexpr int kStages = 3;
 
-// Weights of a tile: exponentials on a base that grows; or p = exp2(s2 - base); or p (<do, v> - delta).
-enum class Form { kGrowing, kWeight, kGradient };
+template <class T, int WIDTH>
+struct Layout {
+  static constexpr bool kResident = sizeof(T) == 2;
+  static constexpr int kColumns = WIDTH == 256 ? kBlock / 2 : kBlock;  // of a tile at a time
+  static constexpr int kParts = kBlock / kColumns;
+  static constexpr int kStageBytes = kColumns * 128 + (kResident ? 0 : kChunkBytes);
+  using Packed = Weights<T, kColumns / 8>;
+  static int bytes(int chunks) { return (kResident ? chunks * kChunkBytes : 0) + kStages * kStageBytes + Packed::kBytes; }
+};
+
+// Weights of a tile: exponentials on a base that grows; or p = exp2(s2 - base); or p (<do, v> - delta), or only their sums.
+enum class Form { kGrowing, kWeight, kGradient, kResidual };
 
 template <class T>
 struct Gather {
-  Form form;
   bool rows_are_queries;
   int zs, padded, other_padded, query_padded;  // tokens of the own side, of the other one, of queries
   int width, width_v;
   float scale2;
   const T *own, *other;      // q and k, or k and q
-  const T *own_v, *other_v;  // do and v, or v and do: of gradients only
-  const T* summed;           // [.., WIDTH] of the other side; null: the weights themselves
+  const T *own_v, *other_v;  // do and v, or v and do
+  const T* summed;           // [.., WIDTH] of the other side
   const uint32_t* words;
   int64_t words_stride;
   Reading reading;
-  const uint32_t* broken;       // of growing weights
-  const float *base2, *delta;   // of queries, otherwise
+  const uint32_t* broken;      // for growing weights
+  const float *base2, *delta;  // of queries, for the others
   Lists lists;
   Parts parts;
-  Totals totals;             // of growing weights
+  Totals totals;  // for growing weights
 };
 
-template <class T, int WIDTH>
+template <class T, int WIDTH, Form FORM>
 __global__ void __launch_bounds__(kThreads) asa_gather_kernel(Gather<T> g) {
-  constexpr int kSummed = WIDTH / kColumns<T>;  // chunks
+  constexpr bool kGradients = FORM == Form::kGradient || FORM == Form::kResidual;
+  constexpr int kSummed = FORM == Form::kResidual ? 0 : WIDTH / kColumns<T>;  // chunks
+  using Shape = Layout<T, WIDTH>;
+  constexpr int N = Shape::kColumns / 8;
   const int blocks = g.padded / kBlock;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y, splits = gridDim.y;
   const int* const list = g.lists.lists + int64_t(blockIdx.x) * g.lists.others;
   const int length = g.lists.lengths[blockIdx.x];
-  const int64_t own = row_at(z, g.padded, block * kBlock), others = row_at(z, g.other_padded, 0);
-  const int chunks = chunks_of<T>(g.width), chunks_v = g.form == Form::kGradient ? chunks_of<T>(g.width_v) : 0;
-  const int steps = chunks + chunks_v + (g.summed != nullptr ? kSummed : 0);  // of a tile
+  const int64_t others = row_at(z, g.other_padded, 0);
+  const int64_t own = row_at(z, g.padded, block * kBlock);
+  const int chunks = chunks_of<T>(g.width), chunks_v = kGradients ? chunks_of<T>(g.width_v) : 0;
+  const int steps = chunks + chunks_v + kSummed;  // of a tile, or half of one
+  char* const own_v = shared_memory() + chunks * kChunkBytes;
+  char* const memory = shared_memory() + (Shape::kResident ? (chunks + chunks_v) * kChunkBytes : 0);
+  if (Shape::kResident) {
+    copy_block(shared_memory(), g.own + own * g.width, g.width);
+    if (kGradients) copy_block(own_v, g.own_v + own * g.width_v, g.width_v);
+    copy_commit();
+  }
   const auto load = [&](int step, char* chunk) {
-    const int turn = split + step / steps * splits;
+    const int turn = split + step / (steps * Shape::kParts) * splits;
     if (turn >= length) return;
-    const int64_t other = others + int64_t(list[turn]) * kBlock;
+    const int64_t other = others + int64_t(list[turn]) * kBlock + step / steps % Shape::kParts * Shape::kColumns;
     int index = step % steps;
-    if (index < chunks) {
-      copy_chunk(chunk, g.own + own * g.width, g.width, index);
-      copy_chunk(chunk + kChunkBytes, g.other + other * g.width, g.width, index);
-    } else if ((index -= chunks) < chunks_v) {
-      copy_chunk(chunk, g.own_v + own * g.width_v, g.width_v, index);
-      copy_chunk(chunk + kChunkBytes, g.other_v + other * g.width_v, g.width_v, index);
-    } else {
-      copy_chunk(chunk, g.summed + other * WIDTH, WIDTH, index - chunks_v);
-    }
+    const auto copy_pair = [&](const T* left, const T* right, int width) {
+      if (!Shape::kResident) copy_chunk(chunk, left + own * width, width, index);
+      copy_chunk<T, Shape::kColumns>(chunk + (Shape::kResident ? 0 : kChunkBytes), right + other * width, width, index);
+    };
+    if (index < chunks)
+      copy_pair(g.own, g.other, g.width);
+    else if ((index -= chunks) < chunks_v)
+      copy_pair(g.own_v, g.other_v, g.width_v);
+    else
+      copy_chunk<T, Shape::kColumns>(chunk, g.summed + other * WIDTH, WIDTH, index - chunks_v);
   };
-  using Chunks = Ring<kStages, 2 * kChunkBytes, decltype(load)>;
-  Chunks ring(shared_memory(), load);
+  Ring<kStages, Shape::kStageBytes, decltype(load)> ring(memory, load);
   const Fragment at;
   const uint32_t* const words = g.words + z * g.words_stride;
 
@@ -76,67 +97,73 @@ __global__ void __launch_bounds__(kThreads) asa_gather_kernel(Gather<T> g) {
 
   for (int turn = split; turn < length; turn += splits) {
     const int j = list[turn];
-    const int64_t other = others + int64_t(j) * kBlock;
-    const uint32_t kept = neighbours_of_tile(words, g.query_padded, block, j, g.reading, at);
-    Tile p;
-    multiply_chunks<T>(p, ring, chunks);
-    if (g.form == Form::kGrowing) {
+    const uint32_t neighbours = neighbours_of_tile(words, g.query_padded, block, j, g.reading, at);
+    uint32_t broken = 0;
+    if (FORM == Form::kGrowing) {
       const uint32_t* const bad = g.broken + (others / kBlock + j) * 2;
-      spoilt |= kept & (bits_of_row(bad[0], bad[1], at, 0) | bits_of_row(bad[0], bad[1], at, 1));
+      broken = bits_of_row(bad[0], bad[1], at, 0) | bits_of_row(bad[0], bad[1], at, 1);
+    }
+    for (int part = 0; part < Shape::kParts; ++part) {
+      const int64_t other = others + int64_t(j) * kBlock + part * Shape::kColumns;
+      const uint32_t kept = Shape::kParts == 1 ? neighbours : neighbours >> part * 4 * N & ((1u << 4 * N % 32) - 1);
+      Columns<N> p;
+      multiply_chunks<T>(p, ring, chunks, Shape::kResident ? shared_memory() : nullptr);
+      if constexpr (FORM == Form::kGrowing) {
+        spoilt |= kept & broken >> part * 4 * N;
 #pragma unroll
-      for (int high = 0; high < 2; ++high) {
-        float base = largest[high];
+        for (int high = 0; high < 2; ++high) {
+          float base = largest[high];
 #pragma unroll
-        for (int n = 0; n < 8; ++n)
+          for (int n = 0; n < N; ++n)
 #pragma unroll
-          for (int i = 2 * high; i < 2 * high + 2; ++i) {
-            p[n][i] = bit_of(kept, n, i) ? p[n][i] * g.scale2 : -INFINITY;
-            base = fmaxf(base, p[n][i]);
-          }
-        base = max_over_quad(base);
-        const float finite = base == -INFINITY ? 0 : base, shrink = exp2f(largest[high] - finite);
-        largest[high] = base;
-        total[high] *= shrink;
+            for (int i = 2 * high; i < 2 * high + 2; ++i) {
+              p[n][i] = bit_of(kept, n, i) ? p[n][i] * g.scale2 : -INFINITY;
+              base = fmaxf(base, p[n][i]);
+            }
+          base = max_over_quad(base);
+          const float finite = base == -INFINITY ? 0 : base, shrink = exp2f(largest[high] - finite);
+          largest[high] = base;
+          total[high] *= shrink;
 #pragma unroll
-        for (int n = 0; n < 8; ++n)
+          for (int n = 0; n < N; ++n)
 #pragma unroll
-          for (int i = 2 * high; i < 2 * high + 2; ++i) {
-            p[n][i] = exp2f(p[n][i] - finite);
-            total[high] += p[n][i];
-          }
+            for (int i = 2 * high; i < 2 * high + 2; ++i) {
+              p[n][i] = exp2f(p[n][i] - finite);
+              total[high] += p[n][i];
+            }
 #pragma unroll
-        for (int n = 0; n < WIDTH / 8; ++n)
+          for (int n = 0; n < WIDTH / 8; ++n)
 #pragma unroll
-          for (int i = 2 * high; i < 2 * high + 2; ++i) sum[n][i] *= shrink;
-        count[high] += __popc(kept & 0x33333333u << 2 * high);
-      }
-    } else {
-      // Where a query's numbers lie, for a thread's number of the tile.
-      const auto query = [&](int n, int i) { return g.rows_are_queries ? own + at.row_of(i) : other + at.column_of(n, i); };
+            for (int i = 2 * high; i < 2 * high + 2; ++i) sum[n][i] *= shrink;
+          count[high] += __popc(kept & kRowBits << 2 * high);
+        }
+      } else {
+        // Where a query's numbers lie, for a thread's number of the tile.
+        const auto query = [&](int n, int i) { return g.rows_are_queries ? own + at.row_of(i) : other + at.column_of(n, i); };
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-          p[n][i] = bit_of(kept, n, i) ? exp2f(p[n][i] * g.scale2 - g.base2[query(n, i)]) : 0;
-      if (g.form == Form::kGradient) {
-        Tile dp;
-        multiply_chunks<T>(dp, ring, chunks_v);
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
+        for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            p[n][i] = bit_of(kept, n, i) ? p[n][i] * (dp[n][i] - g.delta[query(n, i)]) : 0;
+            p[n][i] = bit_of(kept, n, i) ? exp2f(p[n][i] * g.scale2 - g.base2[query(n, i)]) : 0;
+        if constexpr (kGradients) {
+          Columns<N> dp;
+          multiply_chunks<T>(dp, ring, chunks_v, Shape::kResident ? own_v : nullptr);
+#pragma unroll
+          for (int n = 0; n < N; ++n)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) p[n][i] = bit_of(kept, n, i) ? p[n][i] * (dp[n][i] - g.delta[query(n, i)]) : 0;
+        }
       }
-    }
-    if (g.summed != nullptr) {
-      const Weights<T> weights(p, shared_memory() + Chunks::kBytes);
+      if constexpr (kSummed > 0) {
+        const typename Shape::Packed weights(p, memory + kStages * Shape::kStageBytes);
 #pragma unroll
-      for (int c = 0; c < kSummed; ++c) multiply_weights<T>(sum + c * (kColumns<T> / 8), weights, ring.next());
-    } else {
+        for (int c = 0; c < kSummed; ++c) weights.multiply(sum + c * (kColumns<T> / 8), ring.next());
+      } else {
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
+        for (int n = 0; n < N; ++n)
 #pragma unroll
-        for (int i = 0; i < 4; ++i) total[i / 2] += p[n][i];
+          for (int i = 0; i < 4; ++i) total[i / 2] += p[n][i];
+      }
     }
   }
   ring.finish();
@@ -146,16 +173,16 @@ __global__ void __launch_bounds__(kThreads) asa_gather_kernel(Gather<T> g) {
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
     const int64_t row = int64_t(split) * g.zs * g.padded + own + at.row + 8 * high;
-    const uint32_t of_row = 0x33333333u << 2 * high;
     const float all = sum_over_quad(total[high]);
     int kept = count[high] + __shfl_xor_sync(~0u, count[high], 1);
     kept += __shfl_xor_sync(~0u, kept, 2);
     if (threadIdx.x % 4 == 0) {
-      if (g.form == Form::kGrowing) g.totals.largest[row] = largest[high], g.totals.total[row] = all, g.totals.count[row] = kept;
-      if (g.summed == nullptr) g.parts.sums[row] = all;
+      if constexpr (FORM == Form::kGrowing)
+        g.totals.largest[row] = largest[high], g.totals.total[row] = all, g.totals.count[row] = kept;
+      if constexpr (FORM == Form::kResidual) g.parts.sums[row] = all;
     }
-    if (g.summed != nullptr) {
-      const bool bad = (spoilt & of_row) != 0;
+    if constexpr (kSummed > 0) {
+      const bool bad = (spoilt & kRowBits << 2 * high) != 0;
 #pragma unroll
       for (int n = 0; n < WIDTH / 8; ++n)
         *reinterpret_cast<float2*>(g.parts.sums + row * WIDTH + 8 * n + at.column) =
@@ -164,10 +191,21 @@ __global__ void __launch_bounds__(kThreads) asa_gather_kernel(Gather<T> g) {
   }
 }
 
-template <class T, int WIDTH>
+template <class T, int WIDTH, Form FORM>
 void run(const Gather<T>& gather, cudaStream_t stream) {
-  launch("asa_gather_kernel", &asa_gather_kernel<T, WIDTH>, dim3(gather.zs * (gather.padded / kBlock), gather.parts.splits), kThreads,
-         kStages * 2 * kChunkBytes + Weights<T>::kBytes, stream, gather);
+  const bool gradients = FORM == Form::kGradient || FORM == Form::kResidual;
+  const int chunks = chunks_of<T>(gather.width) + (gradients ? chunks_of<T>(gather.width_v) : 0);
+  launch("asa_gather_kernel", &asa_gather_kernel<T, WIDTH, FORM>, dim3(gather.zs * (gather.padded / kBlock), gather.parts.splits),
+         kThreads, Layout<T, WIDTH>::bytes(chunks), stream, gather);
+}
+
+template <class T, Form FORM>
+void run(const Gather<T>& gather, const T* summed, int width, cudaStream_t stream) {
+  Gather<T> g = gather;
+  g.summed = summed;
+  if (width == 64) return run<T, 64, FORM>(g, stream);
+  if (width == 128) return run<T, 128, FORM>(g, stream);
+  run<T, 256, FORM>(g, stream);
 }
 
 }  // namespace
@@ -177,7 +215,6 @@ void sum_neighbours(Sum what, const Problem<T>& p, const Lists& lists, const Row
                     const Totals& totals, cudaStream_t stream) {
   const bool by_queries = what != Sum::kDk && what != Sum::kDv;
   Gather<T> g{};
-  g.form = what == Sum::kValues ? Form::kGrowing : what == Sum::kDv ? Form::kWeight : Form::kGradient;
   g.rows_are_queries = by_queries;
   g.zs = p.zs, g.query_padded = p.rows.padded;
   g.padded = by_queries ? p.rows.padded : p.keys.padded, g.other_padded = by_queries ? p.keys.padded : p.rows.padded;
@@ -189,16 +226,12 @@ void sum_neighbours(Sum what, const Problem<T>& p, const Lists& lists, const Row
   g.base2 = what == Sum::kDv ? row.kept2 : row.live2, g.delta = row.delta;
   g.lists = lists, g.parts = parts, g.totals = totals;
   switch (what) {
-    case Sum::kValues: g.summed = p.v; break;
-    case Sum::kResidual: break;
-    case Sum::kDq: g.summed = p.k; break;
-    case Sum::kDk: g.summed = p.q; break;
-    case Sum::kDv: g.summed = p.d_out; break;
+    case Sum::kValues: return run<T, Form::kGrowing>(g, p.v, p.width_v, stream);
+    case Sum::kResidual: return run<T, 64, Form::kResidual>(g, stream);
+    case Sum::kDq: return run<T, Form::kGradient>(g, p.k, p.width, stream);
+    case Sum::kDk: return run<T, Form::kGradient>(g, p.q, p.width, stream);
+    case Sum::kDv: return run<T, Form::kWeight>(g, p.d_out, p.width_v, stream);
   }
-  const int width = what == Sum::kResidual ? 64 : what == Sum::kValues || what == Sum::kDv ? p.width_v : p.width;
-  if (width == 64) return run<T, 64>(g, stream);
-  if (width == 128) return run<T, 128>(g, stream);
-  run<T, 256>(g, stream);
 }
 
 #define INSTANTIATE(T)                                                                                                        \

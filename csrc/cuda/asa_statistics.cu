@@ -19,15 +19,16 @@ __global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, 
   const auto load = [&](int step, char* chunk) {
     const int j = split + step / chunks * splits;
     if (j * kBlock >= n_keys) return;
-    copy_chunk(chunk, q, p.width, step % chunks);
-    copy_chunk(chunk + kChunkBytes, k + int64_t(j) * kBlock * p.width, p.width, step % chunks);
+    copy_chunk(chunk, k + int64_t(j) * kBlock * p.width, p.width, step % chunks);
   };
-  Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(shared_memory(), load);
+  copy_block(shared_memory(), q, p.width);
+  copy_commit();
+  Ring<kStages, kChunkBytes, decltype(load)> ring(shared_memory() + chunks * kChunkBytes, load);
   const Fragment at;
   float high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of the thread's columns
   for (int j = split; j * kBlock < n_keys; j += splits) {
     Tile s;
-    multiply_chunks<T>(s, ring, chunks);
+    multiply_chunks<T>(s, ring, chunks, shared_memory());
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float peak = -INFINITY;
@@ -69,7 +70,7 @@ __global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, 
 template <class T>
 void find_statistics(const Problem<T>& problem, int splits, float* largest, float* total, cudaStream_t stream) {
   launch("asa_statistics_kernel", &asa_statistics_kernel<T>, dim3(problem.zs * problem.rows.blocks(), splits), kThreads,
-         kStages * 2 * kChunkBytes, stream, problem, splits, largest, total);
+         (chunks_of<T>(problem.width) + kStages) * kChunkBytes, stream, problem, splits, largest, total);
 }
 template void find_statistics(const Problem<Half>&, int, float*, float*, cudaStream_t);
 template void find_statistics(const Problem<BFloat16>&, int, float*, float*, cudaStream_t);

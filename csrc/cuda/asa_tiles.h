@@ -18,19 +18,19 @@ constexpr int kColumns = 128 / int(sizeof(T));  // of a chunk
 
 // Chunks of a token of `width` numbers.
 template <class T>
-__device__ __forceinline__ int chunks_of(int width) {
+__host__ __device__ __forceinline__ int chunks_of(int width) {
   return width / kColumns<T>;
 }
 
 // Groups of 16 bytes of a row lie where no two rows of eight share memory banks.
 __device__ __forceinline__ int swizzled(int row, int group) { return row * 128 + ((group ^ (row & 7)) << 4); }
 
-// Starts copying the `index`-th chunk of kBlock rows of `width` numbers.
-template <class T>
+// Starts copying the `index`-th chunk of ROWS rows of `width` numbers.
+template <class T, int ROWS = kBlock>
 __device__ __forceinline__ void copy_chunk(char* chunk, const T* rows, int width, int index) {
   const T* const from = rows + index * kColumns<T>;
 #pragma unroll
-  for (int i = 0; i < kChunkBytes / 16 / kThreads; ++i) {
+  for (int i = 0; i < ROWS * 8 / kThreads; ++i) {
     const int unit = i * kThreads + threadIdx.x, row = unit / 8, group = unit % 8;
     copy_async(chunk + swizzled(row, group), from + int64_t(row) * width + group * (16 / int(sizeof(T))));
   }
@@ -80,11 +80,15 @@ struct Fragment {
   __device__ int column_of(int n, int i) const { return n * 8 + column + i % 2; }
 };
 
-using Tile = float[8][4];
+// A thread's numbers of a tile of 8 N columns.
+template <int N>
+using Columns = float[N][4];
+using Tile = Columns<8>;
 
-__device__ __forceinline__ void clear(Tile& x) {
+template <int N>
+__device__ __forceinline__ void clear(Columns<N>& x) {
 #pragma unroll
-  for (int n = 0; n < 8; ++n)
+  for (int n = 0; n < N; ++n)
 #pragma unroll
     for (int i = 0; i < 4; ++i) x[n][i] = 0;
 }
@@ -93,9 +97,9 @@ __device__ __forceinline__ float4 float4_at(const char* chunk, int row, int grou
   return *reinterpret_cast<const float4*>(chunk + swizzled(row, group));
 }
 
-// c += a b^T for chunks a and b.
-template <class T>
-__device__ __forceinline__ void multiply_transposed(Tile& c, const char* a, const char* b) {
+// c += a b^T for chunks a of 64 and b of 8 N rows.
+template <class T, int N>
+__device__ __forceinline__ void multiply_transposed(Columns<N>& c, const char* a, const char* b) {
   const int lane = threadIdx.x % 32, first = threadIdx.x / 32 * 16;
   if constexpr (sizeof(T) == 2) {
 #pragma unroll
@@ -103,7 +107,7 @@ __device__ __forceinline__ void multiply_transposed(Tile& c, const char* a, cons
       uint32_t left[4];
       load_matrices(left, a + swizzled(first + lane % 16, 2 * k + lane / 16));
 #pragma unroll
-      for (int n = 0; n < 8; n += 2) {
+      for (int n = 0; n < N; n += 2) {
         uint32_t right[4];
         load_matrices(right, b + swizzled(8 * n + lane / 16 * 8 + lane % 8, 2 * k + lane / 8 % 2));
         multiply_add<T>(c[n], left, right[0], right[1]);
@@ -112,11 +116,11 @@ __device__ __forceinline__ void multiply_transposed(Tile& c, const char* a, cons
     }
   } else {
     const Fragment at;
-#pragma unroll
+#pragma unroll 1  // more of them would spill
     for (int k = 0; k < 8; ++k) {
       const float4 low = float4_at(a, at.row, k), high = float4_at(a, at.row + 8, k);
 #pragma unroll
-      for (int n = 0; n < 8; ++n)
+      for (int n = 0; n < N; ++n)
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float4 right = float4_at(b, at.column_of(n, i), k);
@@ -127,66 +131,72 @@ __device__ __forceinline__ void multiply_transposed(Tile& c, const char* a, cons
   }
 }
 
-// The product of a tile whose operands come as the next `chunks` pairs of chunks.
-template <class T, class R>
-__device__ __forceinline__ void multiply_chunks(Tile& s, R& ring, int chunks) {
+// Starts copying all chunks of a block of tokens.
+template <class T>
+__device__ __forceinline__ void copy_block(char* memory, const T* rows, int width) {
+  for (int c = 0; c < chunks_of<T>(width); ++c) copy_chunk(memory + c * kChunkBytes, rows, width, c);
+}
+
+// The product of a tile whose right operand comes as the next `chunks` chunks; the left one lies at `own`, or without
+// that before every chunk of the right.
+template <class T, int N, class R>
+__device__ __forceinline__ void multiply_chunks(Columns<N>& s, R& ring, int chunks, const char* own = nullptr) {
   clear(s);
   for (int c = 0; c < chunks; ++c) {
     const char* const chunk = ring.next();
-    multiply_transposed<T>(s, chunk, chunk + kChunkBytes);
+    multiply_transposed<T>(s, own != nullptr ? own + c * kChunkBytes : chunk, own != nullptr ? chunk : chunk + kChunkBytes);
   }
 }
 
 // The weights of a tile as the left operand of a product with the rows of a chunk: halves in registers, where the
 // product of tokens left them; float32 in shared memory, where every warp reads its own rows only.
-template <class T>
+template <class T, int N>
 struct Weights {
   static constexpr int kBytes = 0;
-  uint32_t pairs[4][4];
+  uint32_t pairs[N / 2][4];
 
-  __device__ Weights(const Tile& p, char*) {
+  __device__ Weights(const Columns<N>& p, char*) {
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < N / 2; ++k)
 #pragma unroll
       for (int i = 0; i < 4; ++i) pairs[k][i] = pack<T>(p[2 * k + i / 2][i % 2 * 2], p[2 * k + i / 2][i % 2 * 2 + 1]);
   }
-};
-template <>
-struct Weights<float> {
-  static constexpr int kStride = kBlock + 4;  // rows of a warp start in different banks
-  static constexpr int kBytes = kBlock * kStride * int(sizeof(float));
-  const float* rows;
 
-  __device__ Weights(const Tile& p, char* memory) : rows(reinterpret_cast<const float*>(memory)) {
-    const Fragment at;
-    __syncwarp();  // everybody is done with the weights before
-#pragma unroll
-    for (int n = 0; n < 8; ++n)
-#pragma unroll
-      for (int i = 0; i < 4; ++i) reinterpret_cast<float*>(memory)[at.row_of(i) * kStride + at.column_of(n, i)] = p[n][i];
-    __syncwarp();
-  }
-};
-
-// c += p x for a chunk x of 64 rows; c: kColumns<T> / 8 parts of a fragment.
-template <class T>
-__device__ __forceinline__ void multiply_weights(float (*c)[4], const Weights<T>& p, const char* x) {
-  if constexpr (sizeof(T) == 2) {
+  // c += p x for a chunk x of 8 N rows; c: kColumns<T> / 8 parts of a fragment.
+  __device__ void multiply(float (*c)[4], const char* x) const {
     const int lane = threadIdx.x % 32;
 #pragma unroll
-    for (int k = 0; k < 4; ++k)
+    for (int k = 0; k < N / 2; ++k)
 #pragma unroll
       for (int n = 0; n < 8; n += 2) {
         uint32_t right[4];
         load_matrices_transposed(right, x + swizzled(16 * k + lane % 16, n + lane / 16));
-        multiply_add<T>(c[n], p.pairs[k], right[0], right[1]);
-        multiply_add<T>(c[n + 1], p.pairs[k], right[2], right[3]);
+        multiply_add<T>(c[n], pairs[k], right[0], right[1]);
+        multiply_add<T>(c[n + 1], pairs[k], right[2], right[3]);
       }
-  } else {
+  }
+};
+template <int N>
+struct Weights<float, N> {
+  static constexpr int kStride = 8 * N + 4;  // rows of a warp start in different banks
+  static constexpr int kBytes = kBlock * kStride * int(sizeof(float));
+  const float* rows;
+
+  __device__ Weights(const Columns<N>& p, char* memory) : rows(reinterpret_cast<const float*>(memory)) {
     const Fragment at;
-#pragma unroll 4
-    for (int j = 0; j < kBlock; ++j) {
-      const float low = p.rows[at.row * Weights<T>::kStride + j], high = p.rows[(at.row + 8) * Weights<T>::kStride + j];
+    __syncwarp();  // everybody is done with the weights before
+#pragma unroll
+    for (int n = 0; n < N; ++n)
+#pragma unroll
+      for (int i = 0; i < 4; ++i) reinterpret_cast<float*>(memory)[at.row_of(i) * kStride + at.column_of(n, i)] = p[n][i];
+    __syncwarp();
+  }
+
+  __device__ void multiply(float (*c)[4], const char* x) const {
+    const Fragment at;
+#pragma unroll 2
+    for (int j = 0; j < 8 * N; ++j) {
+      const float low = rows[at.row * kStride + j], high = rows[(at.row + 8) * kStride + j];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
         const float2 right = *reinterpret_cast<const float2*>(x + swizzled(j, 2 * n + at.column / 4) + at.column % 4 * 4);
@@ -197,9 +207,11 @@ __device__ __forceinline__ void multiply_weights(float (*c)[4], const Weights<T>
       }
     }
   }
-}
+};
 
 // A bit for each of a thread's numbers of a tile: bit 4 n + i for [n][i].
+
+constexpr uint32_t kRowBits = 0x33333333;  // those of the thread's lower row
 
 __device__ __forceinline__ bool bit_of(uint32_t bits, int n, int i) { return bits >> (4 * n + i) & 1; }
 
