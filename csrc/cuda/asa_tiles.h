@@ -1,9 +1,10 @@
 // Tiles of tokens in shared memory, and their products.
 //
 // Every operand passes through shared memory in chunks of 64 rows by 128 bytes: 64 columns of a half precision, 32 of
-// float32. Products of half precisions run on tensor cores (mma.m16n8k16), those of float32 as fused multiply-adds over
-// ascending columns, both into the same fragments: of a tile, warp w owns rows 16 w to 16 w + 15, and of 8 columns n a
-// thread owns [n][0], [n][1] in row g, columns 2 t and 2 t + 1, and [n][2], [n][3] in row g + 8; g = lane / 4, t = lane % 4.
+// float32. Products of half precisions run on tensor cores (mma.m16n8k16), those of float32 as fused multiply-adds, four
+// products at a time so that rounding grows with a quarter of the width. Both leave the same fragments: of a tile, warp w
+// owns rows 16 w to 16 w + 15, and of 8 columns n a thread owns [n][0], [n][1] in row g, columns 2 t and 2 t + 1, and
+// [n][2], [n][3] in row g + 8; g = lane / 4, t = lane % 4.
 
 #pragma once
 
@@ -124,8 +125,8 @@ __device__ __forceinline__ void multiply_transposed(Columns<N>& c, const char* a
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           const float4 right = float4_at(b, at.column_of(n, i), k);
-          c[n][i] = fmaf(low.w, right.w, fmaf(low.z, right.z, fmaf(low.y, right.y, fmaf(low.x, right.x, c[n][i]))));
-          c[n][2 + i] = fmaf(high.w, right.w, fmaf(high.z, right.z, fmaf(high.y, right.y, fmaf(high.x, right.x, c[n][2 + i]))));
+          c[n][i] += fmaf(low.w, right.w, fmaf(low.z, right.z, fmaf(low.y, right.y, low.x * right.x)));
+          c[n][2 + i] += fmaf(high.w, right.w, fmaf(high.z, right.z, fmaf(high.y, right.y, high.x * right.x)));
         }
     }
   }
