@@ -6,6 +6,7 @@ at the same precision as the yardstick, both against float64.
 """
 
 import torch
+from cases import with_grad
 from torch import Tensor
 
 from asa_ops import asa_attention, reciprocal_neighbors
@@ -97,6 +98,25 @@ def check_against_reference(impl: str, inputs, options, min_certain: float = 0.9
     for x, exact in ((stats.lse, exact_lse), (stats.lse_kept, exact_lse_kept)):
         exact = exact.masked_fill(~real_q[:, None], -torch.inf)
         torch.testing.assert_close(x.double(), exact.double(), rtol=rounding, atol=rounding * query.shape[-1])
+
+
+def check_threshold_gradients(impl: str, inputs, options, band: float = 2.0) -> None:
+    """Check the straight-through dalpha and dbeta of ``impl``; no pair may be so close that precision decides it."""
+    kept = survivors(impl, inputs, options)
+    exact_inputs = [x if x is None else x.double() for x in inputs]
+    assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64)
+
+    def run(name, inputs):
+        leaves = with_grad(inputs)
+        learn = {"threshold_grad": "straight_through", "threshold_band": band}
+        out = asa_attention(*leaves, **options, **learn, impl=name)
+        return torch.autograd.grad(out, [x for x in leaves[3:] if x is not None], grad_out.to(out.dtype))
+
+    results = run(impl, inputs), run("reference", inputs), run("reference", exact_inputs)
+    for ours, eager, exact in zip(*results, strict=True):
+        check_error("threshold gradient", ours, eager, exact, torch.finfo(inputs[0].dtype).eps)
+        assert exact.numel() == 0 or exact.abs().max() > 0
 
 
 def check_error(name: str, x: Tensor, eager: Tensor, exact: Tensor, eps: float) -> None:

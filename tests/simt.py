@@ -8,16 +8,27 @@ first.
 import fcntl
 import os
 import shlex
+import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import torch
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 HEADERS = [*(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/testing").glob("*.h")]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
+
+
+# With a GPU kernels run there.
+AVAILABLE = bool(shutil.which(shlex.split(get_cxx_compiler())[0])) and not torch.cuda.is_available()
+
+
+def load(sanitize: bool = False) -> None:
+    """Register the ops for CPU tensors in this process: impl="cuda" runs from now on."""
+    torch.ops.load_library(build(sanitize))
 
 
 def build(sanitize: bool = False) -> Path:
@@ -35,7 +46,9 @@ def build(sanitize: bool = False) -> Path:
 
 def _compile(folder: Path, library: Path, sanitize: list[str]) -> None:
     compiler = shlex.split(get_cxx_compiler())
-    flags = ["-std=c++17", "-O2", "-Wall", "-Werror", "-Wno-unknown-pragmas", "-fPIC", "-ffp-contract=off", *sanitize]
+    # For this machine: emulated fused multiply-adds would be slow.
+    flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", *sanitize]
+    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", include_paths()[0]]
 
     def compile_one(source: Path) -> Path:

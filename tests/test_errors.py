@@ -105,6 +105,13 @@ WRONG = {
 }
 
 
+@pytest.fixture(autouse=True)
+def no_emulation(monkeypatch):
+    """Tests that ran before in this process may have loaded the emulation of the CUDA kernels."""
+    has = asa_ops.extension.has
+    monkeypatch.setattr(asa_ops.extension, "has", lambda op, key: "cuda" not in op and has(op, key))
+
+
 @pytest.mark.parametrize("impl", ["auto", "reference"])
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_arguments(name, impl):

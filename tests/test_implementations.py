@@ -1,6 +1,7 @@
 """Every implementation against the reference, on the same cases."""
 
 import pytest
+import simt
 import torch
 from cases import CASES, Case, each_case, make, named, with_grad
 from compare import check_against_reference, check_error, survivors
@@ -10,18 +11,26 @@ from asa_ops.asa import blocked
 from asa_ops.bits import bit_columns, pack_bits, unpack_bits
 
 IMPLEMENTATIONS = ["blocked", "cpu"]
-INTERPRETED = ["triton"] if triton_support.interpreted() else []  # with a GPU there is test_gpu.py
+# With a GPU there is test_gpu.py.
+INTERPRETED = ["triton"] if triton_support.interpreted() else []
+EMULATED = ["cuda"] if simt.AVAILABLE else []
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def emulation():
+    if EMULATED:
+        simt.load()
+
+
 def everywhere(names: str = "", values: tuple = (), quick: tuple | None = None):
-    """Parametrize ``impl``, the reference and Triton's interpreter included, and other arguments.
+    """Parametrize ``impl``, with the reference, Triton's interpreter and the emulation of CUDA, and other arguments.
 
     The interpreter is slow: where ``quick`` is given, `make test` runs Triton on these values only.
     """
     rows = []
     chosen = [x if isinstance(x, tuple) else (x,) for x in quick or ()]
-    for impl in ("reference", *IMPLEMENTATIONS, *INTERPRETED):
+    for impl in ("reference", *IMPLEMENTATIONS, *INTERPRETED, *EMULATED):
         for value in values or ((),):
             value = value if isinstance(value, tuple) else (value,)
             later = impl == "triton" and quick is not None and value not in chosen

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import simt
 import torch
 from cases import make, named, with_grad
 from torch.autograd import forward_ad
@@ -16,11 +17,19 @@ from asa_ops.asa import ops
 from asa_ops.asa.types import Saved
 
 LEARN = {"threshold_grad": "straight_through"}
-EVERY_IMPL = ["reference", "blocked", "cpu", *(["triton"] if triton_support.interpreted() else [])]
+EVERY_IMPL = ["reference", "blocked", "cpu", *(["cuda"] if simt.AVAILABLE else [])]
+BFLOAT16 = tuple(EVERY_IMPL)  # which Triton's interpreter gets wrong
+EVERY_IMPL += ["triton"] if triton_support.interpreted() else []
 KERNELS = EVERY_IMPL[1:]
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 CONTRACT_CASES = [named(name) for name in ("plain", "topk", "one_way", "padding", "dense", "more_keys", "alpha_only")]
 each_contract_case = pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def emulation():
+    if simt.AVAILABLE:
+        simt.load()
 
 
 def smaller(impl, case):
@@ -165,7 +174,7 @@ def test_autocast_casts_tokens_but_not_thresholds(impl, compiled):
         assert torch.equal(x, y.to(x.dtype))
 
 
-@pytest.mark.parametrize("impl", EVERY_IMPL[:3])  # Triton's interpreter gets bfloat16 wrong
+@pytest.mark.parametrize("impl", BFLOAT16)
 def test_autocast_accepts_the_mixtures_it_makes(impl):
     (query, key, value, alpha, beta), options = make(named("plain"), torch.float32)
     low = torch.bfloat16
@@ -175,7 +184,7 @@ def test_autocast_accepts_the_mixtures_it_makes(impl):
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("impl", EVERY_IMPL[:3])
+@pytest.mark.parametrize("impl", BFLOAT16)
 def test_autocast_neighbors_are_those_attended_to(impl):
     query, key = torch.randn(2, 1, 2, 400, 16) * 2
     alpha = torch.ones(1, 1, 400)
@@ -288,10 +297,10 @@ def test_backward_without_kept_bits_says_so():
     out, *_ = ops.asa_fwd(*op_arguments([query.requires_grad_(), *rest], options, keep_bits=False))
     with pytest.raises(RuntimeError, match="keep_bits=False"):
         out.sum().backward()
-    if "triton" in KERNELS:  # keeps more than bits, dense attention too
+    for impl in {"triton", "cuda"} & set(KERNELS):  # they keep more than bits, of dense attention too
         inputs, _ = make(named("dense", grid=(2, 2)), torch.float32)
         inputs[0].requires_grad_()
-        out, *_ = ops.asa_fwd(*op_arguments(inputs, {}, keep_bits=False, impl="triton"))
+        out, *_ = ops.asa_fwd(*op_arguments(inputs, {}, keep_bits=False, impl=impl))
         with pytest.raises(RuntimeError, match="keep_bits=False"):
             out.sum().backward()
 
@@ -322,7 +331,8 @@ def test_only_out_requires_grad():
 
 def test_inference_keeps_no_bits():
     inputs, options = make(named("plain"), torch.float32)
-    for impl, columns in (("blocked", 8), ("triton", 1280))[: len(KERNELS) - 1]:
+    sizes = {"blocked": 8, "triton": 1280, "cuda": 640}
+    for impl, columns in ((name, sizes[name]) for name in KERNELS if name in sizes):
         saved = Saved(*ops.asa_fwd(*op_arguments(inputs, options, keep_bits=False, impl=impl)))
         assert saved.bits.shape[-1] == saved.rest.shape[-1] == saved.base2.shape[-1] == 0 and saved.local.shape[-1] == 9
         assert Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl=impl))).bits.shape[-1] == columns

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from cases import CASES, Case, make, named, with_grad
-from compare import check_against_reference, check_error, survivors
+from compare import check_against_reference, check_threshold_gradients, survivors
 
 from asa_ops import asa_attention, dispatch, triton_support
 from asa_ops.asa import triton as asa
@@ -58,49 +58,24 @@ def test_float16_equals_reference(case):
     check_against_reference("triton", *make(case, torch.float16))
 
 
-def threshold_gradients(case, dtype, band=2.0, offset=0.0):
-    """Check them for the inputs of a case, with an offset of the values."""
-    inputs, options = make(case, dtype)
-    inputs[2] += offset
-    check_threshold_gradients(inputs, options, dtype, band)
-
-
-def check_threshold_gradients(inputs, options, dtype, band=2.0):
-    """Check dalpha and dbeta under the error rule, survivors being the same in every precision."""
-    kept = survivors("triton", inputs, options)
-    exact_inputs = [x if x is None else x.double() for x in inputs]
-    assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
-    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64)
-
-    def run(name, precision):
-        leaves = with_grad([x if x is None else x.to(precision) for x in inputs])
-        learn = {"threshold_grad": "straight_through", "threshold_band": band}
-        out = asa_attention(*leaves, **options, **learn, impl=name)
-        thresholds = [x for x in leaves[3:] if x is not None]
-        return torch.autograd.grad(out, thresholds, grad_out.to(precision))
-
-    eager, exact = run("reference", dtype), run("reference", torch.float64)
-    for ours, yardstick, truth in zip(run("triton", dtype), eager, exact, strict=True):
-        check_error("threshold gradient", ours, yardstick, truth, torch.finfo(dtype).eps)
-        assert truth.numel() == 0 or truth.abs().max() > 0
-
-
 @each(tuple(c.name for c in CASES if c.alpha not in (None, "zero", "inf") and c.batch), quick=LEARNING)
 def test_threshold_gradients(case):
     if case.name == "sharp":  # a last bit of these scores moves a gradient by 1e-6: 126 rows are too few to compare by
         case = replace(case, heads=8)
-    threshold_gradients(case, torch.float32, band=1.3)
+    check_threshold_gradients("triton", *make(case, torch.float32), band=1.3)
 
 
 def test_threshold_gradients_of_pairs_in_tiles_without_neighbours():
     """One-way bits are needed of every tile with a score in the band, also where no two are each other's neighbours."""
     tokens = [torch.randn(1, 1, 65, 4) * 1.5**0.5 for _ in range(3)]  # the 65th alone in its row and column of tiles
-    check_threshold_gradients([*tokens, torch.full((1, 1, 65), 1.5), None], {}, torch.float32)
+    check_threshold_gradients("triton", [*tokens, torch.full((1, 1, 65), 1.5), None], {})
 
 
 def test_threshold_gradients_in_half_precision():
     """An offset of the values cancels in what an admitted pair changes: delta must not come from a rounded output."""
-    threshold_gradients(named("plain", dim=16, dim_v=8), torch.float16, offset=10.0)
+    inputs, options = make(named("plain", dim=16, dim_v=8), torch.float16)
+    inputs[2] += 10
+    check_threshold_gradients("triton", inputs, options)
 
 
 # Other block sizes: of every kernel, as on a GPU but smaller.
@@ -138,7 +113,7 @@ def test_any_blocks_give_the_same(blocks):
 @pytest.mark.parametrize("options", [{"topk": 9}, {"reciprocal": False}], ids=["topk", "one_way"])
 def test_any_blocks_give_the_same_threshold_gradients(blocks, options):
     case = Case("learning", grid=(9, 8), batch=1, heads=1, dim=17, dim_v=6, options=options)
-    threshold_gradients(case, torch.float32)
+    check_threshold_gradients("triton", *make(case, torch.float32))
 
 
 @pytest.mark.parametrize("name", ["plain", "dense"])

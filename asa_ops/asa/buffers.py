@@ -14,7 +14,7 @@ def prepare_outputs(inputs: Inputs, saved: Saved) -> bool:
         for x, value in zip(saved[:4], empty, strict=True):
             x.fill_(value)
     elif inputs.key_padding_mask is not None and rows == keys:  # rows that are padding
-        for x, value in zip((*saved[:4], saved.local, saved.rest), (*empty, False, 0), strict=True):
+        for x, value in zip((*saved[:4], saved.local, saved.rest, saved.base2), (*empty, False, 0, 0), strict=True):
             x.fill_(value)
     return saved.lse.numel() > 0 and keys > 0
 
@@ -22,7 +22,7 @@ def prepare_outputs(inputs: Inputs, saved: Saved) -> bool:
 def new_gradients(
     inputs: Inputs, saved: Saved, band: float | None
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None], bool]:
-    """Return room for dq, dk, dv, and for dalpha and dbeta where they are asked for, and whether kernels have to run."""
+    """Return room for dq, dk, dv, for dalpha and dbeta where they are asked for, and whether kernels have to run."""
     wanted = saved.lse.numel() > 0 and inputs.key.shape[2] > 0
     new = torch.empty if wanted and inputs.key_padding_mask is None else torch.zeros
     tokens = tuple(new(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])

@@ -211,6 +211,8 @@ class Call {
     Scratch scratch(arguments_.query);
     auto* const largest = scratch.get<float>(splits * rows);
     auto* const total = scratch.get<float>(splits * rows);
+    // Peaks too: those of blocks without keys are not written.
+    if (p_.has_bits) clear_memory(p_.words, p_.zs * head_bytes(), stream_);
     find_statistics(p_, splits, largest, total, stream_);
     if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
     // Threshold gradients ask for A_ji of pairs (i, j) in the band below the threshold of i: those tiles too.
@@ -218,7 +220,6 @@ class Call {
     const Thresholds thresholds = new_thresholds(scratch);
     find_thresholds(p_, splits, largest, total, saved_, band2, thresholds, stream_);
     if (p_.has_bits) {
-      clear_memory(p_.words, words_bytes(), stream_, p_.zs, head_bytes());
       const uint8_t* const flags = thresholds.flags;
       find_neighbours(p_, thresholds, list(scratch, flags, p_.mutual ? flags : nullptr, p_.mutual, true), stream_);
     } else if (is_dense_) {
@@ -250,7 +251,7 @@ class Call {
       Scratch scratch(arguments_.query);
       Lists lists{};
       if (has_tiles()) lists = list_occupied(scratch, true);
-      if (std::is_same_v<T, float>) {
+      if constexpr (std::is_same_v<T, float>) {
         Parts residual;
         if (has_tiles()) sum_neighbours(Sum::kResidual, p_, lists, row, residual = new_parts(scratch, true, 1), {}, stream_);
         settle_delta(p_, saved_, row, residual, stream_);

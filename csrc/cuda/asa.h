@@ -18,6 +18,7 @@ namespace asa_ops::cuda {
 constexpr int kBlock = 64;     // tokens of a block, rows and columns of a tile
 constexpr int kThreads = 128;  // of a program: four warps, each with 16 rows of a tile, or with one row
 constexpr int kWarps = kThreads / 32;
+constexpr int kResident = 8;  // programs on a processor that short kernels leave registers for: 64 each, without spills
 constexpr int kFew = 32;       // up to this many neighbours a row are taken one by one
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 
@@ -194,8 +195,7 @@ void sum_thresholds(const Problem<T>& problem, const Thresholds& thresholds, con
 template <class T>
 void finish_rows(const Problem<T>& problem, const Parts& values, const Totals& totals, const Saved<T>& saved, cudaStream_t stream);
 // Corrects delta by what it misses, until sum_j p_ij (<do_i, v_j> - delta_i) is 0.
-template <class T>
-void settle_delta(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& residual,
+void settle_delta(const Problem<float>& problem, const Saved<float>& saved, const RowGradients& row, const Parts& residual,
                   cudaStream_t stream);
 template <class T>
 void finish_row_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,

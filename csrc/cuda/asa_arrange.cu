@@ -51,7 +51,7 @@ template <class T>
 __global__ void __launch_bounds__(kThreads) asa_arrange_kernel(const T* x, Strides strides, int heads, int per_image, Order order,
                                                                int dim, int width, T* out, uint32_t* broken) {
   const WarpRow at(order, heads, per_image);
-  const T* const from = x + at.z / heads * strides.b + at.z % heads * strides.h + at.token * strides.n;
+  const T* const from = x + at.z / heads * strides.b + at.z % heads * strides.h + max(at.token, 0) * strides.n;
   bool finite = true;
   each_number(width, [&](int, int d) {
     T number = at.token >= 0 && d < dim ? from[d * strides.d] : from_float<T>(0);
@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) asa_arrange_kernel(const T* x, Strid
 // What reaches the constant output of a row without survivors ends there, even a NaN, but for the row's thresholds:
 // arranged is 0 and delta NaN then. A row whose output is NaN poisons its image and head.
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_arrange_gradient_kernel(Problem<T> p, const T* d_out, Strides strides, Saved<T> saved,
+__global__ void __launch_bounds__(kThreads, kResident) asa_arrange_gradient_kernel(Problem<T> p, const T* d_out, Strides strides, Saved<T> saved,
                                                                         T* arranged, RowGradients row) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   const int lane = threadIdx.x % 32;

@@ -66,8 +66,8 @@ __global__ void __launch_bounds__(kThreads) asa_finish_rows_kernel(Problem<T> p,
 
 // delta comes from the output; its rounding reaches every pair of a row with the same sign. In float32 that is the largest
 // error of the gradients where many survive, in half precisions it is below the rounding of the weights.
-template <class T>
-__global__ void __launch_bounds__(kThreads) asa_settle_delta_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts residual) {
+__global__ void __launch_bounds__(kThreads) asa_settle_delta_kernel(Problem<float> p, Saved<float> saved, RowGradients row,
+                                                                    Parts residual) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const float delta = row.delta[at.index], live2 = row.live2[at.index];
@@ -180,10 +180,9 @@ void finish_rows(const Problem<T>& problem, const Parts& values, const Totals& t
          values, totals, saved);
 }
 
-template <class T>
-void settle_delta(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& residual,
+void settle_delta(const Problem<float>& problem, const Saved<float>& saved, const RowGradients& row, const Parts& residual,
                   cudaStream_t stream) {
-  launch("asa_settle_delta_kernel", &asa_settle_delta_kernel<T>, row_programs(problem.zs, problem.rows), kThreads, 0, stream, problem,
+  launch("asa_settle_delta_kernel", &asa_settle_delta_kernel, row_programs(problem.zs, problem.rows), kThreads, 0, stream, problem,
          saved, row, residual);
 }
 
@@ -204,7 +203,6 @@ void finish_column_gradients(const Problem<T>& problem, const Saved<T>& saved, c
 
 #define INSTANTIATE(T)                                                                                                         \
   template void finish_rows(const Problem<T>&, const Parts&, const Totals&, const Saved<T>&, cudaStream_t);                    \
-  template void settle_delta(const Problem<T>&, const Saved<T>&, const RowGradients&, const Parts&, cudaStream_t);             \
   template void finish_row_gradients(const Problem<T>&, const Saved<T>&, const RowGradients&, const Thresholds&, float,        \
                                      const Parts&, const Parts&, T*, float*, float*, cudaStream_t);                            \
   template void finish_column_gradients(const Problem<T>&, const Saved<T>&, const RowGradients&, const Parts&, const Parts&, T*, T*, \

@@ -124,10 +124,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
   check(cudaGetLastError(), what);
 }
 
-// Zeros `bytes`, of each of `rows` rows that lie `pitch` bytes apart.
-inline void clear_memory(void* at, size_t bytes, cudaStream_t stream, size_t rows = 1, size_t pitch = 0) {
-  check(cudaMemset2DAsync(at, rows > 1 ? pitch : bytes, 0, bytes, rows, stream), "clearing memory");
-}
+inline void clear_memory(void* at, size_t bytes, cudaStream_t stream) { check(cudaMemsetAsync(at, 0, bytes, stream), "clearing memory"); }
 
 // Of the current device: how many programs run at a time, at least.
 inline int processors() {
@@ -150,9 +147,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
   simt::launch(name, kernel, grid, threads, shared, static_cast<Params>(args)...);
 }
 
-inline void clear_memory(void* at, size_t bytes, cudaStream_t, size_t rows = 1, size_t pitch = 0) {
-  for (size_t row = 0; row < rows; ++row) std::memset(static_cast<char*>(at) + row * pitch, 0, bytes);
-}
+inline void clear_memory(void* at, size_t bytes, cudaStream_t) { std::memset(at, 0, bytes); }
 
 inline int processors() { return 7; }  // so few that even small calls are cut into parts
 

@@ -157,7 +157,7 @@ struct Fiber {
 
 // What the lanes of a warp show each other; two of them in turn, so that nobody overwrites what another still reads.
 struct Exchange {
-  alignas(16) unsigned char slots[kWarp][32];
+  alignas(16) unsigned char slots[kWarp][48];
 };
 
 struct Warp {
@@ -311,10 +311,8 @@ const Exchange& exchange(const T& mine) {
 }
 
 template <class T>
-T shown(const Exchange& slots, int lane) {
-  T value;
-  std::memcpy(&value, slots.slots[lane], sizeof(T));
-  return value;
+const T& shown(const Exchange& slots, int lane) {
+  return *reinterpret_cast<const T*>(slots.slots[lane]);
 }
 
 inline void check_mask(unsigned mask) {
@@ -399,7 +397,17 @@ struct BFloat16 {
 };
 
 inline float to_float(float x) { return x; }
-inline float to_float(Half x) { return static_cast<float>(bits_as<_Float16>(x.bits)); }
+// Of all 16-bit patterns, since compilers may convert them one by one in software.
+inline const std::vector<float>& half_values() {
+  static const std::vector<float> values = [] {
+    std::vector<float> all(1 << 16);
+    for (int bits = 0; bits < 1 << 16; ++bits) all[bits] = static_cast<float>(bits_as<_Float16>(static_cast<uint16_t>(bits)));
+    return all;
+  }();
+  return values;
+}
+
+inline float to_float(Half x) { return half_values()[x.bits]; }
 inline float to_float(BFloat16 x) { return bits_as<float>(uint32_t(x.bits) << 16); }
 
 template <class T>
@@ -476,20 +484,24 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
 template <class T>
 void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   struct Operands {
-    uint32_t a[4], b[2];
+    float a[4][2], b[2][2];
   };
-  const simt::Exchange& slots = simt::exchange(Operands{{a[0], a[1], a[2], a[3]}, {b0, b1}});
-  const int lane = simt::machine().current->lane, g = lane / 4, t = lane % 4;
   const auto number = [](uint32_t pair, int i) { return to_float(T{static_cast<uint16_t>(pair >> 16 * i)}); };
+  Operands mine;
+  for (int i = 0; i < 2; ++i) {
+    for (int m = 0; m < 4; ++m) mine.a[m][i] = number(a[m], i);
+    mine.b[0][i] = number(b0, i), mine.b[1][i] = number(b1, i);
+  }
+  const simt::Exchange& slots = simt::exchange(mine);
+  const int lane = simt::machine().current->lane, g = lane / 4, t = lane % 4;
   for (int other = 0; other < 4; ++other) {  // the lanes that hold columns 2 other, + 1, + 8 and + 9 of a's rows
-    const Operands left = simt::shown<Operands>(slots, 4 * g + other);
+    const Operands& left = simt::shown<Operands>(slots, 4 * g + other);
     for (int column = 0; column < 2; ++column) {
-      const Operands right = simt::shown<Operands>(slots, 4 * (2 * t + column) + other);
+      const Operands& right = simt::shown<Operands>(slots, 4 * (2 * t + column) + other);
       for (int half = 0; half < 2; ++half)
         for (int i = 0; i < 2; ++i) {
-          const float b = number(right.b[half], i);
-          c[column] = std::fma(number(left.a[2 * half], i), b, c[column]);
-          c[2 + column] = std::fma(number(left.a[2 * half + 1], i), b, c[2 + column]);
+          c[column] = std::fma(left.a[2 * half][i], right.b[half][i], c[column]);
+          c[2 + column] = std::fma(left.a[2 * half + 1][i], right.b[half][i], c[2 + column]);
         }
     }
   }
