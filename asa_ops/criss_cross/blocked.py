@@ -1,0 +1,58 @@
+"""Criss-cross attention by batched products of rows and columns, in PyTorch: any device, any dtype.
+
+O(H W (H + W)) memory for the scores. The row and the column of a pixel share one softmax: their log-sum-exps merge.
+"""
+
+import torch
+from torch import Tensor
+
+
+def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, lse: Tensor, rest: Tensor) -> None:
+    """Write into ``out`` and ``lse``; nothing is kept in ``rest``."""
+    q, k, v = _in_rows(query, key, value)
+    scores = _scores(q, k, scale)
+    lse.copy_(torch.logaddexp(scores[0].logsumexp(-1), _turn(scores[1].logsumexp(-1))))
+    row, column = _weights(scores, lse)
+    result = row @ v
+    result += _turn(column @ _turn(v))
+    out.copy_(result.permute(0, 3, 1, 2))
+
+
+def bwd(
+    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rest: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv."""
+    q, k, v, do = _in_rows(query, key, value, do)
+    weights = _weights(_scores(q, k, scale), lse)
+    products = do @ v.mT, _turn(do) @ _turn(v).mT
+    # From the weights, not from out, which is rounded.
+    means = [(p * dp).sum(-1) for p, dp in zip(weights, products, strict=True)]
+    delta = means[0] + _turn(means[1])
+    row, column = (p * (dp - d[..., None]) for p, dp, d in zip(weights, products, (delta, _turn(delta)), strict=True))
+    row, column = scale * row, scale * column
+    dq = row @ k + _turn(column @ _turn(k))
+    dk = row.mT @ q + _turn(column.mT @ _turn(q))
+    dv = weights[0].mT @ do + _turn(weights[1].mT @ _turn(do))
+    return tuple(x.permute(0, 3, 1, 2) for x in (dq, dk, dv))
+
+
+def _in_rows(*maps: Tensor) -> list[Tensor]:
+    """Return maps [B, C, H, W] as [B, H, W, C], at least in float32."""
+    return [x.permute(0, 2, 3, 1).to(torch.promote_types(x.dtype, torch.float32)) for x in maps]
+
+
+def _turn(x: Tensor) -> Tensor:
+    """Exchange rows and columns of [B, H, W, ...]."""
+    return x.transpose(1, 2)
+
+
+def _scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Return scores with the row [B, H, W, W], and with the column without the pixel itself [B, W, H, H], transposed."""
+    row, column = scale * (q @ k.mT), scale * (_turn(q) @ _turn(k).mT)
+    column.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
+    return row, column
+
+
+def _weights(scores: tuple[Tensor, Tensor], lse: Tensor) -> tuple[Tensor, Tensor]:
+    row, column = scores
+    return (row - lse[..., None]).exp(), (column - _turn(lse)[..., None]).exp()
