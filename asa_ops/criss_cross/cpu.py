@@ -20,8 +20,11 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     inputs = _prepare(lse.dtype, do, query, key, value)
+    if out.dtype != lse.dtype:  # <do, out> must not be that of a rounded out
+        out = torch.empty_like(out, dtype=lse.dtype)
+        torch.ops.asa_ops.criss_cross_cpu_fwd(*inputs[1:], scale, out, lse.clone())
     gradients = tuple(torch.empty_like(x) for x in inputs[1:])
-    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, lse, scale, *gradients)
+    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, out.contiguous(), lse.contiguous(), scale, *gradients)
     return gradients
 
 
