@@ -44,8 +44,8 @@ def criss_cross_attention(
     query, key, value = cast_under_autocast(query=query, key=key, value=value)
     checks.check_maps(query, key, value)
     checks.check_number("scale", scale)
-    dim = max(query.shape[1], value.shape[1])
-    call = dispatch.Call("criss_cross_attention", "criss_cross", query.device, query.dtype, dim)
+    # The value may have any number of channels: kernels take them in parts.
+    call = dispatch.Call("criss_cross_attention", "criss_cross", query.device, query.dtype, query.shape[1])
     impl = dispatch.resolve(call, impl)
     if impl == "reference":
         return reference.criss_cross_attention(query, key, value, scale=float(scale))

@@ -1,1 +1,27 @@
+"""Criss-cross attention on the GPU: the Triton kernels, on copies of the maps with channels last.
+
+Forward: every column's own softmax, then rows, which merge theirs with it (``triton_fwd``). Backward (``triton_bwd``):
+columns leave their part of every gradient, rows add theirs. Every program owns what it sums, in a fixed order: results
+repeat bitwise. Only what is imported within functions here imports triton.
+"""
+
+import torch
 from torch import Tensor
+
+
+def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, lse: Tensor, rest: Tensor) -> None:
+    """Write into ``out``, ``lse`` and, unless it has no channels, ``rest``: what rounding took from out."""
+    from . import triton_fwd
+
+    with torch.cuda.device_of(query):  # which Triton launches on
+        triton_fwd.forward(query, key, value, scale, out, lse, rest)
+
+
+def bwd(
+    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rest: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dq, dk, dv."""
+    from . import triton_bwd
+
+    with torch.cuda.device_of(query):
+        return triton_bwd.backward(do, query, key, value, out, lse, rest, scale)
