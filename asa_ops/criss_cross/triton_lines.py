@@ -33,7 +33,9 @@ def config(dim: int, dtype: torch.dtype, device: torch.device) -> Config:
         return Config(32, 16, 32, 4, 1)
     if dtype == torch.float32:
         return Config(32, 32, 64, 4, 1)
-    return Config(64, 64, 128, 4, 2) if dim <= 64 else Config(64, 32, 128, 4, 2) if dim <= 128 else Config(64, 32, 64, 8, 1)
+    if dim <= 128:
+        return Config(64, 32, 128 if dim <= 64 else 64, 8, 2)
+    return Config(32, 32, 64, 8, 2)
 
 
 @triton.jit
