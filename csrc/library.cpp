@@ -53,9 +53,9 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
       "asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, "
       "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
       "Tensor bits, Tensor local, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
-  m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) stats) -> ()");
   m.def(
-      "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, float scale, "
+      "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, float scale, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def(
       "asa_cuda_topk(Tensor query, Tensor key, Tensor? real, int height, int width, int topk, float scale, Tensor(a!) kappa) -> ()");

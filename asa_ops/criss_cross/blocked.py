@@ -1,29 +1,33 @@
 """Criss-cross attention by batched products of rows and columns, in PyTorch: any device, any dtype.
 
-O(H W (H + W)) memory for the scores. The row and the column of a pixel share one softmax: their log-sum-exps merge.
+O(H W (H + W)) memory for the scores. The row and the column of a pixel share one softmax.
 """
 
 import torch
 from torch import Tensor
 
 
-def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, lse: Tensor, rest: Tensor) -> None:
-    """Write into ``out`` and ``lse``; nothing is kept in ``rest``."""
+def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor, rest: Tensor) -> None:
+    """Write into ``out`` and ``stats``; nothing is kept in ``rest``."""
     q, k, v = _in_rows(query, key, value)
     scores = _scores(q, k, scale)
-    lse.copy_(torch.logaddexp(scores[0].logsumexp(-1), _turn(scores[1].logsumexp(-1))))
-    row, column = _weights(scores, lse)
+    largest = torch.maximum(scores[0].amax(-1), _turn(scores[1].amax(-1)))
+    row, column = _exponentials(scores, largest)
+    total = row.sum(-1) + _turn(column.sum(-1))
+    stats.copy_(torch.stack([largest, total], 1))
     result = row @ v
     result += _turn(column @ _turn(v))
-    out.copy_(result.permute(0, 3, 1, 2))
+    out.copy_((result / total[..., None]).permute(0, 3, 1, 2))
 
 
 def bwd(
-    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rest: Tensor, scale: float
+    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, rest: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     q, k, v, do = _in_rows(query, key, value, do)
-    weights = _weights(_scores(q, k, scale), lse)
+    largest, total = stats.unbind(1)
+    row, column = _exponentials(_scores(q, k, scale), largest)
+    weights = row / total[..., None], column / _turn(total)[..., None]
     products = do @ v.mT, _turn(do) @ _turn(v).mT
     # From the weights, not from out, which is rounded.
     means = [(p * dp).sum(-1) for p, dp in zip(weights, products, strict=True)]
@@ -53,6 +57,6 @@ def _scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     return row, column
 
 
-def _weights(scores: tuple[Tensor, Tensor], lse: Tensor) -> tuple[Tensor, Tensor]:
+def _exponentials(scores: tuple[Tensor, Tensor], largest: Tensor) -> tuple[Tensor, Tensor]:
     row, column = scores
-    return (row - lse[..., None]).exp(), (column - _turn(lse)[..., None]).exp()
+    return (row - largest[..., None]).exp(), (column - _turn(largest)[..., None]).exp()

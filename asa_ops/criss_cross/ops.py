@@ -18,13 +18,14 @@ def criss_cross_fwd(
 
     Returns:
         out: [B, Dv, H, W].
-        lse: [B, H, W] log-sum-exp of every pixel's scores, at least float32.
+        stats: [B, 2, H, W], at least float32: the largest of a pixel's scores, and the sum of exp(score - largest). (Their
+            log-sum-exp would be rounded, and with it every weight that a backward forms again.)
         rest: what rounding took from out, [B, Dv, H, W] if ``keep``, which a backward pass needs, and the implementation
             wants it; otherwise [B, 0, H, W].
     """
-    out, lse, rest = outputs = _new_outputs(query, value, keep, impl)
+    out, stats, rest = outputs = _new_outputs(query, value, keep, impl)
     if out.numel():
-        _IMPLEMENTATIONS[impl].fwd(query, key, value, scale, out, lse, rest)
+        _IMPLEMENTATIONS[impl].fwd(query, key, value, scale, out, stats, rest)
     return outputs
 
 
@@ -39,7 +40,7 @@ def _new_outputs(query: Tensor, value: Tensor, keep: bool, impl: str) -> tuple[T
     kept = channels if keep and impl == "triton" and query.dtype != precision else 0
     return (
         query.new_empty(value.shape),
-        query.new_empty(batch, height, width, dtype=precision),
+        query.new_empty(batch, 2, height, width, dtype=precision),
         query.new_empty(batch, kept, height, width),
     )
 
@@ -51,7 +52,7 @@ def criss_cross_bwd(
     key: Tensor,
     value: Tensor,
     out: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     rest: Tensor,
     scale: float,
     impl: str,
@@ -60,7 +61,7 @@ def criss_cross_bwd(
     inputs = query, key, value
     if not out.numel():
         return tuple(x.new_empty(x.shape) for x in inputs)
-    gradients = _IMPLEMENTATIONS[impl].bwd(grad_out, *inputs, out, lse, rest, scale)
+    gradients = _IMPLEMENTATIONS[impl].bwd(grad_out, *inputs, out, stats, rest, scale)
     return tuple(dx.to(x.dtype).contiguous() for dx, x in zip(gradients, inputs, strict=True))
 
 

@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
-from .triton_lines import SIZES, Lines, finish, length_of, line_of, load_pixels, pairs
+from .triton_lines import SIZES, Lines, finish, length_of, line_of, load_pixels, load_stats, pairs
 
 
 @triton.jit(do_not_specialize=["pixels", "channels"])
@@ -30,7 +30,7 @@ def _criss_cross_delta_kernel(
 
 @triton.jit(do_not_specialize=["blocks", *SIZES])
 def _criss_cross_dqk_kernel(
-    own, other, own_v, other_v, lse, delta, partial, result, scale, blocks, height, width, dim, dim_v,
+    own, other, own_v, other_v, stats, delta, partial, result, scale, blocks, height, width, dim, dim_v,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr,
     PRECISION: tl.constexpr, OF_KEYS: tl.constexpr,
 ):  # fmt: skip
@@ -57,13 +57,15 @@ def _criss_cross_dqk_kernel(
             y = load_pixels(other_v, at, j < n, channel, dim_v, CHUNK)
             dp = tl.dot(x, y.T, dp, input_precision=PRECISION)
         if OF_KEYS:
-            base = tl.load(lse + at, mask=j < n, other=0)[None, :]
-            mean = tl.load(delta + at, mask=j < n, other=0)[None, :]
+            base, total = load_stats(stats, start, first + j * step, j < n, height, width)
+            mean = tl.load(delta + at, mask=j < n, other=0)
+            base, total, mean = base[None, :], total[None, :], mean[None, :]
         else:
-            base = tl.load(lse + start + pixels, mask=valid, other=0)[:, None]
-            mean = tl.load(delta + start + pixels, mask=valid, other=0)[:, None]
+            base, total = load_stats(stats, start, pixels, valid, height, width)
+            mean = tl.load(delta + start + pixels, mask=valid, other=0)
+            base, total, mean = base[:, None], total[:, None], mean[:, None]
         kept = pairs(i, j, n, COLUMN)
-        p = tl.exp(tl.where(kept, s - base, -float("inf")))
+        p = tl.exp(tl.where(kept, s - base, -float("inf"))) / total
         ds = tl.where(kept, p * (dp - mean), 0)
         acc = tl.dot(ds.to(theirs.dtype), theirs, acc, input_precision=PRECISION)
     finish(acc * scale, partial, result, image, start, pixels, valid, 0, dim, height, width, DIM, COLUMN)
@@ -71,7 +73,7 @@ def _criss_cross_dqk_kernel(
 
 @triton.jit(do_not_specialize=["blocks", *SIZES])
 def _criss_cross_dv_kernel(
-    q, k, do, lse, partial, result, scale, blocks, height, width, dim, dim_v,
+    q, k, do, stats, partial, result, scale, blocks, height, width, dim, dim_v,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -90,19 +92,19 @@ def _criss_cross_dv_kernel(
         at = start + first + i * step
         queries = load_pixels(q, at, i < n, 0, dim, DIM)
         s = tl.dot(keys, queries.T, input_precision=PRECISION) * scale
-        base = tl.load(lse + at, mask=i < n, other=0)
-        p = tl.exp(tl.where(pairs(j, i, n, COLUMN), s - base[None, :], -float("inf")))
+        base, total = load_stats(stats, start, first + i * step, i < n, height, width)
+        p = tl.exp(tl.where(pairs(j, i, n, COLUMN), s - base[None, :], -float("inf"))) / total[None, :]
         gradients = load_pixels(do, at, i < n, channel, dim_v, CHUNK)
         acc = tl.dot(p.to(gradients.dtype), gradients, acc, input_precision=PRECISION)
     finish(acc, partial, result, image, start, pixels, valid, channel, dim_v, height, width, CHUNK, COLUMN)
 
 
 def backward(
-    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rest: Tensor, scale: float
+    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, rest: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     lines = Lines(query, key, value, scale)
-    lse, delta = lse.contiguous(), torch.empty(lse.shape, dtype=lse.dtype, device=lse.device)
+    stats, delta = stats.contiguous(), lines.new_partial(1)
     pixels, block, has_rest = lines.height * lines.width, 64, rest.shape[1] > 0
     support.launch(
         _criss_cross_delta_kernel, (triton.cdiv(pixels, block), lines.batch), do.contiguous(), out.contiguous(),
@@ -112,7 +114,7 @@ def backward(
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (query, key, value))
     partial = lines.new_partial(lines.dim)
     mine, others = (lines.q, lines.k), (do, lines.v)
-    lines.launch(_criss_cross_dqk_kernel, 1, *mine, *others, lse, delta, partial, dq, OF_KEYS=False)
-    lines.launch(_criss_cross_dqk_kernel, 1, *mine[::-1], *others[::-1], lse, delta, partial, dk, OF_KEYS=True)
-    lines.launch(_criss_cross_dv_kernel, lines.chunks, lines.q, lines.k, do, lse, lines.new_partial(lines.dim_v), dv)
+    lines.launch(_criss_cross_dqk_kernel, 1, *mine, *others, stats, delta, partial, dq, OF_KEYS=False)
+    lines.launch(_criss_cross_dqk_kernel, 1, *mine[::-1], *others[::-1], stats, delta, partial, dk, OF_KEYS=True)
+    lines.launch(_criss_cross_dv_kernel, lines.chunks, lines.q, lines.k, do, stats, lines.new_partial(lines.dim_v), dv)
     return dq, dk, dv

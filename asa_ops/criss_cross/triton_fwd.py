@@ -4,12 +4,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_lines import SIZES, Lines, at_channels, length_of, line_of, load_pixels, pairs
+from .triton_lines import SIZES, Lines, at_channels, length_of, line_of, load_pixels, load_stats, pairs, store_stats
 
 
 @triton.jit(do_not_specialize=["blocks", *SIZES])
 def _criss_cross_fwd_kernel(
-    q, k, v, partial, lse_column, out, lse, rest, scale, blocks, height, width, dim, dim_v,
+    q, k, v, partial, stats_column, out, stats, rest, scale, blocks, height, width, dim, dim_v,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr,
     PRECISION: tl.constexpr, HAS_REST: tl.constexpr,
 ):  # fmt: skip
@@ -45,14 +45,13 @@ def _criss_cross_fwd_kernel(
     if COLUMN:
         nobody = summed == 0
         tl.store(partial + at, acc / tl.where(nobody, 1, summed)[:, None], mask=mask)
-        lse_here = tl.where(nobody, -float("inf"), m + tl.log(tl.where(nobody, 1, summed)))
         if channel == 0:
-            tl.store(lse_column + start + pixels, lse_here, mask=valid)
+            store_stats(stats_column, m, summed, start, pixels, valid, height, width)
     else:
-        column = tl.load(lse_column + start + pixels, mask=valid, other=0)
+        column, other = load_stats(stats_column, start, pixels, valid, height, width)
         base = tl.maximum(m, column)
         mine = tl.exp(m - base)
-        other = tl.exp(column - base)
+        other *= tl.exp(column - base)
         total = mine * summed + other
         of_column = tl.load(partial + at, mask=mask, other=0)
         result = acc * (mine / total)[:, None] + of_column * (other / total)[:, None]
@@ -62,14 +61,14 @@ def _criss_cross_fwd_kernel(
         if HAS_REST:
             tl.store(rest + at, (result - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=mask)
         if channel == 0:
-            tl.store(lse + start + pixels, base + tl.log(total), mask=valid)
+            store_stats(stats, base, total, start, pixels, valid, height, width)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, lse: Tensor, rest: Tensor) -> None:
-    """Write into ``out``, ``lse`` and ``rest``."""
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor, rest: Tensor) -> None:
+    """Write into ``out``, ``stats`` and ``rest``."""
     lines = Lines(query, key, value, scale)
     partial = lines.new_partial(lines.dim_v)
     lines.launch(
-        _criss_cross_fwd_kernel, lines.chunks, lines.q, lines.k, lines.v, partial, lse.new_empty(lse.shape), out, lse,
-        rest, HAS_REST=rest.shape[1] > 0,
+        _criss_cross_fwd_kernel, lines.chunks, lines.q, lines.k, lines.v, partial, stats.new_empty(stats.shape), out,
+        stats, rest, HAS_REST=rest.shape[1] > 0,
     )  # fmt: skip

@@ -71,6 +71,21 @@ def load_pixels(x, pixels, valid, first, channels, WIDTH: tl.constexpr):
 
 
 @triton.jit
+def load_stats(stats, start, pixels, valid, height, width):
+    """The largest score of some pixels of the image that begins at ``start``, and the sum of exp(score - largest)."""
+    at = stats + 2 * start + pixels
+    largest = tl.load(at, mask=valid, other=0)
+    return largest, tl.load(at + height * width, mask=valid, other=1)
+
+
+@triton.jit
+def store_stats(stats, largest, total, start, pixels, valid, height, width):
+    at = stats + 2 * start + pixels
+    tl.store(at, largest, mask=valid)
+    tl.store(at + height * width, total, mask=valid)
+
+
+@triton.jit
 def pairs(i, j, n, COLUMN: tl.constexpr):
     """Which pairs of positions in a line attend to each other."""
     kept = (i < n)[:, None] & (j < n)[None, :]

@@ -18,7 +18,7 @@ const CrissCrossKernels<T>& table() {
   return ASA_TABLE(T, kCrissCrossFloat, kCrissCrossDouble);
 }
 
-void check_maps(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse) {
+void check_maps(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& stats) {
   check(q.dim() == 4 && v.dim() == 4, "q, v", "[B, channels, H, W]");
   const ScalarType type = q.scalar_type();
   check(type == ScalarType::Float || type == ScalarType::Double, "q", "float32 or float64");
@@ -28,24 +28,24 @@ void check_maps(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   check(k, "k", type, {b, q.size(1), h, w});
   check(v, "v", type, {b, v.size(1), h, w});
   check(out, "out", type, {b, v.size(1), h, w});
-  check(lse, "lse", type, {b, h, w});
+  check(stats, "stats", type, {b, 2, h, w});
 }
 
 template <class T>
-CrissCross<T> image(int64_t b, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse, double scale) {
+CrissCross<T> image(int64_t b, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& stats, double scale) {
   CrissCross<T> p{};
   p.dim = q.size(1), p.dim_v = v.size(1), p.height = q.size(2), p.width = q.size(3), p.scale = static_cast<T>(scale);
   const int64_t pixels = p.height * p.width;
   p.q = data<T>(q, b * p.dim * pixels), p.k = data<T>(k, b * p.dim * pixels), p.v = data<T>(v, b * p.dim_v * pixels);
-  p.out = data<T>(out, b * p.dim_v * pixels), p.lse = data<T>(lse, b * pixels);
+  p.out = data<T>(out, b * p.dim_v * pixels), p.largest = data<T>(stats, 2 * b * pixels), p.total = p.largest + pixels;
   return p;
 }
 
 template <class T>
-void forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Tensor& out, const Tensor& lse) {
+void forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, const Tensor& out, const Tensor& stats) {
   const auto& kernels = table<T>();
   for_heads(q.size(0), [&](int64_t b, int64_t threads) {
-    const CrissCross<T> p = image<T>(b, q, k, v, out, lse, scale);
+    const CrissCross<T> p = image<T>(b, q, k, v, out, stats, scale);
     prefer_huge_pages(p.out, p.dim_v * p.height * p.width * sizeof(T));
     Workspace workspace(threads);
     workspace.add_share(kernels.forward_bytes(p));
@@ -56,11 +56,11 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, co
 }
 
 template <class T>
-void backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
+void backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& stats,
               double scale, const Tensor& dq, const Tensor& dk, const Tensor& dv) {
   const auto& kernels = table<T>();
   for_heads(q.size(0), [&](int64_t b, int64_t threads) {
-    CrissCross<T> p = image<T>(b, q, k, v, out, lse, scale);
+    CrissCross<T> p = image<T>(b, q, k, v, out, stats, scale);
     const int64_t pixels = p.height * p.width, size = p.dim * pixels, size_v = p.dim_v * pixels;
     p.d_out = data<T>(d_out, b * size_v);
     p.dq = data<T>(dq, b * size), p.dk = data<T>(dk, b * size), p.dv = data<T>(dv, b * size_v);
@@ -75,18 +75,18 @@ void backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tenso
   });
 }
 
-void criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, double scale, Tensor out, Tensor lse) {
-  check_maps(q, k, v, out, lse);
-  q.scalar_type() == ScalarType::Float ? forward<float>(q, k, v, scale, out, lse) : forward<double>(q, k, v, scale, out, lse);
+void criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, double scale, Tensor out, Tensor stats) {
+  check_maps(q, k, v, out, stats);
+  q.scalar_type() == ScalarType::Float ? forward<float>(q, k, v, scale, out, stats) : forward<double>(q, k, v, scale, out, stats);
 }
 
-void criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, double scale, Tensor dq, Tensor dk,
+void criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, double scale, Tensor dq, Tensor dk,
                          Tensor dv) {
-  check_maps(q, k, v, out, lse);
-  check_maps(dq, dk, dv, d_out, lse);
+  check_maps(q, k, v, out, stats);
+  check_maps(dq, dk, dv, d_out, stats);
   check(dq.scalar_type() == q.scalar_type() && dq.size(1) == q.size(1) && dv.size(1) == v.size(1), "dq, dk, dv", "like q, k, v");
-  q.scalar_type() == ScalarType::Float ? backward<float>(d_out, q, k, v, out, lse, scale, dq, dk, dv)
-                                       : backward<double>(d_out, q, k, v, out, lse, scale, dq, dk, dv);
+  q.scalar_type() == ScalarType::Float ? backward<float>(d_out, q, k, v, out, stats, scale, dq, dk, dv)
+                                       : backward<double>(d_out, q, k, v, out, stats, scale, dq, dk, dv);
 }
 
 }  // namespace

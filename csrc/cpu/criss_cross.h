@@ -13,7 +13,8 @@ struct CrissCross {
   int64_t dim, dim_v, height, width;
   T scale;
   const T *q, *k, *v;
-  T *out, *lse;
+  T* out;
+  T *largest, *total;  // [height][width] of a pixel's scores, and the sum of exp(score - largest); before rows, of its column
 
   // backward
   const T* d_out;

@@ -143,14 +143,6 @@ ASA_INLINE Vec<T> exponentials_of(T* s, int64_t keys, int64_t stride, Vec<T>& la
   return sum;
 }
 
-// log(sum) + largest, lane by lane; -inf where there was no score above it.
-template <class T>
-ASA_INLINE Vec<T> log_sum(Vec<T> largest, Vec<T> sum) {
-  Vec<T> lse;
-  for (int r = 0; r < kLanes<T>; ++r) lse[r] = largest[r] + static_cast<T>(__builtin_log(static_cast<double>(sum[r])));
-  return lse;
-}
-
 // Memory of a thread for columns in the lanes of vectors.
 template <class T>
 struct ColumnScratch {
@@ -217,12 +209,12 @@ void forward_columns(const CrissCross<T>& p, Queue& queue, void* scratch) {
       T* const s = w.s + r * L;
       T* const itself = s + (begin + r) * rows * L;
       store(itself, nobody);
-      Vec<T> largest;
-      Vec<T> sum = exponentials_of(s, n, rows * L, largest);
-      sum -= load(itself);
+      Vec<T> largest, sum = exponentials_of(s, n, rows * L, largest) - load(itself);
       store(itself, Vec<T>{});
       const auto empty = largest == nobody;
-      store_some(p.lse + (begin + r) * p.width + first, count, select<T>(empty, nobody, log_sum<T>(largest, sum)));
+      const int64_t at = (begin + r) * p.width + first;
+      store_some(p.largest + at, count, largest);
+      store_some(p.total + at, count, select<T>(empty, Vec<T>{}, sum));
       store(w.statistics + r * L, select<T>(empty, Vec<T>{}, 1 / sum));
     }
     for (int64_t c = 0; c < p.dim_v; c += kChannels) {
@@ -275,7 +267,6 @@ template <class T>
 void forward_rows(const CrissCross<T>& p, Queue& queue, void* scratch) {
   Arena arena(scratch);
   const RowScratch<T> w(arena, p, false);
-  const Vec<T> nobody = splat(T(-kInfinity));
 
   for (int64_t row; queue.take(row);) {
     const Strip<T> whole{row, 0, 1, w.n};
@@ -287,15 +278,15 @@ void forward_rows(const CrissCross<T>& p, Queue& queue, void* scratch) {
       score_row(p, w, queries, columns);
       for (int64_t i = 0; i < queries.count; i += kLanes<T>) {
         const int64_t count = smaller(kLanes<T>, queries.count - i);
-        T* const at = p.lse + row * p.width + begin + i;
+        T *const at = p.largest + row * p.width + begin + i, *const at_total = p.total + row * p.width + begin + i;
         Vec<T> largest;
         const Vec<T> sum = exponentials_of(w.s + i, w.n, columns, largest), column = load_some(at, count);
-        // Both parts over the larger of their bases.
         const Vec<T> base = maximum(column, largest), mine = exponential(largest - base);
-        const Vec<T> other = select<T>(column == nobody, Vec<T>{}, exponential(column - base)), total = mine * sum + other;
+        const Vec<T> other = load_some(at_total, count) * exponential(column - base), total = mine * sum + other;
         store(of_row + i, mine / total);
         store(of_column + i, other / total);
-        store_some(at, count, log_sum<T>(base, total));
+        store_some(at, count, base);
+        store_some(at_total, count, total);
       }
       for (int64_t c = 0; c < p.dim_v; c += kChannels) {
         const int64_t channels = smaller(kChannels, p.dim_v - c), offset = c * p.height * p.width;
@@ -348,8 +339,12 @@ void backward_rows(const CrissCross<T>& p, Queue& queue, void* scratch) {
       score_row(p, w, queries, columns);
       for (int64_t i = 0; i < columns; i += kLanes<T>) {
         const int64_t count = larger(0, smaller(kLanes<T>, queries.count - i));
-        const Vec<T> lse = load_some(p.lse + row * p.width + begin + i, count);
-        for (int64_t j = 0; j < n; ++j) store(w.s + j * columns + i, exponential(load(w.s + j * columns + i) - lse));
+        const int64_t at = row * p.width + begin + i;
+        const Vec<T> base = load_some(p.largest + at, count), total = load_some(p.total + at, count);
+        for (int64_t j = 0; j < n; ++j) {
+          T* const s = w.s + j * columns + i;
+          store(s, exponential(load(s) - base) / total);
+        }
       }
       turn(w.s, stride, columns, w.turned);
       clear(w.ds, stride * columns);
@@ -405,10 +400,11 @@ void backward_columns(const CrissCross<T>& p, Queue& queue, void* scratch) {
       const int64_t rows = queries.lines, stride = rows * L;
       score_columns(p, w, queries);
       for (int64_t r = 0; r < rows; ++r) {
-        const Vec<T> lse = load_some(p.lse + (begin + r) * p.width + first, count);
+        const int64_t at = (begin + r) * p.width + first;
+        const Vec<T> base = load_some(p.largest + at, count), total = load_some(p.total + at, count);
         for (int64_t i = 0; i < n; ++i) {
           T* const s = w.s + i * stride + r * L;
-          store(s, i == begin + r ? Vec<T>{} : exponential(load(s) - lse));
+          store(s, i == begin + r ? Vec<T>{} : exponential(load(s) - base) / total);
         }
       }
       clear(w.ds, n * stride);
