@@ -16,13 +16,6 @@ def run_folded(run, size: int, in_dims, args):
     return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
 
 
-def keeps_for_backward(*inputs: Tensor | None) -> bool:
-    """Return whether a forward pass must keep what a backward would read."""
-    # Inside a vmap of a grad, requires_grad does not show.
-    transforms = not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
-    return transforms or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-
-
 def run_outside_autocast(*ops) -> None:
     """Have ops run outside autocast, so that their bodies compute what their fakes promise."""
     for device in ("cpu", "cuda"):

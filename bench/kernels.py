@@ -165,9 +165,9 @@ def _call(dim, dtype, learn, topk=0, reciprocal=True, symmetric=False, alpha=Tru
 def _call_criss_cross(dim: int, dtype: torch.dtype) -> None:
     """The same for criss-cross attention, with the published number of value channels."""
     query, value = (torch.empty(2, channels, 64, 64, dtype=dtype, device="meta") for channels in (dim, 8 * dim))
-    saved = criss_cross_ops.criss_cross_fwd(query, query, value, 1.0, True, "triton")
+    saved = criss_cross_ops.criss_cross_fwd(query, query, value, 1.0, "triton")
     criss_cross.fwd(query, query, value, 1.0, *saved)
-    criss_cross.bwd(value, query, query, value, *saved, 1.0)
+    criss_cross.bwd(value, query, query, value, saved[1], 1.0)
 
 
 def compile_launch(launch: Launch, arch: int) -> Report:
@@ -253,7 +253,7 @@ def _work(index: int) -> Report:
 def variant(launch: Launch) -> str:
     """Name what distinguishes a launch from others of its kernel."""
     names = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "HAS_TOPK", "BY_ROWS", "BY_COLUMNS", "HAS_BITS")
-    names += ("HAS_PEAKS", "LEARN_ALPHA", "CLEAN", "SPLITS", "COLUMN", "OF_KEYS")
+    names += ("HAS_PEAKS", "LEARN_ALPHA", "CLEAN", "SPLITS", "COLUMN", "OF_KEYS", "DELTA")
     constants = dict(launch.constants)
     return " ".join(name.lower() for name in names if constants.get(name))
 

@@ -55,7 +55,7 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
       "Tensor bits, Tensor local, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
   m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) stats) -> ()");
   m.def(
-      "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor out, Tensor stats, float scale, "
+      "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, float scale, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def(
       "asa_cuda_topk(Tensor query, Tensor key, Tensor? real, int height, int width, int topk, float scale, Tensor(a!) kappa) -> ()");

@@ -263,19 +263,10 @@ def test_opcheck(impl, form):
         inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
     if form == "requires_grad":
         inputs = [x.requires_grad_() for x in inputs]
-    torch.library.opcheck(ops.criss_cross_fwd, (*inputs, 0.5, True, impl))
+    torch.library.opcheck(ops.criss_cross_fwd, (*inputs, 0.5, impl))
     if form != "requires_grad":
-        saved = ops.criss_cross_fwd(*inputs, 0.5, True, impl)
-        torch.library.opcheck(ops.criss_cross_bwd, (torch.randn_like(saved[0]), *inputs, *saved, 0.5, impl))
-
-
-def test_opcheck_of_what_half_precisions_keep():
-    if not INTERPRETED:
-        pytest.skip("not in Triton's interpreter")
-    inputs = make((1, 2, 3, 2, 3), torch.float16)
-    assert ops.criss_cross_fwd(*inputs, 1.0, True, "triton")[2].shape == (1, 3, 2, 3)
-    assert ops.criss_cross_fwd(*inputs, 1.0, False, "triton")[2].shape == (1, 0, 2, 3)
-    torch.library.opcheck(ops.criss_cross_fwd, (*inputs, 0.5, True, "triton"), test_utils="test_faketensor")
+        saved = ops.criss_cross_fwd(*inputs, 0.5, impl)
+        torch.library.opcheck(ops.criss_cross_bwd, (torch.randn_like(saved[0]), *inputs, saved[1], 0.5, impl))
 
 
 @each_impl
@@ -325,9 +316,9 @@ def test_autocast(impl):
 
 def test_raw_op_ignores_autocast():
     inputs = make("small", torch.float32)
-    expected = ops.criss_cross_fwd(*inputs, 1.0, True, "blocked")
+    expected = ops.criss_cross_fwd(*inputs, 1.0, "blocked")
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        results = ops.criss_cross_fwd(*inputs, 1.0, True, "blocked")
+        results = ops.criss_cross_fwd(*inputs, 1.0, "blocked")
     assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
 
 
@@ -446,9 +437,9 @@ def test_entry_points_refuse_what_they_cannot_read():
     for message, arguments in wrong.items():
         with pytest.raises(RuntimeError, match=message):
             fwd(*arguments)
-    bwd(out, query, key, value, out, stats, 1.0, query.clone(), key.clone(), value.clone())
-    with pytest.raises(RuntimeError, match="dq, dk, dv must be like q, k, v"):
-        bwd(out, query, key, value, out, stats, 1.0, query[:, :7].clone(), key[:, :7].clone(), value.clone())
+    bwd(out, query, key, value, stats, 1.0, query.clone(), key.clone(), value.clone())
+    with pytest.raises(RuntimeError, match="dq must be like q"):
+        bwd(out, query, key, value, stats, 1.0, query[:, :7].clone(), key[:, :7].clone(), value.clone())
 
 
 # ---- the module

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..custom_op import keeps_for_backward, run_folded, run_outside_autocast
+from ..custom_op import run_folded, run_outside_autocast
 from . import blocked, cpu, triton
 from .types import Inputs, Options, Saved
 
@@ -200,9 +200,12 @@ def attend(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run ``impl`` with autograd on checked arguments; return out, lse, lse_kept, survivors."""
     (height, width), *rest = options
-    keep_bits = keeps_for_backward(*inputs)
+    compiling = torch.compiler.is_compiling()
+    # Inside a vmap of a grad, requires_grad does not show: keep what a backward would read.
+    transforms = not compiling and torch._C._are_functorch_transforms_active()
+    keep_bits = transforms or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
     # torch.compile fails on a Function that is given one tensor twice or needs no gradient; the op has its gradient.
-    run = asa_fwd if torch.compiler.is_compiling() else _AsaAttention.apply
+    run = asa_fwd if compiling else _AsaAttention.apply
     return run(*inputs, height, width, *rest, threshold_grad is not None, threshold_band, keep_bits, impl)[:4]
 
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor, rest: Tensor) -> None:
-    """Write into ``out`` and ``stats``; nothing is kept in ``rest``."""
+def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor) -> None:
+    """Write into ``out`` and ``stats``."""
     q, k, v = _in_rows(query, key, value)
     scores = _scores(q, k, scale)
     largest = torch.maximum(scores[0].amax(-1), _turn(scores[1].amax(-1)))
@@ -21,7 +21,7 @@ def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, st
 
 
 def bwd(
-    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, rest: Tensor, scale: float
+    do: Tensor, query: Tensor, key: Tensor, value: Tensor, stats: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     q, k, v, do = _in_rows(query, key, value, do)
@@ -29,7 +29,6 @@ def bwd(
     row, column = _exponentials(_scores(q, k, scale), largest)
     weights = row / total[..., None], column / _turn(total)[..., None]
     products = do @ v.mT, _turn(do) @ _turn(v).mT
-    # From the weights, not from out, which is rounded.
     means = [(p * dp).sum(-1) for p, dp in zip(weights, products, strict=True)]
     delta = means[0] + _turn(means[1])
     row, column = (p * (dp - d[..., None]) for p, dp, d in zip(weights, products, (delta, _turn(delta)), strict=True))

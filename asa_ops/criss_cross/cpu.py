@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 
-def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor, rest: Tensor) -> None:
-    """Write into ``out`` and ``stats``; nothing is kept in ``rest``."""
+def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor) -> None:
+    """Write into ``out`` and ``stats``."""
     full = out if out.dtype == stats.dtype else torch.empty_like(out, dtype=stats.dtype)
     torch.ops.asa_ops.criss_cross_cpu_fwd(*_prepare(stats.dtype, query, key, value), scale, full, stats)
     if full is not out:
@@ -16,15 +16,12 @@ def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, st
 
 
 def bwd(
-    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, rest: Tensor, scale: float
+    do: Tensor, query: Tensor, key: Tensor, value: Tensor, stats: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     inputs = _prepare(stats.dtype, do, query, key, value)
-    if out.dtype != stats.dtype:  # <do, out> must not be that of a rounded out
-        out = torch.empty_like(out, dtype=stats.dtype)
-        torch.ops.asa_ops.criss_cross_cpu_fwd(*inputs[1:], scale, out, stats.clone())
     gradients = tuple(torch.empty_like(x) for x in inputs[1:])
-    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, out.contiguous(), stats.contiguous(), scale, *gradients)
+    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, stats.contiguous(), scale, *gradients)
     return gradients
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..custom_op import keeps_for_backward, run_folded, run_outside_autocast
+from ..custom_op import run_folded, run_outside_autocast
 from . import blocked, cpu, triton
 
 _IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton}
@@ -12,37 +12,30 @@ _IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton}
 
 @torch.library.custom_op("asa_ops::criss_cross_fwd", mutates_args=())
 def criss_cross_fwd(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, keep: bool, impl: str
-) -> tuple[Tensor, Tensor, Tensor]:
+    query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str
+) -> tuple[Tensor, Tensor]:
     """Run the forward of ``impl`` on checked arguments.
 
     Returns:
         out: [B, Dv, H, W].
         stats: [B, 2, H, W], at least float32: the largest of a pixel's scores, and the sum of exp(score - largest). (Their
             log-sum-exp would be rounded, and with it every weight that a backward forms again.)
-        rest: what rounding took from out, [B, Dv, H, W] if ``keep``, which a backward pass needs, and the implementation
-            wants it; otherwise [B, 0, H, W].
     """
-    out, stats, rest = outputs = _new_outputs(query, value, keep, impl)
+    out, stats = outputs = _new_outputs(query, value)
     if out.numel():
-        _IMPLEMENTATIONS[impl].fwd(query, key, value, scale, out, stats, rest)
+        _IMPLEMENTATIONS[impl].fwd(query, key, value, scale, out, stats)
     return outputs
 
 
 @criss_cross_fwd.register_fake
-def _(query, key, value, scale, keep, impl):
-    return _new_outputs(query, value, keep, impl)
+def _(query, key, value, scale, impl):
+    return _new_outputs(query, value)
 
 
-def _new_outputs(query: Tensor, value: Tensor, keep: bool, impl: str) -> tuple[Tensor, Tensor, Tensor]:
-    batch, channels, height, width = value.shape
-    precision = torch.promote_types(query.dtype, torch.float32)
-    kept = channels if keep and impl == "triton" and query.dtype != precision else 0
-    return (
-        query.new_empty(value.shape),
-        query.new_empty(batch, 2, height, width, dtype=precision),
-        query.new_empty(batch, kept, height, width),
-    )
+def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    batch, _, height, width = value.shape
+    stats = query.new_empty(batch, 2, height, width, dtype=torch.promote_types(query.dtype, torch.float32))
+    return query.new_empty(value.shape), stats
 
 
 @torch.library.custom_op("asa_ops::criss_cross_bwd", mutates_args=())
@@ -51,17 +44,15 @@ def criss_cross_bwd(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    out: Tensor,
     stats: Tensor,
-    rest: Tensor,
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key, value from what :func:`criss_cross_fwd` returned."""
     inputs = query, key, value
-    if not out.numel():
+    if not grad_out.numel():
         return tuple(x.new_empty(x.shape) for x in inputs)
-    gradients = _IMPLEMENTATIONS[impl].bwd(grad_out, *inputs, out, stats, rest, scale)
+    gradients = _IMPLEMENTATIONS[impl].bwd(grad_out, *inputs, stats, scale)
     return tuple(dx.to(x.dtype).contiguous() for dx, x in zip(gradients, inputs, strict=True))
 
 
@@ -79,16 +70,16 @@ class _CrissCross(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        *maps, ctx.scale, _, ctx.impl = inputs
-        ctx.save_for_backward(*maps, *output)
-        ctx.mark_non_differentiable(*output[1:])
+        *maps, ctx.scale, ctx.impl = inputs
+        ctx.save_for_backward(*maps, output[1])
+        ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx, grad_out, *_):
         if grad_out is None:
-            return (None,) * 6
-        return *_CrissCrossBackward.apply(grad_out, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None, None
+            return (None,) * 5
+        return *_CrissCrossBackward.apply(grad_out, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None
 
     @staticmethod
     def vmap(info, in_dims, *args):
@@ -140,7 +131,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -
     """Run ``impl`` with autograd on checked arguments."""
     # torch.compile fails on a Function that is given one tensor twice or needs no gradient; the op has its gradient.
     run = criss_cross_fwd if torch.compiler.is_compiling() else _CrissCross.apply
-    return run(query, key, value, scale, keeps_for_backward(query, key, value), impl)[0]
+    return run(query, key, value, scale, impl)[0]
 
 
 run_outside_autocast(torch.ops.asa_ops.criss_cross_fwd.default, torch.ops.asa_ops.criss_cross_bwd.default)

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor
 
 
-def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor, rest: Tensor) -> None:
-    """Write into ``out``, ``stats`` and, unless it has no channels, ``rest``: what rounding took from out."""
+def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor) -> None:
+    """Write into ``out`` and ``stats``."""
     from . import triton_fwd
 
     with torch.cuda.device_of(query):  # which Triton launches on
-        triton_fwd.forward(query, key, value, scale, out, stats, rest)
+        triton_fwd.forward(query, key, value, scale, out, stats)
 
 
 def bwd(
-    do: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, stats: Tensor, rest: Tensor, scale: float
+    do: Tensor, query: Tensor, key: Tensor, value: Tensor, stats: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     from . import triton_bwd
 
     with torch.cuda.device_of(query):
-        return triton_bwd.backward(do, query, key, value, out, stats, rest, scale)
+        return triton_bwd.backward(do, query, key, value, stats, scale)

@@ -9,9 +9,9 @@ from .triton_lines import SIZES, Lines, at_channels, length_of, line_of, load_pi
 
 @triton.jit(do_not_specialize=["blocks", *SIZES])
 def _criss_cross_fwd_kernel(
-    q, k, v, partial, stats_column, out, stats, rest, scale, blocks, height, width, dim, dim_v,
+    q, k, v, partial, stats_column, out, stats, scale, blocks, height, width, dim, dim_v,
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr,
-    PRECISION: tl.constexpr, HAS_REST: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Sums of exp(s) and of exp(s) v over a line's keys, for some of its pixels and a chunk of the value's channels."""
     block, first, image = line_of(blocks, height, width, COLUMN)
@@ -56,19 +56,16 @@ def _criss_cross_fwd_kernel(
         of_column = tl.load(partial + at, mask=mask, other=0)
         result = acc * (mine / total)[:, None] + of_column * (other / total)[:, None]
         at = at_channels(image, pixels, channel, dim_v, height, width, CHUNK)
-        rounded = result.to(out.dtype.element_ty)
-        tl.store(out + at, rounded, mask=mask)
-        if HAS_REST:
-            tl.store(rest + at, (result - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=mask)
+        tl.store(out + at, result, mask=mask)
         if channel == 0:
             store_stats(stats, base, total, start, pixels, valid, height, width)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor, rest: Tensor) -> None:
-    """Write into ``out``, ``stats`` and ``rest``."""
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor) -> None:
+    """Write into ``out`` and ``stats``."""
     lines = Lines(query, key, value, scale)
     partial = lines.new_partial(lines.dim_v)
     lines.launch(
         _criss_cross_fwd_kernel, lines.chunks, lines.q, lines.k, lines.v, partial, stats.new_empty(stats.shape), out,
-        stats, rest, HAS_REST=rest.shape[1] > 0,
+        stats,
     )  # fmt: skip

@@ -18,7 +18,8 @@ struct CrissCross {
 
   // backward
   const T* d_out;
-  T *delta;  // [height][width] <do, out>
+  T* delta;  // [height][width] <do, out>, after the first pass the row's part of it
+  T* products;  // of rows: [height][width][width], the last two padded, dp and then ds
   T *dq, *dk, *dv;
 };
 
@@ -31,14 +32,16 @@ struct CrissCrossKernels {
   int64_t (*forward_bytes)(const CrissCross<T>&);
   void (*forward_columns)(const CrissCross<T>&, Queue&, void* scratch);  // column_blocks; the softmax of columns alone
   void (*forward_rows)(const CrissCross<T>&, Queue&, void* scratch);  // height; afterwards
+  int64_t (*products)(const CrissCross<T>&);  // how many numbers
   int64_t (*backward_bytes)(const CrissCross<T>&);
-  void (*backward_rows)(const CrissCross<T>&, Queue&, void* scratch);  // height; writes the gradients
-  void (*backward_columns)(const CrissCross<T>&, Queue&, void* scratch);  // column_groups; afterwards, adds to them
+  void (*backward_values)(const CrissCross<T>&, Queue&, void* scratch);  // height; writes dv
+  void (*backward_columns)(const CrissCross<T>&, Queue&, void* scratch);  // column_groups; then, adds to dv, writes dq and dk
+  void (*backward_rows)(const CrissCross<T>&, Queue&, void* scratch);  // height; then, adds to dq and dk
 };
 
-#define ASA_DECLARE_CRISS_CROSS(isa)                      \
-  namespace isa {                                         \
-  extern const CrissCrossKernels<float> kCrissCrossFloat; \
+#define ASA_DECLARE_CRISS_CROSS(isa)                        \
+  namespace isa {                                           \
+  extern const CrissCrossKernels<float> kCrissCrossFloat;   \
   extern const CrissCrossKernels<double> kCrissCrossDouble; \
   }
 ASA_DECLARE_CRISS_CROSS(avx512)

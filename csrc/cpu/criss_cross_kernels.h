@@ -5,7 +5,8 @@
 // lane by lane. So the softmax runs over vectors, never within one. Strips of the maps are copied into scratch, where they
 // lie without gaps, padded to whole vectors by zeros.
 //
-// Forward: columns first, their own softmax; then rows, which merge theirs with it. Backward: rows, then columns.
+// Forward: columns first, their own softmax; then rows, which merge theirs with it. Backward: rows form dp and dv, columns
+// all they need and then, knowing both parts of delta, their dq and dk, rows theirs.
 
 #include "criss_cross.h"
 
@@ -127,6 +128,19 @@ int64_t queries_at_a_time(int64_t n, int64_t size) {
   return smaller(rounded_up(n, kFewestQueries), larger(kFewestQueries, fitting));
 }
 
+// f(0) + f(1) + ..., in parts, which rounds less.
+template <class T, class F>
+ASA_INLINE Vec<T> sum_over(int64_t count, const F& f) {
+  constexpr int64_t kPart = 16;
+  Vec<T> sum = {};
+  for (int64_t begin = 0; begin < count; begin += kPart) {
+    Vec<T> part = {};
+    for (int64_t j = begin; j < smaller(count, begin + kPart); ++j) part += f(j);
+    sum += part;
+  }
+  return sum;
+}
+
 // s[key][query] of a line, both in whole vectors, to exp(s - largest), where largest is that of a query over all keys.
 // Scores of a query that are all -inf have a sum, and `largest` tells.
 template <class T>
@@ -134,13 +148,30 @@ ASA_INLINE Vec<T> exponentials_of(T* s, int64_t keys, int64_t stride, Vec<T>& la
   largest = splat(T(-kInfinity));
   for (int64_t j = 0; j < keys; ++j) largest = maximum(largest, load(s + j * stride));
   const Vec<T> shift = select<T>(largest == splat(T(-kInfinity)), Vec<T>{}, largest);
-  Vec<T> sum = {};
-  for (int64_t j = 0; j < keys; ++j) {
+  return sum_over<T>(keys, [&](int64_t j) {
     const Vec<T> e = exponential(load(s + j * stride) - shift);
     store(s + j * stride, e);
-    sum += e;
-  }
-  return sum;
+    return e;
+  });
+}
+
+// s[key][query] of a line to probabilities, given the query's largest score and its sum, over row and column.
+template <class T>
+ASA_INLINE void probabilities(T* s, int64_t keys, int64_t stride, Vec<T> largest, Vec<T> total) {
+  for (int64_t j = 0; j < keys; ++j) store(s + j * stride, exponential(load(s + j * stride) - largest) / total);
+}
+
+// The part of a line's keys in <do, out>: the sum of p dp. Formed from out it would not fit the p of the backward to the
+// last digit, and what is left over would be added up.
+template <class T>
+ASA_INLINE Vec<T> mean_product(const T* p, const T* dp, int64_t keys, int64_t stride) {
+  return sum_over<T>(keys, [&](int64_t j) { return load(p + j * stride) * load(dp + j * stride); });
+}
+
+// dp[key][query] of a line to ds.
+template <class T>
+ASA_INLINE void score_gradients_of(const T* p, T* dp, int64_t keys, int64_t stride, Vec<T> delta) {
+  for (int64_t j = 0; j < keys; ++j) store(dp + j * stride, load(p + j * stride) * (load(dp + j * stride) - delta));
 }
 
 // Memory of a thread for columns in the lanes of vectors.
@@ -232,19 +263,18 @@ void forward_columns(const CrissCross<T>& p, Queue& queue, void* scratch) {
 template <class T>
 struct RowScratch {
   int64_t n, stride, at_a_time;  // stride: pixels of a row, padded
-  T *q, *k, *s, *ds, *turned, *v, *d_out, *sums, *statistics;
+  T *q, *k, *s, *turned, *v, *d_out, *sums, *statistics;
 
   RowScratch(Arena& arena, const CrissCross<T>& p, bool backward) : n(p.width), stride(rounded_up(n, kPad)) {
-    at_a_time = smaller(stride, queries_at_a_time<T>(n, backward ? 3 : 1));
+    at_a_time = smaller(stride, queries_at_a_time<T>(n, backward ? 2 : 1));
     q = arena.take<T>(p.dim * stride);
     k = arena.take<T>(rounded_up(p.dim, kRows) * stride);
     s = arena.take<T>(stride * at_a_time);
-    ds = arena.take<T>(backward ? stride * at_a_time : 0);
     turned = arena.take<T>(backward ? stride * at_a_time : 0);
     v = arena.take<T>(kChannels * stride);
-    d_out = arena.take<T>(kChannels * stride);
+    d_out = arena.take<T>(backward ? kChannels * at_a_time : 0);
     sums = arena.take<T>(larger(kChannels, backward ? rounded_up(p.dim, kRows) : 0) * stride);
-    statistics = arena.take<T>(2 * at_a_time);
+    statistics = arena.take<T>(backward ? 0 : 2 * at_a_time);
   }
 };
 
@@ -301,6 +331,11 @@ void forward_rows(const CrissCross<T>& p, Queue& queue, void* scratch) {
 }
 
 template <class T>
+int64_t products(const CrissCross<T>& p) {
+  return p.height * rounded_up(p.width, kPad) * rounded_up(p.width, kPad);
+}
+
+template <class T>
 int64_t forward_bytes(const CrissCross<T>& p) {
   Arena columns(nullptr), rows(nullptr);
   ColumnScratch<T>(columns, p, false);
@@ -316,70 +351,57 @@ void turn(const T* x, int64_t keys, int64_t queries, T* turned) {
       for (int64_t r = 0; r < kLanes<T>; ++r) turned[(i + r) * keys + j] = x[j * queries + i + r];
 }
 
+// What a map gets: x, or y + x, y being what it holds.
 template <class T>
-void backward_rows(const CrissCross<T>& p, Queue& queue, void* scratch) {
+ASA_INLINE void give(const CrissCross<T>& p, const T* packed, int64_t stride, int64_t channels, const Strip<T>& strip, T* x,
+                     bool first, T factor = 1) {
+  if (first)
+    scatter(p, packed, stride, channels, strip, x, [&](Vec<T>, Vec<T> x, int64_t) { return factor * x; });
+  else
+    scatter(p, packed, stride, channels, strip, x, [&](Vec<T> y, Vec<T> x, int64_t) { return y + factor * x; });
+}
+
+// Calls f(queries, columns, dp) for the queries of a row, as many at a time as there is room for, with p in w.s[key][query]
+// and dp as it lies between the two passes over rows.
+template <class T, class F>
+ASA_INLINE void for_queries(const CrissCross<T>& p, const RowScratch<T>& w, int64_t row, const F& f) {
+  gather(p, p.k, p.dim, {row, 0, 1, w.n}, w.k, w.stride);
+  for (int64_t begin = 0; begin < w.n; begin += w.at_a_time) {
+    const Strip<T> queries{row, begin, 1, smaller(w.at_a_time, w.n - begin)};
+    const int64_t columns = rounded_up(queries.count, kPad);
+    score_row(p, w, queries, columns);
+    for (int64_t i = 0; i < queries.count; i += kLanes<T>) {
+      const int64_t count = smaller(kLanes<T>, queries.count - i), at = row * p.width + begin + i;
+      probabilities(w.s + i, w.n, columns, load_some(p.largest + at, count), load_some(p.total + at, count));
+    }
+    f(queries, columns, p.products + (row * w.stride + begin) * w.stride);
+  }
+}
+
+template <class T>
+void backward_values(const CrissCross<T>& p, Queue& queue, void* scratch) {
   Arena arena(scratch);
   const RowScratch<T> w(arena, p, true);
   const int64_t n = w.n, stride = w.stride;
-  const auto put = [](Vec<T>, Vec<T> x, int64_t) { return x; };
-  const auto add = [](Vec<T> y, Vec<T> x, int64_t) { return y + x; };
 
   for (int64_t row; queue.take(row);) {
     const Strip<T> whole{row, 0, 1, n};
-    gather(p, p.k, p.dim, whole, w.k, stride);
-    for (int64_t begin = 0; begin < n; begin += w.at_a_time) {
-      const Strip<T> queries{row, begin, 1, smaller(w.at_a_time, n - begin)};
-      const int64_t columns = rounded_up(queries.count, kPad);
-      const auto give = [&](T* x, int64_t channels) {  // gradients of keys or values
-        if (begin == 0)
-          scatter(p, w.sums, stride, channels, whole, x, put);
-        else
-          scatter(p, w.sums, stride, channels, whole, x, add);
-      };
-      score_row(p, w, queries, columns);
-      for (int64_t i = 0; i < columns; i += kLanes<T>) {
-        const int64_t count = larger(0, smaller(kLanes<T>, queries.count - i));
-        const int64_t at = row * p.width + begin + i;
-        const Vec<T> base = load_some(p.largest + at, count), total = load_some(p.total + at, count);
-        for (int64_t j = 0; j < n; ++j) {
-          T* const s = w.s + j * columns + i;
-          store(s, exponential(load(s) - base) / total);
-        }
-      }
+    for_queries(p, w, row, [&](const Strip<T>& queries, int64_t columns, T* dp) {
       turn(w.s, stride, columns, w.turned);
-      clear(w.ds, stride * columns);
-      clear(w.statistics, columns);
+      clear(dp, stride * columns);
       for (int64_t c = 0; c < p.dim_v; c += kChannels) {
         const int64_t channels = smaller(kChannels, p.dim_v - c), offset = c * p.height * p.width;
         gather(p, p.v + offset, channels, whole, w.v, stride);
         gather(p, p.d_out + offset, channels, queries, w.d_out, columns);
-        for (int64_t d = 0; d < channels; ++d)
-          for (int64_t i = 0; i < queries.count; i += kLanes<T>) {
-            const T* const out = p.out + offset + (d * p.height + row) * p.width + begin + i;
-            store(w.statistics + i, load(w.statistics + i) + load(w.d_out + d * columns + i) *
-                                                               load_some(out, smaller(kLanes<T>, queries.count - i)));
-          }
-        add_rows<Left::by_term>(w.v, stride, w.d_out, n, channels, columns, w.ds);
+        add_rows<Left::by_term>(w.v, stride, w.d_out, n, channels, columns, dp);
         clear(w.sums, rounded_up(channels, kRows) * stride);
         add_rows<Left::by_row>(w.d_out, columns, w.turned, channels, queries.count, stride, w.sums);
-        give(p.dv + offset, channels);
+        give(p, w.sums, stride, channels, whole, p.dv + offset, queries.first == 0);
       }
-      for (int64_t i = 0; i < queries.count; i += kLanes<T>) {
-        const Vec<T> delta = load(w.statistics + i);
-        store_some(p.delta + row * p.width + begin + i, smaller(kLanes<T>, queries.count - i), delta);
-        for (int64_t j = 0; j < n; ++j) {
-          T* const ds = w.ds + j * columns + i;
-          store(ds, load(w.s + j * columns + i) * (load(ds) - delta));
-        }
-      }
-      clear(w.sums, rounded_up(p.dim, kRows) * columns);
-      add_rows<Left::by_row>(w.k, stride, w.ds, p.dim, n, columns, w.sums);
-      scatter(p, w.sums, columns, p.dim, queries, p.dq, [&](Vec<T>, Vec<T> x, int64_t) { return p.scale * x; });
-      turn(w.ds, stride, columns, w.turned);
-      clear(w.sums, rounded_up(p.dim, kRows) * stride);
-      add_rows<Left::by_row>(w.q, columns, w.turned, p.dim, queries.count, stride, w.sums);
-      give(p.dk, p.dim);
-    }
+      for (int64_t i = 0; i < queries.count; i += kLanes<T>)
+        store_some(p.delta + row * p.width + queries.first + i, smaller(kLanes<T>, queries.count - i),
+                   mean_product(w.s + i, dp + i, n, columns));
+    });
   }
 }
 
@@ -389,7 +411,6 @@ void backward_columns(const CrissCross<T>& p, Queue& queue, void* scratch) {
   Arena arena(scratch);
   const ColumnScratch<T> w(arena, p, true);
   const int64_t n = w.n;
-  const auto add = [](Vec<T> y, Vec<T> x, int64_t) { return y + x; };
 
   for (int64_t group; queue.take(group);) {
     const int64_t first = group * L, count = smaller(L, p.width - first);
@@ -401,11 +422,8 @@ void backward_columns(const CrissCross<T>& p, Queue& queue, void* scratch) {
       score_columns(p, w, queries);
       for (int64_t r = 0; r < rows; ++r) {
         const int64_t at = (begin + r) * p.width + first;
-        const Vec<T> base = load_some(p.largest + at, count), total = load_some(p.total + at, count);
-        for (int64_t i = 0; i < n; ++i) {
-          T* const s = w.s + i * stride + r * L;
-          store(s, i == begin + r ? Vec<T>{} : exponential(load(s) - base) / total);
-        }
+        probabilities(w.s + r * L, n, stride, load_some(p.largest + at, count), load_some(p.total + at, count));
+        store(w.s + (begin + r) * stride + r * L, Vec<T>{});
       }
       clear(w.ds, n * stride);
       for (int64_t c = 0; c < p.dim_v; c += kChannels) {
@@ -415,23 +433,44 @@ void backward_columns(const CrissCross<T>& p, Queue& queue, void* scratch) {
         add_lanes<T>({w.v, L, n * L}, {w.d_out, L, stride}, n, rows, channels, w.ds, stride, L);
         clear(w.sums, channels * n * L);
         add_lanes<T>({w.d_out, stride, L}, {w.s, stride, L}, channels, n, rows, w.sums, n * L, L);
-        scatter(p, w.sums, n * L, channels, whole, p.dv + offset, add);
+        give(p, w.sums, n * L, channels, whole, p.dv + offset, false);
       }
       for (int64_t r = 0; r < rows; ++r) {
-        const Vec<T> delta = load_some(p.delta + (begin + r) * p.width + first, count);
-        for (int64_t i = 0; i < n; ++i) {
-          T* const ds = w.ds + i * stride + r * L;
-          store(ds, load(w.s + i * stride + r * L) * (load(ds) - delta));
-        }
+        T *const s = w.s + r * L, *const ds = w.ds + r * L, *const at = p.delta + (begin + r) * p.width + first;
+        const Vec<T> delta = load_some(at, count) + mean_product(s, ds, n, stride);
+        store_some(at, count, delta);
+        score_gradients_of(s, ds, n, stride, delta);
       }
       clear(w.sums, p.dim * stride);
       add_lanes<T>({w.k, n * L, L}, {w.ds, L, stride}, p.dim, rows, n, w.sums, stride, L);
-      scatter(p, w.sums, stride, p.dim, queries, p.dq, [&](Vec<T> y, Vec<T> x, int64_t) { return y + p.scale * x; });
+      give(p, w.sums, stride, p.dim, queries, p.dq, true, p.scale);
       clear(w.sums, p.dim * n * L);
       add_lanes<T>({w.q, stride, L}, {w.ds, stride, L}, p.dim, n, rows, w.sums, n * L, L);
-      scatter(p, w.sums, n * L, p.dim, whole, p.dk, add);
+      give(p, w.sums, n * L, p.dim, whole, p.dk, begin == 0);
     }
   }
+}
+
+template <class T>
+void backward_rows(const CrissCross<T>& p, Queue& queue, void* scratch) {
+  Arena arena(scratch);
+  const RowScratch<T> w(arena, p, true);
+  const int64_t n = w.n, stride = w.stride;
+
+  for (int64_t row; queue.take(row);)
+    for_queries(p, w, row, [&](const Strip<T>& queries, int64_t columns, T* ds) {
+      for (int64_t i = 0; i < queries.count; i += kLanes<T>) {
+        const T* const delta = p.delta + row * p.width + queries.first + i;
+        score_gradients_of(w.s + i, ds + i, n, columns, load_some(delta, smaller(kLanes<T>, queries.count - i)));
+      }
+      clear(w.sums, rounded_up(p.dim, kRows) * columns);
+      add_rows<Left::by_row>(w.k, stride, ds, p.dim, n, columns, w.sums);
+      give(p, w.sums, columns, p.dim, queries, p.dq, false, p.scale);
+      turn(ds, stride, columns, w.turned);
+      clear(w.sums, rounded_up(p.dim, kRows) * stride);
+      add_rows<Left::by_row>(w.q, columns, w.turned, p.dim, queries.count, stride, w.sums);
+      give(p, w.sums, stride, p.dim, {row, 0, 1, n}, p.dk, false);
+    });
 }
 
 template <class T>
@@ -445,7 +484,7 @@ int64_t backward_bytes(const CrissCross<T>& p) {
 template <class T>
 constexpr CrissCrossKernels<T> criss_cross_kernels() {
   return {column_blocks<T>,  column_groups<T>, forward_bytes<T>, forward_columns<T>, forward_rows<T>,
-          backward_bytes<T>, backward_rows<T>, backward_columns<T>};
+          products<T>,       backward_bytes<T>, backward_values<T>, backward_columns<T>, backward_rows<T>};
 }
 
 }  // namespace
