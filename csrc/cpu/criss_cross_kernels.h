@@ -16,6 +16,7 @@ namespace {
 constexpr int64_t kPairBytes = 512 * 1024;  // of scores and the like in work, where that is not less than kFewestQueries
 constexpr int64_t kFewestQueries = 16;
 constexpr int64_t kChannels = 32;  // of values in work
+constexpr int64_t kTogether = 64;  // terms of a sum added one after the other; more are added in parts, which round less
 
 // A strip of a map: `lines` rows of one channel, or one row, of `count` pixels side by side.
 template <class T>
@@ -62,11 +63,7 @@ struct Factor {
 
 template <int kX, int kY, class T>
 static void lane_tile(Factor<T> a, Factor<T> b, int64_t terms, T* c, int64_t c_row, int64_t c_column) {
-  Vec<T> sum[kX][kY];
-#pragma GCC unroll 8
-  for (int x = 0; x < kX; ++x)
-#pragma GCC unroll 8
-    for (int y = 0; y < kY; ++y) sum[x][y] = load(c + x * c_row + y * c_column);
+  Vec<T> sum[kX][kY] = {};
   for (int64_t t = 0; t < terms; ++t, a.x += a.by_term, b.x += b.by_term) {
     Vec<T> left[kX];
 #pragma GCC unroll 8
@@ -81,7 +78,10 @@ static void lane_tile(Factor<T> a, Factor<T> b, int64_t terms, T* c, int64_t c_r
 #pragma GCC unroll 8
   for (int x = 0; x < kX; ++x)
 #pragma GCC unroll 8
-    for (int y = 0; y < kY; ++y) store(c + x * c_row + y * c_column, sum[x][y]);
+    for (int y = 0; y < kY; ++y) {
+      T* const p = c + x * c_row + y * c_column;
+      store(p, load(p) + sum[x][y]);
+    }
 }
 
 #if defined(ASA_AVX512)
@@ -107,13 +107,16 @@ static void lane_rows(Factor<T> a, Factor<T> b, int64_t columns, int64_t terms, 
 // c(x, y) += sum over terms of a(x, term) * b(y, term), lane by lane.
 template <class T>
 static void add_lanes(Factor<T> a, Factor<T> b, int64_t rows, int64_t columns, int64_t terms, T* c, int64_t c_row, int64_t c_column) {
-  int64_t x = 0;
-  const auto strip = [&](auto height) {
-    for (; rows - x >= height; x += height)
-      lane_rows<height>({a.x + x * a.by_row, a.by_row, a.by_term}, b, columns, terms, c + x * c_row, c_row, c_column);
-  };
-  strip(std::integral_constant<int, kTileX>());
-  strip(std::integral_constant<int, 1>());
+  for (int64_t t = 0; t < terms; t += kTogether) {
+    int64_t x = 0;
+    const auto strip = [&](auto height) {
+      for (; rows - x >= height; x += height)
+        lane_rows<height>({a.x + x * a.by_row + t * a.by_term, a.by_row, a.by_term}, {b.x + t * b.by_term, b.by_row, b.by_term},
+                          columns, smaller(kTogether, terms - t), c + x * c_row, c_row, c_column);
+    };
+    strip(std::integral_constant<int, kTileX>());
+    strip(std::integral_constant<int, 1>());
+  }
 }
 
 template <class T>
@@ -281,8 +284,10 @@ struct RowScratch {
 // c[rows][columns] += a b; a [rows][terms] by rows or by terms, rows padded to whole tiles.
 template <Left kLeft, class T>
 void add_rows(const T* a, int64_t a_stride, const T* b, int64_t rows, int64_t terms, int64_t columns, T* c) {
-  for (int64_t r = 0; r < rows; r += kRows)
-    add_product<kLeft>(kLeft == Left::by_row ? a + r * a_stride : a + r, a_stride, b, terms, columns, c + r * columns);
+  for (int64_t t = 0; t < terms; t += kTogether)
+    for (int64_t r = 0; r < rows; r += kRows)
+      add_product<kLeft>(kLeft == Left::by_row ? a + r * a_stride + t : a + r + t * a_stride, a_stride, b + t * columns,
+                         smaller(kTogether, terms - t), columns, c + r * columns);
 }
 
 // s[key][query] of some queries of a row; w.k holds the keys.
