@@ -73,8 +73,12 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Check rank, shape, dtype and device of feature maps ``query``, ``key`` [B, D, H, W] and ``value`` [B, Dv, H, W]."""
-    for name, x, layout in (("query", query, "[B, D, H, W]"), ("key", key, "[B, D, H, W]"), ("value", value, "[B, Dv, H, W]")):
+    """Check rank, shape, dtype and device of the maps ``query``, ``key`` [B, D, H, W] and ``value`` [B, Dv, H, W]."""
+    for name, x, layout in (
+        ("query", query, "[B, D, H, W]"),
+        ("key", key, "[B, D, H, W]"),
+        ("value", value, "[B, Dv, H, W]"),
+    ):
         check_tensor(name, x, layout)
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have channels, H and W >= 1, got {describe(x)}")

@@ -245,7 +245,12 @@ class Problem:
         return min(range(1, limit + 1), key=time)
 
     def common(self, config: triton_configs.Config) -> dict:
-        return {"PRECISION": support.precision(self.dtype), "TMA": config.tma, "warps": config.warps, "stages": config.stages}
+        return {
+            "PRECISION": support.precision(self.dtype),
+            "TMA": config.tma,
+            "warps": config.warps,
+            "stages": config.stages,
+        }
 
     def new_bits(self) -> Tensor:
         """Allocate the bits of all heads where they are not to be kept."""

@@ -25,8 +25,8 @@ def criss_cross_attention(
             Triton's interpreter only.
 
     Returns:
-        [B, Dv, H, W], contiguous, in the dtype of ``query``. What is not finite spreads along rows and columns, never to
-        another image.
+        [B, Dv, H, W], contiguous, in the dtype of ``query``. What is not finite spreads along rows and columns, never
+        to another image.
 
     Raises:
         ValueError: shapes that do not fit, or an unknown ``impl``.

@@ -50,7 +50,7 @@ def _turn(x: Tensor) -> Tensor:
 
 
 def _scores(q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Return scores with the row [B, H, W, W], and with the column without the pixel itself [B, W, H, H], transposed."""
+    """Return scores with the row [B, H, W, W], and with the column without the pixel itself [B, W, H, H]."""
     row, column = scale * (q @ k.mT), scale * (_turn(q) @ _turn(k).mT)
     column.diagonal(dim1=-2, dim2=-1).fill_(-torch.inf)
     return row, column

@@ -1,4 +1,4 @@
-"""The torch contracts of criss-cross attention: schemas, fakes, autocast, autograd, vmap and FLOPs, as in ``asa.ops``."""
+"""The torch contracts of criss-cross attention: schemas, fakes, autocast, autograd, vmap, FLOPs, as in ``asa.ops``."""
 
 import torch
 from torch import Tensor
@@ -11,15 +11,13 @@ _IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton}
 
 
 @torch.library.custom_op("asa_ops::criss_cross_fwd", mutates_args=())
-def criss_cross_fwd(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str
-) -> tuple[Tensor, Tensor]:
+def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
     """Run the forward of ``impl`` on checked arguments.
 
     Returns:
         out: [B, Dv, H, W].
-        stats: [B, 2, H, W], at least float32: the largest of a pixel's scores, and the sum of exp(score - largest). (Their
-            log-sum-exp would be rounded, and with it every weight that a backward forms again.)
+        stats: [B, 2, H, W], at least float32: the largest of a pixel's scores, and the sum of exp(score - largest).
+            (Their log-sum-exp would be rounded, and with it every weight that a backward forms again.)
     """
     out, stats = outputs = _new_outputs(query, value)
     if out.numel():
@@ -99,9 +97,7 @@ class _CrissCrossBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *grads):
-        raise RuntimeError(
-            "criss_cross_attention has no double backward in this implementation: use impl='reference'"
-        )
+        raise RuntimeError("criss_cross_attention has no double backward in this implementation: use impl='reference'")
 
     @staticmethod
     def vmap(info, in_dims, *args):

@@ -21,7 +21,7 @@ def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor, *, scale: f
 
 
 def attention(query: Tensor, key: Tensor, scale: float = 1.0) -> Tensor:
-    """Return the weights [B, H, W, H + W] of every pixel: its column first, in it 0 for the pixel itself; then its row."""
+    """Return the weights [B, H, W, H + W] of every pixel: its column, in it 0 for the pixel itself; then its row."""
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k = query.to(dtype), key.to(dtype)
     itself = torch.eye(query.shape[2], dtype=torch.bool, device=query.device)[:, None, :]

@@ -14,7 +14,7 @@ def _criss_cross_dqk_kernel(
     DIM: tl.constexpr, CHUNK: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, COLUMN: tl.constexpr,
     PRECISION: tl.constexpr, OF_KEYS: tl.constexpr, DELTA: tl.constexpr,
 ):  # fmt: skip
-    """dq / scale = sum over keys of ds k; if OF_KEYS dk / scale = sum over queries of ds q, tiles being [keys, queries].
+    """dq / scale = sum over keys of ds k; if OF_KEYS dk / scale = sum over queries of ds q, tiles [keys, queries].
 
     DELTA: <do, out> = sum over keys of p dp instead, formed from the very numbers that it is subtracted from.
 

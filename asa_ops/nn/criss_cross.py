@@ -62,7 +62,8 @@ class CrissCrossAttention(nn.Module):
         return x
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, inner_channels={self.inner_channels}, recurrence={self.recurrence}, impl={self.impl!r}"
+        inner = f"inner_channels={self.inner_channels}"
+        return f"{self.in_channels}, {inner}, recurrence={self.recurrence}, impl={self.impl!r}"
 
     @staticmethod
     def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
