@@ -139,7 +139,8 @@ def row(result: dict) -> str:
     )
 
 
-TITLE = """| map | dtype | mode | eager ms | ours ms | ours / eager (quartiles) | eager MB | ours MB | ours / eager | beside results |
+TITLE = """| map | dtype | mode | eager ms | ours ms | ours / eager (quartiles) | eager MB | ours MB | ours / eager \
+| beside results |
 |---|---|---|---|---|---|---|---|---|---|"""
 
 

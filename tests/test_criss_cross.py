@@ -180,7 +180,7 @@ def test_equals_reference(impl, dtype, size):
 @each_kernel
 @pytest.mark.parametrize("spread,scale", [(1.0, 0.3), (3.0, 1.0), (1.0, -1.0), (1.0, 0.0)])
 def test_scale_and_sharp_scores(impl, spread, scale):
-    size = (1, 4, 5, 3, 4) if impl == "triton" else "odd"
+    size = (1, 4, 5, 3, 4) if impl == "triton" else "33x17"  # few sharp rows are not enough to compare errors
     check_against_reference(impl, make(size, torch.float32, spread), scale=scale)
 
 

@@ -18,7 +18,7 @@ SIZES = ["height", "width"]
 
 
 class Config(NamedTuple):
-    """``block_m``: pixels that a program owns; ``block_n``: others at a time; ``chunk``: channels of values at a time."""
+    """``block_m``: pixels that a program owns; ``block_n``: others at a time; ``chunk``: value channels at a time."""
 
     block_m: int
     block_n: int
