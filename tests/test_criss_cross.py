@@ -57,7 +57,7 @@ NAMES = ("out", "grad of query", "grad of key", "grad of value")
 
 def check_against_reference(impl, inputs, **options):
     """The error rule of compare.py, for output and every gradient."""
-    grad_out = torch.randn(inputs[2].shape, dtype=torch.float64).to(inputs[2].dtype)
+    grad_out = torch.randn(inputs[2].shape, dtype=torch.float64).to(inputs[2])
     ours = with_gradients(lambda *x: criss_cross_attention(*x, **options, impl=impl), inputs, grad_out)
     assert ours[0].dtype == inputs[0].dtype and all(x.is_contiguous() for x in ours)
     run = lambda *x: reference.criss_cross_attention(*x, **options)  # noqa: E731
@@ -253,6 +253,20 @@ def test_repeats_bitwise(impl):
         torch.set_num_threads(threads)
     for other in results[1:]:
         assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (2, 64, 512, 97, 97), (1, 128, 1024, 33, 65), (1, 256, 40, 31, 64)], ids=str)
+def test_triton_on_a_gpu(dtype, size):
+    """Every row of the table of configurations."""
+    inputs = make(size, dtype, 0.5, device="cuda")
+    check_against_reference("triton", inputs)
+    first, second = (
+        with_gradients(lambda *x: criss_cross_attention(*x, impl="triton"), inputs, inputs[2]) for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
 
 
 # ---- torch contracts
