@@ -19,11 +19,11 @@ Gradients, with do the gradient of out::
     dk_r      = scale * sum_{p: r in R(p) or C(p)} ds(p, r) q_p
     dv_r      = sum_{p: r in R(p) or C(p)} a(p, r) do_p
 
-Cost per image: 2 H W (H + W) (D + Dv) operations forward, 2 H W (H + W) (3 D + 2 Dv) backward (``impl="triton"``, which
-takes the values in c parts of 64 or 128 channels: c D + Dv and (5 + c) D + 4 Dv). From forward to backward 2 H W numbers
-are kept. ``impl="cpu"`` works on the maps as they are, in scratch for some lines, and in the backward on H W^2 numbers;
-``impl="triton"`` on copies with channels last; ``impl="blocked"`` on the H W (H + W) scores. None copies the values for
-every pixel that attends to them.
+Cost per image: 2 H W (H + W) (D + Dv) operations forward, 2 H W (H + W) (3 D + 2 Dv) backward; ``impl="triton"``, which
+takes the values in c parts of 64 or 128 channels, c D + Dv and (5 + c) D + 4 Dv instead. From forward to backward 2 H W
+numbers are kept. ``impl="cpu"`` works on the maps as they are, in scratch for some lines, and in the backward on H W^2
+numbers; ``impl="triton"`` on copies with channels last; ``impl="blocked"`` on the H W (H + W) scores. None copies the
+values for every pixel that attends to them.
 
 Differences from the authors' code: any number of channels (theirs needs 8), any device, a ``scale``. Their order of
 the softmax's terms (first the column, then the row) does not show.
