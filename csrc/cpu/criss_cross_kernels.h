@@ -15,7 +15,7 @@ namespace {
 
 constexpr int64_t kPairBytes = 512 * 1024;  // of scores and the like in work, where that is not less than kFewestQueries
 constexpr int64_t kFewestQueries = 16;
-constexpr int64_t kChannels = 32;  // of values in work
+constexpr int64_t kChannels = 24;  // of values in work
 constexpr int64_t kTogether = 64;  // terms of a sum added one after the other; more are added in parts, which round less
 
 // A strip of a map: `lines` rows of one channel, or one row, of `count` pixels side by side.
