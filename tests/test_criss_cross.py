@@ -537,7 +537,9 @@ def test_module_half_precision_compile_and_wrong_options():
     x = torch.randn(2, 16, 6, 5)
     expected = block(x)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        torch.testing.assert_close(block(x).float(), expected, rtol=0.05, atol=0.1)
+        for y in (x, x.bfloat16()):
+            assert block(y).dtype == y.dtype
+            torch.testing.assert_close(block(y).float(), expected, rtol=0.05, atol=0.1)
     torch._dynamo.reset()
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), expected)

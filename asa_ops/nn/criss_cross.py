@@ -58,7 +58,7 @@ class CrissCrossAttention(nn.Module):
         checks.check_feature_map(x, self.in_channels)
         for _ in range(self.recurrence):
             out = criss_cross_attention(self.query(x), self.key(x), self.value(x), impl=self.impl)
-            x = x + self.gamma * out
+            x = x + (self.gamma * out).to(x.dtype)  # under autocast gamma stays float32, the map as it came
         return x
 
     def extra_repr(self) -> str:
