@@ -13,7 +13,7 @@
 namespace asa_ops::cpu::ASA_ISA {
 namespace {
 
-constexpr int64_t kPairBytes = 512 * 1024;  // of scores and the like in work, where that is not less than kFewestQueries
+constexpr int64_t kPairBytes = 512 * 1024;  // of scores and the like in work, about, and at least kFewestQueries
 constexpr int64_t kFewestQueries = 16;
 constexpr int64_t kChannels = 24;  // of values in work
 constexpr int64_t kTogether = 64;  // terms of a sum added one after the other; more are added in parts, which round less
@@ -124,11 +124,12 @@ void clear(T* x, int64_t count) {
   for (int64_t i = 0; i < count; ++i) x[i] = 0;
 }
 
-// Queries at a time of a line of n keys, each pair taking `size` numbers.
+// Queries at a time of a line of n keys, a multiple of `step`, each pair taking `size` numbers: parts of about equal length.
 template <class T>
-int64_t queries_at_a_time(int64_t n, int64_t size) {
-  const int64_t fitting = kPairBytes / (n * size * static_cast<int64_t>(sizeof(T))) / kFewestQueries * kFewestQueries;
-  return smaller(rounded_up(n, kFewestQueries), larger(kFewestQueries, fitting));
+int64_t queries_at_a_time(int64_t n, int64_t size, int64_t step) {
+  const int64_t fitting = larger(kFewestQueries, kPairBytes / (n * size * static_cast<int64_t>(sizeof(T))));
+  const int64_t parts = (n + fitting - 1) / fitting;
+  return rounded_up((n + parts - 1) / parts, step);
 }
 
 // f(0) + f(1) + ..., in parts, which rounds less.
@@ -185,7 +186,7 @@ struct ColumnScratch {
 
   ColumnScratch(Arena& arena, const CrissCross<T>& p, bool backward) : n(p.height) {
     constexpr int64_t L = kLanes<T>;
-    at_a_time = smaller(n, queries_at_a_time<T>(n, backward ? 2 * L : L));
+    at_a_time = smaller(n, queries_at_a_time<T>(n, backward ? 2 * L : L, kTileY));
     const int64_t pairs = n * at_a_time * L;
     q = arena.take<T>(p.dim * at_a_time * L);
     k = arena.take<T>(p.dim * n * L);
@@ -269,7 +270,7 @@ struct RowScratch {
   T *q, *k, *s, *turned, *v, *d_out, *sums, *statistics;
 
   RowScratch(Arena& arena, const CrissCross<T>& p, bool backward) : n(p.width), stride(rounded_up(n, kPad)) {
-    at_a_time = smaller(stride, queries_at_a_time<T>(n, backward ? 2 : 1));
+    at_a_time = queries_at_a_time<T>(n, backward ? 2 : 1, kPad);
     q = arena.take<T>(p.dim * stride);
     k = arena.take<T>(rounded_up(p.dim, kRows) * stride);
     s = arena.take<T>(stride * at_a_time);
