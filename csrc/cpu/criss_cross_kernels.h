@@ -13,7 +13,7 @@
 namespace asa_ops::cpu::ASA_ISA {
 namespace {
 
-constexpr int64_t kPairBytes = 512 * 1024;  // of scores and the like in work, about, and at least kFewestQueries
+constexpr int64_t kPairBytes = 1280 * 1024;  // of scores and the like in work, about, and at least kFewestQueries
 constexpr int64_t kFewestQueries = 16;
 constexpr int64_t kChannels = 24;  // of values in work
 constexpr int64_t kTogether = 64;  // terms of a sum added one after the other; more are added in parts, which round less
