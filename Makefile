@@ -32,7 +32,8 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 		--no-build-isolation --no-deps --target build/sanitize .
 	cd build/sanitize && PYTHONPATH=. LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
 		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest --capture=sys -p no:cacheprovider -m "not slow" \
-		-k "cpu and not thread and not repeats" ../../tests/test_cpu.py ../../tests/test_implementations.py
+		-k "cpu and not thread and not repeats" ../../tests/test_cpu.py ../../tests/test_implementations.py \
+		../../tests/test_criss_cross.py
 
 gpu:  ## on a CUDA machine, with its own Python: tests, checks and timings, in minutes; OUT=folder, KEEP=1 keeps the summary
 	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(KEEP),--keep) $(ARGS)

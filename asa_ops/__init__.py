@@ -2,5 +2,14 @@
 
 from . import nn
 from .asa import AsaStats, NeighborGraph, asa_attention, explain, reciprocal_neighbors
+from .criss_cross import criss_cross_attention
 
-__all__ = ["AsaStats", "NeighborGraph", "asa_attention", "explain", "nn", "reciprocal_neighbors"]
+__all__ = [
+    "AsaStats",
+    "NeighborGraph",
+    "asa_attention",
+    "criss_cross_attention",
+    "explain",
+    "nn",
+    "reciprocal_neighbors",
+]

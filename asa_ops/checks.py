@@ -54,12 +54,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_tensor("query", query, "[B, heads, N_q, D]")
     check_tensor("key", key, "[B, heads, N_k, D]")
     check_tensor("value", value, "[B, heads, N_k, Dv]")
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query must be one of {_DTYPES}, got {describe(query)}")
+    check_dtype_and_device(query, key=key, value=value)
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {describe(x)}")
-        check_device(name, x, query)
         if x.shape[:2] != query.shape[:2]:
             raise ValueError(
                 f"{name} must have the batch and heads of query, {list(query.shape[:2])}, got {describe(x)}"
@@ -74,6 +70,34 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if query.shape[-1] < 1:
         raise ValueError(f"query must have a head dim D >= 1, got {describe(query)}")
+
+
+def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check rank, shape, dtype and device of the maps ``query``, ``key`` [B, D, H, W] and ``value`` [B, Dv, H, W]."""
+    for name, x, layout in (
+        ("query", query, "[B, D, H, W]"),
+        ("key", key, "[B, D, H, W]"),
+        ("value", value, "[B, Dv, H, W]"),
+    ):
+        check_tensor(name, x, layout)
+        if 0 in x.shape[1:]:
+            raise ValueError(f"{name} must have channels, H and W >= 1, got {describe(x)}")
+    check_dtype_and_device(query, key=key, value=value)
+    if key.shape != query.shape:
+        raise ValueError(f"key must have the shape of query, {list(query.shape)}, got {describe(key)}")
+    if value.shape[0] != query.shape[0] or value.shape[2:] != query.shape[2:]:
+        batch, _, height, width = query.shape
+        raise ValueError(f"value must be [B, Dv, H, W] = [{batch}, Dv, {height}, {width}], got {describe(value)}")
+
+
+def check_dtype_and_device(query: Tensor, **others: Tensor) -> None:
+    """Check that ``query`` is floating point, and that the others have its dtype and device."""
+    if query.dtype not in _DTYPES:
+        raise TypeError(f"query must be one of {_DTYPES}, got {describe(query)}")
+    for name, x in others.items():
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {describe(x)}")
+        check_device(name, x, query)
 
 
 def check_device(name: str, x: Tensor, query: Tensor) -> None:

@@ -80,6 +80,11 @@ def compile_options(warps: int = 4, stages: int = 1, registers: int | None = Non
     return {"num_warps": warps, "num_stages": stages, "maxnreg": registers, "enable_fp_fusion": False}
 
 
+def precision(dtype: torch.dtype) -> str:
+    """How products of float32 are formed: as torch's own, whichever of its settings said so."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
 def launch(
     kernel, grid: tuple[int, ...], *args, warps: int = 4, stages: int = 1, registers: int | None = None, **constants
 ) -> None:

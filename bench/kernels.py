@@ -30,6 +30,8 @@ from asa_ops import triton_support
 from asa_ops.asa import triton as asa
 from asa_ops.asa import triton_configs
 from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.criss_cross import ops as criss_cross_ops
+from asa_ops.criss_cross import triton as criss_cross
 
 SHARED_LIMIT = {80: 101376, 90: 232448, 100: 232448}  # bytes a program may use; rows of 80 serve consumer cards too
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -43,7 +45,10 @@ SPILL_CEILING = {
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
 }
 
-CALLS = {  # name: (arguments of the call, thresholds learn)
+# Products on tensor cores, in the order of a call; the rest of the kernels moves data.
+MATRIX_KERNELS = (*triton_configs.KERNELS, "criss_cross_fwd", "criss_cross_dqk", "criss_cross_dv")
+
+CALLS = {  # of asa_attention, name: (arguments of the call, thresholds learn)
     "plain": ({}, False),
     "learning": ({}, True),
     "topk": ({"topk": 16}, True),
@@ -113,9 +118,9 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
                 continue
             types.append((name, type_of(x)))
             # Arguments that a call may give without the alignment are compiled without it.
-            if isinstance(x, torch.Tensor) or name in ("padded", "key_padded"):
+            if isinstance(x, torch.Tensor) or (name not in kernel.do_not_specialize and type(x) is int and x % 16 == 0):
                 divisible.append(index)
-        label = kernel.__name__.removeprefix("_asa_").removesuffix("_kernel")
+        label = kernel.__name__.removeprefix("_").removeprefix("asa_").removesuffix("_kernel")
         if label == "dkv" and not (constants["WANT_DK"] and constants["WANT_DV"]):
             label = "dk" if constants["WANT_DK"] else "dv"
         if (wanted and label not in wanted) or (precision != "highest" and "PRECISION" not in constants):
@@ -136,6 +141,7 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
         ):
             for options, learn in CALLS.values():
                 _call(dim, dtype, learn, **options)
+            _call_criss_cross(dim, dtype)
     finally:
         torch.set_float32_matmul_precision(before)
     return found
@@ -154,6 +160,14 @@ def _call(dim, dtype, learn, topk=0, reciprocal=True, symmetric=False, alpha=Tru
     saved = Saved.new(inputs, options, asa.bits_shape(n, n), keep_bits=True, keep_more=True)
     asa.fwd(inputs, options, saved, learn)
     asa.bwd(torch.empty_like(query), inputs, saved, options, 2.0 if learn else None)
+
+
+def _call_criss_cross(dim: int, dtype: torch.dtype) -> None:
+    """The same for criss-cross attention, with the published number of value channels."""
+    query, value = (torch.empty(2, channels, 64, 64, dtype=dtype, device="meta") for channels in (dim, 8 * dim))
+    saved = criss_cross_ops.criss_cross_fwd(query, query, value, 1.0, "triton")
+    criss_cross.fwd(query, query, value, 1.0, *saved)
+    criss_cross.bwd(value, query, query, value, saved[1], 1.0)
 
 
 def compile_launch(launch: Launch, arch: int) -> Report:
@@ -202,7 +216,7 @@ def check(launch: Launch, arch: int, report: Report) -> list[str]:
         return [report.error]
     wrong = []
     half = launch.dtype in ("bfloat16", "float16")
-    matrix = launch.label in triton_configs.KERNELS
+    matrix = launch.label in MATRIX_KERNELS
     ceiling = SPILL_CEILING.get((launch.label, launch.dim, arch), 0)
     if half and arch < 100 and report.spills > ceiling:
         wrong.append(f"{report.spills} spilled stores, at most {ceiling} allowed")
@@ -239,7 +253,7 @@ def _work(index: int) -> Report:
 def variant(launch: Launch) -> str:
     """Name what distinguishes a launch from others of its kernel."""
     names = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "HAS_TOPK", "BY_ROWS", "BY_COLUMNS", "HAS_BITS")
-    names += ("HAS_PEAKS", "LEARN_ALPHA", "CLEAN", "SPLITS")
+    names += ("HAS_PEAKS", "LEARN_ALPHA", "CLEAN", "SPLITS", "COLUMN", "OF_KEYS", "DELTA")
     constants = dict(launch.constants)
     return " ".join(name.lower() for name in names if constants.get(name))
 
@@ -257,7 +271,7 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
     if args.quick:
         args.archs, args.dims, args.dtypes = [90], [256], ["bfloat16"]
-        args.kernels = args.kernels or list(triton_configs.KERNELS)
+        args.kernels = args.kernels or list(MATRIX_KERNELS)
     selection = (args.archs, args.dims, args.dtypes, args.kernels)
     todo = list(launches(*selection))
     print(f"triton {triton.__version__}, torch {torch.__version__}: {len(todo)} kernels to compile", flush=True)

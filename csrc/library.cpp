@@ -53,6 +53,10 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
       "asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, "
       "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
       "Tensor bits, Tensor local, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+  m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) stats) -> ()");
+  m.def(
+      "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, float scale, "
+      "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
   m.def(
       "asa_cuda_fwd(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real, int height, int width, int window, "
       "int topk, bool reciprocal, float scale, float band, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_kept, "

@@ -228,6 +228,7 @@ def test_dependencies_point_one_way(path):
 
 
 def test_public_names():
-    expected = ["AsaStats", "NeighborGraph", "asa_attention", "explain", "nn", "reciprocal_neighbors"]
+    expected = ["AsaStats", "NeighborGraph", "asa_attention", "criss_cross_attention", "explain", "nn"]
+    expected += ["reciprocal_neighbors"]
     assert sorted(asa_ops.__all__) == expected
     assert all(getattr(asa_ops, name).__doc__ for name in expected)

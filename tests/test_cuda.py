@@ -275,7 +275,7 @@ def test_window(dtype, name):
 
 
 def test_bits_and_peaks_lie_where_the_next_call_reads_them():
-    """Sharp scores: some tiles hold no bit. Every bit is as the reference says, every peak at least its tile's score."""
+    """Sharp scores: some tiles hold no bit. Every bit is the reference's, every peak at least its tile's score."""
     case = Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=6.0, beta=None)
     inputs, options = make(case, torch.float32)
     saved = saved_of(inputs, options)

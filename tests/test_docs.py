@@ -24,7 +24,9 @@ def test_public_functions_have_examples():
         asa_ops.asa_attention,
         asa_ops.reciprocal_neighbors,
         asa_ops.explain,
+        asa_ops.criss_cross_attention,
         asa_ops.nn.AdaptiveSparseAttention,
+        asa_ops.nn.CrissCrossAttention,
     ):
         assert ">>>" in function.__doc__
 

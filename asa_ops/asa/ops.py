@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..precision import outside_autocast
+from ..custom_op import run_folded, run_outside_autocast
 from . import blocked, cpu, cuda, triton
 from .types import Inputs, Options, Saved
 
@@ -144,7 +144,7 @@ class _AsaAttention(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _run_folded(_AsaAttention.apply, info.batch_size, in_dims, args)
+        return run_folded(_AsaAttention.apply, info.batch_size, in_dims, args)
 
 
 class _AsaBackward(torch.autograd.Function):
@@ -166,21 +166,11 @@ class _AsaBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *args):
-        return _run_folded(_AsaBackward.apply, info.batch_size, in_dims, args)
+        return run_folded(_AsaBackward.apply, info.batch_size, in_dims, args)
 
 
 # The raw op has the same gradient, for whoever calls it from a graph without the Function.
 asa_fwd.register_autograd(_AsaAttention.backward, setup_context=_AsaAttention.setup_context)
-
-
-def _run_folded(run, size: int, in_dims, args):
-    """Run with a vmapped dimension of every tensor merged into its batch: the op is independent over images."""
-    tensors = {i: x for i, x in enumerate(args) if isinstance(x, Tensor)}
-    for i, x in tensors.items():
-        tensors[i] = x.expand(size, *x.shape) if in_dims[i] is None else x.movedim(in_dims[i], 0)
-    batch = tensors[0].shape[1]
-    outputs = run(*(tensors[i].flatten(0, 1).contiguous() if i in tensors else x for i, x in enumerate(args)))
-    return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
 
 
 @register_flop_formula(torch.ops.asa_ops.asa_fwd)
@@ -220,19 +210,4 @@ def attend(
     return run(*inputs, height, width, *rest, threshold_grad is not None, threshold_band, keep_bits, impl)[:4]
 
 
-def _register_autocast(device: str) -> None:
-    """Run the op outside autocast, so that its body computes what its fake promises."""
-    library = torch.library.Library("asa_ops", "FRAGMENT")
-    for op in (torch.ops.asa_ops.asa_fwd.default, torch.ops.asa_ops.asa_bwd.default):
-
-        def outside(*args, _op=op, **kwargs):
-            with outside_autocast(device):
-                return _op(*args, **kwargs)
-
-        library.impl(op, outside, f"Autocast{device.upper()}")
-    _libraries.append(library)  # a Library undoes its registrations when it is collected
-
-
-_libraries: list[torch.library.Library] = []
-for _device in ("cpu", "cuda"):
-    _register_autocast(_device)
+run_outside_autocast(torch.ops.asa_ops.asa_fwd.default, torch.ops.asa_ops.asa_bwd.default)

@@ -166,11 +166,6 @@ class Order:
         return cls(n, padded, order, place, counts, int(real is not None))
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: as torch's own, whichever of its settings said so."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 class Problem:
     """A call: its tensors as the kernels want them, and what all launches have in common."""
 
@@ -250,7 +245,12 @@ class Problem:
         return min(range(1, limit + 1), key=time)
 
     def common(self, config: triton_configs.Config) -> dict:
-        return {"PRECISION": _precision(self.dtype), "TMA": config.tma, "warps": config.warps, "stages": config.stages}
+        return {
+            "PRECISION": support.precision(self.dtype),
+            "TMA": config.tma,
+            "warps": config.warps,
+            "stages": config.stages,
+        }
 
     def new_bits(self) -> Tensor:
         """Allocate the bits of all heads where they are not to be kept."""
@@ -272,7 +272,7 @@ class Problem:
             _asa_arrange_gradient_kernel, (self.zs * self.rows.padded // self.block,), do, saved.out, saved.rest,
             saved.base2, saved.survivors, self.rows.order, self.do, delta, lse_kept2, poisoned, *do.stride(),
             self.heads, self.per_image, self.rows.n, self.rows.padded, self.dim_v, DIM=self.width_v, BLOCK=self.block,
-            HAS_REST=saved.rest.shape[-1] > 0, PRECISION=_precision(self.dtype), warps=self.warps,
+            HAS_REST=saved.rest.shape[-1] > 0, PRECISION=support.precision(self.dtype), warps=self.warps,
         )  # fmt: skip
         return RowGradients(delta, lse_kept2, poisoned)
 

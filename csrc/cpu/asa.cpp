@@ -1,20 +1,19 @@
 // asa_ops::asa_cpu_fwd, asa_cpu_bwd, asa_cpu_neighbors: the choice of an instruction set, checks, and the passes of a call.
 
 #include "asa.h"
+#include "isa.h"
+#include "tensors.h"
 #include "workspace.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <optional>
-#include <string>
 #include <vector>
 
 namespace asa_ops::cpu {
@@ -51,70 +50,14 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Optional = std::optional<Tensor>;
 
-enum class Isa { portable, avx2, avx512 };
-
-Isa best_isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bw"))
-    return Isa::avx512;
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
-#endif
-  return Isa::portable;
-}
-
-// ASA_OPS_CPU_ISA, for tests, names one that this machine has.
-Isa isa() {
-  static const Isa best = best_isa();
-  const char* wanted = std::getenv("ASA_OPS_CPU_ISA");
-  if (wanted == nullptr) return best;
-  const std::vector<std::string> names = {"portable", "avx2", "avx512"};
-  const auto found = std::find(names.begin(), names.end(), wanted);
-  STD_TORCH_CHECK(found != names.end(), "ASA_OPS_CPU_ISA must be portable, avx2 or avx512, got ", wanted);
-  const Isa chosen = static_cast<Isa>(found - names.begin());
-  STD_TORCH_CHECK(chosen <= best, "ASA_OPS_CPU_ISA=", wanted, ": this machine has ", names[static_cast<int>(best)], " at best");
-  return chosen;
-}
-
 template <class T>
 const Kernels<T>& table() {
-  const auto pick = [](const Kernels<float>& f, const Kernels<double>& d) -> const Kernels<T>& {
-    if constexpr (std::is_same_v<T, float>)
-      return f;
-    else
-      return d;
-  };
-#if defined(__x86_64__) && defined(__GNUC__)
-  if (isa() == Isa::avx512) return pick(avx512::kFloat, avx512::kDouble);
-  if (isa() == Isa::avx2) return pick(avx2::kFloat, avx2::kDouble);
-#endif
-  return pick(portable::kFloat, portable::kDouble);
+  return ASA_TABLE(T, kFloat, kDouble);
 }
 
 int64_t cpu_isa() { return static_cast<int64_t>(isa()); }
 
 int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
-
-void check(bool ok, const char* name, const char* what) { STD_TORCH_CHECK(ok, "asa_ops: ", name, " must be ", what); }
-
-// A contiguous CPU tensor of the given type and shape.
-void check(const Tensor& x, const char* name, ScalarType type, std::vector<int64_t> shape) {
-  check(x.is_cpu(), name, "on the CPU");
-  check(x.scalar_type() == type, name, "of the dtype expected here");
-  check(x.is_contiguous(), name, "contiguous");
-  check(x.dim() == static_cast<int64_t>(shape.size()), name, "of the rank expected here");
-  for (size_t i = 0; i < shape.size(); ++i) check(x.size(i) == shape[i], name, "of the shape expected here");
-}
-
-template <class U>
-U* data(const Tensor& x, int64_t offset) {
-  return static_cast<U*>(x.mutable_data_ptr()) + offset;
-}
-
-template <class U>
-const U* data(const Optional& x, int64_t offset) {
-  return x ? static_cast<const U*>(x->const_data_ptr()) + offset : nullptr;
-}
 
 // What forward, backward and neighbours have in common.
 struct Call {

@@ -2,3 +2,5 @@
 
 #define ASA_ISA portable
 #include "asa_kernels.h"
+
+#include "criss_cross_kernels.h"

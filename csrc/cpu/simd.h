@@ -48,6 +48,27 @@ ASA_INLINE void store(T* p, Vec<T> x) {
   *reinterpret_cast<typename Lanes<T>::Unaligned*>(p) = x;
 }
 
+// The first n numbers of a vector, 0 in the other lanes; nothing else is read or written.
+#if defined(ASA_AVX512)
+ASA_INLINE Vec<float> load_some(const float* p, int64_t n) { return _mm512_maskz_loadu_ps((1u << n) - 1, p); }
+ASA_INLINE Vec<double> load_some(const double* p, int64_t n) { return _mm512_maskz_loadu_pd((1u << n) - 1, p); }
+ASA_INLINE void store_some(float* p, int64_t n, Vec<float> x) { _mm512_mask_storeu_ps(p, (1u << n) - 1, x); }
+ASA_INLINE void store_some(double* p, int64_t n, Vec<double> x) { _mm512_mask_storeu_pd(p, (1u << n) - 1, x); }
+#else
+template <class T>
+ASA_INLINE Vec<T> load_some(const T* p, int64_t n) {
+  if (n == kLanes<T>) return load(p);
+  Vec<T> x = {};
+  for (int64_t r = 0; r < n; ++r) x[r] = p[r];
+  return x;
+}
+template <class T>
+ASA_INLINE void store_some(T* p, int64_t n, Vec<T> x) {
+  if (n == kLanes<T>) return store(p, x);
+  for (int64_t r = 0; r < n; ++r) p[r] = x[r];
+}
+#endif
+
 template <class T>
 ASA_INLINE Vec<T> splat(T x) {
   return x - Vec<T>{};

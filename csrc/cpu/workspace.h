@@ -69,13 +69,13 @@ class Workspace {
       size_ = std::exchange(last_size_, 0);
       memory_ = std::move(last_);
     } else {
+      if (size_ <= kKept) last_ = nullptr, last_size_ = 0;  // this one will take its place
       memory_ = allocate(size_);
     }
   }
 
   // A thread keeps its last workspace if it is small: a new one would be zeroed page by page in every call.
   ~Workspace() {
-    constexpr int64_t kKept = 32 * 1024 * 1024;
     if (size_ > kKept || size_ <= last_size_) return;
     last_ = std::move(memory_);
     last_size_ = size_;
@@ -86,6 +86,7 @@ class Workspace {
 
  private:
   static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
+  static constexpr int64_t kKept = 32 * 1024 * 1024;
   const int64_t threads_;
   int64_t bytes_ = 0, share_ = 0, size_ = 0;
   Memory memory_;

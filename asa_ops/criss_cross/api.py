@@ -1,0 +1,52 @@
+"""The public function of criss-cross attention: checks, dispatch, nothing else."""
+
+from torch import Tensor
+
+from .. import checks, dispatch
+from ..precision import cast_under_autocast
+from . import ops, reference
+
+
+def criss_cross_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0, impl: str = "auto"
+) -> Tensor:
+    """Attend from every pixel to its row and its column, by one softmax over these H + W - 1 pixels.
+
+    Formulas and cost: ``help(asa_ops.criss_cross)``. Source: Huang et al., CCNet, ICCV 2019 and TPAMI 2020. The whole
+    block, with its projections and its recurrence, is :class:`asa_ops.nn.CrissCrossAttention`.
+
+    Args:
+        query: [B, D, H, W], floating point. Heads, if any, are a part of B.
+        key: [B, D, H, W].
+        value: [B, Dv, H, W].
+        scale: factor of the scores <q, k>; 1, as published.
+        impl: "auto", or one of "reference", "blocked", "cpu", "triton"; an explicit choice never falls back. "triton"
+            forms float32 products as torch does (``torch.set_float32_matmul_precision``), and runs on CPU tensors in
+            Triton's interpreter only.
+
+    Returns:
+        [B, Dv, H, W], contiguous, in the dtype of ``query``. What is not finite spreads along rows and columns, never
+        to another image.
+
+    Raises:
+        ValueError: shapes that do not fit, or an unknown ``impl``.
+        TypeError: dtypes that do not fit, or arguments that are no tensors or numbers.
+        RuntimeError: ``impl`` cannot run this call here.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops import criss_cross_attention
+        >>> query, key = torch.randn(2, 1, 64, 24, 32)
+        >>> value = torch.randn(1, 512, 24, 32)
+        >>> criss_cross_attention(query, key, value).shape
+        torch.Size([1, 512, 24, 32])
+    """
+    query, key, value = cast_under_autocast(query=query, key=key, value=value)
+    checks.check_maps(query, key, value)
+    checks.check_number("scale", scale)
+    # The value may have any number of channels: kernels take them in parts.
+    call = dispatch.Call("criss_cross_attention", "criss_cross", query.device, query.dtype, query.shape[1])
+    impl = dispatch.resolve(call, impl)
+    if impl == "reference":
+        return reference.criss_cross_attention(query, key, value, scale=float(scale))
+    return ops.attend(query, key, value, float(scale), impl)

@@ -1,0 +1,93 @@
+"""The criss-cross attention block."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks, dispatch
+from ..criss_cross import criss_cross_attention
+
+_UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value"}
+
+
+class CrissCrossAttention(nn.Module):
+    """Recurrent criss-cross attention: every pixel attends to its row and column, twice, and so to the whole map.
+
+    ``recurrence`` times, with the same weights: ``x = x + gamma * criss_cross_attention(query(x), key(x), value(x))``
+    with 1x1 convolutions around :func:`asa_ops.criss_cross_attention`. The identity at initialisation. Source: Huang
+    et al., CCNet, ICCV 2019 and TPAMI 2020 (RCCA; its published head runs the block between two 3x3 convolutions).
+
+    Args:
+        in_channels: C, also of the value.
+        reduction: query and key have max(C // reduction, 1) channels.
+        recurrence: R, how often the block is applied.
+        impl: see :func:`asa_ops.criss_cross_attention`.
+
+    Raises:
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+
+    Example:
+        >>> import torch
+        >>> from asa_ops.nn import CrissCrossAttention
+        >>> block = CrissCrossAttention(64)
+        >>> x = torch.randn(2, 64, 24, 32)
+        >>> torch.equal(block(x), x)
+        True
+    """
+
+    def __init__(self, in_channels: int, reduction: int = 8, recurrence: int = 2, impl: str = "auto"):
+        super().__init__()
+        sizes = {"in_channels": in_channels, "reduction": reduction, "recurrence": recurrence}
+        for name, size in sizes.items():
+            checks.check_positive_int(name, size)
+        checks.check_choice("impl", impl, dispatch.NAMES)
+        self.in_channels, self.inner_channels = in_channels, max(in_channels // reduction, 1)
+        self.recurrence, self.impl = recurrence, impl
+        self.query = nn.Conv2d(in_channels, self.inner_channels, 1)
+        self.key = nn.Conv2d(in_channels, self.inner_channels, 1)
+        self.value = nn.Conv2d(in_channels, in_channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        """Initialise as published: convolutions by torch's default, gamma 0."""
+        for conv in (self.query, self.key, self.value):
+            conv.reset_parameters()
+        nn.init.zeros_(self.gamma)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, H, W]."""
+        checks.check_feature_map(x, self.in_channels)
+        for _ in range(self.recurrence):
+            out = criss_cross_attention(self.query(x), self.key(x), self.value(x), impl=self.impl)
+            x = x + (self.gamma * out).to(x.dtype)  # under autocast gamma stays float32, the map as it came
+        return x
+
+    def extra_repr(self) -> str:
+        inner = f"inner_channels={self.inner_channels}"
+        return f"{self.in_channels}, {inner}, recurrence={self.recurrence}, impl={self.impl!r}"
+
+    @staticmethod
+    def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the keys of a published checkpoint's block (query_conv, key_conv, value_conv, gamma) to this module's.
+
+        mmcv's gamma, the number ``gamma.scale``, is taken too.
+
+        Raises:
+            ValueError: a key that no published block has.
+
+        Example:
+            >>> block.load_state_dict(CrissCrossAttention.from_upstream(published))  # doctest: +SKIP
+        """
+        renamed = {}
+        for key, tensor in state_dict.items():
+            module, _, parameter = key.rpartition(".")
+            if key in ("gamma", "gamma.scale"):
+                renamed["gamma"] = tensor.reshape(1)
+            elif module in _UPSTREAM:
+                renamed[f"{_UPSTREAM[module]}.{parameter}"] = tensor
+            else:
+                expected = [*sorted(f"{name}.*" for name in _UPSTREAM), "gamma", "gamma.scale"]
+                raise ValueError(
+                    f"unknown key {key!r} in a published block's state dict, expected {expected}; "
+                    "of a whole network's, pass the block's entries without their prefix"
+                )
+        return renamed

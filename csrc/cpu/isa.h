@@ -1,0 +1,57 @@
+// The choice of an instruction set.
+#pragma once
+
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+namespace asa_ops::cpu {
+
+enum class Isa { portable, avx2, avx512 };
+
+inline Isa best_isa() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bw"))
+    return Isa::avx512;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#endif
+  return Isa::portable;
+}
+
+// ASA_OPS_CPU_ISA, for tests, names one that this machine has.
+inline Isa isa() {
+  static const Isa best = best_isa();
+  const char* wanted = std::getenv("ASA_OPS_CPU_ISA");
+  if (wanted == nullptr) return best;
+  const std::vector<std::string> names = {"portable", "avx2", "avx512"};
+  const auto found = std::find(names.begin(), names.end(), wanted);
+  STD_TORCH_CHECK(found != names.end(), "ASA_OPS_CPU_ISA must be portable, avx2 or avx512, got ", wanted);
+  const Isa chosen = static_cast<Isa>(found - names.begin());
+  STD_TORCH_CHECK(chosen <= best, "ASA_OPS_CPU_ISA=", wanted, ": this machine has ", names[static_cast<int>(best)], " at best");
+  return chosen;
+}
+
+template <class T, class F, class D>
+const auto& of_type(const F& of_float, const D& of_double) {
+  if constexpr (std::is_same_v<T, float>)
+    return of_float;
+  else
+    return of_double;
+}
+
+// One of the tables that a header declares per instruction set: names of its variables for float and double.
+#if defined(__x86_64__) && defined(__GNUC__)
+#define ASA_TABLE(T, of_float, of_double)                                                             \
+  (isa() == Isa::avx512 ? of_type<T>(avx512::of_float, avx512::of_double)                             \
+   : isa() == Isa::avx2 ? of_type<T>(avx2::of_float, avx2::of_double)                                 \
+                        : of_type<T>(portable::of_float, portable::of_double))
+#else
+#define ASA_TABLE(T, of_float, of_double) of_type<T>(portable::of_float, portable::of_double)
+#endif
+
+}  // namespace asa_ops::cpu

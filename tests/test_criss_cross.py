@@ -1,0 +1,557 @@
+"""criss_cross_attention and its module: the reference, every implementation against it, torch contracts, errors."""
+
+import math
+
+import pytest
+import torch
+from compare import check_error
+from test_golden import FOLDER, group, load
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from asa_ops import criss_cross_attention, extension, triton_support
+from asa_ops.criss_cross import ops, reference
+from asa_ops.nn import CrissCrossAttention
+
+CPU = ["cpu"] if extension.has("criss_cross_cpu_fwd", "CPU") else []
+INTERPRETED = ["triton"] if triton_support.interpreted() else []
+KERNELS = ["blocked", *CPU, *INTERPRETED]
+each_kernel = pytest.mark.parametrize("impl", KERNELS)
+each_fast = pytest.mark.parametrize("impl", ["reference", "blocked", *CPU])
+each_impl = pytest.mark.parametrize("impl", ["reference", *KERNELS])
+
+SIZES = {  # name: (B, D, Dv, H, W)
+    "one_pixel": (2, 3, 5, 1, 1),
+    "one_row": (1, 4, 6, 1, 37),
+    "one_column": (2, 4, 6, 35, 1),
+    "small": (2, 8, 5, 5, 4),
+    "odd": (2, 7, 33, 9, 11),
+    "33x17": (1, 8, 64, 33, 17),
+    "16x32": (1, 16, 40, 16, 32),
+    "one_channel": (2, 1, 1, 16, 17),
+    "long_row": (1, 4, 9, 3, 531),
+    "long_column": (1, 4, 9, 531, 3),
+    "empty_batch": (0, 3, 5, 4, 6),
+}
+INTERPRETER_SIZES = ("one_pixel", "one_row", "small", "odd")  # it is slow: the others with `make test-all`
+
+
+def make(size, dtype=torch.float64, spread=1.0, device="cpu"):
+    """Return query, key, value, the same numbers in every dtype up to rounding."""
+    batch, dim, dim_v, height, width = SIZES[size] if isinstance(size, str) else size
+    generator = torch.Generator().manual_seed(0)
+    maps = (torch.randn(batch, c, height, width, generator=generator, dtype=torch.float64) for c in (dim, dim, dim_v))
+    query, key, value = maps
+    return [x.to(device, dtype) for x in (query * spread, key * spread, value)]
+
+
+def with_gradients(function, inputs, grad_out):
+    """Return the output and the gradient of every input."""
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+
+NAMES = ("out", "grad of query", "grad of key", "grad of value")
+
+
+def check_against_reference(impl, inputs, **options):
+    """The error rule of compare.py, for output and every gradient."""
+    grad_out = torch.randn(inputs[2].shape, dtype=torch.float64).to(inputs[2])
+    ours = with_gradients(lambda *x: criss_cross_attention(*x, **options, impl=impl), inputs, grad_out)
+    assert ours[0].dtype == inputs[0].dtype and all(x.is_contiguous() for x in ours)
+    run = lambda *x: reference.criss_cross_attention(*x, **options)  # noqa: E731
+    exact = with_gradients(run, [x.double() for x in inputs], grad_out)
+    if inputs[0].dtype == torch.float64:
+        for x, y in zip(ours, exact, strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
+        return
+    eager = with_gradients(run, inputs, grad_out)
+    eps = torch.finfo(inputs[0].dtype).eps
+    for name, x, y, z in zip(NAMES, ours, eager, exact, strict=True):
+        check_error(name, x, y, z, eps)
+
+
+# ---- the reference
+
+
+@pytest.mark.parametrize("size", ["one_pixel", "small", (1, 2, 3, 1, 5), (1, 2, 3, 4, 1)], ids=str)
+def test_reference_equals_plain_loops(size):
+    query, key, value = make(size)
+    out = reference.criss_cross_attention(query, key, value, scale=0.7)
+    batch, _, height, width = query.shape
+    for b in range(batch):
+        for h in range(height):
+            for w in range(width):
+                seen = [(h, j) for j in range(width)] + [(i, w) for i in range(height) if i != h]
+                weights = [math.exp(0.7 * (query[b, :, h, w] @ key[b, :, i, j]).item()) for i, j in seen]
+                values = sum(x * value[b, :, i, j] for x, (i, j) in zip(weights, seen, strict=True))
+                torch.testing.assert_close(out[b, :, h, w], values / sum(weights), rtol=1e-12, atol=1e-12)
+
+
+def test_weights_sum_to_one_and_nobody_is_counted_twice():
+    query, key, _ = make("odd")
+    weights = reference.attention(query, key)
+    torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
+    column = weights[..., : query.shape[2]]
+    assert (column.diagonal(dim1=1, dim2=3) == 0).all() and (column > 0).sum() == column.numel() - weights[
+        ..., 0
+    ].numel()
+
+
+@each_impl
+def test_gradcheck(impl):
+    if impl == "triton":
+        pytest.skip("no float64")
+    inputs = [x.requires_grad_() for x in make((2, 2, 3, 3, 4))]
+    assert torch.autograd.gradcheck(lambda *x: criss_cross_attention(*x, scale=0.8, impl=impl), inputs)
+    if impl == "reference":
+        assert torch.autograd.gradgradcheck(lambda *x: criss_cross_attention(*x, impl=impl), inputs)
+
+
+# ---- golden files, numbers from the authors' code
+
+FILES = sorted(FOLDER.glob("ccnet_*.npz"))
+
+
+def test_there_are_golden_files():
+    assert FILES, f"no ccnet_*.npz in {FOLDER}"
+
+
+def check_golden(golden, impl, tolerance=1e-10):
+    def close(actual, expected, what):
+        error = (actual - expected).abs().max().item()
+        assert error <= tolerance, f"{what} is off by {error:.3g}"
+
+    hyper = golden["meta"]["hyper"]
+    block = CrissCrossAttention(hyper["in_dim"], recurrence=hyper["recurrence"], impl=impl).double()
+    block.load_state_dict(CrissCrossAttention.from_upstream(group(golden, "param/")))
+    seen = []
+    block.key.register_forward_hook(lambda module, inputs, key: seen.append((block.query(inputs[0]), key)))
+    x = golden["x"].requires_grad_()
+    y = block(x)
+    y.backward(golden["grad_out"])
+    close(y, golden["y"], "y")
+    close(x.grad, golden["grad_x"], "grad_x")
+    expected = CrissCrossAttention.from_upstream(group(golden, "grad/"))
+    assert set(expected) == {name for name, _ in block.named_parameters()}
+    for name, parameter in block.named_parameters():
+        close(parameter.grad, expected[name], f"gradient of {name}")
+    assert len(seen) == hyper["recurrence"]
+    for r, (query, key) in enumerate(seen):
+        close(reference.attention(query, key), golden[f"attention_r{r}"], f"attention of recurrence {r}")
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+@each_fast
+def test_equals_the_authors_code(path, impl):
+    check_golden(load(path), impl)
+
+
+@pytest.mark.parametrize("key", ["y", "grad_x", "grad/value_conv.weight", "attention_r0"])
+def test_the_golden_check_notices_a_small_change(key):
+    golden = load(FILES[0])
+    golden[key].view(-1)[golden[key].numel() // 2] += 1e-6
+    with pytest.raises(AssertionError, match="is off by"):
+        check_golden(golden, "reference")
+
+
+# ---- every implementation against the reference
+
+
+def every_size():
+    rows = []
+    for impl in KERNELS:
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+            if impl == "triton" and dtype in (torch.float64, torch.bfloat16):
+                continue  # takes no float64; the interpreter gets bfloat16 wrong
+            for size in SIZES:
+                if impl == "triton" and size.startswith("long"):
+                    continue  # minutes in the interpreter; there is a test for a GPU
+                slow = impl == "triton" and (size not in INTERPRETER_SIZES or (dtype, size) == (torch.float16, "odd"))
+                name = f"{impl}-{str(dtype).removeprefix('torch.')}-{size}"
+                rows.append(pytest.param(impl, dtype, size, id=name, marks=[pytest.mark.slow] if slow else []))
+    return pytest.mark.parametrize("impl,dtype,size", rows)
+
+
+@every_size()
+def test_equals_reference(impl, dtype, size):
+    check_against_reference(impl, make(size, dtype))
+
+
+@each_kernel
+@pytest.mark.parametrize("spread,scale", [(1.0, 0.3), (3.0, 1.0), (1.0, -1.0), (1.0, 0.0)])
+def test_scale_and_sharp_scores(impl, spread, scale):
+    size = (1, 4, 5, 3, 4) if impl == "triton" else "33x17"  # few sharp rows are not enough to compare errors
+    check_against_reference(impl, make(size, torch.float32, spread), scale=scale)
+
+
+@pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
+@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
+@pytest.mark.parametrize("size", ["one_pixel", "odd", "33x17", "long_row", "long_column"])
+def test_every_instruction_set(isa, size, monkeypatch):
+    names = ["portable", "avx2", "avx512"]
+    if names.index(isa) > torch.ops.asa_ops.cpu_isa():
+        pytest.skip(f"this machine has {names[torch.ops.asa_ops.cpu_isa()]} at best")
+    monkeypatch.setenv("ASA_OPS_CPU_ISA", isa)
+    for dtype in (torch.float32, torch.float64):
+        check_against_reference("cpu", make(size, dtype))
+
+
+@each_kernel
+@pytest.mark.parametrize("form", ["channels_last", "turned", "strided", "expanded"])
+def test_any_strides(impl, form):
+    inputs = make("small", torch.float32)
+    expected = criss_cross_attention(*inputs, impl="reference")
+    if form == "channels_last":
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    elif form == "turned":
+        inputs = [x.mT.contiguous().mT for x in inputs]
+    elif form == "strided":
+        inputs = [x.repeat_interleave(2, 1)[:, ::2] for x in inputs]
+    else:
+        inputs = [x[:1].expand(3, -1, -1, -1) for x in inputs]
+        expected = expected[:1].expand(3, -1, -1, -1)
+    torch.testing.assert_close(criss_cross_attention(*inputs, impl=impl), expected)
+    if form != "expanded":
+        check_against_reference(impl, inputs)
+
+
+@each_impl
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_what_is_not_finite_stays_in_its_cross(impl, bad, which):
+    height, width = (3, 4) if impl == "triton" else (5, 6)
+    inputs = make((2, 4, 5, height, width), torch.float32)
+    expected = with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), inputs, torch.ones_like(inputs[2]))
+    inputs[which][0, 0, 1, 2] = bad
+    results = with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), inputs, torch.ones_like(inputs[2]))
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x[1], y[1])
+    out = results[0][0]
+    cross = torch.zeros(height, width, dtype=torch.bool)
+    cross[1], cross[:, 2] = True, True
+    touched = torch.zeros_like(cross).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(True))
+    touched = touched if which == 0 else cross
+    assert torch.equal(out[:, ~touched], expected[0][0][:, ~touched])
+    if bad != bad:
+        assert out[0][touched].isnan().all()
+    else:
+        reached = criss_cross_attention(*inputs, impl="reference")[0]
+        assert torch.equal(out.isfinite(), reached.isfinite())
+
+
+@each_kernel
+def test_repeats_bitwise(impl):
+    inputs = make((2, 3, 4, 3, 4) if impl == "triton" else "33x17", torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3, 3):
+            torch.set_num_threads(count if impl == "cpu" else 1)
+            results.append(
+                with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), inputs, torch.ones_like(inputs[2]))
+            )
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("size", [*SIZES, (2, 64, 512, 97, 97), (1, 128, 1024, 33, 65), (1, 256, 40, 31, 64)], ids=str)
+def test_triton_on_a_gpu(dtype, size):
+    """Every row of the table of configurations."""
+    inputs = make(size, dtype, 0.5, device="cuda")
+    check_against_reference("triton", inputs)
+    first, second = (
+        with_gradients(lambda *x: criss_cross_attention(*x, impl="triton"), inputs, inputs[2]) for _ in range(2)
+    )
+    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+
+
+# ---- torch contracts
+
+
+@each_kernel
+@pytest.mark.parametrize("form", ["contiguous", "channels_last", "requires_grad"])
+def test_opcheck(impl, form):
+    inputs = make((1, 2, 3, 2, 3), torch.float32)
+    if form == "channels_last":
+        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
+    if form == "requires_grad":
+        inputs = [x.requires_grad_() for x in inputs]
+    torch.library.opcheck(ops.criss_cross_fwd, (*inputs, 0.5, impl))
+    if form != "requires_grad":
+        saved = ops.criss_cross_fwd(*inputs, 0.5, impl)
+        torch.library.opcheck(ops.criss_cross_bwd, (torch.randn_like(saved[0]), *inputs, saved[1], 0.5, impl))
+
+
+@pytest.mark.parametrize(
+    "impl,dynamic", [*((impl, False) for impl in ("reference", *KERNELS)), ("auto", True)], ids=lambda x: str(x)
+)
+def test_compiles_without_graph_breaks(impl, dynamic):
+    torch._dynamo.reset()
+    inputs = make((1, 2, 3, 3, 4), torch.float32)
+
+    def function(*inputs):
+        return criss_cross_attention(*inputs, impl=impl) * 2
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    grad_out = torch.randn_like(inputs[2])
+    for x, y in zip(*(with_gradients(f, inputs, grad_out) for f in (compiled, function)), strict=True):
+        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(compiled(*inputs), function(*inputs))
+
+
+def test_exports_as_one_op():
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value):
+            return criss_cross_attention(query, key, value)
+
+    inputs = tuple(make("small", torch.float32))
+    exported = torch.export.export(Attend(), inputs)
+    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
+    assert targets.count("asa_ops.criss_cross_fwd.default") == 1
+    torch.testing.assert_close(exported.module()(*inputs), Attend()(*inputs))
+
+
+@each_fast  # Triton's interpreter gets bfloat16 wrong
+def test_autocast(impl):
+    inputs = make("odd", torch.float32)
+    low = [x.bfloat16() for x in inputs]
+    grad_out = torch.randn_like(inputs[2])
+    expected = with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), low, grad_out)
+
+    def function(*inputs):
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            return criss_cross_attention(*inputs, impl=impl)
+
+    results = with_gradients(function, [*inputs[:2], low[2]], grad_out)
+    assert [x.dtype for x in results] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
+    for x, y in zip(results, expected, strict=True):
+        assert torch.equal(x, y.to(x.dtype))
+
+
+def test_raw_op_ignores_autocast():
+    inputs = make("small", torch.float32)
+    expected = ops.criss_cross_fwd(*inputs, 1.0, "blocked")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        results = ops.criss_cross_fwd(*inputs, 1.0, "blocked")
+    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+def test_meta_tensors_have_the_real_shapes():
+    inputs = make("odd", torch.bfloat16)
+    out, meta = (criss_cross_attention(*(x.to(device) for x in inputs)) for device in ("cpu", "meta"))
+    assert meta.shape == out.shape and meta.dtype == out.dtype and meta.stride() == out.stride()
+
+
+@each_kernel
+def test_func_transforms(impl):
+    dtype = torch.float32 if impl == "triton" else torch.float64
+    many = [torch.stack([x, x * 1.1]) for x in make((1, 2, 3, 2, 3), dtype)]
+
+    def loss(*maps):
+        return criss_cross_attention(*maps, impl=impl).square().sum()
+
+    every = (0, 1, 2)
+    per_sample = torch.func.vmap(torch.func.grad(loss, every))(*many)
+    total = torch.func.grad(lambda *x: torch.func.vmap(loss)(*x).sum(), every)(*many)
+    expected = [torch.func.grad(loss, every)(*image) for image in zip(*many, strict=True)]
+    for results in (per_sample, total):
+        for x, y in zip(results, zip(*expected, strict=True), strict=True):
+            torch.testing.assert_close(x, torch.stack(y))
+
+
+def test_checkpoint_and_double_backward():
+    inputs = [x.requires_grad_() for x in make("small")]
+    plain = torch.autograd.grad(criss_cross_attention(*inputs).sum(), inputs)
+    again = torch.autograd.grad(checkpoint(criss_cross_attention, *inputs, use_reentrant=False).sum(), inputs)
+    assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
+    grads = torch.autograd.grad(criss_cross_attention(*inputs).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"criss_cross_attention has no double backward.*use impl='reference'"):
+        sum(g.sum() for g in grads).backward()
+
+
+def test_flops():
+    inputs = [x.requires_grad_() for x in make((2, 4, 6, 5, 7))]
+    with FlopCounterMode(display=False) as forward:
+        out = criss_cross_attention(*inputs, impl="blocked")
+    with FlopCounterMode(display=False) as backward:
+        out.sum().backward()
+    with FlopCounterMode(display=False) as dense:
+        criss_cross_attention(*inputs, impl="reference")
+    pairs = 2 * 35 * 12
+    assert forward.get_total_flops() == 2 * pairs * (4 + 6) == dense.get_total_flops()
+    assert backward.get_total_flops() == 2 * pairs * (3 * 4 + 2 * 6)
+
+
+@pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
+def test_auto_takes_the_kernels_of_the_cpu(monkeypatch):
+    inputs = make("small", torch.float32)
+    expected = criss_cross_attention(*inputs, impl="cpu")
+    assert torch.equal(criss_cross_attention(*inputs), expected)
+    monkeypatch.setattr(extension, "WHY_MISSING", "it was never built")
+    assert torch.equal(criss_cross_attention(*inputs), criss_cross_attention(*inputs, impl="blocked"))
+    with pytest.raises(RuntimeError, match="cannot run this criss_cross_attention call: it was never built"):
+        criss_cross_attention(*inputs, impl="cpu")
+
+
+# ---- bad input
+
+WRONG = {
+    "no tensor": ({"query": 1.0}, TypeError, "query must be a tensor, got 1.0 of type float"),
+    "rank": (
+        {"query": lambda x: x[0]},
+        ValueError,
+        r"query must have the 4 dimensions \[B, D, H, W\], got .*\[8, 5, 4\]",
+    ),
+    "value rank": ({"value": lambda x: x[None]}, ValueError, r"value must have the 4 dimensions \[B, Dv, H, W\]"),
+    "channels": (
+        {"key": lambda x: x[:, :7]},
+        ValueError,
+        r"key must have the shape of query, \[2, 8, 5, 4\], got .*\[2, 7",
+    ),
+    "no channels": ({"query": lambda x: x[:, :0]}, ValueError, "query must have channels, H and W >= 1, got"),
+    "no pixels": ({"value": lambda x: x[..., :0]}, ValueError, "value must have channels, H and W >= 1, got"),
+    "batch": (
+        {"value": lambda x: x[:1]},
+        ValueError,
+        r"value must be \[B, Dv, H, W\] = \[2, Dv, 5, 4\], got .*\[1, 5, 5, 4\]",
+    ),
+    "map": ({"value": lambda x: x[..., :3]}, ValueError, r"value must be .* got .*\[2, 5, 5, 3\]"),
+    "integer": ({"query": lambda x: x.int()}, TypeError, "query must be one of .*float64.*got a torch.int32"),
+    "dtypes": (
+        {"key": lambda x: x.half()},
+        TypeError,
+        "key must have the dtype of query, torch.float32, got a torch.float16",
+    ),
+    "devices": (
+        {"value": lambda x: x.to("meta")},
+        ValueError,
+        "value must lie on the device of query, cpu, got .* on meta",
+    ),
+    "scale": ({"scale": "2"}, TypeError, "scale must be a number, got '2' of type str"),
+    "impl": ({"impl": "fast"}, ValueError, r"impl must be one of \['auto', .*got 'fast'"),
+    "not here": (
+        {"impl": "cuda"},
+        RuntimeError,
+        "impl='cuda' cannot run this criss_cross_attention call: CUDA kernels need",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_wrong_arguments(name, monkeypatch):
+    changes, error, message = WRONG[name]
+    arguments = dict(zip(("query", "key", "value"), make("small", torch.float32), strict=True))
+    for argument, change in changes.items():
+        arguments[argument] = change(arguments[argument]) if callable(change) else change
+    monkeypatch.setattr(ops, "attend", lambda *args: pytest.fail("work was done"))
+    with pytest.raises(error, match=message):
+        criss_cross_attention(**arguments)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="not in Triton's interpreter")
+def test_what_triton_does_not_take():
+    with pytest.raises(RuntimeError, match="not float64: impl='reference' does"):
+        criss_cross_attention(*make("small"), impl="triton")
+    with pytest.raises(RuntimeError, match="head dims up to 256, got 257: impl='blocked' takes any"):
+        criss_cross_attention(*make((1, 257, 2, 1, 2), torch.float32), impl="triton")
+    assert criss_cross_attention(*make((1, 2, 257, 1, 2), torch.float32), impl="triton").shape[1] == 257
+
+
+@pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
+def test_entry_points_refuse_what_they_cannot_read():
+    query, key, value = make("small", torch.float32)
+    out, stats = torch.empty_like(value), query.new_empty(2, 2, 5, 4)
+    fwd, bwd = torch.ops.asa_ops.criss_cross_cpu_fwd, torch.ops.asa_ops.criss_cross_cpu_bwd
+    fwd(query, key, value, 1.0, out, stats)
+    wrong = {
+        "q must be float32 or float64": (query.half(), key, value, 1.0, out, stats),
+        "k must be of the dtype": (query, key.double(), value, 1.0, out, stats),
+        "k must be of the shape": (query, key[:, :7].contiguous(), value, 1.0, out, stats),
+        "v must be contiguous": (query, key, value.mT.contiguous().mT, 1.0, out, stats),
+        "out must be of the shape": (query, key, value, 1.0, out[:, :2].contiguous(), stats),
+        "stats must be of the rank": (query, key, value, 1.0, out, stats[0]),
+        "at least one channel": (query[:, :0], key[:, :0], value, 1.0, out, stats),
+    }
+    for message, arguments in wrong.items():
+        with pytest.raises(RuntimeError, match=message):
+            fwd(*arguments)
+    bwd(out, query, key, value, stats, 1.0, query.clone(), key.clone(), value.clone())
+    with pytest.raises(RuntimeError, match="dq must be like q"):
+        bwd(out, query, key, value, stats, 1.0, query[:, :7].clone(), key[:, :7].clone(), value.clone())
+
+
+# ---- the module
+
+
+@pytest.mark.parametrize("options", [{}, {"reduction": 100}, {"recurrence": 3, "impl": "reference"}], ids=str)
+@pytest.mark.parametrize("size", [(5, 7), (1, 9), (8, 1)], ids=str)
+def test_is_the_identity_at_first_then_not(options, size):
+    block = CrissCrossAttention(16, **options)
+    x = torch.randn(2, 16, *size)
+    assert torch.equal(block(x), x)
+    torch.nn.init.ones_(block.gamma)
+    y = block(x)
+    assert y.shape == x.shape and y.dtype == x.dtype and not torch.equal(y, x)
+    block.reset_parameters()
+    assert torch.equal(block(x), x)
+
+
+def test_twice_reaches_the_whole_map():
+    def reach(recurrence):
+        block = CrissCrossAttention(8, recurrence=recurrence).double()
+        torch.nn.init.ones_(block.gamma)
+        x = torch.randn(1, 8, 5, 6, dtype=torch.float64, requires_grad=True)
+        block(x)[0, :, 1, 2].sum().backward()
+        return (x.grad != 0).any(1)[0]
+
+    cross = torch.zeros(5, 6, dtype=torch.bool)
+    cross[1], cross[:, 2] = True, True
+    assert torch.equal(reach(1), cross) and reach(2).all()
+
+
+def test_upstream_keys():
+    block = CrissCrossAttention(16)
+    names = {"query": "query_conv", "key": "key_conv", "value": "value_conv"}
+    published = {}
+    for name, x in block.state_dict().items():
+        module, _, parameter = name.rpartition(".")
+        published[f"{names[module]}.{parameter}" if module else name] = torch.randn_like(x)
+    block.load_state_dict(CrissCrossAttention.from_upstream(published))
+    assert torch.equal(block.value.weight, published["value_conv.weight"])
+    gamma = published.pop("gamma")
+    block.load_state_dict(CrissCrossAttention.from_upstream(published | {"gamma.scale": torch.tensor(0.3)}))  # mmcv
+    assert block.gamma.shape == gamma.shape and block.gamma.item() == torch.tensor(0.3).item()
+    with pytest.raises(ValueError, match=r"unknown key 'conv.weight' in a .*, expected \['key_conv.*gamma.scale"):
+        CrissCrossAttention.from_upstream({"conv.weight": torch.zeros(1)})
+
+
+def test_module_half_precision_compile_and_wrong_options():
+    block = CrissCrossAttention(16)
+    torch.nn.init.ones_(block.gamma)
+    x = torch.randn(2, 16, 6, 5)
+    expected = block(x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for y in (x, x.bfloat16()):
+            assert block(y).dtype == y.dtype
+            torch.testing.assert_close(block(y).float(), expected, rtol=0.05, atol=0.1)
+    torch._dynamo.reset()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(x), expected)
+    last = block.to(memory_format=torch.channels_last)(x.contiguous(memory_format=torch.channels_last))
+    torch.testing.assert_close(last, expected)
+    for options, error, message in (
+        ({"in_channels": 0}, ValueError, "in_channels must be >= 1, got in_channels=0"),
+        ({"reduction": 1.5}, TypeError, "reduction must be an integer"),
+        ({"recurrence": 0}, ValueError, "recurrence must be >= 1"),
+        ({"impl": "fast"}, ValueError, "impl must be one of"),
+    ):
+        with pytest.raises(error, match=message):
+            CrissCrossAttention(**({"in_channels": 16} | options))
+    with pytest.raises(ValueError, match=r"x must have C = in_channels = 16 channels, got .*\[1, 8, 4, 4\]"):
+        block(torch.randn(1, 8, 4, 4))
