@@ -1,0 +1,104 @@
+"""The public function of interlaced sparse attention."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ..precision import cast_under_autocast, outside_autocast
+from ..softmax_attention import softmax_attention
+
+
+def interlaced_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, int],
+    factors: tuple[int, int] = (8, 8),
+    span: str = "long",
+    scale: float | None = None,
+) -> Tensor:
+    """Attend among positions a fixed step apart ("long"), or among those of one block of the map ("short").
+
+    Formulas: ``asa_ops/interlaced_sparse/__init__.py``. Source: Huang et al., arXiv 1907.12273 (2019).
+
+    Args:
+        query: [B, heads, N, D], floating point, tokens of a map in raster order.
+        key: [B, heads, N, D].
+        value: [B, heads, N, Dv].
+        grid: (H, W) with H * W == N.
+        factors: (dh, dw), the steps, which are also the sides of a block; at most (H, W).
+        span: "long" or "short".
+        scale: factor of the scores, default D**-0.5.
+
+    Returns:
+        [B, heads, N, Dv] in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+        TypeError: dtypes that do not.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops import interlaced_sparse_attention
+        >>> q, k, v = torch.randn(3, 1, 2, 25 * 32, 16)
+        >>> out = interlaced_sparse_attention(q, k, v, grid=(25, 32))
+        >>> interlaced_sparse_attention(q, k, out, grid=(25, 32), span="short").shape
+        torch.Size([1, 2, 800, 16])
+    """
+    query, key, value = cast_under_autocast(query=query, key=key, value=value)
+    checks.check_qkv(query, key, value)
+    n = query.shape[2]
+    if key.shape[2] != n:
+        raise ValueError(f"there must be as many keys as queries, got N_q = {n} and N_k = {key.shape[2]}")
+    checks.check_grid(grid, n)
+    check_factors(factors, grid)
+    checks.check_choice("span", span, ("long", "short"))
+    if scale is not None:
+        checks.check_number("scale", scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    real = None
+    if grid[0] % factors[0] or grid[1] % factors[1]:
+        real = _groups(torch.ones_like(query[:1, :1, :, :1]), grid, factors, span)[:, 0].mT > 0  # [1, groups, 1, n]
+    groups = [_groups(x, grid, factors, span).flatten(1, 2) for x in (query, key, value)]
+    mask = None if real is None else real.repeat(1, query.shape[1], 1, 1)
+    with outside_autocast(query.device.type):
+        out = softmax_attention(*groups, scale=scale, mask=mask)
+    return _tokens(out.unflatten(1, (query.shape[1], -1)), grid, factors, span)
+
+
+def check_factors(factors: object, grid: tuple[int, int]) -> None:
+    """Check that ``factors`` is two integers, neither larger than its side of the map."""
+    checks.check_pair("factors", factors)
+    if factors[0] > grid[0] or factors[1] > grid[1]:
+        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={tuple(factors)}")
+
+
+def padding(grid: tuple[int, int], factors: tuple[int, int]) -> list[int]:
+    """Return the padding (left, right, top, bottom) that makes the sides of the map multiples of ``factors``."""
+    (top, bottom), (left, right) = (
+        (-side % factor // 2, (1 + -side % factor) // 2) for side, factor in zip(grid, factors, strict=True)
+    )
+    return [left, right, top, bottom]
+
+
+def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
+    """Return tokens [B, heads, N, D] as groups [B, heads, groups, n, D], padded with zeros."""
+    x = F.pad(x.unflatten(2, grid), (0, 0, *padding(grid, factors)))
+    x = x.unflatten(3, (-1, factors[1])).unflatten(2, (-1, factors[0]))  # [B, heads, H/dh, dh, W/dw, dw, D]
+    order = (3, 5, 2, 4) if span == "long" else (2, 4, 3, 5)
+    x = x.permute(0, 1, *order, 6)
+    return x.flatten(4, 5).flatten(2, 3)
+
+
+def _tokens(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
+    """Undo :func:`_groups`."""
+    left, right, top, bottom = padding(grid, factors)
+    blocks = (grid[0] + top + bottom) // factors[0], (grid[1] + left + right) // factors[1]
+    outer, inner = (factors, blocks) if span == "long" else (blocks, factors)
+    x = x.unflatten(3, inner).unflatten(2, outer)
+    # Columns in memory, like the tokens of a map: the output is a map without another copy.
+    x = x.permute(0, 1, 6, *((4, 2, 5, 3) if span == "long" else (2, 4, 3, 5)))
+    x = x.flatten(5, 6).flatten(3, 4)
+    return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT
