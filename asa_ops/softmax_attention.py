@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .precision import at_least_float32
+from .precision import at_least_float32, outside_autocast
 
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
@@ -20,8 +20,14 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, m
     Returns:
         [B, heads, N_q, Dv].
     """
+    with outside_autocast(query.device.type):
+        return _softmax_attention(query, key, value, scale, mask)
+
+
+def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     dim, dim_v = query.shape[-1], value.shape[-1]
-    short = key.shape[-2] <= dim + dim_v  # a row of scores is then no longer than the query and the output it is for
+    # A row of scores is then hardly longer than the query and the output it is for, and may be stored.
+    short = key.shape[-2] <= max(dim + dim_v, 256)
     if short and query.device.type == "cpu":
         # SDPA's fused kernel is slower here than the plain formula, and its own plain formula scales both operands.
         q, k, v = at_least_float32(query, key, value)

@@ -21,8 +21,8 @@ What it attends to: the pixels of its column, and through them, row by row, ever
 
 Differences from the published code. With its channel attention on it raises a TypeError (an argument in the wrong
 place); here the activation is the intended leaky ReLU (in the block with the published slope, 0.2 rounded to float32).
-Its loop over groups of queries, meant to save memory, computes a group for nothing or divides by zero: here there are no
-groups. As published, a gate's input is 1 / H of a mean (or 1 / W): it shrinks as the map grows.
+Its loop over groups of queries, meant to save memory, computes a group for nothing or divides by zero: here there are
+no groups. As published, a gate's input is 1 / H of a mean (or 1 / W): it shrinks as the map grows.
 """
 
 from .api import channelized_axial_attention

@@ -5,7 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
-from ..precision import cast_under_autocast, outside_autocast
+from ..precision import cast_under_autocast
 from ..softmax_attention import softmax_attention
 
 
@@ -63,8 +63,7 @@ def interlaced_sparse_attention(
         real = _groups(torch.ones_like(query[:1, :1, :, :1]), grid, factors, span)[:, 0].mT > 0  # [1, groups, 1, n]
     groups = [_groups(x, grid, factors, span).flatten(1, 2) for x in (query, key, value)]
     mask = None if real is None else real.repeat(1, query.shape[1], 1, 1)
-    with outside_autocast(query.device.type):
-        out = softmax_attention(*groups, scale=scale, mask=mask)
+    out = softmax_attention(*groups, scale=scale, mask=mask)
     return _tokens(out.unflatten(1, (query.shape[1], -1)), grid, factors, span)
 
 
@@ -83,22 +82,31 @@ def padding(grid: tuple[int, int], factors: tuple[int, int]) -> list[int]:
     return [left, right, top, bottom]
 
 
+def _blocks(grid: tuple[int, int], factors: tuple[int, int]) -> tuple[int, int]:
+    """Return how many blocks of the size ``factors`` the padded map has, down and across."""
+    return -(-grid[0] // factors[0]), -(-grid[1] // factors[1])
+
+
 def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
     """Return tokens [B, heads, N, D] as groups [B, heads, groups, n, D], padded with zeros."""
-    x = F.pad(x.unflatten(2, grid), (0, 0, *padding(grid, factors)))
-    x = x.unflatten(3, (-1, factors[1])).unflatten(2, (-1, factors[0]))  # [B, heads, H/dh, dh, W/dw, dw, D]
+    batch, heads, _, dim = x.shape
+    around, blocks = padding(grid, factors), _blocks(grid, factors)
+    x = x.unflatten(2, grid)
+    x = F.pad(x, (0, 0, *around)) if any(around) else x
+    x = x.unflatten(3, (blocks[1], factors[1])).unflatten(2, (blocks[0], factors[0]))
     order = (3, 5, 2, 4) if span == "long" else (2, 4, 3, 5)
-    x = x.permute(0, 1, *order, 6)
-    return x.flatten(4, 5).flatten(2, 3)
+    n = blocks[0] * blocks[1] if span == "long" else factors[0] * factors[1]
+    return x.permute(0, 1, *order, 6).reshape(batch, heads, -1, n, dim)
 
 
 def _tokens(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
     """Undo :func:`_groups`."""
-    left, right, top, bottom = padding(grid, factors)
-    blocks = (grid[0] + top + bottom) // factors[0], (grid[1] + left + right) // factors[1]
+    batch, heads, _, _, dim = x.shape
+    left, _, top, _ = padding(grid, factors)
+    blocks = _blocks(grid, factors)
     outer, inner = (factors, blocks) if span == "long" else (blocks, factors)
     x = x.unflatten(3, inner).unflatten(2, outer)
     # Columns in memory, like the tokens of a map: the output is a map without another copy.
     x = x.permute(0, 1, 6, *((4, 2, 5, 3) if span == "long" else (2, 4, 3, 5)))
-    x = x.flatten(5, 6).flatten(3, 4)
+    x = x.reshape(batch, heads, dim, blocks[0] * factors[0], blocks[1] * factors[1])
     return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT

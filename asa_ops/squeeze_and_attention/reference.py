@@ -30,7 +30,7 @@ def _enlarge(a: Tensor, axis: int, size: int, pool: int, upsample: str) -> Tenso
     if upsample == "nearest":
         return a.index_select(axis, i // pool)
     last = a.shape[axis] - 1
-    centre = ((i + 0.5) / pool - 0.5).to(a.dtype).clamp(min=0)  # in units of windows
+    centre = ((i.to(a.dtype) + 0.5) / pool - 0.5).clamp(min=0)  # in units of windows
     low = centre.long()
     share = (centre - low).unflatten(0, (-1, *[1] * (-axis - 1)))
     return a.index_select(axis, low) * (1 - share) + a.index_select(axis, (low + 1).clamp(max=last)) * share
