@@ -104,6 +104,7 @@ CASES = [
     Case("interlaced_ones", "interlaced_sparse", *interlaced((3, 4), (1, 1), "short")),
     Case("interlaced_row", "interlaced_sparse", *interlaced((1, 7), (1, 3), "long")),
     Case("interlaced_fused", "interlaced_sparse", *interlaced((15, 35), (2, 1), "long", dim_v=3), fused=True),
+    Case("interlaced_empty", "interlaced_sparse", tokens(35, batch=0), {"grid": (5, 7), "factors": (2, 3)}),
     Case("salient", "salient_positions", salient()),
     Case("salient_adaptive", "salient_positions", salient(), {"topk": None}),
     Case("salient_all", "salient_positions", salient(n_v=11), {"topk": 35}),

@@ -64,7 +64,7 @@ def interlaced_sparse_attention(
     groups = [_groups(x, grid, factors, span).flatten(1, 2) for x in (query, key, value)]
     mask = None if real is None else real.repeat(1, query.shape[1], 1, 1)
     out = softmax_attention(*groups, scale=scale, mask=mask)
-    return _tokens(out.unflatten(1, (query.shape[1], -1)), grid, factors, span)
+    return _tokens(out.view(*query.shape[:2], out.shape[1] // query.shape[1], *out.shape[2:]), grid, factors, span)
 
 
 def check_factors(factors: object, grid: tuple[int, int]) -> None:
@@ -94,9 +94,11 @@ def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: st
     x = x.unflatten(2, grid)
     x = F.pad(x, (0, 0, *around)) if any(around) else x
     x = x.unflatten(3, (blocks[1], factors[1])).unflatten(2, (blocks[0], factors[0]))
-    order = (3, 5, 2, 4) if span == "long" else (2, 4, 3, 5)
-    n = blocks[0] * blocks[1] if span == "long" else factors[0] * factors[1]
-    return x.permute(0, 1, *order, 6).reshape(batch, heads, -1, n, dim)
+    if span == "long":
+        x, (outer, inner) = x.permute(0, 1, 3, 5, 2, 4, 6), (factors, blocks)
+    else:
+        x, (outer, inner) = x.permute(0, 1, 2, 4, 3, 5, 6), (blocks, factors)
+    return x.reshape(batch, heads, outer[0] * outer[1], inner[0] * inner[1], dim)
 
 
 def _tokens(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
@@ -104,9 +106,10 @@ def _tokens(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: st
     batch, heads, _, _, dim = x.shape
     left, _, top, _ = padding(grid, factors)
     blocks = _blocks(grid, factors)
-    outer, inner = (factors, blocks) if span == "long" else (blocks, factors)
-    x = x.unflatten(3, inner).unflatten(2, outer)
     # Columns in memory, like the tokens of a map: the output is a map without another copy.
-    x = x.permute(0, 1, 6, *((4, 2, 5, 3) if span == "long" else (2, 4, 3, 5)))
+    if span == "long":
+        x = x.unflatten(3, blocks).unflatten(2, factors).permute(0, 1, 6, 4, 2, 5, 3)
+    else:
+        x = x.unflatten(3, factors).unflatten(2, blocks).permute(0, 1, 6, 2, 4, 3, 5)
     x = x.reshape(batch, heads, dim, blocks[0] * factors[0], blocks[1] * factors[1])
     return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT

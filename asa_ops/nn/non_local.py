@@ -91,6 +91,10 @@ class NonLocal(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
         checks.check_feature_map(x, self.in_channels)
+        if self.sub_sample and self.published and 1 in x.shape[-2:]:
+            raise ValueError(
+                f"sub_sample needs H, W >= 2 with published=True, got {checks.describe(x)}; published=False takes any"
+            )
         query, key = (x, x) if self.mode == "gaussian" else (self.query(x), self.key(x))
         maps = query, self._pool(key), self._pool(self.value(x))
         query, key, value = (to_tokens(each, self.heads) for each in maps)
@@ -105,13 +109,7 @@ class NonLocal(nn.Module):
         return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
 
     def _pool(self, x: Tensor) -> Tensor:
-        if not self.sub_sample:
-            return x
-        if self.published and 1 in x.shape[-2:]:
-            raise ValueError(
-                f"sub_sample needs H, W >= 2 with published=True, got {checks.describe(x)}; published=False takes any"
-            )
-        return F.max_pool2d(x, 2, ceil_mode=not self.published)
+        return F.max_pool2d(x, 2, ceil_mode=not self.published) if self.sub_sample else x
 
     def extra_repr(self) -> str:
         return (
