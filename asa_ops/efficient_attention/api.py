@@ -33,6 +33,6 @@ def efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     query, key, value = cast_under_autocast(query=query, key=key, value=value)
     checks.check_qkv(query, key, value)
     with outside_autocast(query.device.type):
-        q, k, v = at_least_float32(query, key, value)
         # Tokens of a map are columns in memory: formed as its transpose, the output is a map without a copy.
-        return ((v.mT @ k.softmax(-2)) @ q.softmax(-1).mT).mT.to(query.dtype)
+        q, k, v = (x.mT for x in at_least_float32(query, key, value))
+        return ((v @ k.softmax(-1).mT) @ q.softmax(-2)).mT.to(query.dtype)
