@@ -34,7 +34,10 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, 
         scores = (q * scale) @ k.mT
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
-        return (scores.softmax(-1) @ v).to(query.dtype)
+        weights = scores.softmax(-1)
+        columns = v.stride(-1) != 1  # the output is formed in the layout of the value
+        out = (v.mT @ weights.mT).mT if columns else weights @ v
+        return out.to(query.dtype)
     if not short and dim != dim_v:
         # Unequal head dims send SDPA to its plain formula, which stores the N_q x N_k matrix.
         query, key, value = (F.pad(x, (0, max(dim, dim_v) - x.shape[-1])) for x in (query, key, value))

@@ -113,8 +113,8 @@ def memory(*arguments, device: str) -> float:
 
 def case(name: str, options: dict, size: str, backward: bool, rounds: int, device: str) -> dict:
     height, width, channels = map(int, size.split("x"))
-    # About six tensors of the largest kind are alive in the backward.
-    needed = 6 * 4 * eager.largest_tensor(name, options, channels, height, width)
+    # About four tensors of the largest kind are alive in the backward.
+    needed = 4 * 4 * eager.largest_tensor(name, options, channels, height, width)
     forms = ["ours", "eager"] if 2 * needed < free_bytes(device) else ["ours"]
     tensors = make(name, options, size, device)
     times = {form: [] for form in forms}

@@ -58,13 +58,13 @@ def interlaced_sparse_attention(
     if scale is not None:
         checks.check_number("scale", scale)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    real = None
+    mask = None
     if grid[0] % factors[0] or grid[1] % factors[1]:
-        real = _groups(torch.ones_like(query[:1, :1, :, :1]), grid, factors, span)[:, 0].mT > 0  # [1, groups, 1, n]
-    groups = [_groups(x, grid, factors, span).flatten(1, 2) for x in (query, key, value)]
-    mask = None if real is None else real.repeat(1, query.shape[1], 1, 1)
+        real = torch.ones_like(query[:1, :1, :, :1]).expand(-1, query.shape[1], -1, -1)
+        mask = _groups(real, grid, factors, span).mT > 0  # [1, heads * groups, 1, n]
+    groups = (_groups(x, grid, factors, span) for x in (query, key, value))
     out = softmax_attention(*groups, scale=scale, mask=mask)
-    return _tokens(out.view(*query.shape[:2], out.shape[1] // query.shape[1], *out.shape[2:]), grid, factors, span)
+    return _tokens(out, query.shape[1], grid, factors, span)
 
 
 def check_factors(factors: object, grid: tuple[int, int]) -> None:
@@ -88,28 +88,30 @@ def _blocks(grid: tuple[int, int], factors: tuple[int, int]) -> tuple[int, int]:
 
 
 def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
-    """Return tokens [B, heads, N, D] as groups [B, heads, groups, n, D], padded with zeros."""
+    """Return tokens [B, heads, N, D] as groups [B, heads * groups, n, D], padded with zeros."""
     batch, heads, _, dim = x.shape
-    around, blocks = padding(grid, factors), _blocks(grid, factors)
-    x = x.unflatten(2, grid)
-    x = F.pad(x, (0, 0, *around)) if any(around) else x
-    x = x.unflatten(3, (blocks[1], factors[1])).unflatten(2, (blocks[0], factors[0]))
-    if span == "long":
-        x, (outer, inner) = x.permute(0, 1, 3, 5, 2, 4, 6), (factors, blocks)
-    else:
-        x, (outer, inner) = x.permute(0, 1, 2, 4, 3, 5, 6), (blocks, factors)
-    return x.reshape(batch, heads, outer[0] * outer[1], inner[0] * inner[1], dim)
+    (down, across), around = _blocks(grid, factors), padding(grid, factors)
+    # Fused kernels want rows. The plain formula takes columns, and tokens of a map are copied faster as what they are.
+    columns = x.stride(-1) != 1 and x.device.type == "cpu"
+    x = x.mT.unflatten(3, grid)
+    x = F.pad(x, around) if any(around) else x
+    x = x.unflatten(4, (across, factors[1])).unflatten(3, (down, factors[0]))  # [B, heads, D, H/dh, dh, W/dw, dw]
+    outer, inner = ((4, 6), (3, 5)) if span == "long" else ((3, 5), (4, 6))
+    n = down * across if span == "long" else factors[0] * factors[1]
+    groups = heads * (factors[0] * factors[1] if span == "long" else down * across)
+    if columns:
+        return x.permute(0, 1, *outer, 2, *inner).reshape(batch, groups, dim, n).mT
+    return x.permute(0, 1, *outer, *inner, 2).reshape(batch, groups, n, dim)
 
 
-def _tokens(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
+def _tokens(x: Tensor, heads: int, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
     """Undo :func:`_groups`."""
-    batch, heads, _, _, dim = x.shape
     left, _, top, _ = padding(grid, factors)
     blocks = _blocks(grid, factors)
     # Columns in memory, like the tokens of a map: the output is a map without another copy.
     if span == "long":
-        x = x.unflatten(3, blocks).unflatten(2, factors).permute(0, 1, 6, 4, 2, 5, 3)
+        x = x.unflatten(2, blocks).unflatten(1, (heads, *factors)).permute(0, 1, 6, 4, 2, 5, 3)
     else:
-        x = x.unflatten(3, factors).unflatten(2, blocks).permute(0, 1, 6, 2, 4, 3, 5)
-    x = x.reshape(batch, heads, dim, blocks[0] * factors[0], blocks[1] * factors[1])
+        x = x.unflatten(2, factors).unflatten(1, (heads, *blocks)).permute(0, 1, 6, 2, 4, 3, 5)
+    x = x.reshape(*x.shape[:3], blocks[0] * factors[0], blocks[1] * factors[1])
     return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT

@@ -45,9 +45,8 @@ def salient_positions_attention(query: Tensor, value: Tensor, *, topk: int | Non
         checks.check_positive_int("topk", topk)
     checks.check_at_most("topk", topk, n, "the number of positions N")
     with outside_autocast(query.device.type):
-        q, v = at_least_float32(query, value)
-        salient = q.detach().square().sum(-1).topk(topk, sorted=False).indices
-        q = q.gather(-2, salient[..., None].expand(-1, -1, -1, dim))
-        weights = (q.mT @ q).softmax(-1)
         # Tokens of a map are columns in memory: formed as its transpose, the output is a map without a copy.
-        return (weights @ v.mT).mT.to(query.dtype)
+        q, v = (x.mT for x in at_least_float32(query, value))
+        salient = q.detach().square().sum(-2, keepdim=True).topk(topk, sorted=False).indices
+        q = q.gather(-1, salient.expand(-1, -1, dim, -1))
+        return ((q @ q.mT).softmax(-1) @ v).mT.to(query.dtype)
