@@ -146,6 +146,13 @@ def check_pair(name: str, x: object) -> None:
         check_positive_int(f"each of {name}", part)
 
 
+def check_factors(factors: object, grid: tuple[int, int]) -> None:
+    """Check that ``factors`` is two integers, neither larger than its side of the map."""
+    check_pair("factors", factors)
+    if factors[0] > grid[0] or factors[1] > grid[1]:
+        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={tuple(factors)}")
+
+
 def check_at_most(name: str, x: int, limit: int, what: str) -> None:
     """Check that the integer ``x`` is at most ``limit``, which is ``what``."""
     if x > limit:

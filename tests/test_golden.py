@@ -135,55 +135,61 @@ def test_plain_semantics_against_the_authors_masks_and_outputs(path, impl):
     torch.testing.assert_close(shrunk, golden["y_core"], rtol=0, atol=1e-10)
 
 
-def options_of(name: str, hyper: dict) -> dict:
-    """Return the options of the block ``name`` that a file's hyperparameters ask for."""
-    norm = None if hyper.get("norm_cfg") is None else "batch"
-    kind = "position" if "in_places" in hyper else "channel"
-    return {
-        "nl": lambda h: {"norm": norm, **pick(h, "reduction", "mode", "use_scale", "sub_sample"), "published": True},
-        "lam": lambda h: {"kind": kind, **pick(h, "eps")},
-        "ea": lambda h: {
-            "heads": h["head_count"],
-            **pick(h, "key_channels", "value_channels"),
+def pick(hyper: dict, *names: str) -> dict:
+    return {name: hyper[name] for name in names}
+
+
+BLOCKS = {  # by the first part of a file's name: the class, and the options that the file's hyperparameters ask for
+    "nl": (
+        nn.NonLocal,
+        lambda h: {
+            "norm": None if h["norm_cfg"] is None else "batch",
             "published": True,
+            **pick(h, "reduction", "mode", "use_scale", "sub_sample"),
         },
-        "caa": lambda h: {
+    ),
+    "lam": (
+        nn.LinearAttention,
+        lambda h: {"kind": "position" if "in_places" in h else "channel", "eps": h["eps"]},
+    ),
+    "ea": (
+        nn.EfficientAttention,
+        lambda h: {"heads": h["head_count"], "published": True, **pick(h, "key_channels", "value_channels")},
+    ),
+    "caa": (
+        nn.ChannelizedAxialAttention,
+        lambda h: {
             "out_channels": h["filters"],
             "key_channels": h["guided_filters"],
             "hidden_layers": h["hidden_layers_count"],
             "hidden_ratio": h["hidden_layer_ratio"],
             "channel_attention": h["use_channel_attention"],
         },
-        "sanet": lambda h: {
+    ),
+    "sanet": (
+        nn.SqueezeAndAttention,
+        lambda h: {
             "out_channels": h["ch_out"],
             "activation": "sigmoid" if h["sigmoid"] else None,
-            **pick(h, "pool"),
+            "pool": h["pool"],
         },
-        "isa": lambda h: {
+    ),
+    "isa": (
+        nn.InterlacedSparseAttention,
+        lambda h: {
             "factors": h["down_factors"],
-            **pick(h, "key_channels", "value_channels", "out_channels", "dropout"),
             "published": True,
+            **pick(h, "key_channels", "value_channels", "out_channels", "dropout"),
         },
-        "spanet": lambda h: {
+    ),
+    "spanet": (
+        nn.SalientPositionsAttention,
+        lambda h: {
             "inner_channels": h["inter_channels"],
             "topk": None if h["adaptive"] else h["k"],
-            **pick(h, "sub_sample"),
+            "sub_sample": h["sub_sample"],
         },
-    }[name](hyper)
-
-
-def pick(hyper: dict, *names: str) -> dict:
-    return {name: hyper[name] for name in names}
-
-
-BLOCKS = {
-    "nl": nn.NonLocal,
-    "lam": nn.LinearAttention,
-    "ea": nn.EfficientAttention,
-    "caa": nn.ChannelizedAxialAttention,
-    "sanet": nn.SqueezeAndAttention,
-    "isa": nn.InterlacedSparseAttention,
-    "spanet": nn.SalientPositionsAttention,
+    ),
 }
 OTHERS = [path for name in BLOCKS for path in sorted(FOLDER.glob(f"{name}_*.npz"))]
 HEAD = "caa_p4_head"  # not a block
@@ -191,20 +197,18 @@ HEAD = "caa_p4_head"  # not a block
 
 def check_other(path: Path, golden: dict) -> None:
     name = path.stem.split("_")[0]
-    channels = golden["x"].shape[1]
-    options = options_of(name, golden["meta"]["hyper"])
-    tolerance = 1e-9 if name == "caa" else 1e-10  # its source rounds a constant to float32
+    block_class, options_of = BLOCKS[name]
     if path.stem == HEAD:
-        block, from_upstream = CaaHead(channels, options), CaaHead.from_upstream
-    else:
-        block, from_upstream = BLOCKS[name](channels, **options), BLOCKS[name].from_upstream
-    check_block(block, from_upstream, golden, tolerance)
+        block_class = CaaHead
+    block = block_class(golden["x"].shape[1], **options_of(golden["meta"]["hyper"]))
+    tolerance = 1e-9 if name == "caa" else 1e-10  # its source rounds a constant to float32
+    check_block(block, block_class.from_upstream, golden, tolerance)
 
 
 class CaaHead(torch.nn.Module):
     """The head that channelized axial attention was published in: 3x3 entry, block, 1x1 end, beside the mean image."""
 
-    def __init__(self, channels: int, options: dict):
+    def __init__(self, channels: int, **options):
         super().__init__()
         inner = options["out_channels"]
         self.entry = conv_norm_relu(channels, inner, kernel=3, eps=1e-3)

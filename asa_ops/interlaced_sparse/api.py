@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .. import checks
+from ..layout import padding_to_multiples
 from ..precision import cast_under_autocast
 from ..softmax_attention import softmax_attention
 
@@ -53,7 +54,7 @@ def interlaced_sparse_attention(
     if key.shape[2] != n:
         raise ValueError(f"there must be as many keys as queries, got N_q = {n} and N_k = {key.shape[2]}")
     checks.check_grid(grid, n)
-    check_factors(factors, grid)
+    checks.check_factors(factors, grid)
     checks.check_choice("span", span, ("long", "short"))
     if scale is not None:
         checks.check_number("scale", scale)
@@ -67,21 +68,6 @@ def interlaced_sparse_attention(
     return _tokens(out, query.shape[1], grid, factors, span)
 
 
-def check_factors(factors: object, grid: tuple[int, int]) -> None:
-    """Check that ``factors`` is two integers, neither larger than its side of the map."""
-    checks.check_pair("factors", factors)
-    if factors[0] > grid[0] or factors[1] > grid[1]:
-        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={tuple(factors)}")
-
-
-def padding(grid: tuple[int, int], factors: tuple[int, int]) -> list[int]:
-    """Return the padding (left, right, top, bottom) that makes the sides of the map multiples of ``factors``."""
-    (top, bottom), (left, right) = (
-        (-side % factor // 2, (1 + -side % factor) // 2) for side, factor in zip(grid, factors, strict=True)
-    )
-    return [left, right, top, bottom]
-
-
 def _blocks(grid: tuple[int, int], factors: tuple[int, int]) -> tuple[int, int]:
     """Return how many blocks of the size ``factors`` the padded map has, down and across."""
     return -(-grid[0] // factors[0]), -(-grid[1] // factors[1])
@@ -90,7 +76,7 @@ def _blocks(grid: tuple[int, int], factors: tuple[int, int]) -> tuple[int, int]:
 def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
     """Return tokens [B, heads, N, D] as groups [B, heads * groups, n, D], padded with zeros."""
     batch, heads, _, dim = x.shape
-    (down, across), around = _blocks(grid, factors), padding(grid, factors)
+    (down, across), around = _blocks(grid, factors), padding_to_multiples(grid, factors)
     # Fused kernels want rows. The plain formula takes columns, and tokens of a map are copied faster as what they are.
     columns = x.stride(-1) != 1 and x.device.type == "cpu"
     x = x.mT.unflatten(3, grid)
@@ -106,7 +92,7 @@ def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: st
 
 def _tokens(x: Tensor, heads: int, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
     """Undo :func:`_groups`."""
-    left, _, top, _ = padding(grid, factors)
+    left, _, top, _ = padding_to_multiples(grid, factors)
     blocks = _blocks(grid, factors)
     # Columns in memory, like the tokens of a map: the output is a map without another copy.
     if span == "long":

@@ -1,8 +1,8 @@
 """Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out."""
 
-from torch import nn as _nn
+from torch.nn import Module
 
-from ..checks import check_choice as _check_choice
+from .. import checks
 from .asa import AdaptiveSparseAttention
 from .channelized_axial import ChannelizedAxialAttention
 from .efficient_attention import EfficientAttention
@@ -49,7 +49,7 @@ def available() -> list[str]:
     return sorted(_BLOCKS)
 
 
-def build(name: str, in_channels: int, **options) -> _nn.Module:
+def build(name: str, in_channels: int, **options) -> Module:
     """Return the block called ``name``, so that a configuration file can name one.
 
     Args:
@@ -66,5 +66,5 @@ def build(name: str, in_channels: int, **options) -> _nn.Module:
         >>> nn.build("non_local", 64, mode="dot_product").mode
         'dot_product'
     """
-    _check_choice("name", name, tuple(available()))
+    checks.check_choice("name", name, tuple(available()))
     return _BLOCKS[name](in_channels, **options)

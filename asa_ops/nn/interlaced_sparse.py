@@ -8,8 +8,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..interlaced_sparse import interlaced_sparse_attention
-from ..interlaced_sparse.api import check_factors, padding
-from ..layout import to_map, to_tokens
+from ..layout import padding_to_multiples, to_map, to_tokens
 from .common import conv_norm_relu, rename
 
 
@@ -87,13 +86,13 @@ class InterlacedSparseAttention(nn.Module):
         """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
         checks.check_feature_map(x, self.in_channels)
         for factors in self.factors:
-            check_factors(factors, tuple(x.shape[-2:]))
+            checks.check_factors(factors, tuple(x.shape[-2:]))
         contexts = [self._context(x, *each) for each in zip(self.stages, self.factors, strict=True)]
         return self.dropout(self.proj(torch.cat([self.up(x), *contexts], 1)))
 
     def _context(self, x: Tensor, stage: nn.ModuleDict, factors: tuple[int, int]) -> Tensor:
         height, width = x.shape[-2:]
-        around = padding((height, width), factors)
+        around = padding_to_multiples((height, width), factors)
         if self.published:
             x = F.pad(x, around)
         x = stage["short"](stage["long"](x, factors, "long"), factors, "short")
