@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 
 from asa_ops import nn
 
@@ -135,6 +136,27 @@ def test_published_padding_takes_part_and_ours_does_not():
     torch.testing.assert_close(*(block(x) for block in blocks))
     ours, published = (block(x[..., :7]) for block in blocks)
     assert (ours - published).abs().max() > 1e-4
+
+
+def test_published_interlaced_attention_takes_factors_above_the_map():
+    block = alive(nn.InterlacedSparseAttention(8, published=True))
+    assert block(torch.randn(2, 8, 1, 8)).shape == (2, 8, 1, 8)
+
+
+@each_kind
+def test_exports_and_transforms(name):
+    options = {"factors": (2, 3)} if name == "interlaced_sparse" else {}
+    block = alive(nn.build(name, 16, **options)).eval()
+    x = torch.randn(2, 16, 5, 7)
+    program = torch.export.export(block, (x,), dynamic_shapes=({0: torch.export.Dim("batch", min=2, max=64)},))
+    x = torch.randn(3, 16, 5, 7)
+    torch.testing.assert_close(program.module()(x), block(x))
+    torch.testing.assert_close(torch.func.vmap(block)(x[:, None]), block(x)[:, None], rtol=1e-4, atol=1e-5)
+    gradient = torch.func.grad(lambda x: block(x).square().sum())(x)
+    x.requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(y.square().sum(), x))
+    assert block.to("meta")(x.to("meta")).shape == x.shape
 
 
 def test_efficient_attention_published_ignores_the_remainder():

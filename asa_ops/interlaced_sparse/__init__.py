@@ -22,7 +22,7 @@ What it attends to: a grid of positions dh and dw pixels apart; in the block, th
 
 Differences from the published code. It pads with zeros and attends to them: its padding has weights, and after the
 first span features of its own, and takes part in the batch statistics. Here padding is nobody's neighbour
-(``published=True`` of the block does as published). A factor larger than the map is an error: there it would be
+(``published=True`` of the block does as published). A factor larger than the map is an error: there the map is then
 mostly padding.
 """
 
