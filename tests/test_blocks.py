@@ -8,6 +8,7 @@ from block_cases import CASES, CONTRACT_CASES, each_case, flat, make, named, unf
 from compare import check_error
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import asa_ops
 
@@ -285,6 +286,27 @@ class _LargestTensor(TorchDispatchMode):
         sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if torch.is_tensor(x)]
         self.elements = max([self.elements, *sizes])
         return out
+
+
+FLOPS = {  # of products, as the folders' __init__ say; two heads and two images
+    "gaussian_short": 4 * 2 * 9 * 9 * (6 + 5),
+    "dot_product": 4 * 2 * (35 + 17) * 4 * 3,
+    "linear": 4 * 4 * 35 * (4 + 1) * 7,
+    "channel_plain": 4 * (4 * 35 * 5**2 + 2 * 35 * 5),  # and one row more for the normaliser
+    "efficient": 4 * 4 * 35 * 4 * 7,
+    "axial_plain": 2 * 2 * 35 * (5 * (3 + 6) + 7 * (2 + 6)),
+    "interlaced_long": 4 * 2 * 48 * (48 // 6) * (3 + 5),
+    "interlaced_short": 4 * 2 * 48 * 6 * (3 + 5),
+    "salient": 4 * 2 * (35 + 8) * 5**2,
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_operations_are_as_stated(name):
+    case = named(name)
+    with FlopCounterMode(display=False) as counter:
+        case.op(**make(case), **case.options)
+    assert counter.get_total_flops() == FLOPS[name]
 
 
 N, D = 24 * 30, 8

@@ -18,8 +18,9 @@ carries the 1 of the kernel, and the division is done on the query, so that valu
 Cost per head. Position: 4 N (D + 1) Dv operations, N (D + Dv) + D Dv memory; the block has D = C / 8 and adds
 2 N C (C + 2 D) for its projections. Channel: 4 N C^2 operations, N C + C^2 memory, no projections.
 
-What it attends to: every position, with weights that cannot tell positions apart by more than (1 + 1) : (1 - 1) of the
-mean. Channel attention is no weighted mean (as published: its normaliser counts positions where channels are summed).
+What it attends to: every position, more or less evenly: weights lie between 0 and 2 before they are normalised. Where
+all keys are opposite to a query they are all 0, and what is left is rounding. Channel attention is no weighted mean (as
+published: its normaliser counts positions where channels are summed).
 
 Differences from the published code. A position with all channels 0, usual after a ReLU, gives NaN in the whole image
 there, here zero and zero gradients. It reshapes its output as [B, C, W, H]: maps that are not square fail or come out
