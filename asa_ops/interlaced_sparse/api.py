@@ -79,9 +79,11 @@ def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: st
     (down, across), around = _blocks(grid, factors), padding_to_multiples(grid, factors)
     # Fused kernels want rows. The plain formula takes columns, and tokens of a map are copied faster as what they are.
     columns = x.stride(-1) != 1 and x.device.type == "cpu"
-    x = x.mT.unflatten(3, grid)
-    x = F.pad(x, around) if any(around) else x
-    x = x.unflatten(4, (across, factors[1])).unflatten(3, (down, factors[0]))  # [B, heads, D, H/dh, dh, W/dw, dw]
+    x = x.mT
+    if any(around):
+        x = F.pad(x.unflatten(3, grid), around)
+    # One view for all: torch.compile takes long over views of symbolic sizes.
+    x = x.reshape(batch, heads, dim, down, factors[0], across, factors[1])
     outer, inner = ((4, 6), (3, 5)) if span == "long" else ((3, 5), (4, 6))
     n = down * across if span == "long" else factors[0] * factors[1]
     groups = heads * (factors[0] * factors[1] if span == "long" else down * across)
@@ -94,10 +96,11 @@ def _tokens(x: Tensor, heads: int, grid: tuple[int, int], factors: tuple[int, in
     """Undo :func:`_groups`."""
     left, _, top, _ = padding_to_multiples(grid, factors)
     blocks = _blocks(grid, factors)
+    batch, dim = x.shape[0], x.shape[-1]
     # Columns in memory, like the tokens of a map: the output is a map without another copy.
     if span == "long":
-        x = x.unflatten(2, blocks).unflatten(1, (heads, *factors)).permute(0, 1, 6, 4, 2, 5, 3)
+        x = x.reshape(batch, heads, *factors, *blocks, dim).permute(0, 1, 6, 4, 2, 5, 3)
     else:
-        x = x.unflatten(2, factors).unflatten(1, (heads, *blocks)).permute(0, 1, 6, 2, 4, 3, 5)
-    x = x.reshape(*x.shape[:3], blocks[0] * factors[0], blocks[1] * factors[1])
+        x = x.reshape(batch, heads, *blocks, *factors, dim).permute(0, 1, 6, 2, 4, 3, 5)
+    x = x.reshape(batch, heads, dim, blocks[0] * factors[0], blocks[1] * factors[1])
     return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT
