@@ -16,8 +16,8 @@ How it is computed. gaussian: ``F.scaled_dot_product_attention``; where D and Dv
 zeros, without which it would store the N_q x N_k matrix (so the block's "gaussian", D = 2 Dv, takes a third more time
 on a CPU, forward and backward, than the formula that stores it); up to 256 keys, on a CPU, the plain formula.
 dot_product: by associativity, q_i (sum_j k_j v_j^T). concatenation: w_ij is positive for the keys whose b_j = <w2, k_j>
-exceeds -a_i = -<w1, q_i>; with the keys sorted by b they come first, so that out_i = scale * (a_i sum v_j + sum b_j v_j)
-over a prefix, and the prefix sums of all lengths are formed once (in float64).
+exceeds -a_i = -<w1, q_i>; with the keys sorted by b they come first, so that out_i = scale * (a_i sum v_j +
+sum b_j v_j) over a prefix, and the prefix sums of all lengths are formed once (in float64).
 
 Cost per head, N queries and N_k keys, forward:
 
