@@ -54,8 +54,9 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_tensor("query", query, "[B, heads, N_q, D]")
     check_tensor("key", key, "[B, heads, N_k, D]")
     check_tensor("value", value, "[B, heads, N_k, Dv]")
-    check_dtype_and_device(query, key=key, value=value)
+    check_floating("query", query)
     for name, x in (("key", key), ("value", value)):
+        check_like(name, x, query)
         if x.shape[:2] != query.shape[:2]:
             raise ValueError(
                 f"{name} must have the batch and heads of query, {list(query.shape[:2])}, got {describe(x)}"
@@ -82,7 +83,9 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
         check_tensor(name, x, layout)
         if 0 in x.shape[1:]:
             raise ValueError(f"{name} must have channels, H and W >= 1, got {describe(x)}")
-    check_dtype_and_device(query, key=key, value=value)
+    check_floating("query", query)
+    check_like("key", key, query)
+    check_like("value", value, query)
     if key.shape != query.shape:
         raise ValueError(f"key must have the shape of query, {list(query.shape)}, got {describe(key)}")
     if value.shape[0] != query.shape[0] or value.shape[2:] != query.shape[2:]:
@@ -90,20 +93,23 @@ def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"value must be [B, Dv, H, W] = [{batch}, Dv, {height}, {width}], got {describe(value)}")
 
 
-def check_dtype_and_device(query: Tensor, **others: Tensor) -> None:
-    """Check that ``query`` is floating point, and that the others have its dtype and device."""
-    if query.dtype not in _DTYPES:
-        raise TypeError(f"query must be one of {_DTYPES}, got {describe(query)}")
-    for name, x in others.items():
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {describe(x)}")
-        check_device(name, x, query)
+def check_floating(name: str, x: Tensor) -> None:
+    """Check that ``x`` has a dtype that the ops take."""
+    if x.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be one of {_DTYPES}, got {describe(x)}")
 
 
-def check_device(name: str, x: Tensor, query: Tensor) -> None:
-    """Check that ``x`` lies on the device of ``query``."""
-    if x.device != query.device:
-        raise ValueError(f"{name} must lie on the device of query, {query.device}, got {describe(x)}")
+def check_like(name: str, x: Tensor, other: Tensor, of: str = "query") -> None:
+    """Check that ``x`` has the dtype and the device of ``other``, an argument called ``of``."""
+    if x.dtype != other.dtype:
+        raise TypeError(f"{name} must have the dtype of {of}, {other.dtype}, got {describe(x)}")
+    check_device(name, x, other, of)
+
+
+def check_device(name: str, x: Tensor, other: Tensor, of: str = "query") -> None:
+    """Check that ``x`` lies on the device of ``other``, an argument called ``of``."""
+    if x.device != other.device:
+        raise ValueError(f"{name} must lie on the device of {of}, {other.device}, got {describe(x)}")
 
 
 def check_threshold(name: str, x: Tensor | None, query: Tensor) -> None:
@@ -142,6 +148,41 @@ def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
     check_device("key_padding_mask", mask, query)
     if mask.shape[0] != key.shape[0] or mask.shape[1] != key.shape[2]:
         raise ValueError(f"key_padding_mask must be [B, N_k] = [{key.shape[0]}, {key.shape[2]}], got {describe(mask)}")
+
+
+def check_same_map(name: str, x: Tensor, other: Tensor, of: str) -> None:
+    """Check that two maps [B, C, H, W] have the same B, H and W; ``other`` is an argument called ``of``."""
+    if x.shape[:1] + x.shape[2:] != other.shape[:1] + other.shape[2:]:
+        raise ValueError(
+            f"{name} must have the B, H, W of {of}, {[other.shape[0], *other.shape[2:]]}, got {describe(x)}"
+        )
+
+
+def check_pair(name: str, x: object) -> None:
+    """Check that ``x`` is two integers of at least 1."""
+    if not isinstance(x, tuple | list) or len(x) != 2:
+        raise TypeError(f"{name} must be two integers, got {describe(x)}")
+    for part in x:
+        check_positive_int(f"each of {name}", part)
+
+
+def check_factors(factors: object, grid: tuple[int, int]) -> None:
+    """Check that ``factors`` is two integers, neither larger than its side of the map."""
+    check_pair("factors", factors)
+    if factors[0] > grid[0] or factors[1] > grid[1]:
+        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={tuple(factors)}")
+
+
+def check_at_most(name: str, x: int, limit: int, what: str) -> None:
+    """Check that the integer ``x`` is at most ``limit``, which is ``what``."""
+    if x > limit:
+        raise ValueError(f"{name} must be at most {what} = {limit}, got {name}={x}")
+
+
+def check_divisible(name: str, channels: int, heads: int) -> None:
+    """Check that ``channels``, described by ``name``, split into ``heads`` equal parts."""
+    if channels % heads:
+        raise ValueError(f"{name} = {channels} must be divisible by heads = {heads}")
 
 
 def check_choice(name: str, x: object, choices: tuple) -> None:

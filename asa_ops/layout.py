@@ -18,6 +18,14 @@ def to_map(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     return tokens.transpose(-1, -2).reshape(batch, heads * dim, *grid).contiguous()
 
 
+def padding_to_multiples(grid: tuple[int, int], factors: tuple[int, int]) -> list[int]:
+    """Return the padding [left, right, top, bottom] that makes the sides of a map multiples of ``factors``, centred."""
+    (top, bottom), (left, right) = (
+        (-side % factor // 2, (1 + -side % factor) // 2) for side, factor in zip(grid, factors, strict=True)
+    )
+    return [left, right, top, bottom]
+
+
 def csr_of_rows(rows: Iterable[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:
     """Return row_offsets (int64) and col_indices (int32) of a boolean matrix given block of rows by block of rows."""
     counts, columns = (

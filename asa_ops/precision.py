@@ -33,6 +33,11 @@ def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(cast(name, x) for name, x in tensors.items())
 
 
+def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return half-precision tensors in float32, the others as they are: sums over a map need it."""
+    return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+
+
 def outside_autocast(device: str) -> contextlib.AbstractContextManager:
     """Return a context in which nothing is cast on ``device``."""
     return torch.autocast(device, enabled=False) if has_autocast(device) else contextlib.nullcontext()

@@ -181,7 +181,7 @@ MODULE = {
     "gaussian heads": (
         {"mode": "gaussian", "in_channels": 17, "heads": 2},
         ValueError,
-        "in_channels = 17 must be divisible by heads = 2 in gaussian mode",
+        "in gaussian mode in_channels = 17 must be divisible by heads = 2",
     ),
     "published topk": ({"published": True, "topk": 3}, ValueError, "published=True has no topk, got topk=3"),
     "published impl": ({"published": True, "impl": "blocked"}, ValueError, "the reference, got impl='blocked'"),

@@ -1,6 +1,73 @@
-"""Attention blocks as modules: a feature map [B, C, H, W] in, one of the same shape out."""
+"""Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out."""
 
+from torch.nn import Module
+
+from .. import checks
 from .asa import AdaptiveSparseAttention
+from .channelized_axial import ChannelizedAxialAttention
 from .criss_cross import CrissCrossAttention
+from .efficient_attention import EfficientAttention
+from .interlaced_sparse import InterlacedSparseAttention
+from .linear_attention import LinearAttention
+from .non_local import NonLocal
+from .salient_positions import SalientPositionsAttention
+from .squeeze_and_attention import SqueezeAndAttention
 
-__all__ = ["AdaptiveSparseAttention", "CrissCrossAttention"]
+__all__ = [
+    "AdaptiveSparseAttention",
+    "ChannelizedAxialAttention",
+    "CrissCrossAttention",
+    "EfficientAttention",
+    "InterlacedSparseAttention",
+    "LinearAttention",
+    "NonLocal",
+    "SalientPositionsAttention",
+    "SqueezeAndAttention",
+    "available",
+    "build",
+]
+
+# The names are the stems of the files.
+_BLOCKS = {
+    "asa": AdaptiveSparseAttention,
+    "channelized_axial": ChannelizedAxialAttention,
+    "criss_cross": CrissCrossAttention,
+    "efficient_attention": EfficientAttention,
+    "interlaced_sparse": InterlacedSparseAttention,
+    "linear_attention": LinearAttention,
+    "non_local": NonLocal,
+    "salient_positions": SalientPositionsAttention,
+    "squeeze_and_attention": SqueezeAndAttention,
+}
+
+
+def available() -> list[str]:
+    """Return the names that :func:`build` takes.
+
+    Example:
+        >>> from asa_ops import nn
+        >>> "non_local" in nn.available()
+        True
+    """
+    return sorted(_BLOCKS)
+
+
+def build(name: str, in_channels: int, **options) -> Module:
+    """Return the block called ``name``, so that a configuration file can name one.
+
+    Args:
+        name: one of :func:`available`.
+        in_channels: channels of the feature map.
+        options: arguments of the block's class.
+
+    Raises:
+        ValueError: ``name`` is not available, or what the class raises.
+        TypeError: an option that the class does not have.
+
+    Example:
+        >>> from asa_ops import nn
+        >>> nn.build("non_local", 64, mode="dot_product").mode
+        'dot_product'
+    """
+    checks.check_choice("name", name, tuple(available()))
+    return _BLOCKS[name](in_channels, **options)

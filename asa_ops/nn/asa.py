@@ -6,6 +6,7 @@ from .. import checks, dispatch
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
 from ..layout import to_map, to_tokens
+from .common import init_non_local, rename
 
 _UPSTREAM = {
     "theta.conv": "query",
@@ -82,10 +83,9 @@ class AdaptiveSparseAttention(nn.Module):
         checks.check_choice("threshold_activation", threshold_activation, ("relu", "softplus"))
         checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
         inner = max(in_channels // reduction, 1)
-        if inner % heads:
-            raise ValueError(f"in_channels // reduction = {inner} must be divisible by heads = {heads}")
-        if mode == "gaussian" and in_channels % heads:
-            raise ValueError(f"in_channels = {in_channels} must be divisible by heads = {heads} in gaussian mode")
+        checks.check_divisible("in_channels // reduction", inner, heads)
+        if mode == "gaussian":
+            checks.check_divisible("in gaussian mode in_channels", in_channels, heads)
         if published and topk is not None:
             raise ValueError(f"published=True has no topk, got topk={topk}")
         if published and impl not in ("auto", "reference"):
@@ -107,20 +107,7 @@ class AdaptiveSparseAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Initialise as published: projections N(0, 0.01^2), the last layer 0, thresholds by torch's default."""
-        for conv in self.children():
-            if isinstance(conv, nn.Conv2d):
-                conv.reset_parameters()
-        for name in ("query", "key", "value"):
-            if conv := getattr(self, name, None):
-                nn.init.normal_(conv.weight, std=0.01)
-                nn.init.zeros_(conv.bias)
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.norm.reset_running_stats()
-            last = self.norm
-        else:
-            last = self.proj
-        nn.init.zeros_(last.weight)
-        nn.init.zeros_(last.bias)
+        init_non_local(self)
 
     def tokens(self, x: Tensor) -> dict[str, object]:
         """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x`` [B, C, H, W].
@@ -173,14 +160,4 @@ class AdaptiveSparseAttention(nn.Module):
         Example:
             >>> block.load_state_dict(AdaptiveSparseAttention.from_upstream(published))  # doctest: +SKIP
         """
-        renamed = {}
-        for key, tensor in state_dict.items():
-            module, _, parameter = key.rpartition(".")
-            if module not in _UPSTREAM:
-                expected = sorted(f"{name}.*" for name in _UPSTREAM)
-                raise ValueError(
-                    f"unknown key {key!r} in a published block's state dict, expected {expected}; "
-                    "of a whole network's, pass the block's entries without their prefix"
-                )
-            renamed[f"{_UPSTREAM[module]}.{parameter}"] = tensor
-        return renamed
+        return rename(state_dict, _UPSTREAM)

@@ -1,0 +1,106 @@
+"""The public function of interlaced sparse attention."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ..layout import padding_to_multiples
+from ..precision import cast_under_autocast
+from ..softmax_attention import softmax_attention
+
+
+def interlaced_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: tuple[int, int],
+    factors: tuple[int, int] = (8, 8),
+    span: str = "long",
+    scale: float | None = None,
+) -> Tensor:
+    """Attend among positions a fixed step apart ("long"), or among those of one block of the map ("short").
+
+    Formulas: ``asa_ops/interlaced_sparse/__init__.py``. Source: Huang et al., arXiv 1907.12273 (2019).
+
+    Args:
+        query: [B, heads, N, D], floating point, tokens of a map in raster order.
+        key: [B, heads, N, D].
+        value: [B, heads, N, Dv].
+        grid: (H, W) with H * W == N.
+        factors: (dh, dw), the steps, which are also the sides of a block; at most (H, W).
+        span: "long" or "short".
+        scale: factor of the scores, default D**-0.5.
+
+    Returns:
+        [B, heads, N, Dv] in the dtype of ``query``.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+        TypeError: dtypes that do not.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops import interlaced_sparse_attention
+        >>> q, k, v = torch.randn(3, 1, 2, 25 * 32, 16)
+        >>> out = interlaced_sparse_attention(q, k, v, grid=(25, 32))
+        >>> interlaced_sparse_attention(q, k, out, grid=(25, 32), span="short").shape
+        torch.Size([1, 2, 800, 16])
+    """
+    query, key, value = cast_under_autocast(query=query, key=key, value=value)
+    checks.check_qkv(query, key, value)
+    n = query.shape[2]
+    if key.shape[2] != n:
+        raise ValueError(f"there must be as many keys as queries, got N_q = {n} and N_k = {key.shape[2]}")
+    checks.check_grid(grid, n)
+    checks.check_factors(factors, grid)
+    checks.check_choice("span", span, ("long", "short"))
+    if scale is not None:
+        checks.check_number("scale", scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    mask = None
+    if grid[0] % factors[0] or grid[1] % factors[1]:
+        real = torch.ones_like(query[:1, :1, :, :1]).expand(-1, query.shape[1], -1, -1)
+        mask = _groups(real, grid, factors, span).mT > 0  # [1, heads * groups, 1, n]
+    groups = (_groups(x, grid, factors, span) for x in (query, key, value))
+    out = softmax_attention(*groups, scale=scale, mask=mask)
+    return _tokens(out, query.shape[1], grid, factors, span)
+
+
+def _blocks(grid: tuple[int, int], factors: tuple[int, int]) -> tuple[int, int]:
+    """Return how many blocks of the size ``factors`` the padded map has, down and across."""
+    return -(-grid[0] // factors[0]), -(-grid[1] // factors[1])
+
+
+def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
+    """Return tokens [B, heads, N, D] as groups [B, heads * groups, n, D], padded with zeros."""
+    batch, heads, _, dim = x.shape
+    (down, across), around = _blocks(grid, factors), padding_to_multiples(grid, factors)
+    # Fused kernels want rows. The plain formula takes columns, and tokens of a map are copied faster as what they are.
+    columns = x.stride(-1) != 1 and x.device.type == "cpu"
+    x = x.mT
+    if any(around):
+        x = F.pad(x.unflatten(3, grid), around)
+    # One view for all: torch.compile takes long over views of symbolic sizes.
+    x = x.reshape(batch, heads, dim, down, factors[0], across, factors[1])
+    outer, inner = ((4, 6), (3, 5)) if span == "long" else ((3, 5), (4, 6))
+    n = down * across if span == "long" else factors[0] * factors[1]
+    groups = heads * (factors[0] * factors[1] if span == "long" else down * across)
+    if columns:
+        return x.permute(0, 1, *outer, 2, *inner).reshape(batch, groups, dim, n).mT
+    return x.permute(0, 1, *outer, *inner, 2).reshape(batch, groups, n, dim)
+
+
+def _tokens(x: Tensor, heads: int, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
+    """Undo :func:`_groups`."""
+    left, _, top, _ = padding_to_multiples(grid, factors)
+    blocks = _blocks(grid, factors)
+    batch, dim = x.shape[0], x.shape[-1]
+    # Columns in memory, like the tokens of a map: the output is a map without another copy.
+    if span == "long":
+        x = x.reshape(batch, heads, *factors, *blocks, dim).permute(0, 1, 6, 4, 2, 5, 3)
+    else:
+        x = x.reshape(batch, heads, *blocks, *factors, dim).permute(0, 1, 6, 2, 4, 3, 5)
+    x = x.reshape(batch, heads, dim, blocks[0] * factors[0], blocks[1] * factors[1])
+    return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT

@@ -1,0 +1,87 @@
+"""The efficient attention block."""
+
+from torch import Tensor, nn
+
+from .. import checks
+from ..efficient_attention import efficient_attention
+from ..layout import to_map, to_tokens
+from .common import rename
+
+_UPSTREAM = {"queries": "query", "keys": "key", "values": "value", "reprojection": "proj"}
+
+
+class EfficientAttention(nn.Module):
+    """Efficient attention, a softmax over positions on the key and one over channels on the query.
+
+    ``x + proj(efficient_attention(query(x), key(x), value(x)))`` with 1x1 convolutions around
+    :func:`asa_ops.efficient_attention`. As published not the identity at initialisation: torch's default everywhere.
+    Source: Shen, Zhang, Zhao, Yi and Li, WACV 2021.
+
+    Args:
+        in_channels: C.
+        key_channels: channels of query and key in all heads, default ``in_channels``.
+        heads: attention heads; must divide ``key_channels`` and ``value_channels``.
+        value_channels: channels of the value in all heads, default ``in_channels``.
+        published: as the authors' code, leave the last key_channels % heads channels of query and key unused.
+
+    Raises:
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+
+    Example:
+        >>> import torch
+        >>> from asa_ops.nn import EfficientAttention
+        >>> EfficientAttention(64, heads=4)(torch.randn(2, 64, 24, 32)).shape
+        torch.Size([2, 64, 24, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        key_channels: int | None = None,
+        heads: int = 1,
+        value_channels: int | None = None,
+        published: bool = False,
+    ):
+        super().__init__()
+        key_channels = in_channels if key_channels is None else key_channels
+        value_channels = in_channels if value_channels is None else value_channels
+        sizes = {"in_channels": in_channels, "key_channels": key_channels, "value_channels": value_channels}
+        for name, size in {**sizes, "heads": heads}.items():
+            checks.check_positive_int(name, size)
+        checks.check_divisible("value_channels", value_channels, heads)
+        if published:
+            checks.check_at_most("heads", heads, key_channels, "key_channels")
+        else:
+            checks.check_divisible("key_channels", key_channels, heads)
+        self.in_channels, self.key_channels, self.value_channels = in_channels, key_channels, value_channels
+        self.heads, self.published = heads, published
+        self.query = nn.Conv2d(in_channels, key_channels, 1)
+        self.key = nn.Conv2d(in_channels, key_channels, 1)
+        self.value = nn.Conv2d(in_channels, value_channels, 1)
+        self.proj = nn.Conv2d(value_channels, in_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, H, W]."""
+        checks.check_feature_map(x, self.in_channels)
+        used = self.key_channels - self.key_channels % self.heads
+        maps = self.query(x)[:, :used], self.key(x)[:, :used], self.value(x)
+        out = efficient_attention(*(to_tokens(each, self.heads) for each in maps))
+        return x + self.proj(to_map(out, x.shape[-2:]))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, key_channels={self.key_channels}, heads={self.heads}, "
+            f"value_channels={self.value_channels}, published={self.published}"
+        )
+
+    @staticmethod
+    def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the keys of a published checkpoint's block (queries, keys, values, reprojection) to this module's.
+
+        Raises:
+            ValueError: a key that no published block has.
+
+        Example:
+            >>> block.load_state_dict(EfficientAttention.from_upstream(published))  # doctest: +SKIP
+        """
+        return rename(state_dict, _UPSTREAM)

@@ -1,0 +1,146 @@
+"""The interlaced sparse attention block."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checks
+from ..interlaced_sparse import interlaced_sparse_attention
+from ..layout import padding_to_multiples, to_map, to_tokens
+from .common import conv_norm_relu, rename
+
+
+class InterlacedSparseAttention(nn.Module):
+    """Attention among distant positions, then among neighbouring ones, concatenated with the input and projected.
+
+    ``proj([x, short(long(x))])``: long and short are 1x1 convolutions around
+    :func:`asa_ops.interlaced_sparse_attention`, two with batch norm and ReLU each for query and key, one for the value,
+    one with batch norm and ReLU on the result; proj is a 1x1 convolution with batch norm and ReLU. No residual
+    connection; torch's default initialisation. Source: Huang et al., arXiv 1907.12273 (2019).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, default ``in_channels``.
+        key_channels: channels of query and key, default max(in_channels // 2, 1).
+        value_channels: channels of the value, default ``in_channels``.
+        factors: (dh, dw), at most the map unless ``published``; or several such pairs: long and short of each are
+            concatenated, and x goes through a convolution of its own first.
+        heads: attention heads.
+        dropout: probability of dropping a channel of the output.
+        published: as the authors' code, pad the map with zeros that take part in attention and batch statistics.
+
+    Raises:
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W] or smaller
+            than the factors.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops.nn import InterlacedSparseAttention
+        >>> InterlacedSparseAttention(16)(torch.randn(2, 16, 25, 32)).shape
+        torch.Size([2, 16, 25, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        key_channels: int | None = None,
+        value_channels: int | None = None,
+        factors: tuple[int, int] | Sequence[tuple[int, int]] = (8, 8),
+        heads: int = 1,
+        dropout: float = 0.0,
+        published: bool = False,
+    ):
+        super().__init__()
+        checks.check_positive_int("in_channels", in_channels)
+        out_channels = in_channels if out_channels is None else out_channels
+        key_channels = max(in_channels // 2, 1) if key_channels is None else key_channels
+        value_channels = in_channels if value_channels is None else value_channels
+        sizes = {"out_channels": out_channels, "key_channels": key_channels, "value_channels": value_channels}
+        for name, size in {**sizes, "heads": heads}.items():
+            checks.check_positive_int(name, size)
+        checks.check_divisible("key_channels", key_channels, heads)
+        checks.check_divisible("value_channels", value_channels, heads)
+        several = isinstance(factors, tuple | list) and factors and isinstance(factors[0], tuple | list)
+        pairs = list(factors) if several else [factors]
+        for pair in pairs:
+            checks.check_pair("factors", pair)
+        self.in_channels, self.factors, self.heads, self.published = in_channels, pairs, heads, published
+        self.stages = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    span: _Attention(channels, key_channels, value_channels, out_channels, heads)
+                    for span, channels in (("long", in_channels), ("short", out_channels))
+                }
+            )
+            for _ in pairs
+        )
+        own = in_channels if len(pairs) == 1 else len(pairs) * out_channels
+        self.up = nn.Identity() if len(pairs) == 1 else conv_norm_relu(in_channels, own)
+        self.proj = conv_norm_relu(own + len(pairs) * out_channels, out_channels)
+        self.dropout = nn.Dropout2d(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
+        checks.check_feature_map(x, self.in_channels)
+        if not self.published:  # there padding makes any map large enough
+            for factors in self.factors:
+                checks.check_factors(factors, tuple(x.shape[-2:]))
+        contexts = [self._context(x, *each) for each in zip(self.stages, self.factors, strict=True)]
+        return self.dropout(self.proj(torch.cat([self.up(x), *contexts], 1)))
+
+    def _context(self, x: Tensor, stage: nn.ModuleDict, factors: tuple[int, int]) -> Tensor:
+        height, width = x.shape[-2:]
+        around = padding_to_multiples((height, width), factors)
+        if self.published:
+            x = F.pad(x, around)
+        x = stage["short"](stage["long"](x, factors, "long"), factors, "short")
+        left, _, top, _ = around if self.published else [0] * 4
+        return x[..., top : top + height, left : left + width]
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, factors={self.factors}, heads={self.heads}, published={self.published}"
+
+    @staticmethod
+    def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the keys of a published checkpoint's block (stages, up_conv, conv_bn) to this module's.
+
+        Raises:
+            ValueError: a key that no published block has.
+
+        Example:
+            >>> block.load_state_dict(InterlacedSparseAttention.from_upstream(published))  # doctest: +SKIP
+        """
+        modules = {"up_conv.0": "up.0", "up_conv.1.0": "up.1", "conv_bn.0": "proj.0", "conv_bn.1.0": "proj.1"}
+        stages = {key.split(".")[1] for key in state_dict if key.startswith("stages.")}
+        for stage in stages:
+            for span in ("long", "short"):
+                theirs, ours = f"stages.{stage}.{span}_range_sa", f"stages.{stage}.{span}"
+                modules[f"{theirs}.f_value"] = f"{ours}.value"
+                for name, layers in (("f_query", "query"), ("f_key", "key"), ("W", "proj")):
+                    for i, j in (("0", "0.0"), ("1.0", "0.1"), ("2", "1.0"), ("3.0", "1.1")):
+                        modules[f"{theirs}.{name}.{i}"] = f"{ours}.{layers}.{j}"
+        return rename(state_dict, modules)
+
+
+class _Attention(nn.Module):
+    """1x1 convolutions around the attention of one span."""
+
+    def __init__(self, in_channels: int, key_channels: int, value_channels: int, out_channels: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.query, self.key = (
+            nn.Sequential(conv_norm_relu(in_channels, key_channels), conv_norm_relu(key_channels, key_channels))
+            for _ in range(2)
+        )
+        self.value = nn.Conv2d(in_channels, value_channels, 1, bias=False)
+        self.proj = nn.Sequential(conv_norm_relu(value_channels, out_channels))
+
+    def forward(self, x: Tensor, factors: tuple[int, int], span: str) -> Tensor:
+        """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
+        query, key, value = (to_tokens(conv(x), self.heads) for conv in (self.query, self.key, self.value))
+        grid = tuple(x.shape[-2:])
+        out = interlaced_sparse_attention(query, key, value, grid=grid, factors=factors, span=span)
+        return self.proj(to_map(out, grid))

@@ -1,0 +1,75 @@
+"""The linear attention blocks, of positions and of channels."""
+
+import torch
+from torch import Tensor, nn
+
+from .. import checks
+from ..layout import to_map, to_tokens
+from ..linear_attention import channel_linear_attention, linear_attention
+from .common import rename
+
+_UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
+
+
+class LinearAttention(nn.Module):
+    """Linear attention of positions, or of channels.
+
+    "position": ``x + gamma * linear_attention(query(x), key(x), value(x))`` with 1x1 convolutions around
+    :func:`asa_ops.linear_attention`. "channel": ``x + gamma * channel_linear_attention(x)``. The identity at
+    initialisation (gamma = 0). Source: Li, Su, Duan and Zheng, arXiv 2007.14902 (2020).
+
+    Args:
+        in_channels: C.
+        kind: "position" or "channel".
+        reduction: query and key have max(C // reduction, 1) channels ("position" only).
+        eps: see :func:`asa_ops.linear_attention`.
+
+    Raises:
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+
+    Example:
+        >>> import torch
+        >>> from asa_ops.nn import LinearAttention
+        >>> x = torch.randn(2, 64, 24, 32)
+        >>> torch.equal(LinearAttention(64)(x), x)
+        True
+    """
+
+    def __init__(self, in_channels: int, kind: str = "position", reduction: int = 8, eps: float = 1e-6):
+        super().__init__()
+        checks.check_positive_int("in_channels", in_channels)
+        checks.check_positive_int("reduction", reduction)
+        checks.check_choice("kind", kind, ("position", "channel"))
+        checks.check_number("eps", eps)
+        self.in_channels, self.kind, self.eps = in_channels, kind, eps
+        if kind == "position":
+            inner = max(in_channels // reduction, 1)
+            self.query = nn.Conv2d(in_channels, inner, 1)
+            self.key = nn.Conv2d(in_channels, inner, 1)
+            self.value = nn.Conv2d(in_channels, in_channels, 1)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, H, W]."""
+        checks.check_feature_map(x, self.in_channels)
+        if self.kind == "position":
+            query, key, value = (to_tokens(conv(x)) for conv in (self.query, self.key, self.value))
+            out = linear_attention(query, key, value, eps=self.eps)
+        else:
+            out = channel_linear_attention(to_tokens(x), eps=self.eps)
+        return x + self.gamma * to_map(out, x.shape[-2:])
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, kind={self.kind!r}, eps={self.eps}"
+
+    @staticmethod
+    def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the keys of a published checkpoint's block (query_conv, key_conv, value_conv, gamma) to this module's.
+
+        Raises:
+            ValueError: a key that no published block has.
+
+        Example:
+            >>> block.load_state_dict(LinearAttention.from_upstream(published))  # doctest: +SKIP
+        """
+        return rename(state_dict, _UPSTREAM)

@@ -1,0 +1,95 @@
+"""The salient positions attention block."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checks
+from ..layout import to_map, to_tokens
+from ..salient_positions import salient_positions_attention
+from .common import rename
+
+_UPSTREAM = {
+    "theta": "query",
+    "g": "value",
+    "g.0": "value",
+    "W.0": "proj",
+    "W.1": "norm",
+    "phi": None,  # never used
+    "phi.0": None,
+}
+
+
+class SalientPositionsAttention(nn.Module):
+    """The channels attend to each other, as they agree on the most salient positions.
+
+    ``x + norm(proj(salient_positions_attention(query(x), value(x))))`` with 1x1 convolutions around
+    :func:`asa_ops.salient_positions_attention`. As published not the identity at initialisation: torch's default
+    everywhere. In the code (likyoo, SPANet) query and value are theta and g.
+
+    Args:
+        in_channels: C.
+        inner_channels: channels of query and value, default max(C // 2, 1).
+        topk: how many positions; None: a sixteenth of them (the code's ``adaptive``).
+        sub_sample: values are the maxima of 2 x 2 pixels, and the result is enlarged bilinearly.
+        heads: attention heads.
+
+    Raises:
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W] or has fewer
+            than ``topk`` pixels.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops.nn import SalientPositionsAttention
+        >>> SalientPositionsAttention(64)(torch.randn(2, 64, 24, 32)).shape
+        torch.Size([2, 64, 24, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        inner_channels: int | None = None,
+        topk: int | None = 8,
+        sub_sample: bool = False,
+        heads: int = 1,
+    ):
+        super().__init__()
+        checks.check_positive_int("in_channels", in_channels)
+        inner_channels = max(in_channels // 2, 1) if inner_channels is None else inner_channels
+        checks.check_positive_int("inner_channels", inner_channels)
+        checks.check_positive_int("heads", heads)
+        checks.check_divisible("inner_channels", inner_channels, heads)
+        if topk is not None:
+            checks.check_positive_int("topk", topk)
+        self.in_channels, self.topk, self.sub_sample, self.heads = in_channels, topk, sub_sample, heads
+        self.query = nn.Conv2d(in_channels, inner_channels, 1)
+        self.value = nn.Conv2d(in_channels, inner_channels, 1)
+        self.proj = nn.Conv2d(inner_channels, in_channels, 1)
+        self.norm = nn.BatchNorm2d(in_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, C, H, W] to [B, C, H, W]."""
+        checks.check_feature_map(x, self.in_channels)
+        value = self.value(x)
+        if self.sub_sample:
+            value = F.max_pool2d(value, 2, ceil_mode=True)
+        query = to_tokens(self.query(x), self.heads)
+        out = salient_positions_attention(query, to_tokens(value, self.heads), topk=self.topk)
+        out = self.norm(self.proj(to_map(out, value.shape[-2:])))
+        if self.sub_sample:
+            out = F.interpolate(out, x.shape[-2:], mode="bilinear", align_corners=True)
+        return x + out
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, topk={self.topk}, sub_sample={self.sub_sample}, heads={self.heads}"
+
+    @staticmethod
+    def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the keys of a published checkpoint's block (theta, g, W) to this module's; phi is left out.
+
+        Raises:
+            ValueError: a key that no published block has.
+
+        Example:
+            >>> block.load_state_dict(SalientPositionsAttention.from_upstream(published))  # doctest: +SKIP
+        """
+        return rename(state_dict, _UPSTREAM)

@@ -1,0 +1,85 @@
+"""The squeeze-and-attention block."""
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .. import checks
+from ..squeeze_and_attention import squeeze_and_attention
+from .common import conv_norm_relu, rename
+
+_UPSTREAM = {
+    f"{name}.conv.{i}": f"{ours}.{j}"
+    for name, ours in (("conv", "residual"), ("conv_atten", "attention"))
+    for i, j in ((0, "0.0"), (1, "0.1"), (3, "1.0"), (4, "1.1"))
+}
+
+
+class SqueezeAndAttention(nn.Module):
+    """Convolutions on a pooled map gate convolutions on the map, and are added to them.
+
+    ``squeeze_and_attention(residual(x), attention(pool(x)))``, two 3x3 convolutions with batch norm and ReLU in each
+    branch around :func:`asa_ops.squeeze_and_attention`. No residual connection; torch's default initialisation.
+    Source: Zhong et al., CVPR 2020, of which the authors' code is not known.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output, default ``in_channels``.
+        pool: side of the windows of pixels whose mean the attention branch sees; the last ones of a row or column may
+            be smaller.
+        activation: "sigmoid", or None.
+        upsample: "nearest" or "bilinear".
+
+    Raises:
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+
+    Example:
+        >>> import torch
+        >>> from asa_ops.nn import SqueezeAndAttention
+        >>> SqueezeAndAttention(16)(torch.randn(2, 16, 25, 32)).shape
+        torch.Size([2, 16, 25, 32])
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        pool: int = 2,
+        activation: str | None = "sigmoid",
+        upsample: str = "nearest",
+    ):
+        super().__init__()
+        out_channels = in_channels if out_channels is None else out_channels
+        for name, size in {"in_channels": in_channels, "out_channels": out_channels, "pool": pool}.items():
+            checks.check_positive_int(name, size)
+        checks.check_choice("activation", activation, ("sigmoid", None))
+        checks.check_choice("upsample", upsample, ("nearest", "bilinear"))
+        self.in_channels, self.pool, self.activation, self.upsample = in_channels, pool, activation, upsample
+        self.residual, self.attention = (
+            nn.Sequential(
+                conv_norm_relu(in_channels, out_channels, kernel=3, bias=True),
+                conv_norm_relu(out_channels, out_channels, kernel=3, bias=True),
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
+        checks.check_feature_map(x, self.in_channels)
+        squeezed = F.avg_pool2d(x, self.pool, ceil_mode=True, count_include_pad=False)
+        options = {"pool": self.pool, "activation": self.activation, "upsample": self.upsample}
+        return squeeze_and_attention(self.residual(x), self.attention(squeezed), **options)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_channels}, pool={self.pool}, activation={self.activation!r}, upsample={self.upsample!r}"
+
+    @staticmethod
+    def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename the keys of a third-party checkpoint's block (conv, conv_atten) to this module's.
+
+        Raises:
+            ValueError: a key that no such block has.
+
+        Example:
+            >>> block.load_state_dict(SqueezeAndAttention.from_upstream(published))  # doctest: +SKIP
+        """
+        return rename(state_dict, _UPSTREAM)

@@ -1,0 +1,95 @@
+"""The public function of non-local attention."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from .. import checks
+from ..precision import at_least_float32, cast_under_autocast, outside_autocast
+from ..softmax_attention import softmax_attention
+
+MODES = ("gaussian", "dot_product", "concatenation")
+
+
+def non_local_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    mode: str = "gaussian",
+    scale: float | None = None,
+    weight: Tensor | None = None,
+) -> Tensor:
+    """Attend from every position to every position, without an N x N matrix.
+
+    Formulas: ``asa_ops/non_local/__init__.py``. Source: Wang, Girshick, Gupta and He, CVPR 2018.
+
+    Args:
+        query: [B, heads, N_q, D], floating point.
+        key: [B, heads, N_k, D].
+        value: [B, heads, N_k, Dv].
+        mode: "gaussian", softmax of the scaled scores; "dot_product", the scaled scores themselves; "concatenation",
+            the scaled relu of <weight[0], query> + <weight[1], key>.
+        scale: default D**-0.5 ("gaussian"), 1 / N_k (the others).
+        weight: [2, D], shared by all heads; "concatenation" only, and required there.
+
+    Returns:
+        [B, heads, N_q, Dv] in the dtype of ``query``. In "gaussian" mode a double backward is torch's, which has none
+        for its fused kernels.
+
+    Raises:
+        ValueError: shapes or options that do not fit.
+        TypeError: dtypes that do not.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops import non_local_attention
+        >>> q, k, v = torch.randn(3, 1, 2, 24 * 32, 16)
+        >>> non_local_attention(q, k, v).shape
+        torch.Size([1, 2, 768, 16])
+    """
+    query, key, value = cast_under_autocast(query=query, key=key, value=value)
+    checks.check_qkv(query, key, value)
+    checks.check_choice("mode", mode, MODES)
+    if scale is not None:
+        checks.check_number("scale", scale)
+    if (weight is None) == (mode == "concatenation"):
+        given = "no weight" if weight is None else f"weight={checks.describe(weight)}"
+        raise ValueError(f'weight [2, D] belongs to mode="concatenation", got mode={mode!r} and {given}')
+    if mode == "gaussian":
+        return softmax_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
+    scale = 1 / max(key.shape[-2], 1) if scale is None else scale
+    if weight is not None:
+        (weight,) = cast_under_autocast(weight=weight)
+        checks.check_tensor("weight", weight, "[2, D]")
+        checks.check_like("weight", weight, query)
+        if weight.shape != (2, query.shape[-1]):
+            raise ValueError(f"weight must be [2, D] = [2, {query.shape[-1]}], got {checks.describe(weight)}")
+    with outside_autocast(query.device.type):
+        q, k, v = at_least_float32(query, key, value)
+        if mode == "dot_product":
+            # Tokens of a map are columns in memory: formed as its transpose, the output is a map without a copy.
+            out = ((v.mT @ k * scale) @ q.mT).mT
+        else:
+            for_query, for_key = weight.to(q.dtype)
+            out = scale * _relu_of_sums(q @ for_query, k @ for_key, v)
+        return out.to(query.dtype)
+
+
+def _relu_of_sums(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """Return sum_j relu(a_i + b_j) v_j [..., N_q, Dv], of a [..., N_q], b [..., N_k] and v [..., N_k, Dv].
+
+    Without the N_q x N_k matrix: a_i + b_j > 0 for the largest b_j, so each output is made of two prefix sums.
+    """
+    b, order = b.sort(descending=True, dim=-1)
+    with torch.no_grad():
+        count = torch.searchsorted(-b, a.contiguous())  # how many b_j > -a_i
+
+    def prefix_sums(x):  # [..., Dv, N_k] -> [..., Dv, N_q]; differences of long sums cancel, hence float64
+        sums = F.pad(x.cumsum(-1), (1, 0))
+        return sums.gather(-1, count[..., None, :].expand(*x.shape[:-1], -1))
+
+    v = v.mT
+    v = v.gather(-1, order[..., None, :].expand_as(v)).double()
+    out = a[..., None, :] * prefix_sums(v) + prefix_sums(b[..., None, :] * v)
+    return out.to(a.dtype).mT

@@ -1,0 +1,342 @@
+"""The functional ops of the blocks: references against plain loops, ops against references, torch contracts, memory."""
+
+import math
+
+import pytest
+import torch
+from block_cases import CASES, CONTRACT_CASES, each_case, flat, make, named, unflat
+from compare import check_error
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+import asa_ops
+
+FULL = [case for case in CASES if "empty" not in case.name]
+each_full_case = pytest.mark.parametrize("case", FULL, ids=lambda case: case.name)
+
+
+def run(function, case, tensors, grad_out=None):
+    """Return output and gradients."""
+    out = function(**tensors, **case.options)
+    leaves = flat(tensors)
+    grads = torch.autograd.grad(out, leaves, grad_out.to(out.dtype), allow_unused=True)
+    return [out, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True))]
+
+
+@each_case
+@pytest.mark.parametrize("layout", ["tokens", "map"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_equals_the_reference(case, layout, dtype):
+    tensors = make(case, dtype, layout)
+    exact_tensors = unflat(case, [x.detach().double().requires_grad_() for x in flat(tensors)])
+    out = case.op(**tensors, **case.options)
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(dtype)
+    ours = run(case.op, case, tensors, grad_out)
+    eager = run(case.reference, case, tensors, grad_out)
+    exact = run(case.reference, case, exact_tensors, grad_out)
+    names = ["out", *(f"grad of {name}" for name in case.tensors for _ in flat({0: tensors[name]}))]
+    for name, x, y, z in zip(names, ours, eager, exact, strict=True):
+        assert x.dtype == dtype and x.shape == z.shape
+        if dtype == torch.float64:  # the reference has no error to measure against
+            torch.testing.assert_close(x, z, rtol=1e-11, atol=1e-12)
+        else:
+            check_error(name, x, y, z, max(torch.finfo(dtype).eps, 2**-20 if case.fused else 0))
+
+
+def softmax(scores):
+    top = max(scores)
+    weights = [math.exp(s - top) for s in scores]
+    return [w / sum(weights) for w in weights]
+
+
+def dot(a, b):
+    return math.fsum(x * y for x, y in zip(a, b, strict=True))
+
+
+def loop_non_local(q, k, v, mode="gaussian", scale=None, weight=None):
+    out = []
+    for query in q:
+        if mode == "gaussian":
+            weights = softmax([dot(query, key) * (len(query) ** -0.5 if scale is None else scale) for key in k])
+        else:
+            factor = 1 / len(k) if scale is None else scale
+            pair = dot if mode == "dot_product" else lambda a, b: max(dot(weight[0], a) + dot(weight[1], b), 0)
+            weights = [factor * pair(query, key) for key in k]
+        out.append([dot(weights, column) for column in zip(*v, strict=True)])
+    return out
+
+
+def loop_linear(q, k, v, eps=1e-6):
+    q, k = ([[a / math.sqrt(dot(x, x)) for a in x] for x in vectors] for vectors in (q, k))
+    total = [sum(column) + eps for column in zip(*k, strict=True)]
+    return [
+        [dot([1 + dot(x, y) for y in k], column) / (len(k) + dot(x, total)) for column in zip(*v, strict=True)]
+        for x in q
+    ]
+
+
+def loop_channel(x, eps=1e-6):
+    n, channels = len(x), len(x[0])
+    u = [[a / math.sqrt(dot(row, row)) for a in row] for row in x]
+    out = [[0.0] * channels for _ in x]
+    for c in range(channels):
+        normaliser = n + sum(u[i][c] * (sum(u[i]) + eps) for i in range(n))
+        for i in range(n):
+            mixed = sum(u[i][m] * sum(x[j][c] * u[j][m] for j in range(n)) for m in range(channels))
+            out[i][c] = (sum(x[i]) + mixed) / normaliser
+    return out
+
+
+def loop_efficient(q, k, v):
+    maps = [softmax(column) for column in zip(*k, strict=True)]
+    context = [[dot(each, column) for column in zip(*v, strict=True)] for each in maps]
+    return [[dot(softmax(x), column) for column in zip(*context, strict=True)] for x in q]
+
+
+def loop_interlaced(q, k, v, grid, factors, span, scale=None):
+    padded = [math.ceil(side / factor) * factor for side, factor in zip(grid, factors, strict=True)]
+    before = [(p - side) // 2 for p, side in zip(padded, grid, strict=True)]
+
+    def group(i):
+        place = i // grid[1] + before[0], i % grid[1] + before[1]
+        return [a % b if span == "long" else a // b for a, b in zip(place, factors, strict=True)]
+
+    out = []
+    for i, query in enumerate(q):
+        members = [j for j in range(len(k)) if group(j) == group(i)]
+        out += loop_non_local([query], [k[j] for j in members], [v[j] for j in members], scale=scale)
+    return out
+
+
+def loop_salient(q, v, topk=8):
+    topk = max(len(q) // 16, 1) if topk is None else topk
+    salient = sorted(q, key=lambda x: -dot(x, x))[:topk]
+    columns = list(zip(*salient, strict=True))
+    weights = [softmax([dot(a, b) for b in columns]) for a in columns]
+    return [[dot(row, x) for row in weights] for x in v]
+
+
+LOOPS = {
+    "gaussian_short": loop_non_local,
+    "gaussian_padded_query": loop_non_local,
+    "dot_product": loop_non_local,
+    "concatenation": loop_non_local,
+    "linear": loop_linear,
+    "channel_plain": loop_channel,
+    "efficient": loop_efficient,
+    "interlaced_long": loop_interlaced,
+    "interlaced_short": loop_interlaced,
+    "interlaced_long_padded": loop_interlaced,
+    "interlaced_short_padded": loop_interlaced,
+    "salient": loop_salient,
+    "salient_adaptive": loop_salient,
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+@torch.no_grad()
+def test_reference_equals_loops(name):
+    case = named(name)
+    tensors = make(case)
+    out = case.reference(**tensors, **case.options)
+    shared = {"weight": tensors.pop("weight").tolist()} if "weight" in tensors else {}
+    for b in range(2):
+        for head in range(2):
+            expected = LOOPS[name](*(x[b, head].tolist() for x in tensors.values()), **shared, **case.options)
+            torch.testing.assert_close(out[b, head], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_channelized_axial_reference_equals_loops():
+    case = named("axial")
+    tensors = make(case)
+    out = case.reference(**tensors)
+    gates = {name: [w.tolist() for w in tensors[name]] for name in ("column_gate", "row_gate")}
+    height, width = tensors["value"].shape[2:]
+
+    def gated(mean, weights):
+        *hidden, last = weights
+        for weight in hidden:
+            mean = [max(y, 0.2 * y) for y in (dot(row, mean) for row in weight)]
+        return [1 / (1 + math.exp(-dot(row, mean))) for row in last]
+
+    for b in range(2):
+        p, r, v = (tensors[name][b].permute(1, 2, 0).tolist() for name in ("column", "row", "value"))
+        y = [[None] * width for _ in range(height)]
+        for w in range(width):
+            column = loop_non_local(*([x[h][w] for h in range(height)] for x in (p, p, v)), scale=1.0)
+            for h in range(height):
+                y[h][w] = column[h]
+        for h in range(height):
+            gate = gated([sum(c) / height / width for c in zip(*y[h], strict=True)], gates["column_gate"])
+            y[h] = loop_non_local(r[h], r[h], [[a * g for a, g in zip(x, gate, strict=True)] for x in y[h]], scale=1.0)
+        for w in range(width):
+            column = [y[h][w] for h in range(height)]
+            gate = gated([sum(c) / height / width for c in zip(*column, strict=True)], gates["row_gate"])
+            for h in range(height):
+                expected = torch.tensor([a * g for a, g in zip(y[h][w], gate, strict=True)], dtype=torch.float64)
+                torch.testing.assert_close(out[b, :, h, w], expected, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_squeeze_and_attention_reference_equals_loops():
+    for name in ("squeeze", "squeeze_odd", "squeeze_bilinear_odd"):
+        case = named(name)
+        tensors = make(case)
+        out = case.reference(**tensors, **case.options)
+        r, a = tensors["residual"], tensors["attention"]
+        pool = case.options.get("pool", 2)
+        a = a if "activation" in case.options else a.sigmoid()
+        for h in range(r.shape[2]):
+            for w in range(r.shape[3]):
+                gate = a[..., h // pool, w // pool]
+                if "bilinear" in name:  # between the centres of the windows, outside them the nearest
+                    gate = 0
+                    for i in range(a.shape[2]):
+                        for j in range(a.shape[3]):
+                            place = ((h + 0.5) / pool - 0.5, a.shape[2] - 1), ((w + 0.5) / pool - 0.5, a.shape[3] - 1)
+                            y, x = (min(max(at, 0), last) for at, last in place)
+                            gate = gate + a[..., i, j] * max(1 - abs(y - i), 0) * max(1 - abs(x - j), 0)
+                torch.testing.assert_close(out[..., h, w], gate * r[..., h, w] + gate, rtol=0, atol=1e-12)
+
+
+@each_full_case
+def test_gradients_are_numerical_ones(case):
+    tensors = make(case)
+    small = unflat(case, [x[:1].detach().requires_grad_() if x.dim() == 4 else x for x in flat(tensors)])
+
+    def function(*leaves):
+        return case.op(**unflat(case, leaves), **case.options)
+
+    torch.autograd.gradcheck(function, flat(small), fast_mode=True)
+    if not case.fused:
+        torch.autograd.gradgradcheck(function, flat(small), fast_mode=True)
+
+
+@pytest.mark.parametrize("name", CONTRACT_CASES)
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_without_graph_breaks(name, dynamic):
+    torch._dynamo.reset()
+    case = named(name)
+
+    def function(*leaves):
+        return case.op(**unflat(case, leaves), **case.options)
+
+    leaves = flat(make(case, torch.float32))
+    if case.stem == "interlaced_sparse" and dynamic:  # the grid is a constant of the call
+        dynamic = None
+        for x in leaves:
+            torch._dynamo.mark_dynamic(x, 0)
+    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
+    results = []
+    for each in (compiled, function):
+        out = each(*leaves)
+        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
+
+
+@each_case
+def test_autocast(case):
+    tensors = make(case, torch.float32)
+    exact = case.reference(**unflat(case, [x.double() for x in flat(tensors)]), **case.options)
+    rounded = unflat(case, [x.bfloat16() for x in flat(tensors)])
+    plain = case.op(**rounded, **case.options)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = case.op(**tensors, **case.options)
+    assert out.dtype == torch.bfloat16 and torch.equal(out, plain)
+    torch.testing.assert_close(out.double(), exact, rtol=0.1, atol=0.1)
+    out.sum().backward()
+    assert all(x.grad is not None and x.grad.dtype == torch.float32 for x in flat(tensors))
+
+
+@pytest.mark.parametrize("name", ["linear", "channel_plain"])
+def test_a_position_of_zeros_is_finite(name):
+    case = named(name)
+    tensors = make(case)
+    zeroed = {key: x.detach().clone() for key, x in tensors.items()}
+    for key in ("query", "key", "x"):
+        if key in zeroed:
+            zeroed[key][:, :, 3] = 0
+    zeroed = {key: x.requires_grad_() for key, x in zeroed.items()}
+    out, *grads = run(case.op, case, zeroed, torch.ones((), dtype=torch.float64).expand_as(case.op(**zeroed)))
+    assert all(x.isfinite().all() for x in (out, *grads))
+    if "query" in zeroed:
+        assert not grads[0][:, :, 3].any() and not grads[1][:, :, 3].any()
+        mean = zeroed["value"].mean(-2)  # a query without direction weighs all keys alike
+        torch.testing.assert_close(out[:, :, 3], mean, rtol=1e-5, atol=1e-5)
+
+
+def test_padding_has_no_part_in_interlaced_attention():
+    case = named("interlaced_long_padded")
+    tensors = make(case)
+    tensors["value"] = torch.ones_like(tensors["value"])
+    out = case.op(**tensors, **case.options)
+    torch.testing.assert_close(out, torch.ones_like(out))
+
+
+class _LargestTensor(TorchDispatchMode):
+    """Notes the number of elements of the largest tensor that an operation returns."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        sizes = [x.untyped_storage().nbytes() // x.element_size() for x in tree_leaves(out) if torch.is_tensor(x)]
+        self.elements = max([self.elements, *sizes])
+        return out
+
+
+FLOPS = {  # of products, as the folders' __init__ say; two heads and two images
+    "gaussian_short": 4 * 2 * 9 * 9 * (6 + 5),
+    "dot_product": 4 * 2 * (35 + 17) * 4 * 3,
+    "linear": 4 * 4 * 35 * (4 + 1) * 7,
+    "channel_plain": 4 * (4 * 35 * 5**2 + 2 * 35 * 5),  # and one row more for the normaliser
+    "efficient": 4 * 4 * 35 * 4 * 7,
+    "axial_plain": 2 * 2 * 35 * (5 * (3 + 6) + 7 * (2 + 6)),
+    "interlaced_long": 4 * 2 * 48 * (48 // 6) * (3 + 5),
+    "interlaced_short": 4 * 2 * 48 * 6 * (3 + 5),
+    "salient": 4 * 2 * (35 + 8) * 5**2,
+}
+
+
+@pytest.mark.parametrize("name", FLOPS)
+def test_operations_are_as_stated(name):
+    case = named(name)
+    with FlopCounterMode(display=False) as counter:
+        case.op(**make(case), **case.options)
+    assert counter.get_total_flops() == FLOPS[name]
+
+
+N, D = 24 * 30, 8
+LARGE = {
+    "gaussian": ("non_local_attention", [(1, 1, N, D)] * 3, {}, 4 * N * D),
+    "gaussian, unequal": ("non_local_attention", [(1, 1, N, D)] * 2 + [(1, 1, N, 3)], {}, 4 * N * D),
+    "dot_product": ("non_local_attention", [(1, 1, N, D)] * 3, {"mode": "dot_product"}, 2 * N * D),
+    "concatenation": ("non_local_attention", [(1, 1, N, D)] * 3, {"mode": "concatenation"}, 2 * N * D),
+    "linear": ("linear_attention", [(1, 1, N, D)] * 3, {}, 2 * N * D),
+    "channel": ("channel_linear_attention", [(1, 1, N, D)], {}, 2 * N * D),
+    "efficient": ("efficient_attention", [(1, 1, N, D)] * 3, {}, 2 * N * D),
+    "axial": ("channelized_axial_attention", [(1, D, 24, 30)] * 3, {}, N * (24 + 30)),
+    "interlaced": (
+        "interlaced_sparse_attention",
+        [(1, 1, N, D)] * 3,
+        {"grid": (24, 30), "factors": (6, 5)},
+        N * (N // 30 + D),
+    ),
+    "salient": ("salient_positions_attention", [(1, 1, N, D)] * 2, {}, 2 * N * D),
+}
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_memory_is_linear(name):
+    function, shapes, options, limit = LARGE[name]
+    tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    if name == "concatenation":
+        options = options | {"weight": torch.randn(2, D)}
+    if name == "axial":
+        options = {gate: [torch.randn(D, D)] for gate in ("column_gate", "row_gate")}
+    with _LargestTensor() as largest:
+        getattr(asa_ops, function)(*tensors, **options).sum().backward()
+    assert largest.elements <= limit < N * N

@@ -1,0 +1,46 @@
+"""The pictures of what a pixel attends to: the weights in them are those of the formulas."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+FOLDER = Path(__file__).parents[1] / "examples"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("patterns", FOLDER / "patterns.py")
+        patterns = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(patterns)
+    finally:
+        sys.path.remove(str(FOLDER))
+    picture = tmp_path_factory.mktemp("patterns") / "patterns.png"
+    found = patterns.main(["--size", "16", "--out", str(picture)])
+    assert picture.stat().st_size > 1000
+    return {title.split("\n")[0]: x.reshape(16, 16) for title, x in found.items()}
+
+
+def test_weights_are_means(weights):
+    for title, x in weights.items():
+        if title != "salient_positions":
+            assert (x >= 0).all()
+            torch.testing.assert_close(x.sum(), torch.tensor(1.0), rtol=1e-4, atol=1e-4, msg=title)
+
+
+def test_weights_lie_where_the_formulas_say(weights):
+    row, column = 11, 4  # the pixel
+    r, c = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    assert torch.equal(weights["interlaced_sparse, long"] != 0, (r % 8 == row % 8) & (c % 8 == column % 8))
+    assert not weights["interlaced_sparse, short"][(r // 8 != row // 8) | (c // 8 != column // 8)].any()
+    assert torch.equal(weights["squeeze_and_attention"] != 0, (r // 2 == row // 2) & (c // 2 == column // 2))
+    if "criss_cross, once" in weights:
+        assert not weights["criss_cross, once"][(r != row) & (c != column)].any()
+    assert 1 < (weights["asa"] > 0).sum() < 128
+    assert (weights["salient_positions"] > 0).sum() == 32
+    for title in ("linear_attention", "efficient_attention"):
+        assert (weights[title] > 0).all()
