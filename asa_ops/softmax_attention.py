@@ -6,9 +6,13 @@ from torch.nn import functional as F
 
 from .precision import at_least_float32, outside_autocast
 
+_FEW_SCORES = 2**24
+
 
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Return softmax_j(scale * <q_i, k_j>) v_j in memory linear in the number of positions.
+
+    Beyond 64 MB of scores, that is, where D and Dv differ on a CPU: up to there storing them is faster.
 
     Args:
         query: [B, heads, N_q, D].
@@ -24,18 +28,24 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, m
         return _softmax_attention(query, key, value, scale, mask)
 
 
+def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether to store scores whose head dims differ: the fused kernel would multiply the zeros that pad them."""
+    return query.shape[-1] != value.shape[-1] and query.shape[:-1].numel() * key.shape[-2] <= _FEW_SCORES
+
+
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     dim, dim_v = query.shape[-1], value.shape[-1]
     # A row of scores is then hardly longer than the query and the output it is for, and may be stored.
     short = key.shape[-2] <= max(dim + dim_v, 256)
-    if short and query.device.type == "cpu":
+    if query.device.type == "cpu" and (short or _are_few(query, key, value)):
         # SDPA's fused kernel is slower here than the plain formula, and its own plain formula scales both operands.
         q, k, v = at_least_float32(query, key, value)
         scores = (q * scale) @ k.mT
         if mask is not None:
             scores = scores.masked_fill(~mask, -torch.inf)
         weights = scores.softmax(-1)
-        columns = v.stride(-1) != 1  # the output is formed in the layout of the value
+        # The output is formed in the layout of the value: for long rows the gradient would have to be turned over.
+        columns = short and v.stride(-1) != 1
         out = (v.mT @ weights.mT).mT if columns else weights @ v
         return out.to(query.dtype)
     if not short and dim != dim_v:

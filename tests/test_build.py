@@ -228,7 +228,9 @@ def test_dependencies_point_one_way(path):
 
 
 def test_public_names():
-    expected = ["AsaStats", "NeighborGraph", "asa_attention", "criss_cross_attention", "explain", "nn"]
-    expected += ["reciprocal_neighbors"]
-    assert sorted(asa_ops.__all__) == expected
+    functions = ["asa_attention", "channel_linear_attention", "channelized_axial_attention", "criss_cross_attention"]
+    functions += ["efficient_attention", "explain", "interlaced_sparse_attention", "linear_attention"]
+    functions += ["non_local_attention", "reciprocal_neighbors", "salient_positions_attention"]
+    expected = {"AsaStats", "NeighborGraph", "nn", "squeeze_and_attention", *functions}
+    assert set(asa_ops.__all__) == expected
     assert all(getattr(asa_ops, name).__doc__ for name in expected)

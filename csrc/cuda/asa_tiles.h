@@ -233,7 +233,7 @@ struct Reading {
 // M is read by rows on either side, since it is its own transpose; A by rows where rows are queries and by columns where
 // rows are keys; A and its transpose by both.
 template <class T>
-__device__ __forceinline__ Reading reading_of(const Problem<T>& p, bool rows_are_queries) {
+__host__ __device__ __forceinline__ Reading reading_of(const Problem<T>& p, bool rows_are_queries) {
   return {rows_are_queries || p.mutual, p.one_way_bits || (!rows_are_queries && !p.mutual)};
 }
 
