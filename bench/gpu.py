@@ -35,7 +35,9 @@ MAX_SHARDS = 12  # processes that share the tests: compiling kernels keeps one c
 CONFIGURATIONS = "configuration"  # tests with this in their names are the step "configs"
 SANITIZED = """
 import torch
-from asa_ops import asa_attention
+from asa_ops import asa_attention, cuda_support
+
+no_cuda = cuda_support.why_not_on("asa_cuda_fwd", torch.device("cuda"))
 
 for dtype, dim, options in (
     (torch.bfloat16, 64, {}),
@@ -48,10 +50,11 @@ for dtype, dim, options in (
     leaves = [torch.randn(1, 2, n, dim, device="cuda").to(dtype).requires_grad_() for _ in range(3)]
     leaves += [torch.rand(1, 2, n, device="cuda").add(0.5).requires_grad_() for _ in range(2)]
     for learn in (None, "straight_through"):
-        out = asa_attention(*leaves, grid=(11, 13), threshold_grad=learn, impl="triton", **options)
-        torch.autograd.grad(out.float().square().sum(), leaves)
+        for impl in ("triton",) if no_cuda else ("triton", "cuda"):
+            out = asa_attention(*leaves, grid=(11, 13), threshold_grad=learn, impl=impl, **options)
+            torch.autograd.grad(out.float().square().sum(), leaves)
 torch.cuda.synchronize()
-print("the calls ended")
+print("the calls ended;", no_cuda or "with the CUDA C++ kernels")
 """
 
 
@@ -175,8 +178,10 @@ def outcome_line(line: str) -> str | None:
 
 
 def build(limit: float, log: Path, results: dict) -> tuple[str, str]:
-    """Build the C++ extension in place; nothing here needs it."""
-    status = run([sys.executable, "setup.py", "build_ext", "--inplace"], log, limit)
+    """Build the C++ extension in place, for this card; without it only the CUDA C++ kernels are left out."""
+    major, minor = torch.cuda.get_device_capability()
+    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    status = run(command, log, limit, ASA_OPS_CUDA_ARCHS=f"{major}{minor}")
     if status == 0 and list(ROOT.glob("asa_ops/_C*.so")):
         return "passed", ""
     return "skipped", "no C++ extension: the limit was reached" if status is None else "no C++ extension, see build.log"
@@ -223,7 +228,7 @@ def find_sanitizer() -> str | None:
 
 
 def sanitize(limit: float, log: Path, results: dict) -> tuple[str, str]:
-    """Run a few small calls under compute-sanitizer's memcheck."""
+    """Run a few small calls under compute-sanitizer: memcheck, then racecheck."""
     tool = find_sanitizer()
     if tool is None:
         return "skipped", "compute-sanitizer not found"
@@ -232,10 +237,17 @@ def sanitize(limit: float, log: Path, results: dict) -> tuple[str, str]:
     status = run(program, log, limit / 2)  # compiles the kernels, which is slow under the tool
     if status != 0:
         return "timed out" if status is None else "failed", f"the program without the tool, see {log.name}"
-    command = [tool, "--tool", "memcheck", "--error-exitcode", "9", *program]
-    # Every tensor an allocation of its own, so that a step beyond its end shows.
-    status = run(command, log, limit - (time.monotonic() - started), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
-    return gpu_report.sanitizer_status(status, log.read_text(errors="replace"))
+    notes = []
+    for check in ("memcheck", "racecheck"):
+        command = [tool, "--tool", check, "--error-exitcode", "9", *program]
+        part = log.with_name(f"{check}.log")
+        # Every tensor an allocation of its own, so that a step beyond its end shows.
+        status = run(command, part, limit - (time.monotonic() - started), PYTORCH_NO_CUDA_MEMORY_CACHING="1")
+        outcome, note = gpu_report.sanitizer_status(check, status, part.read_text(errors="replace"))
+        notes.append(note)
+        if outcome != "passed":
+            break
+    return outcome, "; ".join(notes)
 
 
 def time_everything(limit: float, log: Path, results: dict) -> tuple[str, str]:

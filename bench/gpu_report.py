@@ -70,16 +70,16 @@ def status_of_tests(counts: dict, timed_out: bool) -> str:
     return "passed" if counts["passed"] and not counts["unfinished"] else "failed"
 
 
-def sanitizer_status(status: int | None, log: str) -> tuple[str, str]:
-    """Return the status and a note from how compute-sanitizer ended (None: at its limit) and what it said."""
+def sanitizer_status(check: str, status: int | None, log: str) -> tuple[str, str]:
+    """Return the status and a note from how a ``check`` of compute-sanitizer ended (None: at its limit) and its log."""
     if status is None:
-        return "timed out", ""
-    summary = re.findall(r"ERROR SUMMARY: (\d+) errors?", log)
+        return "timed out", f"{check}, at its limit"
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)", log)
     if status == 0 and summary and int(summary[-1]) == 0:
-        return "passed", "memcheck, 0 errors"
+        return "passed", f"{check}, 0 errors"
     if re.search(r"Device not supported|not supported on this device|Unable to attach", log):
         return "skipped", "compute-sanitizer does not work on this machine"
-    return "failed", f"memcheck, {summary[-1] if summary else 'unknown'} errors, exit status {status}"
+    return "failed", f"{check}, {summary[-1] if summary else 'unknown'} errors, exit status {status}"
 
 
 def exit_status(steps: list[dict]) -> int:

@@ -89,6 +89,8 @@ def make(kind: str, n: int, dim: int, notes: list[str]) -> tuple[list[Tensor], t
 
 # Methods.
 
+OURS = {"asa": "triton", "asa cuda": "cuda"}  # implementation by the name of its column
+
 
 class Flex:
     """FlexAttention given a dense mask of N x N, compiled for one N."""
@@ -115,8 +117,8 @@ def attend(name: str, query, key, value, alpha, beta, grid, flex: Flex | None = 
     from asa_ops import asa_attention
     from asa_ops.asa import reference
 
-    if name == "asa":
-        return asa_attention(query, key, value, alpha, beta, grid=grid, impl="triton")
+    if name in OURS:
+        return asa_attention(query, key, value, alpha, beta, grid=grid, impl=OURS[name])
     if name == "eager":
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision("high")
@@ -342,7 +344,7 @@ def case(kind: str, n: int, backward: bool, flex: Flex | None, notes: list[str])
     query, key, value, alpha, beta = tensors = [x.cuda() for x in tensors]
     tensors[:3] = query, key, value = (x.bfloat16() for x in (query, key, value))
     result = {"inputs": kind, "N": n, "grid": grid, "D": DIM, "mode": "fwd+bwd" if backward else "fwd", "kernels": {}}
-    names = ["asa", "flex", "flex + mask"] if flex else ["asa", *DENSE, *(["eager"] if n <= EAGER_LIMIT else [])]
+    names = [*OURS, "flex", "flex + mask"] if flex else [*OURS, *DENSE, *(["eager"] if n <= EAGER_LIMIT else [])]
     graph, error = attempt(lambda: reciprocal_neighbors(query, key, alpha, beta, grid=grid, impl="triton"))
     if error:
         result["methods"] = {"asa": {"error": error}}

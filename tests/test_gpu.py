@@ -1,4 +1,4 @@
-"""The Triton kernels on a GPU: what an interpreter cannot show. Run by ``make gpu``; skipped where there is no GPU.
+"""The Triton and CUDA C++ kernels on a GPU: what the CPU cannot show. Run by ``make gpu``, skipped without a GPU.
 
 bfloat16 and TF32, every row of the table of configurations against float64, sizes beyond the range of 32-bit indices
 and of a grid's second axis, memory, bitwise repeats, CUDA graphs, streams, host synchronisation.
@@ -15,7 +15,7 @@ from compare import check_against_reference, check_error, survivors, uncertain_p
 from gpu_cases import configured, each_configuration
 
 import asa_ops
-from asa_ops import asa_attention, reciprocal_neighbors, triton_support
+from asa_ops import asa_attention, cuda_support, reciprocal_neighbors, triton_support
 from asa_ops.asa import reference
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -29,8 +29,15 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def attend(*inputs, **options):
-    return asa_attention(*inputs, **options, impl="triton")
+@pytest.fixture(params=["triton", "cuda"])
+def impl(request):
+    if request.param == "cuda" and (reason := cuda_support.why_not_on("asa_cuda_fwd", torch.device(DEVICE))):
+        pytest.skip(reason)
+    return request.param
+
+
+def attend(impl, *inputs, **options):
+    return asa_attention(*inputs, **options, impl=impl)
 
 
 # Against the reference.
@@ -38,8 +45,8 @@ def attend(*inputs, **options):
 
 @each_dtype
 @each_case
-def test_equals_reference(dtype, case):
-    check_against_reference("triton", *make(case, dtype, device=DEVICE))
+def test_equals_reference(impl, dtype, case):
+    check_against_reference(impl, *make(case, dtype, device=DEVICE))
 
 
 def in_gaps(inputs, options):
@@ -79,11 +86,11 @@ def _in_gaps(s, multiplier, member):
     return torch.where(usable, moved, multiplier.double()).float()
 
 
-def check_threshold_gradients(inputs, options, band: float = 2.0) -> None:
+def check_threshold_gradients(impl, inputs, options, band: float = 2.0) -> None:
     """Check the straight-through gradients, and the others beside them, of inputs that no rounding can decide."""
     dtype = inputs[0].dtype
     exact_inputs = [x if x is None else x.double() for x in inputs]
-    kept = survivors("triton", inputs, options)
+    kept = survivors(impl, inputs, options)
     assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
     given = [i for i, x in enumerate(inputs) if x is not None]
     grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64).to(kept.device)
@@ -94,7 +101,7 @@ def check_threshold_gradients(inputs, options, band: float = 2.0) -> None:
         out = asa_attention(*leaves, **options, **learn, impl=impl)
         return torch.autograd.grad(out, [leaves[i] for i in given], grad_out.to(out.dtype))
 
-    results = run("triton", inputs), run("reference", inputs), run("reference", exact_inputs)
+    results = run(impl, inputs), run("reference", inputs), run("reference", exact_inputs)
     for i, ours, eager, exact in zip(given, *results, strict=True):
         name = ("query", "key", "value", "alpha", "beta")[i]
         assert ours.dtype == inputs[i].dtype
@@ -103,19 +110,19 @@ def check_threshold_gradients(inputs, options, band: float = 2.0) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.name)
-def test_threshold_gradients(dtype, case):
+def test_threshold_gradients(impl, dtype, case):
     inputs, options = make(case, dtype, device=DEVICE)
-    check_threshold_gradients(in_gaps(inputs, options), options, band=1.3)
+    check_threshold_gradients(impl, in_gaps(inputs, options), options, band=1.3)
 
 
-def check_query_is_key(inputs, options) -> None:
+def check_query_is_key(impl, inputs, options) -> None:
     """Check a call that is given one tensor for both, whose gradient is the sum of two; survivors are certain."""
     _, _, value, alpha, beta = inputs
     results = []
-    for impl, dtype in (("triton", value.dtype), ("reference", value.dtype), ("reference", torch.float64)):
+    for name, dtype in ((impl, value.dtype), ("reference", value.dtype), ("reference", torch.float64)):
         x, v = (y.detach().to(dtype).requires_grad_() for y in (inputs[0], value))
         thresholds = [y if dtype == value.dtype else y.double() for y in (alpha, beta)]
-        out = asa_attention(x, x, v, *thresholds, **options, impl=impl)
+        out = asa_attention(x, x, v, *thresholds, **options, impl=name)
         torch.manual_seed(1)
         grad_out = torch.randn(out.shape, dtype=torch.float64).to(out)
         results.append([out, *torch.autograd.grad(out, (x, v), grad_out)])
@@ -124,19 +131,21 @@ def check_query_is_key(inputs, options) -> None:
 
 
 @each_configuration
-def test_configuration(row, variant, monkeypatch):
+def test_configuration(impl, row, variant, monkeypatch):
     dim, dtype, arch = row
+    if arch and impl == "cuda":
+        pytest.skip("this row is of Triton's table")
     if arch:
         monkeypatch.setattr(triton_support, "architecture", lambda device: arch)
     inputs, options = make(configured(dim, variant), dtype, device=DEVICE)
     if variant == "query_is_key":
         inputs[1] = inputs[0]
-    check_against_reference("triton", inputs, options)
+    check_against_reference(impl, inputs, options)
     if variant != "dense":
         inputs = in_gaps(inputs, options)
-        check_threshold_gradients(inputs, options)
+        check_threshold_gradients(impl, inputs, options)
     if variant == "query_is_key":
-        check_query_is_key(inputs, options)
+        check_query_is_key(impl, inputs, options)
 
 
 @pytest.fixture
@@ -171,7 +180,7 @@ def test_configuration_tf32(dim, variant, tf32):
         return out, *torch.autograd.grad(out, (q, k, v), grad_out.to(dtype))
 
     torch.set_float32_matmul_precision("high")
-    out = attend(*leaves, *inputs[3:], **options)
+    out = attend("triton", *leaves, *inputs[3:], **options)
     ours = out, *torch.autograd.grad(out, leaves, grad_out)
     names = ("out", "grad of query", "grad of key", "grad of value")
     for name, x, eager, exact in zip(
@@ -180,14 +189,14 @@ def test_configuration_tf32(dim, variant, tf32):
         check_error(name, x, eager, exact, TF32_EPS)
     if variant != "dense":
         leaves = with_grad(inputs)
-        attend(*leaves, **options, threshold_grad="straight_through").square().sum().backward()
+        attend("triton", *leaves, **options, threshold_grad="straight_through").square().sum().backward()
         assert all(x.grad.isfinite().all() and x.grad.any() for x in leaves)
 
 
 # Large sizes.
 
 
-def test_more_pairs_than_a_32_bit_index_can_name():
+def test_more_pairs_than_a_32_bit_index_can_name(impl):
     """N = 46,400: N^2 exceeds 2^31. Sampled rows against float64; only these have an incoming gradient."""
     height, width, dim = 200, 232, 32
     n = height * width
@@ -200,7 +209,7 @@ def test_more_pairs_than_a_32_bit_index_can_name():
     alpha = torch.empty(1, 1, n, device=DEVICE).uniform_(0.8, 2, generator=generator)
     beta = torch.empty(1, 1, n, device=DEVICE).uniform_(0.5, 1.5, generator=generator)
     leaves = with_grad([query, key, value])
-    out, stats = attend(*leaves, alpha, beta, grid=(height, width), return_stats=True)
+    out, stats = attend(impl, *leaves, alpha, beta, grid=(height, width), return_stats=True)
 
     q, k = query[0, 0].double(), key[0, 0].double()
     lse = torch.cat([(q[i : i + 1024] @ k.mT * dim**-0.5).logsumexp(-1) for i in range(0, n, 1024)])
@@ -223,7 +232,7 @@ def test_more_pairs_than_a_32_bit_index_can_name():
     expected = ((above[0] > 0) & (above[1] > 0)) | (near & (above[2] > 0))
     uncertain = (above[0].abs() <= margin) | (above[1].abs() <= margin) | (near & (above[2].abs() <= margin))
 
-    offsets, columns = reciprocal_neighbors(query, key, alpha, beta, grid=(height, width), impl="triton")
+    offsets, columns = reciprocal_neighbors(query, key, alpha, beta, grid=(height, width), impl=impl)
     assert torch.equal(offsets.diff(), stats.survivors.flatten().long())
     kept = torch.zeros_like(expected)
     for i, row in enumerate(rows.tolist()):
@@ -251,20 +260,20 @@ def test_more_pairs_than_a_32_bit_index_can_name():
         check_error(name, x, yardstick, truth, torch.finfo(torch.bfloat16).eps)
 
 
-def test_more_heads_than_a_grid_axis_takes():
+def test_more_heads_than_a_grid_axis_takes(impl):
     """70,000 heads: the second and third axis of a grid end at 65,535."""
     case = Case("heads", grid=(4, 4), batch=2, heads=35_000, dim=16, dim_v=16)
     inputs, options = make(case, torch.bfloat16, device=DEVICE)
-    check_against_reference("triton", inputs, options)
+    check_against_reference(impl, inputs, options)
     leaves = with_grad(inputs)
-    attend(*leaves, **options, threshold_grad="straight_through").square().sum().backward()
+    attend(impl, *leaves, **options, threshold_grad="straight_through").square().sum().backward()
     assert all(x.grad.isfinite().all() for x in leaves)
 
 
 # Memory.
 
 
-def extra_memory(n: int, heads: int, dim: int, backward: bool, learn: bool) -> tuple[int, int]:
+def extra_memory(impl, n: int, heads: int, dim: int, backward: bool, learn: bool) -> tuple[int, int]:
     """Return the bytes that a call takes at its peak beside inputs, output and gradients: held, and asked for."""
     side = int(n**0.5)
     query, key, value = torch.randn(3, 1, heads, n, dim, device=DEVICE).bfloat16()
@@ -276,7 +285,7 @@ def extra_memory(n: int, heads: int, dim: int, backward: bool, learn: bool) -> t
     options = {"grid": (side, side), "threshold_grad": "straight_through" if learn else None}
 
     def run():
-        out = attend(*leaves, **options)
+        out = attend(impl, *leaves, **options)
         return (out, *torch.autograd.grad(out, wanted, grad_out)) if wanted else (out,)
 
     returned = sum(x.numel() * x.element_size() for x in run())  # which also compiles
@@ -301,9 +310,9 @@ def bytes_of_a_token(dim: int) -> int:
 
 @pytest.mark.parametrize("mode", ["forward", "backward", "learning"])
 @pytest.mark.parametrize(("n", "heads", "dim"), [(4096, 1, 256), (9409, 1, 256), (9409, 3, 64), (16384, 1, 64)])
-def test_memory_stays_below_the_cap(n, heads, dim, mode):
+def test_memory_stays_below_the_cap(impl, n, heads, dim, mode):
     """N^2 / 8 bytes of bits, N^2 / 32 of block maxima, and O(N D), for every head and image."""
-    held, asked_for = extra_memory(n, heads, dim, backward=mode != "forward", learn=mode == "learning")
+    held, asked_for = extra_memory(impl, n, heads, dim, backward=mode != "forward", learn=mode == "learning")
     padded = (n + 127) // 128 * 128
     rounding = 30 * 2**20  # the allocator may hand out up to 1 MiB more than it is asked for, about 30 times
     cap = heads * (padded**2 / 8 + padded**2 / 32 + padded * bytes_of_a_token(dim))
@@ -316,7 +325,7 @@ def test_memory_quadratic_in_n_is_bits_and_maxima(mode):
     """From two sizes, exactly: what is linear in N cancels if no work is split, whatever the device."""
     with mock.patch.object(triton_support, "processors", lambda device: 1):
         settings = {"heads": 2, "dim": 32, "backward": mode != "forward", "learn": mode == "learning"}
-        small, large = (extra_memory(n, **settings)[1] for n in (64**2, 128**2))
+        small, large = (extra_memory("triton", n, **settings)[1] for n in (64**2, 128**2))
     quadratic = (large - 4 * small) / 2 / (128**4 - 4 * 64**4)
     linear = (small / 2 - quadratic * 64**4) / 64**2
     # Lists and flags of tiles of 64 x 64 and more pairs take a few bytes each, N^2 / 512 at most.
@@ -333,9 +342,9 @@ def moderate(grid=(33, 31), heads=2, dim=64, batch=1, dtype=torch.bfloat16, **ch
     )
 
 
-def call_and_gradients(leaves, options):
+def call_and_gradients(impl, leaves, options):
     """Return output, statistics and all gradients of a call with thresholds that learn."""
-    out, stats = attend(*leaves, **options, threshold_grad="straight_through", return_stats=True)
+    out, stats = attend(impl, *leaves, **options, threshold_grad="straight_through", return_stats=True)
     return [out, *stats, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
 
 
@@ -346,10 +355,10 @@ def differences(first, again):
 
 @pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside_other_work"])
 @pytest.mark.parametrize(("grid", "heads", "dim", "times"), [((33, 31), 2, 64, 1000), ((64, 64), 1, 256, 200)])
-def test_repeats_bitwise(grid, heads, dim, times, busy):
+def test_repeats_bitwise(impl, grid, heads, dim, times, busy):
     inputs, options = moderate(grid, heads, dim)
     leaves = with_grad(inputs)
-    first = call_and_gradients(leaves, options)
+    first = call_and_gradients(impl, leaves, options)
     other = torch.cuda.Stream()
     a = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
     count = torch.zeros((), dtype=torch.long, device=DEVICE)
@@ -359,7 +368,7 @@ def test_repeats_bitwise(grid, heads, dim, times, busy):
             with torch.cuda.stream(other):
                 for _ in range(1 + i % 3):
                     torch.mm(a, a)
-        count += differences(first, call_and_gradients(leaves, options))
+        count += differences(first, call_and_gradients(impl, leaves, options))
     torch.cuda.synchronize()
     assert count.item() == 0
 
@@ -369,7 +378,7 @@ THRESHOLDS = ["spread", "zero", "inf", "mixed"]  # from everybody to nobody: the
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("name", ["plain", "topk", "one_way", "padding", "dense"])
-def test_cuda_graph_replays_with_changed_inputs(name, backward):
+def test_cuda_graph_replays_with_changed_inputs(impl, name, backward):
     changes = {"grid": (33, 31), "dim": 64, "dim_v": 64}
 
     def fresh(seed):
@@ -385,8 +394,8 @@ def test_cuda_graph_replays_with_changed_inputs(name, backward):
 
     def run(leaves):
         if backward and len(leaves) == 5:
-            return call_and_gradients(leaves, options)
-        out = attend(*leaves, *thresholds, **options)
+            return call_and_gradients(impl, leaves, options)
+        out = attend(impl, *leaves, *thresholds, **options)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))] if backward else [out]
 
     side = torch.cuda.Stream()
@@ -411,9 +420,9 @@ def test_cuda_graph_replays_with_changed_inputs(name, backward):
             assert torch.equal(x, y), f"replay {seed}"
 
 
-def test_runs_on_the_current_stream():
+def test_runs_on_the_current_stream(impl):
     inputs, options = moderate()
-    expected = attend(*inputs, **options)
+    expected = attend(impl, *inputs, **options)
     late = [torch.zeros_like(x) for x in inputs]
     stream = torch.cuda.Stream()
     torch.cuda.synchronize()
@@ -421,13 +430,13 @@ def test_runs_on_the_current_stream():
         torch.cuda._sleep(50_000_000)  # inputs arrive when a call on another stream would be over
         for x, y in zip(late, inputs, strict=True):
             x.copy_(y)
-        out = attend(*late, **options)
+        out = attend(impl, *late, **options)
     stream.synchronize()
     assert torch.equal(out, expected)
 
 
 @pytest.mark.parametrize("name", ["plain", "topk", "one_way", "padding", "dense", "beta_only", "all_empty"])
-def test_never_waits_for_the_device(name):
+def test_never_waits_for_the_device(impl, name):
     """Forward, statistics and backward enqueue work and return."""
     inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
     given = [i for i, x in enumerate(inputs) if x is not None]
@@ -435,7 +444,7 @@ def test_never_waits_for_the_device(name):
     def run():
         leaves = with_grad(inputs)
         learn = {"threshold_grad": "straight_through"}
-        out, _ = attend(*leaves, **options, **learn, return_stats=True)
+        out, _ = attend(impl, *leaves, **options, **learn, return_stats=True)
         return torch.autograd.grad(out, [leaves[i] for i in given], torch.ones_like(out))
 
     run()  # compiles
@@ -452,14 +461,14 @@ def test_never_waits_for_the_device(name):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "alpha", "beta"])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_bad_number_leaves_other_images_untouched(dtype, which, bad):
+def test_a_bad_number_leaves_other_images_untouched(impl, dtype, which, bad):
     results = []
     for spoilt in (True, False):
         inputs, options = make(named("plain", grid=(13, 11)), dtype, device=DEVICE)
         if spoilt:
             inputs[which][0, 0, 3] = bad
         leaves = with_grad(inputs)
-        results.append([x.detach() for x in call_and_gradients(leaves, options)])
+        results.append([x.detach() for x in call_and_gradients(impl, leaves, options)])
     spoilt, clean = results
     if (which, bad) not in ((3, torch.inf), (4, torch.inf)):  # an infinite threshold is a good number: it keeps nobody
         assert spoilt[0][0].isnan().any()
@@ -469,40 +478,40 @@ def test_a_bad_number_leaves_other_images_untouched(dtype, which, bad):
 
 
 @pytest.mark.parametrize("name", ["plain", "alpha_only", "dense", "topk_alone", "beta_only"])
-def test_a_nan_score_gives_nan_in_its_row_only(name):
+def test_a_nan_score_gives_nan_in_its_row_only(impl, name):
     inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
     inputs[0][0, 1, 5, 2] = torch.nan
-    out = attend(*inputs, **options)
+    out = attend(impl, *inputs, **options)
     assert out[0, 1, 5].isnan().all()
     out[0, 1, 5] = 0
     assert not out.isnan().any()
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_bad_value_spoils_only_rows_that_keep_it(bad):
+def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
     inputs, options = make(named("plain"), torch.bfloat16, device=DEVICE)
-    kept = survivors("triton", inputs, options)[0, 1, :, 7]
+    kept = survivors(impl, inputs, options)[0, 1, :, 7]
     assert kept.any() and not kept.all()
-    clean = attend(*inputs, **options)
+    clean = attend(impl, *inputs, **options)
     inputs[2][0, 1, 7, 2] = bad
-    out = attend(*inputs, **options)
+    out = attend(impl, *inputs, **options)
     assert not out[0, 1, kept].isfinite().all(-1).any()
     assert torch.equal(out[0, 1, ~kept], clean[0, 1, ~kept]) and torch.equal(out[:, 0], clean[:, 0])
 
 
 @pytest.mark.parametrize("reciprocal", [True, False], ids=["mutual", "one_way"])
 @pytest.mark.parametrize("size", [10.0, 300.0])  # in base 2, scores of -408 and -367,000
-def test_scores_far_below_zero(size, reciprocal):
+def test_scores_far_below_zero(impl, size, reciprocal):
     """Equal scores weigh the same wherever they lie: beyond float16, and below the 0 of positions that are no keys."""
     query = torch.full((1, 1, 70, 8), size, device=DEVICE)
     value, alpha = torch.randn_like(query), torch.full((1, 1, 70), 0.5, device=DEVICE)
-    out, stats = attend(query, -query, value, alpha, reciprocal=reciprocal, return_stats=True)
+    out, stats = attend(impl, query, -query, value, alpha, reciprocal=reciprocal, return_stats=True)
     assert (stats.survivors == 70).all()
     torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
 
 
 @pytest.mark.parametrize("name", ["padding", "padding_topk", "padding_dense", "fewer_queries_padded"])
-def test_nothing_in_padding_matters(name):
+def test_nothing_in_padding_matters(impl, name):
     results = []
     for spoilt in (True, False):
         inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
@@ -511,7 +520,7 @@ def test_nothing_in_padding_matters(name):
             if spoilt and x is not None and x.shape[2] == hidden.shape[2]:
                 x[hidden[:, : x.shape[1]]] = torch.nan if x.dim() == 4 else -1
         leaves = with_grad(inputs)
-        out = attend(*leaves, **options, threshold_grad="straight_through")
+        out = attend(impl, *leaves, **options, threshold_grad="straight_through")
         out.sum().backward()
         results.append([out.detach(), *(x.grad for x in leaves if x is not None)])
     for x, y in zip(*results, strict=True):
@@ -524,30 +533,30 @@ def test_nothing_in_padding_matters(name):
 def test_auto_takes_triton():
     inputs, options = moderate()
     assert ": triton" in asa_ops.explain(inputs[0]).splitlines()[0]
-    assert torch.equal(asa_attention(*inputs, **options), attend(*inputs, **options))
+    assert torch.equal(asa_attention(*inputs, **options), attend("triton", *inputs, **options))
 
 
-def test_what_it_cannot_run_is_named():
+def test_what_it_cannot_run_is_named(impl):
     x = torch.randn(1, 1, 9, 8, device=DEVICE, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="float64"):
-        attend(x, x, x)
+        attend(impl, x, x, x)
     wide = torch.randn(1, 1, 9, 257, device=DEVICE)
     with pytest.raises(RuntimeError, match="head dims up to 256, got 257"):
-        attend(wide, wide, wide)
+        attend(impl, wide, wide, wide)
     for y in (x, wide):  # without an explicit choice something else runs
         torch.testing.assert_close(asa_attention(y, y, y), asa_attention(y, y, y, impl="reference"))
     with pytest.raises(ValueError, match="device of query"):
-        attend(x.float(), x.float().cpu(), x.float())
+        attend(impl, x.float(), x.float().cpu(), x.float())
 
 
-def test_strides_do_not_matter():
+def test_strides_do_not_matter(impl):
     """Tokens that are views of a channels-last feature map, an expanded threshold, a transposed gradient."""
     inputs, options = moderate()
     plain = with_grad(inputs)
     strided = [x.mT.contiguous().mT if x.dim() == 4 else x.repeat_interleave(2, -1)[..., ::2] for x in inputs]
     strided = [x.detach().requires_grad_() for x in strided]
     assert not any(x.is_contiguous() for x in strided)
-    expected, out = attend(*plain, **options), attend(*strided, **options)
+    expected, out = attend(impl, *plain, **options), attend(impl, *strided, **options)
     assert torch.equal(out, expected)
     grad_out = torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).to(out).mT
     grads = torch.autograd.grad(out, strided, grad_out)
@@ -555,10 +564,10 @@ def test_strides_do_not_matter():
     assert all(torch.equal(x, y) for x, y in zip(grads, expected_grads, strict=True))
 
 
-def test_misaligned_views_give_the_same():
+def test_misaligned_views_give_the_same(impl):
     """Tensors that start between multiples of 16 bytes, which kernels compiled for aligned pointers may not read."""
     inputs, options = moderate(dtype=torch.bfloat16)
-    expected = attend(*inputs, **options)
+    expected = attend(impl, *inputs, **options)
 
     def shifted(x):
         flat = x.new_empty(x.numel() + 1)
@@ -567,14 +576,14 @@ def test_misaligned_views_give_the_same():
 
     moved = [shifted(x) for x in inputs]
     assert all(x.data_ptr() % 16 for x in moved)
-    assert torch.equal(attend(*moved, **options), expected)
+    assert torch.equal(attend(impl, *moved, **options), expected)
 
 
-def test_compiles_without_a_graph_break():
+def test_compiles_without_a_graph_break(impl):
     inputs, options = moderate(dtype=torch.float32)
 
     def step(query, key, value, alpha, beta):
-        out = attend(query, key, value, alpha.exp(), beta.exp(), **options, threshold_grad="straight_through")
+        out = attend(impl, query, key, value, alpha.exp(), beta.exp(), **options, threshold_grad="straight_through")
         return out.square().sum()
 
     results = []
@@ -587,13 +596,13 @@ def test_compiles_without_a_graph_break():
         torch.testing.assert_close(x, y)
 
 
-def test_autocast_casts_tokens_and_keeps_thresholds():
+def test_autocast_casts_tokens_and_keeps_thresholds(impl):
     inputs, options = moderate(dtype=torch.float32)
     leaves = with_grad(inputs)
     with torch.autocast(DEVICE, torch.bfloat16):
-        out = attend(*leaves, **options)
+        out = attend(impl, *leaves, **options)
     tokens = with_grad([x.bfloat16() for x in inputs[:3]])
-    expected = attend(*tokens, *inputs[3:], **options)
+    expected = attend(impl, *tokens, *inputs[3:], **options)
     assert out.dtype == torch.bfloat16 and torch.equal(out, expected)
     grad_out = torch.randn_like(out)
     grads = torch.autograd.grad(out, leaves[:3], grad_out)

@@ -89,14 +89,17 @@ def test_exit_status():
 
 
 def test_what_the_sanitizer_said():
-    assert report.sanitizer_status(0, "========= ERROR SUMMARY: 0 errors")[0] == "passed"
-    assert report.sanitizer_status(9, "========= ERROR SUMMARY: 3 errors") == (
-        "failed",
-        "memcheck, 3 errors, exit status 9",
-    )
-    assert report.sanitizer_status(0, "")[0] == "failed"  # it checked nothing
-    assert report.sanitizer_status(1, "========= Error: Device not supported")[0] == "skipped"
-    assert report.sanitizer_status(None, "")[0] == "timed out"
+    def status(*said):
+        return report.sanitizer_status("memcheck", *said)
+
+    assert status(0, "========= ERROR SUMMARY: 0 errors")[0] == "passed"
+    assert status(9, "========= ERROR SUMMARY: 3 errors") == ("failed", "memcheck, 3 errors, exit status 9")
+    assert status(0, "")[0] == "failed"  # it checked nothing
+    assert status(1, "========= Error: Device not supported")[0] == "skipped"
+    assert status(None, "")[0] == "timed out"
+    clean, hazards = (f"========= RACECHECK SUMMARY: {n} hazards displayed ({n} errors, 0 warnings)" for n in (0, 2))
+    assert report.sanitizer_status("racecheck", 0, clean) == ("passed", "racecheck, 0 errors")
+    assert report.sanitizer_status("racecheck", 9, hazards)[0] == "failed"
 
 
 def test_a_share_is_every_nth_chosen_test_and_outcomes_are_told_as_they_come(tmp_path):
