@@ -90,15 +90,14 @@ def panels(x: Inputs, pixel: int) -> dict[str, Tensor]:
         "non_local": non_local,
         "linear_attention": linear_attention,
         "efficient_attention": efficient_attention,
+        "criss_cross, once": criss_cross,
+        "criss_cross, twice": lambda x: criss_cross(x, 2),
         "channelized_axial": channelized_axial,
         "squeeze_and_attention\n(without its convolutions)": squeeze_and_attention,
         "interlaced_sparse, long": interlaced_sparse,
         "interlaced_sparse, short": lambda x: interlaced_sparse(x, ("short",)),
         "interlaced_sparse": lambda x: interlaced_sparse(x, ("long", "short")),
     }
-    if hasattr(asa_ops, "criss_cross_attention"):
-        patterns["criss_cross, once"] = criss_cross
-        patterns["criss_cross, twice"] = lambda x: criss_cross(x, 2)
     weights = {title: pattern(x)[0, 0, pixel] for title, pattern in patterns.items()}
     weights["salient_positions\n(gradients)"] = salient_positions(x, pixel)
     return weights

@@ -35,6 +35,8 @@ def test_weights_are_means(weights):
 def test_weights_lie_where_the_formulas_say(weights):
     row, column = 11, 4  # the pixel
     r, c = torch.meshgrid(torch.arange(16), torch.arange(16), indexing="ij")
+    assert torch.equal(weights["criss_cross, once"] != 0, (r == row) | (c == column))
+    assert (weights["criss_cross, twice"] != 0).all()
     assert torch.equal(weights["interlaced_sparse, long"] != 0, (r % 8 == row % 8) & (c % 8 == column % 8))
     assert not weights["interlaced_sparse, short"][(r // 8 != row // 8) | (c // 8 != column // 8)].any()
     assert torch.equal(weights["squeeze_and_attention"] != 0, (r // 2 == row // 2) & (c // 2 == column // 2))
