@@ -5,8 +5,9 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch
 from ..criss_cross import criss_cross_attention
+from .common import rename
 
-_UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value"}
+_UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
 
 class CrissCrossAttention(nn.Module):
@@ -77,17 +78,5 @@ class CrissCrossAttention(nn.Module):
         Example:
             >>> block.load_state_dict(CrissCrossAttention.from_upstream(published))  # doctest: +SKIP
         """
-        renamed = {}
-        for key, tensor in state_dict.items():
-            module, _, parameter = key.rpartition(".")
-            if key in ("gamma", "gamma.scale"):
-                renamed["gamma"] = tensor.reshape(1)
-            elif module in _UPSTREAM:
-                renamed[f"{_UPSTREAM[module]}.{parameter}"] = tensor
-            else:
-                expected = [*sorted(f"{name}.*" for name in _UPSTREAM), "gamma", "gamma.scale"]
-                raise ValueError(
-                    f"unknown key {key!r} in a published block's state dict, expected {expected}; "
-                    "of a whole network's, pass the block's entries without their prefix"
-                )
-        return renamed
+        renamed = rename({key.removesuffix(".scale"): x for key, x in state_dict.items()}, _UPSTREAM)
+        return {key: x.reshape(1) if key == "gamma" else x for key, x in renamed.items()}
