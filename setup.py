@@ -78,7 +78,7 @@ def nvcc_flags(architectures: list[int]) -> list[str]:
     codes.append(f"arch=compute_{last},code=[sm_{last},compute_{last}]")
     host = ["-fPIC", "-fvisibility=hidden", *PREFIXES]
     # Products and sums are never fused: the same score must be the same number in every kernel.
-    flags = ["-std=c++17", "-O3", "--fmad=false", *(f"-gencode={code}" for code in codes)]
+    flags = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", *(f"-gencode={code}" for code in codes)]
     return flags + [word for flag in host for word in ("-Xcompiler", flag)]
 
 
@@ -114,8 +114,12 @@ def add_cuda(extension, nvcc: list[str], folder: Path) -> None:
 
 
 def compile_cuda(source: Path, folder: Path, command: list[str]) -> Path:
-    """Compile one file and return the object, the one of before if its command and the files it read are unchanged."""
-    compiled, listed, told = (folder / f"{source.stem}{suffix}" for suffix in (".o", ".d", ".command"))
+    """Compile one file and return the object, the one of before if its command and the files it read are unchanged.
+
+    Beside it lies what the assembler says of registers and spills, which tests read.
+    """
+    suffixes = ".o", ".d", ".command", ".registers"
+    compiled, listed, told, registers = (folder / f"{source.stem}{suffix}" for suffix in suffixes)
     # The seed is that of the names which nvcc makes up: the same source gives the same object.
     options = ["-frandom-seed", source.name, "-MD", "-MF", str(listed), "-c", str(source), "-o", str(compiled)]
     line = shlex.join([*command, *options])
@@ -129,8 +133,10 @@ def compile_cuda(source: Path, folder: Path, command: list[str]) -> Path:
     told.unlink(missing_ok=True)
     print(line, flush=True)
     started = time.time_ns()
-    if subprocess.run([*command, *options]).returncode:
-        sys.exit(f"asa_ops: {source} does not compile")
+    run = subprocess.run([*command, *options], stderr=subprocess.PIPE, text=True)
+    if run.returncode:
+        sys.exit(f"{run.stderr}\nasa_ops: {source} does not compile")
+    registers.write_text(run.stderr)
     os.utime(compiled, ns=(started, started))  # what is edited while it compiles counts as newer
     told.write_text(line)
     return compiled
