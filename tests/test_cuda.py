@@ -297,7 +297,27 @@ def test_bits_and_peaks_lie_where_the_next_call_reads_them():
     assert ((peaks >= s2) & (peaks - s2 < 0.1)).all()
 
 
+def test_a_bad_threshold_gives_nan_where_an_image_has_no_keys_too():
+    query, key, mask = torch.randn(2, 1, 5, 4), torch.randn(2, 1, 7, 4), torch.zeros(2, 7, dtype=torch.bool)
+    mask[0] = True
+    alpha = torch.ones(2, 1, 5)
+    alpha[1, 0, 2] = -1
+    out = asa_attention(query, key, key, alpha, reciprocal=False, key_padding_mask=mask, impl="cuda")
+    assert out[1, 0, 2].isnan().all() and (out[1, 0, [0, 1, 3, 4]] == 0).all() and out[0].isfinite().all()
+
+
 # Whoever calls the ops directly.
+
+
+def test_nobody_is_mutual_without_neighbours():
+    """Dense attention to more keys, `reciprocal` or not: the public function does not let the first pass."""
+    query, key = torch.randn(1, 1, 70, 4, requires_grad=True), torch.randn(1, 1, 130, 4, requires_grad=True)
+    rest = 0, 0, 3, 0
+    results = []
+    for reciprocal in (True, False):
+        out, *_ = ops.asa_fwd(query, key, key, None, None, None, *rest, reciprocal, 0.5, False, 2.0, True, "cuda")
+        results.append([out, *torch.autograd.grad(out.square().sum(), (query, key))])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
 
 
 def op_arguments(**changes):

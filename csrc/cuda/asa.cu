@@ -176,8 +176,8 @@ class Call {
     p_.per_image = x.real ? 1 : 0;
     p_.window = x.beta ? static_cast<int>(x.window) : 0;
     p_.topk = x.topk < x.key.size(2) ? static_cast<int>(x.topk) : 0;
-    p_.mutual = x.reciprocal;
     p_.has_bits = x.alpha || x.topk > 0;
+    p_.mutual = x.reciprocal && p_.has_bits;
     p_.few = p_.mutual && p_.topk > 0 && p_.topk <= kFew;
     // Threshold gradients ask for A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
     p_.one_way_bits = x.band > 0 && p_.mutual && x.alpha;

@@ -42,10 +42,9 @@ __global__ void __launch_bounds__(kThreads) asa_finish_rows_kernel(Problem<T> p,
 
   const int64_t row = row_at(at.z, p.rows.n, at.token);
   // A row of scores with NaN or +inf has no softmax, a bad multiplier no threshold.
-  bool invalid = !(fabsf(saved.lse[row]) < INFINITY);
+  bool invalid = spoilt || (p.keys.counts[at.image] > 0 && !(fabsf(saved.lse[row]) < INFINITY));
   if (p.alpha.data != nullptr) invalid = invalid || !(multiplier_at(p.alpha, at.z, p.heads, at.token) >= 0);
   if (p.beta.data != nullptr) invalid = invalid || !(multiplier_at(p.beta, at.z, p.heads, at.token) >= 0);
-  invalid = spoilt || (invalid && p.keys.counts[at.image] > 0);
   const bool empty = count == 0;
   const float base = largest == -INFINITY ? 0 : largest, kept2 = empty ? -INFINITY : base + log2f(total);
   each_number(p.dim_v, [&](int r, int d) {

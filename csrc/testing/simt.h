@@ -2,8 +2,9 @@
 //
 // Blocks run one after another, the threads of a block as fibers of one thread of the machine. A fiber runs until it
 // must wait for the others, at a barrier or in a collective of its warp. What a GPU leaves to chance is made as unkind
-// as it may be: asynchronous copies arrive when they are waited for and not before, shared memory starts as NaN, and
-// ASA_OPS_SIMT_REVERSED=1 runs fibers from the last to the first, which shows in the results where a barrier is missing.
+// as it may be: asynchronous copies arrive when they are waited for and not before, shared memory starts as NaN.
+// ASA_OPS_SIMT_REVERSED=1 is unkind the other way: fibers run from the last to the first and copies arrive at once. What
+// lacks a barrier gives other results.
 
 #pragma once
 
@@ -446,6 +447,10 @@ inline void copy_async(void* to, const void* from) {
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
     throw std::logic_error(simt::machine().name + ": an asynchronous copy is not aligned");
   std::memcpy(copy.bytes, from, sizeof(copy.bytes));
+  if (simt::machine().reversed) {
+    std::memcpy(to, copy.bytes, sizeof(copy.bytes));
+    return;
+  }
   simt::machine().current->copies.back().push_back(copy);
 }
 
