@@ -295,7 +295,7 @@ def test_no_queries_have_zero_gradients():
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_products_follow_either_setting_of_torch(monkeypatch, setting):
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
-    assert arrange._precision(torch.float32) == setting and arrange._precision(torch.float16) == "ieee"
+    assert triton_support.precision(torch.float32) == setting and triton_support.precision(torch.float16) == "ieee"
 
 
 def test_bits_are_packed_and_counted():
