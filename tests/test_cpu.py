@@ -45,7 +45,11 @@ def test_any_head_dim(instruction_set, dim):
 
 
 @pytest.mark.parametrize(
-    "case", [named("plain", grid=(40, 47)), named("mixed", grid=(40, 47), dim=64)], ids=["plain", "mixed"]
+    "case",
+    [
+        pytest.param(named("plain", grid=(40, 47)), id="plain", marks=pytest.mark.slow),
+        pytest.param(named("mixed", grid=(40, 47), dim=64), id="mixed"),
+    ],
 )
 def test_lists_longer_than_a_stretch(instruction_set, case):
     check_against_reference("cpu", *make(case, torch.float32))

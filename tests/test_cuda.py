@@ -84,7 +84,12 @@ LEARNING = [
 ]
 
 
-@pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.name)
+QUICK = ("plain", "one_way", "more_keys", "topk", "padding_topk", "window_5", "mixed", "beta_only")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, id=case.name, marks=slow_if(case.name not in QUICK)) for case in LEARNING]
+)
 def test_threshold_gradients(case):
     # The error rule compares maxima, which should be taken over many numbers.
     heads = 32 if case.n_keys else 8
