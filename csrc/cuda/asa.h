@@ -18,7 +18,7 @@ namespace asa_ops::cuda {
 constexpr int kBlock = 64;     // tokens of a block, rows and columns of a tile
 constexpr int kThreads = 128;  // of a program: four warps, each with 16 rows of a tile, or with one row
 constexpr int kWarps = kThreads / 32;
-constexpr int kResident = 8;  // programs on a processor that short kernels leave registers for: 64 each, without spills
+constexpr int kPrograms = 8;   // on a processor, that short kernels leave registers for: 64 a thread, without spills
 constexpr int kFew = 32;       // up to this many neighbours a row are taken one by one
 constexpr float kLog2E = 1.4426950408889634f, kLn2 = 0.6931471805599453f;
 

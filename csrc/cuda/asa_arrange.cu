@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kThreads) asa_arrange_kernel(const T* x, Strid
 // What reaches the constant output of a row without survivors ends there, even a NaN, but for the row's thresholds:
 // arranged is 0 and delta NaN then. A row whose output is NaN poisons its image and head.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident) asa_arrange_gradient_kernel(Problem<T> p, const T* d_out, Strides strides, Saved<T> saved,
+__global__ void __launch_bounds__(kThreads, kPrograms) asa_arrange_gradient_kernel(Problem<T> p, const T* d_out, Strides strides, Saved<T> saved,
                                                                         T* arranged, RowGradients row) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   const int lane = threadIdx.x % 32;

@@ -13,9 +13,10 @@ namespace {
 
 constexpr int kStages = 3;
 
+// How tiles are cut and shared memory is laid out.
 template <class T, int WIDTH>
 struct Layout {
-  static constexpr bool kResident = sizeof(T) == 2;
+  static constexpr bool kResident = sizeof(T) == 2;  // whether what the program owns stays
   static constexpr int kColumns = WIDTH == 256 ? kBlock / 2 : kBlock;  // of a tile at a time
   static constexpr int kParts = kBlock / kColumns;
   static constexpr int kStageBytes = kColumns * 128 + (kResident ? 0 : kChunkBytes);

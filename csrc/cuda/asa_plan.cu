@@ -11,7 +11,7 @@ namespace {
 
 // Thresholds of a block of rows, and which blocks of keys they reach within band2.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kResident) asa_thresholds_kernel(Problem<T> p, int splits, const float* largest, const float* total,
+__global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Problem<T> p, int splits, const float* largest, const float* total,
                                                                   Saved<T> saved, float band2, Thresholds thresholds) {
   struct Row {
     float lse2, cut2, kappa2;
