@@ -113,7 +113,7 @@ __global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresh
       if (!p.one_way_bits) other &= turned(memory.there, row, side);
       words[int64_t(2 * block + side) * padded + j * kBlock + row] = other;
     }
-    __syncthreads();  // before the next tile's bits
+    // The next tile's bits are written after the barriers of its chunks.
   }
   ring.finish();
 }
