@@ -77,14 +77,12 @@ def make(kind: str, n: int, dim: int, notes: list[str]) -> tuple[list[Tensor], t
     except ImportError:
         sys.modules["skimage"] = stand_in_for_skimage()
         notes.append("scikit-image is not installed: photo is a synthetic picture.")
-    from inputs import INPUTS
+    import inputs
 
-    height, width = GRIDS[n]
-    tensors = INPUTS[kind](width * width, dim)
-    tensors = [x[:, :, :n] for x in tensors]  # the upper part of a square map
+    tensors = inputs.make(kind, GRIDS[n], dim)
     if kind == "iid":
         tensors[3] = torch.ones_like(tensors[3])
-    return tensors, (height, width)
+    return tensors, GRIDS[n]
 
 
 # Methods.
