@@ -4,7 +4,6 @@ One unit is a product of all queries with all keys, 2 N^2 D operations per image
 forward (4 N^2 D) and 5 backward (10 N^2 D).
 """
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -176,8 +175,3 @@ def registered_flops(call: Callable) -> int:
     with FlopCounterMode(display=False) as counter:
         call()
     return counter.get_total_flops()
-
-
-def bits(n: int, heads: int = 1) -> int:
-    """Return the bytes of the neighbour bits that a backward needs, one a pair in blocks of 64 x 64."""
-    return math.ceil(n / BLOCK) ** 2 * BLOCK**2 // 8 * heads

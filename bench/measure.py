@@ -22,7 +22,12 @@ PEERS = ("xformers", "natten", "adasplash")
 
 
 def commit() -> str:
-    """Return the commit of this source tree, "unknown" where there is no git or no repository."""
+    """Return the commit of this source tree, "unknown" where there is no git or no repository.
+
+    ASA_OPS_COMMIT names the commit where the tree is a copy without a repository.
+    """
+    if named := os.environ.get("ASA_OPS_COMMIT"):
+        return named
     try:
         describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
         return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()

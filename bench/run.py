@@ -124,11 +124,13 @@ TITLE = ("case", "survivors", "method", "ms", "ours / it (quartiles)", "MB", "MB
 
 
 def rows(case: Case) -> list[list[str]]:
-    """Return the lines of the table for one case, ours first."""
+    """Return the lines of the table for one case, ours first; what was skipped has none."""
     ours = case.ours[0]
     lines = []
     for name, method in case.methods.items():
         middle, ratio = case.median(name), case.ratio(ours, name)
+        if method.skipped:
+            continue
         lines.append(
             [
                 case.label,
@@ -138,10 +140,16 @@ def rows(case: Case) -> list[list[str]]:
                 f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})" if ratio and name not in case.ours else "-",
                 *(f"{method.memory[mode] / 1e6:.1f}" if mode in method.memory else "-" for mode in MODES[:2]),
                 f"{method.flops / middle / 1e9:.0f}" if middle and method.flops else "-",
-                method.error or (f"skipped: {method.skipped}" if method.skipped else ""),
+                method.error or "",
             ]
         )
     return lines
+
+
+def skips(cases: list[Case]) -> str:
+    """Return a line for every method that was not tried, and why."""
+    found = {(name, m.skipped): None for case in cases for name, m in case.methods.items() if m.skipped}
+    return "\n".join(f"skipped {name}: {reason}" for name, reason in found)
 
 
 def table(header: tuple[str, ...], lines: list[list[str]]) -> str:
@@ -172,7 +180,7 @@ def summary(cases: list[Case]) -> str:
         ]
         header = ("input", "survivors a row", "of all pairs", "active tiles 64 x 64", "candidates")
         text = f"{table(header, told)}\n\n{text}"
-    return text
+    return "\n\n".join(filter(None, [text, skips(cases)]))
 
 
 # The command line.
