@@ -340,7 +340,7 @@ def case(kind: str, n: int, backward: bool, flex: Flex | None, notes: list[str])
 
     tensors, grid = make(kind, n, DIM, notes)
     query, key, value, alpha, beta = tensors = [x.cuda() for x in tensors]
-    tensors[:3] = query, key, value = (x.bfloat16() for x in (query, key, value))
+    tensors[:3] = query, key, value = [x.bfloat16() for x in (query, key, value)]
     result = {"inputs": kind, "N": n, "grid": grid, "D": DIM, "mode": "fwd+bwd" if backward else "fwd", "kernels": {}}
     names = [*OURS, "flex", "flex + mask"] if flex else [*OURS, *DENSE, *(["eager"] if n <= EAGER_LIMIT else [])]
     graph, error = attempt(lambda: reciprocal_neighbors(query, key, alpha, beta, grid=grid, impl="triton"))
