@@ -36,25 +36,24 @@ class Candidate(NamedTuple):
     splits: int | None = None  # parts, None: as the library chooses
 
     def __str__(self) -> str:
-        m, n, warps, stages, tma, chunk, _ = self.config
+        m, n, warps, stages, tma, chunk, _, registers = self.config
         text = f"{m:3} x {n:3}, {warps:2} warps, {stages} stages, chunk {chunk:3}{', TMA' if tma else ''}"
+        text += f", {registers} registers" if registers else ""
         return text if self.splits is None else f"{text}, {self.splits} parts"
 
 
 def candidates(kernel: str, dim: int, row: Config, room: int) -> list[Candidate]:
     """Return what to try in place of ``row``: first it, then other blocks that fit into ``room``, then other parts."""
     if kernel == "mask":
-        chunks = [chunk for chunk in (64, 128) if chunk <= dim]
-        shapes = [(64, 64, 4), (128, 128, 8), (128, 128, 16)]
         found = [
-            row._replace(block_m=m, block_n=n, warps=warps, stages=stages, chunk=chunk)
-            for (m, n, warps), stages, chunk in itertools.product(shapes, (2, 3), chunks)
+            row._replace(block_m=64, block_n=64, warps=4, stages=stages, chunk=chunk, registers=registers)
+            for chunk, stages, registers in itertools.product((32, 64), (2, 3, 4), (None, 168, 128))
         ]
     else:
-        columns, depths = ((64, 128), (1, 2, 3)) if kernel == "statistics" else ((32, 64, 128), (1, 2))
+        columns = (64, 128) if kernel == "statistics" else (32, 64, 128)
         found = [
             row._replace(block_m=m, block_n=n, warps=warps, stages=stages)
-            for (m, warps), n, stages in itertools.product([(64, 4), (128, 4), (128, 8)], columns, depths)
+            for (m, warps), n, stages in itertools.product([(64, 4), (128, 8)], columns, (2, 3, 4, 5, 6))
         ]
     found = [config for config in dict.fromkeys(found) if config != row and shared(kernel, config, dim) <= room]
     parts = [Candidate(kernel, row, splits) for splits in SPLITS] if kernel != "mask" else []
@@ -162,6 +161,10 @@ def main() -> None:
     again = [sys.executable, __file__, *sys.argv[1:], "--compile"]
     for process in [subprocess.Popen([*again, f"{k}/{shares}"]) for k in range(shares)]:
         process.wait()
+    for kind, bench in benches.items():
+        for title, kernel in (("forward", FORWARD[0]), ("forward and backward", KERNELS[-1])):
+            told = ", ".join(f"{name} {us:.1f}" for name, us in bench.times(kernel).items())
+            print(f"{kind}, {title}, us: {told}")
     print(f"{'kernel':10} {'inputs':10} {'us':>7} {'all':>7} {'difference':>10}")
     for candidate in todo:
         for kind, bench in benches.items():

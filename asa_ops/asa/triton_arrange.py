@@ -271,6 +271,7 @@ class Problem:
             "TMA": config.tma,
             "warps": config.warps,
             "stages": config.stages,
+            "registers": config.registers,
         }
 
     def new_bits(self) -> Tensor:
