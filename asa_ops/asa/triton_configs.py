@@ -28,18 +28,18 @@ HALF, SINGLE = "half", "float32"
 
 _TABLE = {
     # Hopper: tiles by tensor descriptors, wgmma. A result of 128 rows needs 8 warps, one of 64 rows 4.
-    ("statistics", 256, HALF, 90): Config(64, 128, 4, 3, tma=True),
+    ("statistics", 256, HALF, 90): Config(128, 64, 8, 4, tma=True),
     ("statistics", 128, HALF, 90): Config(128, 128, 8, 3, tma=True),
-    ("statistics", 64, HALF, 90): Config(128, 128, 8, 3, tma=True),
+    ("statistics", 64, HALF, 90): Config(64, 128, 4, 3, tma=True),
     ("topk", 256, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("topk", 128, HALF, 90): Config(128, 64, 8, 3, tma=True),
     ("topk", 64, HALF, 90): Config(128, 64, 8, 3, tma=True),
     ("mask", 256, HALF, 90): Config(64, 64, 4, 3, tma=True, chunk=64),
     ("mask", 128, HALF, 90): Config(128, 128, 8, 3, tma=True, chunk=64),
-    ("mask", 64, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=64),
+    ("mask", 64, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=32, registers=128),
     ("aggregate", 256, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("aggregate", 128, HALF, 90): Config(128, 64, 8, 3, tma=True),
-    ("aggregate", 64, HALF, 90): Config(128, 64, 8, 3, tma=True),
+    ("aggregate", 64, HALF, 90): Config(64, 64, 4, 5, tma=True),
     ("dq", 256, HALF, 90): Config(64, 64, 4, 2, tma=True),
     ("dq", 128, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("dq", 64, HALF, 90): Config(128, 64, 8, 3, tma=True),
