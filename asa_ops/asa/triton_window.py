@@ -127,7 +127,7 @@ def _asa_combine_kernel(
             words += z * words_stride
         d = tl.arange(0, DIM)
         q_i = tl.load(q + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
-        for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
+        for offset in range(WINDOW * WINDOW):  # unrolled it needs so many registers that it is slower
             other, inside = window_neighbour(token, offset, height, width, WINDOW)
             flag = tl.load(local + (z * n + token) * (WINDOW * WINDOW) + offset, mask=real & inside, other=0) != 0
             at = tl.load(place + image * n + other, mask=flag, other=0)

@@ -224,7 +224,7 @@ def _asa_finish_columns_kernel(
             words += z * words_stride
         k_j = tl.load(k + at_key[:, None] * DIM + d[None, :]).to(tl.float32)
         v_j = tl.load(v + at_key[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
-        for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
+        for offset in range(WINDOW * WINDOW):
             other, inside = window_neighbour(token, offset, height, width, WINDOW)
             at = tl.load(place + image * n + other, mask=real & inside, other=-1)
             near = at >= 0
