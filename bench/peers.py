@@ -167,7 +167,7 @@ PEERS: dict[str, Peer] = {
         _everywhere, _flex_and_mask, "the same and its block mask, built in the call", 1, backward_on_cpu=False
     ),
     "adasplash": Peer(_installed("adasplash", _gpu), _adasplash, "entmax attention with a sparsity of its own"),
-    "xformers": Peer(_installed("xformers"), _xformers, "dense, memory-efficient attention"),
+    "xformers": Peer(_installed("xformers", _gpu), _xformers, "dense, memory-efficient attention"),
     "natten": Peer(_installed("natten"), _natten, f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"),
 }
 DENSE = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "xformers")

@@ -7,6 +7,7 @@ The file is what ``bench/run.py`` and ``bench/scaling.py`` wrote, with --add int
 """
 
 import argparse
+import collections
 import dataclasses
 import itertools
 import math
@@ -27,6 +28,10 @@ import matplotlib.pyplot as plt
 
 FOLDER = Path(__file__).with_name("results")
 SWEEPS = {"tokens": "tokens", "survivors": "survivors a row", "dim": "head dim D"}
+LAUNCHES = (
+    " From an idle device to an idle device: what launching kernels costs the host is in all of them, and most of what "
+    "small calls take. `make gpu` also times replays of CUDA graphs, without it: the page named -summary."
+)
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -268,14 +273,18 @@ def headline(cases: list[Case]) -> str:
     if not found:
         return "ASA was not timed beside dense attention."
     (low, best), (high, worst) = min(found, key=lambda x: x[0]), max(found, key=lambda x: x[0])
-    lost = [c for ratio, c in found if ratio > 1]
     told = (
         f"ASA takes {low:.2f} ({best.label}) to {high:.2f} ({worst.label}) of the time of the fastest dense attention "
         f"here, over {len(found)} cases"
     )
+    all_of = collections.Counter(_inputs(c) for _, c in found)
+    lost = collections.Counter(_inputs(c) for ratio, c in found if ratio > 1)
     if not lost:
         return f"{told}, and less than it in all of them."
-    return f"{told}. It is slower in {len(lost)} of them: {'; '.join(c.label for c in lost)}."
+    if lost.total() == len(found):
+        return f"{told}, and more than it in all of them."
+    where = "; ".join(f"{inputs} ({count} of {all_of[inputs]})" for inputs, count in lost.items())
+    return f"{told}. It is slower in {lost.total()} of them: {where}."
 
 
 def plot(path: Path, panels: list[tuple[str, str, str, dict[str, list[tuple[float, float]]]]]) -> bool:
@@ -344,7 +353,8 @@ def render(results: Record, pictures: list[str]) -> str:
         "Time": (
             times_table(single),
             "ASA's time over that of each peer: medians of the ratios of interleaved rounds, with quartiles. fwd runs "
-            "without autograd, fwd+bwd returns the gradients of query, key and value.",
+            "without autograd, fwd+bwd returns the gradients of query, key and value."
+            + (LAUNCHES if "cuda" in results.environment else ""),
         ),
         "Memory": (bytes_table(single), "Megabytes that one call adds to the peak, inputs not included."),
         "Scaling": (
