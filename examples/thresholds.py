@@ -3,11 +3,12 @@
 A small convolution sees the noisy picture and predicts alpha (and beta, and h) of every pixel; it is trained on some
 photographs, through ``asa_attention(threshold_grad="straight_through")``, and tested on others. It starts at the
 constants that are best on the training photographs, so that whatever it gains is due to learning, and is compared with
-those constants, with dense attention at its best h, with thresholds "trained" without a gradient, as published, and with
-h learned alone. Nothing is chosen on the photographs of the test.
+those constants, with dense attention at its best h, with thresholds "trained" without a gradient, as published, and
+with h learned alone. Nothing is chosen on the photographs of the test.
 
 A seed draws the noise, the crops and the initialisation, and holds out two of the eight photographs; all methods of a
-seed see the same. Runs are kept in the JSON file as they end: the same command goes on where it was interrupted.
+seed see the same. Runs are kept in the JSON file as they end: the same command goes on where it was interrupted, and
+where nothing is missing only writes the table and the plot again.
 
     python examples/thresholds.py                       # 5 seeds: about half an hour on one thread
     python examples/thresholds.py --seeds 2 --steps 5 --side 24 --out quick.json
@@ -33,7 +34,7 @@ from tqdm import tqdm
 
 from asa_ops import asa_attention
 
-# Two halves in turn: no seed holds out two photographs that are neighbours here.
+# Seed i holds out the i-th and the (i + 3)-th, in a circle.
 PHOTOGRAPHS = (
     "astronaut",
     "coffee",
@@ -52,7 +53,8 @@ GRID = {  # what is tried for the constants
 }
 NEAR_DENSE = 0.1  # an alpha that keeps nearly every pair
 RATE, BATCH = 3e-3, 2  # learning rate of Adam, tiles a step
-CHECKS = 20  # points of a learning curve
+CHECKS = 20  # intervals of a learning curve
+DIGITS = 7  # significant ones in the results: those of float32
 BANDS = (0.5, 1.0, 2.0, 4.0)
 
 Settings = dict[str, float | Tensor]  # of "h", "alpha", "beta": a constant or [B, 1, N]; without alpha: dense
@@ -109,7 +111,7 @@ class Tiles:
 
     def __init__(self, clean: list[np.ndarray], noise: float, rng: np.random.Generator):
         noisy = [x + rng.normal(0, noise, x.shape) for x in clean]
-        self.unit = noise * math.sqrt(PATCH * PATCH * 3)
+        self.unit = noise * math.sqrt(PATCH * PATCH * 3)  # of h: the length of a patch of noise
         self.grid = clean[0].shape[:2]
         self.pictures = torch.from_numpy(np.stack(noisy)).float().permute(0, 3, 1, 2)  # [B, 3, S, S]
         self.clean = torch.from_numpy(np.stack(clean)).float().flatten(1, 2)[:, None]  # [B, 1, N, 3]
@@ -117,7 +119,13 @@ class Tiles:
         self.query, self.key, self.value = (torch.cat(x) for x in tokens)  # [B, 1, N, .]
 
     def psnr(self, settings: Settings, threshold_grad: str | None = None, band: float = 1.0) -> Tensor:
-        """Return the PSNR [B] of the tiles denoised with ``settings``, in dB."""
+        """Return the PSNR [B] of the tiles denoised with ``settings``, in dB.
+
+        Args:
+            settings: what h (in units of :attr:`unit`), alpha and beta are; dense attention without the last two.
+            threshold_grad: see :func:`asa_ops.asa_attention`.
+            band: its ``threshold_band``.
+        """
         full = {name: x if isinstance(x, Tensor) else self.constant(x) for name, x in settings.items()}
         out = asa_attention(
             self.query / (full["h"] * self.unit).square()[..., None],
@@ -133,6 +141,7 @@ class Tiles:
         return -10 * (out.clamp(0, 1) - self.clean).square().mean((1, 2, 3)).log10()
 
     def constant(self, x: float) -> Tensor:
+        """Return ``x`` for every pixel, [B, 1, N]."""
         return torch.full(self.query.shape[:3], float(x))
 
 
@@ -176,7 +185,12 @@ def around(start: float, activation: str) -> Callable[[Tensor], Tensor]:
 
 
 class Predictor(nn.Module):
-    """Thresholds and h of every pixel from the 7 x 7 noisy pixels around it; at first the constants of ``start``."""
+    """Thresholds and h of every pixel from the 7 x 7 noisy pixels around it; at first the constants of ``start``.
+
+    Args:
+        start: the constants, of which ``method.learns`` are replaced by what the network predicts.
+        method: what is learned, through which activation.
+    """
 
     def __init__(self, start: Settings, method: Method):
         super().__init__()
@@ -217,10 +231,16 @@ class Seed:
         self.constants = tuned(self.train)
 
     def rng(self, purpose: str) -> np.random.Generator:
+        """Return a generator of its own for every purpose, so that no draw depends on how many came before."""
         return np.random.default_rng([self.seed, ("tuning", "test", "training").index(purpose)])
 
     def run(self, method: Method, steps: int) -> dict:
-        """Train ``method`` for some steps and return its figures, the last ones of training, none chosen."""
+        """Train ``method`` for some steps and return its figures, the last ones of training, none chosen.
+
+        Returns:
+            The :meth:`figures` and the constants it started from; if it learns, also how far the parameter that moved
+            most did, quantiles of what it predicts on the test tiles, and the test PSNR at :func:`checks`.
+        """
         start = self.constants[method.constants] | ({"alpha": NEAR_DENSE} if method.near_dense else {})
         if not method.learns:
             return self.figures(start) | {"start": start}
@@ -232,9 +252,9 @@ class Seed:
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         rng, curve = self.rng("training"), []
         for step in range(steps):
-            if step * CHECKS // steps != (step - 1) * CHECKS // steps:
+            if step in checks(steps):
                 with torch.no_grad():
-                    curve.append([step, self.test.psnr(model(self.test)).mean().item()])
+                    curve.append(self.test.psnr(model(self.test)).mean().item())
             crops = [random_crop(self.photographs, self.side, rng) for _ in range(BATCH)]
             tiles = Tiles(crops, self.noise, rng)
             loss = -tiles.psnr(model(tiles), method.threshold_grad, method.band).mean()
@@ -245,7 +265,7 @@ class Seed:
         with torch.no_grad():
             settings = model(self.test)
             figures = self.figures(settings, model(self.train))
-        curve.append([steps, figures["test"]])
+        curve.append(figures["test"])
         moved = max((x - y).abs().max().item() for x, y in zip(model.parameters(), before, strict=True))
         spread = {x: settings[x].quantile(torch.tensor([0.05, 0.5, 0.95])).tolist() for x in method.learns}
         return figures | {"start": start, "moved": moved, "quantiles": spread, "curve": curve}
@@ -281,11 +301,30 @@ class Seed:
         return rows
 
 
+def checks(steps: int) -> list[int]:
+    """Return the steps before which the learning curve is taken; the last is the end."""
+    return sorted({math.ceil(i * steps / CHECKS) for i in range(CHECKS + 1)})
+
+
+def rounded(x: object) -> object:
+    """Return results with DIGITS significant digits; what is not exactly 0 never becomes 0."""
+    if isinstance(x, dict):
+        return {name: rounded(value) for name, value in x.items()}
+    if isinstance(x, list):
+        return [rounded(value) for value in x]
+    return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """Return the mean and the half width of its 95 % confidence interval (Student's t), NaN for a single value."""
     if len(values) < 2:
         return values[0], math.nan
     return np.mean(values).item(), (scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)).item()
+
+
+def finished(results: dict) -> dict:
+    """Return the runs of the seeds that have one of every method."""
+    return {i: runs for i, runs in results["runs"].items() if runs.keys() >= METHODS.keys()}
 
 
 def gains(runs: dict, name: str, field: str) -> list[float]:
@@ -294,12 +333,13 @@ def gains(runs: dict, name: str, field: str) -> list[float]:
 
 
 def table(results: dict) -> str:
-    """Return the figures as Markdown."""
-    options, runs = results["settings"], results["runs"]
+    """Return the figures of the finished seeds as Markdown."""
+    options, runs = results["settings"], finished(results)
     lines = [
         f"Test PSNR of {len(runs)} seeds, {options['side']} x {options['side']} tiles, noise {options['noise']:g},",
         f"{options['steps']} steps; gains over `{REFERENCE}` are paired (same photographs, same noise); ± is half of a",
-        "95 % confidence interval (t distribution); alpha: median of the test tiles' pixels (5 % to 95 %), mean of seeds.",
+        "95 % confidence interval (t distribution, seeds as if independent, though they share training photographs);",
+        "alpha: median of the test tiles' pixels (5 % to 95 %), mean of seeds.",
         "",
         "| method | test, dB | gain on the test, dB | gain on the training photographs, dB | alpha |",
         "|---|---|---|---|---|",
@@ -317,18 +357,18 @@ def table(results: dict) -> str:
             cells.append("-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     moved = max(seed[name]["moved"] for seed in runs.values() for name in METHODS if "no gradient" in name)
-    ceiling = "{:+.2f} ± {:.2f}".format(*interval(list(results["ceilings"].values())))
+    ceiling = "{:+.2f} ± {:.2f}".format(*interval([results["ceilings"][i] for i in runs]))
     lines += [
         "",
-        f"The largest change of a parameter without a gradient was {moved:g}. One alpha for every test tile, the best,",
-        f"chosen by looking at the clean one, would gain {ceiling} dB: there is something to learn.",
+        f"The largest change of a parameter without a gradient was {moved:g}. An oracle that gives every test tile the",
+        f"alpha of the grid that is best for it, by looking at the clean tile, would gain {ceiling} dB.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, results: dict) -> None:
-    """Draw the gains, the learning curves from a near-dense start, and the derivatives."""
-    runs = results["runs"]
+    """Draw the gains, the learning curves from a near-dense start, and the derivatives of the first seed."""
+    runs = finished(results)
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.3, 1, 1))
     shown = [name for name in METHODS if name != REFERENCE and not name.startswith(("dense", "near"))]
     for y, name in enumerate(reversed(shown)):
@@ -343,7 +383,7 @@ def draw(path: Path, results: dict) -> None:
 
     for name in ("near-dense, no gradient", "near-dense, learned alpha", "learned alpha"):
         curves = np.array([seed[name]["curve"] for seed in runs.values()])
-        axes[1].plot(curves[0, :, 0], curves[..., 1].mean(0), marker=".", label=name)
+        axes[1].plot(checks(results["settings"]["steps"]), curves.mean(0), marker=".", label=name)
     axes[1].axhline(
         np.mean([seed["dense"]["test"] for seed in runs.values()]), color="C7", linestyle=":", label="dense"
     )
@@ -371,7 +411,7 @@ def resume(path: Path, settings: dict) -> dict:
         return {"settings": settings, "runs": {}, "ceilings": {}}
     try:
         results = json.loads(path.read_text())
-        found = results["settings"]
+        found, _, _ = dict(results["settings"]), dict(results["runs"]), dict(results["ceilings"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"thresholds: {str(path)!r} holds no results of this script ({error!r}): remove it") from error
     if found != settings:
@@ -383,14 +423,26 @@ def resume(path: Path, settings: dict) -> dict:
     return results
 
 
+def layout(x: object, indent: str = "") -> str:
+    """Return JSON with a line for every run, method and derivative."""
+    deeper, items = indent + " ", x.values() if isinstance(x, dict) else x
+    if len(indent) == 3 or not isinstance(x, dict | list) or not any(isinstance(item, dict | list) for item in items):
+        return json.dumps(x)
+    if isinstance(x, list):
+        return "[\n" + ",\n".join(deeper + layout(item, deeper) for item in x) + f"\n{indent}]"
+    lines = (f"{deeper}{json.dumps(name)}: {layout(item, deeper)}" for name, item in x.items())
+    return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
+
+
 def save(path: Path, results: dict) -> None:
     """Write all or nothing: an interruption may not cost the runs of an hour."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(results, indent=1) + "\n")
+    temporary.write_text(layout(results) + "\n")
     os.replace(temporary, path)
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """Return the options of a command line, or exit with what is wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
     parser.add_argument("--steps", type=int, default=300, help="of training (300)")
@@ -428,12 +480,12 @@ def main(arguments: list[str] | None = None) -> dict:
                 continue
             bar.set_description(f"seed {i}, tuning")
             seed = Seed(i, options.side, options.noise)
-            results["ceilings"][str(i)] = seed.ceiling()
+            results["ceilings"][str(i)] = rounded(seed.ceiling())
             if "derivatives" not in results:
-                results["derivatives"] = seed.derivatives()
+                results["derivatives"] = rounded(seed.derivatives())
             for name in missing:
                 bar.set_description(f"seed {i}, {name}")
-                done[name] = seed.run(METHODS[name], options.steps)
+                done[name] = rounded(seed.run(METHODS[name], options.steps))
                 save(options.out, results)
                 bar.update()
     text = table(results)
