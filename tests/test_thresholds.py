@@ -32,7 +32,7 @@ def thresholds():
         sys.path.remove(str(FOLDER))
         del sys.modules["thresholds"]
     module.SIZE = 20
-    module.GRID = {"h": [0.8, 1.0], "alpha": [0.5, 1.0, 2.0], "beta": [0.5, 1.0]}
+    module.GRID = {"h": [0.8, 1.0], "alpha": [0.125, 0.25, 0.5, 1.0, 2.0], "beta": [0.5, 1.0]}
     module.photograph = functools.cache(module.photograph)
     return module
 
@@ -75,12 +75,13 @@ def test_without_a_gradient_nothing_moves(thresholds, seed):
     assert published["curve"][0] == published["curve"][-1] and learned["curve"][0] != learned["curve"][-1]
 
 
-def test_straight_through_points_where_alpha_denoises_better(seed):
-    rows = seed.derivatives()
-    steep = [row for row in rows if abs(row["difference"]) > 1]
+def test_straight_through_points_where_alpha_denoises_better(thresholds):
+    rows = thresholds.Seed(1, 20, 0.1).derivatives()
+    steep = [row for row in rows if abs(row["difference"]) > 0.1]
     assert {row["difference"] > 0 for row in steep} == {True, False}
     for row in steep:
         assert all(row[band] * row["difference"] > 0 for band in ("0.5", "1", "2", "4"))
+        assert row["0.5"] == pytest.approx(row["difference"], rel=0.1, abs=0.1)
 
 
 def test_training_and_test_photographs_are_disjoint(thresholds):
@@ -106,13 +107,10 @@ def test_a_seed_repeats_bitwise(thresholds, seed):
     assert other.run(method, 3)["moved"] != first["moved"]
 
 
-def test_crops_are_parts_of_photographs(thresholds):
+def test_crops_are_parts_of_photographs(thresholds, monkeypatch):
     photograph = np.arange(5 * 5 * 3).reshape(5, 5, 3) / 75
-    thresholds_size, thresholds.SIZE = thresholds.SIZE, 5
-    try:
-        crops = [thresholds.random_crop([photograph], 2, np.random.default_rng(i)) for i in range(50)]
-    finally:
-        thresholds.SIZE = thresholds_size
+    monkeypatch.setattr(thresholds, "SIZE", 5)
+    crops = [thresholds.random_crop([photograph], 2, np.random.default_rng(i)) for i in range(50)]
     whole = {frozenset(np.round(x * 75) for x in pixel) for pixel in photograph.reshape(-1, 3)}
     inverted = 0
     for crop in crops:
@@ -220,6 +218,7 @@ def test_goes_on_where_it_was_interrupted(thresholds, finished, tmp_path, monkey
 def test_committed_table_is_of_the_committed_results(thresholds, tmp_path, monkeypatch):
     """The command without arguments runs nothing there, and renders."""
     monkeypatch.delattr(thresholds.Seed, "__init__")
+    monkeypatch.setattr(thresholds, "SIZE", 128)
     copy = tmp_path / RESULTS.name
     copy.write_bytes(RESULTS.read_bytes())
     thresholds.main(["--out", str(copy)])
