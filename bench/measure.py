@@ -110,8 +110,10 @@ def interleaved(
     warm: dict[str, float] = {}
     for i in range(rounds + 2):
         for name, call in calls.items():
-            slow = i > 0 and warm.get(name, 0) > SLOW * min(warm.values())
-            if name in errors or (slow and (i == 1 or i >= SLOW_ROUNDS + 2)):
+            if name in errors:
+                continue
+            slow = i > 0 and warm[name] > SLOW * min(warm.values())
+            if slow and (i == 1 or i >= SLOW_ROUNDS + 2):
                 continue
             tell(name)
             try:

@@ -86,22 +86,29 @@ def test_inputs_are_the_same_every_time():
             assert first.isfinite().all() and first.equal(second)
 
 
-@pytest.mark.parametrize("kind", inputs.INPUTS)
-def test_run_measures_every_input(kind, tmp_path, capsys):
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out the second that the machine's ceilings take."""
+    monkeypatch.setattr(measure, "ceilings", lambda device: {"torch.mm GFLOP/s": 100.0, "copy GB/s": 10.0})
+
+
+def test_run_measures_every_input(tmp_path, capsys):
     out = tmp_path / "out.json"
-    arguments = ["--size", "8x8", "--dim", "16", "--inputs", kind, "--mode", "fwd", "fwd+bwd", "--rounds", "2"]
-    run.main([*arguments, "--peers", "sdpa flash", "eager", "adasplash", "--out", str(out)])
+    arguments = ["--size", "8x8", "--dim", "16", "--inputs", *inputs.INPUTS, "--mode", "fwd", "fwd+bwd"]
+    run.main([*arguments, "--rounds", "2", "--peers", "sdpa flash", "eager", "adasplash", "--out", str(out)])
     results = record.read(out)
-    assert [case.mode for case in results.cases] == ["fwd", "fwd+bwd"]
+    assert [(c.inputs, c.mode) for c in results.cases] == [(x, m) for x in inputs.INPUTS for m in ("fwd", "fwd+bwd")]
     for case in results.cases:
         assert set(case.methods) == {case.ours[0], "sdpa flash", "eager", "adasplash"}
         assert case.methods["adasplash"].skipped in ("not installed", "needs a CUDA device")
         assert 1 <= len(case.methods[case.ours[0]].seconds) <= 2 and case.ratio(case.ours[0], "sdpa flash")[1] > 0
     shown = capsys.readouterr().out
-    assert kind in shown and "candidates" in shown and "skipped adasplash: " in shown
+    assert all(f"{kind} 8x8, 16 " in shown for kind in inputs.INPUTS)
+    assert "candidates" in shown and "skipped adasplash: " in shown
+    assert set(results.ceilings) >= {"torch.mm GFLOP/s", "copy GB/s"} and min(results.ceilings.values()) > 0
 
 
-def test_run_measures_bytes(tmp_path):
+def test_run_measures_bytes(tmp_path, quick):
     out = tmp_path / "out.json"
     run.main(["--size", "32x32", "--inputs", "iid", "--mode", "mem", "--peers", "eager", "--out", str(out)])
     (case,) = record.read(out).cases
@@ -110,7 +117,7 @@ def test_run_measures_bytes(tmp_path):
     assert case.methods["eager"].memory["fwd"] > 2 * 4 * 1024**2, "at least two matrices of N x N float32"
 
 
-def test_run_measures_blocks_and_flex(tmp_path):
+def test_run_measures_blocks_and_flex(tmp_path, quick):
     out = tmp_path / "out.json"
     arguments = ["--size", "16x16", "--dim", "32", "--mode", "fwd+bwd", "--rounds", "1", "--add", "--out", str(out)]
     run.main(["--op", "efficient_attention,heads=2", "criss_cross_attention", *arguments])
@@ -175,7 +182,7 @@ def fail(*arguments, **options):
     raise RuntimeError("out of luck\nand more")
 
 
-def test_a_peer_that_fails_gets_a_row_and_the_run_goes_on(monkeypatch, capsys):
+def test_a_peer_that_fails_gets_a_row_and_the_run_goes_on(monkeypatch, capsys, quick):
     broken = peers.PEERS["sdpa math"]._replace(prepare=lambda problem: fail)
     monkeypatch.setitem(peers.PEERS, "sdpa math", broken)
     arguments = ["--size", "8x8", "--dim", "16", "--inputs", "iid", "--mode", "fwd", "--rounds", "1"]
@@ -184,7 +191,7 @@ def test_a_peer_that_fails_gets_a_row_and_the_run_goes_on(monkeypatch, capsys):
     assert any("RuntimeError: out of luck" in line for line in lines) and any("sdpa flash" in line for line in lines)
 
 
-def test_ours_failing_is_an_error(monkeypatch, capsys):
+def test_ours_failing_is_an_error(monkeypatch, capsys, quick):
     monkeypatch.setattr(workloads, "asa_attention", fail)
     with pytest.raises(SystemExit, match=r"ours failed:\nasa iid 8x8, 16, fwd: asa .*: RuntimeError: out of luck"):
         run.main(["--size", "8x8", "--dim", "16", "--inputs", "iid", "--mode", "fwd", "--peers"])
@@ -317,7 +324,7 @@ def test_exponents_are_fitted():
     ]
 
 
-def test_scaling_sweeps_what_it_says(tmp_path, capsys, monkeypatch):
+def test_scaling_sweeps_what_it_says(tmp_path, capsys, monkeypatch, quick):
     monkeypatch.setattr(scaling, "DIMS", [8, 16])
     monkeypatch.setattr(scaling, "ALPHAS", [0.0, 4.0])
     out = tmp_path / "out.json"
@@ -342,7 +349,7 @@ def test_every_committed_page_says_what_its_file_says():
         assert page.read_text() == report.render(record.read(page.with_suffix(".json")), pictures)
 
 
-def test_a_check_tells_what_moved(tmp_path, capsys):
+def test_a_check_tells_what_moved(tmp_path, capsys, quick):
     assert check.verdict([0.4, 0.5, 0.6], [0.61, 0.7, 0.8]) == "slower"
     assert check.verdict([0.4, 0.5, 0.6], [0.2, 0.3, 0.39]) == "faster"
     assert check.verdict([0.4, 0.5, 0.6], [0.55, 0.7, 0.8]) == ""
