@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: a table of the intersection over union of every class.
 
-    python -m examples.segmentation.evaluate runs/shapes/checkpoint.pt
-    python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/cityscapes --scales 0.5 1 1.5 --flip
+python -m examples.segmentation.evaluate runs/shapes/checkpoint.pt
+python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/cityscapes --scales 0.5 1 1.5 --flip
 """
 
 import argparse
@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
@@ -22,7 +21,7 @@ from . import data
 from .checkpoint import Checkpoint
 from .cli import device_of, main_of
 from .config import Config
-from .pipeline import normalise, resize, size_within
+from .pipeline import normalise, scaled
 from .sample import IGNORE, Samples
 
 
@@ -38,9 +37,7 @@ def probabilities(
     device = next(model.parameters()).device
     total = 0
     for scale in scales:
-        size = size_within(image.shape[:2], config.resize, scale)
-        scaled = image if size == image.shape[:2] else resize(image, size, PIL.Image.Resampling.BILINEAR)
-        x = normalise(scaled)[None].to(device)
+        x = normalise(scaled(image, config, scale))[None].to(device)
         for mirrored in (False, True) if flip else (False,):
             scores = scores_of(model, x.flip(-1) if mirrored else x, config)
             scores = upsample(scores.flip(-1) if mirrored else scores, image.shape[:2])

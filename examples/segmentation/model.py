@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ResNetBackbone, ResNetConfig
-from transformers.models.resnet.modeling_resnet import ResNetShortCut
 
 from asa_ops import nn as blocks
 from asa_ops.nn.common import conv_norm_relu

@@ -37,6 +37,12 @@ def resize(pixels: np.ndarray, size: tuple[int, int], resample: PIL.Image.Resamp
     return np.asarray(PIL.Image.fromarray(pixels).resize(size[::-1], resample))
 
 
+def scaled(image: np.ndarray, config: Config, factor: float = 1.0) -> np.ndarray:
+    """Return a picture at the size that ``config.resize`` gives, times ``factor``."""
+    size = size_within(image.shape[:2], config.resize, factor)
+    return image if size == image.shape[:2] else resize(image, size, PIL.Image.Resampling.BILINEAR)
+
+
 def augment(sample: Sample, config: Config, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     """Return a random crop, uint8 [*config.crop, 3] and its label [*config.crop], as published for NLNet.
 

@@ -110,7 +110,9 @@ def shape(rng: np.random.Generator) -> np.ndarray:
     radius = rng.integers(5, 8)
     centre = rng.integers(radius, CELL - radius, 2)
     rows, columns = np.abs(np.mgrid[:CELL, :CELL] - centre[:, None, None])
-    return (np.hypot(rows, columns), np.maximum(rows, columns) * 1.15, (rows + columns) / 1.3)[rng.integers(3)] <= radius
+    return (np.hypot(rows, columns), np.maximum(rows, columns) * 1.15, (rows + columns) / 1.3)[
+        rng.integers(3)
+    ] <= radius
 
 
 def stripes(direction: int, rng: np.random.Generator) -> np.ndarray:

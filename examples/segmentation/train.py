@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from accelerate import Accelerator
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -171,9 +171,7 @@ def share_buffers(model: nn.Module) -> None:
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     if config.optimizer == "sgd":
-        return torch.optim.SGD(
-            model.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay
-        )
+        return torch.optim.SGD(model.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
     return torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
 
 
@@ -241,9 +239,15 @@ def main(arguments: list[str] | None = None) -> Result:
     parser.add_argument("--steps", type=int, help="optimizer steps (as in the file)")
     parser.add_argument("--seed", type=int, help="of everything random (0)")
     parser.add_argument(
-        "--set", nargs="+", default=[], metavar="NAME=VALUE", help='other settings: block_options={"topk":9} crop=[64,64]'
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help='other settings: block_options={"topk":9} crop=[64,64]',
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/segmentation"), help="folder to write (runs/segmentation)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/segmentation"), help="folder to write (runs/segmentation)"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint")
     parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed precision (no)")
     parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DDP, under torchrun")
@@ -258,7 +262,9 @@ def main(arguments: list[str] | None = None) -> Result:
     names = ("out", "root", "resume", "precision", "shard", "accumulate", "workers", "checkpoint_every")
     result = train(config, **{name: getattr(options, name) for name in names})
     if Accelerator().is_main_process:
-        print(f"block {config.block}, {config.steps} steps, checkpoint {options.out / 'checkpoint.pt'}\n\n{result.report}")
+        print(
+            f"block {config.block}, {config.steps} steps, checkpoint {options.out / 'checkpoint.pt'}\n\n{result.report}"
+        )
     return result
 
 
