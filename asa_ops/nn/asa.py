@@ -160,8 +160,9 @@ class AdaptiveSparseAttention(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, mode={self.mode!r}, use_scale={self.use_scale}, window={self.window}, "
-            f"local={self.beta is not None}, topk={self.topk}, heads={self.heads}, threshold_activation={self.threshold_activation!r}, "
-            f"threshold_grad={self.threshold_grad!r}, threshold_band={self.threshold_band}, impl={self.impl!r}, published={self.published}"
+            f"local={self.beta is not None}, topk={self.topk}, heads={self.heads}, "
+            f"threshold_activation={self.threshold_activation!r}, threshold_grad={self.threshold_grad!r}, "
+            f"threshold_band={self.threshold_band}, impl={self.impl!r}, published={self.published}"
         )
 
     @staticmethod

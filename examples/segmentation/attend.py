@@ -99,7 +99,7 @@ def clicked(image: np.ndarray) -> list[tuple[int, int]]:
     """Show the picture and return the pixels that are clicked on, until Enter."""
     plt.imshow(image)
     plt.title("click on pixels, then press Enter")
-    pixels = [(int(round(y)), int(round(x))) for x, y in plt.ginput(n=-1, timeout=0)]
+    pixels = [(round(y), round(x)) for x, y in plt.ginput(n=-1, timeout=0)]
     plt.close()
     return pixels
 
@@ -136,7 +136,7 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, int], list[np.nd
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("image", nargs="?", type=Path, help="a picture file")
-    parser.add_argument("--shape", type=int, help="one of the shapes to validate on, by number, instead")
+    parser.add_argument("--shape", type=int, help="a validation shape, by number, instead")
     parser.add_argument("--pixel", type=pixel, action="append", metavar="ROW,COLUMN", help="of the picture; repeatable")
     parser.add_argument("--out", type=Path, default=Path("attend.png"), help="the picture to write (attend.png)")
     options = parser.parse_args(arguments)

@@ -56,7 +56,7 @@ def ranges(values: dict[int, int]) -> str:
 
 
 def colours(count: int) -> np.ndarray:
-    """Return PASCAL VOC's colours uint8 [count, 3]: the bits of an index, by turns to red, green and blue from the top."""
+    """Return PASCAL VOC's colours uint8 [count, 3]: bits of the index go to red, green, blue in turn."""
     index = np.arange(count)[:, None]
     bits = [((index >> (3 * i + np.arange(3))) & 1) << (7 - i) for i in range(8)]
     return sum(bits).astype(np.uint8)

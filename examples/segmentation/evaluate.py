@@ -99,14 +99,9 @@ class Report:
 
     def __str__(self) -> str:
         width = max(map(len, (*self.classes, "pixel accuracy")))
-        lines = [
-            f"{name:<{width}} {'-' if np.isnan(iou) else f'{100 * iou:.2f}':>7}"
-            for name, iou in zip(self.classes, self.iou, strict=True)
-        ]
-        return "\n".join(
-            [f"{'class':<{width}} {'IoU %':>7}", *lines, f"{'mean':<{width}} {100 * self.miou:>7.2f}"]
-            + [f"{'pixel accuracy':<{width}} {100 * self.accuracy:>7.2f}"]
-        )
+        rows = zip((*self.classes, "mean", "pixel accuracy"), (*self.iou, self.miou, self.accuracy), strict=True)
+        lines = (f"{name:<{width}} {'-' if np.isnan(part) else f'{100 * part:.2f}':>7}" for name, part in rows)
+        return "\n".join((f"{'class':<{width}} {'IoU %':>7}", *lines))
 
 
 def evaluate(

@@ -82,7 +82,7 @@ def window_of(label: np.ndarray, crop: tuple[int, int], rng: np.random.Generator
 
 
 def distort(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Change brightness, contrast, saturation and hue, each in half of the cases, contrast before or after the colours."""
+    """Change brightness, contrast, saturation and hue, each half of the time, contrast before or after the colours."""
 
     def contrast(x):
         return x * rng.uniform(0.5, 1.5) if rng.random() < 0.5 else x
