@@ -1,10 +1,10 @@
 """`shapes`: pictures whose labels can only be found by comparing regions that lie far apart.
 
-A picture is a grid of cells of 16 pixels, some of which hold a shape. Every colour has one class in a picture, drawn anew
-for each picture. Striped shapes show it: the class is the direction of the stripes. Plain shapes do not: their class is
-that of the striped shape of their colour, and that is at least GAP pixels away, further than the convolutions of
-`configs/shapes.json` see. Distractors, striped shapes of other colours, are everywhere in between: an average over the
-picture tells which classes occur in it, but not which one is meant.
+A picture is a grid of cells of 16 pixels, some of which hold a shape. In a picture every colour has one class, in the
+next one another. Patterned shapes show it: the class is the pattern, which looks the same in a mirror. Plain shapes do
+not: their class is that of the patterned shape of their colour, and that is at least GAP pixels away, further than the
+convolutions of `configs/shapes.json` see. Distractors, patterned shapes of other colours, are everywhere in between: an
+average over the picture tells which classes occur in it, but not which one is meant.
 """
 
 import numpy as np
@@ -12,15 +12,15 @@ import numpy as np
 from .config import ConfigError
 from .sample import Sample
 
-CLASSES = ("background", "stripes at 0", "stripes at 45", "stripes at 90", "stripes at 135")
+CLASSES = ("background", "rows", "columns", "checks", "rings")
 PALETTE = np.array([(0, 0, 0), (230, 80, 60), (250, 200, 60), (80, 170, 90), (70, 120, 210)], np.uint8)
 COLOURS = np.array([(1, 0.3, 0.3), (0.3, 1, 0.3), (0.3, 0.45, 1), (1, 1, 0.2), (1, 0.3, 1), (0.2, 1, 1)])
 CELL = 16
-FAR = 3  # cells, in rows or columns, from a plain shape to any striped one of its colour
+FAR = 3  # cells, in rows or columns, from a plain shape to any patterned one of its colour
 GAP = (FAR - 1) * CELL  # hence at least as many pixels in between
-PLAIN = 2  # plain shapes of a family, for one striped one
-PERIOD = 5.0  # of the stripes, in pixels
-BRIGHTNESS, CONTRAST = 0.65, 0.35  # of the stripes; plain shapes are as bright
+PLAIN = 2  # plain shapes of a family, for one patterned one
+PERIOD = 5.0  # of the patterns, in pixels
+BRIGHTNESS, CONTRAST = 0.65, 0.35  # of the patterns; plain shapes are as bright
 NOISE = 0.05
 
 
@@ -62,7 +62,7 @@ class Shapes:
         label = np.zeros((self.size, self.size), np.uint8)
         class_of = rng.integers(1, len(CLASSES), len(COLOURS))
         for cell, colour, plain in arrange(self.size // CELL, rng):
-            inside, texture = shape(rng), stripes(class_of[colour] - 1, rng)
+            inside, texture = shape(rng), pattern(CLASSES[class_of[colour]], rng)
             if plain:
                 texture = np.full_like(texture, BRIGHTNESS)
             rows, columns = (slice(CELL * i, CELL * (i + 1)) for i in cell)
@@ -74,7 +74,7 @@ class Shapes:
 
 
 def arrange(side: int, rng: np.random.Generator) -> list[tuple[tuple[int, int], int, bool]]:
-    """Place families, one striped shape and far from it PLAIN plain ones of its colour, and distractors.
+    """Place families, one patterned shape and far from it PLAIN plain ones of its colour, and distractors.
 
     Two families and three distractors per 4 x 4 cells, the colours of either half and half. Returns (cell, colour,
     plain) of every shape.
@@ -85,7 +85,7 @@ def arrange(side: int, rng: np.random.Generator) -> list[tuple[tuple[int, int], 
     placed = []
 
     def is_far(cell, colour, plain):
-        """Whether all plain (or all striped) shapes of this colour are far from ``cell``."""
+        """Whether all plain (or all patterned) shapes of this colour are far from ``cell``."""
         return all(distance(cell, c) >= FAR for c, other, kind in placed if (other, kind) == (colour, plain))
 
     for i in range(2 * side * side // 16):
@@ -115,9 +115,15 @@ def shape(rng: np.random.Generator) -> np.ndarray:
     ] <= radius
 
 
-def stripes(direction: int, rng: np.random.Generator) -> np.ndarray:
-    """Return the brightness [CELL, CELL] of stripes at a multiple of 45 degrees, with a random phase."""
-    angle = np.pi * direction / (len(CLASSES) - 1)
-    rows, columns = np.mgrid[:CELL, :CELL]
-    wave = np.sin(2 * np.pi * (rows * np.cos(angle) + columns * np.sin(angle)) / PERIOD + rng.uniform(0, 2 * np.pi))
+def pattern(name: str, rng: np.random.Generator) -> np.ndarray:
+    """Return the brightness [CELL, CELL] of a pattern, shifted at random."""
+    rows, columns = 2 * np.pi * (np.mgrid[:CELL, :CELL] / PERIOD + rng.random((2, 1, 1)))
+    if name == "rows":
+        wave = np.sin(rows)
+    elif name == "columns":
+        wave = np.sin(columns)
+    elif name == "checks":
+        wave = np.sign(np.sin(rows) * np.sin(columns))
+    else:
+        wave = np.sin(np.hypot(rows - rows.mean(), columns - columns.mean()) + 2 * np.pi * rng.random())
     return BRIGHTNESS + CONTRAST * wave
