@@ -3,8 +3,9 @@
     python -m examples.segmentation.ablation                       # every variant, 5 seeds: an hour or two on two cores
     python -m examples.segmentation.ablation --variants none asa --seeds 2 --steps 50 --out quick
 
-Variants differ in the block alone; a seed gives all of them the same pictures in the same order. Each run is a process of one thread and leaves a file, so that an interrupted command goes on where it was. The
-table and the plot, `ablation.md` and `ablation.png`, are made of all the files in --out.
+Variants differ in the block alone; a seed gives all of them the same pictures in the same order. Each run is a process
+of one thread and leaves a file, so that an interrupted command goes on where it was. The table and the plot,
+`ablation.md` and `ablation.png`, are made of all the files in --out.
 
 The paper (Table 3) has 43.59 -> 44.12 -> 44.38 mIoU on ADE20K and 77.05 -> 77.68 -> 78.01 on PASCAL VOC 2012 for no
 attention, NLSCB, NLSCB and LSCB. Here are made pictures; nothing below says anything about those data sets.
@@ -101,7 +102,6 @@ def peak() -> int | None:
 
 def run(name: str, seed: int, steps: int | None, path: Path) -> None:
     """Train one variant and write what it did."""
-    torch.set_num_threads(1)
     block, options = VARIANTS[name]
     settings = {"block": block, "block_options": options, "seed": seed} | ({"steps": steps} if steps else {})
     config = Config.load("shapes").replace(**settings)
@@ -126,16 +126,8 @@ def run(name: str, seed: int, steps: int | None, path: Path) -> None:
 
 def run_in_process(name: str, seed: int, steps: int | None, path: Path) -> str | None:
     """Run in a process of its own, for its memory; return what went wrong."""
-    command = [
-        sys.executable,
-        "-m",
-        "examples.segmentation.ablation",
-        "--one",
-        name,
-        str(seed),
-        "--out",
-        str(path.parent),
-    ]
+    command = [sys.executable, "-m", "examples.segmentation.ablation"]
+    command += ["--one", name, str(seed), "--out", str(path.parent)]
     command += ["--steps", str(steps)] if steps else []
     result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if result.returncode == 0:
@@ -159,15 +151,22 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     found: dict[str, dict[int, dict]] = {}
     lengths = {}
     for path in sorted(folder.glob("*-*.json")):
-        try:
-            told = json.loads(path.read_text())
-            found.setdefault(told["variant"], {})[told["seed"]] = told
-            lengths[told["steps"]] = path.name
-        except (ValueError, KeyError, TypeError) as error:
-            raise ConfigError(f"{path} is not of this experiment ({error!r}): remove it") from error
+        told = read_run(path)
+        found.setdefault(told["variant"], {})[told["seed"]] = told
+        lengths[told["steps"]] = path.name
     if len(lengths) > 1:
         raise ConfigError(f"{folder} has runs of different lengths, {lengths}: remove some, or name another --out")
     return {name: found[name] for name in VARIANTS if name in found}
+
+
+def read_run(path: Path) -> dict:
+    try:
+        told = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is broken ({error}): remove it") from error
+    if not isinstance(told, dict) or not {"variant", "seed", "steps"} <= told.keys():
+        raise ConfigError(f"{path} is not of this experiment: remove it")
+    return told
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -183,17 +182,26 @@ def gains(runs: dict[str, dict[int, dict]], name: str) -> list[float]:
     return [100 * (told["miou"] - reference[seed]["miou"]) for seed, told in runs[name].items() if seed in reference]
 
 
+def positions(config: Config) -> int:
+    """Return the number of positions of the block's map in training."""
+    return math.prod(length // config.output_stride for length in config.crop)
+
+
 def table(runs: dict[str, dict[int, dict]]) -> str:
     """Return the figures as Markdown."""
 
     def told(values: list[float], form: str = "{:.2f} ± {:.2f}") -> str:
         return form.format(*interval(values)) if values else "-"
 
+    config = Config.load("shapes")
     steps = next(iter(next(iter(runs.values())).values()))["steps"]
+    size, pictures = (config.data_options[name] for name in ("size", "pictures"))
     lines = [
-        f"`shapes`, 64 x 64, {steps} steps, validated on 200 pictures; ± is half of a 95 % confidence interval (Student's",
-        f"t); gains over `{REFERENCE}` are paired, seed by seed. Survivors a row, of 256, at the first and the last of the",
-        "samples taken in training; seconds and memory of a step on one CPU thread, medians over seeds.",
+        f"`shapes`, {size} x {size}, {steps} steps, validated on {pictures} pictures; ± is half of a 95 % confidence",
+        f"interval (Student's t); gains over `{REFERENCE}` are paired, seed by seed. Survivors a row, of "
+        f"{positions(config)},",
+        "at the first and the last of the samples taken in training; seconds and memory of a step on one CPU thread,",
+        "medians over seeds.",
         "",
         "| block | seeds | mIoU, % | gain | survivors, first | last | alpha, last (quartiles) | ms a step | MB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -222,7 +230,7 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
 def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:
     """Draw mIoU of every variant and seed, and survivors over training."""
     figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
-    for y, (name, seeds) in enumerate(reversed(runs.items())):
+    for y, seeds in enumerate(reversed(runs.values())):
         scores = [100 * x["miou"] for x in seeds.values()]
         mean, half = interval(scores)
         axes[0].plot(scores, [y] * len(scores), ".", color="C7")
@@ -235,7 +243,7 @@ def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:
         if curves:
             steps = [point[0] for point in curves[0]]
             axes[1].plot(steps, np.mean([[point[1] for point in curve] for curve in curves], 0), ".-", label=name)
-    axes[1].set(xlabel="step", ylabel="survivors a row, of 256", yscale="log")
+    axes[1].set(xlabel="step", ylabel=f"survivors a row, of {positions(Config.load('shapes'))}", yscale="log")
     axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
@@ -261,6 +269,7 @@ def main(arguments: list[str] | None = None) -> None:
         name, seed = options.one
         if name not in VARIANTS or not seed.isdecimal():
             parser.error(f"--one takes a variant and a seed, got {name!r} {seed!r}")
+        torch.set_num_threads(1)
         run(name, int(seed), options.steps, path_of(options.out, name, int(seed)))
         return
     read(options.out)  # what is there must fit before hours are spent

@@ -1,7 +1,8 @@
 """The network: a dilated ResNet, an attention block between convolutions, an auxiliary head.
 
 As published for NLNet and for adaptive sparse attention: backbone, 3x3 convolution, block, 3x3 convolution, what this
-gives beside what the backbone gave, 3x3 convolution, classifier; and in training a second classifier on the stage before.
+gives beside what the backbone gave, 3x3 convolution, classifier; and in training a second classifier on the stage
+before.
 """
 
 from pathlib import Path

@@ -4,8 +4,8 @@
     torchrun --nproc-per-node 8 -m examples.segmentation.train --data cityscapes --root /data/cityscapes --out runs/city
     python -m examples.segmentation.train --out runs/city --root /data/cityscapes --resume
 
-Writes `checkpoint.pt` and `log.jsonl`, the loss of every step, to --out. The same command with --resume goes on after an
-interruption, to the same losses: what is random in a step is a function of the seed and the step.
+Writes `checkpoint.pt` and `log.jsonl`, the loss of every step, to --out. The same command with --resume goes on after
+an interruption, to the same losses: what is random in a step is a function of the seed and the step.
 """
 
 import argparse
@@ -210,7 +210,7 @@ def check_same(config: Config, checkpoint: Checkpoint) -> None:
 
 
 def settings_of(options: argparse.Namespace) -> Config:
-    """Return the config that the command line asks for: a file, or with --resume the checkpoint's, and changes to it."""
+    """Return the config that the command line asks for: a file's, or with --resume the checkpoint's, and changes."""
     if options.resume:
         config = Config.of(Checkpoint.load(options.out / "checkpoint.pt").config)
     else:
