@@ -29,7 +29,8 @@ class Files:
         if stored.ndim != 2 or stored.dtype != np.uint8:
             raise DataError(f"{label_path} must have one 8 bit number per pixel, got {stored.dtype} {stored.shape}")
         if image.shape[:2] != stored.shape:
-            raise DataError(f"{label_path} is {stored.shape[0]} x {stored.shape[1]}, its picture {image.shape[:2]}")
+            sizes = ("{} x {}".format(*x.shape) for x in (stored, image))
+            raise DataError("{} is {}, its picture {}".format(label_path, *sizes))
         table = np.full(256, -1, np.int16)
         table[list(self.class_of)] = list(self.class_of.values())
         label = table[stored]
