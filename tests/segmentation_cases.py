@@ -1,4 +1,4 @@
-"""What the tests of examples/segmentation share: a tiny network, and data sets of a few pictures in their real layouts."""
+"""What the tests of examples/segmentation share: a tiny network, and data sets of a few pictures in real layouts."""
 
 from pathlib import Path
 

@@ -183,7 +183,7 @@ def test_settings_that_do_not_fit(settings, message):
 
 
 def test_files_of_settings_that_do_not_fit(tmp_path):
-    with pytest.raises(ConfigError, match="cannot read 'nowhere.json'"):
+    with pytest.raises(ConfigError, match=r"cannot read 'nowhere\.json'"):
         Config.load("nowhere.json")
     path = tmp_path / "mine.json"
     for text, message in (("{", "mine.json: "), ('{"data": "shapes"}', "setting 'auxiliary_channels' is missing")):
@@ -273,7 +273,9 @@ def test_distortion_changes_colours_only():
 def test_every_picture_once_a_round_in_another_order():
     class Counting:
         classes, palette = shapes.CLASSES, shapes.PALETTE
-        seen: list[int] = []
+
+        def __init__(self):
+            self.seen = []
 
         def __len__(self):
             return 7
