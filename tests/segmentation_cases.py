@@ -15,7 +15,7 @@ TINY = {
     "auxiliary_channels": 8,
     "dropout": 0.1,
     "steps": 30,
-    "batch_size": 4,
+    "batch_size": 2,
 }
 
 

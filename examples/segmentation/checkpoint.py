@@ -72,7 +72,9 @@ class Checkpoint:
         try:
             model.load_state_dict(self.model)
         except RuntimeError as error:
-            raise CheckpointError(f"the checkpoint's weights do not fit its config: {error}") from error
+            _, first, *more = str(error).splitlines()
+            others = f", and {len(more)} more" if more else ""
+            raise CheckpointError(f"the checkpoint's weights do not fit its config: {first.strip()}{others}") from error
         return model.eval()
 
     def check_classes(self, samples: Samples) -> None:

@@ -8,6 +8,7 @@ before.
 from pathlib import Path
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ResNetBackbone, ResNetConfig
@@ -79,19 +80,23 @@ class FCNHead(nn.Sequential):
 
 def build_backbone(config: Config) -> ResNetBackbone:
     """Return a ResNet that gives its last two stages, from scratch or from ``config.pretrained``."""
-    stages = len(config.backbone.get("depths", ()))
-    if stages < 2:
-        raise ConfigError(f"backbone must have depths of at least two stages, got {config.backbone}")
-    options = config.backbone | {"out_features": [f"stage{stages - 1}", f"stage{stages}"]}
-    settings = ResNetConfig(**options)
-    if config.pretrained is None:
-        return dilate(ResNetBackbone(settings), config.output_stride)
-    if not Path(config.pretrained).is_dir():
-        raise ConfigError(f"pretrained must be the folder of a transformers checkpoint, got {config.pretrained!r}")
+    if unknown := sorted(config.backbone.keys() - ResNetConfig().to_dict().keys()):
+        raise ConfigError(f"backbone has an option that transformers.ResNetConfig has not: {unknown[0]!r}")
+    depths, sizes = (config.backbone.get(name) for name in ("depths", "hidden_sizes"))
+    if not (isinstance(depths, list) and isinstance(sizes, list) and len(depths) == len(sizes) >= 2):
+        raise ConfigError(f"backbone must have depths and hidden_sizes of two stages or more, got {config.backbone}")
     try:
-        backbone = ResNetBackbone.from_pretrained(config.pretrained, config=settings, local_files_only=True)
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ConfigError(f"pretrained {config.pretrained!r} does not fit the backbone: {error}") from error
+        settings = ResNetConfig(**config.backbone, out_features=[f"stage{len(depths) - i}" for i in (1, 0)])
+        backbone = ResNetBackbone(settings)
+    except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
+        raise ConfigError(f"backbone {config.backbone} does not fit: {error}") from error
+    if config.pretrained is not None:
+        if not Path(config.pretrained).is_dir():
+            raise ConfigError(f"pretrained must be the folder of a transformers checkpoint, got {config.pretrained!r}")
+        try:
+            backbone = ResNetBackbone.from_pretrained(config.pretrained, config=settings, local_files_only=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(f"pretrained {config.pretrained!r} does not fit the backbone: {error}") from error
     return dilate(backbone, config.output_stride)
 
 
