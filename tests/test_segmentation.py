@@ -13,6 +13,7 @@ import PIL.Image
 import pytest
 import segmentation_cases as cases
 import torch
+from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import ResNetBackbone
 
@@ -53,9 +54,7 @@ def test_published_network_has_output_stride_8(name, classes):
     with torch.device("meta"):
         resnet101 = model.build_backbone(config.replace(output_stride=32))
     assert sum(isinstance(m, nn.Conv2d) for m in resnet101.modules()) == 1 + 3 * (3 + 4 + 23 + 3) + 4
-    assert (
-        sum(p.numel() for p in resnet101.parameters()) == 42_500_160
-    )  # ResNet-101's 44,549,160 without its classifier
+    assert sum(p.numel() for p in resnet101.parameters()) == 44_549_160 - (2048 + 1) * 1000  # without its classifier
 
 
 def deep(**settings) -> Config:
@@ -94,9 +93,8 @@ def test_weights_of_a_local_checkpoint(tmp_path):
     saved = randomised(ResNetBackbone(model.build_backbone(config).config))
     saved.save_pretrained(tmp_path / "resnet")
     loaded = model.build_backbone(config.replace(pretrained=str(tmp_path / "resnet")))
-    assert all(
-        torch.equal(a, b) for a, b in zip(saved.state_dict().values(), loaded.state_dict().values(), strict=True)
-    )
+    state = loaded.state_dict()
+    assert all(torch.equal(weight, state.pop(key)) for key, weight in saved.state_dict().items()) and not state
     with pytest.raises(ConfigError, match="pretrained must be the folder of a transformers checkpoint, got 'nowhere'"):
         model.build_backbone(config.replace(pretrained="nowhere"))
     (tmp_path / "empty").mkdir()
@@ -109,9 +107,10 @@ def test_weights_of_a_local_checkpoint(tmp_path):
     [
         ({"output_stride": 6}, r"output_stride must be one of \[4, 8\] for this backbone, got 6"),
         ({"output_stride": 64}, r"output_stride must be one of \[4, 8\]"),
-        ({"backbone": {"depths": [1]}}, "backbone must have depths of at least two stages"),
-        ({"backbone": {"depths": [1, 1], "hidden_sizes": [8]}}, "backbone"),
-        ({"backbone": cases.TINY["backbone"] | {"layer_type": "x"}}, "backbone"),
+        ({"backbone": {"depths": [1], "hidden_sizes": [8]}}, "depths and hidden_sizes of two stages or more, got"),
+        ({"backbone": {"depths": [1, 1], "hidden_sizes": [8]}}, "depths and hidden_sizes of two stages or more, got"),
+        ({"backbone": cases.TINY["backbone"] | {"layer_type": "x"}}, "backbone .* does not fit: .*layer_type"),
+        ({"backbone": cases.TINY["backbone"] | {"layer": "x"}}, "transformers.ResNetConfig has not: 'layer'"),
         ({"block": "asa", "block_options": {"sparse": True}}, "block 'asa' with block_options {'sparse': True}"),
         ({"block": "interlaced_sparse", "block_options": {"factors": 0}}, "block 'interlaced_sparse'"),
     ],
@@ -329,9 +328,16 @@ def test_accumulation_changes_rounding_and_batch_norm_only(tmp_path):
     assert one != two and two == pytest.approx(one, rel=0.05)
 
 
-def test_bfloat16(tmp_path):
-    config = cases.tiny(steps=12, block="asa")
-    assert np.mean(train.train(config, tmp_path, precision="bf16").losses[-3:]) < 1.6 * np.log(5)
+def test_bfloat16(trained, tmp_path):
+    """Other losses than in float32, by rounding."""
+    AcceleratorState._reset_state()  # a process has one precision; this one has had another
+    try:
+        losses = train.train(cases.tiny(block="asa", steps=3), tmp_path, precision="bf16").losses
+    finally:
+        AcceleratorState._reset_state()
+    expected = train.train(cases.tiny(block="asa", steps=3), tmp_path).losses
+    assert losses != expected
+    np.testing.assert_allclose(losses, expected, rtol=0.05)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +351,7 @@ def test_bfloat16(tmp_path):
         (["--block", "sparse"], "block must be one of none, asa"),
         (
             ["--accumulate", "3", "--steps", "1"],
-            "batch_size must be a multiple of processes * accumulate = 1 * 3, got 8",
+            "multiple of processes * accumulate = 1 * 3, got 8",
         ),
         (["--shard", "--steps", "1"], "--shard needs several processes: start them with torchrun"),
         (["--data", "cityscapes"], "cityscapes needs --root"),
@@ -371,9 +377,7 @@ def test_training_on_the_layout_of_a_real_data_set(tmp_path):
     assert len(report.classes) == 19 and 0 <= report.miou <= 1
     again = evaluate.main([str(tmp_path / "run" / "checkpoint.pt"), "--root", str(root)])
     np.testing.assert_array_equal(again.iou, report.iou)
-    with pytest.raises(
-        ConfigError, match=r"crop \[30, 50\] is larger than .*leftImg8bit\.png, at most \[24, 40\] here"
-    ):
+    with pytest.raises(ConfigError, match=r"crop \[30, 50\] is larger than .*leftImg8bit\.png, at most \[24, 40\]"):
         train.train(config.replace(crop=(30, 50)), tmp_path / "run", root)
 
 
@@ -402,9 +406,8 @@ def test_two_processes(tmp_path):
         model_of[name] = dict(checkpoint.segmenter().named_parameters())
     for name, weights in model_of.items():
         for key, weight in weights.items():
-            torch.testing.assert_close(
-                weight, model_of["alone"][key], rtol=1e-4, atol=1e-4, msg=lambda m: f"{name} {key} {m}"
-            )
+            distance = (weight - model_of["alone"][key]).abs().max()
+            assert distance < 1e-5, (name, key, distance)
     assert result.stdout.count("pixel accuracy") == 2  # one process speaks
 
 
@@ -444,14 +447,12 @@ def test_checkpoints_that_cannot_be_read(trained, tmp_path):
 def test_checkpoints_that_do_not_fit(trained, tmp_path):
     checkpoint = Checkpoint.load(trained[0] / "checkpoint.pt")
     fewer = saved(trained, tmp_path / "fewer.pt", classes=checkpoint.classes[:-1])
-    with pytest.raises(
-        CheckpointError, match=r"4 classes \(background, \.\.\., checks\), the data 5 \(background, \.\.\., rings\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"has 4 classes \(.*, checks\), the data 5 \(.*, rings\)"):
         evaluate.main([str(fewer)])
-    with pytest.raises(CheckpointError, match="weights do not fit its config"):
+    with pytest.raises(CheckpointError, match=r"do not fit its config: size mismatch for head\.classifier"):
         Checkpoint.load(fewer).segmenter()
     other = saved(trained, tmp_path / "other.pt", config=checkpoint.config | {"channels": 8})
-    with pytest.raises(CheckpointError, match="weights do not fit its config: .*size mismatch"):
+    with pytest.raises(CheckpointError, match=r"do not fit its config: size mismatch for head\.before.*, and \d+ more"):
         predict.main([str(other), "--shape", "0", "--out", str(tmp_path)])
     newer = saved(trained, tmp_path / "newer.pt", config=checkpoint.config | {"sharpness": 8})
     with pytest.raises(CheckpointError, match="config does not fit: unknown setting 'sharpness'"):
@@ -502,12 +503,13 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
     network = checkpoint.segmenter()
     block = network.head.block
     with torch.no_grad():
-        block.alpha.bias.fill_(1.0)  # as many as not weigh more than the mean
+        block.alpha.weight.zero_()
+        block.alpha.bias.fill_(1.0)  # about as many weigh more than the mean as less
     image = data.build(checkpoint.settings(), None, training=False)[0].image
     x = attend.block_input(network, normalise(image)[None]).detach()
     tokens = block.tokens(x)
-    for position in ((0, 0), (7, 9)):
-        dense, adaptive, reciprocal, local = attend.weight_maps(block, x, position)
+    for row, column in ((0, 0), (7, 9)):
+        dense, adaptive, reciprocal, local = attend.weight_maps(block, x, (row, column))
         counts = [np.count_nonzero(w) for w in (dense, adaptive, reciprocal, local)]
         assert counts[0] == 256 > counts[1] >= counts[2] > 0 and counts[2] <= counts[3] <= counts[2] + 9
         assert (adaptive[reciprocal > 0] > 0).all() and (local[reciprocal > 0] > 0).all()
@@ -515,7 +517,7 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
             assert weights.sum() == pytest.approx(1, abs=1e-5)
         value = tokens["value"][0, 0]
         out = block.proj((torch.from_numpy(local).flatten() @ value)[None, :, None, None])[0, :, 0, 0]
-        torch.testing.assert_close(x[0, :, *position] + out, block(x)[0, :, *position])
+        torch.testing.assert_close(x[0, :, row, column] + out, block(x)[0, :, row, column])
     path = tmp_path / "attend.png"
     command = [str(trained[0] / "checkpoint.pt"), "--shape", "1", "--out", str(path)]
     maps = attend.main([*command, "--pixel", "8,60", "--pixel", "63,0"])
@@ -545,9 +547,8 @@ def test_commands_that_cannot_be(command, arguments, message, trained, capsys):
 
 
 def test_attend_needs_the_right_block(trained, tmp_path):
-    path = saved(
-        trained, tmp_path / "none.pt", config=Checkpoint.load(trained[0] / "checkpoint.pt").config | {"block": "none"}
-    )
+    config = Checkpoint.load(trained[0] / "checkpoint.pt").config | {"block": "none"}
+    path = saved(trained, tmp_path / "none.pt", config=config)
     with pytest.raises(ConfigError, match="attend shows block 'asa', the checkpoint has 'none'"):
         attend.main([str(path), "--shape", "0", "--pixel", "0,0"])
 
