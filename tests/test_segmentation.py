@@ -387,8 +387,8 @@ def test_training_on_the_layout_of_a_real_data_set(tmp_path):
 def test_two_processes(tmp_path):
     """Two processes under DDP, and sharded, give the losses of one that takes its batch in two parts.
 
-    Batch norm sees the same parts and dropout has the same seeds, as on a CPU every process normalises its own; sums of
-    two numbers do not depend on their order. What remains is how a gradient is scaled: nothing in float32.
+    On a CPU every process normalises its own part, dropout is seeded by part, and a sum of two numbers does not depend
+    on their order: DDP gives the same bits. FSDP2 may round gradients elsewhere.
     """
     settings = {"steps": 4, "block": "asa"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -400,14 +400,14 @@ def test_two_processes(tmp_path):
     model_of = {}
     for name in ("alone", "ddp", "fsdp", "resumed"):
         losses = [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
-        np.testing.assert_allclose(losses, expected.losses, rtol=1e-5, err_msg=name)
+        np.testing.assert_allclose(losses, expected.losses, rtol=0 if name == "ddp" else 1e-5, err_msg=name)
         checkpoint = Checkpoint.load(tmp_path / name / "checkpoint.pt")
         assert checkpoint.step == 4
         model_of[name] = dict(checkpoint.segmenter().named_parameters())
     for name, weights in model_of.items():
         for key, weight in weights.items():
             distance = (weight - model_of["alone"][key]).abs().max()
-            assert distance < 1e-5, (name, key, distance)
+            assert distance <= (0 if name == "ddp" else 1e-5), (name, key, distance)
     assert result.stdout.count("pixel accuracy") == 2  # one process speaks
 
 
@@ -491,8 +491,8 @@ def test_predict_writes_overlays(trained, tmp_path, capsys):
     out = tmp_path / "out"
     predictions = predict.main([str(trained[0] / "checkpoint.pt"), str(picture), "--shape", "2", "--out", str(out)])
     assert [x.shape for x in predictions] == [(70, 90), (64, 64)] and max(x.max() for x in predictions) < 5
-    for name in ("street.png", "shape2.png"):
-        assert (np.asarray(PIL.Image.open(out / name)).std() > 1 and str(out / name) in capsys.readouterr().out) or True
+    assert capsys.readouterr().out.split() == [str(out / "street.png"), str(out / "shape2.png")]
+    assert all(np.asarray(PIL.Image.open(out / name)).std() > 1 for name in ("street.png", "shape2.png"))
     image, palette = np.full((1, 2, 3), 100, np.uint8), np.array([(0, 0, 0), (200, 100, 0)], np.uint8)
     np.testing.assert_array_equal(predict.overlay(image, np.array([[0, 1]]), palette), [[(40,) * 3, (160, 100, 40)]])
 
