@@ -40,11 +40,8 @@ def test_the_table_is_of_the_runs(tmp_path):
         put(tmp_path, *(made_up(variant, seed, miou) for seed, miou in enumerate(of_seeds)))
     runs = ablation.read(tmp_path)
     assert list(runs) == [name for name in ablation.VARIANTS if name in scores]
-    rows = {
-        line.split(" | ")[0][2:]: line.split(" | ")[1:]
-        for line in ablation.table(runs).splitlines()
-        if line[:2] == "| "
-    }
+    lines = [line.split(" | ") for line in ablation.table(runs).splitlines() if line.startswith("| ")]
+    rows = {name.removeprefix("| "): cells for name, *cells in lines}
     assert len(rows) == 4
     # half of the interval: t(0.975, 2 degrees of freedom) = 4.303 times the deviation over sqrt(3)
     assert rows["none"][:4] == ["3", f"52.00 ± {4.303 * 2 / math.sqrt(3):.2f}", "-9.00 ± 2.48", "-"]
@@ -61,7 +58,8 @@ def test_one_seed_has_no_interval():
 
 
 def test_a_run_tells_what_it_did(tmp_path, monkeypatch):
-    monkeypatch.setattr(Config, "load", lambda name: cases.tiny())
+    config = cases.tiny()
+    monkeypatch.setattr(Config, "load", lambda name: config)
     ablation.run("asa", 0, 6, path := tmp_path / "asa-0.json")
     told = json.loads(path.read_text())
     assert (told["variant"], told["seed"], told["steps"]) == ("asa", 0, 6)
