@@ -1,4 +1,4 @@
-"""The segmentation example's ablation: figures of made-up runs, and a real one of two steps."""
+"""The ablation on shapes: every variant builds, runs are kept, and the table and the plot are of them."""
 
 import json
 import math
@@ -6,128 +6,136 @@ import math
 import numpy as np
 import PIL.Image
 import pytest
+import segmentation_cases as cases
 import torch
 from torch import nn
 
 from asa_ops import nn as blocks
 from examples.segmentation import ablation, cli
 from examples.segmentation.config import NO_BLOCK, Config, ConfigError
+from examples.segmentation.model import Segmenter
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+def made_up(variant: str, seed: int, miou: float, **changes) -> dict:
+    curve = [[10, 200.0, 0.1, 0.2, 0.3], [20, 50.0 + seed, 0.5, 0.6, 0.8]] if variant.startswith("asa") else []
+    return {
+        "variant": variant, "seed": seed, "steps": 20, "miou": miou, "iou": [miou] * 5, "loss": 0.3, "seconds": 0.1,
+        "bytes": 5_000_000, "curve": curve,
+    } | changes  # fmt: skip
 
 
-def made_up(folder, name: str, seed: int, miou: float, **changes) -> None:
-    told = {
-        "variant": name, "seed": seed, "steps": 40, "miou": miou, "iou": [miou] * 5, "loss": 0.5, "seconds": 0.1,
-        "bytes": 2_000_000, "curve": [],
-    }  # fmt: skip
-    ablation.path_of(folder, name, seed).write_text(json.dumps(told | changes))
+def put(folder, *runs: dict) -> None:
+    for told in runs:
+        ablation.path_of(folder, told["variant"], told["seed"]).write_text(json.dumps(told))
 
 
-def test_interval_by_hand():
-    """Of 1, 2, 3: the deviation is 1, Student's t of 2 degrees of freedom 4.3027."""
-    mean, half = ablation.interval([1.0, 2.0, 3.0])
-    assert mean == 2 and half == pytest.approx(4.302653 / math.sqrt(3), rel=1e-6)
-    assert ablation.interval([5.0])[0] == 5 and math.isnan(ablation.interval([5.0])[1])
+@pytest.mark.parametrize("variant", ablation.VARIANTS)
+def test_every_variant_builds(variant):
+    block, options = ablation.VARIANTS[variant]
+    network = Segmenter(Config.load("shapes").replace(block=block, block_options=options), 5)
+    assert network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5, 16, 16)
 
 
-def test_table_and_plot_of_made_up_runs(tmp_path, capsys):
-    for seed, miou in enumerate((0.5, 0.6)):
-        curve = [[2, 100 + seed, 0.1, 0.2, 0.3], [40, 10 + seed, 0.5, 1.0 + seed, 3.0]]
-        made_up(tmp_path, "asa, no gradient", seed, miou)
-        made_up(tmp_path, "asa", seed, miou + 0.01 * (seed + 1), curve=curve, seconds=0.2)
-    made_up(tmp_path, "none", 1, 0.4, bytes=None, seconds=None)
-    made_up(tmp_path, "none", 2, 0.3)  # a seed that the reference has not: no part of the gain
-    ablation.main(["--variants", "asa", "--seeds", "2", "--out", str(tmp_path)])  # all there: nothing runs
-    text = (tmp_path / "ablation.md").read_text()
-    assert text in capsys.readouterr().out
-    size, pictures = (Config.load("shapes").data_options[name] for name in ("size", "pictures"))
-    assert f"{size} x {size}, 40 steps, validated on {pictures} pictures" in text and "of 256," in text
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows[1:]] == ["none", "asa, no gradient", "asa"]  # in the order of VARIANTS
-    of = {row[0]: row[1:] for row in rows[1:]}
-    # 51 and 62: the deviation is 7.778, Student's t of one degree of freedom 12.706; the gains are 1 and 2
-    assert of["asa"] == ["2", "56.50 ± 69.88", "+1.50 ± 6.35", "100", "10", "1.50 (0.50 to 3.00)", "200", "2"]
-    assert of["asa, no gradient"] == ["2", "55.00 ± 63.53", "-", "-", "-", "-", "100", "2"]
-    assert of["none"] == ["2", "35.00 ± 63.53", "-20.00 ± nan", "-", "-", "-", "100", "2"]
-    assert np.asarray(PIL.Image.open(tmp_path / "ablation.png")).std() > 1
-
-
-def test_runs_that_do_not_fit(tmp_path):
-    made_up(tmp_path, "asa", 0, 0.5)
-    made_up(tmp_path, "asa", 1, 0.5, steps=50)
-    with pytest.raises(ConfigError, match=r"runs of different lengths, {40: 'asa-0\.json', 50: 'asa-1\.json'}"):
-        ablation.read(tmp_path)
-    path = ablation.path_of(tmp_path, "asa", 1)
-    path.write_text("{")
-    with pytest.raises(ConfigError, match=r"asa-1\.json is broken"):
-        ablation.read(tmp_path)
-    path.write_text('{"steps": 40}')
-    with pytest.raises(ConfigError, match=r"asa-1\.json is not of this experiment"):
-        ablation.read(tmp_path)
-
-
-def test_a_run_of_two_steps(tmp_path):
-    """What it leaves is what the table reads; survivors and thresholds are those of a near-dense start."""
-    command = ["--steps", "2", "--out", str(tmp_path)]
-    ablation.main(["--one", "asa", "3", *command])
-    assert [path.name for path in tmp_path.iterdir()] == ["asa-3.json"]
-    ((name, runs),) = ablation.read(tmp_path).items()
-    told = runs[3]
-    assert (name, told["steps"]) == ("asa", 2) and 0 <= told["miou"] <= 1 and len(told["iou"]) == 5
-    assert told["seconds"] > 0 and (told["bytes"] is None or told["bytes"] > 0)
-    ((step, survivors, low, median, high),) = told["curve"]  # the first step gives the block's input
-    assert step == 2 and 128 < survivors <= 256 and 0 <= low <= median <= high
-    assert "| asa | 1 | " in ablation.table({name: runs})
-
-
-def test_variants_are_what_they_say():
-    """Every block of the library is among them, and the names that say so have thresholds without a gradient."""
+def test_the_library_is_among_the_variants():
+    """Every block is, and the names that say so have thresholds without a gradient, no others."""
     assert {block for block, _ in ablation.VARIANTS.values()} == {NO_BLOCK, *blocks.available()}
-    assert ablation.REFERENCE in ablation.VARIANTS
-    x = torch.randn(1, 8, 6, 6)
     for name, (block, options) in ablation.VARIANTS.items():
-        if block != "asa":
-            continue
-        module = blocks.build(block, 8, **options)
-        nn.init.normal_(module.proj.weight)
-        module(x).square().sum().backward()
-        learns = module.alpha.weight.grad is not None and bool(module.alpha.weight.grad.any())
-        assert learns == (not any(word in name for word in ("published", "no gradient"))), name
+        if block == "asa":
+            module = blocks.build(block, 8, **options)
+            nn.init.normal_(module.proj.weight)
+            module(torch.randn(1, 8, 6, 6)).square().sum().backward()
+            gradient = module.alpha.weight.grad
+            learns = gradient is not None and bool(gradient.any())
+            assert learns == (not name.endswith(("published", "no gradient"))), name
 
 
-def test_what_went_wrong_is_told(tmp_path, monkeypatch, capsys):
-    def half_of_them(name, seed, steps, path):
-        if seed == 1:
-            return f"{name}, seed 1: no memory"
-        made_up(path.parent, name, seed, 0.5)
-        return None
+def test_the_table_is_of_the_runs(tmp_path):
+    scores = {"none": (0.5, 0.52, 0.54), "asa, no gradient": (0.6, 0.61, 0.62), "asa": (0.62, 0.62, 0.65)}
+    for variant, of_seeds in scores.items():
+        put(tmp_path, *(made_up(variant, seed, miou) for seed, miou in enumerate(of_seeds)))
+    runs = ablation.read(tmp_path)
+    assert list(runs) == [name for name in ablation.VARIANTS if name in scores]
+    lines = [line.split(" | ") for line in ablation.table(runs).splitlines() if line.startswith("| ")]
+    rows = {name.removeprefix("| "): cells for name, *cells in lines}
+    assert len(rows) == 4
+    # half of the interval: t(0.975, 2 degrees of freedom) = 4.303 times the deviation over sqrt(3)
+    assert rows["none"][:4] == ["3", f"52.00 ± {4.303 * 2 / math.sqrt(3):.2f}", "-9.00 ± 2.48", "-"]
+    assert rows["asa, no gradient"][2:5] == ["-", "200", "51"]
+    assert rows["asa"][2:6] == ["+2.00 ± 2.48", "200", "51", "0.60 (0.50 to 0.80)"]
+    assert rows["asa"][6:] == ["100", "5 |"]
+    ablation.draw(tmp_path / "plot.png", runs)
+    assert np.asarray(PIL.Image.open(tmp_path / "plot.png")).std() > 1
 
-    monkeypatch.setattr(ablation, "run_in_process", half_of_them)
-    with pytest.raises(SystemExit, match="error: 1 of 2 runs failed"):
-        ablation.main(["--variants", "none", "--seeds", "2", "--out", str(tmp_path)])
-    told = capsys.readouterr()
-    assert "none, seed 1: no memory" in told.out + told.err
-    assert "| none | 1 |" in (tmp_path / "ablation.md").read_text()
+
+def test_one_seed_has_no_interval():
+    mean, half = ablation.interval([0.5])
+    assert mean == 0.5 and math.isnan(half)
+
+
+def test_a_run_tells_what_it_did(tmp_path, monkeypatch):
+    config = cases.tiny()
+    monkeypatch.setattr(Config, "load", lambda name: config)
+    ablation.run("asa", 0, 6, path := tmp_path / "asa-0.json")
+    told = json.loads(path.read_text())
+    assert (told["variant"], told["seed"], told["steps"]) == ("asa", 0, 6)
+    assert 0 <= told["miou"] <= 1 and len(told["iou"]) == 5 and told["seconds"] > 0
+    assert [point[0] for point in told["curve"]] == [2, 3, 4, 5, 6]  # the first step has yet no input to look at
+    assert all(0 <= point[1] <= 256 and point[2] <= point[3] <= point[4] for point in told["curve"])
+    ablation.run("none", 0, 2, path := tmp_path / "none-0.json")
+    assert json.loads(path.read_text())["curve"] == []
+
+
+def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys):
+    started = []
+
+    def run(name, seed, steps, path):
+        started.append((name, seed))
+        if name == "non_local":
+            return "non_local, seed 0: it broke"
+        return put(tmp_path, made_up(name, seed, 0.5))
+
+    monkeypatch.setattr(ablation, "run_in_process", run)
+    put(tmp_path, made_up("none", 0, 0.4))
+    command = ["--variants", "none", "asa", "non_local", "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match="2 of 5 runs failed"):
+        ablation.main(command)
+    assert started == [("asa", 0), ("non_local", 0), ("none", 1), ("asa", 1), ("non_local", 1)]
+    text = capsys.readouterr()
+    assert "| asa | 2 |" in text.out and "it broke" in text.out + text.err
+    assert (tmp_path / "ablation.md").read_text() in text.out and (tmp_path / "ablation.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", r"none-1\.json is broken"),
+        ("[]", r"none-1\.json is not of this experiment"),
+        (json.dumps(made_up("none", 1, 0.5, steps=30)), "has runs of different lengths"),
+    ],
+    ids=["broken", "foreign", "lengths"],
+)
+def test_runs_that_do_not_fit(content, message, tmp_path):
+    put(tmp_path, made_up("none", 0, 0.5))
+    (tmp_path / "none-1.json").write_text(content)
+    with pytest.raises(ConfigError, match=message):
+        ablation.read(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--steps", "0"], "--steps must be at least 1, got 0"),
-        (["--one", "sparse", "0"], "--one takes a variant and a seed, got 'sparse' '0'"),
+        (["--variants", "nothing"], "invalid choice: 'nothing'"),
         (["--one", "asa", "x"], "--one takes a variant and a seed, got 'asa' 'x'"),
-        (["--variants", "sparse"], "invalid choice: 'sparse'"),
     ],
 )
-def test_arguments_that_do_not_fit(arguments, message, tmp_path, capsys):
+def test_bad_arguments(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main_of(lambda: ablation.main([*arguments, "--out", str(tmp_path)]))
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own(tmp_path):
+    ablation.main(["--variants", "none", "asa", "--seeds", "1", "--steps", "2", "--jobs", "1", "--out", str(tmp_path)])
+    assert {path.name for path in tmp_path.glob("*.json")} == {"none-0.json", "asa-0.json"}

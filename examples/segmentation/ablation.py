@@ -244,7 +244,8 @@ def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:
             steps = [point[0] for point in curves[0]]
             axes[1].plot(steps, np.mean([[point[1] for point in curve] for curve in curves], 0), ".-", label=name)
     axes[1].set(xlabel="step", ylabel=f"survivors a row, of {positions(Config.load('shapes'))}", yscale="log")
-    axes[1].legend(fontsize=8)
+    if axes[1].lines:
+        axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
