@@ -482,7 +482,9 @@ def test_evaluate_gives_the_figures_of_training(trained, capsys):
     np.testing.assert_array_equal(report.iou, result.report.iou)
     text = capsys.readouterr().out
     assert "block asa, 30 steps, 3 pictures" in text and f"{100 * report.iou[0]:.2f}" in text
-    assert evaluate.main([str(out / "checkpoint.pt"), "--scales", "1", "1.5", "--flip"]).iou.shape == (5,)
+    others = (["--scales", "1", "1.5", "--flip"], ["--window", "32", "32", "--stride", "16", "32"])
+    for arguments in others:
+        assert not np.array_equal(evaluate.main([str(out / "checkpoint.pt"), *arguments]).iou, report.iou)
 
 
 def test_predict_writes_overlays(trained, tmp_path, capsys):
@@ -530,6 +532,7 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
     [
         ("evaluate", ["--scales", "0"], "--scales must be > 0, got 0"),
         ("evaluate", ["--root", "."], "leave --root out"),
+        ("evaluate", ["--window", "32", "32"], "stride must be given if and only if window is"),
         ("predict", [], "no picture: expected files, or --shape NUMBER"),
         ("predict", ["--shape", "3"], "--shape must be from 0 to 2, got 3"),
         ("predict", [__file__], "as a picture"),

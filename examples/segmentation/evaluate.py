@@ -1,7 +1,8 @@
 """Evaluate a checkpoint: a table of the intersection over union of every class.
 
-python -m examples.segmentation.evaluate runs/shapes/checkpoint.pt
-python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/cityscapes --scales 0.5 1 1.5 --flip
+    python -m examples.segmentation.evaluate runs/segmentation/checkpoint.pt
+    python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/cityscapes --scales 0.5 1 1.5 --flip
+    python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/cityscapes --window 769 769 --stride 513 513
 """
 
 import argparse
@@ -134,11 +135,16 @@ def main(arguments: list[str] | None = None) -> Report:
     parser.add_argument("--root", type=Path, help="the folder that holds the data set; none for shapes")
     parser.add_argument("--scales", type=float, nargs="+", default=[1.0], help="mean over these sizes (1)")
     parser.add_argument("--flip", action="store_true", help="and over mirrored pictures")
+    size = {"type": int, "nargs": 2, "metavar": ("HEIGHT", "WIDTH")}
+    parser.add_argument("--window", **size, help="slide a window of this size (as in the checkpoint's config)")
+    parser.add_argument("--stride", **size, help="by this much")
     options = parser.parse_args(arguments)
     if min(options.scales) <= 0:
         parser.error(f"--scales must be > 0, got {min(options.scales)}")
     checkpoint = Checkpoint.load(options.checkpoint)
     config = checkpoint.settings()
+    if options.window or options.stride:
+        config = config.replace(window=options.window, stride=options.stride)
     samples = data.build(config, options.root, training=False)
     checkpoint.check_classes(samples)
     report = evaluate(checkpoint.segmenter().to(device_of()), samples, config, options.scales, options.flip)
