@@ -508,7 +508,7 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
         block.alpha.weight.zero_()
         block.alpha.bias.fill_(1.0)  # about as many weigh more than the mean as less
     image = data.build(checkpoint.settings(), None, training=False)[0].image
-    x = attend.block_input(network, normalise(image)[None]).detach()
+    x = attend.block_input(network, normalise(image)[None])
     tokens = block.tokens(x)
     for row, column in ((0, 0), (7, 9)):
         dense, adaptive, reciprocal, local = attend.weight_maps(block, x, (row, column))
@@ -525,6 +525,14 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
     maps = attend.main([*command, "--pixel", "8,60", "--pixel", "63,0"])
     assert list(maps) == [(8, 60), (63, 0)] and all(w.shape == (16, 16) for of in maps.values() for w in of)
     assert np.asarray(PIL.Image.open(path)).std() > 1
+
+
+def test_predict_overwrites_none_of_its_pictures(trained, tmp_path):
+    pictures = [tmp_path / city / "street.png" for city in ("aachen", "bochum")]
+    for picture in pictures:
+        cases.write(picture, np.zeros((64, 64, 3), np.uint8))
+    with pytest.raises(ConfigError, match=r"two pictures are named 'street', the second is .*bochum"):
+        predict.main([str(trained[0] / "checkpoint.pt"), *map(str, pictures), "--out", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(

@@ -29,6 +29,7 @@ from .pipeline import normalise, scaled
 NAMES = ("dense weights", "adaptive neighbours", "reciprocal survivors", "with the local window")
 
 
+@torch.no_grad()
 def block_input(model: Segmenter, image: Tensor) -> Tensor:
     """Return the map [B, C, h, w] that the block gets when ``model`` sees ``image`` [B, 3, H, W]."""
     seen = []

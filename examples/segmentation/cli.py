@@ -29,12 +29,16 @@ def pictures_of(files: Sequence[Path], shapes: Sequence[int], config: Config) ->
     """Return pictures uint8 [H, W, 3] by name: of files, and of the shapes to validate on by number.
 
     Raises:
-        ConfigError: no picture is asked for, or there is no such shape.
+        ConfigError: no picture is asked for, two have the same name, or there is no such shape.
         DataError: a file that is no picture.
     """
     if not files and not shapes:
         raise ConfigError("no picture: expected files, or --shape NUMBER")
-    pictures = {path.stem: data.read(path, "RGB") for path in files}
+    pictures = {}
+    for path in files:
+        if path.stem in pictures:  # what is written for one would replace what is written for the other
+            raise ConfigError(f"two pictures are named {path.stem!r}, the second is {path}")
+        pictures[path.stem] = data.read(path, "RGB")
     if shapes:
         if config.data != "shapes":
             raise ConfigError(f"--shape is for networks trained on shapes, this one is for {config.data}")

@@ -1,8 +1,8 @@
 """Evaluate a checkpoint: a table of the intersection over union of every class.
 
-    python -m examples.segmentation.evaluate runs/segmentation/checkpoint.pt
-    python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/cityscapes --scales 0.5 1 1.5 --flip
-    python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/cityscapes --window 769 769 --stride 513 513
+python -m examples.segmentation.evaluate runs/segmentation/checkpoint.pt
+python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/city --scales 0.5 1 1.5 --flip
+python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/city --window 769 769 --stride 513 513
 """
 
 import argparse

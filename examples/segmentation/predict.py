@@ -1,7 +1,7 @@
 """Segment pictures: writes each one with its classes as colours laid over it, and a legend.
 
-    python -m examples.segmentation.predict runs/segmentation/checkpoint.pt street.jpg --out predictions
-    python -m examples.segmentation.predict runs/segmentation/checkpoint.pt --shape 0   # the first picture of shapes
+python -m examples.segmentation.predict runs/segmentation/checkpoint.pt street.jpg --out predictions
+python -m examples.segmentation.predict runs/segmentation/checkpoint.pt --shape 0   # the first picture of shapes
 """
 
 import argparse
