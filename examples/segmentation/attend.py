@@ -111,7 +111,7 @@ def draw(path: Path, image: np.ndarray, maps: dict[tuple[int, int], list[np.ndar
         len(maps), 1 + len(NAMES), figsize=(15, 3.2 * len(maps)), layout="constrained", squeeze=False
     )
     for axis in axes.flat:
-        axis.set_axis_off()
+        axis.set(xticks=[], yticks=[])
     norm = LogNorm(1e-6, 1, clip=True)
     for row, ((r, c), weights) in zip(axes, maps.items(), strict=True):
         row[0].imshow(image)
