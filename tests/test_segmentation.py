@@ -321,6 +321,20 @@ def test_resuming_from_the_command_line(tmp_path, capsys):
         train.main([*out, "--resume"])
 
 
+@pytest.mark.parametrize("block", [NO_BLOCK, *blocks.available()])
+def test_every_block_in_the_published_network(block, tmp_path):
+    """From the command line, on a data set whose file has options for another block; one step of a narrow network."""
+    root = cases.ade20k(tmp_path, [1, 2, 0])
+    narrow = deep().to_dict()
+    settings = {name: narrow[name] for name in ("backbone", "channels", "auxiliary_channels")}
+    settings |= {"crop": [64, 72], "resize": [80, 64], "batch_size": 2, "steps": 1}
+    command = ["--data", "ade20k", "--root", str(root), "--out", str(tmp_path / "run"), "--block", block]
+    result = train.main([*command, "--set", *(f"{name}={json.dumps(value)}" for name, value in settings.items())])
+    config = Checkpoint.load(tmp_path / "run" / "checkpoint.pt").settings()
+    assert len(result.losses) == 1 and config.block == block and config.output_stride == 8
+    assert config.block_options == ({"norm": "batch"} if block == "asa" else {})
+
+
 def test_accumulation_changes_rounding_and_batch_norm_only(tmp_path):
     """Without batch norm's statistics in between, one pass or two are the same step."""
     config = cases.tiny(steps=1, block=NO_BLOCK, dropout=0.0)
@@ -623,5 +637,11 @@ def test_states_that_hold_no_published_head():
     with pytest.raises(ValueError, match=r"unknown key 'auxiliary_head\.extra\.weight'"):
         from_upstream({"auxiliary_head.extra.weight": torch.zeros(1)})
     state = published(model.Segmenter(cases.tiny(block="asa"), 5), "asa")
+    with pytest.raises(ValueError, match=r"has 'theta\.conv\.weight' between its convolutions, expected block 'none'"):
+        from_upstream(state, "none")
+    with pytest.raises(ValueError, match="has no block between its convolutions, expected block 'asa'"):
+        from_upstream({key: tensor for key, tensor in state.items() if "asa_block" not in key})
+    with pytest.raises(ValueError, match=r"unknown key 'decode_head\.gamma' in a published head"):
+        from_upstream(state | {"decode_head.gamma": torch.zeros(1)})
     with pytest.raises(ValueError, match=r"unknown key 'zeta\.weight'"):
         from_upstream(state | {"decode_head.asa_block.zeta.weight": torch.zeros(1)})

@@ -225,6 +225,8 @@ def settings_of(options: argparse.Namespace) -> Config:
             changes[name] = json.loads(value)
         except ValueError:
             changes[name] = value  # a bare word
+    if changes.get("block", config.block) != config.block:
+        changes.setdefault("block_options", {})  # the file's are for its own block
     return config.replace(**changes)
 
 
