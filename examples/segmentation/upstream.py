@@ -31,7 +31,7 @@ def from_upstream(state_dict: dict[str, Tensor], block: str = "asa") -> dict[str
         block: what ``asa_ops.nn`` calls the block.
 
     Raises:
-        ValueError: there is no head, or a key that none has.
+        ValueError: there is no head, a key that none has, or a block where none is expected or the other way round.
 
     Example:
         >>> model.load_state_dict(from_upstream(published), strict=False)  # doctest: +SKIP
@@ -41,12 +41,15 @@ def from_upstream(state_dict: dict[str, Tensor], block: str = "asa") -> dict[str
         module, _, parameter = key.rpartition(".")
         if module in _LAYERS:
             renamed[f"{_LAYERS[module]}.{parameter}"] = tensor
-        elif key.startswith("decode_head."):
+        elif key.startswith("decode_head.") and key.count(".") > 1:
             of_block[key.split(".", 2)[2]] = tensor
-        elif key.startswith("auxiliary_head."):
-            raise ValueError(f"unknown key {key!r} in a published auxiliary head, expected a convolution and conv_seg")
+        elif key.startswith(("decode_head.", "auxiliary_head.")):
+            raise ValueError(f"unknown key {key!r} in a published head")
     if not renamed:
         raise ValueError(f"no published head: expected keys decode_head.*, got {', '.join(list(state_dict)[:3])}, ...")
-    if block != NO_BLOCK:
+    if bool(of_block) == (block == NO_BLOCK):
+        found = f"{next(iter(of_block))!r}" if of_block else "no block"
+        raise ValueError(f"the published head has {found} between its convolutions, expected block {block!r}")
+    if of_block:
         of_block = type(blocks.build(block, 64)).from_upstream(of_block)
     return renamed | {f"head.block.{key}": tensor for key, tensor in of_block.items()}
