@@ -327,7 +327,7 @@ def test_every_block_in_the_published_network(block, tmp_path):
     root = cases.ade20k(tmp_path, [1, 2, 0])
     narrow = deep().to_dict()
     settings = {name: narrow[name] for name in ("backbone", "channels", "auxiliary_channels")}
-    settings |= {"crop": [64, 72], "resize": [80, 64], "batch_size": 2, "steps": 1}
+    settings |= {"crop": [64, 72], "resize": [128, 64], "batch_size": 2, "steps": 1}
     command = ["--data", "ade20k", "--root", str(root), "--out", str(tmp_path / "run"), "--block", block]
     result = train.main([*command, "--set", *(f"{name}={json.dumps(value)}" for name, value in settings.items())])
     config = Checkpoint.load(tmp_path / "run" / "checkpoint.pt").settings()
