@@ -585,6 +585,7 @@ def test_help(command, capsys):
     assert end.value.code == 0 and "python -m examples.segmentation" in capsys.readouterr().out
 
 
+@pytest.mark.slow  # loads everything once more
 def test_runs_as_documented():
     command = [sys.executable, "-m", "examples.segmentation.train", "--help"]
     result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=120)
