@@ -9,9 +9,13 @@ SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/cpu
 GPU = $(firstword $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
 	sed -n 's/^\([89]\|1[0-9]\)\.\([0-9]\)$$/\1\2/p') 80)
 
+PAGE := build/bench/page.json
+BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,kind=channel efficient_attention \
+	channelized_axial squeeze_and_attention interlaced_sparse salient_positions non_local non_local,mode=gaussian \
+	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo segment test test-all kernels sanitize gpu wheel lint format clean
+.PHONY: demo segment test test-all kernels sanitize bench bench-page bench-check gpu wheel lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -37,6 +41,24 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest --capture=sys -p no:cacheprovider -m "not slow" \
 		-k "cpu and not thread and not repeats" ../../tests/test_cpu.py ../../tests/test_implementations.py \
 		../../tests/test_criss_cross.py
+
+bench: $(READY)  ## what ASA costs beside dense attention and other peers, a page in build/bench, minutes; ARGS="--size 97x97"
+	@mkdir -p build/bench
+	$(RUN) bench/run.py --out build/bench/results.json $(ARGS)
+	$(RUN) bench/report.py build/bench/results.json --folder build/bench
+
+bench-page: $(READY)  ## the page of this machine in bench/results, scaling and the other blocks included, most of an hour
+	@mkdir -p build/bench
+	rm -f $(PAGE)
+	$(RUN) bench/scaling.py --add --out $(PAGE)
+	$(RUN) bench/run.py --add --out $(PAGE) --dim 64 256
+	$(RUN) bench/run.py --add --out $(PAGE) --size 97x97 --dim 64 256 --inputs photo labels near-dense \
+		--peers "sdpa flash" eager --rounds 5
+	$(RUN) bench/run.py --add --out $(PAGE) --op $(BLOCKS) --dim 512 --rounds 5
+	$(RUN) bench/report.py $(PAGE)
+
+bench-check: $(READY)  ## a minute: has a ratio to dense attention moved by more than its spread since the page was made?
+	$(RUN) bench/check.py $(ARGS)
 
 gpu:  ## on a CUDA machine, with its own Python: tests, checks and timings, in minutes; OUT=folder, KEEP=1 keeps the summary
 	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(KEEP),--keep) $(ARGS)

@@ -1,11 +1,10 @@
 """The blocks in the style in which they were published, in eager PyTorch, with a block's own parameters.
 
-Each function maps (block, x) to the block's output; they are what bench/blocks.py compares with. Written from the
+Each function maps (block, x) to the block's output; they are what bench/run.py compares with. Written from the
 formulas, with the intermediate tensors that published code forms.
 """
 
 import torch
-from criss_cross import eager as criss_cross_attention
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -111,6 +110,30 @@ def salient_positions(block: nn.Module, x: Tensor) -> Tensor:
     query = torch.gather(query, 2, salient[:, None].expand(-1, query.shape[1], -1))
     weights = (query @ query.mT).softmax(-1)
     return x + block.norm(block.proj((weights @ value).view(batch, -1, height, width)))
+
+
+def criss_cross_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The published way: copies with rows and with columns as the batch, products, one softmax over H + W scores."""
+    batch, _, height, width = query.shape
+
+    def columns(x):  # [B * W, H, C]
+        return x.permute(0, 3, 2, 1).contiguous().view(batch * width, height, -1)
+
+    def rows(x):  # [B * H, W, C]
+        return x.permute(0, 2, 3, 1).contiguous().view(batch * height, width, -1)
+
+    query_h, query_w = columns(query), rows(query)
+    key_h, key_w = columns(key), rows(key)
+    value_h, value_w = columns(value), rows(value)
+    itself = torch.diag(query.new_full((height,), -torch.inf))
+    energy_h = (torch.bmm(query_h, key_h.mT) + itself).view(batch, width, height, height).transpose(1, 2)
+    energy_w = torch.bmm(query_w, key_w.mT).view(batch, height, width, width)
+    weights = torch.cat([energy_h, energy_w], 3).softmax(3)
+    weights_h = weights[..., :height].transpose(1, 2).reshape(batch * width, height, height)
+    weights_w = weights[..., height:].reshape(batch * height, width, width)
+    out_h = torch.bmm(weights_h, value_h).view(batch, width, height, -1).permute(0, 3, 2, 1)
+    out_w = torch.bmm(weights_w, value_w).view(batch, height, width, -1).permute(0, 3, 1, 2)
+    return out_h + out_w
 
 
 def criss_cross(block: nn.Module, x: Tensor) -> Tensor:

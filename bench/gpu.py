@@ -2,7 +2,7 @@
 
     make gpu                                              # results in build/gpu
     python bench/gpu.py --out results --only tests,timings
-    python bench/gpu.py --out results --keep              # also bench/results/<gpu>.md and .json
+    python bench/gpu.py --out results --keep              # also bench/results/<gpu>*
 
 It uses the Python it is run with, which needs torch, triton and pytest, installs nothing and takes asa_ops from this
 source tree. Steps run one after another, each in processes of its own with a limit, so that one that hangs leaves time
@@ -13,7 +13,6 @@ step, rewritten after each. Exit status 1 if something failed, did not finish, o
 import argparse
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import os
 import platform
@@ -27,11 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import gpu_report
+import gpu_shard
+import record
 import torch
+from measure import commit, version
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = tuple(gpu_report.SECONDS)
-MAX_SHARDS = 12  # processes that share the tests: compiling kernels keeps one core each busy
+MAX_SHARDS = 14  # processes that share the tests: compiling kernels keeps one core each busy
 CONFIGURATIONS = "configuration"  # tests with this in their names are the step "configs"
 SANITIZED = """
 import torch
@@ -77,28 +79,12 @@ def environment() -> dict[str, object]:
     return result
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def driver() -> str | None:
     """Return the version of the GPU driver."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def commit() -> str | None:
-    """Return the commit of this source tree; None where there is no git or no repository."""
-    try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
         return None
 
 
@@ -180,6 +166,9 @@ def outcome_line(line: str) -> str | None:
 def build(limit: float, log: Path, results: dict) -> tuple[str, str]:
     """Build the C++ extension in place, for this card; without it only the CUDA C++ kernels are left out."""
     major, minor = torch.cuda.get_device_capability()
+    there = "from asa_ops import extension; import sys; sys.exit({} not in extension.cuda_architectures())"
+    if run([sys.executable, "-c", there.format(10 * major + minor)], log, limit) == 0:
+        return "passed", "was built before"
     command = [sys.executable, "setup.py", "build_ext", "--inplace"]
     status = run(command, log, limit, ASA_OPS_CUDA_ARCHS=f"{major}{minor}")
     if status == 0 and list(ROOT.glob("asa_ops/_C*.so")):
@@ -196,7 +185,10 @@ def run_tests(step: str, chosen: str, limit: float, log: Path, results: dict) ->
         logs = [Path(folder, f"{shard}.log") for shard in range(shards)]
         command = [sys.executable, "-m", "pytest", "-p", "gpu_shard", "-p", "no:cacheprovider", "--tb=short"]
         command += ["-m", "gpu", "-k", chosen, *files]
-        commands = [[*command, f"--shard={i}/{shards}", f"--outcomes={path}"] for i, path in enumerate(outcomes)]
+        again = ["sh", "-c", f'while "$@"; status=$?; [ $status = {gpu_shard.LOST} ]; do :; done; exit $status', "sh"]
+        commands = [
+            [*again, *command, f"--shard={i}/{shards}", f"--outcomes={path}"] for i, path in enumerate(outcomes)
+        ]
         followers = [Follower(path, outcome_line) for path in outcomes]
 
         def watch():
@@ -267,12 +259,30 @@ def time_everything(limit: float, log: Path, results: dict) -> tuple[str, str]:
     return ("passed" if status == 0 and cases else "failed"), note if status == 0 else f"{note}, see {log.name}"
 
 
+BENCH = ["--device", "cuda", "--dtype", "bfloat16", "--dim", "256", "--size", "97x97", "128x128"]
+
+
+def run_bench(limit: float, log: Path, results: dict) -> tuple[str, str]:
+    """Run bench/run.py and make its page, of all cases or of those that were done when the limit ended it."""
+    written = log.with_name("bench.json")
+    written.unlink(missing_ok=True)
+    status = run([sys.executable, "bench/run.py", *BENCH, "--out", str(written)], log, limit - 15)
+    if not written.exists():
+        return "timed out" if status is None else "failed", f"no case, see {log.name}"
+    drawn = run([sys.executable, "bench/report.py", str(written), "--folder", str(log.parent / "bench")], log, 15)
+    note = f"{len(record.read(written).cases)} cases"
+    if drawn != 0:
+        return "failed", f"{note}, no page, see {log.name}"
+    return "timed out" if status is None else "passed" if status == 0 else "failed", note
+
+
 RUN = {
     "build": build,
     "tests": lambda *args: run_tests("tests", f"not {CONFIGURATIONS}", *args),
     "configs": lambda *args: run_tests("configs", CONFIGURATIONS, *args),
     "sanitizer": sanitize,
     "timings": time_everything,
+    "bench": run_bench,
 }
 
 
@@ -285,12 +295,14 @@ def report(out: Path, results: dict) -> str:
 
 
 def keep(out: Path, results: dict) -> None:
-    """Copy the summary and the results to bench/results, named after the card."""
-    stem = gpu_report.slug(str(results["environment"]["gpu"]))
+    """Copy the summary, the results and the page of the benchmarks to bench/results, named after the card."""
+    stem = record.slug(str(results["environment"]["gpu"]))
     folder = ROOT / "bench" / "results"
-    for source, suffix in (("summary.md", ".md"), ("results.json", ".json")):
+    for source, suffix in (("summary.md", "-summary.md"), ("results.json", "-summary.json")):
         shutil.copyfile(out / source, folder / (stem + suffix))
-    print(f"kept as bench/results/{stem}.md and .json")
+    for source in out.glob("bench/*"):
+        shutil.copyfile(source, folder / source.name)
+    print(f"kept as bench/results/{stem}*")
 
 
 def main() -> None:

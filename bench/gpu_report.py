@@ -19,7 +19,16 @@ import statistics
 from collections.abc import Iterable
 from typing import NamedTuple
 
-SECONDS = {"build": 60, "tests": 150, "configs": 110, "sanitizer": 60, "timings": 160}  # shares of the budget
+from record import quartiles
+
+SECONDS = {
+    "build": 60,
+    "tests": 150,
+    "configs": 110,
+    "sanitizer": 60,
+    "timings": 140,
+    "bench": 90,
+}  # shares of the budget
 DENSE = ("sdpa flash", "sdpa cudnn", "sdpa efficient")
 ACTIVE_LIMIT = 0.25  # up to here inputs count as structured in the goals
 KERNELS = ("statistics", "mask", "aggregate", "dq", "dk", "dv", "dkv", "dt")  # those with products of tiles
@@ -90,11 +99,6 @@ def exit_status(steps: list[dict]) -> int:
     return int(failed or unfinished or not ran)
 
 
-def slug(name: str) -> str:
-    """Return a file name for a card: "NVIDIA H100 80GB HBM3" is nvidia-h100-80gb-hbm3."""
-    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-
-
 def kernel_flops(kernel: str, pairs: int, dim: int, dim_v: int, mutual: bool = True, symmetric: bool = False) -> int:
     """Return the floating point operations of a kernel on tiles that hold ``pairs`` pairs, from its products per pair.
 
@@ -119,10 +123,6 @@ class Ratio(NamedTuple):
     peer: str
     call: list[float]  # low, median, high
     graph: list[float] | None
-
-
-def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
 
 
 def median(case: dict, method: str, how: str = "call_ms") -> float | None:

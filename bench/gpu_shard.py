@@ -1,11 +1,18 @@
 """A pytest plugin: run every n-th test only, and write outcomes as they come, so that a killed run has told something.
 
-``pytest -p gpu_shard --shard 3/12 --outcomes FILE``; FILE gets JSON lines, which ``gpu_report.tally`` reads.
+``pytest -p gpu_shard --shard 3/12 --outcomes FILE``; FILE gets JSON lines, which ``gpu_report.tally`` reads. After an
+error that a process's GPU does not survive pytest ends with the status LOST; run again, it goes on behind that test.
 """
 
 import json
+import os
 
 import pytest
+
+LOST = 77
+# What CUDA says when everything after it fails as well.
+FATAL = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
+FATAL += ("illegal instruction", "invalid program counter", "hardware stack error")
 
 
 def pytest_addoption(parser):
@@ -25,11 +32,15 @@ def pytest_collection_modifyitems(config, items):
     if others:
         config.hook.pytest_deselected(items=others)
         items[:] = items[share::shares]
+    if config.option.outcomes and os.path.exists(config.option.outcomes):
+        with open(config.option.outcomes) as file:
+            begun = {event["test"] for event in map(json.loads, file) if event["event"] == "started"}
+        items[:] = [item for item in items if item.nodeid not in begun]
 
 
 class _Recorder:
     def __init__(self, path: str):
-        self.path = path
+        self.path, self.lost = path, ""
 
     def write(self, **line) -> None:
         with open(self.path, "a") as file:
@@ -46,10 +57,14 @@ class _Recorder:
         self.write(event="started", test=nodeid)
 
     def pytest_runtest_logreport(self, report):
+        if report.when == "teardown" and self.lost:
+            pytest.exit(self.lost, LOST)
         if report.when != "call" and report.passed:
             return
         outcome = "error" if report.failed and report.when != "call" else report.outcome
         message = "" if report.passed else _first_error(report)
+        if report.failed and any(words in report.longreprtext for words in FATAL):
+            self.lost = message
         self.write(
             event="outcome", test=report.nodeid, outcome=outcome, seconds=round(report.duration, 3), message=message
         )

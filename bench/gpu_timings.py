@@ -77,14 +77,12 @@ def make(kind: str, n: int, dim: int, notes: list[str]) -> tuple[list[Tensor], t
     except ImportError:
         sys.modules["skimage"] = stand_in_for_skimage()
         notes.append("scikit-image is not installed: photo is a synthetic picture.")
-    from inputs import INPUTS
+    import inputs
 
-    height, width = GRIDS[n]
-    tensors = INPUTS[kind](width * width, dim)
-    tensors = [x[:, :, :n] for x in tensors]  # the upper part of a square map
+    tensors = inputs.make(kind, GRIDS[n], dim)
     if kind == "iid":
         tensors[3] = torch.ones_like(tensors[3])
-    return tensors, (height, width)
+    return tensors, GRIDS[n]
 
 
 # Methods.
@@ -342,7 +340,7 @@ def case(kind: str, n: int, backward: bool, flex: Flex | None, notes: list[str])
 
     tensors, grid = make(kind, n, DIM, notes)
     query, key, value, alpha, beta = tensors = [x.cuda() for x in tensors]
-    tensors[:3] = query, key, value = (x.bfloat16() for x in (query, key, value))
+    tensors[:3] = query, key, value = [x.bfloat16() for x in (query, key, value)]
     result = {"inputs": kind, "N": n, "grid": grid, "D": DIM, "mode": "fwd+bwd" if backward else "fwd", "kernels": {}}
     names = [*OURS, "flex", "flex + mask"] if flex else [*OURS, *DENSE, *(["eager"] if n <= EAGER_LIMIT else [])]
     graph, error = attempt(lambda: reciprocal_neighbors(query, key, alpha, beta, grid=grid, impl="triton"))

@@ -1,14 +1,33 @@
-"""Inputs that look like those of users, and ones that do not: the same for every benchmark.
+"""Inputs that look like those of users, and ones that do not: the same for every benchmark, and for the tests.
 
-Each factory returns query, key, value [1, 1, N, D] and alpha, beta [1, 1, N], float32, for a square grid.
+Each factory returns query, key, value [1, 1, N, D] and alpha, beta [1, 1, N], float32, for an H x W grid.
 """
+
+import math
+from collections.abc import Callable
 
 import numpy as np
 import skimage
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-SIDES = {4096: 64, 9409: 97, 16384: 128}
+from asa_ops.layout import to_tokens
+from asa_ops.nn import AdaptiveSparseAttention
+
+
+def make(
+    kind: str, grid: tuple[int, int], dim: int, heads: int = 1, batch: int = 1, alpha: float | None = None
+) -> list[Tensor]:
+    """Return query, key, value [batch, heads, N, dim] and alpha, beta [batch, heads, N] of one kind, float32.
+
+    Every head of every image has a seed of its own. ``alpha`` replaces the thresholds of all pixels.
+    """
+    parts = [INPUTS[kind](grid, dim, seed) for seed in range(batch * heads)]
+    tensors = [torch.cat(each).unflatten(0, (batch, heads)).squeeze(2) for each in zip(*parts, strict=True)]
+    if alpha is not None:
+        tensors[3] = torch.full_like(tensors[3], alpha)
+    return tensors
 
 
 def thresholds(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -18,61 +37,105 @@ def thresholds(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return alpha, beta
 
 
-def label_map(side: int, regions: int, generator: torch.Generator) -> Tensor:
-    """Return labels [side * side] of a Voronoi map with wobbling borders."""
-    centres = torch.rand(regions, 2, generator=generator) * side
-    r, c = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    pixels = torch.stack([r, c], -1).reshape(-1, 2) + torch.randn(side * side, 2, generator=generator) * 0.6
+def photograph(grid: tuple[int, int]) -> Tensor:
+    """Return a photograph [1, 3, H, W], colours in [0, 1]."""
+    image = skimage.transform.resize(skimage.data.astronaut() / 255, grid, anti_aliasing=True)
+    return torch.from_numpy(image).float().permute(2, 0, 1)[None]
+
+
+def label_map(grid: tuple[int, int], regions: int, generator: torch.Generator) -> Tensor:
+    """Return labels [H * W] of a Voronoi map with wobbling borders."""
+    centres = torch.rand(regions, 2, generator=generator) * torch.tensor(grid)
+    r, c = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
+    pixels = torch.stack([r, c], -1).reshape(-1, 2) + torch.randn(math.prod(grid), 2, generator=generator) * 0.6
     return torch.cdist(pixels.float(), centres).argmin(-1)
 
 
-def labels(n: int, dim: int, seed: int = 0) -> list[Tensor]:
+def labels(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
     """Features of 19 regions, one direction a region and noise on top: 3 to 5 % of all pairs survive."""
     generator = torch.Generator().manual_seed(seed)
-    label = label_map(SIDES[n], 19, generator)
+    n, label = math.prod(grid), label_map(grid, 19, generator)
     directions = torch.randn(2, 19, dim, generator=generator) * 0.25
-    directions += torch.nn.functional.normalize(torch.randn(19, dim, generator=generator), dim=-1) * dim**0.5
+    directions += F.normalize(torch.randn(19, dim, generator=generator), dim=-1) * dim**0.5
     noise = torch.randn(2, n, dim, generator=generator)
     query, key = (directions[i][label] * 1.35 + noise[i] * 0.95 for i in range(2))
     value = torch.randn(n, dim, generator=generator)
     return [query[None, None], key[None, None], value[None, None], *thresholds(n, generator)]
 
 
-def photo(n: int, dim: int, seed: int = 0) -> list[Tensor]:
-    """Patches of a photograph as queries and keys (non-local means), in ``dim`` channels by a random rotation."""
+def photo(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+    """Patches of a noisy photograph as queries and keys (non-local means), 5 x 5 with enough channels.
+
+    s_ij = -||p_i - p_j||^2 / h^2 takes two channels besides the patch; of patches that do not fit the principal
+    components are taken.
+    """
     generator = torch.Generator().manual_seed(seed)
-    side = SIDES[n]
-    image = skimage.transform.resize(skimage.data.astronaut() / 255, (side, side), anti_aliasing=True)
-    image = torch.from_numpy(image + np.random.default_rng(seed).normal(0, 0.1, image.shape)).float()
-    padded = torch.nn.functional.pad(image.permute(2, 0, 1)[None], [2] * 4, mode="reflect")
-    patch = torch.nn.functional.unfold(padded, 5)[0].mT / (0.9 * 0.1 * 75**0.5)
+    n = math.prod(grid)
+    image = photograph(grid)
+    image = image + torch.from_numpy(np.random.default_rng(seed).normal(0, 0.1, image.shape)).float()
+    side = 5 if min(grid) > 2 else 1  # reflected borders need pixels
+    padded = F.pad(image, [side // 2] * 4, mode="reflect")
+    patch = F.unfold(padded, side)[0].mT / (0.9 * 0.1 * (3 * side**2) ** 0.5)
     patch = patch - patch.mean(0)
+    if dim < patch.shape[1] + 2:
+        _, _, basis = torch.linalg.svd(patch, full_matrices=False)
+        patch = patch @ basis[: max(dim - 2, 0)].mT
     square, one = patch.square().sum(-1, keepdim=True), torch.ones(n, 1)
     query, key = torch.cat([2 * patch, -square, one], -1), torch.cat([patch, one, -square], -1)
-    if dim < 77:
-        _, _, basis = torch.linalg.svd(patch, full_matrices=False)
-        patch = patch @ basis[: dim - 2].mT
-        query, key = torch.cat([2 * patch, -square, one], -1), torch.cat([patch, one, -square], -1)
-    query, key = (torch.nn.functional.pad(x, (0, dim - x.shape[1])) for x in (query, key))
+    query, key = (F.pad(x, (0, dim - x.shape[1])) for x in (query, key))  # of dim 1, cuts one off
     value = torch.randn(n, dim, generator=generator)
     return [query[None, None] * dim**0.5, key[None, None], value[None, None], *thresholds(n, generator)]
 
 
-def iid(n: int, dim: int, seed: int = 0) -> list[Tensor]:
-    """Independent normal queries and keys: no structure to find."""
+def features(grid: tuple[int, int], channels: int, generator: torch.Generator) -> Tensor:
+    """Return features [1, channels, H, W] of a photograph by two random convolutions, each channel normalised."""
+    x = photograph(grid) - 0.5
+    for inside, outside, side in ((3, 32, 7), (32, channels, 3)):
+        weight = torch.randn(outside, inside, side, side, generator=generator) / (inside * side**2) ** 0.5
+        x = F.conv2d(x, weight, padding=side // 2).relu()
+        # Over the map; a map of one pixel has no deviation.
+        x = (x - x.mean((2, 3), keepdim=True)) / (x.std((2, 3), keepdim=True, correction=0) + 1e-3)
+    return x
+
+
+def conv(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+    """Random-convolution features of a photograph, scores of standard deviation 4, alpha = beta = 1: 2 % survive."""
     generator = torch.Generator().manual_seed(seed)
+    x = to_tokens(features(grid, dim, generator))
+    first, second, third = torch.randn(3, dim, dim, generator=generator) / dim**0.5
+    query, key, value = x @ first, x @ (first + 0.5 * second), x @ third  # alike, as those that match alike things
+    sample = query[:, :, :: max(1, query.shape[2] // 512)] @ key.mT * dim**-0.5
+    query = query * (4 / (sample.std(correction=0) + 1e-6))
+    return [query, key, value, *torch.ones(2, 1, 1, query.shape[2])]
+
+
+def iid(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+    """Independent normal queries and keys: no structure to find, survivors everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    n = math.prod(grid)
     return [*torch.randn(3, 1, 1, n, dim, generator=generator), *thresholds(n, generator)]
 
 
-def all_dense(n: int, dim: int, seed: int = 0) -> list[Tensor]:
+def near_dense(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+    """What a module at its default initialisation makes of convolution features: nearly every pair survives."""
+    generator = torch.Generator().manual_seed(seed)
+    x = features(grid, 2 * dim, generator)
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(seed)
+        tokens = AdaptiveSparseAttention(2 * dim).tokens(x)
+    return [tokens[name].contiguous() for name in ("query", "key", "value", "alpha", "beta")]
+
+
+def all_dense(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
     """Thresholds of 0: every pair survives."""
-    return [x if i < 3 else torch.zeros_like(x) for i, x in enumerate(iid(n, dim, seed))]
+    return [x if i < 3 else torch.zeros_like(x) for i, x in enumerate(iid(grid, dim, seed))]
 
 
-def a_third(n: int, dim: int, seed: int = 0) -> list[Tensor]:
-    """Thresholds of 0.5: a third of all pairs survive, too many for lists and few for whole rows."""
-    query, key, value, alpha, beta = iid(n, dim, seed)
-    return [query, key, value, torch.full_like(alpha, 0.5), torch.ones_like(beta)]
-
-
-INPUTS = {"labels": labels, "photo": photo, "iid": iid, "third": a_third, "dense": all_dense}
+INPUTS: dict[str, Callable[..., list[Tensor]]] = {
+    "photo": photo,
+    "labels": labels,
+    "conv": conv,
+    "iid": iid,
+    "near-dense": near_dense,
+    "dense": all_dense,
+}

@@ -158,8 +158,9 @@ def _call(dim, dtype, learn, topk=0, reciprocal=True, symmetric=False, alpha=Tru
     inputs = Inputs(query, key, torch.empty_like(query), *thresholds, None)
     options = Options((height, width), 3, topk, reciprocal, 0.1)
     saved = Saved.new(inputs, options, asa.bits_shape(n, n), keep_bits=True, keep_more=True)
-    asa.fwd(inputs, options, saved, learn)
-    asa.bwd(torch.empty_like(query), inputs, saved, options, 2.0 if learn else None)
+    band = 2.0 if learn else None
+    asa.fwd(inputs, options, saved, band)
+    asa.bwd(torch.empty_like(query), inputs, saved, options, band)
 
 
 def _call_criss_cross(dim: int, dtype: torch.dtype) -> None:

@@ -1,181 +1,301 @@
-"""asa_attention on a CPU beside dense attention and the published eager formula, in one interleaved run.
+"""asa_attention, or another block, beside what else could be used: seconds, bytes, operations; one interleaved run.
 
-    python bench/run.py                                   # half an hour on two cores
-    python bench/run.py --sizes 4096 --dims 64 --out results.json
+    python bench/run.py                                     # a few minutes on two cores
+    python bench/run.py --size 97x97 --dim 64 256 --inputs photo labels --mode fwd fwd+bwd --out results.json
+    python bench/run.py --op non_local,mode=gaussian criss_cross --size 64x64 --dim 512
+    python bench/run.py --device cuda --dtype bfloat16 --size 128x128 --dim 256
 
-Every round times every method once, one after the other, so that a slow moment of the machine meets all of them; the
-table shows medians of the rounds' ratios to F.scaled_dot_product_attention with their quartiles. Memory is what a call
-adds to the peak of a fresh process.
+Every combination of what is given is a case. In modes "fwd" and "fwd+bwd" every round times every method once, one
+after the other, so that a slow moment of the machine meets all of them: what counts are the medians of the rounds'
+ratios. Forward runs without autograd. In mode "mem" the figures are the bytes that a call adds to the peak, forward and
+with the backward: of a fresh process on a CPU, of torch's allocator on a GPU.
 
-A part of the ratio is not sparsity but a faster matrix product than that of torch's BLAS. So the table also shows the
-rate of our own, and the forward in units of it: one product of all queries with all keys. Its time is what pass 1
-(scores, lse, thresholds and bits) takes more at twice the head dim.
+Peers that are not installed are skipped, with a line that says so; of a method that fails the table says what it
+raised. The exit status is 1 if one of ours failed. Each result is written as soon as it is there.
 """
 
 import argparse
-import json
-import platform
-import statistics
-import subprocess
+import contextlib
+import dataclasses
+import functools
+import itertools
+import re
 import sys
-import time
 from pathlib import Path
 
+import accounting
+import measure
+import record
 import torch
-from inputs import INPUTS, SIDES
+import workloads
+from inputs import INPUTS
+from peers import INDIFFERENT, PEERS
+from record import MODES, Case, Method, Record
 from tqdm import tqdm
+from workloads import Spec
 
-from asa_ops import asa_attention
-from asa_ops.asa import reference
+from asa_ops import dispatch
 
-EAGER_LIMIT = 9409  # tokens; its ten or so N x N matrices are 7 GB at 16384 in the forward alone
-
-
-def method(name: str, query, key, value, alpha, beta, grid):
-    """Return one attention output by the named method."""
-    if name == "sdpa":
-        return torch.nn.functional.scaled_dot_product_attention(query, key, value)
-    if name == "eager":
-        return reference.asa_attention(query, key, value, alpha, beta, grid=grid, published=True)
-    if name == "pass 1":  # nobody survives
-        return asa_attention(query, key, value, torch.full_like(alpha, torch.inf), impl="cpu")
-    if name == "pass 1, 2 D":
-        query, key = (torch.cat([x, x], -1) for x in (query, key))
-        return method("pass 1", query, key, value, alpha, beta, grid)
-    return asa_attention(query, key, value, alpha, beta, grid=grid, impl=name)
+NO_BACKWARD = "has no backward on a CPU"
 
 
-def run(name: str, tensors, grid, backward: bool) -> None:
-    query, key, value, alpha, beta = tensors
-    if backward:
-        query, key, value = (x.detach().requires_grad_() for x in (query, key, value))
-    with torch.set_grad_enabled(backward):
-        out = method(name, query, key, value, alpha, beta, grid)
-    if backward:
-        out.backward(value.detach())
+def measured(
+    spec: Spec, mode: str, impls: list[str], peers: list[str], rounds: int, tell=lambda name: None, sweep: str = ""
+) -> Case:
+    """Measure one case.
+
+    Args:
+        spec: op and input.
+        mode: one of ``record.MODES``.
+        impls: implementations of "asa".
+        peers: what to compare with.
+        rounds: to time; more come before to warm up.
+        tell: is told what is being measured.
+        sweep: see ``record.Case``.
+    """
+    tell("inputs")
+    workload = workloads.build(spec, impls, peers)
+    methods = {name: Method() for name in workload.prepare}
+    methods |= {name: Method(skipped=reason) for name, reason in workload.skipped.items()}
+    if mode == "mem":
+        _measure_bytes(spec, workload, methods, tell)
+    else:
+        _measure_seconds(spec, workload, methods, mode == "fwd+bwd", rounds, tell)
+    sparsity = {}
+    if workload.tensors:
+        tell("survivors")
+        sparsity = accounting.sparsity(workload.tensors, spec.grid)._asdict()
+    fields = {name: value for name, value in dataclasses.asdict(spec).items() if name != "device"}
+    return Case(**fields, mode=mode, sweep=sweep, sparsity=sparsity, ours=workload.ours, methods=methods)
 
 
-def peak() -> int:
-    """Return this process's peak of resident memory in bytes (Linux; ru_maxrss would include the parent's)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split("VmHWM:")[1].split()[0])
+def _measure_seconds(spec, workload, methods, backward, rounds, tell) -> None:
+    calls = {}
+    for name in workload.prepare:
+        tell(name)
+        if backward and not _has_backward(name, spec.device):
+            methods[name].skipped = NO_BACKWARD
+            continue
+        try:
+            calls[name] = workload.call(name, backward)
+        except Exception as error:  # whatever a method raises is the finding
+            methods[name].error = measure.describe(error)
+            continue
+        # A compiled function is no operator that is counted. Where else counting fails, timing tells why.
+        if not name.startswith("flex"):
+            with contextlib.suppress(Exception):
+                methods[name].flops = accounting.registered_flops(calls[name])
+    seconds, errors = measure.interleaved(calls, rounds, spec.device, tell)
+    for name in calls:
+        methods[name].seconds, methods[name].error = seconds[name], errors.get(name)
 
 
-def memory(name: str, kind: str, n: int, dim: int, backward: bool) -> float:
-    """Return the bytes that a call adds to the peak of a fresh process."""
-    program = (
-        "import sys; import run; from inputs import INPUTS, SIDES\n"
-        "name, kind, n, dim, backward = sys.argv[1:]; n, dim, backward = int(n), int(dim), backward == 'True'\n"
-        "tensors = INPUTS[kind](n, dim)\n"
-        "run.run(name, [x[:, :, :64] for x in tensors], (8, 8), backward)\n"
-        "before = run.peak(); run.run(name, tensors, (SIDES[n],) * 2, backward); print(run.peak() - before)"
-    )
-    arguments = [name, kind, str(n), str(dim), str(backward)]
-    folder = Path(__file__).parent
-    result = subprocess.run(
-        [sys.executable, "-c", program, *arguments], cwd=folder, check=True, capture_output=True, text=True
-    )
-    return float(result.stdout)
+def _measure_bytes(spec, workload, methods, tell) -> None:
+    workload.leaves, workload.parameters = [], []  # a process of its own makes them again
+    for name, mode in itertools.product(workload.prepare, ("fwd", "fwd+bwd")):
+        tell(f"{name}, bytes")
+        if mode == "fwd+bwd" and not _has_backward(name, spec.device):
+            continue
+        # What dense attention takes does not depend on the input: it is measured once.
+        same = dataclasses.replace(spec, inputs="iid", alpha=None) if name in INDIFFERENT else spec
+        try:
+            methods[name].memory[mode] = _bytes(same, name, mode == "fwd+bwd")
+        except Exception as error:
+            methods[name].error = measure.describe(error)
 
 
-def case(kind: str, n: int, dim: int, backward: bool, rounds: int, bar: tqdm) -> dict:
-    tensors, grid = INPUTS[kind](n, dim), (SIDES[n],) * 2
-    slow = ["blocked", *(["eager"] if n <= EAGER_LIMIT else [])]
-    names = ["sdpa", "cpu", *([] if backward else ["pass 1", "pass 1, 2 D"]), *slow]
-    seconds = {name: [] for name in names}
-    for i in range(rounds + 2):  # the first two warm up
-        for name in names:
-            if name in slow and i not in (1, 2):
-                continue  # far slower: once, and once to warm up, is enough for their ratio
-            start = time.perf_counter()
-            run(name, tensors, grid, backward)
-            if i > 1:
-                seconds[name].append(time.perf_counter() - start)
-            bar.update()
-    _, stats = asa_attention(*tensors, grid=grid, return_stats=True)
-    result = {
-        "inputs": kind,
-        "N": n,
-        "D": dim,
-        "mode": "fwd+bwd" if backward else "fwd",
-        "density": stats.survivors.double().mean().item() / n,
-        "seconds": seconds,
-        "memory": {name: memory(name, kind, n, dim, backward) for name in ("sdpa", "cpu", *slow[1:])},
-    }
-    if not backward:
-        once, twice = (statistics.median(seconds[name]) for name in ("pass 1", "pass 1, 2 D"))
-        result["seconds of a product"] = twice - once
-        result["product GF/s"] = 2 * n**2 * dim / (twice - once) / 1e9
-    return result
+@functools.cache
+def _bytes(spec: Spec, name: str, backward: bool) -> int:
+    if spec.device == "cpu":
+        return measure.bytes_in_fresh_process(dataclasses.asdict(spec), name, backward)
+    return workloads.bytes_of(spec, name, backward)
 
 
-def quartiles(values: list[float]) -> list[float]:
-    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+def _has_backward(name: str, device: str) -> bool:
+    return device != "cpu" or name not in PEERS or PEERS[name].backward_on_cpu
 
 
-def row(result: dict) -> str:
-    seconds = result["seconds"]
-    low, middle, high = quartiles([a / b for a, b in zip(seconds["cpu"], seconds["sdpa"], strict=True)])
-    cpu, memory = statistics.median(seconds["cpu"]), result["memory"]
-    over = {name: f"{seconds[name][0] / cpu:.1f} x" if name in seconds else "-" for name in ("eager", "blocked")}
-    unit = f"{cpu / result['seconds of a product']:.2f}" if "pass 1" in seconds else "-"
-    rate = f"{result['product GF/s']:.0f}" if "pass 1" in seconds else "-"
-    less = f"{memory['cpu'] / memory['eager']:.3f}" if "eager" in memory else "-"
-    return (
-        f"| {result['inputs']} | {result['N']} | {result['D']} | {result['mode']} | {100 * result['density']:.1f} % "
-        f"| {1e3 * cpu:.0f} | {middle:.2f} ({low:.2f}-{high:.2f}) | {over['eager']} | {over['blocked']} | {unit} "
-        f"| {rate} | {memory['cpu'] / 1e6:.0f} | {memory['sdpa'] / 1e6:.0f} | {less} |"
-    )
+def failed(case: Case) -> list[str]:
+    """Return what went wrong with ours."""
+    return [f"{case.label}: {name}: {case.methods[name].error}" for name in case.ours if case.methods[name].error]
 
 
-TITLE = """| inputs | N | D | mode | density | ms | / SDPA (quartiles) | eager / ours | blocked / ours | / product \
-| GF/s | MB | SDPA MB | / eager MB |
-|---|---|---|---|---|---|---|---|---|---|---|---|---|---|"""
+# The table.
+
+FRACTIONS = ("density", "active", "candidates")
+TITLE = ("case", "survivors", "method", "ms", "ours / it (quartiles)", "MB", "MB with backward", "GFLOP/s", "")
 
 
-def commit() -> str:
-    folder = Path(__file__).parent
-    result = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
-    return result.stdout.strip() or "unknown"
+def rows(case: Case) -> list[list[str]]:
+    """Return the lines of the table for one case, ours first; what was skipped has none."""
+    ours = case.ours[0]
+    lines = []
+    for name, method in case.methods.items():
+        middle, ratio = case.median(name), case.ratio(ours, name)
+        if method.skipped:
+            continue
+        lines.append(
+            [
+                case.label,
+                f"{100 * case.sparsity['density']:.1f} %" if case.sparsity else "-",
+                name,
+                f"{1e3 * middle:.1f}" if middle else "-",
+                f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})" if ratio and name not in case.ours else "-",
+                *(f"{method.memory[mode] / 1e6:.1f}" if mode in method.memory else "-" for mode in MODES[:2]),
+                f"{method.flops / middle / 1e9:.0f}" if middle and method.flops else "-",
+                method.error or "",
+            ]
+        )
+    return lines
 
 
-def processor() -> str:
-    """Return the processor's name, with its family and model where Linux tells: names of virtual ones say little."""
+def skips(cases: list[Case]) -> str:
+    """Return a line for every method that was not tried, and why."""
+    found = {(name, m.skipped): None for case in cases for name, m in case.methods.items() if m.skipped}
+    return "\n".join(f"skipped {name}: {reason}" for name, reason in found)
+
+
+def table(header: tuple[str, ...], lines: list[list[str]]) -> str:
+    """Return a Markdown table with even columns."""
+    cells = [list(header), *lines]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
+    told = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
+    told.insert(1, " | ".join("-" * max(width, 3) for width in widths))
+    return "\n".join(f"| {line} |" for line in told)
+
+
+def summary(cases: list[Case]) -> str:
+    """Return every row, without repeating the case, and what the input looks like."""
+    lines, before = [], None
+    for line in itertools.chain.from_iterable(map(rows, cases)):
+        lines.append(["", "", *line[2:]] if line[0] == before else line)
+        before = line[0]
+    text = table(TITLE, lines)
+    seen = {}
+    for case in cases:
+        if case.sparsity:
+            alpha = "" if case.alpha is None else f" alpha={case.alpha:g}"
+            seen[f"{case.inputs}{alpha} {case.size}, {case.dim}"] = case.sparsity
+    if seen:
+        told = [
+            [label, f"{x['survivors']:.1f}", *(f"{100 * x[name]:.1f} %" for name in FRACTIONS)]
+            for label, x in seen.items()
+        ]
+        header = ("input", "survivors a row", "of all pairs", "active tiles 64 x 64", "candidates")
+        text = f"{table(header, told)}\n\n{text}"
+    return "\n\n".join(filter(None, [text, skips(cases)]))
+
+
+# The command line.
+
+
+def size(text: str) -> str:
+    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text):
+        raise argparse.ArgumentTypeError(f"expected HxW, as 64x64, got {text!r}")
+    return text
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number >= 1, got {text!r}")
+    return int(text)
+
+
+def threshold(text: str) -> float:
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    info = dict(line.split(":", 1) for line in lines if ":" in line)
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    name, *numbers = (info.get(key, "?") for key in ("model name", "cpu family", "model"))
-    return f"{name} (family {numbers[0]}, model {numbers[1]})"
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+    return value
 
 
-def main() -> None:
+def op(text: str) -> str:
+    try:
+        workloads.parse_op(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    """Add what the benchmarks have in common."""
+    parser.add_argument("--impl", nargs="+", choices=dispatch.NAMES, default=["auto"], help="of asa (auto)")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all; none: no name")
+    parser.add_argument("--dtype", choices=workloads.DTYPES, default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--out", type=Path, help="write the seconds and bytes as JSON")
+    parser.add_argument("--add", action="store_true", help="to what --out holds; of equal cases the new one stays")
+
+
+def start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Record:
+    """Check what the options ask for, and return the record that results go to."""
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device")
+    if options.out and not options.out.parent.is_dir():
+        parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
+    device = torch.device(options.device)
+    call = dispatch.Call("asa_attention", "asa", device, getattr(torch, options.dtype), 64)
+    try:
+        for impl in options.impl:
+            dispatch.resolve(call, impl)
+    except RuntimeError as error:
+        parser.error(f"--impl {impl}: {error}")
+    environment = measure.environment(options.device)
+    if options.add and options.out and options.out.exists():
+        try:
+            results = record.read(options.out)
+        except ValueError as error:
+            parser.error(f"--add: {error}")
+        for name in (set(environment) | set(results.environment)) - {"commit"}:
+            here, there = environment.get(name), results.environment.get(name)
+            if here != there:
+                parser.error(f"--add: {options.out} has {name} = {there!r}, here it is {here!r}")
+        results.environment = environment
+        return results
+    return Record(environment, measure.ceilings(options.device), [])
+
+
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=int, nargs="+", choices=SIDES, default=list(SIDES), help="tokens")
-    parser.add_argument("--dims", type=int, nargs="+", default=[64, 256], help="head dims")
-    parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=list(INPUTS))
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--out", type=Path, help="write the raw seconds and bytes as JSON")
-    options = parser.parse_args()
-    environment = {
-        "commit": commit(),
-        "processor": processor(),
-        "torch": torch.__version__,
-        "threads": torch.get_num_threads(),
-        "instruction set": ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()],
-    }
-    cases = [(k, n, d, b) for n in options.sizes for d in options.dims for b in (False, True) for k in options.inputs]
-    results = []
-    with tqdm(desc="calls", unit="call") as bar:
-        for kind, n, dim, backward in cases:
-            results.append(case(kind, n, dim, backward, options.rounds, bar))
-            bar.write(row(results[-1]))
-    print(f"\n{environment}\n\n{TITLE}")
-    print("\n".join(row(result) for result in results))
-    if options.out:
-        options.out.write_text(json.dumps({"environment": environment, "results": results}, indent=1) + "\n")
+    parser.add_argument("--op", nargs="+", type=op, default=["asa"], help=f"{', '.join(workloads.OPS)}")
+    parser.add_argument("--size", nargs="+", type=size, default=["64x64"], metavar="HxW")
+    parser.add_argument("--dim", nargs="+", type=positive, default=[64], help="head dim; channels of a block")
+    parser.add_argument("--heads", type=positive, default=1)
+    parser.add_argument("--batch", type=positive, default=1)
+    parser.add_argument("--inputs", nargs="+", choices=INPUTS, help="default: all but dense; iid where op is a block")
+    parser.add_argument("--alpha", nargs="+", type=threshold, help="one threshold for all pixels, not the input's")
+    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
+    add_common(parser)
+    options = parser.parse_args(arguments)
+    kinds = options.inputs or ([name for name in INPUTS if name != "dense"] if options.op == ["asa"] else ["iid"])
+    if options.op != ["asa"] and (kinds != ["iid"] or options.heads > 1 or options.alpha):
+        parser.error("blocks take --inputs iid, --heads 1 and no --alpha: their cost depends on none of these")
+    results = start(parser, options)
+    todo = [
+        (Spec(op, size, dim, options.heads, options.batch, options.dtype, kind, alpha, options.device), mode)
+        for op in options.op
+        for size in options.size
+        for dim in options.dim
+        for kind in kinds
+        for alpha in options.alpha or [None]
+        for mode in options.mode
+    ]
+    print("\n".join(f"{name}: {value}" for name, value in (results.environment | results.ceilings).items()), flush=True)
+    mine, wrong = [], []
+    with tqdm(todo, desc="cases", unit="case", file=sys.stdout) as bar:
+        for spec, mode in bar:
+            case = measured(spec, mode, options.impl, options.peers, options.rounds, bar.set_postfix_str)
+            mine.append(case)
+            wrong += failed(case)
+            results.add(case)
+            if options.out:
+                results.write(options.out)
+    print(f"\n{summary(mine)}")
+    if wrong:
+        sys.exit("\n".join(["", "ours failed:", *wrong]))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,12 @@ import sys
 from pathlib import Path
 from unittest import mock
 
+import gpu
+import gpu_report as report
+import gpu_shard
+import gpu_timings as timings
 import pytest
+import record
 import torch
 from cases import Case, make
 from compare import survivors
@@ -19,13 +24,7 @@ from asa_ops.asa import triton as asa
 from asa_ops.asa import triton_configs
 from asa_ops.asa.types import Inputs, Options, Saved
 
-BENCH = Path(__file__).parents[1] / "bench"
-sys.path.append(str(BENCH))
-
-import gpu  # noqa: E402
-import gpu_report as report  # noqa: E402
-import gpu_timings as timings  # noqa: E402
-
+BENCH = str(Path(gpu.__file__).parent)
 interpreted = pytest.mark.skipif(not triton_support.interpreted(), reason="not in Triton's interpreter")
 
 
@@ -38,7 +37,8 @@ def test_steps_share_the_budget_and_what_others_leave():
     for i, step in enumerate(steps):
         limits.append(report.seconds_for(step, steps[i + 1 :], left))
         left -= limits[-1]
-    assert left == pytest.approx(0) and limits == pytest.approx([540 / 540 * report.SECONDS[step] for step in steps])
+    shares = [540 * share / sum(report.SECONDS.values()) for share in report.SECONDS.values()]
+    assert left == pytest.approx(0) and limits == pytest.approx(shares)
     assert report.seconds_for("timings", [], 200) == 200
 
 
@@ -102,6 +102,15 @@ def test_what_the_sanitizer_said():
     assert report.sanitizer_status("racecheck", 9, hazards)[0] == "failed"
 
 
+def share(folder, outcomes, which="0/1", chosen="test"):
+    """Run a share of the tests in a folder; return pytest's exit status and what was told."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_shard", "-p", "no:cacheprovider", "-k", chosen]
+    command += [f"--shard={which}", f"--outcomes={outcomes}", str(folder)]
+    environment = os.environ | {"PYTHONPATH": str(Path(gpu.__file__).parent)}
+    status = subprocess.run(command, cwd=folder, env=environment, capture_output=True, check=False).returncode
+    return status, [json.loads(line) for line in outcomes.read_text().splitlines()]
+
+
 def test_a_share_is_every_nth_chosen_test_and_outcomes_are_told_as_they_come(tmp_path):
     (tmp_path / "test_file.py").write_text(
         "import pytest\n"
@@ -109,15 +118,27 @@ def test_a_share_is_every_nth_chosen_test_and_outcomes_are_told_as_they_come(tmp
         "@pytest.mark.parametrize('i', range(5))\n"
         "def test_some(i):\n    assert i != 3, 'three'\n"
     )
-    outcomes = tmp_path / "outcomes.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "gpu_shard", "-p", "no:cacheprovider", "-k", "test_some"]
-    command += ["--shard=1/2", f"--outcomes={outcomes}", str(tmp_path)]
-    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(BENCH)}, capture_output=True, check=False)
-    events = [json.loads(line) for line in outcomes.read_text().splitlines()]
+    _, events = share(tmp_path, tmp_path / "outcomes.jsonl", "1/2", "test_some")
     assert [event["event"] for event in events] == ["selected", "started", "outcome", "started", "outcome"]
     assert [event["outcome"] for event in events if event["event"] == "outcome"] == ["passed", "failed"]
     assert events[0]["tests"] == [events[1]["test"], events[3]["test"]] and "three" in events[-1]["message"]
     assert [test.split("[")[1] for test in events[0]["tests"]] == ["1]", "3]"]
+
+
+def test_after_a_lost_device_the_next_process_goes_on_behind_the_test(tmp_path):
+    (tmp_path / "test_file.py").write_text(
+        "def test_first():\n    pass\n"
+        "def test_losing():\n    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
+        "def test_last():\n    pass\n"
+    )
+    outcomes = tmp_path / "outcomes.jsonl"
+    status, _ = share(tmp_path, outcomes)
+    assert status == gpu_shard.LOST
+    status, events = share(tmp_path, outcomes)
+    assert status == 0
+    told = [(x["test"].split("_")[-1], x["outcome"]) for x in events if x["event"] == "outcome"]
+    assert told == [("first", "passed"), ("losing", "failed"), ("last", "passed")]
+    assert report.tally(outcomes.read_text().splitlines())["unfinished"] == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -137,7 +158,7 @@ def test_environment_is_recorded_without_git_or_driver(monkeypatch):
         raise FileNotFoundError
 
     monkeypatch.setattr(subprocess, "run", missing)
-    assert gpu.environment()["commit"] is None and gpu.environment()["driver"] is None
+    assert gpu.environment()["commit"] == "unknown" and gpu.environment()["driver"] is None
 
 
 # Operations and tiles.
@@ -304,7 +325,7 @@ def test_summary_names_misses_failures_and_what_is_missing():
 
 def test_summary_of_nothing():
     assert report.render({}) == "# asa_ops on no GPU\n\n**no goal was measured.**\n\n\n"
-    assert report.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
+    assert record.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
 # What the suite reaches.

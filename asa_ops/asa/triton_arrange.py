@@ -18,7 +18,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .. import triton_support as support
 from . import triton_configs
 from .triton import PAD, bits_shape, padded_length
-from .triton_tiles import SCALARS, image_of
+from .triton_tiles import SCALARS, image_of, operand
 from .types import Inputs, Options, Saved
 
 
@@ -61,28 +61,49 @@ def _asa_order_kernel(
     tl.store(counts + image, found)
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_arrange_kernel(
-    x, out, broken, order, stride_b, stride_h, stride_n, stride_d, heads, per_image, padded, dim,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, CLEAN: tl.constexpr,
+@triton.jit
+def _arrange(
+    x, out, broken, order, stride_b, stride_h, stride_n, stride_d, heads, zs, per_image, padded, dim,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, CLEAN: tl.constexpr,
 ):  # fmt: skip
     """out[z, p] = x[token at p], zeros up to DIM; if CLEAN, 0 for what is not finite, noted in ``broken`` words."""
     blocks = padded // BLOCK
-    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    block = tl.program_id(0) % blocks
-    p = block * BLOCK + tl.arange(0, BLOCK)
-    token = tl.load(order + image_of(z, heads, per_image) * padded + p).to(tl.int64)
-    d = tl.arange(0, DIM)
-    there = (token >= 0)[:, None] & (d < dim)[None, :]
-    source = x + z // heads * stride_b + z % heads * stride_h
-    tile = tl.load(source + token[:, None] * stride_n + d[None, :].to(tl.int64) * stride_d, mask=there, other=0)
-    if CLEAN:
-        finite = tl.abs(tile.to(tl.float32)) < float("inf")
-        bad = tl.max((finite == 0).to(tl.int32), 1) << (tl.arange(0, BLOCK) % 32)
-        group = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
-        tl.store(broken + z * (padded // 32) + group, tl.sum(tl.reshape(bad, [BLOCK // 32, 32]), 1))
-        tile = tl.where(finite, tile, 0)
-    tl.store(out + (z * padded + p)[:, None] * DIM + d[None, :], tile)
+    if tl.program_id(0) < zs * blocks:
+        z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+        block = tl.program_id(0) % blocks
+        p = block * BLOCK + tl.arange(0, BLOCK)
+        token = tl.load(order + image_of(z, heads, per_image) * padded + p).to(tl.int64)
+        d = tl.arange(0, DIM)
+        there = (token >= 0)[:, None] & (d < dim)[None, :]
+        source = x + z // heads * stride_b + z % heads * stride_h
+        tile = tl.load(source + token[:, None] * stride_n + d[None, :].to(tl.int64) * stride_d, mask=there, other=0)
+        if CLEAN:
+            finite = tl.abs(tile.to(tl.float32)) < float("inf")
+            bad = tl.max((finite == 0).to(tl.int32), 1) << (tl.arange(0, BLOCK) % 32)
+            group = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+            tl.store(broken + z * (padded // 32) + group, tl.sum(tl.reshape(bad, [BLOCK // 32, 32]), 1))
+            tile = tl.where(finite, tile, 0)
+        tl.store(out + (z * padded + p)[:, None] * DIM + d[None, :], operand(tile, PRECISION))
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_arrange_kernel(
+    query, q, key, k, value, v, broken, row_order, order,
+    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+    v_stride_b, v_stride_h, v_stride_n, v_stride_d, heads, zs, per_image, padded, key_padded, dim, dim_v,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Tokens in order. Axis 1 of the grid: query, value, and key if it is not query."""
+    which = tl.program_id(1)
+    if which == 0:
+        _arrange(query, q, broken, row_order, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
+                 heads, zs, per_image, padded, dim, DIM, BLOCK, PRECISION, False)  # fmt: skip
+    elif which == 1:
+        _arrange(value, v, broken, order, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+                 heads, zs, per_image, key_padded, dim_v, DIM_V, BLOCK, PRECISION, True)  # fmt: skip
+    else:
+        _arrange(key, k, broken, order, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+                 heads, zs, per_image, key_padded, dim, DIM, BLOCK, PRECISION, False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -116,8 +137,9 @@ def _asa_arrange_gradient_kernel(
         # All weights of a row are off by the same factor, that of the rounded lse_kept2: in float32 it shows.
         lost = tl.load(base2 + (3 * z + 2) * n + token, mask=real, other=0)
         g *= tl.exp2(-lost)[:, None]
+    g = operand(g, PRECISION)
     # By a product of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
-    products = tl.dot(g, tl.where(o == o, o, 0).T, input_precision=PRECISION)
+    products = tl.dot(g, operand(tl.where(o == o, o, 0), PRECISION).T, input_precision=PRECISION)
     if HAS_REST:
         low = tl.load(rest + row[:, None] * dim + d[None, :], mask=there, other=0)
         products += tl.dot(g, tl.where(low == low, low, 0).T, input_precision=PRECISION)
@@ -126,7 +148,7 @@ def _asa_arrange_gradient_kernel(
     tl.store(delta + z * padded + p, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
     tl.store(live + (z * padded + p)[:, None] * DIM + d[None, :], g)
     tl.store(lse_kept2 + z * padded + p, tl.load(base2 + (3 * z + 1) * n + token, mask=real, other=float("inf")))
-    tl.atomic_max(poisoned + z, tl.max((spoilt & real).to(tl.int32), 0))
+    tl.atomic_max(poisoned + z, tl.max((spoilt & real).to(tl.int32), 0), sem="relaxed")
 
 
 LOG2_E = math.log2(math.e)
@@ -199,22 +221,21 @@ class Problem:
         self.per_image = self.keys.per_image
         self.do = None
         self.broken = query.new_empty((self.zs, self.keys.padded // 32), dtype=torch.int32)
-        self.q = self._arrange(query, self.rows, self.width)
-        self.k = self.q if same and _one_tensor(query, key) else self._arrange(key, self.keys, self.width)
-        self.v = self._arrange(value, self.keys, self.width_v, clean=True)
+        one = same and _one_tensor(query, key)
+        self.q = query.new_empty((self.zs * self.rows.padded, self.width))
+        self.k = self.q if one else query.new_empty((self.zs * self.keys.padded, self.width))
+        self.v = value.new_empty((self.zs * self.keys.padded, self.width_v))
+        block = max(self.block, 32)
+        support.launch(
+            _asa_arrange_kernel, (self.zs * max(self.rows.padded, self.keys.padded) // block, 2 if one else 3),
+            query, self.q, key, self.k, value, self.v, self.broken, self.rows.order, self.keys.order, *query.stride(),
+            *key.stride(), *value.stride(), self.heads, self.zs, self.per_image, self.rows.padded, self.keys.padded,
+            self.dim, self.dim_v, DIM=self.width, DIM_V=self.width_v, BLOCK=block,
+            PRECISION=support.precision(self.dtype), warps=self.warps,
+        )  # fmt: skip
 
     def _threshold_strides(self, x: Tensor) -> tuple[int, int, int]:
         return x.stride(0), x.stride(1) if x.shape[1] > 1 else 0, x.stride(2)
-
-    def _arrange(self, x: Tensor, order: Order, width: int, clean: bool = False) -> Tensor:
-        out = x.new_empty((self.zs * order.padded, width))
-        block = max(self.block, 32)
-        support.launch(
-            _asa_arrange_kernel, (self.zs * order.padded // block,), x, out, self.broken, order.order,
-            *x.stride(), self.heads, order.per_image, order.padded, x.shape[3], DIM=width, BLOCK=block, CLEAN=clean,
-            warps=self.warps,
-        )  # fmt: skip
-        return out
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.q.new_empty(shape, dtype=dtype)
@@ -250,6 +271,7 @@ class Problem:
             "TMA": config.tma,
             "warps": config.warps,
             "stages": config.stages,
+            "registers": config.registers,
         }
 
     def new_bits(self) -> Tensor:

@@ -19,6 +19,7 @@ from .triton_tiles import (
     image_of,
     load_tile,
     load_whole,
+    operand,
     pairs_of_tile,
     product,
     some_columns,
@@ -77,7 +78,7 @@ def _asa_dq_kernel(
             acc += tl.sum(ds, 1)
         else:
             keys = some_columns(k, k_whole, at, column, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
-            acc = tl.dot(ds.to(keys.dtype), keys, acc, input_precision=PRECISION)
+            acc = tl.dot(operand(ds, PRECISION).to(keys.dtype), keys, acc, input_precision=PRECISION)
     at = split * tl.cast(zs, tl.int64) * padded + rows
     if RESIDUAL:
         tl.store(partial + at, acc)
@@ -126,12 +127,12 @@ def _asa_dkv_kernel(
         do_whole = load_whole(do, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
         if WANT_DV:
             live = some_columns(do, do_whole, at, chunk * COLUMNS_V, BLOCK_N, DIM_V, CHUNK_V, COLUMNS_V, TMA)
-            dv = tl.dot(p.to(live.dtype), live, dv, input_precision=PRECISION)
+            dv = tl.dot(operand(p, PRECISION).to(live.dtype), live, dv, input_precision=PRECISION)
         if WANT_DK:
             dp = product(v, v_whole, at_key, do, do_whole, at, BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)
             ds = tl.where(kept, p * (dp - tl.load(delta + rows)[None, :]), 0)
             queries = some_columns(q, q_whole, at, chunk * COLUMNS, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
-            dk = tl.dot(ds.to(queries.dtype), queries, dk, input_precision=PRECISION)
+            dk = tl.dot(operand(ds, PRECISION).to(queries.dtype), queries, dk, input_precision=PRECISION)
     at = (split * tl.cast(zs, tl.int64) * key_padded + at_key + tl.arange(0, BLOCK_M))[:, None]
     if WANT_DK:
         tl.store(partial_k + at * DIM + (chunk * COLUMNS + tl.arange(0, COLUMNS))[None, :], dk)

@@ -20,6 +20,7 @@ class Config(NamedTuple):
     tma: bool = False  # load tiles by tensor descriptors
     chunk: int = 256  # columns of a product's operands at a time, at most; whole rows stay on chip
     columns: int = 256  # columns of the result that a program owns, at most
+    registers: int | None = None  # of a thread, at most, so that more programs run side by side
 
 
 KERNELS = ("statistics", "topk", "mask", "aggregate", "dq", "dkv", "dk", "dv", "dt")
@@ -27,23 +28,23 @@ HALF, SINGLE = "half", "float32"
 
 _TABLE = {
     # Hopper: tiles by tensor descriptors, wgmma. A result of 128 rows needs 8 warps, one of 64 rows 4.
-    ("statistics", 256, HALF, 90): Config(128, 128, 8, 2, tma=True),
+    ("statistics", 256, HALF, 90): Config(128, 64, 8, 4, tma=True),
     ("statistics", 128, HALF, 90): Config(128, 128, 8, 3, tma=True),
-    ("statistics", 64, HALF, 90): Config(128, 128, 8, 3, tma=True),
+    ("statistics", 64, HALF, 90): Config(64, 128, 4, 3, tma=True),
     ("topk", 256, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("topk", 128, HALF, 90): Config(128, 64, 8, 3, tma=True),
     ("topk", 64, HALF, 90): Config(128, 64, 8, 3, tma=True),
-    ("mask", 256, HALF, 90): Config(128, 128, 8, 3, tma=True, chunk=64),
+    ("mask", 256, HALF, 90): Config(64, 64, 4, 3, tma=True, chunk=64),
     ("mask", 128, HALF, 90): Config(128, 128, 8, 3, tma=True, chunk=64),
-    ("mask", 64, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=64),
+    ("mask", 64, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=32, registers=128),
     ("aggregate", 256, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("aggregate", 128, HALF, 90): Config(128, 64, 8, 3, tma=True),
-    ("aggregate", 64, HALF, 90): Config(128, 64, 8, 3, tma=True),
-    ("dq", 256, HALF, 90): Config(128, 32, 8, 2, tma=True),
+    ("aggregate", 64, HALF, 90): Config(64, 64, 4, 5, tma=True),
+    ("dq", 256, HALF, 90): Config(64, 64, 4, 2, tma=True),
     ("dq", 128, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("dq", 64, HALF, 90): Config(128, 64, 8, 3, tma=True),
-    ("dk", 256, HALF, 90): Config(128, 32, 8, 2, tma=True),
-    ("dv", 256, HALF, 90): Config(128, 32, 8, 2, tma=True),
+    ("dk", 256, HALF, 90): Config(64, 64, 4, 2, tma=True),
+    ("dv", 256, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("dkv", 128, HALF, 90): Config(128, 32, 8, 2, tma=True),
     ("dkv", 64, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("dt", 256, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=64),

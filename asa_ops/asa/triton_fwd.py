@@ -20,6 +20,7 @@ from .triton_tiles import (
     image_of,
     load_tile,
     load_whole,
+    operand,
     pack_columns,
     pack_rows,
     pairs_of_tile,
@@ -30,11 +31,42 @@ from .triton_window import Sums, combine, find_local_survivors
 from .types import Saved
 
 
+@triton.jit
+def _add_scores(
+    s, m, summed, peaks, j0, rows, padded, n_keys, scale2,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, HAS_PEAKS: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
+    """Take a block of products into the running maximum and sum of exponentials of its rows; store its peaks.
+
+    ``scale2`` >= 0, so the largest score is that of the largest product. MASKED: the block reaches beyond the keys.
+    """
+    SUB: tl.constexpr = BLOCK_N // 64
+    if MASKED:
+        there = ((j0 + tl.arange(0, BLOCK_N)) < n_keys)[None, :]
+        s = tl.where(there, s, -float("inf"))
+    if HAS_PEAKS:
+        peak = tl.max(tl.reshape(s, [BLOCK_M, SUB, 64]), 2)
+        peak = tl.where(peak == -float("inf"), peak, peak * scale2)
+        # More than rounding to float16 takes, in its range at the lower end: never below the score.
+        above = tl.maximum(peak + tl.abs(peak) * 0.001 + 1e-6, -65504.0)
+        block = tl.cast(j0 // 64, tl.int64) + tl.arange(0, SUB)
+        tl.store(peaks + block[None, :] * padded + rows[:, None], above.to(tl.float16))
+        m_new = tl.maximum(m, tl.max(peak, 1))
+    else:
+        largest = tl.max(s, 1)
+        m_new = tl.maximum(m, tl.where(largest == -float("inf"), largest, largest * scale2))
+    base = tl.where(m_new == -float("inf"), 0, m_new)
+    p = tl.exp2(tl.fma(s, scale2, -base[:, None]))
+    if MASKED:
+        p = tl.where(there, p, 0)
+    return m_new, summed * tl.exp2(m - base) + tl.sum(p, 1)
+
+
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_statistics_kernel(
     q, k, largest, total, peaks, key_counts, peaks_stride, scale2, heads, zs, per_image, padded, key_padded, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr, HAS_PEAKS: tl.constexpr,
+    PRECISION: tl.constexpr, TMA: tl.constexpr, HAS_PEAKS: tl.constexpr, NEGATIVE: tl.constexpr,
 ):  # fmt: skip
     """Every score once: maximum and sum of exponentials of a row over each ``splits``-th block of keys, and peaks."""
     blocks = padded // BLOCK_M
@@ -48,24 +80,24 @@ def _asa_statistics_kernel(
     q_whole = load_whole(q, z * padded + i0, BLOCK_M, DIM, CHUNK, TMA)
     if HAS_PEAKS:
         peaks += z.to(tl.int64) * peaks_stride
-    SUB: tl.constexpr = BLOCK_N // 64
-    for j0 in range(split * BLOCK_N, n_keys, splits * BLOCK_N):
+    whole = n_keys // BLOCK_N
+    for j0 in range(split * BLOCK_N, whole * BLOCK_N, splits * BLOCK_N):
         k_whole = load_whole(k, z * key_padded + j0, BLOCK_N, DIM, CHUNK, TMA)
         s = product(q, q_whole, z * padded + i0, k, k_whole, z * key_padded + j0,
                     BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)  # fmt: skip
-        s = tl.where((j0 + tl.arange(0, BLOCK_N))[None, :] < n_keys, s * scale2, -float("inf"))
-        if HAS_PEAKS:
-            peak = tl.max(tl.reshape(s, [BLOCK_M, SUB, 64]), 2)
-            # More than rounding to float16 takes, in its range at the lower end: never below the score.
-            above = tl.maximum(peak + tl.abs(peak) * 0.001 + 1e-6, -65504.0)
-            block = tl.cast(j0 // 64, tl.int64) + tl.arange(0, SUB)
-            tl.store(peaks + block[None, :] * padded + rows[:, None], above.to(tl.float16))
-            m_new = tl.maximum(m, tl.max(peak, 1))
-        else:
-            m_new = tl.maximum(m, tl.max(s, 1))
-        base = tl.where(m_new == -float("inf"), 0, m_new)
-        summed = summed * tl.exp2(m - base) + tl.sum(tl.exp2(s - base[:, None]), 1)
-        m = m_new
+        if NEGATIVE:
+            s = -s
+        m, summed = _add_scores(s, m, summed, peaks, j0, rows, padded, n_keys, scale2,
+                                BLOCK_M, BLOCK_N, HAS_PEAKS, False)  # fmt: skip
+    if whole * BLOCK_N < n_keys and whole % splits == split:  # the last block, which is not full
+        j0 = whole * BLOCK_N
+        k_whole = load_whole(k, z * key_padded + j0, BLOCK_N, DIM, CHUNK, TMA)
+        s = product(q, q_whole, z * padded + i0, k, k_whole, z * key_padded + j0,
+                    BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)  # fmt: skip
+        if NEGATIVE:
+            s = -s
+        m, summed = _add_scores(s, m, summed, peaks, j0, rows, padded, n_keys, scale2,
+                                BLOCK_M, BLOCK_N, HAS_PEAKS, True)  # fmt: skip
     at = (split * zs + z).to(tl.int64) * padded + rows
     tl.store(largest + at, m)
     tl.store(total + at, summed)
@@ -89,7 +121,8 @@ def _asa_mask_kernel(
 
     A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i]. If MUTUAL, a tile (I, J) also gets s_ji, by a second
     product laid out [i, j] (none if SYMMETRIC, query is key), so that M = A_ij and A_ji, as bits of the rows i and of
-    the rows j. Stored is M, or A if ONE_WAY_BITS. Rows collect integers and maxima by atomics, in any order.
+    the rows j. Stored is M, or A if ONE_WAY_BITS. Rows collect integers and maxima by atomics, in any order; relaxed
+    ones, since nothing reads them before the next kernel and the others would each wait for memory.
     """
     n_listed = tl.load(count)
     for t in range(tl.program_id(0), n_listed, tl.num_programs(0)):
@@ -151,14 +184,16 @@ def _asa_mask_kernel(
             tl.store(mine + at_rows, stored_rows)
             if not diagonal:
                 tl.store(mine + at_columns, stored_columns)
-                tl.atomic_max(row_largest + columns, largest_columns)
-                tl.atomic_add(row_count + columns, tl.sum(count_bits(of_columns), 0))
-                tl.atomic_max(row_broken + columns, _keeps_broken(tl.trans(of_columns), bad_z, i_tile, TILE))
+                tl.atomic_max(row_largest + columns, largest_columns, sem="relaxed")
+                tl.atomic_add(row_count + columns, tl.sum(count_bits(of_columns), 0), sem="relaxed")
+                tl.atomic_max(
+                    row_broken + columns, _keeps_broken(tl.trans(of_columns), bad_z, i_tile, TILE), sem="relaxed"
+                )
         else:
             tl.store(mine + at_rows, of_rows)
-        tl.atomic_max(row_largest + rows, largest_rows)
-        tl.atomic_add(row_count + rows, tl.sum(count_bits(of_rows), 1))
-        tl.atomic_max(row_broken + rows, _keeps_broken(of_rows, bad_z, j_tile, TILE))
+        tl.atomic_max(row_largest + rows, largest_rows, sem="relaxed")
+        tl.atomic_add(row_count + rows, tl.sum(count_bits(of_rows), 1), sem="relaxed")
+        tl.atomic_max(row_broken + rows, _keeps_broken(of_rows, bad_z, j_tile, TILE), sem="relaxed")
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -197,7 +232,7 @@ def _asa_aggregate_kernel(
         p = tl.exp2(tl.where(kept, s * scale2 - base[:, None], -float("inf")))
         summed += tl.sum(p, 1)
         values = load_tile(v, z * key_padded + j0, column, BLOCK_N, CHUNK_V, DIM_V, TMA)
-        acc = tl.dot(p.to(values.dtype), values, acc, input_precision=PRECISION)
+        acc = tl.dot(operand(p, PRECISION).to(values.dtype), values, acc, input_precision=PRECISION)
     at = (split * zs + z).to(tl.int64) * padded + rows
     tl.store(partial + at[:, None] * DIM_V + (column + tl.arange(0, CHUNK_V))[None, :], acc)
     if column == 0:
@@ -240,9 +275,9 @@ def _find_statistics(problem: Problem, bits: Bits) -> tuple[Tensor, Tensor]:
     support.launch(
         _asa_statistics_kernel, (zs * blocks, splits),
         *problem.tiles(config, q=(config.block_m, chunk), k=(config.block_n, chunk)), largest, total, bits.peaks,
-        keys.counts, bits.peaks_stride, problem.scale2, problem.heads, zs, problem.per_image, rows.padded, keys.padded,
-        splits, BLOCK_M=config.block_m, BLOCK_N=config.block_n, DIM=problem.width, CHUNK=chunk,
-        HAS_PEAKS=problem.has_bits, **problem.common(config),
+        keys.counts, bits.peaks_stride, abs(problem.scale2), problem.heads, zs, problem.per_image, rows.padded,
+        keys.padded, splits, BLOCK_M=config.block_m, BLOCK_N=config.block_n, DIM=problem.width, CHUNK=chunk,
+        HAS_PEAKS=problem.has_bits, NEGATIVE=problem.scale2 < 0, **problem.common(config),
     )  # fmt: skip
     return largest, total
 
@@ -254,7 +289,7 @@ def _find_neighbours(problem: Problem, thresholds: Thresholds, bits: Bits, found
     pairs, count = collect_pairs(problem, thresholds.flags, tile)
     chunk = min(config.chunk, problem.width)
     support.launch(
-        _asa_mask_kernel, (min(len(pairs), 2 * support.processors(problem.device)),),
+        _asa_mask_kernel, (min(len(pairs), 4 * support.processors(problem.device)),),
         *problem.tiles(config, q=(tile, chunk), k=(tile, chunk)), pairs, count, thresholds.lse2, thresholds.cut2,
         thresholds.kappa2, keys.counts, problem.broken, bits.words, *found, bits.stride, problem.scale2, problem.heads,
         problem.per_image, rows.padded, keys.padded, rows.padded // tile, keys.padded // tile, TILE=tile,

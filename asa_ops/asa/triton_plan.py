@@ -33,13 +33,15 @@ def _asa_flags_kernel(
     """Thresholds of 64 rows, and which blocks of 64 keys they reach within ``band2`` (base 2).
 
     SPLITS > 0: lse comes from the partial sums of the statistics and is written; 0: it is read from ``base2``. A pair
-    is above its threshold if s2 - lse2 > cut2 (and s2 >= kappa2); rows that are padding have an infinite cut2.
+    is above its threshold if s2 - lse2 > cut2 (and s2 >= kappa2); rows that are padding have an infinite cut2. Axis 1
+    of the grid: BLOCK_J blocks of keys each; what is one number a row is written by the first.
     """
     blocks = padded // 64
     z = tl.cast(tl.program_id(0) // blocks, tl.int64)
     block = tl.program_id(0) % blocks
     p = block * 64 + tl.arange(0, 64)
     at = z * padded + p
+    first = (tl.zeros([64], tl.int32) + tl.program_id(1)) == 0
     token = tl.load(order + image_of(z, heads, per_image) * padded + p).to(tl.int64)
     real = p < tl.load(counts + image_of(z, heads, per_image))
     if SPLITS > 0:
@@ -54,14 +56,14 @@ def _asa_flags_kernel(
             weight = tl.exp2(tl.load(largest + split * zs * padded + at) - m)
             summed += tl.where(part == 0, 0, part * weight)
         row_lse2 = m + tl.log2(summed)
-        tl.store(lse + z * n + token, row_lse2 * LN_2, mask=real)
+        tl.store(lse + z * n + token, row_lse2 * LN_2, mask=real & first)
         if HAS_BASE2:
-            tl.store(base2 + 3 * z * n + token, row_lse2, mask=real)
+            tl.store(base2 + 3 * z * n + token, row_lse2, mask=real & first)
     else:
         row_lse2 = tl.load(base2 + 3 * z * n + token, mask=real, other=0)
     if not HAS_ALPHA:
         row_lse2 = tl.zeros_like(row_lse2)  # the cut is -inf, which differences of huge scores may reach
-    tl.store(lse2 + at, row_lse2)
+    tl.store(lse2 + at, row_lse2, mask=first)
     if HAS_FLAGS:
         n_keys = tl.load(key_counts + image_of(z, heads, per_image))
         cut = tl.full([64], -float("inf"), tl.float32)
@@ -71,20 +73,19 @@ def _asa_flags_kernel(
             cut = tl.log2(multiplier) - tl.log2(n_keys.to(tl.float32))
             cut = tl.where(multiplier >= 0, cut, float("nan"))
         cut = tl.where(real, cut, float("inf"))
-        tl.store(cut2 + at, cut)
+        tl.store(cut2 + at, cut, mask=first)
         kth = tl.full([64], -float("inf"), tl.float32)
         if HAS_TOPK:
             kth = tl.load(kappa + z * n + token, mask=real, other=0)
-            tl.store(kappa2 + at, kth)
-        for start in range(0, key_blocks, BLOCK_J):
-            j = start + tl.arange(0, BLOCK_J)
-            there = j * 64 < n_keys
-            # padded is a multiple of 64 and counts rows; peaks lie [key block, row]
-            peak = tl.load(peaks + z * peaks_stride + tl.cast(j, tl.int64)[None, :] * padded + p[:, None],
-                           mask=there[None, :], other=-float("inf")).to(tl.float32)  # fmt: skip
-            reached = ((peak - row_lse2[:, None]) > (cut[:, None] - band2)) & (peak >= kth[:, None])
-            reached = tl.max(reached.to(tl.int32), 0) * there.to(tl.int32)
-            tl.store(flags + (z * blocks + block) * key_blocks + j, reached.to(tl.int8), mask=j < key_blocks)
+            tl.store(kappa2 + at, kth, mask=first)
+        j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
+        there = j * 64 < n_keys
+        # padded is a multiple of 64 and counts rows; peaks lie [key block, row]
+        peak = tl.load(peaks + z * peaks_stride + tl.cast(j, tl.int64)[None, :] * padded + p[:, None],
+                       mask=there[None, :], other=-float("inf")).to(tl.float32)  # fmt: skip
+        reached = ((peak - row_lse2[:, None]) > (cut[:, None] - band2)) & (peak >= kth[:, None])
+        reached = tl.max(reached.to(tl.int32), 0) * there.to(tl.int32)
+        tl.store(flags + (z * blocks + block) * key_blocks + j, reached.to(tl.int8), mask=j < key_blocks)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -115,7 +116,7 @@ def _asa_pairs_kernel(
         if MUTUAL:
             active = tl.where(j >= tile, active, 0)
         wanted = active != 0
-        slot = tl.atomic_add(count, tl.sum(active, 0)) + tl.cumsum(active, 0) - 1
+        slot = tl.atomic_add(count, tl.sum(active, 0), sem="relaxed") + tl.cumsum(active, 0) - 1
         tl.store(pairs + slot, (z * tiles + tile) * other_tiles + j, mask=wanted)
 
 
@@ -126,13 +127,13 @@ def _asa_occupied_kernel(words, flags, words_stride, padded, key_blocks, BLOCK_J
     z = tl.cast(tl.program_id(0) // blocks, tl.int64)
     block = tl.program_id(0) % blocks
     i = block * 64 + tl.arange(0, 64)
-    for start in range(0, key_blocks, BLOCK_J):
-        c = 2 * start + tl.arange(0, 2 * BLOCK_J)
-        word = tl.load(words + z * words_stride + tl.cast(c, tl.int64)[None, :] * padded + i[:, None],
-                       mask=(c < 2 * key_blocks)[None, :], other=0)  # fmt: skip
-        occupied = tl.max(tl.reshape(tl.max((word != 0).to(tl.int32), 0), [BLOCK_J, 2]), 1)
-        j = start + tl.arange(0, BLOCK_J)
-        tl.store(flags + (z * blocks + block) * key_blocks + j, occupied.to(tl.int8), mask=j < key_blocks)
+    start = tl.program_id(1) * BLOCK_J
+    c = 2 * start + tl.arange(0, 2 * BLOCK_J)
+    word = tl.load(words + z * words_stride + tl.cast(c, tl.int64)[None, :] * padded + i[:, None],
+                   mask=(c < 2 * key_blocks)[None, :], other=0)  # fmt: skip
+    occupied = tl.max(tl.reshape(tl.max((word != 0).to(tl.int32), 0), [BLOCK_J, 2]), 1)
+    j = start + tl.arange(0, BLOCK_J)
+    tl.store(flags + (z * blocks + block) * key_blocks + j, occupied.to(tl.int8), mask=j < key_blocks)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -218,9 +219,10 @@ def find_thresholds(
     row_blocks, key_blocks = rows.padded // 64, keys.padded // 64
     flags = problem.new(problem.zs, row_blocks, key_blocks, dtype=torch.int8) if problem.has_bits else None
     largest, total = statistics or (None, None)
+    parts = triton.cdiv(key_blocks, 32) if problem.has_bits else 1
     support.launch(
-        _asa_flags_kernel, (problem.zs * row_blocks,), largest, total, saved.lse, saved.base2, alpha, saved.kappa,
-        rows.order, rows.counts, keys.counts, bits.peaks, lse2, cut2, kappa2, flags, *problem.strides[0],
+        _asa_flags_kernel, (problem.zs * row_blocks, parts), largest, total, saved.lse, saved.base2, alpha,
+        saved.kappa, rows.order, rows.counts, keys.counts, bits.peaks, lse2, cut2, kappa2, flags, *problem.strides[0],
         bits.peaks_stride, problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, key_blocks,
         band * math.log2(math.e), SPLITS=0 if statistics is None else largest.shape[0], HAS_ALPHA=alpha is not None,
         HAS_TOPK=problem.has_topk, HAS_FLAGS=problem.has_bits, HAS_BASE2=saved.base2.shape[-1] > 0, BLOCK_J=32,
@@ -247,8 +249,8 @@ def find_occupied(problem: Problem, bits: Bits) -> Tensor:
     row_blocks, key_blocks = problem.rows.padded // 64, problem.keys.padded // 64
     flags = problem.new(problem.zs, row_blocks, key_blocks, dtype=torch.int8)
     support.launch(
-        _asa_occupied_kernel, (problem.zs * row_blocks,), bits.words, flags, bits.stride, problem.rows.padded,
-        key_blocks, BLOCK_J=16,
+        _asa_occupied_kernel, (problem.zs * row_blocks, triton.cdiv(key_blocks, 16)), bits.words, flags, bits.stride,
+        problem.rows.padded, key_blocks, BLOCK_J=16,
     )  # fmt: skip
     return flags
 

@@ -21,6 +21,15 @@ SCALARS = [
 
 
 @triton.jit
+def operand(x, PRECISION: tl.constexpr):
+    """x as a product of tiles is to have it: rounded to TF32, which tensor cores would cut off."""
+    if PRECISION == "tf32":
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(tl.abs(x) < float("inf"), rounded, x)
+    return x
+
+
+@triton.jit
 def load_tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
     """x[row : row + ROWS, column : column + COLUMNS]; x is a pointer, or a descriptor of such blocks."""
     if TMA:

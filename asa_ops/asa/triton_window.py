@@ -18,6 +18,8 @@ from .triton_tiles import SCALARS, bit_at, image_of, window_neighbour
 from .types import Saved
 
 LN_2 = tl.constexpr(0.6931471805599453)
+UNROLL = tl.constexpr(3)  # offsets of the window at a time, so that their loads are under way together
+MAX_HELD = 32
 
 
 class Sums(NamedTuple):
@@ -32,11 +34,12 @@ class Sums(NamedTuple):
 def _asa_window_kernel(
     q, k, order, place, beta, log_mean2, local, beta_stride_b, beta_stride_h, beta_stride_n,
     scale2, heads, per_image, n, padded, height, width,
-    DIM: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr,
+    DIM: tl.constexpr, WINDOW: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i.
 
-    Scores are formed twice, so that a window of any size needs no memory.
+    HELD: so many scores a row are held until the mean is known; 0: they are formed again, so that a window of any size
+    needs no memory.
     """
     blocks = padded // BLOCK
     z = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -49,7 +52,10 @@ def _asa_window_kernel(
     m = tl.full([BLOCK], -float("inf"), tl.float32)
     summed = tl.zeros([BLOCK], tl.float32)
     members = tl.zeros([BLOCK], tl.float32)
-    for offset in range(WINDOW * WINDOW):
+    if HELD > 0:
+        index = tl.arange(0, HELD)[None, :]
+        scores = tl.full([BLOCK, HELD], -float("inf"), tl.float32)
+    for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
         other, inside = window_neighbour(token, offset, height, width, WINDOW)
         at = tl.load(place + image * n + other, mask=real & inside, other=-1)
         near = at >= 0
@@ -60,19 +66,27 @@ def _asa_window_kernel(
         summed = summed * tl.exp2(m - base) + tl.exp2(s - base)
         members += near.to(tl.float32)
         m = m_new
+        if HELD > 0:
+            scores = tl.where(index == offset, s[:, None], scores)
     mean2 = m + tl.log2(summed) - tl.log2(members)
     row = z * n + token
     tl.store(log_mean2 + row, mean2, mask=real)
     multiplier = beta + z // heads * beta_stride_b + z % heads * beta_stride_h + token.to(tl.int64) * beta_stride_n
     multiplier = tl.load(multiplier, mask=real, other=0).to(tl.float32)
     cut = tl.where(multiplier >= 0, tl.log2(multiplier), float("nan"))
-    for offset in range(WINDOW * WINDOW):
-        other, inside = window_neighbour(token, offset, height, width, WINDOW)
-        at = tl.load(place + image * n + other, mask=real & inside, other=-1)
-        near = at >= 0
-        k_j = tl.load(k + (z * padded + at)[:, None] * DIM + d[None, :], mask=near[:, None], other=0).to(tl.float32)
-        s = tl.sum(q_i * k_j, 1) * scale2
-        tl.store(local + row * (WINDOW * WINDOW) + offset, near & (s - mean2 > cut), mask=real)
+    if HELD > 0:
+        survives = scores - mean2[:, None] > cut[:, None]
+        inside = real[:, None] & (index < WINDOW * WINDOW)
+        tl.store(local + row[:, None] * (WINDOW * WINDOW) + index, survives, mask=inside)
+    else:
+        for offset in range(WINDOW * WINDOW):
+            other, inside = window_neighbour(token, offset, height, width, WINDOW)
+            at = tl.load(place + image * n + other, mask=real & inside, other=-1)
+            near = at >= 0
+            at_key = (z * padded + at)[:, None]
+            k_j = tl.load(k + at_key * DIM + d[None, :], mask=near[:, None], other=0).to(tl.float32)
+            s = tl.sum(q_i * k_j, 1) * scale2
+            tl.store(local + row * (WINDOW * WINDOW) + offset, near & (s - mean2 > cut), mask=real)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -113,7 +127,7 @@ def _asa_combine_kernel(
             words += z * words_stride
         d = tl.arange(0, DIM)
         q_i = tl.load(q + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
-        for offset in range(WINDOW * WINDOW):
+        for offset in range(WINDOW * WINDOW):  # unrolled it needs so many registers that it is slower
             other, inside = window_neighbour(token, offset, height, width, WINDOW)
             flag = tl.load(local + (z * n + token) * (WINDOW * WINDOW) + offset, mask=real & inside, other=0) != 0
             at = tl.load(place + image * n + other, mask=flag, other=0)
@@ -169,11 +183,12 @@ def _asa_combine_kernel(
 def find_local_survivors(problem: Problem, saved: Saved) -> None:
     """Write log_mean and local of ``saved``."""
     rows, (height, width) = problem.rows, problem.options.grid
+    held = triton.next_power_of_2(problem.window**2)
     support.launch(
         _asa_window_kernel, problem.row_programs(rows), problem.q, problem.k, rows.order, rows.place,
         problem.inputs.beta, saved.log_mean, saved.local.view(torch.uint8), *problem.strides[1], problem.scale2,
         problem.heads, problem.per_image, rows.n, rows.padded, height, width, DIM=problem.width, WINDOW=problem.window,
-        BLOCK=problem.block, warps=problem.warps,
+        HELD=held if held <= MAX_HELD else 0, BLOCK=problem.block, warps=problem.warps,
     )  # fmt: skip
 
 

@@ -16,6 +16,7 @@ from .. import triton_support as support
 from .triton_arrange import Bits, Problem, RowGradients
 from .triton_plan import Thresholds
 from .triton_tiles import SCALARS, admission_weight, bit_at, image_of, step_derivative, window_neighbour
+from .triton_window import UNROLL
 from .types import Saved
 
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -77,7 +78,7 @@ def _asa_settle_delta_kernel(
         q_i = tl.load(q + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
         do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
         kept_i = tl.load(lse_kept2 + at_row)
-        for offset in range(WINDOW * WINDOW):
+        for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
             other, inside = window_neighbour(token, offset, height, width, WINDOW)
             new = _flag_at(local, z * n + token, offset, real & inside, WINDOW)
             at = tl.load(place + image * n + other, mask=new, other=0)
@@ -131,7 +132,7 @@ def _asa_finish_rows_kernel(
             multiplier = tl.load(multiplier + token.to(tl.int64) * beta_stride_n, mask=real, other=0).to(tl.float32)
             mean_i, cut_u = tl.load(log_mean2 + row, mask=real, other=0), tl.log2(multiplier)
             du = tl.zeros([BLOCK], tl.float32)  # -dl/du
-        for offset in range(WINDOW * WINDOW):
+        for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
             other, inside = window_neighbour(token, offset, height, width, WINDOW)
             at = tl.load(place + image * n + other, mask=real & inside, other=-1)
             near = at >= 0

@@ -37,7 +37,11 @@ def _criss_cross_fwd_kernel(
         shrink = tl.exp(m - base)
         summed = summed * shrink + tl.sum(p, 1)
         values = load_pixels(v, others, j < n, channel, dim_v, CHUNK)
-        acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
+        if values.dtype == tl.float32:
+            # By blocks, not term by term as the product would add: along a long line float32 loses most there.
+            acc = tl.fma(acc, shrink[:, None], tl.dot(p, values, input_precision=PRECISION))
+        else:
+            acc = tl.dot(p.to(values.dtype), values, acc * shrink[:, None], input_precision=PRECISION)
         m = m_new
     c = channel + tl.arange(0, CHUNK)
     mask = valid[:, None] & (c < dim_v)[None, :]

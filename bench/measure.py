@@ -1,0 +1,213 @@
+"""Seconds and bytes of calls, the machine they ran on, and what it can do at most."""
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+SLOW = 10  # times the fastest method: such a one is timed in few rounds
+SLOW_ROUNDS = 2
+PEERS = ("xformers", "natten", "adasplash")
+
+
+def commit() -> str:
+    """Return the commit of this source tree, "unknown" where there is no git or no repository.
+
+    ASA_OPS_COMMIT names the commit where the tree is a copy without a repository.
+    """
+    if named := os.environ.get("ASA_OPS_COMMIT"):
+        return named
+    try:
+        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+        return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def processor() -> str:
+    """Return the processor's name, with its family and model where Linux tells: names of virtual ones say little."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    info = dict(line.split(":", 1) for line in lines if ":" in line)
+    info = {key.strip(): value.strip() for key, value in info.items()}
+    name, *numbers = (info.get(key, "?") for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {numbers[0]}, model {numbers[1]})"
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: str) -> dict[str, object]:
+    """Return what results depend on; two runs may be put into one file where all but the commit agree."""
+    result: dict[str, object] = {"commit": commit()}
+    if device == "cpu":
+        isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if _has_extension() else "none"
+        result |= {"device": processor(), "instruction set": isa, "threads": torch.get_num_threads()}
+    else:
+        properties = torch.cuda.get_device_properties(0)
+        result |= {"device": properties.name, "memory": f"{properties.total_memory / 2**30:.0f} GiB"}
+        result |= {"cuda": torch.version.cuda, "triton": version("triton")}
+    result |= {"torch": torch.__version__, "python": platform.python_version()}
+    return result | {name: found for name in PEERS if (found := version(name))}
+
+
+def _has_extension() -> bool:
+    from asa_ops import extension
+
+    return not extension.WHY_MISSING
+
+
+def synchronize(device: str) -> None:
+    if device != "cpu":
+        torch.accelerator.synchronize()
+
+
+def seconds_of(call: Callable, device: str) -> float:
+    """Return the seconds of a call, from an idle device until it is idle again."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def interleaved(
+    calls: dict[str, Callable], rounds: int, device: str, tell: Callable[[str], None] = lambda name: None
+) -> tuple[dict[str, list[float]], dict[str, str]]:
+    """Time every call once a round, one after the other, so that a slow moment of the machine meets all of them.
+
+    Two rounds warm up. A call slower than SLOW times the fastest is timed in SLOW_ROUNDS rounds only, enough for its
+    ratio.
+
+    Args:
+        calls: by name.
+        rounds: that count.
+        device: "cpu" or "cuda".
+        tell: is told the name of a call before it is made.
+
+    Returns:
+        The seconds of every round and, by name, what the calls that failed raised; these have no seconds.
+    """
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    errors: dict[str, str] = {}
+    warm: dict[str, float] = {}
+    for i in range(rounds + 2):
+        for name, call in calls.items():
+            slow = i > 0 and warm.get(name, 0) > SLOW * min(warm.values())
+            if name in errors or (slow and (i == 1 or i >= SLOW_ROUNDS + 2)):
+                continue
+            tell(name)
+            try:
+                taken = seconds_of(call, device)
+            except Exception as error:  # whatever a method raises is the finding
+                errors[name] = describe(error)
+                warm.pop(name, None)
+                times[name] = []
+                continue
+            if i < 2:
+                warm[name] = taken
+            else:
+                times[name].append(taken)
+    return times, errors
+
+
+def describe(error: BaseException) -> str:
+    """Return an exception in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+def resident(name: str) -> int:
+    """Return a figure of this process's memory in bytes, "VmRSS" now or "VmHWM" at most (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split(f"{name}:")[1].split()[0])
+
+
+def bytes_added(call: Callable, device: str) -> int:
+    """Return the bytes by which a call raises the peak of memory, on a CPU of this process (Linux)."""
+    gc.collect()
+    if device != "cpu":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is given back, so that using it again counts
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+        before = resident("VmRSS")
+    except OSError:
+        before = resident("VmHWM")
+    call()
+    return max(resident("VmHWM") - before, 0)
+
+
+def bytes_in_fresh_process(*arguments: object) -> int:
+    """Return what ``bench/workloads.py`` prints for JSON arguments, the bytes of one call.
+
+    Raises:
+        RuntimeError: the process failed; the message is the last line it printed.
+    """
+    command = [sys.executable, str(Path(__file__).with_name("workloads.py")), *(json.dumps(x) for x in arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    if result.returncode:
+        raise RuntimeError((result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1])
+    return int(result.stdout.split()[-1])
+
+
+def free_bytes(device: str) -> int:
+    if device != "cpu":
+        return torch.cuda.mem_get_info()[0]
+    try:
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except OSError:
+        return 2**62
+
+
+def ceilings(device: str, side: int = 2048) -> dict[str, float]:
+    """Return what the machine does at most, measured: large matrix products and a large copy.
+
+    Of products on a CPU there are two, torch's own and this library's; the second is what pass 1 of attention, with
+    thresholds that nobody passes, takes more at twice the head dim.
+    """
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    side = side if device == "cpu" else 4 * side
+    a, b = torch.randn(2, side, side, device=device, dtype=dtype)
+    source = torch.empty(side * side * 16, device=device, dtype=torch.float32).normal_()
+    target = torch.empty_like(source)
+    calls = {"torch.mm": lambda: a @ b, "copy": lambda: target.copy_(source)}
+    if device == "cpu" and _has_extension():
+        from asa_ops import asa_attention
+
+        for dim in (256, 512):
+            query, nobody = torch.randn(1, 1, side, dim), torch.full((1, 1, side), torch.inf)
+            calls[f"pass 1, {dim}"] = lambda q=query, t=nobody: asa_attention(q, q.clone(), q, t, impl="cpu")
+    times, errors = interleaved(calls, 9, device)
+    if errors:
+        raise RuntimeError(f"the machine's ceilings could not be measured: {errors}")
+    middle = {name: statistics.median(x) for name, x in times.items()}
+    result = {
+        "torch.mm GFLOP/s": 2 * side**3 / middle["torch.mm"] / 1e9,
+        "copy GB/s": 2 * source.nbytes / middle["copy"] / 1e9,
+    }
+    if "pass 1, 256" in middle:
+        more = middle["pass 1, 512"] - middle["pass 1, 256"]
+        result["asa_ops product GFLOP/s"] = 2 * side**2 * 256 / more / 1e9
+    return result

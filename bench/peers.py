@@ -1,0 +1,174 @@
+"""What else computes attention: imported where it is installed, one function a peer.
+
+A peer takes query, key, value [B, heads, N, D] and returns [B, heads, N, D]. PEERS maps its name to why it cannot run
+here, None if it can, and to what makes it ready for a call. None of them computes adaptive sparse attention but "eager"
+and, given the survivors, "flex".
+"""
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from asa_ops import reciprocal_neighbors
+from asa_ops.asa import reference
+
+Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Problem(NamedTuple):
+    """What a peer may need of a call besides query, key and value."""
+
+    tensors: list[Tensor]  # query, key, value, alpha, beta
+    grid: tuple[int, int]
+
+    @property
+    def device(self) -> str:
+        return self.tensors[0].device.type
+
+    @property
+    def matrix(self) -> int:
+        """Bytes of one N x N matrix of all heads, float32."""
+        batch, heads, n, _ = self.tensors[0].shape
+        return 4 * batch * heads * n * n
+
+
+class Peer(NamedTuple):
+    why_not: Callable[[Problem], str | None]
+    prepare: Callable[[Problem], Attention]
+    about: str
+    matrices: int = 0  # N x N float32 matrices that are alive together in a forward and backward call
+    backward_on_cpu: bool = True
+
+
+def _everywhere(problem: Problem) -> str | None:
+    return None
+
+
+def _gpu(problem: Problem) -> str | None:
+    return None if problem.device == "cuda" else "needs a CUDA device"
+
+
+def _installed(package: str, also: Callable[[Problem], str | None] = _everywhere):
+    def why_not(problem: Problem) -> str | None:
+        return also(problem) if importlib.util.find_spec(package) else "not installed"
+
+    return why_not
+
+
+def _sdpa(backend: SDPBackend) -> Callable[[Problem], Attention]:
+    def prepare(problem: Problem) -> Attention:
+        def attention(query, key, value):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(query, key, value)
+
+        return attention
+
+    return prepare
+
+
+def _eager(problem: Problem) -> Attention:
+    *_, alpha, beta = problem.tensors
+
+    def attention(query, key, value):
+        return reference.asa_attention(query, key, value, alpha, beta, grid=problem.grid, published=True)
+
+    return attention
+
+
+class _Flex:
+    """FlexAttention over survivors, which it is given as a dense mask, compiled once for a shape."""
+
+    _of_shape: ClassVar[dict[tuple, "_Flex"]] = {}
+
+    def __init__(self, shape: tuple[int, ...], device: torch.device):
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        self.dense = dense = torch.zeros(*shape, shape[-1], dtype=torch.bool, device=device)
+        self.attention = torch.compile(flex_attention, dynamic=False)
+        self.create = torch.compile(create_block_mask, dynamic=False)
+
+        def survives(b, h, i, j):
+            return dense[b, h, i, j]
+
+        self.survives = survives  # one function for all masks: another would be compiled again
+
+    @classmethod
+    def of(cls, problem: Problem) -> "_Flex":
+        """Return it with the survivors of a problem in its mask."""
+        query, key, _, alpha, beta = problem.tensors
+        shape = (*query.shape[:3],)
+        if (shape, query.device) not in cls._of_shape:
+            cls._of_shape.clear()  # a mask of N x N is enough
+            cls._of_shape[shape, query.device] = cls(shape, query.device)
+        flex = cls._of_shape[shape, query.device]
+        graph = reciprocal_neighbors(query, key, alpha, beta, grid=problem.grid)
+        rows = torch.arange(len(graph.row_offsets) - 1, device=query.device)
+        dense = flex.dense.zero_().flatten(0, 2)
+        dense[rows.repeat_interleave(graph.row_offsets.diff()), graph.col_indices.long()] = True
+        return flex
+
+    def block_mask(self):
+        return self.create(self.survives, *self.dense.shape, device=self.dense.device.type)
+
+
+def _flex(problem: Problem) -> Attention:
+    flex = _Flex.of(problem)
+    block_mask = flex.block_mask()
+    return lambda query, key, value: flex.attention(query, key, value, block_mask=block_mask)
+
+
+def _flex_and_mask(problem: Problem) -> Attention:
+    flex = _Flex.of(problem)
+    return lambda query, key, value: flex.attention(query, key, value, block_mask=flex.block_mask())
+
+
+def _adasplash(problem: Problem) -> Attention:
+    adasplash = importlib.import_module("adasplash")
+    return lambda query, key, value: adasplash.adasplash(query, key, value, is_causal=False)
+
+
+def _xformers(problem: Problem) -> Attention:
+    attention = importlib.import_module("xformers.ops").memory_efficient_attention
+
+    def run(query, key, value):
+        return attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+    return run
+
+
+NEIGHBOURHOOD = 13  # side: 169 positions
+
+
+def _natten(problem: Problem) -> Attention:
+    na2d = importlib.import_module("natten").na2d
+    side = tuple(min(NEIGHBOURHOOD, s - (s % 2 == 0)) for s in problem.grid)
+
+    def run(query, key, value):
+        maps = (x.transpose(1, 2).unflatten(1, problem.grid) for x in (query, key, value))
+        return na2d(*maps, kernel_size=side).flatten(1, 2).transpose(1, 2)
+
+    return run
+
+
+PEERS: dict[str, Peer] = {
+    "sdpa flash": Peer(_everywhere, _sdpa(SDPBackend.FLASH_ATTENTION), "dense, PyTorch"),
+    "sdpa cudnn": Peer(_gpu, _sdpa(SDPBackend.CUDNN_ATTENTION), "dense, PyTorch"),
+    "sdpa efficient": Peer(_gpu, _sdpa(SDPBackend.EFFICIENT_ATTENTION), "dense, PyTorch"),
+    "sdpa math": Peer(_everywhere, _sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
+    "eager": Peer(_everywhere, _eager, "the published formula in eager PyTorch", matrices=14),
+    "flex": Peer(_everywhere, _flex, "FlexAttention given our survivors as a mask", 1, backward_on_cpu=False),
+    "flex + mask": Peer(
+        _everywhere, _flex_and_mask, "the same and its block mask, built in the call", 1, backward_on_cpu=False
+    ),
+    "adasplash": Peer(_installed("adasplash", _gpu), _adasplash, "entmax attention with a sparsity of its own"),
+    "xformers": Peer(_installed("xformers", _gpu), _xformers, "dense, memory-efficient attention"),
+    "natten": Peer(_installed("natten"), _natten, f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"),
+}
+DENSE = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "xformers")
+INDIFFERENT = (*DENSE, "sdpa math", "eager", "natten")  # cost the same on every input

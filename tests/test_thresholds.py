@@ -1,0 +1,270 @@
+"""What the experiment with learned thresholds rests on, small; and that its table is what its results say."""
+
+import functools
+import importlib.util
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import skimage
+import torch
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples"
+RESULTS = FOLDER / "results" / "thresholds.json"
+SMALL = ["--seeds", "2", "--steps", "3", "--side", "10"]
+
+
+@pytest.fixture(scope="module")
+def thresholds():
+    """The script with small photographs and few constants to try."""
+    sys.path.insert(0, str(FOLDER))
+    try:
+        spec = importlib.util.spec_from_file_location("thresholds", FOLDER / "thresholds.py")
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["thresholds"] = module  # dataclasses look there for their annotations
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(FOLDER))
+        del sys.modules["thresholds"]
+    module.SIZE = 20
+    module.GRID = {"h": [0.8, 1.0], "alpha": [0.125, 0.25, 0.5, 1.0, 2.0], "beta": [0.5, 1.0]}
+    module.photograph = functools.cache(module.photograph)
+    return module
+
+
+@pytest.fixture(scope="module")
+def seed(thresholds):
+    return thresholds.Seed(1, 10, 0.1)
+
+
+@pytest.fixture(scope="module")
+def finished(thresholds, tmp_path_factory):
+    """The results' file of a whole run."""
+    path = tmp_path_factory.mktemp("whole") / "out.json"
+    thresholds.main([*SMALL, "--out", str(path)])
+    return path
+
+
+@pytest.mark.parametrize("activation", ["exp", "softplus", "relu"])
+def test_thresholds_get_a_gradient_only_if_asked_for(thresholds, seed, activation):
+    method = thresholds.Method(thresholds.BOTH, ("alpha", "beta"), activation=activation)
+    model = thresholds.Predictor(seed.constants[thresholds.BOTH], method)
+    predicted = model(seed.train)
+    for name in ("alpha", "beta"):  # it starts at the constants
+        start = torch.full_like(predicted[name], seed.constants[thresholds.BOTH][name])
+        torch.testing.assert_close(predicted[name], start)
+    last = model.layers[-1].weight
+    seed.train.psnr(predicted, "straight_through").mean().backward()
+    assert (last.grad.flatten(1).abs().amax(1) > 1e-6).all()  # of alpha, and of beta
+    model.zero_grad()
+    seed.train.psnr(model(seed.train)).mean().backward()
+    assert not last.grad.any()
+
+
+def test_without_a_gradient_nothing_moves(thresholds, seed):
+    methods = thresholds.METHODS
+    published, learned = (seed.run(methods[x], 3) for x in ("no gradient (as published)", "learned alpha, beta"))
+    assert published["moved"] == 0 and learned["moved"] > 1e-3
+    fixed = seed.run(methods["fixed alpha, beta"], 3)
+    assert published["test"] == pytest.approx(fixed["test"], abs=1e-5)
+    assert published["curve"][0] == published["curve"][-1] and learned["curve"][0] != learned["curve"][-1]
+
+
+def test_straight_through_points_where_alpha_denoises_better(thresholds):
+    rows = thresholds.Seed(1, 20, 0.1).derivatives()
+    steep = [row for row in rows if abs(row["difference"]) > 0.1]
+    assert {row["difference"] > 0 for row in steep} == {True, False}
+    for row in steep:
+        assert all(row[band] * row["difference"] > 0 for band in ("0.5", "1", "2", "4"))
+        assert row["0.5"] == pytest.approx(row["difference"], rel=0.1, abs=0.1)
+
+
+def test_training_and_test_photographs_are_disjoint(thresholds):
+    held_out = []
+    for i in range(8):
+        seed = thresholds.Seed(i, 20, 0.1)
+        test, train = (x.clean.flatten(1) for x in (seed.test, seed.train))
+        assert len(test) == 2 and len(train) == 6 == len(seed.photographs)
+        assert torch.cdist(test, train).min() > 1
+        for name, tile in zip(seed.held_out, seed.test.clean, strict=True):
+            np.testing.assert_allclose(tile[0].view(20, 20, 3), thresholds.photograph(name), atol=1e-6)
+        held_out += seed.held_out
+    assert sorted(held_out) == sorted(2 * thresholds.PHOTOGRAPHS)
+
+
+def test_a_seed_repeats_bitwise(thresholds, seed):
+    method = thresholds.METHODS["learned alpha, beta, h"]
+    first = seed.run(method, 3)
+    torch.manual_seed(7)  # nothing outside the seed matters
+    again = thresholds.Seed(1, 10, 0.1)
+    assert torch.equal(again.test.pictures, seed.test.pictures) and again.run(method, 3) == first
+    other = thresholds.Seed(2, 10, 0.1)
+    assert other.run(method, 3)["moved"] != first["moved"]
+
+
+def test_crops_are_parts_of_photographs(thresholds, monkeypatch):
+    photograph = np.arange(5 * 5 * 3).reshape(5, 5, 3) / 75
+    monkeypatch.setattr(thresholds, "SIZE", 5)
+    crops = [thresholds.random_crop([photograph], 2, np.random.default_rng(i)) for i in range(50)]
+    whole = {frozenset(np.round(x * 75) for x in pixel) for pixel in photograph.reshape(-1, 3)}
+    inverted = 0
+    for crop in crops:
+        plain = {frozenset(np.round(x * 75) for x in pixel) for pixel in crop.reshape(-1, 3)}
+        back = {frozenset(np.round((1 - x) * 75) for x in pixel) for pixel in crop.reshape(-1, 3)}
+        assert plain <= whole or back <= whole
+        inverted += not plain <= whole
+    assert 0 < inverted < 50
+
+
+def test_constants_are_the_best_of_the_grid(thresholds, seed):
+    grid, train = thresholds.GRID, seed.train
+    tried = {(h, a): train.psnr({"h": h, "alpha": a}).mean().item() for h in grid["h"] for a in grid["alpha"]}
+    best = seed.constants[thresholds.ALPHA]
+    assert (best["h"], best["alpha"]) == max(tried, key=tried.get)
+
+
+def test_the_oracle_is_at_least_as_good_as_one_alpha(thresholds, seed):
+    h, alpha = (seed.constants[thresholds.ALPHA][x] for x in ("h", "alpha"))
+    best = [
+        max(seed.test.psnr({"h": h, "alpha": a})[i].item() for a in thresholds.GRID["alpha"])
+        for i in range(len(seed.test.clean))
+    ]
+    fixed = seed.test.psnr({"h": h, "alpha": alpha}).tolist()
+    assert len(fixed) == 8 and all(x >= y for x, y in zip(best, fixed, strict=True))
+    assert seed.ceiling() == pytest.approx(np.mean(best) - np.mean(fixed), abs=1e-5)
+    assert seed.ceiling() > 0
+
+
+def test_psnr(thresholds):
+    clean = np.full((10, 10, 3), 0.5)
+    tiles = thresholds.Tiles([clean], 0.1, np.random.default_rng(0))
+    nobody = tiles.psnr({"h": 1.0, "alpha": math.inf})  # rows without survivors are 0: an error of 0.5 everywhere
+    assert nobody.item() == pytest.approx(-20 * math.log10(0.5), abs=1e-4)
+    mean = tiles.pictures.flatten(2).mean(-1) - 0.5
+    even = tiles.psnr({"h": 1e3})  # scores of nearly 0: the mean of all pixels
+    assert even.item() == pytest.approx(-10 * math.log10(mean.square().mean()), abs=0.01)
+
+
+def test_interval(thresholds):
+    mean, half = thresholds.interval([1.0, 2.0, 4.0, 5.0])
+    # s = sqrt((4 + 1 + 1 + 4) / 3), half of the interval is 3.182446 s / sqrt(4)
+    assert mean == 3 and half == pytest.approx(3.182446 * math.sqrt(10 / 3) / 2, rel=1e-6)
+    mean, half = thresholds.interval([7.0])
+    assert mean == 7 and math.isnan(half)
+
+
+def test_table(thresholds):
+    def run(test, train):
+        spread = {"alpha": [1.0, 2.0 + test - 20, 3.0]}
+        return {"test": test, "train": train, "start": {"alpha": 1.5}, "moved": 0.0, "quantiles": spread}
+
+    runs = {str(i): {name: run(20.0 + i, 30.0) for name in thresholds.METHODS} for i in range(2)}
+    runs["0"]["learned alpha"], runs["1"]["learned alpha"] = run(20.5, 30.25), run(21.75, 29.75)
+    runs["1"]["near-dense, no gradient"]["moved"] = 0.125
+    runs["2"] = {"dense": run(50.0, 50.0)}  # interrupted: does not count
+    settings = {"steps": 3, "side": 10, "noise": 0.1}
+    results = {"settings": settings, "runs": runs, "ceilings": {"0": 1.0, "1": 2.0, "2": 9.0}}
+    text = thresholds.table(results)
+    # gains 0.5 and 0.75: t = 12.7062, s / sqrt(2) = 0.125
+    assert "\n| learned alpha | 21.12 ± 7.94 | +0.625 ± 1.588 | +0.000 ± 3.177 | 3.12 (1.00 to 3.00) |\n" in text
+    assert "\n| fixed alpha | 20.50 ± 6.35 | +0.000 ± 0.000 | +0.000 ± 0.000 | 1.50 |\n" in text
+    assert "Test PSNR of 2 seeds, 10 x 10 tiles, noise 0.1,\n3 steps;" in text
+    assert "without a gradient was 0.125." in text and "would gain +1.50 ± 6.35 dB" in text
+
+
+def test_checks_and_rounding(thresholds):
+    assert thresholds.checks(3) == [0, 1, 2, 3]
+    assert thresholds.checks(300) == list(range(0, 301, 15))
+    assert thresholds.rounded({"a": [0.7999999999999999, 1e-30, 0.0], "b": 3}) == {"a": [0.8, 1e-30, 0.0], "b": 3}
+
+
+def test_runs_from_the_command_line(thresholds, finished):
+    results = json.loads(finished.read_text())
+    assert list(results["runs"]) == ["0", "1"] == list(results["ceilings"])
+    for runs in results["runs"].values():
+        assert list(runs) == list(thresholds.METHODS)
+        assert all(len(run["curve"]) == 4 for name, run in runs.items() if thresholds.METHODS[name].learns)
+    text = finished.with_suffix(".md").read_text()
+    assert text == thresholds.table(results) and "nan" not in text
+    assert skimage.io.imread(finished.with_suffix(".png")).std() > 1
+    assert max(len(line) for line in finished.read_text().splitlines()) < 600  # a line for every run
+    assert sorted(x.name for x in finished.parent.iterdir()) == ["out.json", "out.md", "out.png"]
+
+
+def test_goes_on_where_it_was_interrupted(thresholds, finished, tmp_path, monkeypatch):
+    path, run, left = tmp_path / "out.json", thresholds.Seed.run, [20]
+
+    def interrupted(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return run(*arguments)
+
+    monkeypatch.setattr(thresholds.Seed, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        thresholds.main([*SMALL, "--out", str(path)])
+    assert [len(x) for x in json.loads(path.read_text())["runs"].values()] == [17, 3]
+    left[0] = 14  # what is missing, not one more
+    thresholds.main([*SMALL, "--out", str(path)])
+    assert path.read_bytes() == finished.read_bytes()
+    assert path.with_suffix(".md").read_bytes() == finished.with_suffix(".md").read_bytes()
+
+
+def test_committed_table_is_of_the_committed_results(thresholds, tmp_path, monkeypatch):
+    """The command without arguments runs nothing there, and renders."""
+    monkeypatch.delattr(thresholds.Seed, "__init__")
+    monkeypatch.setattr(thresholds, "SIZE", 128)
+    copy = tmp_path / RESULTS.name
+    copy.write_bytes(RESULTS.read_bytes())
+    thresholds.main(["--out", str(copy)])
+    assert copy.with_suffix(".md").read_text() == RESULTS.with_suffix(".md").read_text()
+    assert copy.with_suffix(".png").stat().st_size > 10_000
+    assert copy.read_text() == thresholds.layout(json.loads(copy.read_text())) + "\n"
+
+
+def test_the_readme_quotes_the_table():
+    section = re.search(r"## Do thresholds learn\?\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]
+    figures = set(re.findall(r"[+-]?\d+\.\d+", section))
+    assert len(figures) > 5
+    assert figures <= set(re.findall(r"[+-]?\d+\.\d+", RESULTS.with_suffix(".md").read_text()))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        (["--steps", "-1"], "--steps must be at least 1, got -1"),
+        (["--side", "9"], "--side must be from 10 to 20, got 9"),
+        (["--side", "21"], "--side must be from 10 to 20, got 21"),
+        (["--noise", "0"], "--noise must be > 0 and finite, got 0.0"),
+        (["--noise", "nan"], "--noise must be > 0 and finite, got nan"),
+        (["--out", "results.txt"], "--out must end in .json, got 'results.txt'"),
+        (["--out", "no/such/folder.json"], "there is no folder 'no/such'"),
+    ],
+)
+def test_bad_arguments(thresholds, arguments, message, capsys):
+    small = [] if "--side" in arguments else ["--side", "10"]
+    with pytest.raises(SystemExit):
+        thresholds.main([*small, *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}}', '{"settings": 3, "runs": {}, "ceilings": {}}'])
+def test_a_file_of_something_else(thresholds, text, tmp_path):
+    path = tmp_path / "out.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit, match=re.escape(f"'{path}' holds no results of this script")):
+        thresholds.main([*SMALL, "--out", str(path)])
+    assert path.read_text() == text
+
+
+def test_results_of_other_settings(thresholds, finished):
+    before = finished.read_bytes()
+    with pytest.raises(SystemExit, match="is of other settings: steps 3 instead of 4: remove it"):
+        thresholds.main([*SMALL, "--steps", "4", "--out", str(finished)])
+    assert finished.read_bytes() == before
