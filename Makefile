@@ -15,10 +15,13 @@ BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,ki
 	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo test test-all kernels sanitize bench bench-page bench-check gpu wheel lint format clean
+.PHONY: demo segment test test-all kernels sanitize bench bench-page bench-check gpu wheel lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
+
+segment: $(READY)  ## train a segmentation network on made pictures; ARGS="--block criss_cross --steps 200" passes options
+	$(RUN) -m examples.segmentation.train $(ARGS)
 
 test: $(READY)  ## everything that must pass, in minutes
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)

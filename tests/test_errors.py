@@ -184,6 +184,12 @@ MODULE = {
         "in gaussian mode in_channels = 17 must be divisible by heads = 2",
     ),
     "published topk": ({"published": True, "topk": 3}, ValueError, "published=True has no topk, got topk=3"),
+    "published local": (
+        {"published": True, "local": False},
+        ValueError,
+        "published=True has both blocks, got local=False",
+    ),
+    "threshold_band": ({"threshold_band": 0.0}, ValueError, "threshold_band must be > 0 and finite, got 0.0"),
     "published impl": ({"published": True, "impl": "blocked"}, ValueError, "the reference, got impl='blocked'"),
     "impl": ({"impl": "fast"}, ValueError, "impl must be one of"),
 }

@@ -16,6 +16,7 @@ OPTIONS = [
     {"window": 5, "topk": 9},
     {"norm": "batch", "threshold_activation": "softplus"},
     {"threshold_grad": None, "impl": "blocked"},
+    {"local": False, "threshold_band": 0.5},
     {"published": True},
 ]
 
@@ -77,6 +78,34 @@ def test_tokens_are_arguments_for_the_functional_op():
     graph = reciprocal_neighbors(**tokens)
     _, stats = asa_attention(**block.tokens(x), return_stats=True)
     assert torch.equal(graph.row_offsets.diff(), stats.survivors.flatten().long())
+
+
+def test_without_the_local_block():
+    block = AdaptiveSparseAttention(16, local=False)
+    assert "beta.weight" not in block.state_dict() and block.tokens(torch.randn(1, 16, 4, 4))["beta"] is None
+    for conv in (block.query, block.key, block.proj):
+        torch.nn.init.normal_(conv.weight)
+    torch.nn.init.constant_(block.alpha.bias, 1.0)
+    x = torch.randn(2, 16, 6, 7)
+    tokens = block.tokens(x)
+    _, alone = asa_attention(**tokens, return_stats=True)
+    with_local = tokens | {"beta": torch.ones_like(tokens["alpha"])}
+    _, both = asa_attention(**with_local, return_stats=True)
+    assert (alone.survivors <= both.survivors).all() and alone.survivors.sum() < both.survivors.sum()
+    torch.testing.assert_close(block(x), x + block.proj(to_map(asa_attention(**tokens), (6, 7))))
+
+
+def test_band_of_the_straight_through_gradient():
+    gradients = []
+    for band in (0.5, 4.0):
+        torch.manual_seed(0)
+        block = AdaptiveSparseAttention(16, threshold_band=band)
+        for conv in (block.query, block.key, block.proj):
+            torch.nn.init.normal_(conv.weight)
+        x = torch.randn(2, 16, 6, 7)
+        block(x).square().sum().backward()
+        gradients.append(block.alpha.weight.grad)
+    assert not torch.allclose(*gradients, rtol=0.1)
 
 
 def test_gaussian_mode_attends_with_one_tensor():

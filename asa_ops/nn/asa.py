@@ -1,5 +1,7 @@
 """The adaptive sparse attention block."""
 
+import math
+
 from torch import Tensor, nn
 
 from .. import checks, dispatch
@@ -34,11 +36,14 @@ class AdaptiveSparseAttention(nn.Module):
         mode: "embedded_gaussian", or "gaussian": query = key = x, unscaled, no projection.
         use_scale: scale scores by D**-0.5 with D the channels of one head ("embedded_gaussian" only).
         window: odd side of the local window.
+        local: also keep what exceeds ``beta`` in the window (LSCB); False: the non-local block (NLSCB) alone, without
+            ``beta`` and its convolution.
         topk: neighbours must also be among the ``topk`` largest scores of their row.
         heads: attention heads; the thresholds are shared by all.
         norm: None, or "batch": batch norm after the output projection.
         threshold_activation: "relu" (as published) or "softplus", which never clips a threshold to 0.
         threshold_grad: "straight_through": the thresholds learn; None: they get zero gradients.
+        threshold_band: half width, in logits, of the straight-through window.
         impl: see :func:`asa_ops.asa_attention`.
         published: match the authors' code to the last digit: their two numerical artefacts
             (:func:`asa_ops.asa.reference.asa_attention`), thresholds without gradient. Dense, O(N^2) memory.
@@ -62,11 +67,13 @@ class AdaptiveSparseAttention(nn.Module):
         mode: str = "embedded_gaussian",
         use_scale: bool = True,
         window: int = 3,
+        local: bool = True,
         topk: int | None = None,
         heads: int = 1,
         norm: str | None = None,
         threshold_activation: str = "relu",
         threshold_grad: str | None = "straight_through",
+        threshold_band: float = 2.0,
         impl: str = "auto",
         published: bool = False,
     ):
@@ -82,17 +89,23 @@ class AdaptiveSparseAttention(nn.Module):
         checks.check_choice("norm", norm, (None, "batch"))
         checks.check_choice("threshold_activation", threshold_activation, ("relu", "softplus"))
         checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
+        checks.check_number("threshold_band", threshold_band)
+        if not 0 < threshold_band < math.inf:
+            raise ValueError(f"threshold_band must be > 0 and finite, got {threshold_band}")
         inner = max(in_channels // reduction, 1)
         checks.check_divisible("in_channels // reduction", inner, heads)
         if mode == "gaussian":
             checks.check_divisible("in gaussian mode in_channels", in_channels, heads)
         if published and topk is not None:
             raise ValueError(f"published=True has no topk, got topk={topk}")
+        if published and not local:
+            raise ValueError("published=True has both blocks, got local=False")
         if published and impl not in ("auto", "reference"):
             raise ValueError(f"published=True runs the reference, got impl={impl!r}")
         self.in_channels, self.inner_channels, self.heads = in_channels, inner, heads
         self.mode, self.use_scale, self.window, self.topk = mode, use_scale, window, topk
-        self.threshold_activation, self.threshold_grad = threshold_activation, threshold_grad
+        self.threshold_activation = threshold_activation
+        self.threshold_grad, self.threshold_band = threshold_grad, threshold_band
         self.impl, self.published = impl, published
 
         if mode == "embedded_gaussian":
@@ -102,7 +115,7 @@ class AdaptiveSparseAttention(nn.Module):
         self.proj = nn.Conv2d(inner, in_channels, 1, bias=norm is None)
         self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(in_channels)
         self.alpha = nn.Conv2d(in_channels, 1, 3, padding=1)
-        self.beta = nn.Conv2d(in_channels, 1, 3, padding=1)
+        self.beta = nn.Conv2d(in_channels, 1, 3, padding=1) if local else None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,7 +139,7 @@ class AdaptiveSparseAttention(nn.Module):
             "key": key,
             "value": to_tokens(self.value(x), self.heads),
             "alpha": activate(self.alpha(x)).flatten(2),
-            "beta": activate(self.beta(x)).flatten(2),
+            "beta": None if self.beta is None else activate(self.beta(x)).flatten(2),
             "grid": tuple(x.shape[-2:]),
             "window": self.window,
             "topk": self.topk,
@@ -140,14 +153,16 @@ class AdaptiveSparseAttention(nn.Module):
         if self.published:
             out = reference_attention(**tokens, published=True)
         else:
-            out = asa_attention(**tokens, threshold_grad=self.threshold_grad, impl=self.impl)
+            learning = {"threshold_grad": self.threshold_grad, "threshold_band": self.threshold_band}
+            out = asa_attention(**tokens, **learning, impl=self.impl)
         return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, mode={self.mode!r}, use_scale={self.use_scale}, window={self.window}, "
-            f"topk={self.topk}, heads={self.heads}, threshold_activation={self.threshold_activation!r}, "
-            f"threshold_grad={self.threshold_grad!r}, impl={self.impl!r}, published={self.published}"
+            f"local={self.beta is not None}, topk={self.topk}, heads={self.heads}, "
+            f"threshold_activation={self.threshold_activation!r}, threshold_grad={self.threshold_grad!r}, "
+            f"threshold_band={self.threshold_band}, impl={self.impl!r}, published={self.published}"
         )
 
     @staticmethod

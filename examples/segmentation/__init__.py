@@ -1,0 +1,1 @@
+"""Semantic segmentation with any of the attention blocks: see README.md."""

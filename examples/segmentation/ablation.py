@@ -1,0 +1,297 @@
+"""What every block, and every part of adaptive sparse attention, does for `shapes`: the paper's ablation, and more.
+
+    python -m examples.segmentation.ablation                       # every variant, 5 seeds: an hour or two on two cores
+    python -m examples.segmentation.ablation --variants none asa --seeds 2 --steps 50 --out quick
+
+Variants differ in the block alone; a seed gives all of them the same pictures in the same order. Each run is a process
+of one thread and leaves a file, so that an interrupted command goes on where it was. The table and the plot,
+`ablation.md` and `ablation.png`, are made of all the files in --out.
+
+The paper (Table 3) has 43.59 -> 44.12 -> 44.38 mIoU on ADE20K and 77.05 -> 77.68 -> 78.01 on PASCAL VOC 2012 for no
+attention, NLSCB, NLSCB and LSCB. Here are made pictures; nothing below says anything about those data sets.
+"""
+
+import argparse
+import concurrent.futures
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import scipy.stats
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from asa_ops import asa_attention
+from asa_ops.nn import AdaptiveSparseAttention
+
+from .cli import main_of
+from .config import NO_BLOCK, Config, ConfigError
+from .train import train
+
+BANDS = (0.5, 1.0, 4.0)  # 2 is the default
+VARIANTS: dict[str, tuple[str, dict]] = {  # name: (block, block_options)
+    "none": (NO_BLOCK, {}),
+    "non_local": ("non_local", {}),
+    "asa, published": ("asa", {"published": True}),
+    "asa, no gradient": ("asa", {"threshold_grad": None}),
+    "asa, NLSCB alone": ("asa", {"local": False}),
+    "asa": ("asa", {}),
+    **{f"asa, band {band:g}": ("asa", {"threshold_band": band}) for band in BANDS},
+    "asa, softplus": ("asa", {"threshold_activation": "softplus"}),
+    "asa, softplus, no gradient": ("asa", {"threshold_activation": "softplus", "threshold_grad": None}),
+    "linear_attention": ("linear_attention", {}),
+    "efficient_attention": ("efficient_attention", {}),
+    "criss_cross": ("criss_cross", {}),
+    "channelized_axial": ("channelized_axial", {}),
+    "squeeze_and_attention": ("squeeze_and_attention", {}),
+    "interlaced_sparse": ("interlaced_sparse", {"factors": [4, 4]}),
+    "salient_positions": ("salient_positions", {}),
+}
+REFERENCE = "asa, no gradient"  # what the others' gains are measured from, seed by seed
+SAMPLES = 20  # points of a curve of survivors
+
+
+class Watch:
+    """Looks at the block every now and then: seconds of a step, survivors a row, thresholds."""
+
+    def __init__(self, steps: int):
+        self.every, self.seconds, self.curve = max(steps // SAMPLES, 1), [], []
+        self.last: float | None = None
+        self.input: torch.Tensor | None = None
+
+    def __call__(self, step: int, model: nn.Module) -> None:
+        now = time.perf_counter()
+        if self.last is not None:
+            self.seconds.append(now - self.last)
+        else:
+            model.head.block.register_forward_pre_hook(self.keep)
+        block = model.head.block
+        if self.input is not None and isinstance(block, AdaptiveSparseAttention) and step % self.every == 0:
+            self.curve.append([step, *figures(block, self.input)])
+        self.last = time.perf_counter()
+
+    def keep(self, block: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        self.input = inputs[0].detach()
+
+
+@torch.no_grad()
+def figures(block: AdaptiveSparseAttention, x: torch.Tensor) -> tuple[float, float, float, float]:
+    """Return the survivors a row and the quartiles of alpha, for features [B, C, H, W]."""
+    tokens = block.tokens(x)
+    _, stats = asa_attention(**tokens, return_stats=True)
+    quartiles = tokens["alpha"].float().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    return stats.survivors.double().mean().item(), *quartiles
+
+
+def peak() -> int | None:
+    """Return the peak of this process's resident memory in bytes, None outside Linux."""
+    try:
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    except OSError:
+        return None
+
+
+def run(name: str, seed: int, steps: int | None, path: Path) -> None:
+    """Train one variant and write what it did."""
+    block, options = VARIANTS[name]
+    settings = {"block": block, "block_options": options, "seed": seed} | ({"steps": steps} if steps else {})
+    config = Config.load("shapes").replace(**settings)
+    watch, before = Watch(config.steps), peak()
+    with tempfile.TemporaryDirectory() as folder:
+        result = train(config, Path(folder), after_step=watch)
+    told = {
+        "variant": name,
+        "seed": seed,
+        "steps": config.steps,
+        "miou": result.report.miou,
+        "iou": result.report.iou.tolist(),
+        "loss": statistics.fmean(result.losses[-max(config.steps // 10, 1) :]),
+        "seconds": statistics.median(watch.seconds) if watch.seconds else None,
+        "bytes": None if before is None else peak() - before,
+        "curve": watch.curve,
+    }
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text(json.dumps(told) + "\n")
+    os.replace(unfinished, path)
+
+
+def run_in_process(name: str, seed: int, steps: int | None, path: Path) -> str | None:
+    """Run in a process of its own, for its memory; return what went wrong."""
+    command = [sys.executable, "-m", "examples.segmentation.ablation"]
+    command += ["--one", name, str(seed), "--out", str(path.parent)]
+    command += ["--steps", str(steps)] if steps else []
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if result.returncode == 0:
+        return None
+    return f"{name}, seed {seed}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
+
+
+def path_of(folder: Path, name: str, seed: int) -> Path:
+    return folder / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}.json"
+
+
+# What came out.
+
+
+def read(folder: Path) -> dict[str, dict[int, dict]]:
+    """Return by variant and seed what the runs wrote.
+
+    Raises:
+        ConfigError: a file that is not of a run, or runs of different lengths.
+    """
+    found: dict[str, dict[int, dict]] = {}
+    lengths = {}
+    for path in sorted(folder.glob("*-*.json")):
+        told = read_run(path)
+        found.setdefault(told["variant"], {})[told["seed"]] = told
+        lengths[told["steps"]] = path.name
+    if len(lengths) > 1:
+        raise ConfigError(f"{folder} has runs of different lengths, {lengths}: remove some, or name another --out")
+    return {name: found[name] for name in VARIANTS if name in found}
+
+
+def read_run(path: Path) -> dict:
+    try:
+        told = json.loads(path.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{path} is broken ({error}): remove it") from error
+    if not isinstance(told, dict) or not {"variant", "seed", "steps"} <= told.keys():
+        raise ConfigError(f"{path} is not of this experiment: remove it")
+    return told
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean and the half width of its 95 % confidence interval (Student's t), NaN for a single value."""
+    if len(values) < 2:
+        return values[0], math.nan
+    return np.mean(values).item(), (scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)).item()
+
+
+def gains(runs: dict[str, dict[int, dict]], name: str) -> list[float]:
+    """Return by how many points of mIoU a variant beats the reference, for the seeds that both have."""
+    reference = runs.get(REFERENCE, {})
+    return [100 * (told["miou"] - reference[seed]["miou"]) for seed, told in runs[name].items() if seed in reference]
+
+
+def positions(config: Config) -> int:
+    """Return the number of positions of the block's map in training."""
+    return math.prod(length // config.output_stride for length in config.crop)
+
+
+def table(runs: dict[str, dict[int, dict]]) -> str:
+    """Return the figures as Markdown."""
+
+    def told(values: list[float], form: str = "{:.2f} ± {:.2f}") -> str:
+        return form.format(*interval(values)) if values else "-"
+
+    config = Config.load("shapes")
+    steps = next(iter(next(iter(runs.values())).values()))["steps"]
+    size, pictures = (config.data_options[name] for name in ("size", "pictures"))
+    lines = [
+        f"`shapes`, {size} x {size}, {steps} steps, validated on {pictures} pictures; ± is half of a 95 % confidence",
+        f"interval (Student's t); gains over `{REFERENCE}` are paired, seed by seed. Survivors a row, of "
+        f"{positions(config)},",
+        "at the first and the last of the samples taken in training; seconds and memory of a step on one CPU thread,",
+        "medians over seeds.",
+        "",
+        "| block | seeds | mIoU, % | gain | survivors, first | last | alpha, last (quartiles) | ms a step | MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for name, seeds in runs.items():
+        curves = [told["curve"] for told in seeds.values() if told["curve"]]
+        first, last = ([curve[i][1] for curve in curves] for i in (0, -1))
+        alpha = np.mean([curve[-1][2:] for curve in curves], 0) if curves else None
+        memory = [x["bytes"] for x in seeds.values() if x["bytes"] is not None]
+        seconds = [x["seconds"] for x in seeds.values() if x["seconds"] is not None]
+        cells = [
+            name,
+            str(len(seeds)),
+            told([100 * x["miou"] for x in seeds.values()]),
+            "-" if name == REFERENCE else told(gains(runs, name), "{:+.2f} ± {:.2f}"),
+            f"{statistics.fmean(first):.0f}" if first else "-",
+            f"{statistics.fmean(last):.0f}" if last else "-",
+            "-" if alpha is None else "{1:.2f} ({0:.2f} to {2:.2f})".format(*alpha),
+            f"{1e3 * statistics.median(seconds):.0f}" if seconds else "-",
+            f"{statistics.median(memory) / 1e6:.0f}" if memory else "-",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:
+    """Draw mIoU of every variant and seed, and survivors over training."""
+    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    for y, seeds in enumerate(reversed(runs.values())):
+        scores = [100 * x["miou"] for x in seeds.values()]
+        mean, half = interval(scores)
+        axes[0].plot(scores, [y] * len(scores), ".", color="C7")
+        axes[0].errorbar(mean, y, xerr=np.nan_to_num(half), fmt="o", color="C0", capsize=3)
+    axes[0].set_yticks(range(len(runs)), reversed(runs))
+    axes[0].set_xlabel("mIoU, %: seeds, mean, 95 % confidence interval")
+    axes[0].grid(axis="x", alpha=0.3)
+    for name, seeds in runs.items():
+        curves = [x["curve"] for x in seeds.values() if x["curve"]]
+        if curves:
+            steps = [point[0] for point in curves[0]]
+            axes[1].plot(steps, np.mean([[point[1] for point in curve] for curve in curves], 0), ".-", label=name)
+    axes[1].set(xlabel="step", ylabel=f"survivors a row, of {positions(Config.load('shapes'))}", yscale="log")
+    if axes[1].lines:
+        axes[1].legend(fontsize=8)
+    figure.savefig(path, dpi=90)
+    plt.close(figure)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="ablation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--steps", type=int, help="of training (as in configs/shapes.json)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time (one per core)")
+    parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder to write (runs/ablation)")
+    parser.add_argument("--one", nargs=2, metavar=("VARIANT", "SEED"), help="run this one here, and nothing else")
+    options = parser.parse_args(arguments)
+    for name in ("seeds", "jobs", "steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        name, seed = options.one
+        if name not in VARIANTS or not seed.isdecimal():
+            parser.error(f"--one takes a variant and a seed, got {name!r} {seed!r}")
+        torch.set_num_threads(1)
+        run(name, int(seed), options.steps, path_of(options.out, name, int(seed)))
+        return
+    read(options.out)  # what is there must fit before hours are spent
+    todo = [(name, seed) for seed in range(options.seeds) for name in options.variants]
+    todo = [(*each, options.steps, path) for each in todo if not (path := path_of(options.out, *each)).exists()]
+    wrong = []
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
+        for error in pool.map(lambda each: run_in_process(*each), todo):
+            bar.update()
+            if error:
+                wrong.append(error)
+                bar.write(error)
+    runs = read(options.out)
+    if runs:
+        text = table(runs)
+        print(text)
+        (options.out / "ablation.md").write_text(text)
+        draw(options.out / "ablation.png", runs)
+    if wrong:
+        raise SystemExit(f"error: {len(wrong)} of {len(todo)} runs failed")
+
+
+if __name__ == "__main__":
+    main_of(main)

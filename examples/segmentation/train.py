@@ -1,0 +1,274 @@
+"""Train a network with any of the attention blocks.
+
+    python -m examples.segmentation.train --block asa --data shapes
+    torchrun --nproc-per-node 8 -m examples.segmentation.train --data cityscapes --root /data/cityscapes --out runs/city
+    python -m examples.segmentation.train --out runs/city --root /data/cityscapes --resume
+
+Writes `checkpoint.pt` and `log.jsonl`, the loss of every step, to --out. The same command with --resume goes on after
+an interruption, to the same losses: what is random in a step is a function of the seed and the step.
+"""
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import fully_shard
+from tqdm import tqdm
+
+from . import data
+from .checkpoint import Checkpoint, CheckpointError
+from .cli import main_of
+from .config import NAMES, Config, ConfigError
+from .evaluate import Report, evaluate
+from .model import Segmenter, loss_of
+from .pipeline import Parts, loader
+
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on disk nothing is sharded
+
+
+@dataclass(frozen=True)
+class Result:
+    """The mean loss of every step since the start of training, and the figures on the validation set."""
+
+    losses: list[float]
+    report: Report
+
+
+def train(
+    config: Config,
+    out: Path,
+    root: Path | None = None,
+    resume: bool = False,
+    precision: str = "no",
+    shard: bool = False,
+    accumulate: int = 1,
+    workers: int = 0,
+    checkpoint_every: int = 1000,
+    after_step: Callable[[int, nn.Module], None] = lambda step, model: None,
+) -> Result:
+    """Train, evaluate, and leave a checkpoint and a log in ``out``.
+
+    Args:
+        config: the run.
+        out: folder, made if it is not there.
+        root: folder of a real data set.
+        resume: go on from the checkpoint in ``out``.
+        precision: "no" or "bf16", mixed precision.
+        shard: FSDP2 instead of DDP among processes.
+        accumulate: forward and backward passes per step and process.
+        workers: processes that load data.
+        checkpoint_every: steps between checkpoints; there is one at the end too.
+        after_step: called with the number of steps done and the network.
+
+    Raises:
+        CheckpointError, ConfigError, DataError: something that the user can put right.
+    """
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    training, validation = (data.build(config, root, training) for training in (True, False))
+    torch.manual_seed(config.seed)
+    model = Segmenter(config, len(training.classes))
+    model = distribute(model, accelerator, shard)
+    optimizer = optimizer_of(config, model)
+    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.jsonl"
+    first, losses = 0, []
+    if resume:
+        checkpoint = Checkpoint.load(checkpoint_path)
+        check_same(config, checkpoint)
+        checkpoint.check_classes(training)
+        set_model_state_dict(model, checkpoint.model, options=WHOLE)
+        set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=WHOLE)
+        first, losses = checkpoint.step, read_log(log_path, checkpoint.step)
+    parts = Parts(config, first, accelerator.process_index, accelerator.num_processes, accumulate)
+    if accelerator.is_main_process:
+        out.mkdir(parents=True, exist_ok=True)
+        log_path.write_text("".join(log_line(config, step, loss) for step, loss in enumerate(losses)))
+    batches = iter(loader(training, config, parts, workers, accelerator.device.type == "cuda"))
+
+    def save(step: int) -> None:
+        states = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
+        if accelerator.is_main_process:
+            classes, palette = list(training.classes), training.palette.tolist()
+            Checkpoint(config.to_dict(), classes, palette, step, *states).save(checkpoint_path)
+        accelerator.wait_for_everyone()
+
+    model.train()
+    bar = tqdm(
+        range(first, config.steps), f"training {config.block}", config.steps, initial=first, unit="step",
+        disable=not accelerator.is_main_process,
+    )  # fmt: skip
+    for step in bar:
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(config, step)
+        optimizer.zero_grad()
+        total = torch.zeros((), device=accelerator.device)
+        for part in parts.parts:
+            image, label = (x.to(accelerator.device, non_blocking=True) for x in next(batches))
+            seed_step(config.seed, step, part)
+            with accelerator.autocast():
+                outputs = model(image)
+            loss = loss_of(outputs, label, config.auxiliary_weight) / accumulate
+            loss.backward()
+            total += loss.detach()
+        loss = accelerator.reduce(total, "mean").item()
+        if not math.isfinite(loss):
+            raise ConfigError(f"the loss of step {step} is {loss}: lower learning_rate = {config.learning_rate}")
+        optimizer.step()
+        losses.append(loss)
+        if accelerator.is_main_process:
+            with log_path.open("a") as log:
+                log.write(log_line(config, step, loss))
+        bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
+        after_step(step + 1, model)
+        if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
+            share_buffers(model)
+            save(step + 1)
+    report = evaluate(accelerator.unwrap_model(model), validation, config)
+    return Result(losses, report)
+
+
+def distribute(model: Segmenter, accelerator: Accelerator, shard: bool) -> nn.Module:
+    """Return ``model`` on its device, and where there are several processes replicated by DDP or sharded by FSDP2.
+
+    accelerate shards on accelerators only, so ``fully_shard`` is called here: the backbone's stages and the whole.
+    Batch norm is synchronised on GPUs; on CPUs torch cannot, there every process normalises its own part.
+    """
+    if accelerator.num_processes == 1:
+        if shard:
+            raise ConfigError("--shard needs several processes: start them with torchrun")
+        return model.to(accelerator.device)
+    if accelerator.device.type == "cuda":
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if not shard:
+        return accelerator.prepare_model(model)
+    model.to(accelerator.device)
+    mesh = dist.device_mesh.init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    for stage in model.backbone.encoder.stages:
+        fully_shard(stage, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def share_buffers(model: nn.Module) -> None:
+    """Give all processes the first one's running statistics, where batch norm is not synchronised."""
+    if dist.is_initialized():
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Return the polynomially decaying learning rate of a step."""
+    span = config.learning_rate - config.min_learning_rate
+    return span * (1 - step / config.steps) ** 0.9 + config.min_learning_rate
+
+
+def seed_step(*numbers: int) -> None:
+    """Seed torch, whose dropout is all that is random in a step, by seed, step and part of the batch."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def log_line(config: Config, step: int, loss: float) -> str:
+    return json.dumps({"step": step, "loss": loss, "learning_rate": learning_rate(config, step)}) + "\n"
+
+
+def read_log(path: Path, steps: int) -> list[float]:
+    """Return the losses of the first ``steps`` steps."""
+    try:
+        losses = [json.loads(line)["loss"] for line in path.read_text().splitlines()[:steps]]
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{path} is missing or broken: {error}") from error
+    if len(losses) < steps:
+        raise CheckpointError(f"{path} has {len(losses)} steps, its checkpoint {steps}")
+    return losses
+
+
+def check_same(config: Config, checkpoint: Checkpoint) -> None:
+    """Raise CheckpointError where a resumed run would differ from the one interrupted."""
+    now = config.to_dict()
+    for name in now:
+        if now[name] != checkpoint.config.get(name):
+            raise CheckpointError(f"the checkpoint has {name}={checkpoint.config.get(name)!r}, this run {now[name]!r}")
+
+
+def settings_of(options: argparse.Namespace) -> Config:
+    """Return the config that the command line asks for: a file's, or with --resume the checkpoint's, and changes."""
+    if options.resume:
+        config = Config.of(Checkpoint.load(options.out / "checkpoint.pt").config)
+    else:
+        config = Config.load(options.config or options.data or "shapes")
+    changes = {name: getattr(options, name) for name in ("data", "block", "steps", "seed")}
+    changes = {name: value for name, value in changes.items() if value is not None}
+    for setting in options.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise ConfigError(f"--set takes NAME=VALUE, got {setting!r}")
+        try:
+            changes[name] = json.loads(value)
+        except ValueError:
+            changes[name] = value  # a bare word
+    if changes.get("block", config.block) != config.block:
+        changes.setdefault("block_options", {})  # the file's are for its own block
+    return config.replace(**changes)
+
+
+def main(arguments: list[str] | None = None) -> Result:
+    parser = argparse.ArgumentParser(
+        prog="train", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data", choices=NAMES, help="the data set, with its file in configs (shapes)")
+    parser.add_argument("--root", type=Path, help="the folder that holds it; none for shapes")
+    parser.add_argument("--config", type=Path, help="another file of settings")
+    parser.add_argument("--block", help='one of asa_ops.nn.available(), or "none" (asa)')
+    parser.add_argument("--steps", type=int, help="optimizer steps (as in the file)")
+    parser.add_argument("--seed", type=int, help="of everything random (0)")
+    parser.add_argument(
+        "--set",
+        nargs="+",
+        default=[],
+        metavar="NAME=VALUE",
+        help='other settings: block_options={"topk":9} crop=[64,64]',
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/segmentation"), help="folder to write (runs/segmentation)"
+    )
+    parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint")
+    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed precision (no)")
+    parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DDP, under torchrun")
+    parser.add_argument("--accumulate", type=int, default=1, help="passes per step and process (1)")
+    parser.add_argument("--workers", type=int, default=0, help="processes that load data, per process (0)")
+    parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps (1000)")
+    options = parser.parse_args(arguments)
+    for name, least in (("accumulate", 1), ("workers", 0), ("checkpoint_every", 1)):
+        if getattr(options, name) < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+    config = settings_of(options)
+    names = ("out", "root", "resume", "precision", "shard", "accumulate", "workers", "checkpoint_every")
+    result = train(config, **{name: getattr(options, name) for name in names})
+    if Accelerator().is_main_process:
+        print(
+            f"block {config.block}, {config.steps} steps, checkpoint {options.out / 'checkpoint.pt'}\n\n{result.report}"
+        )
+    return result
+
+
+if __name__ == "__main__":
+    main_of(main)

@@ -1,0 +1,30 @@
+"""Started by torchrun: trains the same run under DDP and sharded, and writes the losses; see test_segmentation.py."""
+
+import json
+import sys
+from pathlib import Path
+
+import segmentation_cases as cases
+
+from examples.segmentation.train import main, train
+
+out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
+(out / "config.json").write_text(json.dumps(cases.tiny(**settings).to_dict()))
+command = ["--config", str(out / "config.json"), "--checkpoint-every", "2"]
+main([*command, "--out", str(out / "ddp")])
+main([*command, "--out", str(out / "fsdp"), "--shard"])
+
+
+class Interrupted(Exception):
+    pass
+
+
+def interrupt(step, model):
+    if step == 3:
+        raise Interrupted
+
+
+try:
+    train(cases.tiny(**settings), out / "resumed", shard=True, checkpoint_every=2, after_step=interrupt)
+except Interrupted:
+    train(cases.tiny(**settings), out / "resumed", shard=True, resume=True)
