@@ -45,9 +45,19 @@ def op_arguments(inputs, options, keep_bits=True, impl="blocked"):
     return *inputs, options.get("key_padding_mask"), height, width, *rest, True, 2.0, keep_bits, impl
 
 
+def forms():
+    """Forms of the inputs; what the op is told about them does not depend on the implementation, so others are slow."""
+    names = ("contiguous", "permuted", "requires_grad", "no_bits")
+    rows = [
+        pytest.param(impl, form, marks=[] if impl == "blocked" or form == "contiguous" else [pytest.mark.slow])
+        for impl in KERNELS
+        for form in names
+    ]
+    return pytest.mark.parametrize("impl,form", rows)
+
+
 @each_contract_case
-@each_kernel
-@pytest.mark.parametrize("form", ["contiguous", "permuted", "requires_grad", "no_bits"])
+@forms()
 def test_opcheck_forward(case, impl, form):
     inputs, options = make(smaller(impl, case), torch.float32)
     if form == "permuted":
