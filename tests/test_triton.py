@@ -63,7 +63,7 @@ def test_float16_equals_reference(case):
 
 @each(tuple(c.name for c in CASES if c.alpha not in (None, "zero", "inf") and c.batch), quick=LEARNING)
 def test_threshold_gradients(case):
-    if case.name == "sharp":  # a last bit of these scores moves a gradient by 1e-6: 126 rows are too few to compare by
+    if case.name in ("sharp", "window_5"):  # a last bit moves a gradient by 1e-6: 126 rows are too few to compare by
         case = replace(case, heads=8)
     check_threshold_gradients("triton", *make(case, torch.float32), band=1.3)
 
@@ -224,6 +224,26 @@ def test_arranged_tokens_are_padded_with_zeros():
     tokens = problem.rows.order[0, :63].long()
     assert torch.equal(q[:, :, :63, :5], problem.inputs.query[:, :, tokens])
     assert q[:, :, 63:].abs().max() == 0 and q[..., 5:].abs().max() == 0
+
+
+def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
+    """To the nearest number of 11 significant bits; what is not finite stays what it is."""
+    inputs, _ = make(named("plain", grid=(3, 3), batch=1, heads=1), torch.float32)
+    inputs[0][0, 0, 4, :3] = torch.tensor([torch.nan, torch.inf, -torch.inf])
+    exact = inputs[0][0, 0]
+    mantissa, exponent = torch.frexp(exact.double())
+    expected = torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
+    expected = torch.where(exact.isfinite(), expected, exact.double()).float()
+    monkeypatch.setattr(triton_support, "precision", lambda dtype: "tf32")
+    problem = arrange.Problem(Inputs(*inputs, None), Options((3, 3), 3, 0, True, 1.0), False)
+    found = problem.q[problem.rows.place[0].long(), : exact.shape[1]]
+    assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and not torch.equal(expected, exact)
+
+
+@pytest.mark.parametrize("scale", [-0.4, 0.0])
+def test_scales_that_are_not_positive(scale):
+    inputs, options = make(named("plain", heads=1), torch.float32)
+    check_against_reference("triton", inputs, options | {"scale": scale})
 
 
 def test_peaks_are_never_below_the_scores_and_lists_miss_no_pair():
