@@ -39,6 +39,10 @@ def _add_scores(
     """Take a block of products into the running maximum and sum of exponentials of its rows; store its peaks.
 
     ``scale2`` >= 0, so the largest score is that of the largest product. MASKED: the block reaches beyond the keys.
+
+    The fused multiply-add subtracts a rounded maximum from an unrounded score: where scores are so large that half of
+    their last place counts, exponentials of <= 0 come out as anything. Bounds on their sum keep the error within that
+    half: here at most BLOCK_N, and at least 1 in the end.
     """
     SUB: tl.constexpr = BLOCK_N // 64
     if MASKED:
@@ -59,7 +63,8 @@ def _add_scores(
     p = tl.exp2(tl.fma(s, scale2, -base[:, None]))
     if MASKED:
         p = tl.where(there, p, 0)
-    return m_new, summed * tl.exp2(m - base) + tl.sum(p, 1)
+    added = tl.minimum(tl.sum(p, 1), BLOCK_N, propagate_nan=tl.PropagateNan.ALL)
+    return m_new, summed * tl.exp2(m - base) + added
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -98,6 +103,7 @@ def _asa_statistics_kernel(
             s = -s
         m, summed = _add_scores(s, m, summed, peaks, j0, rows, padded, n_keys, scale2,
                                 BLOCK_M, BLOCK_N, HAS_PEAKS, True)  # fmt: skip
+    summed = tl.where(m == -float("inf"), summed, tl.maximum(summed, 1, propagate_nan=tl.PropagateNan.ALL))
     at = (split * zs + z).to(tl.int64) * padded + rows
     tl.store(largest + at, m)
     tl.store(total + at, summed)
