@@ -43,7 +43,7 @@ SPILL_CEILING = {
     ("finish_rows", 64, 80): 1,
     ("combine", 256, 80): 2,
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
-    ("dk", 256, 90): 10,  # 83 us on an H200, 105 us in the best of the rows without (bench/results/nvidia-h200-tune.txt)
+    ("dk", 256, 90): 10,  # 83 us on an H200, 105 us in the best row without (bench/results/nvidia-h200-tune.txt)
 }
 
 # Products on tensor cores, in the order of a call; the rest of the kernels moves data.

@@ -259,8 +259,8 @@ def test_thirty_steps_with_adaptive_sparse_attention(trained):
 def test_thresholds_learn_unless_told_not_to(tmp_path):
     """Two trainings that differ in nothing else: the gradient moves the thresholds' convolution further than decay."""
 
-    def moved(**options):
-        config = cases.tiny(block="asa", block_options=options, steps=12)
+    def moved(rate=1.0, **options):
+        config = cases.tiny(block="asa", block_options=options, steps=12, threshold_rate=rate)
         train.train(config, tmp_path)
         torch.manual_seed(config.seed)
         before = model.Segmenter(config, 5).head.block.alpha.weight
@@ -269,6 +269,8 @@ def test_thresholds_learn_unless_told_not_to(tmp_path):
     decay = 1 - (1 - 0.003 * 5e-4) ** 12
     assert moved(threshold_grad=None) <= decay
     assert moved() > 100 * decay
+    assert moved(rate=0) == 0
+    assert moved(rate=0.1) < 0.2 * moved()
 
 
 class Interrupted(Exception):
@@ -286,7 +288,7 @@ def interrupted(config: Config, out: Path, at: int, **options) -> None:
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_resumes_to_the_same_bits(optimizer, tmp_path):
-    config = cases.tiny(block="asa", steps=6, optimizer=optimizer)
+    config = cases.tiny(block="asa", steps=6, optimizer=optimizer, threshold_rate=0.5)
     whole = train.train(config, tmp_path / "whole")
     interrupted(config, tmp_path / "parts", at=5, checkpoint_every=2)
     assert Checkpoint.load(tmp_path / "parts" / "checkpoint.pt").step == 4
@@ -404,7 +406,7 @@ def test_two_processes(tmp_path):
     On a CPU every process normalises its own part, dropout is seeded by part, and a sum of two numbers does not depend
     on their order: DDP gives the same bits. FSDP2 may round gradients elsewhere.
     """
-    settings = {"steps": 4, "block": "asa"}
+    settings = {"steps": 4, "block": "asa", "threshold_rate": 0.5}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     command += [str(ROOT / "tests" / "segmentation_ranks.py"), str(tmp_path), json.dumps(settings)]

@@ -31,17 +31,16 @@ def put(folder, *runs: dict) -> None:
 
 @pytest.mark.parametrize("variant", ablation.VARIANTS)
 def test_every_variant_builds(variant):
-    block, options = ablation.VARIANTS[variant]
-    network = Segmenter(Config.load("shapes").replace(block=block, block_options=options), 5)
+    network = Segmenter(Config.load("shapes").replace(**ablation.VARIANTS[variant]), 5)
     assert network.eval()(torch.zeros(1, 3, 64, 64)).shape == (1, 5, 16, 16)
 
 
 def test_the_library_is_among_the_variants():
     """Every block is, and the names that say so have thresholds without a gradient, no others."""
-    assert {block for block, _ in ablation.VARIANTS.values()} == {NO_BLOCK, *blocks.available()}
-    for name, (block, options) in ablation.VARIANTS.items():
-        if block == "asa":
-            module = blocks.build(block, 8, **options)
+    assert {settings["block"] for settings in ablation.VARIANTS.values()} == {NO_BLOCK, *blocks.available()}
+    for name, settings in ablation.VARIANTS.items():
+        if settings["block"] == "asa":
+            module = blocks.build("asa", 8, **settings["block_options"])
             nn.init.normal_(module.proj.weight)
             module(torch.randn(1, 8, 6, 6)).square().sum().backward()
             gradient = module.alpha.weight.grad

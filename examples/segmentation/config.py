@@ -41,6 +41,7 @@ class Config:
         optimizer: "sgd" with momentum 0.9, as published, or "adamw".
         learning_rate: at the first step; it falls to ``min_learning_rate`` as (1 - step / steps) ** 0.9.
         min_learning_rate: at the last.
+        threshold_rate: of the convolutions that predict thresholds, their learning rate over that of the rest.
         weight_decay: of the optimizer.
         window: evaluation by sliding a window of this size; None: whole pictures.
         stride: of the window.
@@ -67,6 +68,7 @@ class Config:
     optimizer: str = "sgd"
     learning_rate: float = 0.01
     min_learning_rate: float = 1e-4
+    threshold_rate: float = 1.0
     weight_decay: float = 5e-4
     window: tuple[int, int] | None = None
     stride: tuple[int, int] | None = None
@@ -95,7 +97,7 @@ class Config:
         if self.window is not None:
             fits = all(s <= w for s, w in zip(self.stride, self.window, strict=True))
             self._check("stride", fits, f"at most window = {list(self.window)}")
-        for name in ("learning_rate", "min_learning_rate", "weight_decay", "auxiliary_weight"):
+        for name in ("learning_rate", "min_learning_rate", "threshold_rate", "weight_decay", "auxiliary_weight"):
             value = getattr(self, name)
             self._check(name, isinstance(value, int | float) and 0 <= value < float("inf"), "a number >= 0")
         self._check("dropout", isinstance(self.dropout, int | float) and 0 <= self.dropout < 1, "in [0, 1)")

@@ -113,7 +113,7 @@ def train(
     )  # fmt: skip
     for step in bar:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+            group["lr"] = learning_rate(config, step) * group["rate"]
         optimizer.zero_grad()
         total = torch.zeros((), device=accelerator.device)
         for part in parts.parts:
@@ -170,9 +170,16 @@ def share_buffers(model: nn.Module) -> None:
 
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimizer; a group's learning rate is its ``rate`` times that of the step."""
+    thresholds = {"head.block.alpha", "head.block.beta"} if config.block == "asa" else set()
+    groups = {1.0: [], config.threshold_rate: []}
+    for name, parameter in model.named_parameters():
+        learns = name.removeprefix("module.").rpartition(".")[0] in thresholds  # DDP's modules are in `module`
+        groups[config.threshold_rate if learns else 1.0].append(parameter)
+    groups = [{"params": parameters, "rate": rate} for rate, parameters in groups.items() if parameters]
     if config.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
-    return torch.optim.AdamW(model.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+        return torch.optim.SGD(groups, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
+    return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)
 
 
 def learning_rate(config: Config, step: int) -> float:
