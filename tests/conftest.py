@@ -2,6 +2,10 @@
 
 import os
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: their threads would only wait for each other
+    for library in ("OMP", "MKL", "OPENBLAS"):  # before torch and numpy are imported; a test may still ask for threads
+        os.environ[f"{library}_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 
