@@ -11,6 +11,7 @@ seed see the same. Runs are kept in the JSON file as they end: the same command 
 where nothing is missing only writes the table and the plot again.
 
     python examples/thresholds.py                       # 5 seeds: about half an hour on one thread
+    python examples/thresholds.py --steps 1500 --methods dense "learned alpha" --out long.json
     python examples/thresholds.py --seeds 2 --steps 5 --side 24 --out quick.json
 """
 
@@ -323,8 +324,9 @@ def interval(values: list[float]) -> tuple[float, float]:
 
 
 def finished(results: dict) -> dict:
-    """Return the runs of the seeds that have one of every method."""
-    return {i: runs for i, runs in results["runs"].items() if runs.keys() >= METHODS.keys()}
+    """Return the runs of the seeds that have one of every method that the settings name."""
+    methods = results["settings"]["methods"].keys()
+    return {i: runs for i, runs in results["runs"].items() if runs.keys() >= methods}
 
 
 def gains(runs: dict, name: str, field: str) -> list[float]:
@@ -344,7 +346,7 @@ def table(results: dict) -> str:
         "| method | test, dB | gain on the test, dB | gain on the training photographs, dB | alpha |",
         "|---|---|---|---|---|",
     ]
-    for name in METHODS:
+    for name in options["methods"]:
         score = interval([seed[name]["test"] for seed in runs.values()])
         cells = ["{:.2f} ± {:.2f}".format(*score)]
         cells += ["{:+.3f} ± {:.3f}".format(*interval(gains(runs, name, field))) for field in ("test", "train")]
@@ -356,21 +358,23 @@ def table(results: dict) -> str:
         else:
             cells.append("-")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    moved = max(seed[name]["moved"] for seed in runs.values() for name in METHODS if "no gradient" in name)
     ceiling = "{:+.2f} ± {:.2f}".format(*interval([results["ceilings"][i] for i in runs]))
     lines += [
         "",
-        f"The largest change of a parameter without a gradient was {moved:g}. An oracle that gives every test tile the",
-        f"alpha of the grid that is best for it, by looking at the clean tile, would gain {ceiling} dB.",
+        "An oracle that gives every test tile the alpha of the grid that is best for it, by looking at the clean tile,",
+        f"would gain {ceiling} dB.",
     ]
+    moved = [seed[name]["moved"] for seed in runs.values() for name in options["methods"] if "no gradient" in name]
+    if moved:
+        lines.append(f"The largest change of a parameter without a gradient was {max(moved):g}.")
     return "\n".join(lines) + "\n"
 
 
 def draw(path: Path, results: dict) -> None:
     """Draw the gains, the learning curves from a near-dense start, and the derivatives of the first seed."""
-    runs = finished(results)
+    runs, methods = finished(results), results["settings"]["methods"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.3, 1, 1))
-    shown = [name for name in METHODS if name != REFERENCE and not name.startswith(("dense", "near"))]
+    shown = [name for name in methods if name != REFERENCE and not name.startswith(("dense", "near"))]
     for y, name in enumerate(reversed(shown)):
         for field, colour, shift in (("test", "C0", 0.12), ("train", "C7", -0.12)):
             mean, half = interval(gains(runs, name, field))
@@ -381,12 +385,13 @@ def draw(path: Path, results: dict) -> None:
     axes[0].set_xlabel(f"gain over {REFERENCE}, dB")
     axes[0].legend()
 
-    for name in ("near-dense, no gradient", "near-dense, learned alpha", "learned alpha"):
-        curves = np.array([seed[name]["curve"] for seed in runs.values()])
-        axes[1].plot(checks(results["settings"]["steps"]), curves.mean(0), marker=".", label=name)
-    axes[1].axhline(
-        np.mean([seed["dense"]["test"] for seed in runs.values()]), color="C7", linestyle=":", label="dense"
-    )
+    for name in ("near-dense, no gradient", "near-dense, learned alpha", "learned alpha", "learned alpha, beta, h"):
+        if name in methods:
+            curves = np.array([seed[name]["curve"] for seed in runs.values()])
+            axes[1].plot(checks(results["settings"]["steps"]), curves.mean(0), marker=".", label=name)
+    if "dense" in methods:
+        level = np.mean([seed["dense"]["test"] for seed in runs.values()])
+        axes[1].axhline(level, color="C7", linestyle=":", label="dense")
     axes[1].set_xlabel("step")
     axes[1].set_ylabel("test PSNR, dB")
     axes[1].legend()
@@ -448,6 +453,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of training (300)")
     parser.add_argument("--side", type=int, default=48, help="of the square tiles; SIDE^2 tokens (48)")
     parser.add_argument("--noise", type=float, default=0.1, help="standard deviation of the noise, colours in [0, 1]")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     default = Path(__file__).parent / "results" / "thresholds.json"
     parser.add_argument("--out", type=Path, default=default, help="results; a .md and a .png are written beside them")
     options = parser.parse_args(arguments)
@@ -468,14 +474,15 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
     settings = {name: getattr(options, name) for name in ("steps", "side", "noise")}
-    settings |= {"rate": RATE, "batch": BATCH, "methods": {name: asdict(x) for name, x in METHODS.items()}}
+    methods = {name: asdict(x) for name, x in METHODS.items() if name in (*options.methods, REFERENCE)}
+    settings |= {"rate": RATE, "batch": BATCH, "methods": methods}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in a file
     results = resume(options.out, settings)
-    with tqdm(total=options.seeds * len(METHODS), unit="run") as bar:
+    with tqdm(total=options.seeds * len(methods), unit="run") as bar:
         for i in range(options.seeds):
             done = results["runs"].setdefault(str(i), {})
             bar.update(len(done))
-            missing = [name for name in METHODS if name not in done]
+            missing = [name for name in methods if name not in done]
             if not missing:
                 continue
             bar.set_description(f"seed {i}, tuning")

@@ -167,7 +167,7 @@ def test_table(thresholds):
     runs["0"]["learned alpha"], runs["1"]["learned alpha"] = run(20.5, 30.25), run(21.75, 29.75)
     runs["1"]["near-dense, no gradient"]["moved"] = 0.125
     runs["2"] = {"dense": run(50.0, 50.0)}  # interrupted: does not count
-    settings = {"steps": 3, "side": 10, "noise": 0.1}
+    settings = {"steps": 3, "side": 10, "noise": 0.1, "methods": thresholds.METHODS}
     results = {"settings": settings, "runs": runs, "ceilings": {"0": 1.0, "1": 2.0, "2": 9.0}}
     text = thresholds.table(results)
     # gains 0.5 and 0.75: t = 12.7062, s / sqrt(2) = 0.125
@@ -194,6 +194,16 @@ def test_runs_from_the_command_line(thresholds, finished):
     assert skimage.io.imread(finished.with_suffix(".png")).std() > 1
     assert max(len(line) for line in finished.read_text().splitlines()) < 600  # a line for every run
     assert sorted(x.name for x in finished.parent.iterdir()) == ["out.json", "out.md", "out.png"]
+
+
+def test_runs_some_methods(thresholds, tmp_path):
+    """Beside the reference; steps count, and what is not run is missing in the table."""
+    path = tmp_path / "out.json"
+    results = thresholds.main([*SMALL, "--methods", "learned h", "--out", str(path)])
+    assert [list(runs) for runs in results["runs"].values()] == [["fixed alpha", "learned h"]] * 2
+    text = path.with_suffix(".md").read_text()
+    assert text.count("\n| ") == 3 and "without a gradient" not in text
+    assert skimage.io.imread(path.with_suffix(".png")).std() > 1
 
 
 def test_goes_on_where_it_was_interrupted(thresholds, finished, tmp_path, monkeypatch):
@@ -243,6 +253,7 @@ def test_the_readme_quotes_the_table():
         (["--side", "21"], "--side must be from 10 to 20, got 21"),
         (["--noise", "0"], "--noise must be > 0 and finite, got 0.0"),
         (["--noise", "nan"], "--noise must be > 0 and finite, got nan"),
+        (["--methods", "learned"], "invalid choice: 'learned'"),
         (["--out", "results.txt"], "--out must end in .json, got 'results.txt'"),
         (["--out", "no/such/folder.json"], "there is no folder 'no/such'"),
     ],
