@@ -394,7 +394,8 @@ def draw(path: Path, results: dict) -> None:
         axes[1].axhline(level, color="C7", linestyle=":", label="dense")
     axes[1].set_xlabel("step")
     axes[1].set_ylabel("test PSNR, dB")
-    axes[1].legend()
+    if axes[1].lines:
+        axes[1].legend()
 
     rows = results["derivatives"]
     alphas = [row["alpha"] for row in rows]
