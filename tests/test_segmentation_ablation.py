@@ -2,6 +2,7 @@
 
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import PIL.Image
@@ -14,6 +15,8 @@ from asa_ops import nn as blocks
 from examples.segmentation import ablation, cli
 from examples.segmentation.config import NO_BLOCK, Config, ConfigError
 from examples.segmentation.model import Segmenter
+
+RESULTS = Path(ablation.__file__).parent / "results"
 
 
 def made_up(variant: str, seed: int, miou: float, **changes) -> dict:
@@ -102,13 +105,31 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys):
     text = capsys.readouterr()
     assert "| asa | 2 |" in text.out and "it broke" in text.out + text.err
     assert (tmp_path / "ablation.md").read_text() in text.out and (tmp_path / "ablation.png").stat().st_size > 1000
+    assert [path.name for path in tmp_path.glob("*.json")] == ["ablation.json"]
+    put(tmp_path, made_up("asa", 2, 0.5))  # one more beside those gathered
+    with pytest.raises(SystemExit, match="2 of 2 runs failed"):
+        ablation.main(command)
+    assert "| asa | 3 |" in (tmp_path / "ablation.md").read_text()
+
+
+@pytest.mark.parametrize("folder", sorted(RESULTS.iterdir()), ids=lambda folder: folder.name)
+def test_committed_tables_are_of_the_committed_runs(folder, tmp_path, monkeypatch):
+    """The command runs nothing there, and renders."""
+    monkeypatch.delattr(ablation, "run_in_process")
+    (tmp_path / "ablation.json").write_bytes((folder / "ablation.json").read_bytes())
+    runs = ablation.read(tmp_path)
+    assert all(sorted(seeds) == [0, 1, 2, 3, 4] for seeds in runs.values())
+    ablation.main(["--variants", *runs, "--out", str(tmp_path)])
+    for name in ("ablation.json", "ablation.md"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    assert (folder / "ablation.png").stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     ("content", "message"),
     [
         ("{", r"none-1\.json is broken"),
-        ("[]", r"none-1\.json is not of this experiment"),
+        ("[{}]", r"none-1\.json is not of this experiment"),
         (json.dumps(made_up("none", 1, 0.5, steps=30)), "has runs of different lengths"),
     ],
     ids=["broken", "foreign", "lengths"],
@@ -137,4 +158,5 @@ def test_bad_arguments(arguments, message, tmp_path, capsys):
 @pytest.mark.slow
 def test_a_process_of_its_own(tmp_path):
     ablation.main(["--variants", "none", "asa", "--seeds", "1", "--steps", "2", "--jobs", "1", "--out", str(tmp_path)])
-    assert {path.name for path in tmp_path.glob("*.json")} == {"none-0.json", "asa-0.json"}
+    assert {path.name for path in tmp_path.glob("*.json")} == {"ablation.json"}
+    assert {name: list(seeds) for name, seeds in ablation.read(tmp_path).items()} == {"none": [0], "asa": [0]}

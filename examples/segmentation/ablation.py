@@ -5,7 +5,8 @@
 
 Variants differ in the block, or in how fast its thresholds learn, alone; a seed gives all of them the same pictures in
 the same order. Each run is a process of one thread and leaves a file, so that an interrupted command goes on where it
-was. The table and the plot, `ablation.md` and `ablation.png`, are made of all the files in --out.
+was. What is in --out is gathered in `ablation.json`, of which the table and the plot, `ablation.md` and `ablation.png`,
+are made.
 
 The paper (Table 3) has 43.59 -> 44.12 -> 44.38 mIoU on ADE20K and 77.05 -> 77.68 -> 78.01 on PASCAL VOC 2012 for no
 attention, NLSCB, NLSCB and LSCB. Here are made pictures; nothing below says anything about those data sets.
@@ -67,6 +68,7 @@ VARIANTS: dict[str, dict] = {  # name: settings
 }
 REFERENCE = "asa, no gradient"  # what the others' gains are measured from, seed by seed
 SAMPLES = 20  # points of a curve of survivors
+DIGITS = 5  # significant ones of what is gathered
 
 
 class Watch:
@@ -158,23 +160,46 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     """
     found: dict[str, dict[int, dict]] = {}
     lengths = {}
-    for path in sorted(folder.glob("*-*.json")):
-        told = read_run(path)
-        found.setdefault(told["variant"], {})[told["seed"]] = told
-        lengths[told["steps"]] = path.name
+    for path in sorted(folder.glob("*.json")):
+        for told in read_file(path):
+            found.setdefault(told["variant"], {})[told["seed"]] = told
+            lengths[told["steps"]] = path.name
     if len(lengths) > 1:
         raise ConfigError(f"{folder} has runs of different lengths, {lengths}: remove some, or name another --out")
     return {name: found[name] for name in VARIANTS if name in found}
 
 
-def read_run(path: Path) -> dict:
+def read_file(path: Path) -> list[dict]:
+    """Return the runs of a file, which has one or a list of them."""
     try:
         told = json.loads(path.read_text())
     except ValueError as error:
         raise ConfigError(f"{path} is broken ({error}): remove it") from error
-    if not isinstance(told, dict) or not {"variant", "seed", "steps"} <= told.keys():
+    told = told if isinstance(told, list) else [told]
+    if not all(isinstance(each, dict) and {"variant", "seed", "steps"} <= each.keys() for each in told):
         raise ConfigError(f"{path} is not of this experiment: remove it")
     return told
+
+
+def gather(folder: Path, runs: dict[str, dict[int, dict]]) -> None:
+    """Put all runs into one file, a line each, instead of one file each."""
+
+    def rounded(x: object) -> object:
+        if isinstance(x, list):
+            return [rounded(each) for each in x]
+        return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
+
+    lines = [
+        json.dumps({name: rounded(x) for name, x in told.items()})
+        for seeds in runs.values()
+        for _, told in sorted(seeds.items())
+    ]
+    unfinished = folder / "ablation.unfinished"
+    unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n")
+    os.replace(unfinished, folder / "ablation.json")
+    for name, seeds in runs.items():
+        for seed in seeds:
+            path_of(folder, name, seed).unlink(missing_ok=True)
 
 
 def interval(values: list[float]) -> tuple[float, float]:
@@ -237,7 +262,7 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
 
 def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:
     """Draw mIoU of every variant and seed, and survivors over training."""
-    figure, axes = plt.subplots(1, 2, figsize=(13, 5), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(15, 5), layout="constrained")
     for y, seeds in enumerate(reversed(runs.values())):
         scores = [100 * x["miou"] for x in seeds.values()]
         mean, half = interval(scores)
@@ -246,14 +271,15 @@ def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:
     axes[0].set_yticks(range(len(runs)), reversed(runs))
     axes[0].set_xlabel("mIoU, %: seeds, mean, 95 % confidence interval")
     axes[0].grid(axis="x", alpha=0.3)
+    axes[1].set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name, seeds in runs.items():
         curves = [x["curve"] for x in seeds.values() if x["curve"]]
         if curves:
             steps = [point[0] for point in curves[0]]
             axes[1].plot(steps, np.mean([[point[1] for point in curve] for curve in curves], 0), ".-", label=name)
-    axes[1].set(xlabel="step", ylabel=f"survivors a row, of {positions(Config.load('shapes'))}", yscale="log")
+    axes[1].set(xlabel="step", ylabel=f"survivors a row, of {positions(Config.load('shapes'))}, mean of seeds")
     if axes[1].lines:
-        axes[1].legend(fontsize=8)
+        axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     figure.savefig(path, dpi=90)
     plt.close(figure)
 
@@ -281,9 +307,13 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
         run(name, int(seed), options.steps, path_of(options.out, name, int(seed)))
         return
-    read(options.out)  # what is there must fit before hours are spent
-    todo = [(name, seed) for seed in range(options.seeds) for name in options.variants]
-    todo = [(*each, options.steps, path) for each in todo if not (path := path_of(options.out, *each)).exists()]
+    there = read(options.out)  # what is there must fit before hours are spent
+    todo = [
+        (name, seed, options.steps, path_of(options.out, name, seed))
+        for seed in range(options.seeds)
+        for name in options.variants
+        if seed not in there.get(name, {})
+    ]
     wrong = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
         for error in pool.map(lambda each: run_in_process(*each), todo):
@@ -291,8 +321,9 @@ def main(arguments: list[str] | None = None) -> None:
             if error:
                 wrong.append(error)
                 bar.write(error)
-    runs = read(options.out)
-    if runs:
+    if read(options.out):
+        gather(options.out, read(options.out))
+        runs = read(options.out)
         text = table(runs)
         print(text)
         (options.out / "ablation.md").write_text(text)
