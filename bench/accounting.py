@@ -8,6 +8,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from peers import DENSE
+from record import Case
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -160,6 +162,21 @@ def units(impl: str, backward: bool, sparsity: Sparsity, dim: int = 64, half: bo
 def operations(units: float, n: int, dim: int, heads: int = 1) -> float:
     """Return the floating point operations of some units; heads of all images counted together."""
     return units * 2 * n**2 * dim * heads
+
+
+def implementation(method: str) -> str | None:
+    """Return whose units a method computes, for :func:`units`; None where they are not known."""
+    return method.removeprefix("asa ") if method.startswith("asa ") else "dense" if method in DENSE else None
+
+
+def operations_of(case: Case, method: str) -> float | None:
+    """Return the operations that a method computes in a timed case of "asa"; None where they are not known."""
+    impl = implementation(method)
+    if impl is None or not case.sparsity or case.mode == "mem":
+        return None
+    half = case.dtype != "float32"
+    number = units(impl, case.mode == "fwd+bwd", Sparsity(**case.sparsity), case.dim, half)
+    return operations(number, case.tokens, case.dim, case.heads * case.batch)
 
 
 def traffic(n: int, dim: int, heads: int, itemsize: int, backward: bool) -> int:

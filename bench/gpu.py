@@ -7,7 +7,7 @@
 It uses the Python it is run with, which needs torch, triton and pytest, installs nothing and takes asa_ops from this
 source tree. Steps run one after another, each in processes of its own with a limit, so that one that hangs leaves time
 for the others. The folder gets results.json (``bench/gpu_report.py`` has the form), summary.md and a log of every
-step, rewritten after each. Exit status 1 if something failed, did not finish, or nothing ran.
+step, rewritten after each. Exit status 1 if something failed, tests did not finish, or nothing ran.
 """
 
 import argparse
@@ -300,6 +300,8 @@ def keep(out: Path, results: dict) -> None:
     folder = ROOT / "bench" / "results"
     for source, suffix in (("summary.md", "-summary.md"), ("results.json", "-summary.json")):
         shutil.copyfile(out / source, folder / (stem + suffix))
+    for old in folder.glob(f"{stem}-*.png"):  # of a sweep that the new page may not have
+        old.unlink()
     for source in out.glob("bench/*"):
         shutil.copyfile(source, folder / source.name)
     print(f"kept as bench/results/{stem}*")

@@ -463,9 +463,14 @@ def measure_all(todo: list[tuple], deadline: float, timings: dict, out: Path) ->
             left = ", ".join(f"{kind} {n}{' flex' * flex}{' fwd+bwd' * back}" for kind, n, back, flex in todo[i:])
             timings["notes"].append(f"No time was left for: {left}.")
             break
-        if beside_flex and n not in flexes:
-            flexes[n] = Flex(n)
-        result = case(kind, n, backward, flexes[n] if beside_flex else None, timings["notes"])
+        try:
+            if beside_flex and n not in flexes:
+                flexes[n] = Flex(n)
+            result = case(kind, n, backward, flexes[n] if beside_flex else None, timings["notes"])
+        except Exception as error:  # of what comes with the timings; the other cases go on
+            timings["notes"].append(f"{kind} {n}{' fwd+bwd' * backward} failed: {type(error).__name__}: {error}"[:300])
+            failed += 1
+            continue
         failed += "error" in result["methods"]["asa"]
         timings["cases"].append(result)
         write(out, timings)

@@ -93,8 +93,8 @@ def interleaved(
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time every call once a round, one after the other, so that a slow moment of the machine meets all of them.
 
-    Two rounds warm up. A call slower than SLOW times the fastest is timed in SLOW_ROUNDS rounds only, enough for its
-    ratio.
+    Two rounds warm up, the first one for what compiles. A call that the second finds slower than SLOW times the fastest
+    is timed in SLOW_ROUNDS rounds only, enough for its ratio.
 
     Args:
         calls: by name.
@@ -112,8 +112,7 @@ def interleaved(
         for name, call in calls.items():
             if name in errors:
                 continue
-            slow = i > 0 and warm[name] > SLOW * min(warm.values())
-            if slow and (i == 1 or i >= SLOW_ROUNDS + 2):
+            if i >= SLOW_ROUNDS + 2 and warm[name] > SLOW * min(warm.values()):
                 continue
             tell(name)
             try:
@@ -175,21 +174,20 @@ def bytes_in_fresh_process(*arguments: object) -> int:
 
 
 def free_bytes(device: str) -> int:
-    if device != "cpu":
-        return torch.cuda.mem_get_info()[0]
+    if device != "cpu":  # what torch keeps and does not use is free too
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
         return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
     except OSError:
         return 2**62
 
 
-def ceilings(device: str, side: int = 2048) -> dict[str, float]:
-    """Return what the machine does at most, measured: large matrix products and a large copy.
+def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, float]:
+    """Return what the machine does at most, measured: large matrix products of ``dtype`` and a large copy.
 
     Of products on a CPU there are two, torch's own and this library's; the second is what pass 1 of attention, with
     thresholds that nobody passes, takes more at twice the head dim.
     """
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     side = side if device == "cpu" else 4 * side
     a, b = torch.randn(2, side, side, device=device, dtype=dtype)
     source = torch.empty(side * side * 16, device=device, dtype=torch.float32).normal_()
@@ -199,7 +197,7 @@ def ceilings(device: str, side: int = 2048) -> dict[str, float]:
         from asa_ops import asa_attention
 
         for dim in (256, 512):
-            query, nobody = torch.randn(1, 1, side, dim), torch.full((1, 1, side), torch.inf)
+            query, nobody = torch.randn(1, 1, side, dim, dtype=dtype), torch.full((1, 1, side), torch.inf)
             calls[f"pass 1, {dim}"] = lambda q=query, t=nobody: asa_attention(q, q.clone(), q, t, impl="cpu")
     times, errors = interleaved(calls, 9, device)
     if errors:

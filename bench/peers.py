@@ -162,9 +162,15 @@ PEERS: dict[str, Peer] = {
     "sdpa efficient": Peer(_gpu, _sdpa(SDPBackend.EFFICIENT_ATTENTION), "dense, PyTorch"),
     "sdpa math": Peer(_everywhere, _sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
     "eager": Peer(_everywhere, _eager, "the published formula in eager PyTorch", matrices=14),
-    "flex": Peer(_everywhere, _flex, "FlexAttention given our survivors as a mask", 1, backward_on_cpu=False),
+    "flex": Peer(
+        _everywhere,
+        _flex,
+        "FlexAttention given our survivors in an N x N mask, neither counted",
+        1,
+        backward_on_cpu=False,
+    ),
     "flex + mask": Peer(
-        _everywhere, _flex_and_mask, "the same and its block mask, built in the call", 1, backward_on_cpu=False
+        _everywhere, _flex_and_mask, "the same with its block mask built in the call", 1, backward_on_cpu=False
     ),
     "adasplash": Peer(_installed("adasplash", _gpu), _adasplash, "entmax attention with a sparsity of its own"),
     "xformers": Peer(_installed("xformers", _gpu), _xformers, "dense, memory-efficient attention"),

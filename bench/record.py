@@ -98,6 +98,7 @@ class Case:
     def label(self) -> str:
         """The case in a few words."""
         heads = f" x {self.heads} heads" if self.heads > 1 else ""
+        heads += f" x batch {self.batch}" if self.batch > 1 else ""
         alpha = "" if self.alpha is None else f" alpha={self.alpha:g}"
         return f"{self.op} {self.inputs}{alpha} {self.size}, {self.dim}{heads}, {self.mode}"
 

@@ -19,7 +19,6 @@ from pathlib import Path
 import accounting
 import matplotlib
 import record
-from accounting import Sparsity
 from peers import DENSE, PEERS
 from record import Case, Record
 
@@ -150,17 +149,15 @@ class Roof:
 
 def roof(case: Case, name: str, ceilings: dict[str, float]) -> Roof | None:
     """Return it for one method that was timed; None of methods whose operations are not known."""
-    seconds, backward = case.median(name), case.mode == "fwd+bwd"
-    impl = name.removeprefix("asa ") if name.startswith("asa ") else "dense" if name in DENSE else None
+    seconds, operations = case.median(name), accounting.operations_of(case, name)
     products = [value for key, value in ceilings.items() if key.endswith("GFLOP/s")]
-    if not seconds or impl is None or not case.sparsity or not products:
+    if not seconds or operations is None or not products:
         return None
-    heads, itemsize = case.heads * case.batch, ITEMSIZE[case.dtype]
-    units = accounting.units(impl, backward, Sparsity(**case.sparsity), case.dim, itemsize == 2)
-    operations = accounting.operations(units, case.tokens, case.dim, heads)
-    moved = accounting.traffic(case.tokens, case.dim, heads, itemsize, backward)
+    heads = case.heads * case.batch
+    moved = accounting.traffic(case.tokens, case.dim, heads, ITEMSIZE[case.dtype], case.mode == "fwd+bwd")
     floor = max(operations / max(products), moved / ceilings["copy GB/s"]) / 1e9
-    return Roof(units, operations / seconds / 1e9, floor, seconds)
+    one = accounting.operations(1, case.tokens, case.dim, heads)
+    return Roof(operations / one, operations / seconds / 1e9, floor, seconds)
 
 
 # The page.
@@ -172,7 +169,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _with_quartiles(values: list[float] | None) -> str:
+def with_quartiles(values: list[float] | None) -> str:
+    """Return the median and, in brackets, the quartiles."""
     return f"{values[1]:.2f} ({values[0]:.2f}-{values[2]:.2f})" if values else "-"
 
 
@@ -180,8 +178,14 @@ def _inputs(case: Case) -> str:
     return case.inputs if case.alpha is None else f"{case.inputs}, alpha {case.alpha:g}"
 
 
+def _shape(case: Case) -> str:
+    """Return the head dim, and heads and batch where there are more than one."""
+    heads = f" x {case.heads} heads" if case.heads > 1 else ""
+    return f"{case.dim}{heads}" + (f" x batch {case.batch}" if case.batch > 1 else "")
+
+
 def inputs_table(cases: list[Case]) -> str:
-    seen = {(_inputs(c), c.size, c.dim): c.sparsity for c in cases if c.sparsity}
+    seen = {(_inputs(c), c.size, _shape(c)): c.sparsity for c in cases if c.sparsity}
     rows = [
         [*key, f"{x['survivors']:.0f}", *(f"{100 * x[name]:.1f} %" for name in ("density", "active", "candidates"))]
         for key, x in seen.items()
@@ -195,11 +199,11 @@ def times_table(cases: list[Case]) -> str:
     timed = [c for c in cases if c.mode != "mem"]
     peers = [name for name in PEERS if any(c.median(name) for c in timed)]
     rows = []
-    for c in timed:
-        middle = c.median(ours(c))
-        cells = [_with_quartiles(c.ratio(ours(c), name)) for name in peers]
-        shape = f"{c.dim}" + (f" x {c.heads}" if c.heads > 1 else "")
-        rows.append([_inputs(c), c.size, shape, c.mode, f"{1e3 * middle:.1f}" if middle else "failed", *cells])
+    for c, name in ((case, name) for case in timed for name in case.ours):
+        middle = c.median(name)
+        cells = [with_quartiles(c.ratio(name, peer)) for peer in peers]
+        mode = c.mode if len(c.ours) == 1 else f"{c.mode}, {name.removeprefix('asa ')}"
+        rows.append([_inputs(c), c.size, _shape(c), mode, f"{1e3 * middle:.1f}" if middle else "failed", *cells])
     return table(["inputs", "map", "D", "mode", "ASA, ms", *peers], rows) if rows else ""
 
 
@@ -211,7 +215,7 @@ def bytes_table(cases: list[Case]) -> str:
         for mode in record.MODES[:2]:
             used = [c.methods[name].memory.get(mode) if name in c.methods else None for name in names]
             cells = ["-" if x is None else f"{x / 1e6:.1f}" for x in used]
-            rows.append([_inputs(c), c.size, c.dim, mode, *cells])
+            rows.append([_inputs(c), c.size, _shape(c), mode, *cells])
     return table(["inputs", "map", "D", "mode", *names], rows) if rows else ""
 
 
@@ -223,10 +227,14 @@ def roof_table(cases: list[Case], ceilings: dict[str, float]) -> str:
             if found:
                 cells = f"{found.units:.2f}", f"{found.rate:.0f}", f"{1e3 * found.floor:.1f}"
                 rows.append(
-                    [_inputs(c), c.size, c.dim, c.mode, name, *cells, f"{100 * found.floor / found.seconds:.0f} %"]
+                    [_inputs(c), c.size, _shape(c), c.mode, name, *cells, f"{100 * found.floor / found.seconds:.0f} %"]
                 )
     header = ["inputs", "map", "D", "mode", "method", "units", "GFLOP/s", "floor, ms", "floor / time"]
     return table(header, rows) if rows else ""
+
+
+def _same_block(a: Case, b: Case) -> bool:
+    return all(getattr(a, name) == getattr(b, name) for name in ("op", "size", "dim", "batch"))
 
 
 def blocks_table(cases: list[Case]) -> str:
@@ -235,18 +243,18 @@ def blocks_table(cases: list[Case]) -> str:
         if c.mode == "mem":
             continue
         name, middle, eager = ours(c), c.median(ours(c)), c.median("eager")
-        memory = next((x for x in cases if x.mode == "mem" and (x.op, x.size, x.dim) == (c.op, c.size, c.dim)), None)
+        memory = next((x for x in cases if x.mode == "mem" and _same_block(x, c)), None)
         used = [
             memory.methods[m].memory.get(c.mode) if memory and m in memory.methods else None for m in (name, "eager")
         ]
         rows.append(
             [
                 c.op.replace(",", ", "),
-                f"{c.size}x{c.dim}",
+                f"{c.size}x{_shape(c)}",
                 c.mode,
                 f"{1e3 * middle:.1f}" if middle else "failed",
                 f"{1e3 * eager:.1f}" if eager else "-",
-                _with_quartiles(c.ratio(name, "eager")),
+                with_quartiles(c.ratio(name, "eager")),
                 *("-" if x is None else f"{x / 1e6:.1f}" for x in used),
                 f"{used[0] / used[1]:.2f}" if used[0] is not None and used[1] else "-",
             ]
@@ -343,7 +351,11 @@ def render(results: Record, pictures: list[str]) -> str:
     asa = [c for c in results.cases if c.op == "asa"]
     single = [c for c in asa if not c.sweep]
     lines = [f"# asa_ops on {results.environment.get('device')}", f"**{headline(asa)}**"]
-    lines.append("\n".join(f"- {name}: {value}" for name, value in results.environment.items()))
+    facts = results.environment | {
+        "dtype": ", ".join(sorted({c.dtype for c in results.cases})),
+        "ASA": ", ".join(sorted({name.removeprefix("asa ") for c in asa for name in c.ours})),
+    }
+    lines.append("\n".join(f"- {name}: {value}" for name, value in facts.items() if value))
     sections = {
         "Inputs": (
             inputs_table(single),
@@ -352,8 +364,9 @@ def render(results: Record, pictures: list[str]) -> str:
         ),
         "Time": (
             times_table(single),
-            "ASA's time over that of each peer: medians of the ratios of interleaved rounds, with quartiles. fwd runs "
-            "without autograd, fwd+bwd returns the gradients of query, key and value."
+            "ASA's time over that of each peer: medians of the ratios of interleaved rounds, with quartiles; of two "
+            "rounds where a method takes more than ten times as long as the fastest. fwd runs without autograd, "
+            "fwd+bwd returns the gradients of query, key and value."
             + (LAUNCHES if "cuda" in results.environment else ""),
         ),
         "Memory": (bytes_table(single), "Megabytes that one call adds to the peak, inputs not included."),

@@ -7,8 +7,12 @@
 
 Every combination of what is given is a case. In modes "fwd" and "fwd+bwd" every round times every method once, one
 after the other, so that a slow moment of the machine meets all of them: what counts are the medians of the rounds'
-ratios. Forward runs without autograd. In mode "mem" the figures are the bytes that a call adds to the peak, forward and
-with the backward: of a fresh process on a CPU, of torch's allocator on a GPU.
+ratios. Methods more than ten times slower than the fastest take part in two rounds. Forward runs without autograd. In
+mode "mem" the figures are the bytes that a call adds to the peak, forward and with the backward: of a fresh process on
+a CPU, of torch's allocator on a GPU.
+
+GFLOP/s are of the operations that a method computes, where that is known: what of all pairs it visits
+(``accounting.units``) for ASA and dense attention, else what FlopCounterMode counts.
 
 Peers that are not installed are skipped, with a line that says so; of a method that fails the table says what it
 raised. The exit status is 1 if one of ours failed. Each result is written as soon as it is there.
@@ -19,6 +23,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 import re
 import sys
 from pathlib import Path
@@ -64,7 +69,10 @@ def measured(
     sparsity = {}
     if workload.tensors:
         tell("survivors")
-        sparsity = accounting.sparsity(workload.tensors, spec.grid)._asdict()
+        try:
+            sparsity = accounting.sparsity(workload.tensors, spec.grid)._asdict()
+        except Exception as error:  # ours, whose survivors are counted
+            methods[workload.ours[0]].error = methods[workload.ours[0]].error or measure.describe(error)
     fields = {name: value for name, value in dataclasses.asdict(spec).items() if name != "device"}
     return Case(**fields, mode=mode, sweep=sweep, sparsity=sparsity, ours=workload.ours, methods=methods)
 
@@ -84,7 +92,7 @@ def _measure_seconds(spec, workload, methods, backward, rounds, tell) -> None:
         # A compiled function is no operator that is counted. Where else counting fails, timing tells why.
         if not name.startswith("flex"):
             with contextlib.suppress(Exception):
-                methods[name].flops = accounting.registered_flops(calls[name])
+                methods[name].flops = accounting.registered_flops(calls[name]) or None
     seconds, errors = measure.interleaved(calls, rounds, spec.device, tell)
     for name in calls:
         methods[name].seconds, methods[name].error = seconds[name], errors.get(name)
@@ -132,6 +140,7 @@ def rows(case: Case) -> list[list[str]]:
     lines = []
     for name, method in case.methods.items():
         middle, ratio = case.median(name), case.ratio(ours, name)
+        operations = accounting.operations_of(case, name) or method.flops
         if method.skipped:
             continue
         lines.append(
@@ -142,7 +151,7 @@ def rows(case: Case) -> list[list[str]]:
                 f"{1e3 * middle:.1f}" if middle else "-",
                 f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})" if ratio and name not in case.ours else "-",
                 *(f"{method.memory[mode] / 1e6:.1f}" if mode in method.memory else "-" for mode in MODES[:2]),
-                f"{method.flops / middle / 1e9:.0f}" if middle and method.flops else "-",
+                f"{operations / middle / 1e9:.0f}" if middle and operations else "-",
                 method.error or "",
             ]
         )
@@ -206,8 +215,8 @@ def threshold(text: str) -> float:
         value = float(text)
     except ValueError:
         value = -1.0
-    if not value >= 0:
-        raise argparse.ArgumentTypeError(f"expected a number >= 0, got {text!r}")
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text!r}")
     return value
 
 
@@ -221,7 +230,9 @@ def op(text: str) -> str:
 
 def add_common(parser: argparse.ArgumentParser) -> None:
     """Add what the benchmarks have in common."""
-    parser.add_argument("--impl", nargs="+", choices=dispatch.NAMES, default=["auto"], help="of asa (auto)")
+    parser.add_argument(
+        "--impl", nargs="+", choices=dispatch.NAMES, default=["auto"], help="of asa and criss_cross_attention (auto)"
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all; none: no name")
     parser.add_argument("--dtype", choices=workloads.DTYPES, default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -230,19 +241,20 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--add", action="store_true", help="to what --out holds; of equal cases the new one stays")
 
 
-def start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Record:
-    """Check what the options ask for, and return the record that results go to."""
+def start(parser: argparse.ArgumentParser, options: argparse.Namespace, todo: list[tuple[Spec, str]]) -> Record:
+    """Check what the options ask for, and return the record that results of ``todo``, (spec, mode), go to."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device")
     if options.out and not options.out.parent.is_dir():
         parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
-    device = torch.device(options.device)
-    call = dispatch.Call("asa_attention", "asa", device, getattr(torch, options.dtype), 64)
     try:
-        for impl in options.impl:
-            dispatch.resolve(call, impl)
+        for impl, (spec, _) in itertools.product(options.impl, todo):
+            if call := workloads.dispatched(spec):
+                dispatch.resolve(call, impl)
     except RuntimeError as error:
         parser.error(f"--impl {impl}: {error}")
+    if options.impl != ["auto"] and (without := [spec.op for spec, _ in todo if not workloads.dispatched(spec)]):
+        parser.error(f"--impl: {without[0]} has one implementation")
     environment = measure.environment(options.device)
     if options.add and options.out and options.out.exists():
         try:
@@ -253,9 +265,11 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace) -> Recor
             here, there = environment.get(name), results.environment.get(name)
             if here != there:
                 parser.error(f"--add: {options.out} has {name} = {there!r}, here it is {here!r}")
+        if others := {case.dtype for case in results.cases} - {options.dtype}:
+            parser.error(f"--add: {options.out} is of {', '.join(sorted(others))}, got --dtype {options.dtype}")
         results.environment = environment
         return results
-    return Record(environment, measure.ceilings(options.device), [])
+    return Record(environment, measure.ceilings(options.device, getattr(torch, options.dtype)), [])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -273,7 +287,6 @@ def main(arguments: list[str] | None = None) -> None:
     kinds = options.inputs or ([name for name in INPUTS if name != "dense"] if options.op == ["asa"] else ["iid"])
     if options.op != ["asa"] and (kinds != ["iid"] or options.heads > 1 or options.alpha):
         parser.error("blocks take --inputs iid, --heads 1 and no --alpha: their cost depends on none of these")
-    results = start(parser, options)
     todo = [
         (Spec(op, size, dim, options.heads, options.batch, options.dtype, kind, alpha, options.device), mode)
         for op in options.op
@@ -283,6 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
         for alpha in options.alpha or [None]
         for mode in options.mode
     ]
+    results = start(parser, options, todo)
     print("\n".join(f"{name}: {value}" for name, value in (results.environment | results.ceilings).items()), flush=True)
     mine, wrong = [], []
     with tqdm(todo, desc="cases", unit="case", file=sys.stdout) as bar:

@@ -53,10 +53,10 @@ def main(arguments: list[str] | None = None) -> None:
     run.add_common(parser)
     parser.set_defaults(peers=["sdpa flash", "eager"])
     options = parser.parse_args(arguments)
-    results = run.start(parser, options)
     todo = [
         (sweep, *each) for sweep in options.sweep for each in cases(sweep, options.size, options.dtype, options.device)
     ]
+    results = run.start(parser, options, [each[1:] for each in todo])
     mine, wrong = [], []
     with tqdm(todo, desc="cases", unit="case", file=sys.stdout) as bar:
         for sweep, spec, mode in bar:

@@ -6,6 +6,7 @@ As a program, for ``measure.bytes_in_fresh_process``, it prints the bytes that o
 """
 
 import ast
+import functools
 import json
 import sys
 from collections.abc import Callable
@@ -119,23 +120,36 @@ def build(spec: Spec, impls: list[str], peers: list[str]) -> Workload:
 
     Args:
         spec: op and input.
-        impls: implementations of "asa", "auto" among them.
+        impls: implementations of "asa" and "criss_cross_attention", "auto" among them.
         peers: names of ``peers.PEERS``; of other ops "eager" alone.
     """
     name, options = parse_op(spec.op)
     if name == "asa":
         return _asa(spec, impls, peers)
-    workload = _criss_cross_attention(spec) if name == "criss_cross_attention" else _block(spec, name, options)
+    workload = _criss_cross_attention(spec, impls) if name == "criss_cross_attention" else _block(spec, name, options)
     if "eager" not in peers:
-        del workload.prepare["eager"]
+        workload.prepare.pop("eager", None)
+        workload.skipped.pop("eager", None)
     return workload
+
+
+def dispatched(spec: Spec) -> dispatch.Call | None:
+    """Return what chooses among the implementations of an op, None if it has one only."""
+    functions = {
+        "asa": ("asa_attention", "asa", spec.dim),
+        "criss_cross_attention": ("criss_cross_attention", "criss_cross", _less(spec.dim)),
+    }
+    if spec.op not in functions:
+        return None
+    op, stem, dim = functions[spec.op]
+    return dispatch.Call(op, stem, torch.device(spec.device), spec.torch_dtype, dim)
 
 
 def _asa(spec: Spec, impls: list[str], peers: list[str]) -> Workload:
     tensors = inputs.make(spec.inputs, spec.grid, spec.dim, spec.heads, spec.batch, spec.alpha)
     tensors = [x.to(spec.device, spec.torch_dtype if i < 3 else torch.float32) for i, x in enumerate(tensors)]
     *leaves, alpha, beta = tensors
-    call = dispatch.Call("asa_attention", "asa", leaves[0].device, leaves[0].dtype, spec.dim)
+    call = dispatched(spec)
 
     def ours(impl: str) -> Callable:
         return lambda: lambda q, k, v: asa_attention(q, k, v, alpha, beta, grid=spec.grid, impl=impl)
@@ -149,12 +163,16 @@ def _asa(spec: Spec, impls: list[str], peers: list[str]) -> Workload:
         if reason := peer.why_not(problem):
             skipped[name] = reason
         elif 2 * needed > free:
-            skipped[name] = f"would need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+            skipped[name] = _too_large(needed, free)
         else:
             prepare[name] = lambda peer=peer: peer.prepare(problem)
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(leaves[2].shape, generator=generator).to(leaves[2])
     return Workload(leaves, grad_out, prepare, [f"asa {impl}" for impl in names], skipped, tensors=tensors)
+
+
+def _too_large(needed: int, free: int) -> str:
+    return f"would need {needed / 1e9:.0f} GB, more than half of the {free / 1e9:.0f} GB that are free"
 
 
 def _maps(spec: Spec, *channels: int) -> list[Tensor]:
@@ -163,12 +181,20 @@ def _maps(spec: Spec, *channels: int) -> list[Tensor]:
     return [x.to(spec.device, spec.torch_dtype) for x in maps]
 
 
-def _criss_cross_attention(spec: Spec) -> Workload:
-    """The value has ``dim`` channels, query and key an eighth of them."""
-    less = max(spec.dim // 8, 1)
+def _less(dim: int) -> int:
+    """Return the channels of query and key of criss-cross attention whose value has ``dim``."""
+    return max(dim // 8, 1)
+
+
+def _criss_cross_attention(spec: Spec, impls: list[str]) -> Workload:
+    less = _less(spec.dim)
     *leaves, grad_out = _maps(spec, less, less, spec.dim, spec.dim)
-    prepare = {OURS: lambda: criss_cross_attention, "eager": lambda: eager.criss_cross_attention}
-    return Workload(leaves, grad_out, prepare, [OURS])
+
+    def ours(impl: str) -> Callable:
+        return lambda: functools.partial(criss_cross_attention, impl=impl)
+
+    names = {OURS if impl == "auto" else f"{OURS} {impl}": ours(impl) for impl in impls}
+    return Workload(leaves, grad_out, names | {"eager": lambda: eager.criss_cross_attention}, list(names))
 
 
 def _block(spec: Spec, name: str, options: dict) -> Workload:
@@ -185,17 +211,25 @@ def _block(spec: Spec, name: str, options: dict) -> Workload:
     # About four tensors of the largest kind are alive in the backward.
     needed = 4 * x.element_size() * spec.batch * eager.largest_tensor(name, options, spec.dim, *spec.grid)
     if 2 * needed > (free := measure.free_bytes(spec.device)):
-        workload.skipped["eager"] = f"would need {needed / 1e9:.0f} GB, {free / 1e9:.0f} GB are free"
+        workload.skipped["eager"] = _too_large(needed, free)
         del workload.prepare["eager"]
     return workload
 
 
 def bytes_of(spec: Spec, name: str, backward: bool) -> int:
-    """Return the bytes that a call of a method adds to the peak; a small call loads code before."""
-    impls, peers = ([name.removeprefix("asa ")], []) if name.startswith("asa ") else (["auto"], [name])
-    small = replace(spec, size="x".join(str(min(side, 16)) for side in spec.grid))
-    build(small, impls, peers).call(name, backward)()
-    return measure.bytes_added(build(spec, impls, peers).call(name, backward), spec.device)
+    """Return the bytes that a call of a method adds to the peak.
+
+    A small call loads code before; what compiles for a shape, and takes more than the call, is called once as it is.
+    """
+    first, _, impl = name.partition(" ")
+    impls, peers = ([impl or "auto"], []) if first in ("asa", OURS) else (["auto"], [name])
+    if first != "flex":
+        small = replace(spec, size="x".join(str(min(side, 16)) for side in spec.grid))
+        build(small, impls, peers).call(name, backward)()
+    call = build(spec, impls, peers).call(name, backward)
+    if first == "flex":
+        call()
+    return measure.bytes_added(call, spec.device)
 
 
 if __name__ == "__main__":
