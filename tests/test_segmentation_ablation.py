@@ -98,7 +98,8 @@ def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(ablation, "run_in_process", run)
     put(tmp_path, made_up("none", 0, 0.4))
-    command = ["--variants", "none", "asa", "non_local", "--seeds", "2", "--jobs", "1", "--out", str(tmp_path)]
+    command = ["--variants", "none", "asa", "non_local", "--seeds", "2", "--steps", "20", "--jobs", "1"]
+    command += ["--out", str(tmp_path)]
     with pytest.raises(SystemExit, match="2 of 5 runs failed"):
         ablation.main(command)
     assert started == [("asa", 0), ("non_local", 0), ("none", 1), ("asa", 1), ("non_local", 1)]
@@ -119,7 +120,7 @@ def test_committed_tables_are_of_the_committed_runs(folder, tmp_path, monkeypatc
     (tmp_path / "ablation.json").write_bytes((folder / "ablation.json").read_bytes())
     runs = ablation.read(tmp_path)
     assert all(sorted(seeds) == [0, 1, 2, 3, 4] for seeds in runs.values())
-    ablation.main(["--variants", *runs, "--out", str(tmp_path)])
+    ablation.main(["--variants", *runs, "--steps", folder.name, "--out", str(tmp_path)])
     for name in ("ablation.json", "ablation.md"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     assert (folder / "ablation.png").stat().st_size > 10_000
@@ -139,6 +140,13 @@ def test_runs_that_do_not_fit(content, message, tmp_path):
     (tmp_path / "none-1.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         ablation.read(tmp_path)
+
+
+def test_runs_of_another_length_are_told_before_any_is_started(tmp_path, monkeypatch):
+    monkeypatch.delattr(ablation, "run_in_process")
+    put(tmp_path, made_up("none", 0, 0.5))
+    with pytest.raises(ConfigError, match="has runs of 20 steps, not 30: give --steps or an --out"):
+        ablation.main(["--variants", "none", "--steps", "30", "--out", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

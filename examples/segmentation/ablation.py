@@ -99,7 +99,7 @@ def figures(block: AdaptiveSparseAttention, x: torch.Tensor) -> tuple[float, flo
     """Return the survivors a row and the quartiles of alpha, for features [B, C, H, W]."""
     tokens = block.tokens(x)
     _, stats = asa_attention(**tokens, return_stats=True)
-    quartiles = tokens["alpha"].float().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
+    quartiles = tokens["alpha"].float().cpu().quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
     return stats.survivors.double().mean().item(), *quartiles
 
 
@@ -135,11 +135,12 @@ def run(name: str, seed: int, steps: int | None, path: Path) -> None:
 
 
 def run_in_process(name: str, seed: int, steps: int | None, path: Path) -> str | None:
-    """Run in a process of its own, for its memory; return what went wrong."""
+    """Run in a process of its own, on one thread of a CPU, for its memory; return what went wrong."""
     command = [sys.executable, "-m", "examples.segmentation.ablation"]
     command += ["--one", name, str(seed), "--out", str(path.parent)]
     command += ["--steps", str(steps)] if steps else []
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     if result.returncode == 0:
         return None
     return f"{name}, seed {seed}: {(result.stderr.strip().splitlines() or ['no message'])[-1]}"
@@ -233,8 +234,8 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
         f"`shapes`, {size} x {size}, {steps} steps, validated on {pictures} pictures; ± is half of a 95 % confidence",
         f"interval (Student's t); gains over `{REFERENCE}` are paired, seed by seed. Survivors a row, of "
         f"{positions(config)},",
-        "at the first and the last of the samples taken in training; seconds and memory of a step on one CPU thread,",
-        "medians over seeds.",
+        "at the first and the last of the samples taken in training, means over seeds; the quartiles of alpha, and",
+        "milliseconds and memory of a step on one CPU thread, medians over seeds.",
         "",
         "| block | seeds | mIoU, % | gain | survivors, first | last | alpha, last (quartiles) | ms a step | MB |",
         "|---|---|---|---|---|---|---|---|---|",
@@ -242,7 +243,7 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
     for name, seeds in runs.items():
         curves = [told["curve"] for told in seeds.values() if told["curve"]]
         first, last = ([curve[i][1] for curve in curves] for i in (0, -1))
-        alpha = np.mean([curve[-1][2:] for curve in curves], 0) if curves else None
+        alpha = np.median([curve[-1][2:] for curve in curves], 0) if curves else None
         memory = [x["bytes"] for x in seeds.values() if x["bytes"] is not None]
         seconds = [x["seconds"] for x in seeds.values() if x["seconds"] is not None]
         cells = [
@@ -307,7 +308,10 @@ def main(arguments: list[str] | None = None) -> None:
         torch.set_num_threads(1)
         run(name, int(seed), options.steps, path_of(options.out, name, int(seed)))
         return
-    there = read(options.out)  # what is there must fit before hours are spent
+    there = read(options.out)
+    steps = options.steps or Config.load("shapes").steps
+    if lengths := {told["steps"] for seeds in there.values() for told in seeds.values()} - {steps}:
+        raise ConfigError(f"{options.out} has runs of {lengths.pop()} steps, not {steps}: give --steps or an --out")
     todo = [
         (name, seed, options.steps, path_of(options.out, name, seed))
         for seed in range(options.seeds)

@@ -4,6 +4,7 @@ Everything random about a training picture is a function of the seed and of its 
 number of workers and processes nor an interruption changes what is seen.
 """
 
+import functools
 from collections.abc import Iterator
 
 import numpy as np
@@ -106,6 +107,12 @@ def to_bytes(x: np.ndarray) -> np.ndarray:
     return x.clip(0, 255).astype(np.uint8)
 
 
+@functools.lru_cache(maxsize=2)  # a batch may end one round and begin the next
+def order_of(seed: int, round_: int, length: int) -> np.ndarray:
+    """Return the order in which the pictures are seen in a round."""
+    return np.random.default_rng([seed, 0, round_]).permutation(length)
+
+
 class Positions(Dataset):
     """Training as one long list: item p is the p-th picture seen, in a new order each time round."""
 
@@ -114,7 +121,7 @@ class Positions(Dataset):
 
     def __getitem__(self, position: int) -> tuple[Tensor, Tensor]:
         round_, place = divmod(position, len(self.samples))
-        order = np.random.default_rng([self.config.seed, 0, round_]).permutation(len(self.samples))
+        order = order_of(self.config.seed, round_, len(self.samples))
         rng = np.random.default_rng([self.config.seed, 1, position])
         image, label = augment(self.samples[int(order[place])], self.config, rng)
         return normalise(image), torch.from_numpy(label).long()
