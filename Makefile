@@ -21,7 +21,7 @@ demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
 
 segment: $(READY)  ## train a segmentation network on made pictures; ARGS="--block criss_cross --steps 200" passes options
-	$(RUN) -m examples.segmentation.train $(ARGS)
+	$(RUN) -m examples.segmentation.train --overwrite $(ARGS)
 
 test: $(READY)  ## everything that must pass, in minutes
 	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)

@@ -61,7 +61,10 @@ def ade20k(root: Path, stored: list[int]) -> Path:
 
 
 def voc2012(root: Path, stored: list[int]) -> Path:
-    """Two pictures to train (three augmented) and one to validate on, as VOCdevkit/VOC2012 and the augmented labels."""
+    """Two pictures to train (three augmented) and one to validate on, as VOCdevkit/VOC2012 and the augmented labels.
+
+    Only what is not in train.txt has an augmented label, as published.
+    """
     splits = {"train": ["2007_1", "2007_2"], "trainaug": ["2007_1", "2007_2", "2008_3"], "val": ["2007_9"]}
     for split, names in splits.items():
         listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
@@ -69,7 +72,7 @@ def voc2012(root: Path, stored: list[int]) -> Path:
         listed.write_text("".join(f"{name}\n" for name in names))
         for name in names:
             write(root / "JPEGImages" / f"{name}.jpg", photograph(0))
-            folder = "SegmentationClassAug" if split == "trainaug" else "SegmentationClass"
+            folder = "SegmentationClass" if name in (*splits["train"], *splits["val"]) else "SegmentationClassAug"
             label = PIL.Image.fromarray(label_of(stored))
             label.putpalette(np.random.default_rng(0).integers(0, 256, 768, np.uint8).tobytes())  # indices, in colour
             (root / folder).mkdir(exist_ok=True)

@@ -97,6 +97,16 @@ def test_weights_of_a_local_checkpoint(tmp_path):
     assert all(torch.equal(weight, state.pop(key)) for key, weight in saved.state_dict().items()) and not state
     with pytest.raises(ConfigError, match="pretrained must be the folder of a transformers checkpoint, got 'nowhere'"):
         model.build_backbone(config.replace(pretrained="nowhere"))
+    shallow = config.replace(backbone=config.backbone | {"depths": [1, 2, 1, 2]})
+    with pytest.raises(ConfigError, match=r"does not fit the backbone: it has more layers, namely encoder\.stages\.2"):
+        model.build_backbone(shallow.replace(pretrained=str(tmp_path / "resnet")))
+    more = config.replace(backbone=config.backbone | {"depths": [1, 2, 3, 2]})
+    with pytest.raises(ConfigError, match=r"does not fit the backbone: it lacks encoder\.stages\.2\.layers\.2"):
+        model.build_backbone(more.replace(pretrained=str(tmp_path / "resnet")))
+    weights = tmp_path / "resnet" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:100])
+    with pytest.raises(ConfigError, match=r"pretrained '.*resnet' does not fit the backbone"):
+        model.build_backbone(config.replace(pretrained=str(tmp_path / "resnet")))
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"pretrained '.*empty' does not fit the backbone"):
         model.build_backbone(config.replace(pretrained=str(tmp_path / "empty")))
@@ -261,7 +271,7 @@ def test_thresholds_learn_unless_told_not_to(tmp_path):
 
     def moved(rate=1.0, **options):
         config = cases.tiny(block="asa", block_options=options, steps=12, threshold_rate=rate)
-        train.train(config, tmp_path)
+        train.train(config, tmp_path, overwrite=True)
         torch.manual_seed(config.seed)
         before = model.Segmenter(config, 5).head.block.alpha.weight
         return (Checkpoint.load(tmp_path / "checkpoint.pt").segmenter().head.block.alpha.weight - before).abs().max()
@@ -323,6 +333,55 @@ def test_resuming_from_the_command_line(tmp_path, capsys):
         train.main([*out, "--resume"])
 
 
+def test_resuming_keeps_precision_and_parts(tmp_path):
+    """They are the checkpoint's where nothing else is asked for, which would change the losses."""
+    config, out = cases.tiny(steps=2, block=NO_BLOCK), tmp_path / "run"
+    first = train.train(config, out, accumulate=2)
+    assert Checkpoint.load(out / "checkpoint.pt").arithmetic == {
+        "precision": "no", "processes * accumulate": 2, "pictures per batch norm": 1,
+    }  # fmt: skip
+    assert train.train(config, out, resume=True).losses == first.losses
+    with pytest.raises(CheckpointError, match=r"has processes \* accumulate=2, this run 1"):
+        train.train(config, out, resume=True, accumulate=1)
+    AcceleratorState._reset_state()  # a process has one precision; this one has had another
+    try:
+        with pytest.raises(CheckpointError, match="the checkpoint has precision='no', this run 'bf16'"):
+            train.train(config, out, resume=True, precision="bf16")
+    finally:
+        AcceleratorState._reset_state()
+
+
+def test_a_checkpoint_is_not_lost_by_accident(tmp_path):
+    config = cases.tiny(steps=1, block=NO_BLOCK)
+    train.train(config, tmp_path)
+    before = [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl")]
+    with pytest.raises(CheckpointError, match="holds a checkpoint: expected --resume, --overwrite or another --out"):
+        train.train(config, tmp_path)
+    assert [(tmp_path / name).read_bytes() for name in ("checkpoint.pt", "log.jsonl")] == before
+    interrupted(config.replace(steps=3), tmp_path, at=1, overwrite=True)
+    assert not (tmp_path / "checkpoint.pt").exists()  # its log is gone: it would be of no use
+    assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_broken_picture_ends_training_with_one_line(workers, tmp_path):
+    root = cases.ade20k(tmp_path, [1, 151])
+    config = cases.tiny(data="ade20k", data_options={}, crop=(12, 16), steps=1, block=NO_BLOCK)
+    with pytest.raises(SystemExit, match=r"^error: \S*\.png holds the label 151, expected 0 to 150$"):
+        cli.main_of(lambda: train.train(config, tmp_path / "run", root, workers=workers))
+
+
+def test_options_of_the_block_are_added_to_the_files(tmp_path):
+    def config(*arguments):
+        (tmp_path / "config.json").write_text(json.dumps(cases.tiny(block="asa", block_options={"topk": 9}).to_dict()))
+        given = ["--config", str(tmp_path / "config.json"), "--steps", "1", "--overwrite", "--out", str(tmp_path)]
+        train.main([*given, *arguments])
+        return Checkpoint.load(tmp_path / "checkpoint.pt").settings()
+
+    assert config("--set", 'block_options={"norm":"batch"}').options == {"topk": 9, "norm": "batch"}
+    assert config("--block", "non_local").options == {}
+
+
 @pytest.mark.parametrize("block", [NO_BLOCK, *blocks.available()])
 def test_every_block_in_the_published_network(block, tmp_path):
     """From the command line, on a data set whose file has options for another block; one step of a narrow network."""
@@ -334,13 +393,13 @@ def test_every_block_in_the_published_network(block, tmp_path):
     result = train.main([*command, "--set", *(f"{name}={json.dumps(value)}" for name, value in settings.items())])
     config = Checkpoint.load(tmp_path / "run" / "checkpoint.pt").settings()
     assert len(result.losses) == 1 and config.block == block and config.output_stride == 8
-    assert config.block_options == ({"norm": "batch"} if block == "asa" else {})
+    assert config.options == ({"norm": "batch"} if block in ("asa", "non_local") else {})
 
 
 def test_accumulation_changes_rounding_and_batch_norm_only(tmp_path):
     """Without batch norm's statistics in between, one pass or two are the same step."""
     config = cases.tiny(steps=1, block=NO_BLOCK, dropout=0.0)
-    one, two = (train.train(config, tmp_path, accumulate=n).losses[0] for n in (1, 2))
+    one, two = (train.train(config, tmp_path / str(n), accumulate=n).losses[0] for n in (1, 2))
     assert one != two and two == pytest.approx(one, rel=0.05)
 
 
@@ -348,7 +407,7 @@ def test_bfloat16(trained, tmp_path):
     """Other losses than in float32, by rounding."""
     AcceleratorState._reset_state()  # a process has one precision; this one has had another
     try:
-        losses = train.train(cases.tiny(block="asa", steps=3), tmp_path, precision="bf16").losses
+        losses = train.train(cases.tiny(block="asa", steps=3), tmp_path / "bf16", precision="bf16").losses
     finally:
         AcceleratorState._reset_state()
     expected = train.train(cases.tiny(block="asa", steps=3), tmp_path).losses
@@ -394,7 +453,7 @@ def test_training_on_the_layout_of_a_real_data_set(tmp_path):
     again = evaluate.main([str(tmp_path / "run" / "checkpoint.pt"), "--root", str(root)])
     np.testing.assert_array_equal(again.iou, report.iou)
     with pytest.raises(ConfigError, match=r"crop \[30, 50\] is larger than .*leftImg8bit\.png, at most \[24, 40\]"):
-        train.train(config.replace(crop=(30, 50)), tmp_path / "run", root)
+        train.train(config.replace(crop=(30, 50)), tmp_path / "large", root)
 
 
 # Several processes.
@@ -406,7 +465,8 @@ def test_two_processes(tmp_path):
     On a CPU every process normalises its own part, dropout is seeded by part, and a sum of two numbers does not depend
     on their order: DDP gives the same bits. FSDP2 may round gradients elsewhere.
     """
-    settings = {"steps": 4, "block": "asa", "threshold_rate": 0.5}
+    # three pictures to validate on: one process slides windows over two of them, the other over one
+    settings = {"steps": 4, "block": "asa", "threshold_rate": 0.5, "window": [32, 32], "stride": [32, 32]}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     command += [str(ROOT / "tests" / "segmentation_ranks.py"), str(tmp_path), json.dumps(settings)]
@@ -425,6 +485,7 @@ def test_two_processes(tmp_path):
             distance = (weight - model_of["alone"][key]).abs().max()
             assert distance <= (0 if name == "ddp" else 1e-5), (name, key, distance)
     assert result.stdout.count("pixel accuracy") == 2  # one process speaks
+    assert str(expected.report) in result.stdout
 
 
 # Checkpoints.

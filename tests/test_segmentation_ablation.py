@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,13 @@ def test_a_run_tells_what_it_did(tmp_path, monkeypatch):
     assert all(0 <= point[1] <= 256 and point[2] <= point[3] <= point[4] for point in told["curve"])
     ablation.run("none", 0, 2, path := tmp_path / "none-0.json")
     assert json.loads(path.read_text())["curve"] == []
+
+
+def test_the_readme_quotes_the_tables():
+    section = re.search(r"## What came out\n(.*?)\n## ", (RESULTS.parent / "README.md").read_text(), re.S)[1]
+    figures = set(re.findall(r"[+-]?\d+\.\d\d", section))
+    tables = (folder / "ablation.md" for folder in RESULTS.iterdir())
+    assert len(figures) > 20 and figures <= {x for t in tables for x in re.findall(r"[+-]?\d+\.\d+", t.read_text())}
 
 
 def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys):

@@ -60,7 +60,9 @@ MISSING = [
     ("cityscapes", "leftImg8bit/train", "leftImg8bit/train is missing"),
     ("cityscapes", "leftImg8bit/train/*/*", "no pictures: expected"),
     ("cityscapes", "gtFine/train/bochum/*labelIds*", "2 of 3 label pictures are missing, the first is"),
+    ("cityscapes", "leftImg8bit/train/bochum/*", "2 label pictures have no picture, the first is"),
     ("ade20k", "images/training", "images/training is missing"),
+    ("ade20k", "images/training/ADE_train_1.jpg", "1 label pictures have no picture, the first is"),
     ("ade20k", "annotations/training/ADE_train_2.png", "1 of 2 label pictures are missing, the first is"),
     ("ade20k", "objectInfo150.txt", "objectInfo150.txt, which lists the classes, is missing"),
     ("voc2012", "ImageSets/Segmentation/trainaug.txt", "which lists the pictures of split 'trainaug', is missing"),
@@ -148,13 +150,17 @@ def test_published_settings():
         "cityscapes": (512, 1024), "ade20k": (512, 512), "voc2012": (512, 512),
     }  # fmt: skip
     assert {name: config.steps for name, config in of.items()} == {
-        "cityscapes": 40_000, "ade20k": 80_000, "voc2012": 40_000,
+        "cityscapes": 80_000, "ade20k": 80_000, "voc2012": 40_000,
     }  # fmt: skip
+    assert {name: config.batch_size for name, config in of.items()} == {"cityscapes": 8, "ade20k": 16, "voc2012": 16}
     for config in of.values():
         assert config.backbone["depths"] == [3, 4, 23, 3] and config.output_stride == 8
         assert (config.channels, config.auxiliary_channels, config.auxiliary_weight) == (512, 256, 0.4)
         assert (config.optimizer, config.learning_rate, config.min_learning_rate) == ("sgd", 0.01, 1e-4)
         assert (config.weight_decay, config.ratio, config.dropout) == (5e-4, (0.5, 2.0), 0.1)
+        assert [config.replace(block=x).options for x in ("asa", "non_local", "criss_cross")] == [
+            {"norm": "batch"}, {"norm": "batch"}, {},
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

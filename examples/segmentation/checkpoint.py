@@ -22,9 +22,13 @@ class CheckpointError(Exception):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """``model`` and ``optimizer`` are state dicts after ``step`` steps, ``palette`` the colours of ``classes``."""
+    """``model`` and ``optimizer`` are state dicts after ``step`` steps, ``palette`` the colours of ``classes``.
+
+    ``arithmetic`` is what losses depend on besides ``config``.
+    """
 
     config: dict
+    arithmetic: dict
     classes: list[str]
     palette: list[list[int]]
     step: int

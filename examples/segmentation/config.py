@@ -35,7 +35,8 @@ class Config:
         auxiliary_weight: of its loss.
         dropout: before both classifiers.
         block: one of ``asa_ops.nn.available()``, or "none".
-        block_options: its arguments.
+        block_options: its arguments, before those of ``options_by_block``.
+        options_by_block: arguments of several blocks by name, as published, so that another ``block`` has its own.
         steps: optimizer steps.
         batch_size: pictures per step, of all processes together.
         optimizer: "sgd" with momentum 0.9, as published, or "adamw".
@@ -63,6 +64,7 @@ class Config:
     dropout: float = 0.1
     block: str = "asa"
     block_options: dict = field(default_factory=dict)
+    options_by_block: dict = field(default_factory=dict)
     steps: int
     batch_size: int
     optimizer: str = "sgd"
@@ -84,6 +86,9 @@ class Config:
         self._check("block", self.block in known, f"one of {', '.join(known)}")
         for name in ("data_options", "backbone", "block_options"):
             self._check(name, isinstance(getattr(self, name), dict), "an object of options")
+        options = self.options_by_block
+        fits = isinstance(options, dict) and all(k in known and isinstance(v, dict) for k, v in options.items())
+        self._check("options_by_block", fits, "an object of blocks, each with an object of options")
         for name in ("output_stride", "channels", "auxiliary_channels", "steps", "batch_size"):
             value = getattr(self, name)
             self._check(name, isinstance(value, int) and not isinstance(value, bool) and value >= 1, "an integer >= 1")
@@ -106,6 +111,11 @@ class Config:
     def _check(self, name: str, holds: bool, expected: str) -> None:
         if not holds:
             raise ConfigError(f"{name} must be {expected}, got {name}={getattr(self, name)!r}")
+
+    @property
+    def options(self) -> dict:
+        """The arguments of ``block``."""
+        return self.options_by_block.get(self.block, {}) | self.block_options
 
     def replace(self, **settings) -> "Config":
         """Return a copy with other settings."""

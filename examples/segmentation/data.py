@@ -1,5 +1,6 @@
 """The data sets: `shapes`, and the folder layouts of Cityscapes, ADE20K and PASCAL VOC 2012."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,10 +99,11 @@ def cityscapes(root: Path, split: str) -> Files:
         root / "gtFine" / split / image.parent.name / image.name.replace("_leftImg8bit", "_gtFine_labelIds")
         for image in images
     ]
+    found = (root / "gtFine" / split).glob("*/*_gtFine_labelIds.png")
     class_of = {stored: IGNORE for stored in (*range(34), 255)}
     class_of |= {stored: i for i, (stored, _) in enumerate(CITYSCAPES.values())}
     palette = np.array([colour for _, colour in CITYSCAPES.values()], np.uint8)
-    return Files(complete(images, labels, f"{folder}/*/*_leftImg8bit.png"), tuple(CITYSCAPES), palette, class_of)
+    return Files(complete(images, labels, f"{folder}/*/*_leftImg8bit.png", found), tuple(CITYSCAPES), palette, class_of)
 
 
 def ade20k(root: Path, split: str) -> Files:
@@ -110,6 +112,7 @@ def ade20k(root: Path, split: str) -> Files:
     folder = existing(root / "images" / split)
     images = sorted(folder.glob("*.jpg"))
     labels = [root / "annotations" / split / f"{image.stem}.png" for image in images]
+    found = (root / "annotations" / split).glob("*.png")
     listed = root / "objectInfo150.txt"
     if not listed.is_file():
         raise DataError(f"{listed}, which lists the classes, is missing")
@@ -117,23 +120,32 @@ def ade20k(root: Path, split: str) -> Files:
     if len(names) != 150:
         raise DataError(f"{listed} must list 150 classes below its title line, got {len(names)}")
     class_of = {0: IGNORE} | {stored: stored - 1 for stored in range(1, 151)}
-    return Files(complete(images, labels, f"{folder}/*.jpg"), tuple(names), colours(151)[1:], class_of)
+    return Files(complete(images, labels, f"{folder}/*.jpg", found), tuple(names), colours(151)[1:], class_of)
 
 
 def voc2012(root: Path, split: str) -> Files:
     """VOCdevkit/VOC2012: JPEGImages/*.jpg and SegmentationClass/*.png as listed in ImageSets/Segmentation/<split>.txt.
 
-    The split "trainaug" has its labels, as usual, in SegmentationClassAug.
+    Of the split "trainaug" the names that are not in train.txt too have the labels of SBD, in SegmentationClassAug:
+    where there are both, VOC's own are finer.
     """
-    listed = root / "ImageSets" / "Segmentation" / f"{split}.txt"
-    if not listed.is_file():
-        raise DataError(f"{listed}, which lists the pictures of split {split!r}, is missing")
-    names = listed.read_text().split()
-    folder = existing(root / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass"))
+    lists = root / "ImageSets" / "Segmentation"
+    names = names_in(lists / f"{split}.txt")
+    added = set(names) - set(names_in(lists / "train.txt")) if split == "trainaug" else set()
     images = [existing(root / "JPEGImages") / f"{name}.jpg" for name in names]
-    labels = [folder / f"{name}.png" for name in names]
+    labels = [
+        existing(root / ("SegmentationClassAug" if name in added else "SegmentationClass")) / f"{name}.png"
+        for name in names
+    ]
     class_of = {i: i for i in range(len(VOC2012))} | {255: IGNORE}
-    return Files(complete(images, labels, f"names in {listed}"), VOC2012, colours(len(VOC2012)), class_of)
+    pairs = complete(images, labels, f"names in {lists / split}.txt")
+    return Files(pairs, VOC2012, colours(len(VOC2012)), class_of)
+
+
+def names_in(listed: Path) -> list[str]:
+    if not listed.is_file():
+        raise DataError(f"{listed}, which lists the pictures of split {listed.stem!r}, is missing")
+    return listed.read_text().split()
 
 
 def existing(folder: Path) -> Path:
@@ -142,13 +154,17 @@ def existing(folder: Path) -> Path:
     return folder
 
 
-def complete(images: list[Path], labels: list[Path], expected: str) -> list[tuple[Path, Path]]:
-    """Return pairs of files, all of which exist."""
+def complete(
+    images: list[Path], labels: list[Path], expected: str, found: Iterable[Path] = ()
+) -> list[tuple[Path, Path]]:
+    """Return pairs of files, all of which exist, and check that each of the label pictures ``found`` is in one."""
     if not images:
         raise DataError(f"no pictures: expected {expected}")
     for kind, paths in (("pictures", images), ("label pictures", labels)):
         if missing := [path for path in paths if not path.is_file()]:
             raise DataError(f"{len(missing)} of {len(paths)} {kind} are missing, the first is {missing[0]}")
+    if alone := sorted(set(found) - set(labels)):
+        raise DataError(f"{len(alone)} label pictures have no picture, the first is {alone[0]}")
     return list(zip(images, labels, strict=True))
 
 

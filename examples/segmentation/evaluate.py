@@ -6,6 +6,7 @@ python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/ci
 """
 
 import argparse
+import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
@@ -105,23 +107,38 @@ class Report:
         return "\n".join((f"{'class':<{width}} {'IoU %':>7}", *lines))
 
 
+@contextlib.contextmanager
+def gathered(model: nn.Module) -> Iterator[None]:
+    """Keep the weights of a sharded network whole in every process.
+
+    Otherwise each forward pass gathers them, in which all processes must take part; and they make different numbers of
+    passes, as a large picture has more windows than a small one.
+    """
+    sharded = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for module in sharded:
+        module.set_reshard_after_forward(False, recurse=False)
+        module.unshard()
+    try:
+        yield
+    finally:
+        for module in sharded:
+            module.reshard()
+            module.set_reshard_after_forward(module is not model, recurse=False)  # as fully_shard does
+
+
 def evaluate(
     model: nn.Module, samples: Samples, config: Config, scales: Sequence[float] = (1.0,), flip: bool = False
 ) -> Report:
-    """Return the figures of ``model`` on ``samples``, which the processes share.
-
-    Every process runs the model equally often, as a sharded one needs; what is beyond the end does not count.
-    """
+    """Return the figures of ``model`` on ``samples``, which the processes share."""
     state, was_training = PartialState(), model.training
     model.eval()
     device = next(model.parameters()).device
     metric = MulticlassConfusionMatrix(len(samples.classes), ignore_index=IGNORE).to(device)
-    starts = range(0, len(samples), state.num_processes)
-    for start in tqdm(starts, desc="evaluating", unit="picture", leave=False, disable=not state.is_main_process):
-        index = start + state.process_index
-        sample = samples[min(index, len(samples) - 1)]
-        prediction = probabilities(model, sample.image, config, scales, flip).argmax(0)
-        if index < len(samples):
+    share = range(state.process_index, len(samples), state.num_processes)
+    with gathered(model):
+        for index in tqdm(share, desc="evaluating", unit="picture", leave=False, disable=not state.is_main_process):
+            sample = samples[index]
+            prediction = probabilities(model, sample.image, config, scales, flip).argmax(0)
             metric.update(prediction, torch.from_numpy(sample.label).to(device).long())
     model.train(was_training)
     return Report.of(samples.classes, metric.compute())

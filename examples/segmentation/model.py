@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import ResNetBackbone, ResNetConfig
@@ -55,9 +56,9 @@ class AttentionHead(nn.Module):
         self.before = conv_norm_relu(in_channels, config.channels, 3)
         try:
             known = config.block != NO_BLOCK
-            self.block = blocks.build(config.block, config.channels, **config.block_options) if known else nn.Identity()
+            self.block = blocks.build(config.block, config.channels, **config.options) if known else nn.Identity()
         except (TypeError, ValueError) as error:
-            raise ConfigError(f"block {config.block!r} with block_options {config.block_options}: {error}") from error
+            raise ConfigError(f"block {config.block!r} with block_options {config.options}: {error}") from error
         self.after = conv_norm_relu(config.channels, config.channels, 3)
         self.join = conv_norm_relu(in_channels + config.channels, config.channels, 3)
         self.classifier = nn.Sequential(nn.Dropout2d(config.dropout), nn.Conv2d(config.channels, classes, 1))
@@ -91,13 +92,32 @@ def build_backbone(config: Config) -> ResNetBackbone:
     except (StrictDataclassError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(f"backbone {config.backbone} does not fit: {error}") from error
     if config.pretrained is not None:
-        if not Path(config.pretrained).is_dir():
-            raise ConfigError(f"pretrained must be the folder of a transformers checkpoint, got {config.pretrained!r}")
-        try:
-            backbone = ResNetBackbone.from_pretrained(config.pretrained, config=settings, local_files_only=True)
-        except (OSError, RuntimeError, ValueError) as error:
-            raise ConfigError(f"pretrained {config.pretrained!r} does not fit the backbone: {error}") from error
+        backbone = load_backbone(config.pretrained, settings)
     return dilate(backbone, config.output_stride)
+
+
+def load_backbone(folder: str, settings: ResNetConfig) -> ResNetBackbone:
+    """Return the ResNet of a ``transformers`` checkpoint, which may have a classifier besides.
+
+    Raises:
+        ConfigError: no folder, a broken file, a ResNet of other depth or width, or another network.
+    """
+    if not Path(folder).is_dir():
+        raise ConfigError(f"pretrained must be the folder of a transformers checkpoint, got {folder!r}")
+    try:
+        backbone, info = ResNetBackbone.from_pretrained(
+            folder, config=settings, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
+        raise ConfigError(f"pretrained {folder!r} does not fit the backbone: {error}") from error
+    # what is missing stays random without a word; of batch norm's counters nothing depends, and old files have none
+    missing = sorted(key for key in info["missing_keys"] if not key.endswith("num_batches_tracked"))
+    more = sorted(key for key in info["unexpected_keys"] if "encoder.stages." in key)
+    for fault, keys in (("lacks", missing), ("has more layers, namely", more)):
+        if keys:
+            others = f", and {len(keys) - 1} more" if len(keys) > 1 else ""
+            raise ConfigError(f"pretrained {folder!r} does not fit the backbone: it {fault} {keys[0]}{others}")
+    return backbone
 
 
 def dilate(backbone: ResNetBackbone, output_stride: int) -> ResNetBackbone:

@@ -5,16 +5,16 @@ number of workers and processes nor an interruption changes what is seen.
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import PIL.Image
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from .config import Config, ConfigError
-from .sample import IGNORE, Sample, Samples
+from .sample import IGNORE, DataError, Sample, Samples
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # of ImageNet
 LARGEST_PART = 0.75  # a crop of which one class covers more is drawn again
@@ -126,6 +126,16 @@ class Positions(Dataset):
         image, label = augment(self.samples[int(order[place])], self.config, rng)
         return normalise(image), torch.from_numpy(label).long()
 
+    def __getitems__(self, positions: Sequence[int]) -> list[tuple[Tensor, Tensor]] | Exception:
+        """Return the items of a batch, or the error that one of them raised.
+
+        Raised in a worker it would arrive as another one, whose message is a traceback.
+        """
+        try:
+            return [self[position] for position in positions]
+        except (ConfigError, DataError) as error:
+            return error
+
 
 class Parts:
     """The batches of one process: of every step's ``batch_size`` positions its share, in ``accumulate`` parts."""
@@ -150,12 +160,28 @@ class Parts:
                 yield range(start, start + self.size)
 
 
-def loader(samples: Samples, config: Config, parts: Parts, workers: int, pin_memory: bool) -> DataLoader:
-    """Return the batches (image [b, 3, h, w], label [b, h, w]) of ``parts``."""
-    return DataLoader(
+def loader(
+    samples: Samples, config: Config, parts: Parts, workers: int, pin_memory: bool
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the batches (image [b, 3, h, w], label [b, h, w]) of ``parts``.
+
+    Raises:
+        ConfigError, DataError: a picture that does not fit or cannot be read.
+    """
+    batches = DataLoader(
         Positions(samples, config),
         batch_sampler=parts,
         num_workers=workers,
+        collate_fn=collate,
         pin_memory=pin_memory,
         persistent_workers=False,
     )
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
+def collate(items: list[tuple[Tensor, Tensor]] | Exception) -> list[Tensor] | Exception:
+    """Return a batch; an error passes through."""
+    return items if isinstance(items, Exception) else default_collate(items)

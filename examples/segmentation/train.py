@@ -2,15 +2,17 @@
 
     python -m examples.segmentation.train --block asa --data shapes
     torchrun --nproc-per-node 8 -m examples.segmentation.train --data cityscapes --root /data/cityscapes --out runs/city
-    python -m examples.segmentation.train --out runs/city --root /data/cityscapes --resume
+    torchrun --nproc-per-node 8 -m examples.segmentation.train --root /data/cityscapes --out runs/city --resume
 
 Writes `checkpoint.pt` and `log.jsonl`, the loss of every step, to --out. The same command with --resume goes on after
-an interruption, to the same losses: what is random in a step is a function of the seed and the step.
+an interruption, to the same losses: what is random in a step is a function of the seed and the step. The checkpoint has
+the settings and the precision; without --resume it is replaced only with --overwrite.
 """
 
 import argparse
 import json
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +41,7 @@ from .model import Segmenter, loss_of
 from .pipeline import Parts, loader
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on disk nothing is sharded
+PARTS = "processes * accumulate"
 
 
 @dataclass(frozen=True)
@@ -54,9 +57,10 @@ def train(
     out: Path,
     root: Path | None = None,
     resume: bool = False,
-    precision: str = "no",
+    overwrite: bool = False,
+    precision: str | None = None,
     shard: bool = False,
-    accumulate: int = 1,
+    accumulate: int | None = None,
     workers: int = 0,
     checkpoint_every: int = 1000,
     after_step: Callable[[int, nn.Module], None] = lambda step, model: None,
@@ -68,9 +72,11 @@ def train(
         out: folder, made if it is not there.
         root: folder of a real data set.
         resume: go on from the checkpoint in ``out``.
-        precision: "no" or "bf16", mixed precision.
+        overwrite: replace it, where ``resume`` is not given.
+        precision: "no" or "bf16", mixed precision; None: the checkpoint's, without one "no".
         shard: FSDP2 instead of DDP among processes.
-        accumulate: forward and backward passes per step and process.
+        accumulate: forward and backward passes per step and process; None: as many as the checkpoint needs, without
+            one 1.
         workers: processes that load data.
         checkpoint_every: steps between checkpoints; there is one at the end too.
         after_step: called with the number of steps done and the network.
@@ -78,32 +84,43 @@ def train(
     Raises:
         CheckpointError, ConfigError, DataError: something that the user can put right.
     """
+    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.jsonl"
+    checkpoint = Checkpoint.load(checkpoint_path) if resume else None
+    if checkpoint is None and checkpoint_path.exists() and not overwrite:
+        raise CheckpointError(f"{str(out)!r} holds a checkpoint: expected --resume, --overwrite or another --out")
+    if precision is None:
+        precision = checkpoint.arithmetic["precision"] if checkpoint else "no"
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=precision)
+    if accumulate is None:
+        accumulate = max(checkpoint.arithmetic[PARTS] // accelerator.num_processes, 1) if checkpoint else 1
     training, validation = (data.build(config, root, training) for training in (True, False))
     torch.manual_seed(config.seed)
     model = Segmenter(config, len(training.classes))
     model = distribute(model, accelerator, shard)
     optimizer = optimizer_of(config, model)
-    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.jsonl"
+    arithmetic = arithmetic_of(config, accelerator, accumulate)
     first, losses = 0, []
-    if resume:
-        checkpoint = Checkpoint.load(checkpoint_path)
-        check_same(config, checkpoint)
+    if checkpoint:
+        check_same(config.to_dict(), checkpoint.config)
+        check_same(arithmetic, checkpoint.arithmetic)
         checkpoint.check_classes(training)
         set_model_state_dict(model, checkpoint.model, options=WHOLE)
         set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=WHOLE)
         first, losses = checkpoint.step, read_log(log_path, checkpoint.step)
     parts = Parts(config, first, accelerator.process_index, accelerator.num_processes, accumulate)
+    accelerator.wait_for_everyone()  # to have read what is replaced now
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
-        log_path.write_text("".join(log_line(config, step, loss) for step, loss in enumerate(losses)))
+        if not checkpoint:
+            checkpoint_path.unlink(missing_ok=True)  # its log goes
+        write_log(log_path, config, losses)
     batches = iter(loader(training, config, parts, workers, accelerator.device.type == "cuda"))
 
     def save(step: int) -> None:
         states = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
         if accelerator.is_main_process:
             classes, palette = list(training.classes), training.palette.tolist()
-            Checkpoint(config.to_dict(), classes, palette, step, *states).save(checkpoint_path)
+            Checkpoint(config.to_dict(), arithmetic, classes, palette, step, *states).save(checkpoint_path)
         accelerator.wait_for_everyone()
 
     model.train()
@@ -197,6 +214,13 @@ def log_line(config: Config, step: int, loss: float) -> str:
     return json.dumps({"step": step, "loss": loss, "learning_rate": learning_rate(config, step)}) + "\n"
 
 
+def write_log(path: Path, config: Config, losses: list[float]) -> None:
+    """Write the log whole or not at all."""
+    unfinished = path.with_suffix(".unfinished")
+    unfinished.write_text("".join(log_line(config, step, loss) for step, loss in enumerate(losses)))
+    os.replace(unfinished, path)
+
+
 def read_log(path: Path, steps: int) -> list[float]:
     """Return the losses of the first ``steps`` steps."""
     try:
@@ -208,12 +232,22 @@ def read_log(path: Path, steps: int) -> list[float]:
     return losses
 
 
-def check_same(config: Config, checkpoint: Checkpoint) -> None:
+def arithmetic_of(config: Config, accelerator: Accelerator, accumulate: int) -> dict:
+    """Return what losses depend on besides the config.
+
+    Dropout is seeded by part of the batch; batch norm sees a part of it, on GPUs the same one of all processes.
+    """
+    parts = accelerator.num_processes * accumulate
+    passes = accumulate if accelerator.device.type == "cuda" else parts
+    together = config.batch_size // passes
+    return {"precision": accelerator.mixed_precision, PARTS: parts, "pictures per batch norm": together}
+
+
+def check_same(now: dict, before: dict) -> None:
     """Raise CheckpointError where a resumed run would differ from the one interrupted."""
-    now = config.to_dict()
     for name in now:
-        if now[name] != checkpoint.config.get(name):
-            raise CheckpointError(f"the checkpoint has {name}={checkpoint.config.get(name)!r}, this run {now[name]!r}")
+        if now[name] != before.get(name):
+            raise CheckpointError(f"the checkpoint has {name}={before.get(name)!r}, this run {now[name]!r}")
 
 
 def settings_of(options: argparse.Namespace) -> Config:
@@ -234,6 +268,8 @@ def settings_of(options: argparse.Namespace) -> Config:
             changes[name] = value  # a bare word
     if changes.get("block", config.block) != config.block:
         changes.setdefault("block_options", {})  # the file's are for its own block
+    elif isinstance(changes.get("block_options"), dict):
+        changes["block_options"] = config.block_options | changes["block_options"]
     return config.replace(**changes)
 
 
@@ -252,23 +288,25 @@ def main(arguments: list[str] | None = None) -> Result:
         nargs="+",
         default=[],
         metavar="NAME=VALUE",
-        help='other settings: block_options={"topk":9} crop=[64,64]',
+        help='other settings: block_options={"topk":9}, besides those that the file has for this block, crop=[64,64]',
     )
     parser.add_argument(
         "--out", type=Path, default=Path("runs/segmentation"), help="folder to write (runs/segmentation)"
     )
     parser.add_argument("--resume", action="store_true", help="go on from --out's checkpoint")
-    parser.add_argument("--precision", choices=("no", "bf16"), default="no", help="mixed precision (no)")
+    parser.add_argument("--overwrite", action="store_true", help="without --resume: replace --out's checkpoint")
+    parser.add_argument("--precision", choices=("no", "bf16"), help="mixed precision (no, or the checkpoint's)")
     parser.add_argument("--shard", action="store_true", help="FSDP2 instead of DDP, under torchrun")
-    parser.add_argument("--accumulate", type=int, default=1, help="passes per step and process (1)")
+    parser.add_argument("--accumulate", type=int, help="passes per step and process (1, or what the checkpoint needs)")
     parser.add_argument("--workers", type=int, default=0, help="processes that load data, per process (0)")
     parser.add_argument("--checkpoint-every", type=int, default=1000, help="steps (1000)")
     options = parser.parse_args(arguments)
     for name, least in (("accumulate", 1), ("workers", 0), ("checkpoint_every", 1)):
-        if getattr(options, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(options, name)}")
+        value = getattr(options, name)
+        if value is not None and value < least:
+            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     config = settings_of(options)
-    names = ("out", "root", "resume", "precision", "shard", "accumulate", "workers", "checkpoint_every")
+    names = ("out", "root", "resume", "overwrite", "precision", "shard", "accumulate", "workers", "checkpoint_every")
     result = train(config, **{name: getattr(options, name) for name in names})
     if Accelerator().is_main_process:
         print(
