@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 
 from examples.segmentation.config import Config
+from examples.segmentation.shapes import CLASSES, PALETTE, Shapes
 
 SIZE = (12, 20)  # of the data sets' pictures
 TINY = {
@@ -22,6 +23,18 @@ TINY = {
 def tiny(**settings) -> Config:
     """Return the settings of `shapes` with a network that takes milliseconds a step."""
     return Config.load("shapes").replace(**TINY | settings)
+
+
+class TwoSizes:
+    """Two pictures of shapes, the second four times as large."""
+
+    classes, palette = CLASSES, PALETTE
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return Shapes((64, 128)[index], 1, seed=1)[0]
 
 
 def write(path: Path, pixels: np.ndarray) -> None:

@@ -1,11 +1,16 @@
-"""Started by torchrun: trains the same run under DDP and sharded, and writes the losses; see test_segmentation.py."""
+"""Started by torchrun: trains the same run under DDP and sharded, and writes the losses; see test_segmentation.py.
+
+The sharded one that is resumed is evaluated in the midst of training too, on a picture for each process.
+"""
 
 import json
 import sys
 from pathlib import Path
 
 import segmentation_cases as cases
+from torch import distributed as dist
 
+from examples.segmentation.evaluate import evaluate
 from examples.segmentation.train import main, train
 
 out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -20,6 +25,10 @@ class Interrupted(Exception):
 
 
 def interrupt(step, model):
+    if step == 2:
+        report = evaluate(model, cases.TwoSizes(), cases.tiny(**settings))
+        if dist.get_rank() == 0:
+            (out / "iou.json").write_text(json.dumps(report.iou.tolist()))
     if step == 3:
         raise Interrupted
 

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import PIL.Image
@@ -15,7 +16,7 @@ import segmentation_cases as cases
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import ResNetBackbone
+from transformers import ResNetBackbone, ResNetForImageClassification, ViTConfig, ViTModel
 
 from asa_ops import nn as blocks
 from examples.segmentation import attend, cli, data, evaluate, model, predict, train
@@ -97,6 +98,14 @@ def test_weights_of_a_local_checkpoint(tmp_path):
     assert all(torch.equal(weight, state.pop(key)) for key, weight in saved.state_dict().items()) and not state
     with pytest.raises(ConfigError, match="pretrained must be the folder of a transformers checkpoint, got 'nowhere'"):
         model.build_backbone(config.replace(pretrained="nowhere"))
+    classifier = ResNetForImageClassification(saved.config)
+    classifier.save_pretrained(tmp_path / "classifier")
+    state = model.build_backbone(config.replace(pretrained=str(tmp_path / "classifier"))).state_dict()
+    assert all(torch.equal(weight, state[key]) for key, weight in classifier.resnet.state_dict().items())
+    small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    ViTModel(ViTConfig(**small)).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ConfigError, match=r"'.*vit' does not fit the backbone: it lacks embedder\..*, and \d+ more"):
+        model.build_backbone(config.replace(pretrained=str(tmp_path / "vit")))
     shallow = config.replace(backbone=config.backbone | {"depths": [1, 2, 1, 2]})
     with pytest.raises(ConfigError, match=r"does not fit the backbone: it has more layers, namely encoder\.stages\.2"):
         model.build_backbone(shallow.replace(pretrained=str(tmp_path / "resnet")))
@@ -363,6 +372,29 @@ def test_a_checkpoint_is_not_lost_by_accident(tmp_path):
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
 
 
+def test_the_log_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
+    config = cases.tiny(steps=1, block=NO_BLOCK)
+    train.train(config, tmp_path)
+    before = (tmp_path / "log.jsonl").read_text()
+
+    def full(path, text):
+        path.write_bytes(b"half")
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="no space left"):
+        train.train(config, tmp_path, resume=True)
+    assert (tmp_path / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("device", "pictures"), [("cpu", 2), ("cuda", 4)])
+def test_processes_are_passes_on_cpus_only(device, pictures):
+    """Batch norm is synchronised among processes on GPUs."""
+    accelerator = SimpleNamespace(num_processes=2, device=torch.device(device), mixed_precision="no")
+    told = train.arithmetic_of(cases.tiny(batch_size=8), accelerator, accumulate=2)
+    assert told == {"precision": "no", "processes * accumulate": 4, "pictures per batch norm": pictures}
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_broken_picture_ends_training_with_one_line(workers, tmp_path):
     root = cases.ade20k(tmp_path, [1, 151])
@@ -404,13 +436,17 @@ def test_accumulation_changes_rounding_and_batch_norm_only(tmp_path):
 
 
 def test_bfloat16(trained, tmp_path):
-    """Other losses than in float32, by rounding."""
+    """Other losses than in float32, by rounding; resuming keeps to it."""
+    config = cases.tiny(block="asa", steps=3)
     AcceleratorState._reset_state()  # a process has one precision; this one has had another
     try:
-        losses = train.train(cases.tiny(block="asa", steps=3), tmp_path / "bf16", precision="bf16").losses
+        losses = train.train(config, tmp_path / "bf16", precision="bf16").losses
+        interrupted(config, tmp_path / "parts", at=2, precision="bf16", checkpoint_every=1)
+        AcceleratorState._reset_state()
+        assert train.train(config, tmp_path / "parts", resume=True).losses == losses
     finally:
         AcceleratorState._reset_state()
-    expected = train.train(cases.tiny(block="asa", steps=3), tmp_path).losses
+    expected = train.train(config, tmp_path).losses
     assert losses != expected
     np.testing.assert_allclose(losses, expected, rtol=0.05)
 
@@ -465,14 +501,21 @@ def test_two_processes(tmp_path):
     On a CPU every process normalises its own part, dropout is seeded by part, and a sum of two numbers does not depend
     on their order: DDP gives the same bits. FSDP2 may round gradients elsewhere.
     """
-    # three pictures to validate on: one process slides windows over two of them, the other over one
+    # one process slides windows over more pictures than the other, and over larger ones
     settings = {"steps": 4, "block": "asa", "threshold_rate": 0.5, "window": [32, 32], "stride": [32, 32]}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
     command += [str(ROOT / "tests" / "segmentation_ranks.py"), str(tmp_path), json.dumps(settings)]
     result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
-    expected = train.train(cases.tiny(**settings), tmp_path / "alone", accumulate=2)
+    reports = []
+
+    def look(step, network):
+        if step == 2:
+            reports.append(evaluate.evaluate(network, cases.TwoSizes(), cases.tiny(**settings)))
+
+    expected = train.train(cases.tiny(**settings), tmp_path / "alone", accumulate=2, after_step=look)
+    np.testing.assert_allclose(json.loads((tmp_path / "iou.json").read_text()), reports[0].iou, atol=0.002)
     model_of = {}
     for name in ("alone", "ddp", "fsdp", "resumed"):
         losses = [json.loads(line)["loss"] for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]

@@ -7,8 +7,9 @@ import PIL.Image
 import pytest
 import segmentation_cases as cases
 import torch
+from torch import nn
 
-from examples.segmentation import data, pipeline, shapes
+from examples.segmentation import data, pipeline, shapes, train
 from examples.segmentation.config import NAMES, Config, ConfigError
 from examples.segmentation.sample import IGNORE, DataError, Sample
 
@@ -50,6 +51,15 @@ def test_other_splits(tmp_path):
     assert len(data.build(config, cases.voc2012(tmp_path, [0]), training=True)) == 2
 
 
+def test_labels_of_voc_go_before_augmented_ones(tmp_path):
+    """Archives of augmented labels have some of the pictures in train.txt too."""
+    root = cases.voc2012(tmp_path, [3])
+    for name in ("2007_1", "2007_2", "2008_3"):
+        cases.write(root / "SegmentationClassAug" / f"{name}.png", cases.label_of([5]))
+    samples = data.build(Config.load("voc2012"), root, training=True)
+    assert [samples[i].label.max() for i in range(3)] == [3, 3, 5]
+
+
 def test_palette_of_voc():
     """The first colours, which the data set's label pictures show."""
     colours = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (128, 128, 0), (0, 0, 128), (128, 0, 128), (0, 128, 128)]
@@ -66,6 +76,8 @@ MISSING = [
     ("ade20k", "annotations/training/ADE_train_2.png", "1 of 2 label pictures are missing, the first is"),
     ("ade20k", "objectInfo150.txt", "objectInfo150.txt, which lists the classes, is missing"),
     ("voc2012", "ImageSets/Segmentation/trainaug.txt", "which lists the pictures of split 'trainaug', is missing"),
+    ("voc2012", "ImageSets/Segmentation/train.txt", "which lists the pictures of split 'train', is missing"),
+    ("voc2012", "SegmentationClass", "SegmentationClass is missing"),
     ("voc2012", "SegmentationClassAug", "SegmentationClassAug is missing"),
     ("voc2012", "JPEGImages", "JPEGImages is missing"),
     ("voc2012", "JPEGImages/2008_3.jpg", "1 of 3 pictures are missing, the first is"),
@@ -158,6 +170,9 @@ def test_published_settings():
         assert (config.channels, config.auxiliary_channels, config.auxiliary_weight) == (512, 256, 0.4)
         assert (config.optimizer, config.learning_rate, config.min_learning_rate) == ("sgd", 0.01, 1e-4)
         assert (config.weight_decay, config.ratio, config.dropout) == (5e-4, (0.5, 2.0), 0.1)
+        optimizer = train.optimizer_of(config, nn.Linear(1, 1))
+        assert isinstance(optimizer, torch.optim.SGD) and optimizer.defaults["momentum"] == 0.9
+        assert train.learning_rate(config, config.steps // 2) == pytest.approx(0.0099 * 0.5**0.9 + 1e-4)
         assert [config.replace(block=x).options for x in ("asa", "non_local", "criss_cross")] == [
             {"norm": "batch"}, {"norm": "batch"}, {},
         ]  # fmt: skip
@@ -180,6 +195,8 @@ def test_published_settings():
         ({"window": [64, 64], "stride": [65, 32]}, "stride must be at most window = [64, 64], got stride=(65, 32)"),
         ({"optimizer": "adam"}, 'optimizer must be "sgd" or "adamw"'),
         ({"block_options": 3}, "block_options must be an object of options"),
+        ({"options_by_block": {"asaa": {}}}, "options_by_block must be an object of blocks, each with an object of"),
+        ({"options_by_block": {"asa": 3}}, "options_by_block must be an object of blocks, each with an object of"),
     ],
 )
 def test_settings_that_do_not_fit(settings, message):
