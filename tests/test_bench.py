@@ -432,9 +432,9 @@ def test_every_committed_page_says_what_its_file_says():
 
 
 def test_a_check_tells_what_moved(tmp_path, capsys, quick):
-    assert check.verdict([0.4, 0.5, 0.6], [0.67, 0.7, 0.8]) == "slower"
-    assert check.verdict([0.4, 0.5, 0.6], [0.2, 0.3, 0.36]) == "faster"
-    assert check.verdict([0.4, 0.5, 0.6], [0.65, 0.7, 0.8]) == check.verdict([0.4, 0.5, 0.6], [0.2, 0.3, 0.37]) == ""
+    assert check.verdict([0.4, 0.5, 0.6], [0.79, 0.8, 0.9]) == "slower"
+    assert check.verdict([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]) == "faster"
+    assert check.verdict([0.4, 0.5, 0.6], [0.77, 0.8, 0.9]) == check.verdict([0.4, 0.5, 0.6], [0.2, 0.3, 0.32]) == ""
     path = tmp_path / "known.json"
     results = stored()
     results.environment = measure.environment("cpu")
