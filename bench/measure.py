@@ -55,7 +55,7 @@ def version(package: str) -> str | None:
 
 
 def environment(device: str) -> dict[str, object]:
-    """Return what results depend on; two runs may be put into one file where all but the commit agree."""
+    """Return what results depend on; runs may be put into one file, with all commits, where all else agrees."""
     result: dict[str, object] = {"commit": commit()}
     if device == "cpu":
         isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if _has_extension() else "none"

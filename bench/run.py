@@ -267,7 +267,8 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace, todo: li
                 parser.error(f"--add: {options.out} has {name} = {there!r}, here it is {here!r}")
         if others := {case.dtype for case in results.cases} - {options.dtype}:
             parser.error(f"--add: {options.out} is of {', '.join(sorted(others))}, got --dtype {options.dtype}")
-        results.environment = environment
+        commits = [*str(results.environment.get("commit")).split(", "), str(environment["commit"])]
+        results.environment = environment | {"commit": ", ".join(dict.fromkeys(commits))}
         return results
     return Record(environment, measure.ceilings(options.device, getattr(torch, options.dtype)), [])
 

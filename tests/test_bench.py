@@ -263,7 +263,12 @@ def test_dtypes_and_implementations(tmp_path, capsys, quick):
     small = ["--size", "8x8", "--dim", "16", "--mode", "fwd", "--rounds", "1", "--out", out, "--add"]
     run.main([*small, "--op", "criss_cross_attention", "--impl", "reference", "cpu", "--peers"])
     run.main([*small, "--impl", "blocked", "cpu", "--inputs", "iid", "--peers", "--batch", "2"])
-    cross, asa = record.read(tmp_path / "out.json").cases
+    results = record.read(tmp_path / "out.json")
+    results.environment["commit"] = "an earlier one"
+    results.write(tmp_path / "out.json")
+    run.main([*small, "--op", "criss_cross_attention", "--impl", "reference", "cpu", "--peers"])
+    assert record.read(tmp_path / "out.json").environment["commit"] == f"an earlier one, {measure.commit()}"
+    asa, cross = record.read(tmp_path / "out.json").cases
     assert cross.ours == ["asa_ops reference", "asa_ops cpu"] and asa.ours == ["asa blocked", "asa cpu"]
     page = report.render(record.read(tmp_path / "out.json"), [])
     assert "- dtype: float32\n- ASA: blocked, cpu\n" in page

@@ -370,3 +370,17 @@ def test_a_synthetic_picture_stands_in_for_the_photograph():
         sys.modules.pop("inputs")
     assert grid == (64, 128) and [x.shape[2] for x in tensors] == [8192] * 5 and notes == []
     assert all(x.isfinite().all() for x in tensors) and tensors[0].std() > 0.1
+
+
+def test_a_case_that_cannot_be_measured_is_told_and_the_others_go_on(monkeypatch, tmp_path):
+    def fail(kind, n, *others):
+        raise RuntimeError(f"no {kind} of {n}")
+
+    monkeypatch.setattr(timings, "case", fail)
+    told = {"notes": [], "cases": []}
+    todo = [("labels", 64, False, False), ("iid", 81, True, False)]
+    assert timings.measure_all(todo, float("inf"), told, tmp_path / "out.json") == 2
+    assert told["notes"] == [
+        "labels 64 failed: RuntimeError: no labels of 64",
+        "iid 81 fwd+bwd failed: RuntimeError: no iid of 81",
+    ]

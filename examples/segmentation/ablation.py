@@ -325,9 +325,9 @@ def main(arguments: list[str] | None = None) -> None:
             if error:
                 wrong.append(error)
                 bar.write(error)
-    if read(options.out):
-        gather(options.out, read(options.out))
-        runs = read(options.out)
+    if runs := read(options.out):
+        gather(options.out, runs)
+        runs = read(options.out)  # rounded, as whoever reads the file sees them
         text = table(runs)
         print(text)
         (options.out / "ablation.md").write_text(text)
