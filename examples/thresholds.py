@@ -6,11 +6,14 @@ constants that are best on the training photographs, so that whatever it gains i
 those constants, with dense attention at its best h, with thresholds "trained" without a gradient, as published, and
 with h learned alone. Nothing is chosen on the photographs of the test.
 
+How far the gradient itself goes, where nothing has to be predicted, is measured besides: an alpha of every test pixel
+is fitted to the clean picture, which no denoiser has.
+
 A seed draws the noise, the crops and the initialisation, and holds out two of the eight photographs; all methods of a
 seed see the same. Runs are kept in the JSON file as they end: the same command goes on where it was interrupted, and
 where nothing is missing only writes the table and the plot again.
 
-    python examples/thresholds.py                       # 5 seeds: about half an hour on one thread
+    python examples/thresholds.py                       # 5 seeds: about an hour on one thread
     python examples/thresholds.py --steps 1500 --methods dense "learned alpha" --out long.json
     python examples/thresholds.py --seeds 2 --steps 5 --side 24 --out quick.json
 """
@@ -54,6 +57,7 @@ GRID = {  # what is tried for the constants
 }
 NEAR_DENSE = 0.1  # an alpha that keeps nearly every pair
 RATE, BATCH = 3e-3, 2  # learning rate of Adam, tiles a step
+FIT_RATE, FIT_STEPS = 0.05, 100  # the same where alpha is fitted
 CHECKS = 20  # intervals of a learning curve
 DIGITS = 7  # significant ones in the results: those of float32
 BANDS = (0.5, 1.0, 2.0, 4.0)
@@ -71,6 +75,7 @@ class Method:
     band: float = 1.0
     activation: str = "exp"
     near_dense: bool = False  # start at NEAR_DENSE instead of the tuned alpha
+    fitted: bool = False  # every pixel of the test has a parameter, fitted to the clean tile: a limit, not a method
 
 
 H, ALPHA, BOTH = ("h",), ("h", "alpha"), ("h", "alpha", "beta")
@@ -91,6 +96,9 @@ METHODS = {
     "near-dense, no gradient": Method(ALPHA, ("alpha",), threshold_grad=None, near_dense=True),
     "near-dense, learned alpha": Method(ALPHA, ("alpha",), near_dense=True),
 }
+for near, band in product((False, True), BANDS):
+    name = f"{'near-dense, ' * near}fitted to the clean, band {band:g}"
+    METHODS[name] = Method(ALPHA, ("alpha",), band=band, near_dense=near, fitted=True)
 REFERENCE = "fixed alpha"  # what the others' gains are measured from
 
 
@@ -240,9 +248,12 @@ class Seed:
 
         Returns:
             The :meth:`figures` and the constants it started from; if it learns, also how far the parameter that moved
-            most did, quantiles of what it predicts on the test tiles, and the test PSNR at :func:`checks`.
+            most did, quantiles of what it predicts on the test tiles, and the test PSNR at :func:`checks`. If it is
+            fitted: see :meth:`fit`.
         """
         start = self.constants[method.constants] | ({"alpha": NEAR_DENSE} if method.near_dense else {})
+        if method.fitted:
+            return self.fit(start, method) | {"start": start}
         if not method.learns:
             return self.figures(start) | {"start": start}
         with torch.random.fork_rng(devices=[]):
@@ -268,16 +279,38 @@ class Seed:
             figures = self.figures(settings, model(self.train))
         curve.append(figures["test"])
         moved = max((x - y).abs().max().item() for x, y in zip(model.parameters(), before, strict=True))
-        spread = {x: settings[x].quantile(torch.tensor([0.05, 0.5, 0.95])).tolist() for x in method.learns}
+        spread = {x: quantiles(settings[x]) for x in method.learns}
         return figures | {"start": start, "moved": moved, "quantiles": spread, "curve": curve}
 
-    @torch.no_grad()
+    def fit(self, start: Settings, method: Method) -> dict:
+        """Fit an alpha of every test pixel to the clean tiles and return the figures of the test.
+
+        Nobody could denoise so: it tells how far the gradient goes where nothing has to be predicted, and, as a few
+        survivors' noise can be chosen to cancel, more than could be predicted.
+        """
+        logarithm = torch.full_like(self.test.constant(0), math.log(start["alpha"])).requires_grad_()
+        optimizer = torch.optim.Adam([logarithm], FIT_RATE)
+        for _ in range(FIT_STEPS):
+            settings = start | {"alpha": logarithm.exp()}
+            loss = -self.test.psnr(settings, method.threshold_grad, method.band).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        alpha = logarithm.detach().exp()
+        return self.scores(start | {"alpha": alpha}) | {"quantiles": {"alpha": quantiles(alpha)}}
+
     def figures(self, test: Settings, train: Settings | None = None) -> dict:
-        """Return the mean PSNR of the tiles, by photograph of the test too."""
-        by_tile = self.test.psnr(test)
+        """Return the mean PSNR of the tiles of both, by photograph of the test too."""
+        with torch.no_grad():
+            trained = self.train.psnr(test if train is None else train).mean().item()
+        return self.scores(test) | {"train": trained}
+
+    @torch.no_grad()
+    def scores(self, settings: Settings) -> dict:
+        """Return the mean PSNR of the test tiles, and by photograph."""
+        by_tile = self.test.psnr(settings)
         by_photograph = dict(zip(self.held_out, by_tile.view(2, -1).mean(1).tolist(), strict=True))
-        trained = self.train.psnr(test if train is None else train).mean().item()
-        return {"test": by_tile.mean().item(), "by photograph": by_photograph, "train": trained}
+        return {"test": by_tile.mean().item(), "by photograph": by_photograph}
 
     @torch.no_grad()
     def ceiling(self) -> float:
@@ -300,6 +333,11 @@ class Seed:
                 row[f"{band:g}"] = log_alpha.grad.item()
             rows.append(row)
         return rows
+
+
+def quantiles(x: Tensor) -> list[float]:
+    """Return the 5 %, 50 % and 95 % quantiles."""
+    return x.quantile(torch.tensor([0.05, 0.5, 0.95])).tolist()
 
 
 def checks(steps: int) -> list[int]:
@@ -349,7 +387,9 @@ def table(results: dict) -> str:
     for name in options["methods"]:
         score = interval([seed[name]["test"] for seed in runs.values()])
         cells = ["{:.2f} ± {:.2f}".format(*score)]
-        cells += ["{:+.3f} ± {:.3f}".format(*interval(gains(runs, name, field))) for field in ("test", "train")]
+        fields = ("test",) if METHODS[name].fitted else ("test", "train")
+        cells += ["{:+.3f} ± {:.3f}".format(*interval(gains(runs, name, field))) for field in fields]
+        cells += ["-"] * (3 - len(cells))
         if "alpha" in METHODS[name].learns:
             spread = np.mean([seed[name]["quantiles"]["alpha"] for seed in runs.values()], 0)
             cells.append("{1:.2f} ({0:.2f} to {2:.2f})".format(*spread))
@@ -374,7 +414,7 @@ def draw(path: Path, results: dict) -> None:
     """Draw the gains, the learning curves from a near-dense start, and the derivatives of the first seed."""
     runs, methods = finished(results), results["settings"]["methods"]
     figure, axes = plt.subplots(1, 3, figsize=(15, 5), layout="constrained", width_ratios=(1.3, 1, 1))
-    shown = [name for name in methods if name != REFERENCE and not name.startswith(("dense", "near"))]
+    shown = [name for name in methods if name != REFERENCE and not name.startswith(("dense", "near", "fitted"))]
     for y, name in enumerate(reversed(shown)):
         for field, colour, shift in (("test", "C0", 0.12), ("train", "C7", -0.12)):
             mean, half = interval(gains(runs, name, field))
@@ -418,13 +458,17 @@ def resume(path: Path, settings: dict) -> dict:
     try:
         results = json.loads(path.read_text())
         found, _, _ = dict(results["settings"]), dict(results["runs"]), dict(results["ceilings"])
+        methods = dict(found["methods"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SystemExit(f"thresholds: {str(path)!r} holds no results of this script ({error!r}): remove it") from error
     if found != settings:
-        differing = {x: (found.get(x), settings.get(x)) for x in found | settings if found.get(x) != settings.get(x)}
-        text = ", ".join(f"{name} {was!r} instead of {now!r}" for name, (was, now) in differing.items())
+        others = methods | settings["methods"]
+        differing = [name for name in others if methods.get(name) != settings["methods"].get(name)]
+        parts = [f"other methods ({', '.join(differing)})"] if differing else []
+        values = ((name, found.get(name), settings.get(name)) for name in found | settings if name != "methods")
+        parts += [f"{name} {was!r} instead of {now!r}" for name, was, now in values if was != now]
         raise SystemExit(
-            f"thresholds: {str(path)!r} is of other settings: {text}: remove it, or name another with --out"
+            f"thresholds: {str(path)!r} is of other settings: {', '.join(parts)}: remove it, or name another with --out"
         )
     return results
 

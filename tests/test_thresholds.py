@@ -140,6 +140,18 @@ def test_the_oracle_is_at_least_as_good_as_one_alpha(thresholds, seed):
     assert seed.ceiling() > 0
 
 
+def test_fitted_thresholds_denoise_better(thresholds, seed, monkeypatch):
+    """An alpha of every pixel goes beyond the best one of its tile; without a gradient it stays."""
+    monkeypatch.setattr(thresholds, "FIT_STEPS", 40)
+    fixed = seed.run(thresholds.METHODS["fixed alpha"], 3)
+    figures = seed.run(thresholds.METHODS["fitted to the clean, band 0.5"], 3)
+    assert figures["test"] > fixed["test"] + seed.ceiling() and figures["start"] == fixed["start"]
+    low, _, high = figures["quantiles"]["alpha"]
+    assert low < fixed["start"]["alpha"] < high and "train" not in figures
+    published = thresholds.Method(thresholds.ALPHA, ("alpha",), threshold_grad=None, fitted=True)
+    assert seed.run(published, 3)["test"] == pytest.approx(fixed["test"], abs=1e-5)
+
+
 def test_psnr(thresholds):
     clean = np.full((10, 10, 3), 0.5)
     tiles = thresholds.Tiles([clean], 0.1, np.random.default_rng(0))
@@ -164,6 +176,8 @@ def test_table(thresholds):
         return {"test": test, "train": train, "start": {"alpha": 1.5}, "moved": 0.0, "quantiles": spread}
 
     runs = {str(i): {name: run(20.0 + i, 30.0) for name in thresholds.METHODS} for i in range(2)}
+    for i in runs:
+        del runs[i]["fitted to the clean, band 2"]["train"]
     runs["0"]["learned alpha"], runs["1"]["learned alpha"] = run(20.5, 30.25), run(21.75, 29.75)
     runs["1"]["near-dense, no gradient"]["moved"] = 0.125
     runs["2"] = {"dense": run(50.0, 50.0)}  # interrupted: does not count
@@ -173,6 +187,7 @@ def test_table(thresholds):
     # gains 0.5 and 0.75: t = 12.7062, s / sqrt(2) = 0.125
     assert "\n| learned alpha | 21.12 ± 7.94 | +0.625 ± 1.588 | +0.000 ± 3.177 | 3.12 (1.00 to 3.00) |\n" in text
     assert "\n| fixed alpha | 20.50 ± 6.35 | +0.000 ± 0.000 | +0.000 ± 0.000 | 1.50 |\n" in text
+    assert "\n| fitted to the clean, band 2 | 20.50 ± 6.35 | +0.000 ± 0.000 | - | 2.50 (1.00 to 3.00) |\n" in text
     assert "Test PSNR of 2 seeds, 10 x 10 tiles, noise 0.1,\n3 steps;" in text
     assert "without a gradient was 0.125." in text and "would gain +1.50 ± 6.35 dB" in text
 
@@ -188,7 +203,9 @@ def test_runs_from_the_command_line(thresholds, finished):
     assert list(results["runs"]) == ["0", "1"] == list(results["ceilings"])
     for runs in results["runs"].values():
         assert list(runs) == list(thresholds.METHODS)
-        assert all(len(run["curve"]) == 4 for name, run in runs.items() if thresholds.METHODS[name].learns)
+        for name, run in runs.items():
+            method = thresholds.METHODS[name]
+            assert len(run.get("curve", [])) == 4 * bool(method.learns and not method.fitted)
     text = finished.with_suffix(".md").read_text()
     assert text == thresholds.table(results) and "nan" not in text
     assert skimage.io.imread(finished.with_suffix(".png")).std() > 1
@@ -207,7 +224,7 @@ def test_runs_some_methods(thresholds, tmp_path):
 
 
 def test_goes_on_where_it_was_interrupted(thresholds, finished, tmp_path, monkeypatch):
-    path, run, left = tmp_path / "out.json", thresholds.Seed.run, [20]
+    path, run, left = tmp_path / "out.json", thresholds.Seed.run, [len(thresholds.METHODS) + 3]
 
     def interrupted(*arguments):
         left[0] -= 1
@@ -218,8 +235,8 @@ def test_goes_on_where_it_was_interrupted(thresholds, finished, tmp_path, monkey
     monkeypatch.setattr(thresholds.Seed, "run", interrupted)
     with pytest.raises(KeyboardInterrupt):
         thresholds.main([*SMALL, "--out", str(path)])
-    assert [len(x) for x in json.loads(path.read_text())["runs"].values()] == [17, 3]
-    left[0] = 14  # what is missing, not one more
+    assert [len(x) for x in json.loads(path.read_text())["runs"].values()] == [len(thresholds.METHODS), 3]
+    left[0] = len(thresholds.METHODS) - 3  # what is missing, not one more
     thresholds.main([*SMALL, "--out", str(path)])
     assert path.read_bytes() == finished.read_bytes()
     assert path.with_suffix(".md").read_bytes() == finished.with_suffix(".md").read_bytes()
@@ -233,7 +250,8 @@ def test_committed_tables_are_of_the_committed_results(path, thresholds, tmp_pat
     copy = tmp_path / path.name
     copy.write_bytes(path.read_bytes())
     settings = json.loads(path.read_text())["settings"]
-    arguments = [] if path == RESULTS else ["--steps", str(settings["steps"]), "--methods", *settings["methods"]]
+    options = [f"--{name}={settings[name]}" for name in ("steps", "side", "noise")]
+    arguments = [] if path == RESULTS else [*options, "--methods", *settings["methods"]]
     thresholds.main([*arguments, "--out", str(copy)])
     assert copy.with_suffix(".md").read_text() == path.with_suffix(".md").read_text()
     assert copy.with_suffix(".png").stat().st_size > 10_000
@@ -269,7 +287,16 @@ def test_bad_arguments(thresholds, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["", "[]", '{"settings": {}}', '{"settings": 3, "runs": {}, "ceilings": {}}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[]",
+        '{"settings": {}}',
+        '{"settings": 3, "runs": {}, "ceilings": {}}',
+        '{"settings": {"methods": 3}, "runs": {}, "ceilings": {}}',
+    ],
+)
 def test_a_file_of_something_else(thresholds, text, tmp_path):
     path = tmp_path / "out.json"
     path.write_text(text)
@@ -282,4 +309,8 @@ def test_results_of_other_settings(thresholds, finished):
     before = finished.read_bytes()
     with pytest.raises(SystemExit, match="is of other settings: steps 3 instead of 4: remove it"):
         thresholds.main([*SMALL, "--steps", "4", "--out", str(finished)])
+    with pytest.raises(
+        SystemExit, match=r"is of other settings: other methods \(dense, .*\), noise 0.1 instead of 0.2: "
+    ):
+        thresholds.main([*SMALL, "--methods", "learned h", "--noise", "0.2", "--out", str(finished)])
     assert finished.read_bytes() == before
