@@ -49,6 +49,7 @@ PHOTOGRAPHS = (
     "hubble_deep_field",
     "retina",
 )
+GREY = ("brick", "camera", "cell", "clock", "coins", "grass", "gravel", "moon")  # --grey: to train on besides
 SIZE = 128  # side of a photograph, from which tiles are cut
 GRID = {  # what is tried for the constants
     "h": [0.7 + 0.05 * i for i in range(11)],  # in units of noise * sqrt(values in a patch)
@@ -106,6 +107,7 @@ def photograph(name: str) -> np.ndarray:
     """Return one of scikit-image's photographs as float64 [SIZE, SIZE, 3] in [0, 1]."""
     image = getattr(skimage.data, name)()
     image = image[0] if isinstance(image, tuple) else image  # the left one of a stereo pair
+    image = image if image.ndim == 3 else np.stack(3 * [image], -1)
     return skimage.transform.resize(skimage.util.img_as_float(image), (SIZE, SIZE), anti_aliasing=True).clip(0, 1)
 
 
@@ -229,13 +231,15 @@ class Seed:
         seed: of everything random. It holds out two photographs; seeds 0 to 7 hold out each photograph twice.
         side: of a tile.
         noise: standard deviation.
+        grey: learn from :data:`GREY` besides. Tuning, and the figures of training, remain those of the coloured ones.
     """
 
-    def __init__(self, seed: int, side: int, noise: float):
+    def __init__(self, seed: int, side: int, noise: float, grey: bool = False):
         self.seed, self.side, self.noise = seed, side, noise
         self.held_out = [PHOTOGRAPHS[i % len(PHOTOGRAPHS)] for i in (seed, seed + 3)]
-        self.photographs = [photograph(name) for name in PHOTOGRAPHS if name not in self.held_out]
-        self.train = Tiles(cut(self.photographs, side), noise, self.rng("tuning"))
+        coloured = [photograph(name) for name in PHOTOGRAPHS if name not in self.held_out]
+        self.photographs = coloured + [photograph(name) for name in GREY if grey]
+        self.train = Tiles(cut(coloured, side), noise, self.rng("tuning"))
         self.test = Tiles(cut(map(photograph, self.held_out), side), noise, self.rng("test"))
         self.constants = tuned(self.train)
 
@@ -377,7 +381,7 @@ def table(results: dict) -> str:
     options, runs = results["settings"], finished(results)
     lines = [
         f"Test PSNR of {len(runs)} seeds, {options['side']} x {options['side']} tiles, noise {options['noise']:g},",
-        f"{options['steps']} steps; gains over `{REFERENCE}` are paired (same photographs, same noise); ± is half of a",
+        f"{options['steps']} steps{' with grey photographs too' * options['grey']}; gains over `{REFERENCE}` are paired (same photographs, same noise); ± is half of a",
         "95 % confidence interval (t distribution, seeds as if independent, though they share training photographs);",
         "alpha: median of the test tiles' pixels (5 % to 95 %), mean of seeds.",
         "",
@@ -498,6 +502,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=300, help="of training (300)")
     parser.add_argument("--side", type=int, default=48, help="of the square tiles; SIDE^2 tokens (48)")
     parser.add_argument("--noise", type=float, default=0.1, help="standard deviation of the noise, colours in [0, 1]")
+    parser.add_argument("--grey", action="store_true", help=f"learn from {len(GREY)} grey photographs too")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     default = Path(__file__).parent / "results" / "thresholds.json"
     parser.add_argument("--out", type=Path, default=default, help="results; a .md and a .png are written beside them")
@@ -518,7 +523,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> dict:
     options = parse(arguments)
-    settings = {name: getattr(options, name) for name in ("steps", "side", "noise")}
+    settings = {name: getattr(options, name) for name in ("steps", "side", "noise", "grey")}
     methods = {name: asdict(x) for name, x in METHODS.items() if name in (*options.methods, REFERENCE)}
     settings |= {"rate": RATE, "batch": BATCH, "methods": methods}
     settings = json.loads(json.dumps(settings))  # tuples become lists, as in a file
@@ -531,7 +536,7 @@ def main(arguments: list[str] | None = None) -> dict:
             if not missing:
                 continue
             bar.set_description(f"seed {i}, tuning")
-            seed = Seed(i, options.side, options.noise)
+            seed = Seed(i, options.side, options.noise, options.grey)
             results["ceilings"][str(i)] = rounded(seed.ceiling())
             if "derivatives" not in results:
                 results["derivatives"] = rounded(seed.derivatives())

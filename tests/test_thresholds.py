@@ -97,6 +97,19 @@ def test_training_and_test_photographs_are_disjoint(thresholds):
     assert sorted(held_out) == sorted(2 * thresholds.PHOTOGRAPHS)
 
 
+def test_grey_photographs_are_learned_from(thresholds, seed):
+    """And from nothing else: what is tuned on, tested on and starts is as without them."""
+    grey = thresholds.Seed(1, 10, 0.1, grey=True)
+    assert len(seed.photographs) == 6 and len(grey.photographs) == 14
+    for x in grey.photographs[6:]:
+        assert x.shape == (20, 20, 3) and x.std() > 0.01 and (x == x[..., :1]).all() and 0 <= x.min() < x.max() <= 1
+    assert grey.constants == seed.constants
+    assert torch.equal(grey.train.pictures, seed.train.pictures) and torch.equal(grey.test.pictures, seed.test.pictures)
+    method = thresholds.METHODS["learned alpha, beta, h"]
+    assert grey.run(method, 3)["curve"][0] == seed.run(method, 3)["curve"][0]
+    assert grey.run(method, 3)["moved"] != seed.run(method, 3)["moved"]
+
+
 def test_a_seed_repeats_bitwise(thresholds, seed):
     method = thresholds.METHODS["learned alpha, beta, h"]
     first = seed.run(method, 3)
@@ -181,14 +194,14 @@ def test_table(thresholds):
     runs["0"]["learned alpha"], runs["1"]["learned alpha"] = run(20.5, 30.25), run(21.75, 29.75)
     runs["1"]["near-dense, no gradient"]["moved"] = 0.125
     runs["2"] = {"dense": run(50.0, 50.0)}  # interrupted: does not count
-    settings = {"steps": 3, "side": 10, "noise": 0.1, "methods": thresholds.METHODS}
+    settings = {"steps": 3, "side": 10, "noise": 0.1, "grey": True, "methods": thresholds.METHODS}
     results = {"settings": settings, "runs": runs, "ceilings": {"0": 1.0, "1": 2.0, "2": 9.0}}
     text = thresholds.table(results)
     # gains 0.5 and 0.75: t = 12.7062, s / sqrt(2) = 0.125
     assert "\n| learned alpha | 21.12 ± 7.94 | +0.625 ± 1.588 | +0.000 ± 3.177 | 3.12 (1.00 to 3.00) |\n" in text
     assert "\n| fixed alpha | 20.50 ± 6.35 | +0.000 ± 0.000 | +0.000 ± 0.000 | 1.50 |\n" in text
     assert "\n| fitted to the clean, band 2 | 20.50 ± 6.35 | +0.000 ± 0.000 | - | 2.50 (1.00 to 3.00) |\n" in text
-    assert "Test PSNR of 2 seeds, 10 x 10 tiles, noise 0.1,\n3 steps;" in text
+    assert "Test PSNR of 2 seeds, 10 x 10 tiles, noise 0.1,\n3 steps with grey photographs too;" in text
     assert "without a gradient was 0.125." in text and "would gain +1.50 ± 6.35 dB" in text
 
 
@@ -250,7 +263,7 @@ def test_committed_tables_are_of_the_committed_results(path, thresholds, tmp_pat
     copy = tmp_path / path.name
     copy.write_bytes(path.read_bytes())
     settings = json.loads(path.read_text())["settings"]
-    options = [f"--{name}={settings[name]}" for name in ("steps", "side", "noise")]
+    options = [f"--{name}={settings[name]}" for name in ("steps", "side", "noise")] + ["--grey"] * settings["grey"]
     arguments = [] if path == RESULTS else [*options, "--methods", *settings["methods"]]
     thresholds.main([*arguments, "--out", str(copy)])
     assert copy.with_suffix(".md").read_text() == path.with_suffix(".md").read_text()
