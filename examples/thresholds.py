@@ -376,24 +376,34 @@ def gains(runs: dict, name: str, field: str) -> list[float]:
     return [seed[name][field] - seed[REFERENCE][field] for seed in runs.values()]
 
 
+def by_photograph(runs: dict, name: str) -> list[float]:
+    """Return the same on the test, photograph by photograph."""
+    pairs = ((seed[name]["by photograph"], seed[REFERENCE]["by photograph"]) for seed in runs.values())
+    return [scores[photograph] - fixed[photograph] for scores, fixed in pairs for photograph in fixed]
+
+
 def table(results: dict) -> str:
     """Return the figures of the finished seeds as Markdown."""
     options, runs = results["settings"], finished(results)
     lines = [
         f"Test PSNR of {len(runs)} seeds, {options['side']} x {options['side']} tiles, noise {options['noise']:g},",
-        f"{options['steps']} steps{' with grey photographs too' * options['grey']}; gains over `{REFERENCE}` are paired (same photographs, same noise); ± is half of a",
+        f"{options['steps']} steps{' with grey photographs too' * options['grey']};",
+        f"gains over `{REFERENCE}` are paired (same photographs, same noise); ± is half of a",
         "95 % confidence interval (t distribution, seeds as if independent, though they share training photographs);",
+        "better on: how many of the seeds' test photographs, and the least and the largest gain on one, dB;",
         "alpha: median of the test tiles' pixels (5 % to 95 %), mean of seeds.",
         "",
-        "| method | test, dB | gain on the test, dB | gain on the training photographs, dB | alpha |",
-        "|---|---|---|---|---|",
+        "| method | test, dB | gain on the test, dB | better on | gain on the training photographs, dB | alpha |",
+        "|---|---|---|---|---|---|",
     ]
     for name in options["methods"]:
         score = interval([seed[name]["test"] for seed in runs.values()])
-        cells = ["{:.2f} ± {:.2f}".format(*score)]
-        fields = ("test",) if METHODS[name].fitted else ("test", "train")
-        cells += ["{:+.3f} ± {:.3f}".format(*interval(gains(runs, name, field))) for field in fields]
-        cells += ["-"] * (3 - len(cells))
+        cells = ["{:.2f} ± {:.2f}".format(*score), "{:+.3f} ± {:.3f}".format(*interval(gains(runs, name, "test")))]
+        each = by_photograph(runs, name)
+        better = f"{sum(x > 0 for x in each)} of {len(each)} ({min(each):+.2f} to {max(each):+.2f})"
+        cells.append("-" if name == REFERENCE else better)
+        trained = None if METHODS[name].fitted else interval(gains(runs, name, "train"))
+        cells.append("{:+.3f} ± {:.3f}".format(*trained) if trained else "-")
         if "alpha" in METHODS[name].learns:
             spread = np.mean([seed[name]["quantiles"]["alpha"] for seed in runs.values()], 0)
             cells.append("{1:.2f} ({0:.2f} to {2:.2f})".format(*spread))

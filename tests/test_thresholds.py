@@ -186,21 +186,29 @@ def test_interval(thresholds):
 def test_table(thresholds):
     def run(test, train):
         spread = {"alpha": [1.0, 2.0 + test - 20, 3.0]}
-        return {"test": test, "train": train, "start": {"alpha": 1.5}, "moved": 0.0, "quantiles": spread}
+        photographs = {"coffee": test - 1, "rocket": test + 1}
+        figures = {"test": test, "by photograph": photographs, "train": train, "moved": 0.0}
+        return figures | {"start": {"alpha": 1.5}, "quantiles": spread}
 
     runs = {str(i): {name: run(20.0 + i, 30.0) for name in thresholds.METHODS} for i in range(2)}
     for i in runs:
         del runs[i]["fitted to the clean, band 2"]["train"]
     runs["0"]["learned alpha"], runs["1"]["learned alpha"] = run(20.5, 30.25), run(21.75, 29.75)
+    runs["1"]["learned alpha"]["by photograph"] = {"coffee": 19.75, "rocket": 23.75}
     runs["1"]["near-dense, no gradient"]["moved"] = 0.125
     runs["2"] = {"dense": run(50.0, 50.0)}  # interrupted: does not count
     settings = {"steps": 3, "side": 10, "noise": 0.1, "grey": True, "methods": thresholds.METHODS}
     results = {"settings": settings, "runs": runs, "ceilings": {"0": 1.0, "1": 2.0, "2": 9.0}}
     text = thresholds.table(results)
     # gains 0.5 and 0.75: t = 12.7062, s / sqrt(2) = 0.125
-    assert "\n| learned alpha | 21.12 ± 7.94 | +0.625 ± 1.588 | +0.000 ± 3.177 | 3.12 (1.00 to 3.00) |\n" in text
-    assert "\n| fixed alpha | 20.50 ± 6.35 | +0.000 ± 0.000 | +0.000 ± 0.000 | 1.50 |\n" in text
-    assert "\n| fitted to the clean, band 2 | 20.50 ± 6.35 | +0.000 ± 0.000 | - | 2.50 (1.00 to 3.00) |\n" in text
+    better = "3 of 4 (-0.25 to +1.75)"
+    assert (
+        f"\n| learned alpha | 21.12 ± 7.94 | +0.625 ± 1.588 | {better} | +0.000 ± 3.177 | 3.12 (1.00 to 3.00) |\n"
+        in text
+    )
+    assert "\n| fixed alpha | 20.50 ± 6.35 | +0.000 ± 0.000 | - | +0.000 ± 0.000 | 1.50 |\n" in text
+    same = "+0.000 ± 0.000 | 0 of 4 (+0.00 to +0.00)"
+    assert f"\n| fitted to the clean, band 2 | 20.50 ± 6.35 | {same} | - | 2.50 (1.00 to 3.00) |\n" in text
     assert "Test PSNR of 2 seeds, 10 x 10 tiles, noise 0.1,\n3 steps with grey photographs too;" in text
     assert "without a gradient was 0.125." in text and "would gain +1.50 ± 6.35 dB" in text
 
