@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--archs", type=int, nargs="+", default=[80, 90, 100], choices=sorted(SHARED_LIMIT))
     parser.add_argument("--dims", type=int, nargs="+", default=[64, 128, 256])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float16", "float32", "tf32"])
-    parser.add_argument("--kernels", nargs="+", default=[], help="only these: statistics, mask, dq, ...")
+    parser.add_argument("--kernels", nargs="+", action="extend", default=[], help="only these: mask, dq, ...")
     parser.add_argument("--quick", action="store_true", help="bfloat16 at head dim 256 on sm_90, matrix kernels")
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()

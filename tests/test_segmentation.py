@@ -411,6 +411,8 @@ def test_options_of_the_block_are_added_to_the_files(tmp_path):
         return Checkpoint.load(tmp_path / "checkpoint.pt").settings()
 
     assert config("--set", 'block_options={"norm":"batch"}').options == {"topk": 9, "norm": "batch"}
+    both = config("--set", 'block_options={"norm":"batch"}', "--set", "dropout=0.5", "seed=3")
+    assert (both.options, both.dropout, both.seed) == ({"topk": 9, "norm": "batch"}, 0.5, 3)
     assert config("--block", "non_local").options == {}
 
 
@@ -611,10 +613,12 @@ def test_predict_writes_overlays(trained, tmp_path, capsys):
     picture = tmp_path / "street.jpg"
     cases.write(picture, np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
     out = tmp_path / "out"
-    predictions = predict.main([str(trained[0] / "checkpoint.pt"), str(picture), "--shape", "2", "--out", str(out)])
-    assert [x.shape for x in predictions] == [(70, 90), (64, 64)] and max(x.max() for x in predictions) < 5
-    assert capsys.readouterr().out.split() == [str(out / "street.png"), str(out / "shape2.png")]
-    assert all(np.asarray(PIL.Image.open(out / name)).std() > 1 for name in ("street.png", "shape2.png"))
+    shapes = ["--shape", "2", "0", "--shape", "1"]
+    predictions = predict.main([str(trained[0] / "checkpoint.pt"), str(picture), *shapes, "--out", str(out)])
+    assert [x.shape for x in predictions] == [(70, 90), *[(64, 64)] * 3] and max(x.max() for x in predictions) < 5
+    names = ("street.png", "shape2.png", "shape0.png", "shape1.png")
+    assert capsys.readouterr().out.split() == [str(out / name) for name in names]
+    assert all(np.asarray(PIL.Image.open(out / name)).std() > 1 for name in names)
     image, palette = np.full((1, 2, 3), 100, np.uint8), np.array([(0, 0, 0), (200, 100, 0)], np.uint8)
     np.testing.assert_array_equal(predict.overlay(image, np.array([[0, 1]]), palette), [[(40,) * 3, (160, 100, 40)]])
 

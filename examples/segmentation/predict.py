@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> list[np.ndarray]:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("images", nargs="*", type=Path, help="picture files")
-    parser.add_argument("--shape", nargs="*", type=int, default=[], help="validation shapes, by number")
+    parser.add_argument("--shape", nargs="+", action="extend", type=int, default=[], help="validation shapes by number")
     parser.add_argument("--out", type=Path, default=Path("predictions"), help="folder to write (predictions)")
     options = parser.parse_args(arguments)
     checkpoint = Checkpoint.load(options.checkpoint)

@@ -286,6 +286,7 @@ def main(arguments: list[str] | None = None) -> Result:
     parser.add_argument(
         "--set",
         nargs="+",
+        action="extend",
         default=[],
         metavar="NAME=VALUE",
         help='other settings: block_options={"topk":9}, besides those that the file has for this block, crop=[64,64]',
