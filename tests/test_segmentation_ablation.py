@@ -54,18 +54,20 @@ def test_the_library_is_among_the_variants():
 
 def test_the_table_is_of_the_runs(tmp_path):
     scores = {"none": (0.5, 0.52, 0.54), "asa, no gradient": (0.6, 0.61, 0.62), "asa": (0.62, 0.62, 0.65)}
+    scores |= {"asa, softplus": (0.55,) * 3, "asa, softplus, no gradient": (0.53,) * 3}
     for variant, of_seeds in scores.items():
         put(tmp_path, *(made_up(variant, seed, miou) for seed, miou in enumerate(of_seeds)))
     runs = ablation.read(tmp_path)
     assert list(runs) == [name for name in ablation.VARIANTS if name in scores]
     lines = [line.split(" | ") for line in ablation.table(runs).splitlines() if line.startswith("| ")]
     rows = {name.removeprefix("| "): cells for name, *cells in lines}
-    assert len(rows) == 4
+    assert len(rows) == 6
     # half of the interval: t(0.975, 2 degrees of freedom) = 4.303 times the deviation over sqrt(3)
     assert rows["none"][:4] == ["3", f"52.00 ± {4.303 * 2 / math.sqrt(3):.2f}", "-9.00 ± 2.48", "-"]
     assert rows["asa, no gradient"][2:5] == ["-", "200", "51"]
     assert rows["asa"][2:6] == ["+2.00 ± 2.48", "200", "51", "0.60 (0.50 to 0.80)"]
     assert rows["asa"][6:] == ["100", "5 |"]
+    assert rows["asa, softplus, no gradient"][2] == "-8.00 ± 2.48" and rows["asa, softplus"][2] == "+2.00 ± 0.00"
     ablation.draw(tmp_path / "plot.png", runs)
     assert np.asarray(PIL.Image.open(tmp_path / "plot.png")).std() > 1
 
@@ -127,7 +129,7 @@ def test_committed_tables_are_of_the_committed_runs(folder, tmp_path, monkeypatc
     monkeypatch.delattr(ablation, "run_in_process")
     (tmp_path / "ablation.json").write_bytes((folder / "ablation.json").read_bytes())
     runs = ablation.read(tmp_path)
-    assert all(sorted(seeds) == [0, 1, 2, 3, 4] for seeds in runs.values())
+    assert all(len(seeds) >= 5 for seeds in runs.values())
     ablation.main(["--variants", *runs, "--steps", folder.name, "--out", str(tmp_path)])
     for name in ("ablation.json", "ablation.md"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()

@@ -55,6 +55,7 @@ VARIANTS: dict[str, dict] = {  # name: settings
     "asa": _asa(),
     **{f"asa, band {band:g}": _asa(threshold_band=band) for band in BANDS},
     **{f"asa, rate {rate:g}": _asa(rate) for rate in RATES},
+    **{f"asa, band {band:g}, rate 0.1": _asa(0.1, threshold_band=band) for band in BANDS},
     "asa, softplus": _asa(threshold_activation="softplus"),
     "asa, softplus, no gradient": _asa(threshold_activation="softplus", threshold_grad=None),
     **{f"asa, softplus, rate {rate:g}": _asa(rate, threshold_activation="softplus") for rate in RATES},
@@ -67,6 +68,8 @@ VARIANTS: dict[str, dict] = {  # name: settings
     "salient_positions": {"block": "salient_positions"},
 }
 REFERENCE = "asa, no gradient"  # what the others' gains are measured from, seed by seed
+SOFTPLUS = "asa, softplus"  # thresholds start elsewhere, so variants of it have their own reference
+SOFTPLUS_REFERENCE = "asa, softplus, no gradient"
 SAMPLES = 20  # points of a curve of survivors
 DIGITS = 5  # significant ones of what is gathered
 
@@ -210,9 +213,14 @@ def interval(values: list[float]) -> tuple[float, float]:
     return np.mean(values).item(), (scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)).item()
 
 
+def reference_of(name: str) -> str:
+    """Return the variant that the gain of another is measured from."""
+    return SOFTPLUS_REFERENCE if name.startswith(SOFTPLUS) and name != SOFTPLUS_REFERENCE else REFERENCE
+
+
 def gains(runs: dict[str, dict[int, dict]], name: str) -> list[float]:
-    """Return by how many points of mIoU a variant beats the reference, for the seeds that both have."""
-    reference = runs.get(REFERENCE, {})
+    """Return by how many points of mIoU a variant beats its reference, for the seeds that both have."""
+    reference = runs.get(reference_of(name), {})
     return [100 * (told["miou"] - reference[seed]["miou"]) for seed, told in runs[name].items() if seed in reference]
 
 
@@ -232,8 +240,8 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
     size, pictures = (config.data_options[name] for name in ("size", "pictures"))
     lines = [
         f"`shapes`, {size} x {size}, {steps} steps, validated on {pictures} pictures; ± is half of a 95 % confidence",
-        f"interval (Student's t); gains over `{REFERENCE}` are paired, seed by seed. Survivors a row, of "
-        f"{positions(config)},",
+        "interval (Student's t). Gains are paired, seed by seed, over",
+        f"`{REFERENCE}`, of learning with softplus over `{SOFTPLUS_REFERENCE}`. Survivors a row, of {positions(config)},",
         "at the first and the last of the samples taken in training, means over seeds; the quartiles of alpha, and",
         "milliseconds and memory of a step on one CPU thread, medians over seeds.",
         "",
