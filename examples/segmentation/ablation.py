@@ -240,8 +240,8 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
     size, pictures = (config.data_options[name] for name in ("size", "pictures"))
     lines = [
         f"`shapes`, {size} x {size}, {steps} steps, validated on {pictures} pictures; ± is half of a 95 % confidence",
-        "interval (Student's t). Gains are paired, seed by seed, over",
-        f"`{REFERENCE}`, of learning with softplus over `{SOFTPLUS_REFERENCE}`. Survivors a row, of {positions(config)},",
+        f"interval (Student's t). Gains are paired, seed by seed, over `{REFERENCE}`, of learning with softplus over",
+        f"`{SOFTPLUS_REFERENCE}`. Survivors a row, of {positions(config)},",
         "at the first and the last of the samples taken in training, means over seeds; the quartiles of alpha, and",
         "milliseconds and memory of a step on one CPU thread, medians over seeds.",
         "",
