@@ -634,8 +634,9 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
     image = data.build(checkpoint.settings(), None, training=False)[0].image
     x = attend.block_input(network, normalise(image)[None])
     tokens = block.tokens(x)
-    for row, column in ((0, 0), (7, 9)):
-        dense, adaptive, reciprocal, local = attend.weight_maps(block, x, (row, column))
+    positions = ((0, 0), (7, 9))
+    for (row, column), maps in zip(positions, attend.weight_maps(block, x, positions), strict=True):
+        dense, adaptive, reciprocal, local = maps
         counts = [np.count_nonzero(w) for w in (dense, adaptive, reciprocal, local)]
         assert counts[0] == 256 > counts[1] >= counts[2] > 0 and counts[2] <= counts[3] <= counts[2] + 9
         assert (adaptive[reciprocal > 0] > 0).all() and (local[reciprocal > 0] > 0).all()

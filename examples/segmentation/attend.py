@@ -7,6 +7,7 @@ The checkpoint's block must be `asa`. Weights are of positions, `output_stride` 
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 import matplotlib
@@ -42,31 +43,35 @@ def block_input(model: Segmenter, image: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def weight_maps(block: AdaptiveSparseAttention, x: Tensor, position: tuple[int, int]) -> list[np.ndarray]:
-    """Return what one position attends to, the mean over heads, as a list of maps [h, w] in the order of ``NAMES``.
+def weight_maps(
+    block: AdaptiveSparseAttention, x: Tensor, positions: Sequence[tuple[int, int]]
+) -> list[list[np.ndarray]]:
+    """Return what each of ``positions`` attends to, the mean over heads: maps [h, w] in the order of ``NAMES``.
 
-    Each is a softmax over those that are kept so far, 0 everywhere where nobody is.
+    Each map is a softmax over those that are kept so far, 0 everywhere where nobody is.
 
     Args:
         block: the attention block.
         x: its input [1, C, h, w].
-        position: row and column in ``x``.
+        positions: rows and columns in ``x``.
     """
     height, width = x.shape[-2:]
-    i, n = position[0] * width + position[1], height * width
+    n = height * width
     tokens = {name: value for name, value in block.tokens(x).items() if name != "value"}
-    scores = tokens["scale"] * (tokens["key"][0] @ tokens["query"][0, :, i, :, None])[..., 0]  # [heads, N]
+    numbers = [row * width + column for row, column in positions]
+    scores = [tokens["scale"] * (tokens["key"][0] @ tokens["query"][0, :, i, :, None])[..., 0] for i in numbers]
+    maps = [[of_heads.softmax(-1).mean(0)] for of_heads in scores]  # of_heads is [heads, N]
     without_window = tokens | {"beta": None}
-    rows = [torch.ones_like(scores, dtype=torch.bool)]
     for options in (without_window | {"reciprocal": False}, without_window, tokens):
-        graph = reciprocal_neighbors(**options)
-        kept = torch.zeros_like(rows[0])
-        for head in range(len(scores)):
-            first, last = graph.row_offsets[head * n + i : head * n + i + 2].tolist()
-            kept[head, graph.col_indices[first:last].long()] = True
-        rows.append(kept)
-    maps = [scores.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num().mean(0) for kept in rows]
-    return [weights.view(height, width).cpu().numpy() for weights in maps]
+        graph = reciprocal_neighbors(**options)  # of all positions, up to gigabytes: one at a time
+        for of_position, of_heads, i in zip(maps, scores, numbers, strict=True):
+            kept = torch.zeros_like(of_heads, dtype=torch.bool)
+            for head in range(len(kept)):
+                first, last = graph.row_offsets[head * n + i : head * n + i + 2].tolist()
+                kept[head, graph.col_indices[first:last].long()] = True
+            of_position.append(of_heads.masked_fill(~kept, -torch.inf).softmax(-1).nan_to_num().mean(0))
+        del graph
+    return [[weights.view(height, width).cpu().numpy() for weights in of_position] for of_position in maps]
 
 
 def attend(
@@ -87,7 +92,8 @@ def attend(
     model = checkpoint.segmenter().to(device_of())
     x = block_input(model, normalise(scaled(image, config))[None].to(device_of()))
     h, w = x.shape[-2:]
-    return {(r, c): weight_maps(model.head.block, x, (r * h // height, c * w // width)) for r, c in pixels}
+    positions = [(r * h // height, c * w // width) for r, c in pixels]
+    return dict(zip(pixels, weight_maps(model.head.block, x, positions), strict=True))
 
 
 def is_interactive() -> bool:
