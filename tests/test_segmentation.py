@@ -497,6 +497,14 @@ def test_training_on_the_layout_of_a_real_data_set(tmp_path):
 # Several processes.
 
 
+def in_two_processes(*command: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *command]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
 def test_two_processes(tmp_path):
     """Two processes under DDP, and sharded, give the losses of one that takes its batch in two parts.
 
@@ -505,11 +513,7 @@ def test_two_processes(tmp_path):
     """
     # one process slides windows over more pictures than the other, and over larger ones
     settings = {"steps": 4, "block": "asa", "threshold_rate": 0.5, "window": [32, 32], "stride": [32, 32]}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
-    command += [str(ROOT / "tests" / "segmentation_ranks.py"), str(tmp_path), json.dumps(settings)]
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert result.returncode == 0, result.stderr[-3000:]
+    result = in_two_processes(str(ROOT / "tests" / "segmentation_ranks.py"), str(tmp_path), json.dumps(settings))
     reports = []
 
     def look(step, network):
@@ -531,6 +535,14 @@ def test_two_processes(tmp_path):
             assert distance <= (0 if name == "ddp" else 1e-5), (name, key, distance)
     assert result.stdout.count("pixel accuracy") == 2  # one process speaks
     assert str(expected.report) in result.stdout
+
+
+def test_two_processes_share_the_pictures(trained):
+    """Of three the first takes two, as its bar says, and one process speaks."""
+    out, expected = trained
+    result = in_two_processes("-m", "examples.segmentation.evaluate", str(out / "checkpoint.pt"))
+    assert str(expected.report) in result.stdout and result.stdout.count("pixel accuracy") == 1
+    assert "0/2" in result.stderr and "0/3" not in result.stderr
 
 
 # Checkpoints.

@@ -1,7 +1,7 @@
 """Evaluate a checkpoint: a table of the intersection over union of every class.
 
 python -m examples.segmentation.evaluate runs/segmentation/checkpoint.pt
-python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/city --scales 0.5 1 1.5 --flip
+torchrun --nproc-per-node 8 -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/city --flip
 python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/city --window 769 769 --stride 513 513
 """
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from . import data
 from .checkpoint import Checkpoint
-from .cli import device_of, main_of
+from .cli import main_of
 from .config import Config
 from .pipeline import normalise, scaled
 from .sample import IGNORE, Samples
@@ -164,8 +164,10 @@ def main(arguments: list[str] | None = None) -> Report:
         config = config.replace(window=options.window, stride=options.stride)
     samples = data.build(config, options.root, training=False)
     checkpoint.check_classes(samples)
-    report = evaluate(checkpoint.segmenter().to(device_of()), samples, config, options.scales, options.flip)
-    print(f"{options.checkpoint}: block {config.block}, {checkpoint.step} steps, {len(samples)} pictures\n\n{report}")
+    state = PartialState(cpu=not torch.cuda.is_available())
+    report = evaluate(checkpoint.segmenter().to(state.device), samples, config, options.scales, options.flip)
+    title = f"{options.checkpoint}: block {config.block}, {checkpoint.step} steps, {len(samples)} pictures"
+    state.print(f"{title}\n\n{report}")
     return report
 
 
