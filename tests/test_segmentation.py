@@ -563,7 +563,7 @@ def test_checkpoints_that_cannot_be_read(trained, tmp_path):
         "there is no checkpoint": lambda: None,
         "is broken or no checkpoint": lambda: bad.write_bytes(good.read_bytes()[:-1000]),
         "is broken or no checkpoint:": lambda: bad.write_text("not weights"),
-        "bad.pt' is broken or no checkpoint: ": lambda: bad.write_bytes(b""),
+        "bad.pt' is broken or no checkpoint: it ends too early": lambda: bad.write_bytes(b""),
         "is broken or no checkpoint: Weights only": lambda: torch.save(Foreign(), bad),
         "is not from this example: expected kind": lambda: torch.save({"state_dict": {}}, bad),
         "is not from this example": lambda: torch.save([1], bad),
@@ -588,6 +588,9 @@ def test_checkpoints_that_do_not_fit(trained, tmp_path):
     other = saved(trained, tmp_path / "other.pt", config=checkpoint.config | {"channels": 8})
     with pytest.raises(CheckpointError, match=r"do not fit its config: size mismatch for head\.before.*, and \d+ more"):
         predict.main([str(other), "--shape", "0", "--out", str(tmp_path)])
+    none = saved(trained, tmp_path / "none.pt", config=None)
+    with pytest.raises(CheckpointError, match="config does not fit: settings must be an object"):
+        Checkpoint.load(none).settings()
     newer = saved(trained, tmp_path / "newer.pt", config=checkpoint.config | {"sharpness": 8})
     with pytest.raises(CheckpointError, match="config does not fit: unknown setting 'sharpness'"):
         Checkpoint.load(newer).settings()
@@ -675,17 +678,20 @@ def test_predict_overwrites_none_of_its_pictures(trained, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
-        ("evaluate", ["--scales", "0"], "--scales must be > 0, got 0"),
+        ("evaluate", ["--scales", "0"], "--scales must be > 0 and finite, got 0"),
+        ("evaluate", ["--scales", "1", "nan"], "--scales must be > 0 and finite, got nan"),
         ("evaluate", ["--root", "."], "leave --root out"),
         ("evaluate", ["--window", "32", "32"], "stride must be given if and only if window is"),
         ("predict", [], "no picture: expected files, or --shape NUMBER"),
         ("predict", ["--shape", "3"], "--shape must be from 0 to 2, got 3"),
         ("predict", [__file__], "as a picture"),
+        ("predict", ["--shape", "0", "--out", __file__], f"error: {__file__}: File exists"),
         ("attend", ["--pixel", "0,0"], "expected one picture: a file or --shape NUMBER"),
         ("attend", ["--shape", "0"], "no window to click in here: give --pixel ROW,COLUMN"),
         ("attend", ["--shape", "0", "--pixel", "64,0"], "pixel 64,0 lies outside the picture of 64 x 64"),
         ("attend", ["--shape", "0", "--pixel", "5"], "--pixel"),
         ("attend", ["--shape", "0", "--pixel", "5,5", "--out", "no/such.png"], "there is no folder 'no'"),
+        ("attend", ["--shape", "0", "--pixel", "5,5", "--out", "such.txt"], "--out must end in .png, .jpg, .pdf"),
     ],
 )
 def test_commands_that_cannot_be(command, arguments, message, trained, capsys):

@@ -3,13 +3,14 @@
 import itertools
 
 import numpy as np
+import PIL.ExifTags
 import PIL.Image
 import pytest
 import segmentation_cases as cases
 import torch
 from torch import nn
 
-from examples.segmentation import data, pipeline, shapes, train
+from examples.segmentation import cli, data, pipeline, shapes, train
 from examples.segmentation.config import NAMES, Config, ConfigError
 from examples.segmentation.sample import IGNORE, DataError, Sample
 
@@ -209,7 +210,12 @@ def test_files_of_settings_that_do_not_fit(tmp_path):
     with pytest.raises(ConfigError, match=r"cannot read 'nowhere\.json'"):
         Config.load("nowhere.json")
     path = tmp_path / "mine.json"
-    for text, message in (("{", "mine.json: "), ('{"data": "shapes"}', "setting 'auxiliary_channels' is missing")):
+    texts = {
+        "{": "mine.json: ",
+        "[1]": r"mine.json: settings must be an object of names and values, got \[1\]",
+        '{"data": "shapes"}': "setting 'auxiliary_channels' is missing",
+    }
+    for text, message in texts.items():
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
             Config.load(path)
@@ -407,3 +413,22 @@ def test_pictures_are_read_in_any_mode(tmp_path):
         path = tmp_path / f"{mode}.png"
         PIL.Image.fromarray(cases.photograph(0)).convert(mode).save(path)
         assert data.read(path, "RGB").shape == (*cases.SIZE, 3)
+
+
+def test_pictures_of_more_than_8_bits_are_not_clipped(tmp_path):
+    path = tmp_path / "depth.png"
+    PIL.Image.fromarray(np.array([[0, 256, 65535]], np.uint16)).save(path)
+    with pytest.raises(DataError, match=r"depth\.png must have 8 bits a channel, got a picture of mode I;16"):
+        data.read(path, "RGB")
+
+
+def test_pictures_of_a_camera_held_upright(tmp_path):
+    """The user's pictures are seen as viewers show them, a data set's as its labels are stored."""
+    path, turn_right = tmp_path / "upright.png", 6
+    picture = PIL.Image.fromarray(cases.photograph(0))
+    exif = picture.getexif()
+    exif[PIL.ExifTags.Base.Orientation] = turn_right
+    picture.save(path, exif=exif)
+    np.testing.assert_array_equal(data.read(path, "RGB"), picture)
+    upright = cli.pictures_of([path], [], Config.load("cityscapes"))["upright"]
+    np.testing.assert_array_equal(upright, np.rot90(picture, -1))

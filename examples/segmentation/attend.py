@@ -149,6 +149,8 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, int], list[np.nd
     options = parser.parse_args(arguments)
     if (options.image is None) == (options.shape is None):
         parser.error("expected one picture: a file or --shape NUMBER")
+    if options.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
+        parser.error(f"--out must end in .png, .jpg, .pdf or .svg, got {str(options.out)!r}")
     if not options.out.parent.is_dir():
         parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
     if options.pixel is None and not is_interactive():

@@ -54,7 +54,7 @@ class Checkpoint:
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
         except (OSError, EOFError, RuntimeError, ValueError, KeyError, pickle.UnpicklingError) as error:
-            reason = str(error).split("\n")[0]
+            reason = str(error).split("\n")[0].split(". ")[0] or "it ends too early"  # torch's first sentence
             raise CheckpointError(f"{str(path)!r} is broken or no checkpoint: {reason}") from error
         if not isinstance(content, dict) or content.get("kind") != KIND:
             raise CheckpointError(f"{str(path)!r} is not from this example: expected kind {KIND!r}")
@@ -78,7 +78,9 @@ class Checkpoint:
         except RuntimeError as error:
             _, first, *more = str(error).splitlines()
             others = f", and {len(more)} more" if more else ""
-            raise CheckpointError(f"the checkpoint's weights do not fit its config: {first.strip()}{others}") from error
+            raise CheckpointError(
+                f"the checkpoint's weights do not fit its config: {first.strip().rstrip('.')}{others}"
+            ) from error
         return model.eval()
 
     def check_classes(self, samples: Samples) -> None:

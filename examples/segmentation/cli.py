@@ -18,6 +18,10 @@ def main_of(main: Callable[[], object]) -> None:
         main()
     except (CheckpointError, ConfigError, DataError) as error:
         raise SystemExit(f"error: {error}") from error
+    except OSError as error:
+        if error.filename is None:  # not about a file of the user's
+            raise
+        raise SystemExit(f"error: {error.filename}: {error.strerror}") from error
 
 
 def device_of() -> torch.device:
@@ -38,7 +42,7 @@ def pictures_of(files: Sequence[Path], shapes: Sequence[int], config: Config) ->
     for path in files:
         if path.stem in pictures:  # what is written for one would replace what is written for the other
             raise ConfigError(f"two pictures are named {path.stem!r}, the second is {path}")
-        pictures[path.stem] = data.read(path, "RGB")
+        pictures[path.stem] = data.read(path, "RGB", upright=True)
     if shapes:
         if config.data != "shapes":
             raise ConfigError(f"--shape is for networks trained on shapes, this one is for {config.data}")

@@ -128,6 +128,8 @@ class Config:
     @classmethod
     def of(cls, settings: dict) -> "Config":
         """Return the settings of a dict; those with a default may be left out."""
+        if not isinstance(settings, dict):
+            raise ConfigError(f"settings must be an object of names and values, got {settings!r:.60}")
         fields = {f.name: f for f in dataclasses.fields(cls)}
         if unknown := sorted(settings.keys() - fields.keys()):
             raise ConfigError(f"unknown setting {unknown[0]!r}, expected one of {', '.join(fields)}")

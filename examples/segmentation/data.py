@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import PIL.Image
+import PIL.ImageOps
 
 from .config import Config, ConfigError
 from .sample import IGNORE, DataError, Sample, Samples
@@ -40,10 +41,20 @@ class Files:
         return Sample(image, label.astype(np.uint8), str(image_path))
 
 
-def read(path: Path, mode: str | None) -> np.ndarray:
-    """Return a picture file as an array, converted to ``mode``; None: as stored, a palette's indices."""
+def read(path: Path, mode: str | None, upright: bool = False) -> np.ndarray:
+    """Return a picture file as an array, converted to ``mode``; None: as stored, a palette's indices.
+
+    ``upright`` turns it as its camera noted. Of the data sets the labels are those of the stored pixels.
+
+    Raises:
+        DataError: the file is no picture, or its values do not fit into 8 bits, where converting would clip them.
+    """
     try:
         with PIL.Image.open(path) as file:
+            if mode is not None and file.mode.startswith(("I", "F")):
+                raise DataError(f"{path} must have 8 bits a channel, got a picture of mode {file.mode}")
+            if upright:
+                file = PIL.ImageOps.exif_transpose(file)
             return np.asarray(file if mode is None else file.convert(mode))
     except (OSError, SyntaxError, ValueError) as error:
         raise DataError(f"cannot read {path} as a picture: {error}") from error

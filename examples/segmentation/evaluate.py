@@ -7,6 +7,7 @@ python -m examples.segmentation.evaluate runs/city/checkpoint.pt --root /data/ci
 
 import argparse
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,8 +157,9 @@ def main(arguments: list[str] | None = None) -> Report:
     parser.add_argument("--window", **size, help="slide a window of this size (as in the checkpoint's config)")
     parser.add_argument("--stride", **size, help="by this much")
     options = parser.parse_args(arguments)
-    if min(options.scales) <= 0:
-        parser.error(f"--scales must be > 0, got {min(options.scales)}")
+    for scale in options.scales:
+        if not 0 < scale < math.inf:
+            parser.error(f"--scales must be > 0 and finite, got {scale}")
     checkpoint = Checkpoint.load(options.checkpoint)
     config = checkpoint.settings()
     if options.window or options.stride:
