@@ -19,7 +19,7 @@ class Case:
     tensors: dict
     options: dict = field(default_factory=dict)
     function: str = ""
-    fused: bool = False  # by torch's fused attention: not differentiable twice, exp correct to 20 bits
+    fused: bool = False  # by torch's fused attention: not differentiable twice
 
     @property
     def op(self):

@@ -1,10 +1,12 @@
 """How an implementation is compared with the reference (the mask is discontinuous, so not by one tolerance).
 
 Survivors must be equal wherever the scores are further from every threshold than rounding reaches; outputs and
-gradients are compared under the implementation's own survivors, with the error of the same formula in eager PyTorch
-at the same precision as the yardstick, both against float64.
+gradients are compared under the implementation's own survivors, by one rule for every op: :func:`check_errors`.
 """
 
+from collections.abc import Callable, Sequence
+
+import rounding
 import torch
 from cases import with_grad
 from torch import Tensor
@@ -60,69 +62,105 @@ def uncertain_pairs(inputs, options, eps: float) -> tuple[Tensor, Tensor]:
     return found.kept, uncertain & real_q[:, None, :, None] & real_k[:, None, None, :]
 
 
-def check_against_reference(impl: str, inputs, options, min_certain: float = 0.99) -> None:
-    """Check survivors, output, statistics and the gradients of query, key, value of ``impl``."""
+def check_errors(
+    names: Sequence[str],
+    ours: Sequence[Tensor],
+    compute: Callable[[], Sequence[Tensor]],
+    precision: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,
+    exp_ulps: int = 0,
+    ulps: int = 0,
+) -> None:
+    """The error rule: at most twice what rounding may do, plus a unit in the last place of the largest number.
+
+    ``compute`` returns the exact results, in float64. What rounding may do is the largest error, over all numbers of a
+    result, of several evaluations of the same formula with every operation rounded at random (``rounding.evaluations``)
+    and the result rounded to ``dtype``: the same on every machine. Twice, for ours is another draw of the same
+    kind, by an order of sums and by elementary functions of its own. The unit is for what the formula does not round:
+    parts of a result that are put together, weights that matrix units take in ``dtype``.
+
+    Args:
+        precision: that of the computation, float32 for half-precision tensors of most ops (default: that of ours).
+        dtype: of the tensors that ours is computed from (default: that of each result).
+        exp_ulps, ulps: see :func:`rounding.evaluations`.
+    """
+    exact = compute()
+    samples = list(rounding.evaluations(compute, precision or ours[0].dtype, exp_ulps, ulps))
+    for i, (name, x, truth) in enumerate(zip(names, ours, exact, strict=True)):
+        if not truth.numel():
+            continue
+        assert x.shape == truth.shape
+        coarse = dtype or x.dtype
+        rounded = (sample[i].to(coarse) for sample in samples)
+        error, *others = (_largest_error(y, truth) for y in (x, *rounded))
+        largest = truth.abs().masked_fill(truth.isinf(), 0).max().item()
+        allowed = 2 * max(others) + torch.finfo(coarse).eps * largest
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (by rounding {max(others):.3g})"
+
+
+def _largest_error(x: Tensor, truth: Tensor) -> float:
+    error = torch.where(x == truth, 0, x.double() - truth)  # where both are infinite they are equal
+    return error.abs().max().item()
+
+
+NAMES = ("out", "grad of query", "grad of key", "grad of value")
+
+
+def check_against_reference(impl: str, inputs, options, min_certain: float = 0.99, ulps: int = 0) -> None:
+    """Check survivors, output, statistics and the gradients of query, key, value of ``impl``.
+
+    ``ulps``: by how many units in the last place its products and sums are off, beside rounding.
+    """
     query, key, value = inputs[:3]
-    eps = torch.finfo(query.dtype).eps
-    statistic_eps = torch.finfo(torch.promote_types(query.dtype, torch.float32)).eps
-    expected, uncertain = uncertain_pairs(inputs, options, statistic_eps)
+    precision = torch.promote_types(query.dtype, torch.float32)
+    expected, uncertain = uncertain_pairs(inputs, options, torch.finfo(precision).eps * (1 + ulps))
     kept = survivors(impl, inputs, options)
+    out, stats = asa_attention(*inputs, **options, impl=impl, return_stats=True)
+    if not ulps:  # the same numbers at every call
+        assert torch.equal(stats.survivors, kept.sum(-1))
     assert torch.equal(kept[~uncertain], expected[~uncertain])
     if uncertain.numel():
         assert (~uncertain).double().mean() >= min_certain, "hardly a pair was compared"
 
     real_q, real_k = reference.real_positions(query, key, options.get("key_padding_mask"))
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(query)
 
-    def run_reference(dtype):
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (query, key, value))
+    def compute():
+        q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
         s = reference.scores(q, k, options.get("scale"), real_q, real_k)
-        out, lse_kept = reference.attend(s, reference.without_padding(v, real_k).to(s.dtype), kept)
-        out = out.to(dtype)
-        return out, s.logsumexp(-1), lse_kept, torch.autograd.grad(out, (q, k, v), grad_out.to(dtype))
+        out, lse_kept = reference.attend(s, reference.without_padding(v, real_k), kept)
+        statistics = (x.detach().masked_fill(~real_q[:, None], -torch.inf) for x in (s.logsumexp(-1), lse_kept))
+        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out.double()), *statistics]
 
     ours = [x.detach().clone().requires_grad_() for x in (query, key, value)]
     out, stats = asa_attention(*ours, *inputs[3:], **options, impl=impl, return_stats=True)
-    grad_out = torch.randn(out.shape, dtype=torch.float64).to(query)
-    grads = torch.autograd.grad(out, ours, grad_out)
-    exact_out, exact_lse, exact_lse_kept, exact_grads = run_reference(torch.float64)
-    eager_out, _, _, eager_grads = run_reference(query.dtype)
     assert out.dtype == query.dtype and out.is_contiguous()
-    names = ("out", "grad of query", "grad of key", "grad of value")
-    for name, x, eager, exact in zip(
-        names, (out, *grads), (eager_out, *eager_grads), (exact_out, *exact_grads), strict=True
-    ):
-        check_error(name, x, eager, exact, eps)
-
-    assert torch.equal(stats.survivors, kept.sum(-1))
-    rounding = 8 * statistic_eps
-    for x, exact in ((stats.lse, exact_lse), (stats.lse_kept, exact_lse_kept)):
-        exact = exact.masked_fill(~real_q[:, None], -torch.inf)
-        torch.testing.assert_close(x.double(), exact.double(), rtol=rounding, atol=rounding * query.shape[-1])
+    results = out, *torch.autograd.grad(out, ours, grad_out), stats.lse, stats.lse_kept
+    check_errors((*NAMES, "lse", "lse_kept"), results, compute, precision, ulps=ulps)
 
 
-def check_threshold_gradients(impl: str, inputs, options, band: float = 2.0) -> None:
-    """Check the straight-through dalpha and dbeta of ``impl``; no pair may be so close that precision decides it."""
+def check_threshold_gradients(
+    impl: str, inputs, options, band: float = 2.0, others: bool = False, ulps: int = 0
+) -> None:
+    """Check the straight-through dalpha and dbeta of ``impl``; no pair may be so close that precision decides it.
+
+    ``others``: also the gradients beside them, of query, key and value.
+    """
     kept = survivors(impl, inputs, options)
     exact_inputs = [x if x is None else x.double() for x in inputs]
     assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
-    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64)
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64).to(inputs[0])
+    wanted = [i for i, x in enumerate(inputs) if x is not None and (others or i > 2)]
+    names = [f"grad of {('query', 'key', 'value', 'alpha', 'beta')[i]}" for i in wanted]
 
     def run(name, inputs):
         leaves = with_grad(inputs)
         learn = {"threshold_grad": "straight_through", "threshold_band": band}
         out = asa_attention(*leaves, **options, **learn, impl=name)
-        return torch.autograd.grad(out, [x for x in leaves[3:] if x is not None], grad_out.to(out.dtype))
+        return torch.autograd.grad(out, [leaves[i] for i in wanted], grad_out.to(out.dtype))
 
-    results = run(impl, inputs), run("reference", inputs), run("reference", exact_inputs)
-    for ours, eager, exact in zip(*results, strict=True):
-        check_error("threshold gradient", ours, eager, exact, torch.finfo(inputs[0].dtype).eps)
-        assert exact.numel() == 0 or exact.abs().max() > 0
-
-
-def check_error(name: str, x: Tensor, eager: Tensor, exact: Tensor, eps: float) -> None:
-    """The error rule: at most twice the error of eager PyTorch, plus eps * max|exact|, both against float64."""
-    if not exact.numel():
-        return
-    error, yardstick = ((y.double() - exact).abs().max().item() for y in (x, eager))
-    allowed = 2 * yardstick + eps * exact.abs().max().item()
-    assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (eager PyTorch {yardstick:.3g})"
+    ours = run(impl, inputs)
+    precision = torch.promote_types(inputs[0].dtype, torch.float32)
+    check_errors(names, ours, lambda: run("reference", exact_inputs), precision, inputs[0].dtype, ulps=ulps)
+    for i, x in zip(wanted, ours, strict=True):
+        assert x.dtype == inputs[i].dtype and (not x.numel() or x.abs().max() > 0)

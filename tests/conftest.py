@@ -1,5 +1,6 @@
 """Shared fixtures: uninitialised memory is poisoned, so that reading it shows; Triton kernels are interpreted."""
 
+import importlib.util
 import os
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: their threads would only wait for each other
@@ -13,6 +14,9 @@ if torch.cuda.is_available():
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # deterministic algorithms ask for it
 else:
     os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported: it decides what @triton.jit makes
+
+    if importlib.util.find_spec("triton"):
+        import interpreter  # noqa: F401  (it changes how products round)
 
 
 @pytest.fixture(autouse=True)

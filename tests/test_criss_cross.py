@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from compare import check_error
+from compare import NAMES, check_errors
 from test_golden import FOLDER, group, load
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -52,24 +52,14 @@ def with_gradients(function, inputs, grad_out):
     return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
 
 
-NAMES = ("out", "grad of query", "grad of key", "grad of value")
-
-
 def check_against_reference(impl, inputs, **options):
     """The error rule of compare.py, for output and every gradient."""
     grad_out = torch.randn(inputs[2].shape, dtype=torch.float64).to(inputs[2])
     ours = with_gradients(lambda *x: criss_cross_attention(*x, **options, impl=impl), inputs, grad_out)
     assert ours[0].dtype == inputs[0].dtype and all(x.is_contiguous() for x in ours)
     run = lambda *x: reference.criss_cross_attention(*x, **options)  # noqa: E731
-    exact = with_gradients(run, [x.double() for x in inputs], grad_out)
-    if inputs[0].dtype == torch.float64:
-        for x, y in zip(ours, exact, strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
-        return
-    eager = with_gradients(run, inputs, grad_out)
-    eps = torch.finfo(inputs[0].dtype).eps
-    for name, x, y, z in zip(NAMES, ours, eager, exact, strict=True):
-        check_error(name, x, y, z, eps)
+    precision = torch.promote_types(inputs[0].dtype, torch.float32)
+    check_errors(NAMES, ours, lambda: with_gradients(run, [x.double() for x in inputs], grad_out), precision)
 
 
 # ---- the reference

@@ -12,7 +12,14 @@ from unittest import mock
 import pytest
 import torch
 from cases import CASES, Case, each_case, make, named, with_grad
-from compare import check_against_reference, check_error, survivors, uncertain_pairs
+from compare import (
+    NAMES,
+    check_against_reference,
+    check_errors,
+    check_threshold_gradients,
+    survivors,
+    uncertain_pairs,
+)
 from gpu_cases import configured, each_configuration
 
 import asa_ops
@@ -91,48 +98,26 @@ def _in_gaps(s, multiplier, member):
     return torch.where(usable, moved, multiplier.double()).float()
 
 
-def check_threshold_gradients(impl, inputs, options, band: float = 2.0) -> None:
-    """Check the straight-through gradients, and the others beside them, of inputs that no rounding can decide."""
-    dtype = inputs[0].dtype
-    exact_inputs = [x if x is None else x.double() for x in inputs]
-    kept = survivors(impl, inputs, options)
-    assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
-    given = [i for i, x in enumerate(inputs) if x is not None]
-    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64).to(kept.device)
-
-    def run(impl, inputs):
-        leaves = with_grad(inputs)
-        learn = {"threshold_grad": "straight_through", "threshold_band": band}
-        out = asa_attention(*leaves, **options, **learn, impl=impl)
-        return torch.autograd.grad(out, [leaves[i] for i in given], grad_out.to(out.dtype))
-
-    results = run(impl, inputs), run("reference", inputs), run("reference", exact_inputs)
-    for i, ours, eager, exact in zip(given, *results, strict=True):
-        name = ("query", "key", "value", "alpha", "beta")[i]
-        assert ours.dtype == inputs[i].dtype
-        check_error(f"grad of {name}", ours, eager, exact, torch.finfo(dtype).eps)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.name)
 def test_threshold_gradients(impl, dtype, case):
     inputs, options = make(case, dtype, device=DEVICE)
-    check_threshold_gradients(impl, in_gaps(inputs, options), options, band=1.3)
+    check_threshold_gradients(impl, in_gaps(inputs, options), options, band=1.3, others=True)
 
 
 def check_query_is_key(impl, inputs, options) -> None:
     """Check a call that is given one tensor for both, whose gradient is the sum of two; survivors are certain."""
     _, _, value, alpha, beta = inputs
-    results = []
-    for name, dtype in ((impl, value.dtype), ("reference", value.dtype), ("reference", torch.float64)):
+    grad_out = torch.randn(value.shape, dtype=torch.float64).to(value)
+
+    def run(name, dtype):
         x, v = (y.detach().to(dtype).requires_grad_() for y in (inputs[0], value))
         thresholds = [y if dtype == value.dtype else y.double() for y in (alpha, beta)]
         out = asa_attention(x, x, v, *thresholds, **options, impl=name)
-        torch.manual_seed(1)
-        grad_out = torch.randn(out.shape, dtype=torch.float64).to(out)
-        results.append([out, *torch.autograd.grad(out, (x, v), grad_out)])
-    for name, ours, eager, exact in zip(("out", "grad of query and key", "grad of value"), *results, strict=True):
-        check_error(name, ours, eager, exact, torch.finfo(value.dtype).eps)
+        return out.detach(), *torch.autograd.grad(out, (x, v), grad_out.to(dtype))
+
+    names = ("out", "grad of query and key", "grad of value")
+    check_errors(names, run(impl, value.dtype), lambda: run("reference", torch.float64), torch.float32)
 
 
 @each_configuration
@@ -148,7 +133,7 @@ def test_configuration(impl, row, variant, monkeypatch):
     check_against_reference(impl, inputs, options)
     if variant != "dense":
         inputs = in_gaps(inputs, options)
-        check_threshold_gradients(impl, inputs, options)
+        check_threshold_gradients(impl, inputs, options, others=True)
     if variant == "query_is_key":
         check_query_is_key(impl, inputs, options)
 
@@ -167,7 +152,7 @@ TF32_EPS = 2.0**-10
 @pytest.mark.parametrize("variant", ["plain", "one_way", "topk", "dense", "ragged"])
 @pytest.mark.parametrize("dim", [64, 256])
 def test_configuration_tf32(dim, variant, tf32):
-    """The error rule with TF32 as the precision: eager PyTorch may use it too, and eps is its own."""
+    """The error rule with TF32 as the precision of all steps."""
     inputs, options = make(configured(dim, variant), torch.float32, device=DEVICE)
     kept = survivors("triton", inputs, options)
     # Operands are cut to 11 bits: scores are off by about 2^-10 of themselves. 16 sqrt(D) is the margin's own factor.
@@ -178,20 +163,15 @@ def test_configuration_tf32(dim, variant, tf32):
     leaves = with_grad(inputs[:3])
     grad_out = torch.randn(*leaves[0].shape[:3], leaves[2].shape[3]).to(DEVICE)
 
-    def run(precision, dtype):
-        torch.set_float32_matmul_precision(precision)
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in leaves)
+    def exact():
+        q, k, v = (x.detach().double().requires_grad_() for x in leaves)
         out, _ = reference.attend(reference.scores(q, k, options.get("scale"), *real), v, kept)
-        return out, *torch.autograd.grad(out, (q, k, v), grad_out.to(dtype))
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out.double())
 
     torch.set_float32_matmul_precision("high")
     out = attend("triton", *leaves, *inputs[3:], **options)
     ours = out, *torch.autograd.grad(out, leaves, grad_out)
-    names = ("out", "grad of query", "grad of key", "grad of value")
-    for name, x, eager, exact in zip(
-        names, ours, run("high", torch.float32), run("highest", torch.float64), strict=True
-    ):
-        check_error(name, x, eager, exact, TF32_EPS)
+    check_errors(NAMES, ours, exact, torch.float16)  # which rounds to the 11 bits of TF32
     if variant != "dense":
         leaves = with_grad(inputs)
         attend("triton", *leaves, **options, threshold_grad="straight_through").square().sum().backward()
@@ -252,17 +232,13 @@ def test_more_pairs_than_a_32_bit_index_can_name(impl):
     ours = out[:, :, rows], *torch.autograd.grad(out, leaves, grad_out)
     everybody = torch.ones(1, n, dtype=torch.bool, device=DEVICE)
 
-    def run_reference(dtype):
-        q, k, v = (x.detach().to(dtype).requires_grad_() for x in (query, key, value))
+    def exact():
+        q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
         s = reference.scores(q[:, :, rows], k, None, everybody[:, rows], everybody)
-        out, _ = reference.attend(s, v.to(s.dtype), kept[None, None])
-        out = out.to(dtype)
-        return out, *torch.autograd.grad(out, (q, k, v), grad_rows.to(dtype))
+        out, _ = reference.attend(s, v, kept[None, None])
+        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_rows.double())
 
-    names = ("out", "grad of query", "grad of key", "grad of value")
-    eager, exact = run_reference(torch.bfloat16), run_reference(torch.float64)
-    for name, x, yardstick, truth in zip(names, ours, eager, exact, strict=True):
-        check_error(name, x, yardstick, truth, torch.finfo(torch.bfloat16).eps)
+    check_errors(NAMES, ours, exact, torch.float32)
 
 
 def test_more_heads_than_a_grid_axis_takes(impl):

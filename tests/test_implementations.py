@@ -4,7 +4,7 @@ import pytest
 import simt
 import torch
 from cases import CASES, Case, each_case, make, named, with_grad
-from compare import check_against_reference, check_error, survivors
+from compare import check_against_reference, check_threshold_gradients, survivors
 
 from asa_ops import asa_attention, triton_support
 from asa_ops.asa import blocked
@@ -358,19 +358,7 @@ def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
     case = Case("low", batch=1, heads=8, grid=(12, 11), dim=16, dim_v=8)
     inputs, options = make(case, dtype)
     inputs[2] += offset
-    kept = survivors(impl, inputs, options)
-    assert torch.equal(kept, survivors("reference", [x.double() for x in inputs], options)), "pick another seed"
-    grad_out = torch.randn(1, 8, 132, 8).to(dtype)
-
-    def run(name, precision):
-        leaves = with_grad([x.to(precision) for x in inputs])
-        learn = {"threshold_grad": "straight_through", "threshold_band": band}
-        out = asa_attention(*leaves, **options, **learn, impl=name)
-        return torch.autograd.grad(out, leaves[3:], grad_out.to(precision))
-
-    results = run(impl, dtype), run("reference", dtype), run("reference", torch.float64)
-    for name, ours, eager, exact in zip(("alpha", "beta"), *results, strict=True):
-        check_error(f"grad of {name}", ours, eager, exact, torch.finfo(dtype).eps)
+    check_threshold_gradients(impl, inputs, options, band)
 
 
 # The blocked implementation in particular.

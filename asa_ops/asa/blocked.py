@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..bits import bit_columns, pack_bits, unpack_bits
 from ..layout import csr_of_rows, window_columns
+from .reference import log_sum_exp
 from .types import Inputs, NeighborGraph, Options, Saved
 
 # Scores held at once, in elements: small enough to stay near the caches, large enough for the products to run at speed.
@@ -177,7 +178,7 @@ def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> N
         one_pass = not (options.reciprocal and head.bits is not None)
         for rows in head.blocks:
             s = head.scores(rows)
-            mine.lse[rows] = s.logsumexp(-1)
+            mine.lse[rows] = log_sum_exp(s)
             _find(head, rows, s, mine)
             if one_pass:
                 _aggregate(head, rows, s, mine)
@@ -215,7 +216,8 @@ def _aggregate(head: _Head, rows: slice, s: Tensor, saved: Saved) -> None:
     logits = _logits(s, kept)
     p = logits.softmax(-1)
     # The largest probability is exp(largest score - lse).
-    saved.lse_kept[rows] = (logits.amax(-1) - p.amax(-1).log()).masked_fill_(empty, -torch.inf)
+    lse_kept = (logits.amax(-1) - p.amax(-1).log()).masked_fill_(empty, -torch.inf)
+    saved.lse_kept[rows] = torch.where(saved.lse[rows].isfinite(), lse_kept, saved.lse[rows])
     out = (p @ head.v).masked_fill_(empty[:, None], 0)
     # Broken values were left out of v: 0 * NaN is NaN, and only a survivor may spoil its row.
     spoilt = (kept & head.broken).any(-1) | head.invalid(rows, saved.lse[rows])
@@ -236,7 +238,7 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
             mine = Saved(*(x[at] for x in saved))
             for rows in head.blocks:
                 s = head.scores(rows)
-                mine.lse[rows] = s.logsumexp(-1)
+                mine.lse[rows] = log_sum_exp(s)
                 _find(head, rows, s, mine)
             for rows in head.blocks:
                 yield head.kept(rows)
@@ -306,8 +308,8 @@ def _threshold_gradients(head, at, rows, saved, band, do, delta, dalpha, dbeta) 
             g_back.mul_((head.v[rows] @ do.mT).sub_(delta))
             offer = offer + (g_back if local_back is None else g_back.masked_fill_(local_back, 0))
             offer.masked_fill_(~head.adaptive_back(rows), 0)
-        if head.options.topk:
-            offer = offer.masked_fill(s < saved.kappa[rows, None], 0)
+        if head.options.topk:  # a neighbour is among the k largest, whatever the last bits of its score are here
+            offer = offer.masked_fill((s < saved.kappa[rows, None]) & ~head.adaptive(rows), 0)
         step = _step_derivative(head.above_alpha(rows, s, saved.lse[rows]), band)
         dalpha[at][rows] = _by_multiplier(step.mul_(offer), head.alpha[rows])
     if head.beta is not None:
@@ -320,7 +322,7 @@ def _threshold_gradients(head, at, rows, saved, band, do, delta, dalpha, dbeta) 
 def _admission_weight(s: Tensor, lse_kept: Tensor, kept: Tensor) -> Tensor:
     """c_ij: to first order, the weight that pair (i, j) has, or would have if admitted."""
     gap = s - lse_kept
-    return torch.where(kept, gap.exp(), gap.sigmoid()).masked_fill_(lse_kept == -torch.inf, 1)
+    return torch.where(kept, gap.clamp(max=0).exp(), gap.sigmoid()).masked_fill_(lse_kept == -torch.inf, 1)
 
 
 def _step_derivative(z: Tensor, band: float) -> Tensor:

@@ -70,7 +70,7 @@ def asa_attention(
         out, lse_kept = attend(s, v, found.kept, found.invalid)
         stats = (
             found.lse.masked_fill(~real_q[:, None], -torch.inf),
-            lse_kept.detach(),
+            torch.where(found.lse.isfinite(), lse_kept.detach(), found.lse),
             found.kept.sum(-1, dtype=torch.int32),
         )
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (alpha, beta))
@@ -107,6 +107,12 @@ def scores(query: Tensor, key: Tensor, scale: float | None, real_q: Tensor, real
     return (scale * (q @ k.mT)).masked_fill(~real_k[:, None, None, :], -torch.inf)
 
 
+def log_sum_exp(s: Tensor) -> Tensor:
+    """Return the log-sum-exp of each row of scores, NaN where one is +inf or NaN: such a row has no softmax."""
+    lse = s.logsumexp(-1)
+    return lse.masked_fill(lse == torch.inf, torch.nan)
+
+
 @torch.no_grad()
 def find_survivors(
     s: Tensor,
@@ -122,13 +128,14 @@ def find_survivors(
     """Find the survivors of the scores ``s`` [B, heads, N_q, N_k]; formula for formula as in ``asa_ops.asa``."""
     pair = real_q[:, None, :, None] & real_k[:, None, None, :]
     n = real_k.sum(-1)[:, None, None]
-    lse = s.logsumexp(-1)
+    lse = log_sum_exp(s)
 
     # Differences of scores are compared, not sums of scores and logarithms, which large scores would swallow.
     t = kappa = u = torch.full_like(lse, -torch.inf)
+    adaptive = pair.expand_as(s)
     if topk is not None:
         kappa = s.topk(topk).values[..., -1]
-    adaptive = pair & (s >= kappa[..., None])
+        adaptive = adaptive & (s >= kappa[..., None])
     if alpha is not None:
         log_alpha = alpha.log() - n.clamp(min=1).to(s.dtype).log()
         t = lse + log_alpha
@@ -144,7 +151,7 @@ def find_survivors(
         u = (beta.log() + log_mean).masked_fill(~near.any(-1), -torch.inf)  # padding has no window
         local = near & (s - log_mean[..., None] > beta.log()[..., None])
 
-    # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
+    # A negative threshold has no logarithm.
     invalid = (real_q & real_k.any(-1, keepdim=True))[:, None] & ~lse.isfinite()
     for x in (alpha, beta):
         if x is not None:

@@ -64,7 +64,7 @@ def bwd(
     if wanted:
         from . import triton_arrange, triton_bwd
 
-        problem = triton_arrange.Problem(inputs, options, band is not None)
+        problem = triton_arrange.Problem(inputs, options, band is not None, backward=True)
         triton_bwd.backward(problem, do, saved, band, tokens, learning)
     return *tokens, *learning
 

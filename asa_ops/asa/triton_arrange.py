@@ -16,9 +16,10 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .. import triton_support as support
+from ..triton_rounding import top_of
 from . import triton_configs
 from .triton import PAD, bits_shape, padded_length
-from .triton_tiles import SCALARS, image_of, operand
+from .triton_tiles import SCALARS, image_of, note_largest, operand
 from .types import Inputs, Options, Saved
 
 
@@ -63,10 +64,13 @@ def _asa_order_kernel(
 
 @triton.jit
 def _arrange(
-    x, out, broken, order, stride_b, stride_h, stride_n, stride_d, heads, zs, per_image, padded, dim,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, CLEAN: tl.constexpr,
+    x, out, broken, bounds, order, stride_b, stride_h, stride_n, stride_d, heads, zs, per_image, padded, dim,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, CLEAN: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """out[z, p] = x[token at p], zeros up to DIM; if CLEAN, 0 for what is not finite, noted in ``broken`` words."""
+    """out[z, p] = x[token at p], zeros up to DIM; if CLEAN, 0 for what is not finite, noted in ``broken`` words.
+
+    BOUND: the largest number of a head is noted in ``bounds``.
+    """
     blocks = padded // BLOCK
     if tl.program_id(0) < zs * blocks:
         z = tl.cast(tl.program_id(0) // blocks, tl.int64)
@@ -83,36 +87,38 @@ def _arrange(
             group = block * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
             tl.store(broken + z * (padded // 32) + group, tl.sum(tl.reshape(bad, [BLOCK // 32, 32]), 1))
             tile = tl.where(finite, tile, 0)
+        if BOUND:
+            note_largest(bounds + z, tl.max(tl.abs(tile.to(tl.float32)), 1))
         tl.store(out + (z * padded + p)[:, None] * DIM + d[None, :], operand(tile, PRECISION))
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_arrange_kernel(
-    query, q, key, k, value, v, broken, row_order, order,
+    query, q, key, k, value, v, broken, bounds, row_order, order,
     q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
     v_stride_b, v_stride_h, v_stride_n, v_stride_d, heads, zs, per_image, padded, key_padded, dim, dim_v,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
+    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
     """Tokens in order. Axis 1 of the grid: query, value, and key if it is not query."""
     which = tl.program_id(1)
     if which == 0:
-        _arrange(query, q, broken, row_order, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-                 heads, zs, per_image, padded, dim, DIM, BLOCK, PRECISION, False)  # fmt: skip
+        _arrange(query, q, broken, bounds, row_order, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
+                 heads, zs, per_image, padded, dim, DIM, BLOCK, PRECISION, False, False)  # fmt: skip
     elif which == 1:
-        _arrange(value, v, broken, order, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
-                 heads, zs, per_image, key_padded, dim_v, DIM_V, BLOCK, PRECISION, True)  # fmt: skip
+        _arrange(value, v, broken, bounds, order, v_stride_b, v_stride_h, v_stride_n, v_stride_d,
+                 heads, zs, per_image, key_padded, dim_v, DIM_V, BLOCK, PRECISION, True, BOUND)  # fmt: skip
     else:
-        _arrange(key, k, broken, order, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-                 heads, zs, per_image, key_padded, dim, DIM, BLOCK, PRECISION, False)  # fmt: skip
+        _arrange(key, k, broken, bounds, order, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
+                 heads, zs, per_image, key_padded, dim, DIM, BLOCK, PRECISION, False, False)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_arrange_gradient_kernel(
-    do, out, rest, base2, survivors, order, live, delta, lse_kept2, poisoned,
-    stride_b, stride_h, stride_n, stride_d, heads, per_image, n, padded, dim,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_REST: tl.constexpr, PRECISION: tl.constexpr,
+    do, out, rest, base2, survivors, order, live, delta, top, share, poisoned, bounds,
+    stride_b, stride_h, stride_n, stride_d, heads, zs, per_image, n, padded, dim,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_REST: tl.constexpr, PRECISION: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
-    """live = do in order, delta_i = <do_i, out_i>, and lse_kept2 in order.
+    """live = do in order, delta_i = <do_i, out_i>, and the rest of RowGradients.
 
     What reaches the constant output of a row without survivors ends there, even a NaN, but for the row's thresholds:
     live is 0 and delta NaN then. A row whose output is NaN poisons its image and head.
@@ -133,10 +139,8 @@ def _asa_arrange_gradient_kernel(
     empty = tl.load(survivors + row, mask=real, other=0) == 0
     ended = (empty | spoilt)[:, None] & (finite == 0)
     g = tl.where(ended, 0, g)
-    if not HAS_REST:
-        # All weights of a row are off by the same factor, that of the rounded lse_kept2: in float32 it shows.
-        lost = tl.load(base2 + (3 * z + 2) * n + token, mask=real, other=0)
-        g *= tl.exp2(-lost)[:, None]
+    if BOUND:
+        note_largest(bounds + zs + z, tl.sum(tl.abs(g.to(tl.float32)), 1))
     g = operand(g, PRECISION)
     # By a product of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
     products = tl.dot(g, operand(tl.where(o == o, o, 0), PRECISION).T, input_precision=PRECISION)
@@ -147,7 +151,9 @@ def _asa_arrange_gradient_kernel(
     of_row = tl.sum(tl.where(i[:, None] == i[None, :], products, 0), 1)
     tl.store(delta + z * padded + p, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
     tl.store(live + (z * padded + p)[:, None] * DIM + d[None, :], g)
-    tl.store(lse_kept2 + z * padded + p, tl.load(base2 + (3 * z + 1) * n + token, mask=real, other=float("inf")))
+    largest = tl.load(base2 + (3 * z + 1) * n + token, mask=real, other=0)
+    tl.store(top + z * padded + p, tl.where(real, top_of(largest), float("inf")))
+    tl.store(share + z * padded + p, 1 / tl.load(base2 + (3 * z + 2) * n + token, mask=real, other=1))
     tl.atomic_max(poisoned + z, tl.max((spoilt & real).to(tl.int32), 0), sem="relaxed")
 
 
@@ -191,7 +197,7 @@ class Order:
 class Problem:
     """A call: its tensors as the kernels want them, and what all launches have in common."""
 
-    def __init__(self, inputs: Inputs, options: Options, learn_thresholds: bool):
+    def __init__(self, inputs: Inputs, options: Options, learn_thresholds: bool, backward: bool = False):
         query, key, value, alpha, beta, key_padding_mask = inputs
         self.inputs, self.options = inputs, options
         self.heads, self.dtype, self.device = query.shape[1], query.dtype, query.device
@@ -221,6 +227,9 @@ class Problem:
         self.per_image = self.keys.per_image
         self.do = None
         self.broken = query.new_empty((self.zs, self.keys.padded // 32), dtype=torch.int32)
+        # Of every head the largest |v| and the largest sum of |do| of a query, where gradients of scores may overflow.
+        halves = backward and query.dtype == torch.float16
+        self.bounds = query.new_zeros((2, self.zs), dtype=torch.int32) if halves else None
         one = same and _one_tensor(query, key)
         self.q = query.new_empty((self.zs * self.rows.padded, self.width))
         self.k = self.q if one else query.new_empty((self.zs * self.keys.padded, self.width))
@@ -228,10 +237,10 @@ class Problem:
         block = max(self.block, 32)
         support.launch(
             _asa_arrange_kernel, (self.zs * max(self.rows.padded, self.keys.padded) // block, 2 if one else 3),
-            query, self.q, key, self.k, value, self.v, self.broken, self.rows.order, self.keys.order, *query.stride(),
-            *key.stride(), *value.stride(), self.heads, self.zs, self.per_image, self.rows.padded, self.keys.padded,
-            self.dim, self.dim_v, DIM=self.width, DIM_V=self.width_v, BLOCK=block,
-            PRECISION=support.precision(self.dtype), warps=self.warps,
+            query, self.q, key, self.k, value, self.v, self.broken, self.bounds, self.rows.order, self.keys.order,
+            *query.stride(), *key.stride(), *value.stride(), self.heads, self.zs, self.per_image, self.rows.padded,
+            self.keys.padded, self.dim, self.dim_v, DIM=self.width, DIM_V=self.width_v, BLOCK=block,
+            PRECISION=support.precision(self.dtype), BOUND=self.bounds is not None, warps=self.warps,
         )  # fmt: skip
 
     def _threshold_strides(self, x: Tensor) -> tuple[int, int, int]:
@@ -288,15 +297,16 @@ class Problem:
     def arrange_gradient(self, do: Tensor, saved: Saved) -> "RowGradients":
         """Arrange the gradient of the output, as ``self.do``, and what goes with it."""
         self.do = self.q.new_empty((self.zs * self.rows.padded, self.width_v))
-        delta, lse_kept2 = (self.new(self.zs, self.rows.padded) for _ in range(2))
+        delta, top, share = (self.new(self.zs, self.rows.padded) for _ in range(3))
         poisoned = self.q.new_zeros((self.zs,), dtype=torch.int32)
         support.launch(
             _asa_arrange_gradient_kernel, (self.zs * self.rows.padded // self.block,), do, saved.out, saved.rest,
-            saved.base2, saved.survivors, self.rows.order, self.do, delta, lse_kept2, poisoned, *do.stride(),
-            self.heads, self.per_image, self.rows.n, self.rows.padded, self.dim_v, DIM=self.width_v, BLOCK=self.block,
-            HAS_REST=saved.rest.shape[-1] > 0, PRECISION=support.precision(self.dtype), warps=self.warps,
+            saved.base2, saved.survivors, self.rows.order, self.do, delta, top, share, poisoned,
+            self.bounds, *do.stride(), self.heads, self.zs, self.per_image, self.rows.n, self.rows.padded, self.dim_v,
+            DIM=self.width_v, BLOCK=self.block, HAS_REST=saved.rest.shape[-1] > 0,
+            PRECISION=support.precision(self.dtype), BOUND=self.bounds is not None, warps=self.warps,
         )  # fmt: skip
-        return RowGradients(delta, lse_kept2, poisoned)
+        return RowGradients(delta, top, share, poisoned)
 
 
 class Bits(NamedTuple):
@@ -323,5 +333,6 @@ class RowGradients(NamedTuple):
     """What the backward needs to know of rows, arranged: [zs, padded], ``poisoned`` [zs]."""
 
     delta: Tensor  # <do_i, out_i>
-    lse_kept2: Tensor  # log-sum-exp over survivors in base 2; inf at padding
+    top: Tensor  # score in base 2 from which on exponentials are 1: -inf without survivors, inf at padding
+    share: Tensor  # 1 over the sum of these exponentials
     poisoned: Tensor  # whether a row of the head has the output NaN

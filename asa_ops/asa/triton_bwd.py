@@ -1,8 +1,8 @@
 """The backward in Triton, over the neighbours that the forward stored as bits: rows for dq, columns for dk and dv.
 
-Each program owns what it sums, in a fixed order: no atomics, bitwise repeatable. ``lse_kept2`` is the log-sum-exp over
-a row's survivors in base 2, ``delta_i`` = <do_i, out_i>. Pairs that survive only locally come in
-``triton_window_bwd``, which also sums the parts written here.
+Each program owns what it sums, in a fixed order: no atomics, bitwise repeatable. Scores are formed again, and weights
+from them never exceed 1, whatever their last bits: see ``top_of``. ``delta_i`` = <do_i, out_i>. Pairs that survive only
+locally come in ``triton_window_bwd``, which also sums the parts written here.
 """
 
 import torch
@@ -22,6 +22,8 @@ from .triton_tiles import (
     operand,
     pairs_of_tile,
     product,
+    shrink_of,
+    softmax_weight,
     some_columns,
     step_derivative,
 )
@@ -33,11 +35,11 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dq_kernel(
-    q, k, v, do, lists, lengths, words, lse_kept2, delta, partial,
+    q, k, v, do, lists, lengths, words, top, share, delta, bounds, partial,
     words_stride, scale2, zs, padded, key_padded, others, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_V: tl.constexpr, COLUMNS: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr, BY_COLUMNS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, SHRINK: tl.constexpr,
 ):  # fmt: skip
     """dq_i / scale = sum_j p_ij (<do_i, v_j> - delta_i) k_j over every ``splits``-th listed block.
 
@@ -51,8 +53,8 @@ def _asa_dq_kernel(
     split = tl.program_id(1)
     column = tl.program_id(2) * COLUMNS
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_M)
-    base = tl.load(lse_kept2 + rows)
-    delta_i = tl.load(delta + rows)
+    top_i, share_i, delta_i = tl.load(top + rows), tl.load(share + rows), tl.load(delta + rows)
+    shrink = shrink_of(bounds, z, zs, SHRINK)
     words += z.to(tl.int64) * words_stride
     lists += (z.to(tl.int64) * blocks + block) * others
     SUB: tl.constexpr = BLOCK_N if BLOCK_N > 64 else 64
@@ -72,8 +74,8 @@ def _asa_dq_kernel(
         dp = product(do, do_whole, z * padded + i0, v, v_whole, at,
                      BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)  # fmt: skip
         kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
-        p = tl.exp2(tl.where(kept, (s * scale2 - base[:, None]), -float("inf")))
-        ds = tl.where(kept, p * (dp - delta_i[:, None]), 0)
+        p = softmax_weight(s * scale2 - top_i[:, None], share_i[:, None], kept)
+        ds = tl.where(kept, p * (dp - delta_i[:, None]), 0) * shrink
         if RESIDUAL:
             acc += tl.sum(ds, 1)
         else:
@@ -88,11 +90,12 @@ def _asa_dq_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dkv_kernel(
-    q, k, v, do, lists, lengths, words, lse_kept2, delta, partial_k, partial_v,
+    q, k, v, do, lists, lengths, words, top, share, delta, bounds, partial_k, partial_v,
     words_stride, scale2, zs, padded, key_padded, others, splits,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_V: tl.constexpr, COLUMNS: tl.constexpr, COLUMNS_V: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
     BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
+    SHRINK: tl.constexpr,
 ):  # fmt: skip
     """dv_j = sum_i p_ij do_i and dk_j / scale = sum_i p_ij (<do_i, v_j> - delta_i) q_i, one or both.
 
@@ -112,6 +115,7 @@ def _asa_dkv_kernel(
     PARTS: tl.constexpr = SUB // BLOCK_N
     k_whole = load_whole(k, at_key, BLOCK_M, DIM, CHUNK, TMA)
     if WANT_DK:
+        shrink = shrink_of(bounds, z, zs, SHRINK)
         v_whole = load_whole(v, at_key, BLOCK_M, DIM_V, CHUNK_V, TMA)
         dk = tl.zeros([BLOCK_M, COLUMNS], tl.float32)
     if WANT_DV:
@@ -123,14 +127,14 @@ def _asa_dkv_kernel(
         q_whole = load_whole(q, at, BLOCK_N, DIM, CHUNK, TMA)
         s = product(k, k_whole, at_key, q, q_whole, at, BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)
         kept = pairs_of_tile(words, j0, i0, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
-        p = tl.exp2(tl.where(kept, s * scale2 - tl.load(lse_kept2 + rows)[None, :], -float("inf")))
+        p = softmax_weight(s * scale2 - tl.load(top + rows)[None, :], tl.load(share + rows)[None, :], kept)
         do_whole = load_whole(do, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
         if WANT_DV:
             live = some_columns(do, do_whole, at, chunk * COLUMNS_V, BLOCK_N, DIM_V, CHUNK_V, COLUMNS_V, TMA)
             dv = tl.dot(operand(p, PRECISION).to(live.dtype), live, dv, input_precision=PRECISION)
         if WANT_DK:
             dp = product(v, v_whole, at_key, do, do_whole, at, BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)
-            ds = tl.where(kept, p * (dp - tl.load(delta + rows)[None, :]), 0)
+            ds = tl.where(kept, p * (dp - tl.load(delta + rows)[None, :]), 0) * shrink
             queries = some_columns(q, q_whole, at, chunk * COLUMNS, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
             dk = tl.dot(operand(ds, PRECISION).to(queries.dtype), queries, dk, input_precision=PRECISION)
     at = (split * tl.cast(zs, tl.int64) * key_padded + at_key + tl.arange(0, BLOCK_M))[:, None]
@@ -142,7 +146,7 @@ def _asa_dkv_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dt_kernel(
-    q, k, v, do, lists, lengths, words, lse2, cut2, kappa2, lse_kept2, delta, order, key_counts, partial,
+    q, k, v, do, lists, lengths, words, lse2, cut2, kappa2, top, share, delta, order, key_counts, partial,
     words_stride, scale2, band, heads, zs, per_image, padded, key_padded, others, splits, width, reach,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_V: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -164,7 +168,7 @@ def _asa_dt_kernel(
     lists += (z.to(tl.int64) * blocks + block) * others
     image = tl.cast(image_of(z, heads, per_image), tl.int64)
     n_keys = tl.load(key_counts + image)
-    kept_i, delta_i = tl.load(lse_kept2 + rows), tl.load(delta + rows)
+    top_i, share_i, delta_i = tl.load(top + rows), tl.load(share + rows), tl.load(delta + rows)
     lse_i, cut_i = tl.load(lse2 + rows), tl.load(cut2 + rows)
     order += image * padded
     SUB: tl.constexpr = BLOCK_N if BLOCK_N > 64 else 64
@@ -193,23 +197,23 @@ def _asa_dt_kernel(
                 dp_back = tl.dot(vi, doj.T, dp_back, input_precision=PRECISION)
         neighbour = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, False)
         counts = (j < n_keys)[None, :]
+        if HAS_TOPK:
+            counts &= neighbour | (s * scale2 >= tl.load(kappa2 + rows)[:, None])
         if MUTUAL:
             other_way = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, False, True)
             counts &= other_way
             neighbour &= other_way
-        if HAS_TOPK:
-            counts &= s * scale2 >= tl.load(kappa2 + rows)[:, None]
         if HAS_WINDOW:
             token_i = tl.load(order + i0 + tl.arange(0, BLOCK_M))[:, None]
             token_j = tl.load(order + j)[None, :]
             near = tl.abs(token_i // width - token_j // width) <= reach
             counts &= (near & (tl.abs(token_i % width - token_j % width) <= reach)) == 0
-        empty_i = (kept_i == -float("inf"))[:, None]
-        offer = admission_weight(s * scale2 - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
+        gap, empty_i = s * scale2 - top_i[:, None], (top_i == -float("inf"))[:, None]
+        offer = admission_weight(gap, share_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
         if MUTUAL:
             columns = z.to(tl.int64) * padded + j
-            kept_j = tl.load(lse_kept2 + columns)[None, :]
-            weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
+            top_j, share_j = tl.load(top + columns)[None, :], tl.load(share + columns)[None, :]
+            weight = admission_weight(back * scale2 - top_j, share_j, neighbour, top_j == -float("inf"))
             offer += weight * (dp_back - tl.load(delta + columns)[None, :])
         step = step_derivative(((s * scale2 - lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
         acc += tl.sum(tl.where(counts & (step > 0), step * offer, 0), 1)
@@ -256,9 +260,10 @@ def _sum_rows(problem: Problem, flags: Tensor, bits: Bits, row: RowGradients, re
     support.launch(
         _asa_dq_kernel, (zs * blocks, splits, parts),
         *problem.tiles(config, q=(m, chunk), k=(n, chunk), v=(n, chunk_v), do=(m, chunk_v)), lists.lists, lists.lengths,
-        bits.words, row.lse_kept2, row.delta, partial, bits.stride, problem.scale2, zs, rows.padded, keys.padded,
-        lists.others, splits, BLOCK_M=m, BLOCK_N=n, DIM=problem.width, DIM_V=problem.width_v, CHUNK=chunk,
-        CHUNK_V=chunk_v, COLUMNS=columns, BY_COLUMNS=problem.one_way_bits, RESIDUAL=residual, **problem.common(config),
+        bits.words, row.top, row.share, row.delta, problem.bounds, partial, bits.stride, problem.scale2, zs,
+        rows.padded, keys.padded, lists.others, splits, BLOCK_M=m, BLOCK_N=n, DIM=problem.width, DIM_V=problem.width_v,
+        CHUNK=chunk, CHUNK_V=chunk_v, COLUMNS=columns, BY_COLUMNS=problem.one_way_bits, RESIDUAL=residual,
+        SHRINK=problem.bounds is not None, **problem.common(config),
     )  # fmt: skip
     return Parts(partial, splits)
 
@@ -283,12 +288,12 @@ def _sum_columns(problem: Problem, flags: Tensor, bits: Bits, row: RowGradients)
         support.launch(
             _asa_dkv_kernel, (zs * blocks, splits, parts),
             *problem.tiles(config, q=(n, chunk), k=(m, chunk), v=(m, chunk_v), do=(n, chunk_v)), lists.lists,
-            lists.lengths, bits.words, row.lse_kept2, row.delta, sums["k"].partial if "k" in name else None,
-            sums["v"].partial if "v" in name else None, bits.stride, problem.scale2, zs, rows.padded, keys.padded,
-            lists.others, splits, BLOCK_M=m, BLOCK_N=n, DIM=problem.width, DIM_V=problem.width_v, CHUNK=chunk,
-            CHUNK_V=chunk_v, COLUMNS=columns, COLUMNS_V=columns_v, BY_ROWS=problem.mutual,
-            BY_COLUMNS=problem.one_way_bits or not problem.mutual, WANT_DK="k" in name, WANT_DV="v" in name,
-            **problem.common(config),
+            lists.lengths, bits.words, row.top, row.share, row.delta, problem.bounds,
+            sums["k"].partial if "k" in name else None, sums["v"].partial if "v" in name else None, bits.stride,
+            problem.scale2, zs, rows.padded, keys.padded, lists.others, splits, BLOCK_M=m, BLOCK_N=n,
+            DIM=problem.width, DIM_V=problem.width_v, CHUNK=chunk, CHUNK_V=chunk_v, COLUMNS=columns,
+            COLUMNS_V=columns_v, BY_ROWS=problem.mutual, BY_COLUMNS=problem.one_way_bits or not problem.mutual,
+            WANT_DK="k" in name, WANT_DV="v" in name, SHRINK=problem.bounds is not None, **problem.common(config),
         )  # fmt: skip
     return sums["k"], sums["v"]
 
@@ -309,7 +314,7 @@ def _sum_thresholds(
     support.launch(
         _asa_dt_kernel, (zs * blocks, splits),
         *problem.tiles(config, q=(m, chunk), k=(n, chunk), v=(n, chunk_v), do=(m, chunk_v)), lists.lists, lists.lengths,
-        bits.words, *thresholds[:3], row.lse_kept2, row.delta, rows.order, keys.counts, partial, bits.stride,
+        bits.words, *thresholds[:3], row.top, row.share, row.delta, rows.order, keys.counts, partial, bits.stride,
         problem.scale2, band, problem.heads, zs, problem.per_image, rows.padded, keys.padded, lists.others, splits,
         max(problem.options.grid[1], 1), problem.window // 2, BLOCK_M=m, BLOCK_N=n, DIM=problem.width,
         DIM_V=problem.width_v, CHUNK=chunk, CHUNK_V=chunk_v, MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk,

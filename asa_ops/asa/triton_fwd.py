@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
+from ..triton_rounding import top_of
 from .triton_arrange import MAX_SPLITS, NO_BITS, Bits, Problem, RowFindings
 from .triton_plan import Thresholds, collect_pairs, find_occupied, find_thresholds, keep_everybody, list_blocks
 from .triton_tiles import (
@@ -25,6 +26,7 @@ from .triton_tiles import (
     pack_rows,
     pairs_of_tile,
     product,
+    softmax_weight,
 )
 from .triton_topk import find_kth
 from .triton_window import Sums, combine, find_local_survivors
@@ -211,7 +213,7 @@ def _asa_aggregate_kernel(
 ):  # fmt: skip
     """Sums of exp2(s2 - largest kept s2) and of that times v, over the neighbours in every ``splits``-th listed block.
 
-    The exponents' base is known beforehand, so parts add up without rescaling. Axis 2 of the grid: chunks of v.
+    The largest is known beforehand, so parts add up without rescaling. Axis 2 of the grid: chunks of v.
     """
     blocks = padded // BLOCK_M
     z = tl.program_id(0) // blocks
@@ -220,8 +222,7 @@ def _asa_aggregate_kernel(
     split = tl.program_id(1)
     column = tl.program_id(2) * CHUNK_V
     rows = i0 + tl.arange(0, BLOCK_M)
-    base = tl.load(row_largest + z.to(tl.int64) * padded + rows)
-    base = tl.where(base == -float("inf"), 0, base)
+    top = top_of(tl.load(row_largest + z.to(tl.int64) * padded + rows))
     words += z.to(tl.int64) * words_stride
     lists += (z.to(tl.int64) * blocks + block) * others
     SUB: tl.constexpr = BLOCK_N if BLOCK_N > 64 else 64
@@ -235,7 +236,7 @@ def _asa_aggregate_kernel(
         s = product(q, q_whole, z * padded + i0, k, k_whole, z * key_padded + j0,
                     BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)  # fmt: skip
         kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
-        p = tl.exp2(tl.where(kept, s * scale2 - base[:, None], -float("inf")))
+        p = softmax_weight(s * scale2 - top[:, None], 1, kept)
         summed += tl.sum(p, 1)
         values = load_tile(v, z * key_padded + j0, column, BLOCK_N, CHUNK_V, DIM_V, TMA)
         acc = tl.dot(operand(p, PRECISION).to(values.dtype), values, acc, input_precision=PRECISION)

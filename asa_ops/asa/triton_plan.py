@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
+from ..triton_rounding import last_bits
 from .triton import PAD
 from .triton_arrange import Bits, Problem, RowFindings
 from .triton_configs import Config
@@ -72,11 +73,17 @@ def _asa_flags_kernel(
             multiplier = tl.load(multiplier, mask=real, other=0).to(tl.float32)
             cut = tl.log2(multiplier) - tl.log2(n_keys.to(tl.float32))
             cut = tl.where(multiplier >= 0, cut, float("nan"))
-        cut = tl.where(real, cut, float("inf"))
-        tl.store(cut2 + at, cut, mask=first)
         kth = tl.full([64], -float("inf"), tl.float32)
         if HAS_TOPK:
             kth = tl.load(kappa + z * n + token, mask=real, other=0)
+        if SPLITS > 0:
+            # Pairs are decided by scores that are formed again: the largest may not miss a threshold that it exceeds.
+            above = m - row_lse2
+            cut = tl.where(above > cut, tl.minimum(cut, above - last_bits(m)), cut)
+            kth = tl.minimum(kth, m - last_bits(m))
+        cut = tl.where(real, cut, float("inf"))
+        tl.store(cut2 + at, cut, mask=first)
+        if HAS_TOPK:
             tl.store(kappa2 + at, kth, mask=first)
         j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
         there = j * 64 < n_keys

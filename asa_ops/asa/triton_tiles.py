@@ -173,8 +173,39 @@ def window_neighbour(token, offset, height, width, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def admission_weight(gap2, kept, empty):
-    """c_ij of ``asa_ops.asa`` from s_ij - lse_kept_i in base 2: to first order the weight a pair has or would have."""
+def note_largest(bounds, x):
+    """Take the largest of numbers that are not negative into ``bounds``, as bits, which order as the numbers do."""
+    tl.atomic_max(bounds, tl.max(x, 0).to(tl.int32, bitcast=True), sem="relaxed")
+
+
+@triton.jit
+def shrink_of(bounds, z, zs, SHRINK: tl.constexpr):
+    """A power of two by which gradients of a head's scores fit into float16, 1 unless SHRINK.
+
+    They are at most twice the largest sum of |do| of a query times the largest |v|, both in ``bounds``.
+    """
+    if SHRINK:
+        value = tl.load(bounds + z).to(tl.float32, bitcast=True)
+        gradient = tl.load(bounds + zs + z).to(tl.float32, bitcast=True)
+        beyond = tl.minimum(
+            tl.ceil(tl.log2(value * gradient)) + (1 - 15), 27
+        )  # 27: what float16 can reach at head dim 256
+        shrink = tl.exp2(-tl.maximum(beyond, 0))
+    else:
+        shrink = 1.0
+    return shrink
+
+
+@triton.jit
+def softmax_weight(gap2, share, kept):
+    """p_ij from s_ij - top_i in base 2; ``share``: 1 over the sum of the row's exponentials."""
+    return tl.exp2(tl.where(kept, tl.minimum(gap2, 0), -float("inf"))) * share
+
+
+@triton.jit
+def admission_weight(gap2, share, kept, empty):
+    """c_ij of ``asa_ops.asa``: to first order the weight that a pair has or would have."""
+    gap2 = tl.where(kept, tl.minimum(gap2, 0), gap2) + tl.log2(share)
     weight = tl.exp2(tl.where(kept, gap2, -tl.abs(gap2)))
     # The logistic function from the exponential of what is not positive.
     logistic = tl.where(gap2 > 0, 1, weight) / (1 + weight)

@@ -10,14 +10,8 @@ from .types import Saved
 
 
 @triton.jit
-def _ordered(x):
-    """Integers in the order of the floats they are made from."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
 def _from_ordered(x):
+    """The float that an integer stands for, in the order of whose bits floats are."""
     return (x ^ ((x >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -79,6 +73,7 @@ def _asa_topk_kernel(
         above = s >= floor[:, None]
         kth = tl.minimum(kth, tl.min(tl.where(there & above, s, float("inf")), 1))
         following = tl.maximum(following, tl.max(tl.where(there & (above == 0), s, -float("inf")), 1))
+    kth = tl.where(kth == float("inf"), floor, kth)  # formed again, those that had reached the floor may all miss it
     middle = following + (kth - following) * 0.5
     threshold = tl.where((middle > following) & (middle < kth), middle, kth)
     threshold = tl.where((n_keys <= topk) | (reached == n_keys), -float("inf"), threshold)

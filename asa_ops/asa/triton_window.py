@@ -52,6 +52,7 @@ def _asa_window_kernel(
     m = tl.full([BLOCK], -float("inf"), tl.float32)
     summed = tl.zeros([BLOCK], tl.float32)
     members = tl.zeros([BLOCK], tl.float32)
+    first = tl.zeros([BLOCK], tl.int32)  # offset of the largest
     if HELD > 0:
         index = tl.arange(0, HELD)[None, :]
         scores = tl.full([BLOCK, HELD], -float("inf"), tl.float32)
@@ -61,6 +62,7 @@ def _asa_window_kernel(
         near = at >= 0
         k_j = tl.load(k + (z * padded + at)[:, None] * DIM + d[None, :], mask=near[:, None], other=0).to(tl.float32)
         s = tl.where(near, tl.sum(q_i * k_j, 1) * scale2, -float("inf"))
+        first = tl.where(s > m, offset, first)
         m_new = tl.maximum(m, s)
         base = tl.where(m_new == -float("inf"), 0, m_new)
         summed = summed * tl.exp2(m - base) + tl.exp2(s - base)
@@ -85,7 +87,8 @@ def _asa_window_kernel(
             near = at >= 0
             at_key = (z * padded + at)[:, None]
             k_j = tl.load(k + at_key * DIM + d[None, :], mask=near[:, None], other=0).to(tl.float32)
-            s = tl.sum(q_i * k_j, 1) * scale2
+            # The largest must not miss a cut that it exceeds by its last bits.
+            s = tl.where(offset == first, m, tl.sum(q_i * k_j, 1) * scale2)
             tl.store(local + row * (WINDOW * WINDOW) + offset, near & (s - mean2 > cut), mask=real)
 
 
@@ -153,9 +156,11 @@ def _asa_combine_kernel(
     row = z * n + token
     row_lse = tl.load(lse + row, mask=real, other=0)
     empty = kept_count == 0
-    acc = tl.where(empty[:, None], 0, acc / tl.where(empty, 1, summed)[:, None])
+    summed = tl.where(empty, 1, summed)
+    acc = tl.where(empty[:, None], 0, acc / summed[:, None])
     # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
-    invalid = (tl.abs(row_lse) < float("inf")) == 0
+    finite = tl.abs(row_lse) < float("inf")
+    invalid = finite == 0
     if HAS_ALPHA:
         multiplier = alpha + z // heads * alpha_stride_b + z % heads * alpha_stride_h
         invalid |= (tl.load(multiplier + token.to(tl.int64) * alpha_stride_n, mask=real, other=0) >= 0) == 0
@@ -164,18 +169,15 @@ def _asa_combine_kernel(
         invalid |= (tl.load(multiplier + token.to(tl.int64) * beta_stride_n, mask=real, other=0) >= 0) == 0
     invalid &= tl.load(key_counts + image) > 0
     acc = tl.where((spoilt | invalid)[:, None], float("nan"), acc)
-    base = tl.where(m == -float("inf"), 0, m)
-    kept2 = tl.where(empty, -float("inf"), base + tl.log2(summed))
-    tl.store(lse_kept + row, kept2 * LN_2, mask=real)
+    tl.store(lse_kept + row, tl.where(finite, (m + tl.log2(summed)) * LN_2, row_lse), mask=real)
     tl.store(survivors + row, kept_count, mask=real)
     rounded = acc.to(out.dtype.element_ty)
     at_out = row[:, None] * dim_v + d_v[None, :]
     there = real[:, None] & (d_v < dim_v)[None, :]
     tl.store(out + at_out, rounded, mask=there)
     if FOR_BACKWARD:
-        tl.store(base2 + (3 * z + 1) * n + token, kept2, mask=real)
-        lost = tl.where(empty, 0, (base - kept2) + tl.log2(summed))
-        tl.store(base2 + (3 * z + 2) * n + token, lost, mask=real)
+        tl.store(base2 + (3 * z + 1) * n + token, m, mask=real)
+        tl.store(base2 + (3 * z + 2) * n + token, summed, mask=real)
     if HAS_REST:
         tl.store(rest + at_out, (acc - rounded.to(tl.float32)).to(rest.dtype.element_ty), mask=there)
 

@@ -15,7 +15,16 @@ from torch import Tensor
 from .. import triton_support as support
 from .triton_arrange import Bits, Problem, RowGradients
 from .triton_plan import Thresholds
-from .triton_tiles import SCALARS, admission_weight, bit_at, image_of, step_derivative, window_neighbour
+from .triton_tiles import (
+    SCALARS,
+    admission_weight,
+    bit_at,
+    image_of,
+    shrink_of,
+    softmax_weight,
+    step_derivative,
+    window_neighbour,
+)
 from .triton_window import UNROLL
 from .types import Saved
 
@@ -49,7 +58,7 @@ def _flag_at(local, row, offset, valid, WINDOW: tl.constexpr):
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_settle_delta_kernel(
-    partial, q, k, v, do, words, lse_kept2, delta, order, place, local,
+    partial, q, k, v, do, words, top, share, delta, order, place, local,
     words_stride, scale2, heads, zs, per_image, n, padded, height, width,
     SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr, HAS_BITS: tl.constexpr,
     ONE_WAY_BITS: tl.constexpr, BLOCK: tl.constexpr,
@@ -77,7 +86,7 @@ def _asa_settle_delta_kernel(
         d, d_v = tl.arange(0, DIM), tl.arange(0, DIM_V)
         q_i = tl.load(q + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
         do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
-        kept_i = tl.load(lse_kept2 + at_row)
+        top_i, share_i = tl.load(top + at_row), tl.load(share + at_row)
         for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
             other, inside = window_neighbour(token, offset, height, width, WINDOW)
             new = _flag_at(local, z * n + token, offset, real & inside, WINDOW)
@@ -90,20 +99,20 @@ def _asa_settle_delta_kernel(
             at_key = z * padded + at
             k_j = tl.load(k + at_key[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
             v_j = tl.load(v + at_key[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
-            weight = tl.exp2(tl.where(new, tl.sum(q_i * k_j, 1) * scale2 - kept_i, -float("inf")))
+            weight = softmax_weight(tl.sum(q_i * k_j, 1) * scale2 - top_i, share_i, new)
             missing += tl.where(new, weight * (tl.sum(do_i * v_j, 1) - delta_i), 0)
     tl.store(delta + at_row, delta_i + missing)
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_rows_kernel(
-    partial, partial_t, q, k, v, do, words, lse2, cut2, kappa2, lse_kept2, delta, poisoned, order, place, local,
-    log_mean2, alpha, beta, dq, dalpha, dbeta,
+    partial, partial_t, q, k, v, do, words, lse2, cut2, kappa2, top, share, delta, poisoned, bounds, order, place,
+    local, log_mean2, alpha, beta, dq, dalpha, dbeta,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     words_stride, scale, scale2, band, heads, zs, per_image, n, padded, height, width, dim,
     SPLITS: tl.constexpr, T_SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr,
     HAS_BITS: tl.constexpr, ONE_WAY_BITS: tl.constexpr, MUTUAL: tl.constexpr, HAS_TOPK: tl.constexpr,
-    LEARN_ALPHA: tl.constexpr, LEARN_BETA: tl.constexpr, BLOCK: tl.constexpr,
+    LEARN_ALPHA: tl.constexpr, LEARN_BETA: tl.constexpr, SHRINK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dq, dalpha and dbeta of BLOCK rows."""
     blocks = padded // BLOCK
@@ -115,7 +124,7 @@ def _asa_finish_rows_kernel(
     row = z * n + token
     at_row = z * padded + p
     d, d_v = tl.arange(0, DIM), tl.arange(0, DIM_V)
-    acc = _sum_of_parts(partial, at_row, zs, padded, DIM, SPLITS, BLOCK)
+    acc = _sum_of_parts(partial, at_row, zs, padded, DIM, SPLITS, BLOCK) / shrink_of(bounds, z, zs, SHRINK)
     if LEARN_ALPHA:
         dt = tl.zeros([BLOCK], tl.float32)  # -dl/dt
         if T_SPLITS > 0:
@@ -126,7 +135,7 @@ def _asa_finish_rows_kernel(
             words += z * words_stride
         q_i = tl.load(q + at_row[:, None] * DIM + d[None, :]).to(tl.float32)
         do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
-        kept_i, delta_i = tl.load(lse_kept2 + at_row), tl.load(delta + at_row)
+        top_i, share_i, delta_i = tl.load(top + at_row), tl.load(share + at_row), tl.load(delta + at_row)
         if LEARN_BETA:
             multiplier = beta + z // heads * beta_stride_b + z % heads * beta_stride_h
             multiplier = tl.load(multiplier + token.to(tl.int64) * beta_stride_n, mask=real, other=0).to(tl.float32)
@@ -155,11 +164,11 @@ def _asa_finish_rows_kernel(
             s = tl.sum(q_i * k_j, 1)
             dp = tl.sum(do_i * v_j, 1) - delta_i
             new = survives & (neighbour == 0)
-            ds = tl.where(new, tl.exp2(tl.where(new, s * scale2 - kept_i, 0)) * dp, 0)
+            gap = s * scale2 - top_i
+            ds = tl.where(new, softmax_weight(gap, share_i, new) * dp, 0)
             acc += ds[:, None] * k_j
             if LEARN_ALPHA or LEARN_BETA:
-                empty_i = kept_i == -float("inf")
-                offer = admission_weight(s * scale2 - kept_i, survives | neighbour, empty_i) * dp
+                offer = admission_weight(gap, share_i, survives | neighbour, top_i == -float("inf")) * dp
             if LEARN_BETA:
                 # In the forward's terms: a score that is its window's mean is so here too, to the last bit.
                 step = step_derivative(((s * scale2 - mean_i) - cut_u) * LN_2, band)
@@ -169,7 +178,7 @@ def _asa_finish_rows_kernel(
                 step = step_derivative(((s * scale2 - lse_i) - cut_i) * LN_2, band)
                 counts = near & (step > 0)
                 if HAS_TOPK:
-                    counts &= s * scale2 >= tl.load(kappa2 + at_row)
+                    counts &= one_way | (s * scale2 >= tl.load(kappa2 + at_row))
                 offer = tl.where(survives, 0, offer)
                 if MUTUAL:
                     counts &= other_way
@@ -180,8 +189,8 @@ def _asa_finish_rows_kernel(
                     v_i = tl.load(v + at_row[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
                     do_j = tl.load(do + at_key[:, None] * DIM_V + d_v[None, :], mask=near[:, None], other=0)
                     dp_back = tl.sum(v_i * do_j.to(tl.float32), 1) - tl.load(delta + at_key)
-                    kept_j = tl.load(lse_kept2 + at_key)
-                    weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
+                    top_j, share_j = tl.load(top + at_key), tl.load(share + at_key)
+                    weight = admission_weight(back * scale2 - top_j, share_j, neighbour, top_j == -float("inf"))
                     offer += tl.where(back_survives, 0, weight * dp_back)
                 dt += tl.where(counts, step * offer, 0)
     bad = tl.load(poisoned + z) != 0
@@ -202,10 +211,10 @@ def _asa_finish_rows_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_columns_kernel(
-    partial_k, partial_v, q, k, v, do, words, lse_kept2, delta, poisoned, order, place, local, dk, dv,
+    partial_k, partial_v, q, k, v, do, words, top, share, delta, poisoned, bounds, order, place, local, dk, dv,
     words_stride, scale, scale2, heads, zs, per_image, n, padded, height, width, dim, dim_v,
     SPLITS_K: tl.constexpr, SPLITS_V: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr,
-    HAS_BITS: tl.constexpr, ONE_WAY_BITS: tl.constexpr, BLOCK: tl.constexpr,
+    HAS_BITS: tl.constexpr, ONE_WAY_BITS: tl.constexpr, SHRINK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dk and dv of BLOCK keys; in the window of a key are the queries whose windows hold it."""
     blocks = padded // BLOCK
@@ -217,7 +226,7 @@ def _asa_finish_columns_kernel(
     row = z * n + token
     at_key = z * padded + p
     d, d_v = tl.arange(0, DIM), tl.arange(0, DIM_V)
-    acc_k = _sum_of_parts(partial_k, at_key, zs, padded, DIM, SPLITS_K, BLOCK)
+    acc_k = _sum_of_parts(partial_k, at_key, zs, padded, DIM, SPLITS_K, BLOCK) / shrink_of(bounds, z, zs, SHRINK)
     acc_v = _sum_of_parts(partial_v, at_key, zs, padded, DIM_V, SPLITS_V, BLOCK)
     if WINDOW > 0:
         if HAS_BITS:
@@ -238,9 +247,8 @@ def _asa_finish_columns_kernel(
             at_row = z * padded + at
             q_i = tl.load(q + at_row[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
             do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
-            s = tl.sum(q_i * k_j, 1)
-            gap = s * scale2 - tl.load(lse_kept2 + at_row)
-            weight = tl.where(new, tl.exp2(tl.where(new, gap, 0)), 0)
+            gap = tl.sum(q_i * k_j, 1) * scale2 - tl.load(top + at_row)
+            weight = softmax_weight(gap, tl.load(share + at_row), new)
             ds = tl.where(new, weight * (tl.sum(do_i * v_j, 1) - tl.load(delta + at_row)), 0)
             acc_k += ds[:, None] * q_i
             acc_v += weight[:, None] * do_i
@@ -263,7 +271,7 @@ def settle_delta(problem: Problem, saved: Saved, bits: Bits, row: RowGradients, 
     rows, (height, width) = problem.rows, problem.options.grid
     support.launch(
         _asa_settle_delta_kernel, problem.row_programs(rows), residual.partial, problem.q, problem.k, problem.v,
-        problem.do, bits.words, row.lse_kept2, row.delta, *_window_arguments(problem, saved), bits.stride,
+        problem.do, bits.words, row.top, row.share, row.delta, *_window_arguments(problem, saved), bits.stride,
         problem.scale2, problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, height, width,
         SPLITS=residual.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
         HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, BLOCK=problem.block, warps=problem.warps,
@@ -279,13 +287,14 @@ def finish_rows(
     lse2, cut2, kappa2, _ = thresholds or (None,) * 4
     support.launch(
         _asa_finish_rows_kernel, problem.row_programs(rows), sums_q.partial, sums_t.partial, problem.q, problem.k,
-        problem.v, problem.do, bits.words, lse2, cut2, kappa2, row.lse_kept2, row.delta, row.poisoned,
-        *_window_arguments(problem, saved), saved.log_mean, problem.inputs.alpha, problem.inputs.beta, dq, dalpha,
-        dbeta, *problem.strides[0], *problem.strides[1], bits.stride, problem.scale, problem.scale2, band or 1.0,
-        problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, height, width, problem.dim,
+        problem.v, problem.do, bits.words, lse2, cut2, kappa2, row.top, row.share, row.delta, row.poisoned,
+        problem.bounds, *_window_arguments(problem, saved), saved.log_mean, problem.inputs.alpha, problem.inputs.beta,
+        dq, dalpha, dbeta, *problem.strides[0], *problem.strides[1], bits.stride, problem.scale, problem.scale2,
+        band or 1.0, problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, height, width, problem.dim,
         SPLITS=sums_q.splits, T_SPLITS=sums_t.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
         HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk,
-        LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None, BLOCK=problem.block, warps=problem.warps,
+        LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None, SHRINK=problem.bounds is not None,
+        BLOCK=problem.block, warps=problem.warps,
         registers=255,
     )  # fmt: skip
 
@@ -297,9 +306,10 @@ def finish_columns(
     keys, (height, width) = problem.keys, problem.options.grid
     support.launch(
         _asa_finish_columns_kernel, problem.row_programs(keys), sums_k.partial, sums_v.partial, problem.q, problem.k,
-        problem.v, problem.do, bits.words, row.lse_kept2, row.delta, row.poisoned, keys.order, keys.place,
-        saved.local.view(torch.uint8), dk, dv, bits.stride, problem.scale, problem.scale2, problem.heads, problem.zs,
-        problem.per_image, keys.n, keys.padded, height, width, problem.dim, problem.dim_v, SPLITS_K=sums_k.splits,
-        SPLITS_V=sums_v.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
-        HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, BLOCK=problem.block, warps=problem.warps,
+        problem.v, problem.do, bits.words, row.top, row.share, row.delta, row.poisoned, problem.bounds, keys.order,
+        keys.place, saved.local.view(torch.uint8), dk, dv, bits.stride, problem.scale, problem.scale2, problem.heads,
+        problem.zs, problem.per_image, keys.n, keys.padded, height, width, problem.dim, problem.dim_v,
+        SPLITS_K=sums_k.splits, SPLITS_V=sums_v.splits, DIM=problem.width, DIM_V=problem.width_v,
+        WINDOW=problem.window, HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits,
+        SHRINK=problem.bounds is not None, BLOCK=problem.block, warps=problem.warps,
     )  # fmt: skip

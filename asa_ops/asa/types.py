@@ -10,7 +10,8 @@ class AsaStats(NamedTuple):
     """Per-row statistics, each [B, heads, N_q], detached; at padding positions -inf, -inf, 0.
 
     Attributes:
-        lse: log-sum-exp of the scores over all real keys, in float32 (float64 for float64 inputs).
+        lse: log-sum-exp of the scores over all real keys, in float32 (float64 for float64 inputs); NaN in a row with a
+            score of +inf or NaN, which has no softmax, and where lse is not finite lse_kept is the same.
         lse_kept: the same over the survivors; -inf for a row without survivors. exp(lse_kept - lse) is the softmax
             mass that the survivors hold.
         survivors: int32, how many keys survive.
@@ -72,7 +73,7 @@ class Saved(NamedTuple):
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.
     rest: Tensor  # [.., N_q, Dv] what rounding took from out
-    base2: Tensor  # [.., 3, N_q] lse, lse_kept in base 2, not rounded again; what rounding took from the latter
+    base2: Tensor  # [.., 3, N_q] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 
     @classmethod
     def new(

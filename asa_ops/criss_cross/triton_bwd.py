@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .triton_lines import SIZES, Lines, finish, length_of, line_of, load_pixels, load_stats, pairs
+from .triton_lines import SIZES, Lines, finish, length_of, line_of, load_pixels, load_stats, pairs, softmax_weight
 
 
 @triton.jit(do_not_specialize=["blocks", *SIZES])
@@ -48,7 +48,7 @@ def _criss_cross_dqk_kernel(
             base, total = load_stats(stats, start, pixels, valid, height, width)
             base, total = base[:, None], total[:, None]
         kept = pairs(i, j, n, COLUMN)
-        p = tl.exp(tl.where(kept, s - base, -float("inf"))) / total
+        p = softmax_weight(s, base, total, kept)
         if DELTA:
             acc += tl.sum(tl.where(kept, p * dp, 0), 1)
         else:
@@ -88,7 +88,7 @@ def _criss_cross_dv_kernel(
         queries = load_pixels(q, at, i < n, 0, dim, DIM)
         s = tl.dot(keys, queries.T, input_precision=PRECISION) * scale
         base, total = load_stats(stats, start, first + i * step, i < n, height, width)
-        p = tl.exp(tl.where(pairs(j, i, n, COLUMN), s - base[None, :], -float("inf"))) / total[None, :]
+        p = softmax_weight(s, base[None, :], total[None, :], pairs(j, i, n, COLUMN))
         gradients = load_pixels(do, at, i < n, channel, dim_v, CHUNK)
         acc = tl.dot(p.to(gradients.dtype), gradients, acc, input_precision=PRECISION)
     finish(acc, partial, result, image, start, pixels, valid, channel, dim_v, height, width, CHUNK, COLUMN)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import triton_support as support
+from ..triton_rounding import top_of
 
 # Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
 SIZES = ["height", "width"]
@@ -83,6 +84,12 @@ def store_stats(stats, largest, total, start, pixels, valid, height, width):
     at = stats + 2 * start + pixels
     tl.store(at, largest, mask=valid)
     tl.store(at + height * width, total, mask=valid)
+
+
+@triton.jit
+def softmax_weight(s, largest, total, kept):
+    """p from scores that are formed again; ``largest`` and ``total`` as stored by the forward."""
+    return tl.exp(tl.where(kept, tl.minimum(s - top_of(largest), 0), -float("inf"))) / total
 
 
 @triton.jit

@@ -6,6 +6,7 @@ void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count
   p.survivors[i] = static_cast<int32_t>(count);
   p.lse_kept[i] = count ? T(largest + __builtin_log(static_cast<double>(sum))) : T(-kInfinity);
   if (!p.scanned()) p.lse[i] = p.lse_kept[i];
+  if (!__builtin_isfinite(p.lse[i])) p.lse_kept[i] = p.lse[i];
   bool spoilt = false;
   if (p.broken != nullptr) for_bits(m, p.blocks_k, [&](int64_t j) { spoilt |= p.broken[j]; });
   const bool undefined = (p.n_real > 0 && !__builtin_isfinite(p.lse[i])) || (p.alpha && !(p.alpha[i] >= 0)) ||

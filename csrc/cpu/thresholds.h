@@ -4,10 +4,11 @@
 template <class T>
 ASA_INLINE Vec<T> change(Vec<T> s, Vec<T> lse_kept, Ints<T> kept, Vec<T> dp) {
   const Vec<T> gap = s - lse_kept;
-  // sigmoid(x) = e^-|x| / (1 + e^-|x|) for x < 0, its complement otherwise; e^x for survivors, whose gap is <= 0
+  // sigmoid(x) = e^-|x| / (1 + e^-|x|) for x < 0, its complement otherwise; e^x for survivors, whose gap is <= 0 but for
+  // the last bits of a score that is formed again
   const Vec<T> small = exponential(select<T>(gap < 0, gap, -gap));
   const Vec<T> sigmoid = select<T>(gap < 0, small, splat(T(1))) / (1 + small);
-  const Vec<T> weight = select<T>(kept, select<T>(gap < 0, small, 1 / small), sigmoid);
+  const Vec<T> weight = select<T>(kept, select<T>(gap < 0, small, splat(T(1))), sigmoid);
   return select<T>(lse_kept == splat(T(-kInfinity)), dp, weight * dp);
 }
 

@@ -238,11 +238,15 @@ class Call {
   }
 
   void backward(const Tensor& d_out, T* dq, T* dk, T* dv, float* dalpha, float* dbeta) {
+    if (std::is_same_v<T, Half>) {
+      p_.bounds = scratch_.template get<uint32_t>(2 * p_.zs);
+      clear_memory(p_.bounds, 2 * p_.zs * sizeof(uint32_t), stream_);
+    }
     arrange_tokens();
     const int64_t rows = all_rows();
     T* const arranged = scratch_.template get<T>(rows * p_.width_v);
     const RowGradients row{scratch_.template get<float>(rows), scratch_.template get<float>(rows), scratch_.template get<float>(rows),
-                           scratch_.template get<uint32_t>(p_.zs)};
+                           scratch_.template get<float>(rows), scratch_.template get<uint32_t>(p_.zs)};
     clear_memory(row.poisoned, p_.zs * sizeof(uint32_t), stream_);
     arrange_gradient(p_, data<const T>(d_out), strides_of(d_out), saved_, arranged, row, stream_);
     p_.d_out = arranged;
@@ -296,10 +300,10 @@ class Call {
     return {n, room, order, place, counts};
   }
 
-  const T* tokens(const Tensor& x, const Order& order, int width, uint32_t* broken = nullptr) {
+  const T* tokens(const Tensor& x, const Order& order, int width, uint32_t* broken = nullptr, uint32_t* bounds = nullptr) {
     T* const out = scratch_.template get<T>(int64_t(p_.zs) * order.padded * width);
     arrange(data<const T>(x), strides_of(x), p_.zs, p_.heads, p_.per_image, order, static_cast<int>(x.size(3)), width, out, broken,
-            stream_);
+            bounds, stream_);
     return out;
   }
 
@@ -310,7 +314,7 @@ class Call {
     p_.symmetric = is_same(arguments_.query, arguments_.key);
     p_.q = tokens(arguments_.query, p_.rows, p_.width);
     p_.k = p_.symmetric ? p_.q : tokens(arguments_.key, p_.keys, p_.width);
-    p_.v = tokens(arguments_.value, p_.keys, p_.width_v, broken);
+    p_.v = tokens(arguments_.value, p_.keys, p_.width_v, broken, p_.bounds);
     p_.broken = broken;
   }
 

@@ -62,6 +62,7 @@ struct Problem {
   Multiplier alpha, beta;
   const T *q, *k, *v, *d_out;  // arranged
   const uint32_t* broken;      // [zs, keys / 32] keys whose value is not finite, which is 0 in v
+  uint32_t* bounds;            // Half, backward: [2, zs] the largest |v|, the largest sum of |do| of a query, as bits; or null
   uint32_t* words;             // pair (i, j): bit j % 32 of words[j / 32][i]; every head's `stride` further on
   int64_t words_stride;
   Half* peaks;                 // [key block, row] at least the largest score of a row with the keys of a block
@@ -77,7 +78,7 @@ struct Saved {
   float *kappa2, *log_mean2;
   uint8_t* local;      // [.., window^2]
   T* rest;             // [.., dim_v] what rounding took from out
-  float* base2;        // [zs, 3, n] lse and lse_kept in base 2; what rounding took from the latter
+  float* base2;        // [zs, 3, n] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 };
 
 // Thresholds in arranged order, [zs, padded]: j is a neighbour of i if s2 - lse2 > cut2 and s2 >= kappa2.
@@ -109,8 +110,9 @@ struct Totals {
 // What the backward knows of rows, arranged, [zs, padded].
 struct RowGradients {
   float* delta;      // <do, out>
-  float* kept2;      // log-sum-exp over survivors in base 2; inf at padding
-  float* live2;      // the same, but inf too where a single survivor holds all the weight: its score has no gradient
+  float* top;        // score in base 2 from which on exponentials are 1: -inf without survivors, inf at padding
+  float* live_top;   // the same, but inf too where a single survivor holds all the weight: its score has no gradient
+  float* share;      // 1 over the sum of these exponentials
   uint32_t* poisoned;  // [zs] whether a row of the head has the output NaN
 };
 
@@ -126,11 +128,31 @@ __device__ __forceinline__ float multiplier_at(const Multiplier& x, int z, int h
 // The bits of the first n of 32 columns.
 __device__ __forceinline__ uint32_t first_bits(int n) { return n >= 32 ? ~0u : n <= 0 ? 0u : (1u << n) - 1; }
 
-// c_ij of asa_ops.asa from s_ij - lse_kept_i in base 2: to first order the weight that a pair has or would have.
-__device__ __forceinline__ float admission_weight(float gap2, bool kept, bool empty) {
+// How much a score of that size may differ where another kernel forms it again: each rounds in its own way.
+// Either of the two may be off by eight units in the last place.
+__device__ __forceinline__ float last_bits(float score) { return fabsf(score) * 0x1p-19f; }
+
+// Where the exponentials of a row begin, given its largest survivor: scores from here on weigh as much as that one. It is
+// the largest itself, unless scores are so large that their last bits decide between everything and nothing.
+__device__ __forceinline__ float top_of(float largest) { return largest - fmaxf(2 * last_bits(largest) - 1, 0); }
+
+// p_ij of a survivor from s_ij - top_i in base 2.
+__device__ __forceinline__ float softmax_weight(float gap2, float share) { return exp2f(fminf(gap2, 0)) * share; }
+
+// c_ij of asa_ops.asa from the same: to first order the weight that a pair has or would have.
+__device__ __forceinline__ float admission_weight(float gap2, float share, bool kept, bool empty) {
   if (empty) return 1;
+  gap2 = (kept ? fminf(gap2, 0) : gap2) + log2f(share);
   const float weight = exp2f(kept ? gap2 : -fabsf(gap2));
   return kept ? weight : (gap2 > 0 ? 1 : weight) / (1 + weight);
+}
+
+// A power of two by which gradients of a head's scores fit into 16 bits of a Half, 1 without `bounds`: they are at most
+// twice the product of these.
+__device__ __forceinline__ float shrink_of(const uint32_t* bounds, int zs, int z) {
+  if (bounds == nullptr) return 1;
+  const float largest = bits_as<float>(bounds[z]) * bits_as<float>(bounds[zs + z]);
+  return exp2f(-fminf(fmaxf(ceilf(log2f(largest)) + (1 - 15), 0), 27));  // 27: what a Half can reach at head dim 256
 }
 
 // d(z): a triangle of half width `band` and area 1.
@@ -138,12 +160,12 @@ __device__ __forceinline__ float step_derivative(float z, float band) { return f
 
 // Launchers, in the file of that name, in the order of a call.
 
-// asa_arrange.cu. `broken`, zeroed, may be null: then what is not finite stays.
+// asa_arrange.cu. `broken`, zeroed, may be null: then what is not finite stays. `bounds` [zs], zeroed, may be null too.
 void find_order(const bool* real, int images, int n, int height, int width, int padded, int32_t* order, int32_t* place,
                 int32_t* counts, cudaStream_t stream);
 template <class T>
 void arrange(const T* x, Strides strides, int zs, int heads, int per_image, const Order& order, int dim, int width, T* out,
-             uint32_t* broken, cudaStream_t stream);
+             uint32_t* broken, uint32_t* bounds, cudaStream_t stream);
 template <class T>
 void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides, const Saved<T>& saved, T* arranged,
                       const RowGradients& row, cudaStream_t stream);

@@ -46,18 +46,26 @@ __global__ void __launch_bounds__(kThreads) asa_order_kernel(const bool* real, i
   if (threadIdx.x == 0) counts[image] = found;
 }
 
-// out[z, p] = x[token at p], zeros up to `width`; with `broken`, 0 for what is not finite, noted there. A row a warp.
+// out[z, p] = x[token at p], zeros up to `width`; with `broken`, 0 for what is not finite, noted there; with `bounds`, the
+// largest number of the head noted there. A row a warp.
 template <class T>
 __global__ void __launch_bounds__(kThreads) asa_arrange_kernel(const T* x, Strides strides, int heads, int per_image, Order order,
-                                                               int dim, int width, T* out, uint32_t* broken) {
+                                                               int dim, int width, T* out, uint32_t* broken,
+                                                               uint32_t* bounds) {
   const WarpRow at(order, heads, per_image);
   const T* const from = x + at.z / heads * strides.b + at.z % heads * strides.h + max(at.token, 0) * strides.n;
   bool finite = true;
+  float largest = 0;
   each_number(width, [&](int, int d) {
     T number = at.token >= 0 && d < dim ? from[d * strides.d] : from_float<T>(0);
     if (broken != nullptr && !(fabsf(to_float(number)) < INFINITY)) finite = false, number = from_float<T>(0);
     out[at.index * width + d] = number;
+    largest = fmaxf(largest, fabsf(to_float(number)));
   });
+  if (bounds != nullptr) {
+    largest = max_over_warp(largest);
+    if (threadIdx.x % 32 == 0) note_largest(bounds + at.z, largest);
+  }
   if (__any_sync(~0u, !finite) && threadIdx.x % 32 == 0) atomicOr(broken + at.index / 32, 1u << at.index % 32);
 }
 
@@ -72,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_arrange_gradient_kern
   const int lane = threadIdx.x % 32;
   if (at.token < 0) {
     each_number(p.width_v, [&](int, int d) { arranged[at.index * p.width_v + d] = from_float<T>(0); });
-    if (lane == 0) row.delta[at.index] = 0, row.kept2[at.index] = row.live2[at.index] = INFINITY;
+    if (lane == 0) row.delta[at.index] = 0, row.share[at.index] = 1, row.top[at.index] = row.live_top[at.index] = INFINITY;
     return;
   }
   const int64_t saved_row = row_at(at.z, p.rows.n, at.token), base = int64_t(3 * at.z) * p.rows.n + at.token;
@@ -89,22 +97,27 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_arrange_gradient_kern
   spoilt = __any_sync(~0u, spoilt);
   const int survivors = saved.survivors[saved_row];
   const bool ended = (survivors == 0 || spoilt) && __any_sync(~0u, !finite);
-  // All weights of a row are off by the same factor, that of the rounded kept2: in float32 it shows.
-  const float factor = saved.rest == nullptr ? exp2f(-saved.base2[base + 2 * int64_t(p.rows.n)]) : 1;
   each_number(p.width_v, [&](int r, int d) {
     // What is not finite ends; of what is spoilt nothing is used but that it is.
     const bool dead = (survivors == 0 || spoilt) && !(fabsf(gradient.x[r]) < INFINITY);
-    gradient.x[r] = dead ? 0 : gradient.x[r] * factor;
+    gradient.x[r] = dead ? 0 : gradient.x[r];
     if (out.x[r] != out.x[r]) out.x[r] = 0;
     if (rest.x[r] != rest.x[r]) rest.x[r] = 0;
     arranged[at.index * p.width_v + d] = from_float<T>(gradient.x[r]);
   });
   const float delta = dot(gradient, out) + dot(gradient, rest);
+  float total = 0;
+  if (p.bounds != nullptr) {
+    for (const float x : gradient.x) total += fabsf(x);
+    total = sum_over_warp(total);
+  }
   if (lane != 0) return;
-  const float kept2 = saved.base2[base + p.rows.n];
+  if (p.bounds != nullptr) note_largest(p.bounds + p.zs + at.z, total);
+  const float top = top_of(saved.base2[base + p.rows.n]);
   row.delta[at.index] = ended ? NAN : delta;
-  row.kept2[at.index] = kept2;
-  row.live2[at.index] = survivors == 1 ? INFINITY : kept2;
+  row.top[at.index] = top;
+  row.live_top[at.index] = survivors == 1 ? INFINITY : top;
+  row.share[at.index] = 1 / saved.base2[base + 2 * int64_t(p.rows.n)];
   if (spoilt) atomicOr(row.poisoned + at.z, 1u);
 }
 
@@ -118,9 +131,9 @@ void find_order(const bool* real, int images, int n, int height, int width, int 
 
 template <class T>
 void arrange(const T* x, Strides strides, int zs, int heads, int per_image, const Order& order, int dim, int width, T* out,
-             uint32_t* broken, cudaStream_t stream) {
+             uint32_t* broken, uint32_t* bounds, cudaStream_t stream) {
   launch("asa_arrange_kernel", &asa_arrange_kernel<T>, row_programs(zs, order), kThreads, 0, stream, x, strides, heads, per_image,
-         order, dim, width, out, broken);
+         order, dim, width, out, broken, bounds);
 }
 
 template <class T>
@@ -131,7 +144,7 @@ void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides
 }
 
 #define INSTANTIATE(T)                                                                                                         \
-  template void arrange(const T*, Strides, int, int, int, const Order&, int, int, T*, uint32_t*, cudaStream_t);                \
+  template void arrange(const T*, Strides, int, int, int, const Order&, int, int, T*, uint32_t*, uint32_t*, cudaStream_t);     \
   template void arrange_gradient(const Problem<T>&, const T*, Strides, const Saved<T>&, T*, const RowGradients&, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)

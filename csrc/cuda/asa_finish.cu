@@ -42,11 +42,12 @@ __global__ void __launch_bounds__(kThreads) asa_finish_rows_kernel(Problem<T> p,
 
   const int64_t row = row_at(at.z, p.rows.n, at.token);
   // A row of scores with NaN or +inf has no softmax, a bad multiplier no threshold.
-  bool invalid = spoilt || (p.keys.counts[at.image] > 0 && !(fabsf(saved.lse[row]) < INFINITY));
+  const bool finite = fabsf(saved.lse[row]) < INFINITY;
+  bool invalid = spoilt || (p.keys.counts[at.image] > 0 && !finite);
   if (p.alpha.data != nullptr) invalid = invalid || !(multiplier_at(p.alpha, at.z, p.heads, at.token) >= 0);
   if (p.beta.data != nullptr) invalid = invalid || !(multiplier_at(p.beta, at.z, p.heads, at.token) >= 0);
   const bool empty = count == 0;
-  const float base = largest == -INFINITY ? 0 : largest, kept2 = empty ? -INFINITY : base + log2f(total);
+  if (empty) total = 1;
   each_number(p.dim_v, [&](int r, int d) {
     const float exact = invalid ? NAN : empty ? 0 : sum.x[r] / total;
     const T rounded = from_float<T>(exact);
@@ -54,12 +55,12 @@ __global__ void __launch_bounds__(kThreads) asa_finish_rows_kernel(Problem<T> p,
     if (saved.rest != nullptr) saved.rest[row * p.dim_v + d] = from_float<T>(exact - to_float(rounded));
   });
   if (threadIdx.x % 32 != 0) return;
-  saved.lse_kept[row] = kept2 * kLn2;
+  saved.lse_kept[row] = finite ? (largest + log2f(total)) * kLn2 : saved.lse[row];
   saved.survivors[row] = count;
   if (saved.base2 != nullptr) {
     float* const base2 = saved.base2 + int64_t(3 * at.z) * p.rows.n + at.token;
-    base2[p.rows.n] = kept2;
-    base2[2 * int64_t(p.rows.n)] = empty ? 0 : base - kept2 + log2f(total);
+    base2[p.rows.n] = largest;
+    base2[2 * int64_t(p.rows.n)] = total;
   }
 }
 
@@ -69,12 +70,12 @@ __global__ void __launch_bounds__(kThreads) asa_settle_delta_kernel(Problem<floa
                                                                     Parts residual) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
-  const float delta = row.delta[at.index], live2 = row.live2[at.index];
+  const float delta = row.delta[at.index], top = row.live_top[at.index], share = row.share[at.index];
   float missing = number_of(residual, at.index, int64_t(p.zs) * p.rows.padded);
   const Vector q = vector_at(p.q, at.index, p.width), d_out = vector_at(p.d_out, at.index, p.width_v);
   visit_keys(p, at, saved.local, [&](int j) {
     const int64_t key = row_at(at.z, p.keys.padded, j);
-    const float weight = exp2f(dot(q, vector_at(p.k, key, p.width)) * p.scale2 - live2);
+    const float weight = softmax_weight(dot(q, vector_at(p.k, key, p.width)) * p.scale2 - top, share);
     missing += weight * (dot(d_out, vector_at(p.v, key, p.width_v)) - delta);
   });
   if (threadIdx.x % 32 == 0) row.delta[at.index] = delta + missing;
@@ -85,7 +86,7 @@ template <class T>
 __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& at, const Saved<T>& saved, const RowGradients& row,
                                            const Thresholds& thresholds, float band, bool learn_alpha, bool learn_beta,
                                            const Vector& q, const Vector& d_out, float& dt, float& du) {
-  const float kept2 = row.kept2[at.index], delta = row.delta[at.index];
+  const float top = row.top[at.index], share = row.share[at.index], delta = row.delta[at.index];
   const Vector k = vector_at(p.k, at.index, p.width), v = vector_at(p.v, at.index, p.width_v);
   for (int offset = 0; offset < p.window * p.window; ++offset) {
     const int j = window_neighbour(p, at, offset);
@@ -95,7 +96,7 @@ __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& a
     const bool neighbour = is_neighbour(p, at.z, at.position, j);
     const float s2 = dot(q, vector_at(p.k, key, p.width)) * p.scale2;
     const float gain = dot(d_out, vector_at(p.v, key, p.width_v)) - delta;
-    float offer = admission_weight(s2 - kept2, survives || neighbour, kept2 == -INFINITY) * gain;
+    float offer = admission_weight(s2 - top, share, survives || neighbour, top == -INFINITY) * gain;
     if (learn_beta && !neighbour) {
       // In the forward's terms: a score that is its window's mean is so here too, to the last bit.
       const float mean2 = saved.log_mean2[row_at(at.z, p.rows.n, at.token)];
@@ -103,15 +104,16 @@ __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& a
       du += step > 0 ? step * offer : 0;
     }
     if (!learn_alpha || (p.mutual && !bit_at(p, at.z, j, at.position))) continue;
-    if (thresholds.kappa2 != nullptr && !(s2 >= thresholds.kappa2[at.index])) continue;
+    const bool adaptive = bit_at(p, at.z, at.position, j);
+    if (thresholds.kappa2 != nullptr && !(s2 >= thresholds.kappa2[at.index] || adaptive)) continue;
     const float step = step_derivative((s2 - thresholds.lse2[at.index] - thresholds.cut2[at.index]) * kLn2, band);
     if (!(step > 0)) continue;
     if (survives) offer = 0;
     const int back = p.window * p.window - 1 - offset;
     if (p.mutual && !local_flag(p, saved.local, at.z, window_token(p, at.token, offset), back)) {
-      const float back2 = dot(k, vector_at(p.q, key, p.width)) * p.scale2, kept_j = row.kept2[key];
+      const float back2 = dot(k, vector_at(p.q, key, p.width)) * p.scale2, top_j = row.top[key];
       const float back_gain = dot(v, vector_at(p.d_out, key, p.width_v)) - row.delta[key];
-      offer += admission_weight(back2 - kept_j, neighbour, kept_j == -INFINITY) * back_gain;
+      offer += admission_weight(back2 - top_j, row.share[key], neighbour, top_j == -INFINITY) * back_gain;
     }
     dt += step * offer;
   }
@@ -126,12 +128,13 @@ __global__ void __launch_bounds__(kThreads) asa_finish_row_gradients_kernel(Prob
   if (at.token < 0) return;
   const int64_t rows = int64_t(p.zs) * p.rows.padded;
   Vector sum = sum_of(sums_q, at.index, rows, p.width);
+  scale(sum, 1 / shrink_of(p.bounds, p.zs, at.z));
   const Vector q = vector_at(p.q, at.index, p.width), d_out = vector_at(p.d_out, at.index, p.width_v);
-  const float delta = row.delta[at.index], live2 = row.live2[at.index];
+  const float delta = row.delta[at.index], top = row.live_top[at.index], share = row.share[at.index];
   visit_keys(p, at, saved.local, [&](int j) {
     const int64_t key = row_at(at.z, p.keys.padded, j);
     const Vector k = vector_at(p.k, key, p.width);
-    const float weight = exp2f(dot(q, k) * p.scale2 - live2);
+    const float weight = softmax_weight(dot(q, k) * p.scale2 - top, share);
     add(sum, weight * (dot(d_out, vector_at(p.v, key, p.width_v)) - delta), k);
   });
   const bool bad = row.poisoned[at.z] != 0;
@@ -157,13 +160,14 @@ __global__ void __launch_bounds__(kThreads) asa_finish_columns_kernel(Problem<T>
   if (at.token < 0) return;
   const int64_t keys = int64_t(p.zs) * p.keys.padded;
   Vector sum_k = sum_of(sums_k, at.index, keys, p.width), sum_v = sum_of(sums_v, at.index, keys, p.width_v);
+  scale(sum_k, 1 / shrink_of(p.bounds, p.zs, at.z));
   const Vector k = vector_at(p.k, at.index, p.width), v = vector_at(p.v, at.index, p.width_v);
   visit_queries(p, at, saved.local, [&](int i) {
     const int64_t query = row_at(at.z, p.rows.padded, i);
     const Vector q = vector_at(p.q, query, p.width), d_out = vector_at(p.d_out, query, p.width_v);
     const float s2 = dot(q, k) * p.scale2;
-    add(sum_v, exp2f(s2 - row.kept2[query]), d_out);
-    add(sum_k, exp2f(s2 - row.live2[query]) * (dot(d_out, v) - row.delta[query]), q);
+    add(sum_v, softmax_weight(s2 - row.top[query], row.share[query]), d_out);
+    add(sum_k, softmax_weight(s2 - row.live_top[query], row.share[query]) * (dot(d_out, v) - row.delta[query]), q);
   });
   const bool bad = row.poisoned[at.z] != 0;
   const int64_t saved_row = row_at(at.z, p.keys.n, at.token);

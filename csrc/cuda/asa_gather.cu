@@ -24,7 +24,7 @@ struct Layout {
   static int bytes(int chunks) { return (kResident ? chunks * kChunkBytes : 0) + kStages * kStageBytes + Packed::kBytes; }
 };
 
-// Weights of a tile: exponentials on a base that grows; or p = exp2(s2 - base); or p (<do, v> - delta), or only their sums.
+// Weights of a tile: exponentials on a base that grows; or p; or p (<do, v> - delta), or only their sums.
 enum class Form { kGrowing, kWeight, kGradient, kResidual };
 
 template <class T>
@@ -40,7 +40,8 @@ struct Gather {
   int64_t words_stride;
   Reading reading;
   const uint32_t* broken;      // for growing weights
-  const float *base2, *delta;  // of queries, for the others
+  const float *top, *share, *delta;  // of queries, for the others
+  const uint32_t* bounds;            // of Problem, for gradients of scores
   Lists lists;
   Parts parts;
   Totals totals;  // for growing weights
@@ -86,6 +87,7 @@ __global__ void __launch_bounds__(kThreads) asa_gather_kernel(Gather<T> g) {
   Ring<kStages, Shape::kStageBytes, decltype(load)> ring(memory, load);
   const Fragment at;
   const uint32_t* const words = g.words + z * g.words_stride;
+  const float shrink = FORM == Form::kGradient && std::is_same_v<T, Half> ? shrink_of(g.bounds, g.zs, z) : 1;
 
   float sum[WIDTH / 8][4];
 #pragma unroll
@@ -145,14 +147,15 @@ __global__ void __launch_bounds__(kThreads) asa_gather_kernel(Gather<T> g) {
         for (int n = 0; n < N; ++n)
 #pragma unroll
           for (int i = 0; i < 4; ++i)
-            p[n][i] = bit_of(kept, n, i) ? exp2f(p[n][i] * g.scale2 - g.base2[query(n, i)]) : 0;
+            p[n][i] = bit_of(kept, n, i) ? softmax_weight(p[n][i] * g.scale2 - g.top[query(n, i)], g.share[query(n, i)]) : 0;
         if constexpr (kGradients) {
           Columns<N> dp;
           multiply_chunks<T>(dp, ring, chunks_v, Shape::kResident ? own_v : nullptr);
 #pragma unroll
           for (int n = 0; n < N; ++n)
 #pragma unroll
-            for (int i = 0; i < 4; ++i) p[n][i] = bit_of(kept, n, i) ? p[n][i] * (dp[n][i] - g.delta[query(n, i)]) : 0;
+            for (int i = 0; i < 4; ++i)
+              p[n][i] = bit_of(kept, n, i) ? p[n][i] * (dp[n][i] - g.delta[query(n, i)]) * shrink : 0;
         }
       }
       if constexpr (kSummed > 0) {
@@ -224,7 +227,7 @@ void sum_neighbours(Sum what, const Problem<T>& p, const Lists& lists, const Row
   g.own_v = by_queries ? p.d_out : p.v, g.other_v = by_queries ? p.v : p.d_out;
   g.words = p.words, g.words_stride = p.words_stride, g.reading = reading_of(p, by_queries);
   g.broken = p.broken;
-  g.base2 = what == Sum::kDv ? row.kept2 : row.live2, g.delta = row.delta;
+  g.top = what == Sum::kDv ? row.top : row.live_top, g.share = row.share, g.delta = row.delta, g.bounds = p.bounds;
   g.lists = lists, g.parts = parts, g.totals = totals;
   switch (what) {
     case Sum::kValues: return run<T, Form::kGrowing>(g, p.v, p.width_v, stream);

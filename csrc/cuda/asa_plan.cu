@@ -25,9 +25,9 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Pro
     const int64_t row = row_at(z, p.rows.padded, position), all = int64_t(p.zs) * p.rows.padded;
     const int token = p.rows.order[row_at(image, p.rows.padded, position)];
     const int64_t saved_row = row_at(z, p.rows.n, token);
-    float lse2 = 0;
+    float lse2 = 0, base = -INFINITY;
     if (splits > 0) {
-      float base = -INFINITY, sum = 0;
+      float sum = 0;
       for (int split = 0; split < splits; ++split) base = fmaxf(base, largest[split * all + row]);
       base = base == -INFINITY ? 0 : base;
       for (int split = 0; split < splits; ++split) {
@@ -51,6 +51,12 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Pro
       found.cut2 = alpha >= 0 ? log2f(alpha) - log2f(float(n_keys)) : NAN;
     }
     if (thresholds.kappa2 != nullptr && token >= 0) found.kappa2 = saved.kappa2[saved_row];
+    if (splits > 0) {
+      // Pairs are decided by scores that are formed again: the largest may not miss a threshold that it exceeds.
+      const float above = base - found.lse2;
+      if (above > found.cut2) found.cut2 = fminf(found.cut2, above - last_bits(base));
+      found.kappa2 = fminf(found.kappa2, base - last_bits(base));
+    }
     rows[threadIdx.x] = found;
     if (p.has_bits) {
       thresholds.lse2[row] = found.lse2;

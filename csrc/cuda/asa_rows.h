@@ -60,6 +60,15 @@ __device__ __forceinline__ float sum_over_warp(float x) {
   return x;
 }
 
+__device__ __forceinline__ float max_over_warp(float x) {
+#pragma unroll
+  for (int other = 16; other > 0; other /= 2) x = fmaxf(x, __shfl_xor_sync(~0u, x, other));
+  return x;
+}
+
+// Takes a number that is not negative into the largest, kept as bits, which order as the numbers do. For one lane.
+__device__ __forceinline__ void note_largest(uint32_t* bound, float x) { atomicMax(bound, bits_as<uint32_t>(x)); }
+
 // <a, b>, the same number in every lane.
 __device__ __forceinline__ float dot(const Vector& a, const Vector& b) {
   float sum = 0;

@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
           row.high = high < row.high ? int32_t(high) : row.high;
           row.shift = shift_of(row);
         } else {
-          row.reached = 0;  // NaN among the scores: the row has no k-th largest, and its output is NaN
+          // Formed again, some that had reached the interval miss it (or are NaN, and so is the row's output).
+          row.reached = p.topk, row.high = row.low + 1;
         }
       }
     }
@@ -134,9 +135,10 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
     const int position = i0 + at.row + 8 * high;
     if (threadIdx.x % 4 != 0 || position >= n_rows) continue;
     const int reached = memory.rows[at.row + 8 * high].reached;
+    if (kth[high] == INFINITY) kth[high] = floor[high];  // formed again, all of them may miss the floor
     const float middle = following[high] + (kth[high] - following[high]) * 0.5f;
     float threshold = middle > following[high] && middle < kth[high] ? middle : kth[high];
-    if (n_keys <= p.topk || reached == n_keys || reached == 0) threshold = -INFINITY;
+    if (n_keys <= p.topk || reached == n_keys) threshold = -INFINITY;
     const int token = p.rows.order[row_at(image, p.rows.padded, position)];
     kappa2[row_at(z, p.rows.n, token)] = threshold;
   }

@@ -22,8 +22,9 @@ __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, floa
     }
   };
   float largest = -INFINITY, total = 0;
-  int members = 0;
-  visit([&](int, bool near, float s) {
+  int members = 0, first = 0;  // offset of the largest
+  visit([&](int offset, bool near, float s) {
+    if (s > largest) first = offset;
     const float base = fmaxf(largest, s), finite = base == -INFINITY ? 0 : base;
     total = total * exp2f(largest - finite) + exp2f(s - finite);
     members += near;
@@ -36,7 +37,8 @@ __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, floa
   const int lane = threadIdx.x % 32;
   if (lane == 0) log_mean2[row] = mean2;
   visit([&](int offset, bool near, float s) {
-    if (lane == 0) local[row * (p.window * p.window) + offset] = near && s - mean2 > cut;
+    const float seen = offset == first ? largest : s;  // it must not miss a cut that it exceeds by its last bits
+    if (lane == 0) local[row * (p.window * p.window) + offset] = near && seen - mean2 > cut;
   });
 }
 

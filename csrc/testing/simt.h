@@ -4,7 +4,8 @@
 // must wait for the others, at a barrier or in a collective of its warp. What a GPU leaves to chance is made as unkind
 // as it may be: asynchronous copies arrive when they are waited for and not before, shared memory starts as NaN.
 // ASA_OPS_SIMT_REVERSED=1 is unkind the other way: fibers run from the last to the first and copies arrive at once. What
-// lacks a barrier gives other results.
+// lacks a barrier gives other results. ASA_OPS_SIMT_ULPS=4 rounds as another kernel might: every product and sum is off
+// by up to 4 units in the last place, at random.
 
 #pragma once
 
@@ -179,6 +180,8 @@ struct Machine {
   const void* main_stack = nullptr;
   size_t main_stack_size = 0;
   const bool reversed = std::getenv("ASA_OPS_SIMT_REVERSED") != nullptr;
+  int ulps = 0;
+  uint32_t random = 1;
 };
 
 inline Machine& machine() {
@@ -281,6 +284,8 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
   if (threads % kWarp != 0 || threads > 1024) throw std::logic_error(std::string(name) + ": threads not in whole warps");
   m.name = name;
   m.grid = grid;
+  const char* const ulps = std::getenv("ASA_OPS_SIMT_ULPS");  // at every launch, since one process may ask for both
+  m.ulps = ulps == nullptr ? 0 : std::atoi(ulps);
   m.kernel = [=] { kernel(args...); };
   m.shared = std::vector<char>(shared);  // of the exact size, for AddressSanitizer
   m.warps.resize(threads / kWarp);
@@ -297,6 +302,14 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
         m.block_index = dim3(x, y, z);
         run_block();
       }
+}
+
+// x, off by up to as many units in the last place as the machine is asked to be.
+inline float rounded(float x) {
+  Machine& m = machine();
+  if (m.ulps == 0) return x;
+  m.random = m.random * 1664525u + 1013904223u;
+  return x * (1 + (static_cast<int>((m.random >> 8) % (2 * m.ulps + 1)) - m.ulps) * 0x1p-23f);
 }
 
 // Shows `mine` to the warp, waits for the others, and returns what they showed.
@@ -355,6 +368,12 @@ inline bool __any_sync(unsigned mask, bool vote) { return __ballot_sync(mask, vo
 inline unsigned atomicOr(unsigned* at, unsigned value) {
   const unsigned before = *at;
   *at |= value;
+  return before;
+}
+
+inline unsigned atomicMax(unsigned* at, unsigned value) {
+  const unsigned before = *at;
+  *at = std::max(*at, value);
   return before;
 }
 
@@ -440,6 +459,11 @@ uint32_t pack(float x, float y) {
   return uint32_t(from_float<T>(x).bits) | uint32_t(from_float<T>(y).bits) << 16;
 }
 
+inline float fmaf(float x, float y, float z) {
+  const float sum = std::fma(x, y, z);
+  return sum == z ? sum : simt::rounded(sum);
+}
+
 inline char* shared_memory() { return simt::machine().shared.data(); }
 
 inline void copy_async(void* to, const void* from) {
@@ -499,6 +523,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   }
   const simt::Exchange& slots = simt::exchange(mine);
   const int lane = simt::machine().current->lane, g = lane / 4, t = lane % 4;
+  for (float& sum : c) sum = simt::rounded(sum);
   for (int other = 0; other < 4; ++other) {  // the lanes that hold columns 2 other, + 1, + 8 and + 9 of a's rows
     const Operands& left = simt::shown<Operands>(slots, 4 * g + other);
     for (int column = 0; column < 2; ++column) {

@@ -1,0 +1,59 @@
+"""Triton's interpreter made to round as a GPU may: products that no block shape changes, and scores that differ.
+
+Imported before kernels run, it replaces two operations of the interpreter:
+
+- ``tl.dot`` is a matrix product of NumPy there, whose BLAS rounds one and the same element differently in products of
+  different shapes and on different processors. Here terms are added one after the other in float64, and the sum is
+  rounded once: an element is one number, whatever the shape of its block.
+- On a GPU a score that a later kernel forms again may differ in its last bits from what an earlier one saw. Within
+  :func:`perturbed` every product, and every float sum, is off by a few units in the last place, at random.
+"""
+
+from contextlib import contextmanager
+
+import numpy as np
+from triton.runtime import interpreter
+
+_noise: tuple[np.random.Generator, int] | None = None
+
+
+@contextmanager
+def perturbed(ulps: int, seed: int = 0):
+    """Move every product and sum of floats by up to ``ulps`` units in the last place."""
+    global _noise
+    _noise = np.random.default_rng(seed), ulps
+    try:
+        yield
+    finally:
+        _noise = None
+
+
+def _moved(x: np.ndarray) -> np.ndarray:
+    if _noise is None or x.dtype != np.float32:
+        return x
+    generator, ulps = _noise
+    with np.errstate(all="ignore"):
+        return x * (1 + generator.integers(-ulps, ulps, x.shape, endpoint=True) * 2.0**-23).astype(np.float32)
+
+
+def product(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Return the product of two matrices, float32: each element a sum in float64, in order, rounded once."""
+    a, b = a.astype(np.float64), b.astype(np.float64)
+    total, term = np.zeros((a.shape[0], b.shape[1])), np.empty((a.shape[0], b.shape[1]))
+    with np.errstate(all="ignore"):  # inf - inf and the like are what kernels are tested with
+        for k in range(a.shape[1]):
+            np.multiply(a[:, k, None], b[None, k], out=term)
+            total += term
+        return total.astype(np.float32)
+
+
+def _dot(self, a, b, d, input_precision, max_num_imprecise_acc):
+    return interpreter.TensorHandle(_moved(product(a.data, b.data)) + d.data, d.dtype.scalar)
+
+
+def _sum(self, input):
+    return self.to_tensor(_moved(np.sum(input.handle.data, axis=self.axis, keepdims=self.keep_dims)), input.dtype)
+
+
+interpreter.InterpreterBuilder.create_dot = _dot
+interpreter.ReduceOps.sum = _sum
