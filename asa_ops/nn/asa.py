@@ -1,7 +1,5 @@
 """The adaptive sparse attention block."""
 
-import math
-
 from torch import Tensor, nn
 
 from .. import checks, dispatch
@@ -78,20 +76,17 @@ class AdaptiveSparseAttention(nn.Module):
         published: bool = False,
     ):
         super().__init__()
-        sizes = {"in_channels": in_channels, "reduction": reduction, "heads": heads}
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
-        if topk is not None:
-            checks.check_positive_int("topk", topk)
-        checks.check_window(window)
+        in_channels, reduction, heads = checks.as_positive_ints(
+            in_channels=in_channels, reduction=reduction, heads=heads
+        )
+        topk = None if topk is None else checks.as_positive_int("topk", topk)
+        window = checks.as_window(window)
         checks.check_choice("impl", impl, dispatch.NAMES)
         checks.check_choice("mode", mode, ("embedded_gaussian", "gaussian"))
         checks.check_choice("norm", norm, (None, "batch"))
         checks.check_choice("threshold_activation", threshold_activation, ("relu", "softplus"))
         checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
-        checks.check_number("threshold_band", threshold_band)
-        if not 0 < threshold_band < math.inf:
-            raise ValueError(f"threshold_band must be > 0 and finite, got {threshold_band}")
+        threshold_band = checks.as_positive_number("threshold_band", threshold_band)
         inner = max(in_channels // reduction, 1)
         checks.check_divisible("in_channels // reduction", inner, heads)
         if mode == "gaussian":
@@ -132,7 +127,7 @@ class AdaptiveSparseAttention(nn.Module):
             scale = 1.0
         else:
             query, key = to_tokens(self.query(x), self.heads), to_tokens(self.key(x), self.heads)
-            scale = query.shape[-1] ** -0.5 if self.use_scale else 1.0
+            scale = checks.as_scale(None if self.use_scale else 1.0, query)
         activate = nn.functional.relu if self.threshold_activation == "relu" else nn.functional.softplus
         return {
             "query": query,
@@ -140,7 +135,7 @@ class AdaptiveSparseAttention(nn.Module):
             "value": to_tokens(self.value(x), self.heads),
             "alpha": activate(self.alpha(x)).flatten(2),
             "beta": None if self.beta is None else activate(self.beta(x)).flatten(2),
-            "grid": tuple(x.shape[-2:]),
+            "grid": checks.as_pair("grid", x.shape[-2:]),
             "window": self.window,
             "topk": self.topk,
             "scale": scale,
@@ -155,7 +150,7 @@ class AdaptiveSparseAttention(nn.Module):
         else:
             learning = {"threshold_grad": self.threshold_grad, "threshold_band": self.threshold_band}
             out = asa_attention(**tokens, **learning, impl=self.impl)
-        return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
+        return x + self.norm(self.proj(to_map(out, tokens["grid"])))
 
     def extra_repr(self) -> str:
         return (

@@ -54,14 +54,11 @@ class ChannelizedAxialAttention(nn.Module):
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        sizes = {"in_channels": in_channels, "out_channels": out_channels, "key_channels": key_channels}
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
-        if hidden_layers != 0:
-            checks.check_positive_int("hidden_layers", hidden_layers)
-        checks.check_number("hidden_ratio", hidden_ratio)
-        if not hidden_ratio > 0:
-            raise ValueError(f"hidden_ratio must be > 0, got hidden_ratio={hidden_ratio}")
+        in_channels, out_channels, key_channels = checks.as_positive_ints(
+            in_channels=in_channels, out_channels=out_channels, key_channels=key_channels
+        )
+        hidden_layers = checks.as_int("hidden_layers", hidden_layers, at_least=0)
+        hidden_ratio = checks.as_positive_number("hidden_ratio", hidden_ratio)
         self.in_channels, self.channel_attention = in_channels, channel_attention
         self.column = conv_norm_relu(in_channels, key_channels, eps=1e-3)
         self.row = conv_norm_relu(in_channels, key_channels, eps=1e-3)

@@ -37,9 +37,9 @@ class CrissCrossAttention(nn.Module):
 
     def __init__(self, in_channels: int, reduction: int = 8, recurrence: int = 2, impl: str = "auto"):
         super().__init__()
-        sizes = {"in_channels": in_channels, "reduction": reduction, "recurrence": recurrence}
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
+        in_channels, reduction, recurrence = checks.as_positive_ints(
+            in_channels=in_channels, reduction=reduction, recurrence=recurrence
+        )
         checks.check_choice("impl", impl, dispatch.NAMES)
         self.in_channels, self.inner_channels = in_channels, max(in_channels // reduction, 1)
         self.recurrence, self.impl = recurrence, impl

@@ -37,10 +37,9 @@ class LinearAttention(nn.Module):
 
     def __init__(self, in_channels: int, kind: str = "position", reduction: int = 8, eps: float = 1e-6):
         super().__init__()
-        checks.check_positive_int("in_channels", in_channels)
-        checks.check_positive_int("reduction", reduction)
+        in_channels, reduction = checks.as_positive_ints(in_channels=in_channels, reduction=reduction)
         checks.check_choice("kind", kind, ("position", "channel"))
-        checks.check_number("eps", eps)
+        eps = checks.as_number("eps", eps)
         self.in_channels, self.kind, self.eps = in_channels, kind, eps
         if kind == "position":
             inner = max(in_channels // reduction, 1)

@@ -63,8 +63,9 @@ class NonLocal(nn.Module):
         published: bool = False,
     ):
         super().__init__()
-        for name, size in {"in_channels": in_channels, "reduction": reduction, "heads": heads}.items():
-            checks.check_positive_int(name, size)
+        in_channels, reduction, heads = checks.as_positive_ints(
+            in_channels=in_channels, reduction=reduction, heads=heads
+        )
         checks.check_choice("mode", mode, _MODES)
         checks.check_choice("norm", norm, (None, "batch"))
         inner = max(in_channels // reduction, 1)
@@ -104,7 +105,7 @@ class NonLocal(nn.Module):
             options = {"mode": self.mode}
         else:
             scaled = self.use_scale and self.mode == "embedded_gaussian"
-            options = {"scale": query.shape[-1] ** -0.5 if scaled else 1.0}
+            options = {"scale": None if scaled else 1.0}
         out = non_local_attention(query, key, value, **options)
         return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
 

@@ -49,8 +49,9 @@ class SqueezeAndAttention(nn.Module):
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        for name, size in {"in_channels": in_channels, "out_channels": out_channels, "pool": pool}.items():
-            checks.check_positive_int(name, size)
+        in_channels, out_channels, pool = checks.as_positive_ints(
+            in_channels=in_channels, out_channels=out_channels, pool=pool
+        )
         checks.check_choice("activation", activation, ("sigmoid", None))
         checks.check_choice("upsample", upsample, ("nearest", "bilinear"))
         self.in_channels, self.pool, self.activation, self.upsample = in_channels, pool, activation, upsample

@@ -42,7 +42,7 @@ def salient_positions_attention(query: Tensor, value: Tensor, *, topk: int | Non
     if topk is None:
         topk = max(n // 16, 1)
     else:
-        checks.check_positive_int("topk", topk)
+        topk = checks.as_positive_int("topk", topk)
     checks.check_at_most("topk", topk, n, "the number of positions N")
     with outside_autocast(query.device.type):
         # Tokens of a map are columns in memory: formed as its transpose, the output is a map without a copy.
