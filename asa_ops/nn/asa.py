@@ -6,7 +6,7 @@ from .. import checks, dispatch
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
 from ..layout import to_map, to_tokens
-from .common import init_non_local, rename
+from .common import Block, NormalConv2d, last_layers, rename
 
 _UPSTREAM = {
     "theta.conv": "query",
@@ -19,12 +19,13 @@ _UPSTREAM = {
 }
 
 
-class AdaptiveSparseAttention(nn.Module):
+class AdaptiveSparseAttention(Block):
     """Non-local block whose positions keep only their adaptive reciprocal neighbours, and a local window.
 
     ``x + norm(proj(asa_attention(query(x), key(x), value(x), alpha(x), beta(x))))``: 1x1 convolutions around
     :func:`asa_ops.asa_attention`, and two 3x3 convolutions to one channel each that predict the thresholds of every
-    pixel. The identity at initialisation. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038,
+    pixel. Initialised as published: projections N(0, 0.01^2), the last layer 0, which makes it the identity, thresholds
+    by torch's default. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038,
     2024) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, the two kinds of survivors
     NLSCB and LSCB.
 
@@ -104,18 +105,12 @@ class AdaptiveSparseAttention(nn.Module):
         self.impl, self.published = impl, published
 
         if mode == "embedded_gaussian":
-            self.query = nn.Conv2d(in_channels, inner, 1)
-            self.key = nn.Conv2d(in_channels, inner, 1)
-        self.value = nn.Conv2d(in_channels, inner, 1)
-        self.proj = nn.Conv2d(inner, in_channels, 1, bias=norm is None)
-        self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(in_channels)
+            self.query = NormalConv2d(in_channels, inner, 1)
+            self.key = NormalConv2d(in_channels, inner, 1)
+        self.value = NormalConv2d(in_channels, inner, 1)
+        self.proj, self.norm = last_layers(inner, in_channels, norm)
         self.alpha = nn.Conv2d(in_channels, 1, 3, padding=1)
         self.beta = nn.Conv2d(in_channels, 1, 3, padding=1) if local else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as published: projections N(0, 0.01^2), the last layer 0, thresholds by torch's default."""
-        init_non_local(self)
 
     def tokens(self, x: Tensor) -> dict[str, object]:
         """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x`` [B, C, H, W].

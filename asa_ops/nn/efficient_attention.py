@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from .. import checks
 from ..efficient_attention import efficient_attention
 from ..layout import to_map, to_tokens
-from .common import rename
+from .common import Block, rename
 
 _UPSTREAM = {"queries": "query", "keys": "key", "values": "value", "reprojection": "proj"}
 
 
-class EfficientAttention(nn.Module):
+class EfficientAttention(Block):
     """Efficient attention, a softmax over positions on the key and one over channels on the query.
 
     ``x + proj(efficient_attention(query(x), key(x), value(x)))`` with 1x1 convolutions around

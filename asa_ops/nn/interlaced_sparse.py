@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from .. import checks
 from ..interlaced_sparse import interlaced_sparse_attention
 from ..layout import padding_to_multiples, to_map, to_tokens
-from .common import conv_norm_relu, rename
+from .common import Block, conv_norm_relu, rename
 
 
-class InterlacedSparseAttention(nn.Module):
+class InterlacedSparseAttention(Block):
     """Attention among distant positions, then among neighbouring ones, concatenated with the input and projected.
 
     ``proj([x, short(long(x))])``: long and short are 1x1 convolutions around

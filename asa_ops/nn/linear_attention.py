@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from .. import checks
 from ..layout import to_map, to_tokens
 from ..linear_attention import channel_linear_attention, linear_attention
-from .common import rename
+from .common import Block, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Block):
     """Linear attention of positions, or of channels.
 
     "position": ``x + gamma * linear_attention(query(x), key(x), value(x))`` with 1x1 convolutions around
@@ -47,6 +47,11 @@ class LinearAttention(nn.Module):
             self.key = nn.Conv2d(in_channels, inner, 1)
             self.value = nn.Conv2d(in_channels, in_channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        """Initialise again, as published: convolutions by torch's default, gamma 0."""
+        super().reset_parameters()
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""

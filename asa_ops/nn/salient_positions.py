@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..layout import to_map, to_tokens
 from ..salient_positions import salient_positions_attention
-from .common import rename
+from .common import Block, rename
 
 _UPSTREAM = {
     "theta": "query",
@@ -19,7 +19,7 @@ _UPSTREAM = {
 }
 
 
-class SalientPositionsAttention(nn.Module):
+class SalientPositionsAttention(Block):
     """The channels attend to each other, as they agree on the most salient positions.
 
     ``x + norm(proj(salient_positions_attention(query(x), value(x))))`` with 1x1 convolutions around

@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..squeeze_and_attention import squeeze_and_attention
-from .common import conv_norm_relu, rename
+from .common import Block, conv_norm_relu, rename
 
 _UPSTREAM = {
     f"{name}.conv.{i}": f"{ours}.{j}"
@@ -14,7 +14,7 @@ _UPSTREAM = {
 }
 
 
-class SqueezeAndAttention(nn.Module):
+class SqueezeAndAttention(Block):
     """Convolutions on a pooled map gate convolutions on the map, and are added to them.
 
     ``squeeze_and_attention(residual(x), attention(pool(x)))``, two 3x3 convolutions with batch norm and ReLU in each
