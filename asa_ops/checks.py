@@ -1,9 +1,9 @@
 """Input errors that quote what came and what was expected, raised before any work.
 
-``check_*`` only look; ``as_*`` also return an option as the plain Python number that operations below want. An option
-may be whatever torch's own functions take for it: an integer is what has ``__index__`` (NumPy's integers, tensors of one
-integer, which sizes are under torch.jit.trace), a number any real one or a tensor of one without a gradient. A bool is
-no integer to torch (``max_pool2d`` refuses True), but a number (``dropout`` takes it for 1), and so it is here.
+``check_*`` only look; ``as_*`` also return an option as the plain Python number that the operations below want. They
+take what torch's own functions take: an integer is whatever has ``__index__`` (NumPy's integers, tensors of one
+integer, which sizes are under torch.jit.trace), a number any real one, or a tensor of one without a gradient. A bool is
+no integer to torch (``max_pool2d`` refuses True) but a number (``dropout`` takes it for 1), and so it is here.
 
 Values inside tensors (a negative ``alpha``, a NaN score) are data, not arguments: they are never checked here, because
 that would force a device synchronisation. They surface as NaN rows of their own image (see ``asa_ops.asa``).
@@ -76,10 +76,10 @@ def as_number(name: str, x: object) -> float:
         return x
     if isinstance(x, torch.SymInt):
         return torch.sym_float(x)
-    is_scalar = isinstance(x, Tensor) and x.dim() == 0 and not x.requires_grad and not x.is_complex()
-    if not is_scalar and not isinstance(x, numbers.Real):
-        lost = " that requires a gradient, of which it would get none" if isinstance(x, Tensor) and x.requires_grad else ""
-        raise TypeError(f"{name} must be a number, got {describe(x)}{lost}")
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(f"{name} must be a number, got {describe(x)} that requires a gradient, and would get none")
+    if not isinstance(x, numbers.Real) and not (isinstance(x, Tensor) and x.dim() == 0 and not x.is_complex()):
+        raise TypeError(f"{name} must be a number, got {describe(x)}")
     return float(x)
 
 

@@ -96,7 +96,10 @@ def test_deferred_initialisation_has_the_constructors_distribution(name, options
         else:  # drawn
             assert x.isfinite().all() and (x != y).any(), key
         if x.numel() >= 500 and y.std() > 0:
-            for statistic in (torch.std, lambda x: x.abs().mean()):  # their ratio tells a normal distribution from others
+            for statistic in (
+                torch.std,
+                lambda x: x.abs().mean(),
+            ):  # their ratio tells a normal distribution from others
                 torch.testing.assert_close(statistic(x), statistic(y), rtol=0.1, atol=0)
             assert x.mean().abs() < 4 * y.std() / x.numel() ** 0.5, key
     if identity:
