@@ -24,10 +24,9 @@ class AdaptiveSparseAttention(Block):
 
     ``x + norm(proj(asa_attention(query(x), key(x), value(x), alpha(x), beta(x))))``: 1x1 convolutions around
     :func:`asa_ops.asa_attention`, and two 3x3 convolutions to one channel each that predict the thresholds of every
-    pixel. Initialised as published: projections N(0, 0.01^2), the last layer 0, which makes it the identity, thresholds
-    by torch's default. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038,
-    2024) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, the two kinds of survivors
-    NLSCB and LSCB.
+    pixel. Initialised as published: projections N(0, 0.01^2), thresholds by torch's default, and the last layer 0, so
+    that it is the identity. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038, 2024) query, key,
+    value are theta, phi, g, the threshold convolutions Net 1 and Net 2, the two kinds of survivors NLSCB and LSCB.
 
     Args:
         in_channels: C.

@@ -25,9 +25,8 @@ class NonLocal(Block):
     """Non-local block: every position attends to every position.
 
     ``x + norm(proj(non_local_attention(query(x), key(x), value(x))))`` with 1x1 convolutions around
-    :func:`asa_ops.non_local_attention`. Initialised as published: projections N(0, 0.01^2), the last layer 0, which
-    makes it the identity. In the paper (Wang, Girshick, Gupta and He,
-    CVPR 2018) query, key, value are theta, phi, g.
+    :func:`asa_ops.non_local_attention`. Initialised as published: projections N(0, 0.01^2), the last layer 0, so that
+    it is the identity. In the paper (Wang, Girshick, Gupta and He, CVPR 2018) query, key, value are theta, phi, g.
 
     Args:
         in_channels: C.
