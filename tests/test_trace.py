@@ -21,8 +21,7 @@ BLOCKS = [  # name, options: every way of forward
     ("criss_cross", {}),
     ("criss_cross", {"impl": "reference", "recurrence": 1}),
     ("efficient_attention", {"heads": 4}),
-    ("interlaced_sparse", {"factors": (2, 3)}),
-    ("interlaced_sparse", {"factors": [(1, 2), (4, 3)], "published": True}),
+    ("interlaced_sparse", {"factors": (2, 3), "heads": 2}),
     ("linear_attention", {}),
     ("linear_attention", {"kind": "channel"}),
     ("non_local", {}),
@@ -86,7 +85,7 @@ def test_criss_cross_attention(impl):
 
 
 @each_impl
-@pytest.mark.parametrize("name", ["plain", "topk", "padding", "more_keys", "dense"])
+@pytest.mark.parametrize("name", ["plain", "topk", "padding", "more_keys"])
 def test_adaptive_sparse_attention(name, impl):
     (inputs, options), (others, _) = (cases.make(cases.named(name), seed=seed) for seed in (0, 1))
     given = [i for i, x in enumerate(inputs) if x is not None]
