@@ -20,10 +20,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(x: object) -> str:
-    """Return a short description of an argument for an error message."""
+    """Return a short description of an argument for an error message, on one line."""
     if isinstance(x, Tensor):
         return f"a {x.dtype} tensor of shape {list(x.shape)} on {x.device}"
-    return f"{x!r} of type {type(x).__name__}"
+    return f"{' '.join(repr(x).split())} of type {type(x).__name__}"
 
 
 def check_tensor(name: str, x: object, layout: str) -> None:

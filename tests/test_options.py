@@ -98,30 +98,25 @@ def test_a_tensor_whose_gradient_would_be_lost_is_refused():
         checks.as_number("scale", torch.nn.Parameter(torch.ones(())))
 
 
-@pytest.mark.parametrize("x", [1, torch.zeros(2), np.array(["a", "b"]), ("gaussian",)], ids=same_kind)
+@pytest.mark.parametrize("x", [1, torch.zeros(2), np.zeros((2, 2)), ("gaussian",)], ids=same_kind)
 def test_what_is_no_name_is_shown_with_its_type(x):
-    with pytest.raises(ValueError, match=rf"(?s)mode must be one of \['gaussian'\], got .*{same_kind(x)}"):
+    with pytest.raises(ValueError, match=rf"mode must be one of \['gaussian'\], got .*{same_kind(x)}"):
         checks.check_choice("mode", x, ("gaussian",))
-
-
-def accepts(function, x):
-    try:
-        function(x)
-    except (TypeError, RuntimeError):
-        return False
-    return True
 
 
 def test_torch_takes_the_same():
     """The rule stands on what torch's own functions do; should they change, this shows it."""
     image = torch.randn(1, 4, 8, 8)
-    pool = lambda x: F.max_pool2d(image, (x, x))  # noqa: E731
-    topk = lambda x: image.topk(x)  # noqa: E731
-    assert all(accepts(pool, integer(3)) and accepts(topk, integer(3)) for integer in INTEGERS.values())
-    assert not any(accepts(topk, x) for x in NO_INTEGERS)
-    norm = lambda x: F.layer_norm(image, (8,), eps=x)  # noqa: E731
-    assert all(accepts(norm, number(1.0)) for name, number in NUMBERS.items() if name != "Fraction")  # we are kinder
-    assert not any(accepts(norm, x) for x in NO_NUMBERS)
+    for size in (np.int64(3), Indexed(3), torch.tensor(3)):
+        F.max_pool2d(image, (size, size))
+    for eps in (np.float32(1), torch.tensor(1.0), True):
+        F.layer_norm(image, (8,), eps=eps)
+    for size in (True, 3.0):
+        with pytest.raises(TypeError):
+            F.max_pool2d(image, (size, size))
+    for eps in ("1", torch.tensor(1.0, requires_grad=True)):
+        with pytest.raises(TypeError):
+            F.layer_norm(image, (8,), eps=eps)
 
 
 # ---- every option of every function
