@@ -1,8 +1,17 @@
 """Input errors that quote what came and what was expected, raised before any work.
 
+``check_*`` only look; ``as_*`` also return an option as the plain Python number that the operations below want. They
+take what torch's own functions take: an integer is whatever has ``__index__`` (NumPy's integers, tensors of one
+integer, which sizes are under torch.jit.trace), a number any real one, or a tensor of one without a gradient. A bool is
+no integer to torch (``max_pool2d`` refuses True) but a number (``dropout`` takes it for 1), and so it is here.
+
 Values inside tensors (a negative ``alpha``, a NaN score) are data, not arguments: they are never checked here, because
 that would force a device synchronisation. They surface as NaN rows of their own image (see ``asa_ops.asa``).
 """
+
+import math
+import numbers
+import operator
 
 import torch
 from torch import Tensor
@@ -11,10 +20,10 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def describe(x: object) -> str:
-    """Return a short description of an argument for an error message."""
+    """Return a short description of an argument for an error message, on one line."""
     if isinstance(x, Tensor):
         return f"a {x.dtype} tensor of shape {list(x.shape)} on {x.device}"
-    return f"{x!r} of type {type(x).__name__}"
+    return f"{' '.join(repr(x).split())} of type {type(x).__name__}"
 
 
 def check_tensor(name: str, x: object, layout: str) -> None:
@@ -25,25 +34,75 @@ def check_tensor(name: str, x: object, layout: str) -> None:
         raise ValueError(f"{name} must have the {layout.count(',') + 1} dimensions {layout}, got {describe(x)}")
 
 
-def check_positive_int(name: str, x: object) -> None:
-    """Check that ``x`` is an integer of at least 1."""
-    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
-        raise TypeError(f"{name} must be an integer >= 1, got {describe(x)}")
-    if x < 1:
-        raise ValueError(f"{name} must be >= 1, got {name}={x}")
+def _integer(x: object) -> int | torch.SymInt | None:
+    """Return ``x`` as a plain int, or a symbolic one as it is; None if it is no integer."""
+    if type(x) is int or isinstance(x, torch.SymInt):
+        return x
+    if isinstance(x, bool) or (isinstance(x, Tensor) and x.dtype == torch.bool):
+        return None
+    try:
+        return operator.index(x)
+    except TypeError:
+        return None
 
 
-def check_number(name: str, x: object) -> None:
-    """Check that ``x`` is a real number."""
-    if isinstance(x, bool) or not isinstance(x, int | float | torch.SymFloat | torch.SymInt):
+def as_int(name: str, x: object, at_least: int) -> int:
+    """Return ``x`` as an integer of at least ``at_least``."""
+    number = _integer(x)
+    if number is None:
+        raise TypeError(f"{name} must be an integer >= {at_least}, got {describe(x)}")
+    if number < at_least:
+        raise ValueError(f"{name} must be >= {at_least}, got {name}={number}")
+    return number
+
+
+def as_positive_int(name: str, x: object) -> int:
+    """Return ``x`` as an integer of at least 1."""
+    return as_int(name, x, at_least=1)
+
+
+def as_positive_ints(**options: object) -> list[int]:
+    """Return ``options``, in this order, as integers of at least 1."""
+    return [as_positive_int(name, x) for name, x in options.items()]
+
+
+def as_number(name: str, x: object) -> float:
+    """Return the real number ``x`` as a float."""
+    if type(x) is float:
+        return x
+    if isinstance(x, int):
+        return float(x)
+    if isinstance(x, torch.SymFloat):
+        return x
+    if isinstance(x, torch.SymInt):
+        return torch.sym_float(x)
+    if isinstance(x, Tensor) and x.requires_grad:
+        raise TypeError(f"{name} must be a number, got {describe(x)} that requires a gradient, and would get none")
+    if not isinstance(x, numbers.Real) and not (isinstance(x, Tensor) and x.dim() == 0 and not x.is_complex()):
         raise TypeError(f"{name} must be a number, got {describe(x)}")
+    return float(x)
 
 
-def check_window(window: object) -> None:
-    """Check that ``window`` is an odd integer >= 1."""
-    check_positive_int("window", window)
-    if window % 2 == 0:
-        raise ValueError(f"window must be odd, got window={window}")
+def as_positive_number(name: str, x: object) -> float:
+    """Return the real number ``x``, which is positive and finite, as a float."""
+    number = as_number(name, x)
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name} must be > 0 and finite, got {number}")
+    return number
+
+
+def as_scale(scale: object, query: Tensor) -> float:
+    """Return the factor of the scores of ``query`` [.., D] as a float; None stands for D**-0.5."""
+    # Under torch.jit.trace the size is a tensor, and its power would be one of float32.
+    return _integer(query.shape[-1]) ** -0.5 if scale is None else as_number("scale", scale)
+
+
+def as_window(window: object) -> int:
+    """Return ``window`` as an odd integer >= 1."""
+    number = as_positive_int("window", window)
+    if number % 2 == 0:
+        raise ValueError(f"window must be odd, got window={number}")
+    return number
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -126,16 +185,17 @@ def check_threshold(name: str, x: Tensor | None, query: Tensor) -> None:
         raise ValueError(f"{name} must be [B, heads or 1, N_q] = [{batch}, {heads} or 1, {n}], got {describe(x)}")
 
 
-def check_grid(grid: object, n: int) -> None:
-    """Check that ``grid`` is (H, W) with H * W == n."""
+def as_grid(grid: object, n: int) -> tuple[int, int]:
+    """Return ``grid`` as (H, W) with H * W == n."""
     if not isinstance(grid, tuple | list) or len(grid) != 2:
         raise TypeError(f"grid must be (H, W), got {describe(grid)}")
-    for side in grid:
-        if isinstance(side, bool) or not isinstance(side, int | torch.SymInt):
-            raise TypeError(f"grid must hold two integers (H, W), got {describe(grid)}")
-    height, width = grid
+    height, width = _integer(grid[0]), _integer(grid[1])
+    if height is None or width is None:
+        wrong = describe(grid[0 if height is None else 1])
+        raise TypeError(f"grid must hold two integers (H, W), got {wrong} in grid={grid}")
     if height < 0 or width < 0 or height * width != n:
         raise ValueError(f"grid must be (H, W) with H * W = N = {n}, got {height} * {width} = {height * width}")
+    return height, width
 
 
 def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
@@ -158,19 +218,20 @@ def check_same_map(name: str, x: Tensor, other: Tensor, of: str) -> None:
         )
 
 
-def check_pair(name: str, x: object) -> None:
-    """Check that ``x`` is two integers of at least 1."""
+def as_pair(name: str, x: object) -> tuple[int, int]:
+    """Return ``x`` as two integers of at least 1."""
     if not isinstance(x, tuple | list) or len(x) != 2:
         raise TypeError(f"{name} must be two integers, got {describe(x)}")
-    for part in x:
-        check_positive_int(f"each of {name}", part)
+    first, second = (as_positive_int(f"each of {name}", part) for part in x)
+    return first, second
 
 
-def check_factors(factors: object, grid: tuple[int, int]) -> None:
-    """Check that ``factors`` is two integers, neither larger than its side of the map."""
-    check_pair("factors", factors)
+def as_factors(factors: object, grid: tuple[int, int]) -> tuple[int, int]:
+    """Return ``factors`` as two integers, neither larger than its side of the map."""
+    factors = as_pair("factors", factors)
     if factors[0] > grid[0] or factors[1] > grid[1]:
-        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={tuple(factors)}")
+        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={factors}")
+    return factors
 
 
 def check_at_most(name: str, x: int, limit: int, what: str) -> None:
@@ -185,8 +246,10 @@ def check_divisible(name: str, channels: int, heads: int) -> None:
         raise ValueError(f"{name} = {channels} must be divisible by heads = {heads}")
 
 
-def check_choice(name: str, x: object, choices: tuple) -> None:
+def check_choice(name: str, x: object, choices: tuple[str | None, ...]) -> None:
     """Check that ``x`` is one of ``choices``."""
+    if not (x is None or isinstance(x, str)):
+        raise ValueError(f"{name} must be one of {list(choices)}, got {describe(x)}")
     if x not in choices:
         raise ValueError(f"{name} must be one of {list(choices)}, got {x!r}")
 

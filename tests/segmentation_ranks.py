@@ -10,7 +10,6 @@ from pathlib import Path
 import segmentation_cases as cases
 from torch import distributed as dist
 
-from examples.segmentation.evaluate import evaluate
 from examples.segmentation.train import main, train
 
 out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -26,9 +25,9 @@ class Interrupted(Exception):
 
 def interrupt(step, model):
     if step == 2:
-        report = evaluate(model, cases.TwoSizes(), cases.tiny(**settings))
+        iou = cases.iou_in_the_midst(model, cases.tiny(**settings))
         if dist.get_rank() == 0:
-            (out / "iou.json").write_text(json.dumps(report.iou.tolist()))
+            (out / "iou.json").write_text(json.dumps(iou))
     if step == 3:
         raise Interrupted
 

@@ -78,6 +78,14 @@ def test_opcheck_backward(case, impl):
     torch.library.opcheck(ops.asa_bwd, (torch.randn_like(saved[0]), *args[:6], *saved, *options))
 
 
+@each_kernel
+def test_opcheck_neighbors(impl):
+    (query, key, _, alpha, beta), options = make(smaller(impl, named("plain")), torch.float32)
+    *_, height, width, window, topk, reciprocal, scale, _, _, _, impl = op_arguments([], options, impl=impl)
+    args = query, key, alpha, beta, None, height, width, window, topk, reciprocal, scale, impl
+    torch.library.opcheck(ops.asa_neighbors, args)
+
+
 def loss_and_grads(function, inputs):
     leaves = with_grad(inputs)
     out = function(*leaves)
@@ -124,6 +132,23 @@ def test_compiles_where_query_is_key_and_alpha_is_beta():
     inputs = [query, value, alpha]
     for x, y in zip(loss_and_grads(compiled, inputs), loss_and_grads(function, inputs), strict=True):
         torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "cpu"])
+def test_neighbors_compile_and_export(impl):
+    class Find(torch.nn.Module):
+        def forward(self, query, key, value, alpha, beta):
+            return reciprocal_neighbors(query, key, alpha, beta, grid=(9, 7), impl=impl)
+
+    torch._dynamo.reset()
+    inputs, _ = make(named("plain"), torch.float32)
+    others, _ = make(named("plain"), torch.float32, seed=1)  # of which not as many survive
+    compiled = torch.compile(Find(), fullgraph=True, backend="aot_eager")
+    exported = torch.export.export(Find(), tuple(inputs)).module()
+    for tensors in (inputs, others):
+        expected = Find()(*tensors)
+        for graph in (compiled(*tensors), exported(*tensors)):
+            assert all(torch.equal(x, y) for x, y in zip(graph, expected, strict=True))
 
 
 PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
@@ -355,10 +380,13 @@ def test_flops_are_those_of_dense_attention():
         out = asa_attention(query, key, value)
     with FlopCounterMode(display=False) as backward:
         out.sum().backward()
+    with FlopCounterMode(display=False) as neighbors:
+        reciprocal_neighbors(query, key)
     with FlopCounterMode(display=False) as reference:
         asa_attention(query, key, value, impl="reference")
     assert forward.get_total_flops() == 4 * 64**2 * 16
     assert backward.get_total_flops() == 10 * 64**2 * 16
+    assert neighbors.get_total_flops() == 2 * 64**2 * 16
     assert ops.flops(query.shape, key.shape, value.shape, pairs=100) == 2 * 64**2 * 16 + 2 * 100 * 16
     # The reference counts its products, and one [N, N] x [N, 1] for values that are not finite.
     assert reference.get_total_flops() == 4 * 64**2 * 16 + 2 * 64**2

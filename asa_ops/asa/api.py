@@ -1,7 +1,6 @@
 """The public functions of adaptive sparse attention: checks, dispatch, nothing else."""
 
 import inspect
-import math
 
 import torch
 from torch import Tensor
@@ -83,9 +82,7 @@ def asa_attention(
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = _check(inputs, grid, window, topk, reciprocal, scale)
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
-    checks.check_number("threshold_band", threshold_band)
-    if not 0 < threshold_band < math.inf:
-        raise ValueError(f"threshold_band must be > 0 and finite, got {threshold_band}")
+    threshold_band = checks.as_positive_number("threshold_band", threshold_band)
     impl = dispatch.resolve(_call(query, value), impl)
     if impl == "reference":
         return reference.asa_attention(
@@ -94,9 +91,9 @@ def asa_attention(
             value,
             alpha,
             beta,
-            grid=grid,
-            window=window,
-            topk=topk,
+            grid=options.grid,
+            window=options.window,
+            topk=options.topk or None,
             reciprocal=reciprocal,
             key_padding_mask=key_padding_mask,
             scale=options.scale,
@@ -104,7 +101,7 @@ def asa_attention(
             threshold_band=threshold_band,
             return_stats=return_stats,
         )
-    out, *stats = ops.attend(inputs, options, threshold_grad, float(threshold_band), impl)
+    out, *stats = ops.attend(inputs, options, threshold_grad, threshold_band, impl)
     return (out, AsaStats(*stats)) if return_stats else out
 
 
@@ -146,9 +143,10 @@ def reciprocal_neighbors(
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = _check(inputs, grid, window, topk, reciprocal, scale)
     impl = dispatch.resolve(_call(query), impl)
-    find = (reference if impl == "reference" else ops.IMPLEMENTATIONS[impl]).neighbor_graph
-    with outside_autocast(query.device.type):
-        return find(inputs, options)
+    if impl == "reference":
+        with outside_autocast(query.device.type):
+            return reference.neighbor_graph(inputs, options)
+    return ops.neighbors(inputs, options, impl)
 
 
 def explain(query: Tensor, *args, impl: str = "auto", **options) -> str:
@@ -187,15 +185,12 @@ def _check(inputs: Inputs, grid, window, topk, reciprocal, scale) -> Options:
     if beta is not None and grid is None:
         raise ValueError(f"beta needs grid=(H, W) with H * W = N = {n_q}, got grid=None")
     if grid is not None:
-        checks.check_grid(grid, n_q)
-    checks.check_window(window)
+        grid = checks.as_grid(grid, n_q)
+    window = checks.as_window(window)
     if topk is not None:
-        checks.check_positive_int("topk", topk)
+        topk = checks.as_positive_int("topk", topk)
         if topk > n_k:
             raise ValueError(f"topk must be at most the number of keys, N_k = {n_k}, got topk={topk}")
-    if scale is not None:
-        checks.check_number("scale", scale)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if grid is not None:  # a window wider than the map is the map
         window = min(window, max(2 * max(grid) - 1, 1))
-    return Options(tuple(grid or (0, 0)), window, topk or 0, reciprocal, scale)
+    return Options(grid or (0, 0), window, topk or 0, reciprocal, checks.as_scale(scale, query))

@@ -1,7 +1,8 @@
 """The torch contracts of adaptive sparse attention: schemas, fakes, autocast, autograd, vmap and FLOPs.
 
-``asa_ops::asa_fwd`` and ``asa_ops::asa_bwd`` are opaque to torch.compile and the same for every implementation, which
-an argument names (resolved beforehand by ``asa_ops.dispatch``). :func:`attend` wraps them in an autograd.Function.
+``asa_ops::asa_fwd``, ``asa_ops::asa_bwd`` and ``asa_ops::asa_neighbors`` are opaque to torch.compile and the same for
+every implementation, which an argument names (resolved beforehand by ``asa_ops.dispatch``). :func:`attend` wraps the
+first two in an autograd.Function.
 """
 
 import torch
@@ -10,7 +11,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..custom_op import run_folded, run_outside_autocast
 from . import blocked, cpu, cuda, triton
-from .types import Inputs, Options, Saved
+from .types import Inputs, NeighborGraph, Options, Saved
 
 IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton, "cuda": cuda}
 _KEEP_MORE = ("triton", "cuda")  # for their backward: see Saved
@@ -118,6 +119,33 @@ def _(grad_out, query, key, value, alpha, beta, *rest):
     return *tokens, *(_like(None, x, query) for x in (alpha, beta))
 
 
+@torch.library.custom_op("asa_ops::asa_neighbors", mutates_args=())
+def asa_neighbors(
+    query: Tensor,
+    key: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    key_padding_mask: Tensor | None,
+    grid_height: int,
+    grid_width: int,
+    window: int,
+    topk: int,
+    reciprocal: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the graph of :func:`asa_ops.reciprocal_neighbors` by ``impl``; arguments as of :func:`asa_fwd`."""
+    inputs = Inputs(query, key, key[..., :0], alpha, beta, key_padding_mask)  # nobody's values are asked for
+    options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
+    return tuple(IMPLEMENTATIONS[impl].neighbor_graph(inputs, options))
+
+
+@asa_neighbors.register_fake
+def _(query, *rest):
+    row_offsets = query.new_empty(query.shape[:3].numel() + 1, dtype=torch.int64)
+    return row_offsets, query.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+
+
 class _AsaAttention(torch.autograd.Function):
     """Autograd around the op. A Function with ``setup_context`` and ``vmap`` works under torch.func transforms."""
 
@@ -179,6 +207,11 @@ def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -
     return flops(q_shape, k_shape, v_shape)
 
 
+@register_flop_formula(torch.ops.asa_ops.asa_neighbors)
+def _neighbors_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+    return flops(q_shape, k_shape, q_shape, pairs=0)
+
+
 @register_flop_formula(torch.ops.asa_ops.asa_bwd)
 def _backward_flops(do_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
     batch, heads, n_q, dim = q_shape
@@ -196,18 +229,28 @@ def flops(q_shape, k_shape, v_shape, pairs: int | None = None) -> int:
     return 2 * everybody * dim + 2 * (everybody if pairs is None else pairs) * v_shape[3]
 
 
+def neighbors(inputs: Inputs, options: Options, impl: str) -> NeighborGraph:
+    """Run ``impl`` on checked arguments; return the survivors."""
+    query, key, _, *rest = inputs
+    (height, width), *others = options
+    return NeighborGraph(*asa_neighbors(query, key, *rest, height, width, *others, impl))
+
+
 def attend(
     inputs: Inputs, options: Options, threshold_grad: str | None, threshold_band: float, impl: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Run ``impl`` with autograd on checked arguments; return out, lse, lse_kept, survivors."""
     (height, width), *rest = options
     compiling = torch.compiler.is_compiling()
-    # Inside a vmap of a grad, requires_grad does not show: keep what a backward would read.
-    transforms = not compiling and torch._C._are_functorch_transforms_active()
-    keep_bits = transforms or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-    # torch.compile fails on a Function that is given one tensor twice or needs no gradient; the op has its gradient.
-    run = asa_fwd if compiling else _AsaAttention.apply
+    tracing = not compiling and torch.jit.is_tracing()
+    # Inside a vmap of a grad, requires_grad does not show, and a trace may run with gradients or without: keep what a
+    # backward would read.
+    unknown = tracing or (not compiling and torch._C._are_functorch_transforms_active())
+    keep_bits = unknown or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
+    # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
+    # makes of one cannot be saved; the op has its gradient.
+    run = asa_fwd if compiling or tracing else _AsaAttention.apply
     return run(*inputs, height, width, *rest, threshold_grad is not None, threshold_band, keep_bits, impl)[:4]
 
 
-run_outside_autocast(torch.ops.asa_ops.asa_fwd.default, torch.ops.asa_ops.asa_bwd.default)
+run_outside_autocast(*(getattr(torch.ops.asa_ops, name).default for name in ("asa_fwd", "asa_bwd", "asa_neighbors")))

@@ -56,7 +56,7 @@ def channelized_axial_attention(
         checks.check_same_map(name, x, value, "value")
     column_gate = _check_gate("column_gate", column_gate, value)
     row_gate = _check_gate("row_gate", row_gate, value)
-    checks.check_number("negative_slope", negative_slope)
+    negative_slope = checks.as_number("negative_slope", negative_slope)
     with outside_autocast(value.device.type):
         p, r, v = at_least_float32(column, row, value)
         pixels = value.shape[2] * value.shape[3]

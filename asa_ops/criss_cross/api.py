@@ -43,10 +43,10 @@ def criss_cross_attention(
     """
     query, key, value = cast_under_autocast(query=query, key=key, value=value)
     checks.check_maps(query, key, value)
-    checks.check_number("scale", scale)
+    scale = checks.as_number("scale", scale)
     # The value may have any number of channels: kernels take them in parts.
     call = dispatch.Call("criss_cross_attention", "criss_cross", query.device, query.dtype, query.shape[1])
     impl = dispatch.resolve(call, impl)
     if impl == "reference":
-        return reference.criss_cross_attention(query, key, value, scale=float(scale))
-    return ops.attend(query, key, value, float(scale), impl)
+        return reference.criss_cross_attention(query, key, value, scale=scale)
+    return ops.attend(query, key, value, scale, impl)

@@ -125,8 +125,10 @@ def _pairs(shape) -> int:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> Tensor:
     """Run ``impl`` with autograd on checked arguments."""
-    # torch.compile fails on a Function that is given one tensor twice or needs no gradient; the op has its gradient.
-    run = criss_cross_fwd if torch.compiler.is_compiling() else _CrissCross.apply
+    # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
+    # makes of one cannot be saved; the op has its gradient.
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    run = criss_cross_fwd if traced else _CrissCross.apply
     return run(query, key, value, scale, impl)[0]
 
 

@@ -53,12 +53,10 @@ def interlaced_sparse_attention(
     n = query.shape[2]
     if key.shape[2] != n:
         raise ValueError(f"there must be as many keys as queries, got N_q = {n} and N_k = {key.shape[2]}")
-    checks.check_grid(grid, n)
-    checks.check_factors(factors, grid)
+    grid = checks.as_grid(grid, n)
+    factors = checks.as_factors(factors, grid)
     checks.check_choice("span", span, ("long", "short"))
-    if scale is not None:
-        checks.check_number("scale", scale)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = checks.as_scale(scale, query)
     mask = None
     if grid[0] % factors[0] or grid[1] % factors[1]:
         real = torch.ones_like(query[:1, :1, :, :1]).expand(-1, query.shape[1], -1, -1)

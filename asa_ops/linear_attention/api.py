@@ -35,7 +35,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 
     """
     query, key, value = cast_under_autocast(query=query, key=key, value=value)
     checks.check_qkv(query, key, value)
-    checks.check_number("eps", eps)
+    eps = checks.as_number("eps", eps)
     with outside_autocast(query.device.type):
         q, k, v = at_least_float32(query, key, value)
         q, k, v = unit(q).mT, unit(k).mT, v.mT
@@ -70,7 +70,7 @@ def channel_linear_attention(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     (x,) = cast_under_autocast(x=x)
     checks.check_tensor("x", x, "[B, heads, N, C]")
     checks.check_floating("x", x)
-    checks.check_number("eps", eps)
+    eps = checks.as_number("eps", eps)
     with outside_autocast(x.device.type):
         (values,) = at_least_float32(x)
         u, values = unit(values).mT, values.mT

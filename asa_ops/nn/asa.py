@@ -1,14 +1,12 @@
 """The adaptive sparse attention block."""
 
-import math
-
 from torch import Tensor, nn
 
 from .. import checks, dispatch
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
 from ..layout import to_map, to_tokens
-from .common import init_non_local, rename
+from .common import Block, NormalConv2d, last_layers, rename
 
 _UPSTREAM = {
     "theta.conv": "query",
@@ -21,14 +19,14 @@ _UPSTREAM = {
 }
 
 
-class AdaptiveSparseAttention(nn.Module):
+class AdaptiveSparseAttention(Block):
     """Non-local block whose positions keep only their adaptive reciprocal neighbours, and a local window.
 
     ``x + norm(proj(asa_attention(query(x), key(x), value(x), alpha(x), beta(x))))``: 1x1 convolutions around
     :func:`asa_ops.asa_attention`, and two 3x3 convolutions to one channel each that predict the thresholds of every
-    pixel. The identity at initialisation. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038,
-    2024) query, key, value are theta, phi, g, the threshold convolutions Net 1 and Net 2, the two kinds of survivors
-    NLSCB and LSCB.
+    pixel. Initialised as published: projections N(0, 0.01^2), thresholds by torch's default, and the last layer 0, so
+    that it is the identity. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038, 2024) query, key,
+    value are theta, phi, g, the threshold convolutions Net 1 and Net 2, the two kinds of survivors NLSCB and LSCB.
 
     Args:
         in_channels: C.
@@ -78,20 +76,17 @@ class AdaptiveSparseAttention(nn.Module):
         published: bool = False,
     ):
         super().__init__()
-        sizes = {"in_channels": in_channels, "reduction": reduction, "heads": heads}
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
-        if topk is not None:
-            checks.check_positive_int("topk", topk)
-        checks.check_window(window)
+        in_channels, reduction, heads = checks.as_positive_ints(
+            in_channels=in_channels, reduction=reduction, heads=heads
+        )
+        topk = None if topk is None else checks.as_positive_int("topk", topk)
+        window = checks.as_window(window)
         checks.check_choice("impl", impl, dispatch.NAMES)
         checks.check_choice("mode", mode, ("embedded_gaussian", "gaussian"))
         checks.check_choice("norm", norm, (None, "batch"))
         checks.check_choice("threshold_activation", threshold_activation, ("relu", "softplus"))
         checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
-        checks.check_number("threshold_band", threshold_band)
-        if not 0 < threshold_band < math.inf:
-            raise ValueError(f"threshold_band must be > 0 and finite, got {threshold_band}")
+        threshold_band = checks.as_positive_number("threshold_band", threshold_band)
         inner = max(in_channels // reduction, 1)
         checks.check_divisible("in_channels // reduction", inner, heads)
         if mode == "gaussian":
@@ -109,18 +104,12 @@ class AdaptiveSparseAttention(nn.Module):
         self.impl, self.published = impl, published
 
         if mode == "embedded_gaussian":
-            self.query = nn.Conv2d(in_channels, inner, 1)
-            self.key = nn.Conv2d(in_channels, inner, 1)
-        self.value = nn.Conv2d(in_channels, inner, 1)
-        self.proj = nn.Conv2d(inner, in_channels, 1, bias=norm is None)
-        self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(in_channels)
+            self.query = NormalConv2d(in_channels, inner, 1)
+            self.key = NormalConv2d(in_channels, inner, 1)
+        self.value = NormalConv2d(in_channels, inner, 1)
+        self.proj, self.norm = last_layers(inner, in_channels, norm)
         self.alpha = nn.Conv2d(in_channels, 1, 3, padding=1)
         self.beta = nn.Conv2d(in_channels, 1, 3, padding=1) if local else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as published: projections N(0, 0.01^2), the last layer 0, thresholds by torch's default."""
-        init_non_local(self)
 
     def tokens(self, x: Tensor) -> dict[str, object]:
         """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x`` [B, C, H, W].
@@ -132,7 +121,7 @@ class AdaptiveSparseAttention(nn.Module):
             scale = 1.0
         else:
             query, key = to_tokens(self.query(x), self.heads), to_tokens(self.key(x), self.heads)
-            scale = query.shape[-1] ** -0.5 if self.use_scale else 1.0
+            scale = checks.as_scale(None if self.use_scale else 1.0, query)
         activate = nn.functional.relu if self.threshold_activation == "relu" else nn.functional.softplus
         return {
             "query": query,
@@ -140,7 +129,7 @@ class AdaptiveSparseAttention(nn.Module):
             "value": to_tokens(self.value(x), self.heads),
             "alpha": activate(self.alpha(x)).flatten(2),
             "beta": None if self.beta is None else activate(self.beta(x)).flatten(2),
-            "grid": tuple(x.shape[-2:]),
+            "grid": checks.as_pair("grid", x.shape[-2:]),
             "window": self.window,
             "topk": self.topk,
             "scale": scale,
@@ -155,7 +144,7 @@ class AdaptiveSparseAttention(nn.Module):
         else:
             learning = {"threshold_grad": self.threshold_grad, "threshold_band": self.threshold_band}
             out = asa_attention(**tokens, **learning, impl=self.impl)
-        return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
+        return x + self.norm(self.proj(to_map(out, tokens["grid"])))
 
     def extra_repr(self) -> str:
         return (

@@ -1,11 +1,13 @@
 """The channelized axial attention block."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from .. import checks
 from ..channelized_axial import channelized_axial_attention
-from .common import conv_norm_relu, rename
+from .common import Block, GlorotConv2d, conv_norm_relu, rename
 
 _UPSTREAM = {"v_querykey_convbnrelu": "column", "h_querykey_convbnrelu": "row", "value_convbnrelu": "value"}
 _SLOPE = 0.20000000298023224  # 0.2 rounded to float32, as in the published code
@@ -18,7 +20,7 @@ _PARAMETERS = {
 }
 
 
-class ChannelizedAxialAttention(nn.Module):
+class ChannelizedAxialAttention(Block):
     """Attention along columns, then along rows, with a gate per channel after each.
 
     ``channelized_axial_attention(column(x), row(x), value(x), gates)`` with 1x1 convolutions, batch norm and ReLU
@@ -54,35 +56,22 @@ class ChannelizedAxialAttention(nn.Module):
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        sizes = {"in_channels": in_channels, "out_channels": out_channels, "key_channels": key_channels}
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
-        if hidden_layers != 0:
-            checks.check_positive_int("hidden_layers", hidden_layers)
-        checks.check_number("hidden_ratio", hidden_ratio)
-        if not hidden_ratio > 0:
-            raise ValueError(f"hidden_ratio must be > 0, got hidden_ratio={hidden_ratio}")
+        in_channels, out_channels, key_channels = checks.as_positive_ints(
+            in_channels=in_channels, out_channels=out_channels, key_channels=key_channels
+        )
+        hidden_layers = checks.as_int("hidden_layers", hidden_layers, at_least=0)
+        hidden_ratio = checks.as_positive_number("hidden_ratio", hidden_ratio)
         self.in_channels, self.channel_attention = in_channels, channel_attention
-        self.column = conv_norm_relu(in_channels, key_channels, eps=1e-3)
-        self.row = conv_norm_relu(in_channels, key_channels, eps=1e-3)
-        self.value = conv_norm_relu(in_channels, out_channels, eps=1e-3)
+        self.column, self.row, self.value = (
+            conv_norm_relu(in_channels, channels, eps=1e-3, conv=GlorotConv2d)
+            for channels in (key_channels, key_channels, out_channels)
+        )
         if channel_attention:
             hidden = max(int(out_channels * hidden_ratio), 1)
             sizes = [out_channels, *[hidden] * hidden_layers, out_channels]
             self.column_gate, self.row_gate = (
-                nn.ParameterList(torch.empty(*shape) for shape in zip(sizes[1:], sizes[:-1], strict=True))
-                for _ in range(2)
+                _Gate(torch.empty(*shape) for shape in zip(sizes[1:], sizes[:-1], strict=True)) for _ in range(2)
             )
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as published: weights of convolutions and gates Glorot uniform."""
-        for layers in (self.column, self.row, self.value):
-            layers[1].reset_parameters()
-            nn.init.xavier_uniform_(layers[0].weight)
-        if self.channel_attention:
-            for weight in (*self.column_gate, *self.row_gate):
-                nn.init.xavier_uniform_(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
@@ -124,3 +113,15 @@ class ChannelizedAxialAttention(nn.Module):
             if name == "running_mean":
                 renamed[f"{module}.num_batches_tracked"] = torch.zeros((), dtype=torch.int64)
         return renamed
+
+
+class _Gate(nn.ParameterList):
+    """The weights of a gate's linear layers, which start as Glorot uniform."""
+
+    def __init__(self, weights: Iterable[Tensor] = ()):
+        super().__init__(weights)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for weight in self:
+            nn.init.xavier_uniform_(weight)

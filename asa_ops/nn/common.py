@@ -1,34 +1,72 @@
-"""What several blocks share: layers, initialisation, and the renaming of published state dicts."""
+"""What several blocks share: layers, initialisation, and the renaming of published state dicts.
+
+Every layer initialises itself, in its constructor and in ``reset_parameters`` alike. So whoever builds a block on the
+meta device may afterwards call ``reset_parameters`` of the block, or of every module that owns tensors, parents first,
+as FSDP does: a layer with torch's own ``reset_parameters`` would lose there what its block had written into it.
+"""
 
 from torch import Tensor, nn
 
 
+class Block(nn.Module):
+    """A module whose layers initialise themselves."""
+
+    def reset_parameters(self) -> None:
+        """Initialise again, as the constructor does."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
+
+
+class NormalConv2d(nn.Conv2d):
+    """A convolution whose weight starts as N(0, 0.01^2) and its bias as 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=0.01)
+        nn.init.zeros_(self.bias)
+
+
+class ZeroConv2d(nn.Conv2d):
+    """A convolution that starts as 0."""
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+class GlorotConv2d(nn.Conv2d):
+    """A convolution without bias whose weight starts as Glorot uniform."""
+
+    def reset_parameters(self) -> None:
+        nn.init.xavier_uniform_(self.weight)
+
+
+class ZeroBatchNorm2d(nn.BatchNorm2d):
+    """A batch norm whose output starts as 0."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.zeros_(self.weight)
+
+
 def conv_norm_relu(
-    in_channels: int, out_channels: int, kernel: int = 1, bias: bool = False, eps: float = 1e-5
+    in_channels: int,
+    out_channels: int,
+    kernel: int = 1,
+    bias: bool = False,
+    eps: float = 1e-5,
+    conv: type[nn.Conv2d] = nn.Conv2d,
 ) -> nn.Sequential:
     """Return a convolution that keeps the size of the map, batch norm and ReLU."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
-    return nn.Sequential(conv, nn.BatchNorm2d(out_channels, eps=eps), nn.ReLU())
+    first = conv(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+    return nn.Sequential(first, nn.BatchNorm2d(out_channels, eps=eps), nn.ReLU())
 
 
-def init_non_local(block: nn.Module) -> None:
-    """Initialise a non-local block as published: projections N(0, 0.01^2), the last layer 0, the rest torch's default.
-
-    ``block`` has ``value``, ``proj``, ``norm`` (batch norm or the identity) and maybe ``query`` and ``key``.
-    """
-    for conv in block.children():
-        if isinstance(conv, nn.Conv2d):
-            conv.reset_parameters()
-    for name in ("query", "key", "value"):
-        if conv := getattr(block, name, None):
-            nn.init.normal_(conv.weight, std=0.01)
-            nn.init.zeros_(conv.bias)
-    last = block.proj
-    if isinstance(block.norm, nn.BatchNorm2d):
-        block.norm.reset_running_stats()
-        last = block.norm
-    nn.init.zeros_(last.weight)
-    nn.init.zeros_(last.bias)
+def last_layers(in_channels: int, out_channels: int, norm: str | None) -> tuple[nn.Conv2d, nn.Module]:
+    """Return the output projection and what follows it, batch norm or nothing; their result starts as 0."""
+    if norm is None:
+        return ZeroConv2d(in_channels, out_channels, 1), nn.Identity()
+    return nn.Conv2d(in_channels, out_channels, 1, bias=False), ZeroBatchNorm2d(out_channels)
 
 
 def rename(state_dict: dict[str, Tensor], modules: dict[str, str | None]) -> dict[str, Tensor]:

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 
 from .. import checks, dispatch
 from ..criss_cross import criss_cross_attention
-from .common import rename
+from .common import Block, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
 
-class CrissCrossAttention(nn.Module):
+class CrissCrossAttention(Block):
     """Recurrent criss-cross attention: every pixel attends to its row and column, twice, and so to the whole map.
 
     ``recurrence`` times, with the same weights: ``x = x + gamma * criss_cross_attention(query(x), key(x), value(x))``
@@ -37,9 +37,9 @@ class CrissCrossAttention(nn.Module):
 
     def __init__(self, in_channels: int, reduction: int = 8, recurrence: int = 2, impl: str = "auto"):
         super().__init__()
-        sizes = {"in_channels": in_channels, "reduction": reduction, "recurrence": recurrence}
-        for name, size in sizes.items():
-            checks.check_positive_int(name, size)
+        in_channels, reduction, recurrence = checks.as_positive_ints(
+            in_channels=in_channels, reduction=reduction, recurrence=recurrence
+        )
         checks.check_choice("impl", impl, dispatch.NAMES)
         self.in_channels, self.inner_channels = in_channels, max(in_channels // reduction, 1)
         self.recurrence, self.impl = recurrence, impl
@@ -49,9 +49,8 @@ class CrissCrossAttention(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def reset_parameters(self) -> None:
-        """Initialise as published: convolutions by torch's default, gamma 0."""
-        for conv in (self.query, self.key, self.value):
-            conv.reset_parameters()
+        """Initialise again, as published: convolutions by torch's default, gamma 0."""
+        super().reset_parameters()
         nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -5,12 +5,12 @@ from torch import Tensor, nn
 from .. import checks
 from ..efficient_attention import efficient_attention
 from ..layout import to_map, to_tokens
-from .common import rename
+from .common import Block, rename
 
 _UPSTREAM = {"queries": "query", "keys": "key", "values": "value", "reprojection": "proj"}
 
 
-class EfficientAttention(nn.Module):
+class EfficientAttention(Block):
     """Efficient attention, a softmax over positions on the key and one over channels on the query.
 
     ``x + proj(efficient_attention(query(x), key(x), value(x)))`` with 1x1 convolutions around
@@ -45,9 +45,9 @@ class EfficientAttention(nn.Module):
         super().__init__()
         key_channels = in_channels if key_channels is None else key_channels
         value_channels = in_channels if value_channels is None else value_channels
-        sizes = {"in_channels": in_channels, "key_channels": key_channels, "value_channels": value_channels}
-        for name, size in {**sizes, "heads": heads}.items():
-            checks.check_positive_int(name, size)
+        in_channels, key_channels, value_channels, heads = checks.as_positive_ints(
+            in_channels=in_channels, key_channels=key_channels, value_channels=value_channels, heads=heads
+        )
         checks.check_divisible("value_channels", value_channels, heads)
         if published:
             checks.check_at_most("heads", heads, key_channels, "key_channels")

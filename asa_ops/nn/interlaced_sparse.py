@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from .. import checks
 from ..interlaced_sparse import interlaced_sparse_attention
 from ..layout import padding_to_multiples, to_map, to_tokens
-from .common import conv_norm_relu, rename
+from .common import Block, conv_norm_relu, rename
 
 
-class InterlacedSparseAttention(nn.Module):
+class InterlacedSparseAttention(Block):
     """Attention among distant positions, then among neighbouring ones, concatenated with the input and projected.
 
     ``proj([x, short(long(x))])``: long and short are 1x1 convolutions around
@@ -54,19 +54,17 @@ class InterlacedSparseAttention(nn.Module):
         published: bool = False,
     ):
         super().__init__()
-        checks.check_positive_int("in_channels", in_channels)
+        in_channels = checks.as_positive_int("in_channels", in_channels)
         out_channels = in_channels if out_channels is None else out_channels
         key_channels = max(in_channels // 2, 1) if key_channels is None else key_channels
         value_channels = in_channels if value_channels is None else value_channels
-        sizes = {"out_channels": out_channels, "key_channels": key_channels, "value_channels": value_channels}
-        for name, size in {**sizes, "heads": heads}.items():
-            checks.check_positive_int(name, size)
+        out_channels, key_channels, value_channels, heads = checks.as_positive_ints(
+            out_channels=out_channels, key_channels=key_channels, value_channels=value_channels, heads=heads
+        )
         checks.check_divisible("key_channels", key_channels, heads)
         checks.check_divisible("value_channels", value_channels, heads)
         several = isinstance(factors, tuple | list) and factors and isinstance(factors[0], tuple | list)
-        pairs = list(factors) if several else [factors]
-        for pair in pairs:
-            checks.check_pair("factors", pair)
+        pairs = [checks.as_pair("factors", pair) for pair in (factors if several else [factors])]
         self.in_channels, self.factors, self.heads, self.published = in_channels, pairs, heads, published
         self.stages = nn.ModuleList(
             nn.ModuleDict(
@@ -80,14 +78,14 @@ class InterlacedSparseAttention(nn.Module):
         own = in_channels if len(pairs) == 1 else len(pairs) * out_channels
         self.up = nn.Identity() if len(pairs) == 1 else conv_norm_relu(in_channels, own)
         self.proj = conv_norm_relu(own + len(pairs) * out_channels, out_channels)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout = nn.Dropout2d(checks.as_number("dropout", dropout))
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
         checks.check_feature_map(x, self.in_channels)
         if not self.published:  # there padding makes any map large enough
             for factors in self.factors:
-                checks.check_factors(factors, tuple(x.shape[-2:]))
+                checks.as_factors(factors, tuple(x.shape[-2:]))
         contexts = [self._context(x, *each) for each in zip(self.stages, self.factors, strict=True)]
         return self.dropout(self.proj(torch.cat([self.up(x), *contexts], 1)))
 
@@ -141,6 +139,6 @@ class _Attention(nn.Module):
     def forward(self, x: Tensor, factors: tuple[int, int], span: str) -> Tensor:
         """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
         query, key, value = (to_tokens(conv(x), self.heads) for conv in (self.query, self.key, self.value))
-        grid = tuple(x.shape[-2:])
+        grid = checks.as_pair("grid", x.shape[-2:])
         out = interlaced_sparse_attention(query, key, value, grid=grid, factors=factors, span=span)
         return self.proj(to_map(out, grid))

@@ -6,12 +6,12 @@ from torch import Tensor, nn
 from .. import checks
 from ..layout import to_map, to_tokens
 from ..linear_attention import channel_linear_attention, linear_attention
-from .common import rename
+from .common import Block, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
 
-class LinearAttention(nn.Module):
+class LinearAttention(Block):
     """Linear attention of positions, or of channels.
 
     "position": ``x + gamma * linear_attention(query(x), key(x), value(x))`` with 1x1 convolutions around
@@ -37,10 +37,9 @@ class LinearAttention(nn.Module):
 
     def __init__(self, in_channels: int, kind: str = "position", reduction: int = 8, eps: float = 1e-6):
         super().__init__()
-        checks.check_positive_int("in_channels", in_channels)
-        checks.check_positive_int("reduction", reduction)
+        in_channels, reduction = checks.as_positive_ints(in_channels=in_channels, reduction=reduction)
         checks.check_choice("kind", kind, ("position", "channel"))
-        checks.check_number("eps", eps)
+        eps = checks.as_number("eps", eps)
         self.in_channels, self.kind, self.eps = in_channels, kind, eps
         if kind == "position":
             inner = max(in_channels // reduction, 1)
@@ -48,6 +47,11 @@ class LinearAttention(nn.Module):
             self.key = nn.Conv2d(in_channels, inner, 1)
             self.value = nn.Conv2d(in_channels, in_channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
+
+    def reset_parameters(self) -> None:
+        """Initialise again, as published: convolutions by torch's default, gamma 0."""
+        super().reset_parameters()
+        nn.init.zeros_(self.gamma)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""

@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..layout import to_map, to_tokens
 from ..non_local import non_local_attention
-from .common import init_non_local, rename
+from .common import Block, NormalConv2d, last_layers, rename
 
 _UPSTREAM = {
     "theta.conv": "query",
@@ -21,12 +21,12 @@ _UPSTREAM = {
 _MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 
 
-class NonLocal(nn.Module):
+class NonLocal(Block):
     """Non-local block: every position attends to every position.
 
     ``x + norm(proj(non_local_attention(query(x), key(x), value(x))))`` with 1x1 convolutions around
-    :func:`asa_ops.non_local_attention`. The identity at initialisation. In the paper (Wang, Girshick, Gupta and He,
-    CVPR 2018) query, key, value are theta, phi, g.
+    :func:`asa_ops.non_local_attention`. Initialised as published: projections N(0, 0.01^2), the last layer 0, so that
+    it is the identity. In the paper (Wang, Girshick, Gupta and He, CVPR 2018) query, key, value are theta, phi, g.
 
     Args:
         in_channels: C.
@@ -63,8 +63,9 @@ class NonLocal(nn.Module):
         published: bool = False,
     ):
         super().__init__()
-        for name, size in {"in_channels": in_channels, "reduction": reduction, "heads": heads}.items():
-            checks.check_positive_int(name, size)
+        in_channels, reduction, heads = checks.as_positive_ints(
+            in_channels=in_channels, reduction=reduction, heads=heads
+        )
         checks.check_choice("mode", mode, _MODES)
         checks.check_choice("norm", norm, (None, "batch"))
         inner = max(in_channels // reduction, 1)
@@ -75,18 +76,12 @@ class NonLocal(nn.Module):
         self.mode, self.use_scale, self.sub_sample, self.published = mode, use_scale, sub_sample, published
 
         if mode != "gaussian":
-            self.query = nn.Conv2d(in_channels, inner, 1)
-            self.key = nn.Conv2d(in_channels, inner, 1)
-        self.value = nn.Conv2d(in_channels, inner, 1)
+            self.query = NormalConv2d(in_channels, inner, 1)
+            self.key = NormalConv2d(in_channels, inner, 1)
+        self.value = NormalConv2d(in_channels, inner, 1)
         if mode == "concatenation":
             self.pair = nn.Conv2d(2 * inner // heads, 1, 1, bias=False)
-        self.proj = nn.Conv2d(inner, in_channels, 1, bias=norm is None)
-        self.norm = nn.Identity() if norm is None else nn.BatchNorm2d(in_channels)
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        """Initialise as published: projections N(0, 0.01^2), the last layer 0."""
-        init_non_local(self)
+        self.proj, self.norm = last_layers(inner, in_channels, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, C, H, W] to [B, C, H, W]."""
@@ -104,7 +99,7 @@ class NonLocal(nn.Module):
             options = {"mode": self.mode}
         else:
             scaled = self.use_scale and self.mode == "embedded_gaussian"
-            options = {"scale": query.shape[-1] ** -0.5 if scaled else 1.0}
+            options = {"scale": None if scaled else 1.0}
         out = non_local_attention(query, key, value, **options)
         return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
 

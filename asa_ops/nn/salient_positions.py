@@ -6,7 +6,7 @@ from torch.nn import functional as F
 from .. import checks
 from ..layout import to_map, to_tokens
 from ..salient_positions import salient_positions_attention
-from .common import rename
+from .common import Block, rename
 
 _UPSTREAM = {
     "theta": "query",
@@ -19,7 +19,7 @@ _UPSTREAM = {
 }
 
 
-class SalientPositionsAttention(nn.Module):
+class SalientPositionsAttention(Block):
     """The channels attend to each other, as they agree on the most salient positions.
 
     ``x + norm(proj(salient_positions_attention(query(x), value(x))))`` with 1x1 convolutions around
@@ -53,13 +53,11 @@ class SalientPositionsAttention(nn.Module):
         heads: int = 1,
     ):
         super().__init__()
-        checks.check_positive_int("in_channels", in_channels)
+        in_channels = checks.as_positive_int("in_channels", in_channels)
         inner_channels = max(in_channels // 2, 1) if inner_channels is None else inner_channels
-        checks.check_positive_int("inner_channels", inner_channels)
-        checks.check_positive_int("heads", heads)
+        inner_channels, heads = checks.as_positive_ints(inner_channels=inner_channels, heads=heads)
         checks.check_divisible("inner_channels", inner_channels, heads)
-        if topk is not None:
-            checks.check_positive_int("topk", topk)
+        topk = None if topk is None else checks.as_positive_int("topk", topk)
         self.in_channels, self.topk, self.sub_sample, self.heads = in_channels, topk, sub_sample, heads
         self.query = nn.Conv2d(in_channels, inner_channels, 1)
         self.value = nn.Conv2d(in_channels, inner_channels, 1)

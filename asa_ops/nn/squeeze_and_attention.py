@@ -5,7 +5,7 @@ from torch.nn import functional as F
 
 from .. import checks
 from ..squeeze_and_attention import squeeze_and_attention
-from .common import conv_norm_relu, rename
+from .common import Block, conv_norm_relu, rename
 
 _UPSTREAM = {
     f"{name}.conv.{i}": f"{ours}.{j}"
@@ -14,7 +14,7 @@ _UPSTREAM = {
 }
 
 
-class SqueezeAndAttention(nn.Module):
+class SqueezeAndAttention(Block):
     """Convolutions on a pooled map gate convolutions on the map, and are added to them.
 
     ``squeeze_and_attention(residual(x), attention(pool(x)))``, two 3x3 convolutions with batch norm and ReLU in each
@@ -49,8 +49,9 @@ class SqueezeAndAttention(nn.Module):
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
-        for name, size in {"in_channels": in_channels, "out_channels": out_channels, "pool": pool}.items():
-            checks.check_positive_int(name, size)
+        in_channels, out_channels, pool = checks.as_positive_ints(
+            in_channels=in_channels, out_channels=out_channels, pool=pool
+        )
         checks.check_choice("activation", activation, ("sigmoid", None))
         checks.check_choice("upsample", upsample, ("nearest", "bilinear"))
         self.in_channels, self.pool, self.activation, self.upsample = in_channels, pool, activation, upsample

@@ -51,14 +51,13 @@ def non_local_attention(
     query, key, value = cast_under_autocast(query=query, key=key, value=value)
     checks.check_qkv(query, key, value)
     checks.check_choice("mode", mode, MODES)
-    if scale is not None:
-        checks.check_number("scale", scale)
     if (weight is None) == (mode == "concatenation"):
         given = "no weight" if weight is None else f"weight={checks.describe(weight)}"
         raise ValueError(f'weight [2, D] belongs to mode="concatenation", got mode={mode!r} and {given}')
     if mode == "gaussian":
-        return softmax_attention(query, key, value, query.shape[-1] ** -0.5 if scale is None else scale)
-    scale = 1 / max(key.shape[-2], 1) if scale is None else scale
+        return softmax_attention(query, key, value, checks.as_scale(scale, query))
+    n_k = checks.as_int("N_k", key.shape[-2], at_least=0)  # not the tensor that torch.jit.trace has for a size
+    scale = 1 / max(n_k, 1) if scale is None else checks.as_number("scale", scale)
     if weight is not None:
         (weight,) = cast_under_autocast(weight=weight)
         checks.check_tensor("weight", weight, "[2, D]")

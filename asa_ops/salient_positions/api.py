@@ -39,10 +39,7 @@ def salient_positions_attention(query: Tensor, value: Tensor, *, topk: int | Non
     if value.shape[:2] != query.shape[:2] or value.shape[3] != dim:
         expected = f"[B, heads, N_v, D] = [{batch}, {heads}, N_v, {dim}]"
         raise ValueError(f"value must be {expected} like query, got {checks.describe(value)}")
-    if topk is None:
-        topk = max(n // 16, 1)
-    else:
-        checks.check_positive_int("topk", topk)
+    topk = max(n // 16, 1) if topk is None else checks.as_positive_int("topk", topk)
     checks.check_at_most("topk", topk, n, "the number of positions N")
     with outside_autocast(query.device.type):
         # Tokens of a map are columns in memory: formed as its transpose, the output is a map without a copy.

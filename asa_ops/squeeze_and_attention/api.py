@@ -46,7 +46,7 @@ def squeeze_and_attention(
     checks.check_floating("residual", residual)
     checks.check_tensor("attention", attention, "[B, C, H / pool, W / pool]")
     checks.check_like("attention", attention, residual, "residual")
-    checks.check_positive_int("pool", pool)
+    pool = checks.as_positive_int("pool", pool)
     checks.check_choice("activation", activation, ("sigmoid", None))
     checks.check_choice("upsample", upsample, ("nearest", "bilinear"))
     batch, channels, height, width = residual.shape
