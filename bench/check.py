@@ -16,7 +16,7 @@ import measure
 import record
 import report
 import run
-from record import Case, Record
+from record import Case, Record, files
 from tqdm import tqdm
 from workloads import Spec
 
@@ -113,7 +113,7 @@ def on_file(folder: Path, device: str) -> Path | None:
     def holds_cases(path: Path) -> bool:
         try:
             return bool(subset(record.read(path)))
-        except ValueError:  # of another program
+        except (OSError, ValueError):  # of another program
             return False
 
     own = folder / f"{record.slug(device)}.json"
@@ -121,4 +121,4 @@ def on_file(folder: Path, device: str) -> Path | None:
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

@@ -30,6 +30,7 @@ import gpu_shard
 import record
 import torch
 from measure import commit, version
+from record import files
 
 ROOT = Path(__file__).resolve().parents[1]
 STEPS = tuple(gpu_report.SECONDS)
@@ -196,9 +197,8 @@ def run_tests(step: str, chosen: str, limit: float, log: Path, results: dict) ->
                 follow()
 
         statuses = run_all(commands, logs, limit, watch, OMP_NUM_THREADS="2")
-        log.write_text(
-            "".join(f"--- share {i} of {shards}\n{x.read_text(errors='replace')}" for i, x in enumerate(logs))
-        )
+        parts = (f"--- share {i} of {shards}\n{x.read_text(errors='replace')}" for i, x in enumerate(logs))
+        files.write(log, "".join(parts))
         lines = [line for path in outcomes if path.exists() for line in path.read_text().split("\n")[:-1]]
     results[step] = counts = gpu_report.tally(lines)
     status = gpu_report.status_of_tests(counts, timed_out=None in statuses)
@@ -244,14 +244,13 @@ def sanitize(limit: float, log: Path, results: dict) -> tuple[str, str]:
 
 def time_everything(limit: float, log: Path, results: dict) -> tuple[str, str]:
     """Run bench/gpu_timings.py and read what it wrote, all of it or what it had when the limit ended it."""
-    written = log.with_name("timings.json")
-    written.unlink(missing_ok=True)
     seconds = max(limit - 25, 10)  # a case that starts then has time to end
-    command = [sys.executable, "bench/gpu_timings.py", "--out", str(written), "--seconds", f"{seconds:.0f}"]
-    status = run(command, log, limit)
-    if written.exists():
-        results["timings"] = json.loads(written.read_text())
-        written.unlink()
+    with tempfile.TemporaryDirectory() as folder:
+        written = Path(folder, "timings.json")
+        command = [sys.executable, "bench/gpu_timings.py", "--out", str(written), "--seconds", f"{seconds:.0f}"]
+        status = run(command, log, limit)
+        if written.exists():
+            results["timings"] = json.loads(written.read_text())
     cases = len(results.get("timings", {}).get("cases", []))
     note = f"{cases} cases"
     if status is None:
@@ -289,8 +288,8 @@ RUN = {
 def report(out: Path, results: dict) -> str:
     """Write results.json and summary.md; return the summary."""
     summary = gpu_report.render(results)
-    (out / "results.json").write_text(json.dumps(results, indent=1) + "\n")
-    (out / "summary.md").write_text(summary)
+    files.write(out / "results.json", json.dumps(results, indent=1) + "\n")
+    files.write(out / "summary.md", summary)
     return summary
 
 
@@ -299,11 +298,14 @@ def keep(out: Path, results: dict) -> None:
     stem = record.slug(str(results["environment"]["gpu"]))
     folder = ROOT / "bench" / "results"
     for source, suffix in (("summary.md", "-summary.md"), ("results.json", "-summary.json")):
-        shutil.copyfile(out / source, folder / (stem + suffix))
-    for old in folder.glob(f"{stem}-*.png"):  # of a sweep that the new page may not have
-        old.unlink()
-    for source in out.glob("bench/*"):
-        shutil.copyfile(source, folder / source.name)
+        files.write(folder / (stem + suffix), files.read(out / source))
+    page = list(out.glob(f"bench/{stem}*"))
+    for source in page:
+        with files.whole(folder / source.name) as file:
+            file.write(source.read_bytes())
+    if page:  # its sweeps may be fewer
+        for old in set(folder.glob(f"{stem}-*.png")) - {folder / source.name for source in page}:
+            old.unlink()
     print(f"kept as bench/results/{stem}*")
 
 
@@ -322,6 +324,7 @@ def main() -> None:
     deadline = time.monotonic() + 60 * options.budget_minutes - 5
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes of the step too
     out = options.out.resolve()
+    files.check([out / "results.json", out / "summary.md"])
     out.mkdir(parents=True, exist_ok=True)
     results: dict = {"environment": environment(), "steps": []}
     print(json.dumps(results["environment"], indent=1), flush=True)
@@ -344,4 +347,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

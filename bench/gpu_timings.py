@@ -21,6 +21,7 @@ from unittest import mock
 
 import torch
 from gpu_report import DENSE, best, kernel_flops, median
+from record import files
 from torch import Tensor
 
 DIM = 256
@@ -407,10 +408,8 @@ def first_call() -> dict[str, float]:
 
 
 def write(path: Path, timings: dict) -> None:
-    """Write so that a reader, or a run cut short, never sees half a file."""
-    draft = path.with_suffix(".draft")
-    draft.write_text(json.dumps(timings, indent=1) + "\n")
-    draft.replace(path)
+    """Write the file whole or not at all."""
+    files.write(path, json.dumps(timings, indent=1) + "\n")
 
 
 def cases() -> list[tuple[str, int, bool, bool]]:
@@ -435,6 +434,8 @@ def main() -> None:
     if options.first_call:
         print(json.dumps(first_call()))
         return
+    files.check_out(parser, options.out)
+    files.check([options.out])
     deadline = time.monotonic() + options.seconds
     timings = {"notes": [*NOTES], "cases": []}
     with tempfile.TemporaryDirectory() as cache:
@@ -481,4 +482,4 @@ def measure_all(todo: list[tuple], deadline: float, timings: dict, out: Path) ->
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

@@ -14,6 +14,7 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -190,13 +191,11 @@ def compile_launch(launch: Launch, arch: int) -> Report:
     except Exception as error:  # whatever the compiler raises is the finding
         return Report(0, 0, 0, 0, 0, time.time() - started, f"{type(error).__name__}: {str(error)[:300]}")
     seconds = time.time() - started
-    scratch = Path(os.environ.get("TMPDIR", "/tmp"), f"asa_kernel_{os.getpid()}.cubin")
-    scratch.write_bytes(compiled.asm["cubin"])
-    try:
-        usage = _run(BINARIES / "cuobjdump", "-res-usage", scratch)
-        sass = _run(BINARIES / "cuobjdump", "-sass", scratch)
-    finally:
-        scratch.unlink()
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as scratch:
+        scratch.write(compiled.asm["cubin"])
+        scratch.flush()
+        usage = _run(BINARIES / "cuobjdump", "-res-usage", scratch.name)
+        sass = _run(BINARIES / "cuobjdump", "-sass", scratch.name)
     return Report(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=len(re.findall(r"\bSTL\b", sass)),

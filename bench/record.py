@@ -11,8 +11,12 @@ import json
 import math
 import re
 import statistics
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # how files are written there and here
+import files
 
 MODES = ("fwd", "fwd+bwd", "mem")
 
@@ -128,12 +132,10 @@ class Record:
         self.cases = [each for each in self.cases if each.key != case.key] + [case]
 
     def write(self, path: Path) -> None:
-        """Write so that a reader, or a run cut short, never sees half a file."""
-        draft = path.with_suffix(".draft")
+        """Write the file whole or not at all."""
         text = json.dumps(dataclasses.asdict(self), indent=1, allow_nan=False)
         flat = re.sub(r"\[\s+([-\d.,e\s+]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
-        draft.write_text(flat + "\n")
-        draft.replace(path)
+        files.write(path, flat + "\n")
 
 
 def read(path: Path) -> Record:
@@ -144,7 +146,7 @@ def read(path: Path) -> Record:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(files.read(path))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
     fields = _checked(content, Record, str(path))

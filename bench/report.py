@@ -11,7 +11,6 @@ import collections
 import dataclasses
 import itertools
 import math
-import shutil
 import statistics
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -20,7 +19,7 @@ import accounting
 import matplotlib
 import record
 from peers import DENSE, PEERS
-from record import Case, Record
+from record import Case, Record, files
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
@@ -309,7 +308,7 @@ def plot(path: Path, panels: list[tuple[str, str, str, dict[str, list[tuple[floa
             axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axis.grid(which="both", alpha=0.25)
         axis.legend(fontsize=8)
-    figure.savefig(path, dpi=100)
+    files.save(figure, path, dpi=100)
     plt.close(figure)
     return True
 
@@ -413,15 +412,18 @@ def main(arguments: list[str] | None = None) -> None:
         results = record.read(options.results)
     except (OSError, ValueError) as error:
         parser.error(str(error))
-    options.folder.mkdir(parents=True, exist_ok=True)
     stem = record.slug(str(results.environment.get("device", "unknown")))
-    page = options.folder / f"{stem}.md"
-    page.write_text(render(results, plots(results, options.folder, stem)))
-    kept = page.with_suffix(".json")
-    if kept.resolve() != options.results.resolve():
-        shutil.copyfile(options.results, kept)
+    page, kept = options.folder / f"{stem}.md", options.folder / f"{stem}.json"
+    outputs = [page, *(options.folder / f"{stem}-{sweep}.png" for sweep in SWEEPS)]
+    if is_new := files.identity(kept) != files.identity(options.results):
+        outputs.append(kept)
+    files.check(outputs, [options.results])
+    options.folder.mkdir(parents=True, exist_ok=True)
+    files.write(page, render(results, plots(results, options.folder, stem)))
+    if is_new:
+        files.write(kept, files.read(options.results))
     print(f"{page} and {kept.name}\n\n{headline([c for c in results.cases if c.op == 'asa'])}")
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

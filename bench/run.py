@@ -35,7 +35,7 @@ import torch
 import workloads
 from inputs import INPUTS
 from peers import INDIFFERENT, PEERS
-from record import MODES, Case, Method, Record
+from record import MODES, Case, Method, Record, files
 from tqdm import tqdm
 from workloads import Spec
 
@@ -245,8 +245,9 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace, todo: li
     """Check what the options ask for, and return the record that results of ``todo``, (spec, mode), go to."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device")
-    if options.out and not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
+    if options.out:
+        files.check_out(parser, options.out)
+        files.check([options.out])
     try:
         for impl, (spec, _) in itertools.product(options.impl, todo):
             if call := workloads.dispatched(spec):
@@ -314,4 +315,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

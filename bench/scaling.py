@@ -20,7 +20,7 @@ import sys
 
 import report
 import run
-from record import MODES
+from record import MODES, files
 from tqdm import tqdm
 from workloads import Spec
 
@@ -73,4 +73,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

@@ -18,8 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import files
 import matplotlib.pyplot as plt
 import numpy as np
+import pictures
 import PIL.Image
 import skimage
 import torch
@@ -45,24 +47,13 @@ def load(name: str, size: int) -> np.ndarray:
     if name in SAMPLES:
         image = getattr(skimage.data, name)()
     elif not Path(name).is_file():
-        raise SystemExit(f"denoise: no photograph {name!r}: expected a file or one of {', '.join(SAMPLES)}")
+        raise pictures.PictureError(f"no photograph {name!r}: expected a file or one of {', '.join(SAMPLES)}")
     else:
-        image = read(name)
+        picture = PIL.Image.fromarray(pictures.read(Path(name), "RGBA", upright=True))
+        white = PIL.Image.new("RGBA", picture.size, "white")  # behind what is transparent
+        image = np.asarray(PIL.Image.alpha_composite(white, picture).convert("RGB"))
     image = skimage.util.img_as_float(image)
     return skimage.transform.resize(image, (size, size), anti_aliasing=True).clip(0, 1)
-
-
-def read(name: str) -> np.ndarray:
-    """Return a file's picture as uint8 [H, W, 3], what is transparent on white."""
-    try:
-        with PIL.Image.open(name) as file:
-            if file.mode in ("I", "F") or file.mode.startswith("I;"):
-                raise SystemExit(f"denoise: {name!r} has pixels of mode {file.mode!r}, expected 8 bits a colour")
-            picture = file.convert("RGBA")
-    except (OSError, SyntaxError, ValueError) as error:
-        raise SystemExit(f"denoise: cannot read {name!r} as a picture: {error}") from error
-    white = PIL.Image.new("RGBA", picture.size, "white")
-    return np.asarray(PIL.Image.alpha_composite(white, picture).convert("RGB"))
 
 
 def patch_tokens(image: np.ndarray) -> Tensor:
@@ -206,7 +197,7 @@ def draw(path: Path, results: list[Result], maps: dict[tuple[int, int], list[np.
             shown = axis.imshow(np.ma.masked_equal(w, 0), norm=norm, cmap="viridis")
             axis.set_title(f"{name}: {np.count_nonzero(w)}", fontsize=9)
         figure.colorbar(shown, ax=row[-1], label="weight")
-    figure.savefig(path, dpi=110)
+    files.save(figure, path, dpi=110)
     plt.close(figure)
 
 
@@ -224,10 +215,8 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         parser.error(f"--noise must be > 0 and finite, got {options.noise}")
     if options.seed < 0:
         parser.error(f"--seed must be >= 0, got {options.seed}")
-    if options.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        parser.error(f"--out must end in .png, .jpg, .pdf or .svg, got {str(options.out)!r}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
+    files.check_out(parser, options.out, *files.FIGURES)
+    files.check([options.out], [] if options.image in SAMPLES else [Path(options.image)])
 
     size, n = options.size, options.size**2
 
@@ -280,4 +269,4 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main, pictures.PictureError)

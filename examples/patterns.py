@@ -11,6 +11,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+import files
 import matplotlib.pyplot as plt
 import numpy as np
 import torch
@@ -117,7 +118,7 @@ def draw(path: Path, image: np.ndarray, weights: dict[str, Tensor], pixel: tuple
         axis.set_title(title, fontsize=7)
     for axis in axes.flat[: len(weights) + 1]:
         axis.plot(*pixel[::-1], "o", color="red", markersize=9, markeredgewidth=0.8, fillstyle="none")
-    figure.savefig(path, dpi=100)
+    files.save(figure, path, dpi=100)
     plt.close(figure)
 
 
@@ -126,6 +127,8 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
     parser.add_argument("--size", type=int, default=48)
     parser.add_argument("--out", type=Path, default=Path(__file__).with_name("patterns.png"))
     options = parser.parse_args(arguments)
+    files.check_out(parser, options.out, *files.FIGURES)
+    files.check([options.out])
     image = load("astronaut", options.size)
     pixel = options.size * 7 // 10, options.size * 3 // 10
     weights = panels(Inputs(image), pixel[0] * options.size + pixel[1])
@@ -134,4 +137,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

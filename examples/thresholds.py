@@ -21,12 +21,12 @@ where nothing is missing only writes the table and the plot again.
 import argparse
 import json
 import math
-import os
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 
+import files
 import matplotlib.pyplot as plt
 import numpy as np
 import scipy.stats
@@ -461,7 +461,7 @@ def draw(path: Path, results: dict) -> None:
     axes[2].set_xlabel("alpha, the same for all pixels")
     axes[2].set_ylabel("d PSNR / d log alpha, dB")
     axes[2].legend()
-    figure.savefig(path, dpi=90)
+    files.save(figure, path, dpi=90)
     plt.close(figure)
 
 
@@ -470,7 +470,7 @@ def resume(path: Path, settings: dict) -> dict:
     if not path.exists():
         return {"settings": settings, "runs": {}, "ceilings": {}}
     try:
-        results = json.loads(path.read_text())
+        results = json.loads(files.read(path))
         found, _, _ = dict(results["settings"]), dict(results["runs"]), dict(results["ceilings"])
         methods = dict(found["methods"])
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -498,13 +498,6 @@ def layout(x: object, indent: str = "") -> str:
     return "{\n" + ",\n".join(lines) + f"\n{indent}}}"
 
 
-def save(path: Path, results: dict) -> None:
-    """Write all or nothing: an interruption may not cost the runs of an hour."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(layout(results) + "\n")
-    os.replace(temporary, path)
-
-
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     """Return the options of a command line, or exit with what is wrong with it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -524,10 +517,8 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--side must be from {2 * PATCH} to {SIZE}, got {options.side}")
     if not 0 < options.noise < math.inf:
         parser.error(f"--noise must be > 0 and finite, got {options.noise}")
-    if options.out.suffix != ".json":
-        parser.error(f"--out must end in .json, got {str(options.out)!r}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
+    files.check_out(parser, options.out, ".json")
+    files.check([options.out, options.out.with_suffix(".md"), options.out.with_suffix(".png")])
     return options
 
 
@@ -553,14 +544,14 @@ def main(arguments: list[str] | None = None) -> dict:
             for name in missing:
                 bar.set_description(f"seed {i}, {name}")
                 done[name] = rounded(seed.run(METHODS[name], options.steps))
-                save(options.out, results)
+                files.write(options.out, layout(results) + "\n")
                 bar.update()
     text = table(results)
     print(text)
-    options.out.with_suffix(".md").write_text(text)
+    files.write(options.out.with_suffix(".md"), text)
     draw(options.out.with_suffix(".png"), results)
     return results
 
 
 if __name__ == "__main__":
-    main()
+    files.run(main)

@@ -1,7 +1,9 @@
 """Shared fixtures: uninitialised memory is poisoned, so that reading it shows; Triton kernels are interpreted."""
 
+import contextlib
 import importlib.util
 import os
+import resource
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: their threads would only wait for each other
     for library in ("OMP", "MKL", "OPENBLAS"):  # before torch and numpy are imported; a test may still ask for threads
@@ -32,3 +34,19 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def full_disk():
+    """Return a context in which no file may become longer than 100 bytes, not even what pytest writes to."""
+
+    @contextlib.contextmanager
+    def limited():
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited

@@ -8,6 +8,7 @@ import time
 
 import accounting
 import check
+import files
 import inputs
 import measure
 import peers
@@ -301,12 +302,13 @@ def test_dtypes_and_implementations(tmp_path, capsys, quick):
         (["--inputs", "noise"], "invalid choice: 'noise'"),
         (["--mode", "bwd"], "invalid choice: 'bwd'"),
         (["--out", "missing/out.json"], "--out: there is no folder 'missing'"),
+        (["--out", "/dev/null"], "/dev/null cannot be written: it is there and no file"),
     ],
 )
 def test_bad_arguments_are_told_before_any_work(arguments, message, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        run.main(arguments)
-    assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        files.run(lambda: run.main(arguments))
+    assert message in f"{end.value} {capsys.readouterr().err}"
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
@@ -351,6 +353,30 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     again = dataclasses.replace(results.cases[0], ours=["sdpa flash"])
     results.add(again)
     assert results.cases[-1] is again and len(results.cases) == len(stored().cases)
+
+
+def test_a_full_disk_leaves_the_file_that_was(tmp_path, full_disk):
+    path = tmp_path / "results.json"
+    path.write_text("before")
+    with full_disk(), pytest.raises(files.FileError, match=r"results\.json: File too large$"):
+        stored().write(path)
+    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
+
+
+def test_results_are_not_replaced_by_their_page(tmp_path):
+    """Whatever they are named; as the page's own file of results they stay what they are."""
+    for name in ("a-machine.md", "a-machine-tokens.png", "a-machine.json"):
+        path = tmp_path / name
+        stored().write(path)
+        before = path.read_bytes()
+        if name.endswith("json"):
+            report.main([str(path), "--folder", str(tmp_path)])
+        else:
+            with pytest.raises(files.FileError, match=rf"{name} would replace .*{name}, which is read"):
+                report.main([str(path), "--folder", str(tmp_path)])
+            assert list(tmp_path.iterdir()) == [path]
+        assert path.read_bytes() == before
+        path.unlink()
 
 
 @pytest.mark.parametrize(

@@ -67,10 +67,22 @@ def test_dense_is_skipped_where_its_matrix_is_too_large(denoise, tmp_path, capsy
 
 def test_reads_grey_and_transparent_pictures(denoise, tmp_path):
     colour = skimage.util.img_as_ubyte(denoise.load("chelsea", 20))
-    for name, image in (("grey", colour[..., 0]), ("rgba", np.dstack([colour, np.full((20, 20), 255, np.uint8)]))):
+    clear = np.dstack([colour, np.zeros((20, 20), np.uint8)])
+    for name, image, expected in (("grey", colour[..., 0], colour[..., :1]), ("rgba", clear, np.array(255))):
         path = tmp_path / f"{name}.png"
         skimage.io.imsave(path, image, check_contrast=False)
-        assert denoise.load(str(path), 20).shape == (20, 20, 3)
+        np.testing.assert_allclose(denoise.load(str(path), 20), np.broadcast_to(expected / 255, (20, 20, 3)), atol=0.01)
+
+
+def test_the_photograph_is_not_replaced(denoise, tmp_path):
+    photograph = tmp_path / "denoise.png"
+    skimage.io.imsave(photograph, np.zeros((20, 20, 3), np.uint8), check_contrast=False)
+    before = photograph.read_bytes()
+    (tmp_path / "link.png").symlink_to(photograph)
+    for out in (photograph, tmp_path / "link.png"):
+        with pytest.raises(denoise.files.FileError, match=rf"{out.name} would replace .*denoise\.png, which is read"):
+            denoise.main([str(photograph), "--out", str(out)])
+    assert photograph.read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -81,12 +93,13 @@ def test_reads_grey_and_transparent_pictures(denoise, tmp_path):
         (["--size", "4"], "--size must be at least 10, got 4"),
         (["--noise", "0"], "--noise must be > 0"),
         (["--out", "no/such/folder.png"], "no folder 'no/such'"),
+        (["--out", "picture.txt"], "--out must end in .png, .jpg, .pdf, .svg, got 'picture.txt'"),
     ],
-    ids=["missing", "no image", "small", "noise", "folder"],
+    ids=["missing", "no image", "small", "noise", "folder", "suffix"],
 )
 def test_bad_arguments(denoise, arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
-        denoise.main(arguments)
+        denoise.files.run(lambda: denoise.main(arguments), denoise.pictures.PictureError)
     assert message in f"{error.value} {capsys.readouterr().err}"
 
 

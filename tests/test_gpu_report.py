@@ -149,6 +149,24 @@ def test_without_a_device_it_says_so(monkeypatch, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_what_is_kept_is_the_page_and_its_pictures(monkeypatch, tmp_path, capsys):
+    """Whatever else lies there; old pictures go where there is a new page."""
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    out, kept = tmp_path, tmp_path / "bench" / "results"  # --out is the source tree itself
+    kept.mkdir(parents=True)
+    pictures = ("bench/results/a-gpu-dim.png", "bench/results/b-gpu-dim.png")
+    for path in ("summary.md", "results.json", "bench/run.py", *pictures):
+        (tmp_path / path).write_text(path)
+    gpu.keep(out, {"environment": {"gpu": "A GPU"}})
+    names = {"a-gpu-summary.md", "a-gpu-summary.json", "b-gpu-dim.png"}
+    assert {path.name for path in kept.iterdir()} == names | {"a-gpu-dim.png"}
+    for path in ("a-gpu.md", "a-gpu-tokens.png"):
+        (tmp_path / "bench" / path).write_text(path)
+    gpu.keep(out, {"environment": {"gpu": "A GPU"}})
+    assert {path.name for path in kept.iterdir()} == names | {"a-gpu.md", "a-gpu-tokens.png"}
+    assert (kept / "a-gpu.md").read_text() == "a-gpu.md" and (kept / "a-gpu-summary.md").read_text() == "summary.md"
+
+
 def test_environment_is_recorded_without_git_or_driver(monkeypatch):
     found = gpu.environment()
     assert found["torch"] == torch.__version__ and found["python"] and found["date"].endswith("+00:00")

@@ -1,24 +1,12 @@
 """The pictures of what a pixel attends to: the weights in them are those of the formulas."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
+import patterns
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[1] / "examples"
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("patterns", FOLDER / "patterns.py")
-        patterns = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(patterns)
-    finally:
-        sys.path.remove(str(FOLDER))
     picture = tmp_path_factory.mktemp("patterns") / "patterns.png"
     found = patterns.main(["--size", "16", "--out", str(picture)])
     assert picture.stat().st_size > 1000
@@ -46,3 +34,13 @@ def test_weights_lie_where_the_formulas_say(weights):
     assert (weights["salient_positions"] > 0).sum() == 32
     for title in ("linear_attention", "efficient_attention"):
         assert (weights[title] > 0).all()
+
+
+def test_names_that_no_picture_has(tmp_path, monkeypatch, capsys):
+    monkeypatch.delattr(patterns, "load")
+    with pytest.raises(SystemExit, match="2"):
+        patterns.main(["--out", str(tmp_path / "patterns.txt")])
+    assert "--out must end in .png, .jpg, .pdf, .svg, got" in capsys.readouterr().err
+    (tmp_path / "folder.png").mkdir()
+    with pytest.raises(patterns.files.FileError, match=r"folder\.png cannot be written: it is there and no file"):
+        patterns.main(["--out", str(tmp_path / "folder.png")])

@@ -20,6 +20,7 @@ from transformers import ResNetBackbone, ResNetForImageClassification, ViTConfig
 
 from asa_ops import asa_attention
 from asa_ops import nn as blocks
+from examples.files import FileError
 from examples.segmentation import attend, cli, data, evaluate, model, predict, train
 from examples.segmentation.checkpoint import Checkpoint, CheckpointError
 from examples.segmentation.config import NO_BLOCK, Config, ConfigError
@@ -339,7 +340,7 @@ def test_resuming_from_the_command_line(tmp_path, capsys):
     with pytest.raises(CheckpointError, match=r"log\.jsonl has 2 steps, its checkpoint 3"):
         train.main([*out, "--resume"])
     log.unlink()
-    with pytest.raises(CheckpointError, match=r"log\.jsonl is missing or broken"):
+    with pytest.raises(FileError, match=r"log\.jsonl: No such file or directory"):
         train.main([*out, "--resume"])
 
 
@@ -371,21 +372,6 @@ def test_a_checkpoint_is_not_lost_by_accident(tmp_path):
     interrupted(config.replace(steps=3), tmp_path, at=1, overwrite=True)
     assert not (tmp_path / "checkpoint.pt").exists()  # its log is gone: it would be of no use
     assert len((tmp_path / "log.jsonl").read_text().splitlines()) == 1
-
-
-def test_the_log_is_rewritten_whole_or_not_at_all(tmp_path, monkeypatch):
-    config = cases.tiny(steps=1, block=NO_BLOCK)
-    train.train(config, tmp_path)
-    before = (tmp_path / "log.jsonl").read_text()
-
-    def full(path, text):
-        path.write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(OSError, match="no space left"):
-        train.train(config, tmp_path, resume=True)
-    assert (tmp_path / "log.jsonl").read_text() == before
 
 
 @pytest.mark.parametrize(("device", "pictures"), [("cpu", 2), ("cuda", 4)])
@@ -600,20 +586,6 @@ def test_checkpoints_that_do_not_fit(trained, tmp_path):
         Checkpoint.load(newer).settings()
 
 
-def test_a_failed_save_leaves_the_last_checkpoint(trained, tmp_path, monkeypatch):
-    path = saved(trained, tmp_path / "checkpoint.pt")
-    before = path.read_bytes()
-
-    def full(content, file):
-        Path(file).write_bytes(b"half")
-        raise OSError("no space left")
-
-    monkeypatch.setattr(torch, "save", full)
-    with pytest.raises(OSError, match="no space left"):
-        saved(trained, path, step=99)
-    assert path.read_bytes() == before
-
-
 # Pictures, tables, published heads.
 
 
@@ -628,13 +600,15 @@ def test_evaluate_gives_the_figures_of_training(trained, capsys):
         assert not np.array_equal(evaluate.main([str(out / "checkpoint.pt"), *arguments]).iou, report.iou)
 
 
-def test_predict_writes_overlays(trained, tmp_path, capsys):
+def test_predict_writes_overlays(trained, tmp_path, capsys, monkeypatch):
     picture = tmp_path / "street.jpg"
     cases.write(picture, np.random.default_rng(0).integers(0, 256, (70, 90, 3), np.uint8))
     out = tmp_path / "out"
     shapes = ["--shape", "2", "0", "--shape", "1"]
-    predictions = predict.main([str(trained[0] / "checkpoint.pt"), str(picture), *shapes, "--out", str(out)])
-    assert [x.shape for x in predictions] == [(70, 90), *[(64, 64)] * 3] and max(x.max() for x in predictions) < 5
+    drawn, draw = [], predict.draw
+    monkeypatch.setattr(predict, "draw", lambda *arguments: drawn.append(arguments[2]) or draw(*arguments))
+    predict.main([str(trained[0] / "checkpoint.pt"), str(picture), *shapes, "--out", str(out)])
+    assert [x.shape for x in drawn] == [(70, 90), *[(64, 64)] * 3] and max(x.max() for x in drawn) < 5
     names = ("street.png", "shape2.png", "shape0.png", "shape1.png")
     assert capsys.readouterr().out.split() == [str(out / name) for name in names]
     assert all(np.asarray(PIL.Image.open(out / name)).std() > 1 for name in names)
@@ -673,14 +647,6 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
     assert np.asarray(PIL.Image.open(path)).std() > 1
 
 
-def test_predict_overwrites_none_of_its_pictures(trained, tmp_path):
-    pictures = [tmp_path / city / "street.png" for city in ("aachen", "bochum")]
-    for picture in pictures:
-        cases.write(picture, np.zeros((64, 64, 3), np.uint8))
-    with pytest.raises(ConfigError, match=r"two pictures are named 'street', the second is .*bochum"):
-        predict.main([str(trained[0] / "checkpoint.pt"), *map(str, pictures), "--out", str(tmp_path / "out")])
-
-
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
@@ -691,7 +657,7 @@ def test_predict_overwrites_none_of_its_pictures(trained, tmp_path):
         ("predict", [], "no picture: expected files, or --shape NUMBER"),
         ("predict", ["--shape", "3"], "--shape must be from 0 to 2, got 3"),
         ("predict", [__file__], "as a picture"),
-        ("predict", ["--shape", "0", "--out", __file__], f"error: {__file__}: File exists"),
+        ("predict", ["--shape", "0", "--out", __file__], f"{__file__} is no folder"),
         ("attend", ["--pixel", "0,0"], "expected one picture: a file or --shape NUMBER"),
         ("attend", ["--shape", "0"], "no window to click in here: give --pixel ROW,COLUMN"),
         ("attend", ["--shape", "0", "--pixel", "64,0"], "pixel 64,0 lies outside the picture of 64 x 64"),

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from asa_ops import nn as blocks
+from examples import files
 from examples.segmentation import ablation, cli
 from examples.segmentation.config import NO_BLOCK, Config, ConfigError
 from examples.segmentation.model import Segmenter
@@ -141,15 +142,29 @@ def test_committed_tables_are_of_the_committed_runs(folder, tmp_path, monkeypatc
     [
         ("{", r"none-1\.json is broken"),
         ("[{}]", r"none-1\.json is not of this experiment"),
+        (
+            json.dumps(made_up("nothing", 1, 0.5)),
+            r"none-1\.json has a run of 'nothing', expected one of none, ",
+        ),
+        (json.dumps(made_up("none", 0, 0.6)), r"none-1\.json has another 'none' of seed 0 than a file beside it"),
         (json.dumps(made_up("none", 1, 0.5, steps=30)), "has runs of different lengths"),
     ],
-    ids=["broken", "foreign", "lengths"],
+    ids=["broken", "foreign", "unknown", "twice", "lengths"],
 )
 def test_runs_that_do_not_fit(content, message, tmp_path):
     put(tmp_path, made_up("none", 0, 0.5))
     (tmp_path / "none-1.json").write_text(content)
     with pytest.raises(ConfigError, match=message):
         ablation.read(tmp_path)
+
+
+def test_a_run_is_not_replaced_by_that_which_its_file_is_named_after(tmp_path, monkeypatch):
+    monkeypatch.delattr(ablation, "run_in_process")
+    path = ablation.path_of(tmp_path, "none", 0)
+    path.write_text(json.dumps(made_up("asa", 3, 0.5)))
+    with pytest.raises(files.FileError, match=r"none-0\.json would replace .*none-0\.json, which is read"):
+        ablation.main(["--variants", "none", "--seeds", "1", "--steps", "20", "--out", str(tmp_path)])
+    assert json.loads(path.read_text()) == made_up("asa", 3, 0.5) and list(tmp_path.iterdir()) == [path]
 
 
 def test_runs_of_another_length_are_told_before_any_is_started(tmp_path, monkeypatch):

@@ -308,6 +308,13 @@ def test_bad_arguments(thresholds, arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_results_that_cannot_be_written_are_told_first(thresholds, tmp_path, monkeypatch):
+    monkeypatch.delattr(thresholds, "Seed")
+    (tmp_path / "out.png").mkdir()
+    with pytest.raises(thresholds.files.FileError, match=r"out\.png cannot be written: it is there and no file"):
+        thresholds.main([*SMALL, "--out", str(tmp_path / "out.json")])
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -34,6 +34,7 @@ from tqdm import tqdm
 from asa_ops import asa_attention
 from asa_ops.nn import AdaptiveSparseAttention
 
+from .. import files
 from .cli import main_of
 from .config import NO_BLOCK, Config, ConfigError
 from .train import train
@@ -132,9 +133,7 @@ def run(name: str, seed: int, steps: int | None, path: Path) -> None:
         "bytes": None if before is None else peak() - before,
         "curve": watch.curve,
     }
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text(json.dumps(told) + "\n")
-    os.replace(unfinished, path)
+    files.write(path, json.dumps(told) + "\n")
 
 
 def run_in_process(name: str, seed: int, steps: int | None, path: Path) -> str | None:
@@ -160,13 +159,17 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
     """Return by variant and seed what the runs wrote.
 
     Raises:
-        ConfigError: a file that is not of a run, or runs of different lengths.
+        ConfigError: a file that is not of a run, two that disagree about one, or runs of different lengths.
     """
     found: dict[str, dict[int, dict]] = {}
     lengths = {}
     for path in sorted(folder.glob("*.json")):
         for told in read_file(path):
-            found.setdefault(told["variant"], {})[told["seed"]] = told
+            before = found.setdefault(told["variant"], {}).setdefault(told["seed"], told)
+            if rounded(before) != rounded(told):
+                raise ConfigError(
+                    f"{path} has another {told['variant']!r} of seed {told['seed']} than a file beside it"
+                )
             lengths[told["steps"]] = path.name
     if len(lengths) > 1:
         raise ConfigError(f"{folder} has runs of different lengths, {lengths}: remove some, or name another --out")
@@ -176,31 +179,30 @@ def read(folder: Path) -> dict[str, dict[int, dict]]:
 def read_file(path: Path) -> list[dict]:
     """Return the runs of a file, which has one or a list of them."""
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(files.read(path))
     except ValueError as error:
         raise ConfigError(f"{path} is broken ({error}): remove it") from error
     told = told if isinstance(told, list) else [told]
     if not all(isinstance(each, dict) and {"variant", "seed", "steps"} <= each.keys() for each in told):
         raise ConfigError(f"{path} is not of this experiment: remove it")
+    if unknown := [each["variant"] for each in told if each["variant"] not in list(VARIANTS)]:
+        raise ConfigError(f"{path} has a run of {unknown[0]!r}, expected one of {', '.join(VARIANTS)}: remove it")
     return told
+
+
+def rounded(x: object) -> object:
+    """Return what is gathered of a run, with DIGITS digits."""
+    if isinstance(x, dict):
+        return {name: rounded(each) for name, each in x.items()}
+    if isinstance(x, list):
+        return [rounded(each) for each in x]
+    return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
 
 
 def gather(folder: Path, runs: dict[str, dict[int, dict]]) -> None:
     """Put all runs into one file, a line each, instead of one file each."""
-
-    def rounded(x: object) -> object:
-        if isinstance(x, list):
-            return [rounded(each) for each in x]
-        return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
-
-    lines = [
-        json.dumps({name: rounded(x) for name, x in told.items()})
-        for seeds in runs.values()
-        for _, told in sorted(seeds.items())
-    ]
-    unfinished = folder / "ablation.unfinished"
-    unfinished.write_text("[\n" + ",\n".join(lines) + "\n]\n")
-    os.replace(unfinished, folder / "ablation.json")
+    lines = [json.dumps(rounded(told)) for seeds in runs.values() for _, told in sorted(seeds.items())]
+    files.write(folder / "ablation.json", "[\n" + ",\n".join(lines) + "\n]\n")
     for name, seeds in runs.items():
         for seed in seeds:
             path_of(folder, name, seed).unlink(missing_ok=True)
@@ -289,7 +291,7 @@ def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:
     axes[1].set(xlabel="step", ylabel=f"survivors a row, of {positions(Config.load('shapes'))}, mean of seeds")
     if axes[1].lines:
         axes[1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
-    figure.savefig(path, dpi=90)
+    files.save(figure, path, dpi=90)
     plt.close(figure)
 
 
@@ -308,13 +310,15 @@ def main(arguments: list[str] | None = None) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             parser.error(f"--{name} must be at least 1, got {value}")
-    options.out.mkdir(parents=True, exist_ok=True)
     if options.one:
         name, seed = options.one
         if name not in VARIANTS or not seed.isdecimal():
             parser.error(f"--one takes a variant and a seed, got {name!r} {seed!r}")
         torch.set_num_threads(1)
-        run(name, int(seed), options.steps, path_of(options.out, name, int(seed)))
+        path = path_of(options.out, name, int(seed))
+        files.check([path])
+        options.out.mkdir(parents=True, exist_ok=True)
+        run(name, int(seed), options.steps, path)
         return
     there = read(options.out)
     steps = options.steps or Config.load("shapes").steps
@@ -326,6 +330,10 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.variants
         if seed not in there.get(name, {})
     ]
+    gathered = [options.out / f"ablation.{suffix}" for suffix in ("json", "md", "png")]
+    others = [path for path in options.out.glob("*.json") if path not in gathered]
+    files.check([*gathered, *(path for *_, path in todo)], others)
+    options.out.mkdir(parents=True, exist_ok=True)
     wrong = []
     with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(todo), unit="run") as bar:
         for error in pool.map(lambda each: run_in_process(*each), todo):
@@ -338,7 +346,7 @@ def main(arguments: list[str] | None = None) -> None:
         runs = read(options.out)  # rounded, as whoever reads the file sees them
         text = table(runs)
         print(text)
-        (options.out / "ablation.md").write_text(text)
+        files.write(options.out / "ablation.md", text)
         draw(options.out / "ablation.png", runs)
     if wrong:
         raise SystemExit(f"error: {len(wrong)} of {len(todo)} runs failed")

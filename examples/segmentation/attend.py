@@ -21,6 +21,7 @@ from torch import Tensor
 from asa_ops import reciprocal_neighbors
 from asa_ops.nn import AdaptiveSparseAttention
 
+from .. import files
 from .checkpoint import Checkpoint
 from .cli import device_of, main_of, pictures_of
 from .config import ConfigError
@@ -127,7 +128,7 @@ def draw(path: Path, image: np.ndarray, maps: dict[tuple[int, int], list[np.ndar
             shown = axis.imshow(np.ma.masked_equal(w, 0), norm=norm, cmap="viridis")
             axis.set_title(f"{name}: {np.count_nonzero(w)}", fontsize=9)
         figure.colorbar(shown, ax=row[-1], label="weight")
-    figure.savefig(path, dpi=110)
+    files.save(figure, path, dpi=110)
     plt.close(figure)
 
 
@@ -149,16 +150,15 @@ def main(arguments: list[str] | None = None) -> dict[tuple[int, int], list[np.nd
     options = parser.parse_args(arguments)
     if (options.image is None) == (options.shape is None):
         parser.error("expected one picture: a file or --shape NUMBER")
-    if options.out.suffix.lower() not in (".png", ".jpg", ".pdf", ".svg"):
-        parser.error(f"--out must end in .png, .jpg, .pdf or .svg, got {str(options.out)!r}")
-    if not options.out.parent.is_dir():
-        parser.error(f"--out: there is no folder {str(options.out.parent)!r}")
+    files.check_out(parser, options.out, *files.FIGURES)
     if options.pixel is None and not is_interactive():
         parser.error("no window to click in here: give --pixel ROW,COLUMN")
-    checkpoint = Checkpoint.load(options.checkpoint)
     images = [] if options.image is None else [options.image]
     numbers = [] if options.shape is None else [options.shape]
-    ((_, image),) = pictures_of(images, numbers, checkpoint.settings()).items()
+    files.check([options.out], [options.checkpoint, *images])
+    checkpoint = Checkpoint.load(options.checkpoint)
+    (read,) = pictures_of(images, numbers, checkpoint.settings()).values()
+    image = read()
     maps = attend(checkpoint, image, options.pixel or clicked(image))
     if not maps:
         parser.error("no pixel was clicked on")

@@ -1,6 +1,5 @@
 """Checkpoints: a dict of tensors, numbers and strings that says how to rebuild the network it belongs to."""
 
-import os
 import pickle
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .. import files
 from .config import Config, ConfigError
 from .model import Segmenter
 from .sample import Samples
@@ -38,9 +38,11 @@ class Checkpoint:
 
     def save(self, path: Path) -> None:
         """Write the file whole or not at all."""
-        unfinished = path.with_suffix(".unfinished")
-        torch.save({name: getattr(self, name) for name in self.__dataclass_fields__}, unfinished)
-        os.replace(unfinished, path)
+        with files.whole(path) as file:
+            try:
+                torch.save({name: getattr(self, name) for name in self.__dataclass_fields__}, file)
+            except RuntimeError as error:  # that its end is not where it should be, after writing has failed
+                raise error.__context__ or error from None
 
     @classmethod
     def load(cls, path: str | Path) -> "Checkpoint":

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from asa_ops import nn as blocks
 
+from .. import files
+
 FOLDER = Path(__file__).parent / "configs"
 NAMES = ("shapes", "cityscapes", "ade20k", "voc2012")
 NO_BLOCK = "none"  # the baseline: the same head with nothing between its convolutions
@@ -143,12 +145,11 @@ class Config:
         """Read a JSON file, or one of ``NAMES`` from `configs`.
 
         Raises:
-            ConfigError: there is no such file, it is no JSON, or a setting does not fit.
+            FileError: there is no such file, or it is no text.
+            ConfigError: it is no JSON, or a setting does not fit.
         """
         path = FOLDER / f"{name}.json" if name in NAMES else Path(name)
         try:
-            return cls.of(json.loads(path.read_text()))
-        except OSError as error:
-            raise ConfigError(f"cannot read {str(path)!r}: {error.strerror}") from error
+            return cls.of(json.loads(files.read(path)))
         except ValueError as error:  # broken JSON, or a setting
             raise ConfigError(f"{path}: {error}") from error

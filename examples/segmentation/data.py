@@ -5,9 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import PIL.Image
-import PIL.ImageOps
 
+from .. import files, pictures
 from .config import Config, ConfigError
 from .sample import IGNORE, DataError, Sample, Samples
 from .shapes import Shapes
@@ -15,19 +14,23 @@ from .shapes import Shapes
 
 @dataclass(frozen=True)
 class Files:
-    """Pictures and label pictures on disk. ``class_of`` maps a stored label to a class or to ``IGNORE``."""
+    """Pictures and label pictures on disk. ``class_of`` maps a stored label to a class or to ``IGNORE``.
+
+    ``lists`` are the text files that pictures or classes are listed in.
+    """
 
     pairs: list[tuple[Path, Path]]
     classes: tuple[str, ...]
     palette: np.ndarray
     class_of: dict[int, int]
+    lists: tuple[Path, ...] = ()
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def __getitem__(self, index: int) -> Sample:
         image_path, label_path = self.pairs[index]
-        image, stored = read(image_path, "RGB"), read(label_path, None)
+        image, stored = pictures.read(image_path, "RGB"), pictures.read(label_path, None)
         if stored.ndim != 2 or stored.dtype != np.uint8:
             raise DataError(f"{label_path} must have one 8 bit number per pixel, got {stored.dtype} {stored.shape}")
         if image.shape[:2] != stored.shape:
@@ -39,25 +42,6 @@ class Files:
         if (label < 0).any():
             raise DataError(f"{label_path} holds the label {stored[label < 0][0]}, expected {ranges(self.class_of)}")
         return Sample(image, label.astype(np.uint8), str(image_path))
-
-
-def read(path: Path, mode: str | None, upright: bool = False) -> np.ndarray:
-    """Return a picture file as an array, converted to ``mode``; None: as stored, a palette's indices.
-
-    ``upright`` turns it as its camera noted. Of the data sets the labels are those of the stored pixels.
-
-    Raises:
-        DataError: the file is no picture, or its values do not fit into 8 bits, where converting would clip them.
-    """
-    try:
-        with PIL.Image.open(path) as file:
-            if mode is not None and file.mode.startswith(("I", "F")):
-                raise DataError(f"{path} must have 8 bits a channel, got a picture of mode {file.mode}")
-            if upright:
-                file = PIL.ImageOps.exif_transpose(file)
-            return np.asarray(file if mode is None else file.convert(mode))
-    except (OSError, SyntaxError, ValueError) as error:
-        raise DataError(f"cannot read {path} as a picture: {error}") from error
 
 
 def ranges(values: dict[int, int]) -> str:
@@ -127,11 +111,12 @@ def ade20k(root: Path, split: str) -> Files:
     listed = root / "objectInfo150.txt"
     if not listed.is_file():
         raise DataError(f"{listed}, which lists the classes, is missing")
-    names = [line.rpartition("\t")[2].split(",")[0].strip() for line in listed.read_text().splitlines()[1:]]
+    names = [line.rpartition("\t")[2].split(",")[0].strip() for line in files.read(listed).splitlines()[1:]]
     if len(names) != 150:
         raise DataError(f"{listed} must list 150 classes below its title line, got {len(names)}")
     class_of = {0: IGNORE} | {stored: stored - 1 for stored in range(1, 151)}
-    return Files(complete(images, labels, f"{folder}/*.jpg", found), tuple(names), colours(151)[1:], class_of)
+    pairs = complete(images, labels, f"{folder}/*.jpg", found)
+    return Files(pairs, tuple(names), colours(151)[1:], class_of, (listed,))
 
 
 def voc2012(root: Path, split: str) -> Files:
@@ -150,13 +135,13 @@ def voc2012(root: Path, split: str) -> Files:
     ]
     class_of = {i: i for i in range(len(VOC2012))} | {255: IGNORE}
     pairs = complete(images, labels, f"names in {lists / split}.txt")
-    return Files(pairs, VOC2012, colours(len(VOC2012)), class_of)
+    return Files(pairs, VOC2012, colours(len(VOC2012)), class_of, tuple(lists.glob("*.txt")))
 
 
 def names_in(listed: Path) -> list[str]:
     if not listed.is_file():
         raise DataError(f"{listed}, which lists the pictures of split {listed.stem!r}, is missing")
-    return listed.read_text().split()
+    return files.read(listed).split()
 
 
 def existing(folder: Path) -> Path:
@@ -190,7 +175,7 @@ def build(config: Config, root: str | Path | None, training: bool) -> Samples:
 
     Raises:
         ConfigError: options that do not fit.
-        DataError: folders or files that are missing.
+        DataError, FileError: folders or files that are missing, lists that are no text.
     """
     known = ("size", "pictures") if config.data == "shapes" else ("train_split", "val_split")
     if unknown := sorted(config.data_options.keys() - set(known)):
@@ -204,3 +189,8 @@ def build(config: Config, root: str | Path | None, training: bool) -> Samples:
         raise ConfigError(f"{config.data} needs --root, the folder that holds it")
     name = "train" if training else "val"
     return LAYOUTS[config.data](existing(Path(root)), config.data_options.get(f"{name}_split", name))
+
+
+def inputs(samples: Samples) -> list[Path]:
+    """Return the files that ``samples`` are read from."""
+    return [path for each in (*samples.pairs, samples.lists) for path in each] if isinstance(samples, Files) else []

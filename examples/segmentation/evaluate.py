@@ -15,18 +15,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import PartialState
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassConfusionMatrix
 from tqdm import tqdm
 
+from ..pictures import PictureError
 from . import data
 from .checkpoint import Checkpoint
-from .cli import main_of
+from .cli import main_of, tell
 from .config import Config
 from .pipeline import normalise, scaled
-from .sample import IGNORE, Samples
+from .sample import IGNORE, DataError, Samples
 
 
 @torch.no_grad()
@@ -82,24 +84,28 @@ def upsample(scores: Tensor, size: Sequence[int]) -> Tensor:
 
 @dataclass(frozen=True)
 class Report:
-    """``iou`` float64 [classes], NaN for a class that occurs neither in the labels nor in the predictions."""
+    """``iou`` float64 [classes], NaN for a class that occurs neither in the labels nor in the predictions.
+
+    ``broken`` says of each picture that is left out why.
+    """
 
     classes: tuple[str, ...]
     iou: np.ndarray
     accuracy: float
+    broken: tuple[str, ...] = ()
 
     @property
     def miou(self) -> float:
-        return float(np.nanmean(self.iou))
+        return float(np.nanmean(self.iou)) if np.isfinite(self.iou).any() else math.nan  # of no picture at all
 
     @classmethod
-    def of(cls, classes: Sequence[str], confusion: Tensor) -> "Report":
+    def of(cls, classes: Sequence[str], confusion: Tensor, broken: Sequence[str]) -> "Report":
         """Return the figures of a confusion matrix [label, prediction]."""
         confusion = confusion.double().cpu().numpy()
         both = confusion.diagonal()
         either = confusion.sum(0) + confusion.sum(1) - both
         iou = np.divide(both, either, out=np.full(len(both), np.nan), where=either > 0)
-        return cls(tuple(classes), iou, both.sum() / max(confusion.sum(), 1))
+        return cls(tuple(classes), iou, both.sum() / max(confusion.sum(), 1), tuple(broken))
 
     def __str__(self) -> str:
         width = max(map(len, (*self.classes, "pixel accuracy")))
@@ -130,19 +136,24 @@ def gathered(model: nn.Module) -> Iterator[None]:
 def evaluate(
     model: nn.Module, samples: Samples, config: Config, scales: Sequence[float] = (1.0,), flip: bool = False
 ) -> Report:
-    """Return the figures of ``model`` on ``samples``, which the processes share."""
+    """Return the figures of ``model`` on ``samples``, which the processes share, but for those that are broken."""
     state, was_training = PartialState(), model.training
     model.eval()
     device = next(model.parameters()).device
     metric = MulticlassConfusionMatrix(len(samples.classes), ignore_index=IGNORE).to(device)
+    broken = []
     share = range(state.process_index, len(samples), state.num_processes)
     with gathered(model):
         for index in tqdm(share, desc="evaluating", unit="picture", leave=False, disable=not state.is_main_process):
-            sample = samples[index]
+            try:
+                sample = samples[index]
+            except (DataError, PictureError) as error:
+                broken.append(str(error))
+                continue
             prediction = probabilities(model, sample.image, config, scales, flip).argmax(0)
             metric.update(prediction, torch.from_numpy(sample.label).to(device).long())
     model.train(was_training)
-    return Report.of(samples.classes, metric.compute())
+    return Report.of(samples.classes, metric.compute(), gather_object(broken))
 
 
 def main(arguments: list[str] | None = None) -> Report:
@@ -168,8 +179,10 @@ def main(arguments: list[str] | None = None) -> Report:
     checkpoint.check_classes(samples)
     state = PartialState(cpu=not torch.cuda.is_available())
     report = evaluate(checkpoint.segmenter().to(state.device), samples, config, options.scales, options.flip)
-    title = f"{options.checkpoint}: block {config.block}, {checkpoint.step} steps, {len(samples)} pictures"
-    state.print(f"{title}\n\n{report}")
+    if state.is_main_process:
+        count = f"{len(samples) - len(report.broken)} of {len(samples)}" if report.broken else len(samples)
+        print(f"{options.checkpoint}: block {config.block}, {checkpoint.step} steps, {count} pictures\n\n{report}")
+        tell(report.broken)
     return report
 
 

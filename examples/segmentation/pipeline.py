@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..pictures import PictureError
 from .config import Config, ConfigError
 from .sample import IGNORE, DataError, Sample, Samples
 
@@ -133,7 +134,7 @@ class Positions(Dataset):
         """
         try:
             return [self[position] for position in positions]
-        except (ConfigError, DataError) as error:
+        except (ConfigError, DataError, PictureError) as error:
             return error
 
 
@@ -166,7 +167,7 @@ def loader(
     """Yield the batches (image [b, 3, h, w], label [b, h, w]) of ``parts``.
 
     Raises:
-        ConfigError, DataError: a picture that does not fit or cannot be read.
+        ConfigError, DataError, PictureError: a picture that does not fit or cannot be read.
     """
     batches = DataLoader(
         Positions(samples, config),

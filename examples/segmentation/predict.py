@@ -2,17 +2,22 @@
 
 python -m examples.segmentation.predict runs/segmentation/checkpoint.pt street.jpg --out predictions
 python -m examples.segmentation.predict runs/segmentation/checkpoint.pt --shape 0   # the first picture of shapes
+
+Pictures are read one at a time. Those that cannot be are told at the end.
 """
 
 import argparse
+import gc
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.patches import Patch
 
+from .. import files
+from ..pictures import PictureError
 from .checkpoint import Checkpoint
-from .cli import device_of, main_of, pictures_of
+from .cli import device_of, main_of, pictures_of, tell
 from .evaluate import probabilities
 
 OPACITY = 0.6
@@ -33,11 +38,11 @@ def draw(path: Path, image: np.ndarray, prediction: np.ndarray, classes: list[st
     found = [i for i in np.argsort(-counts) if counts[i]]
     handles = [Patch(facecolor=palette[i] / 255, edgecolor="grey", label=classes[i]) for i in found]
     figure.legend(handles=handles, loc="outside lower center", ncols=6, frameon=False)
-    figure.savefig(path, dpi=110)
+    files.save(figure, path, dpi=110)
     plt.close(figure)
 
 
-def main(arguments: list[str] | None = None) -> list[np.ndarray]:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="predict", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -49,15 +54,25 @@ def main(arguments: list[str] | None = None) -> list[np.ndarray]:
     checkpoint = Checkpoint.load(options.checkpoint)
     config = checkpoint.settings()
     pictures = pictures_of(options.images, options.shape, config)
+    pictures = {options.out / f"{name}.png": read for name, read in pictures.items()}
+    files.check(pictures, [options.checkpoint, *options.images])
+    folders = {files.identity(image.parent) for image in options.images}
+    if others := [path for path in pictures if path.exists() and files.identity(path.parent) in folders]:
+        raise files.FileError(f"{others[0]} is there, beside a picture that is read: expected another --out")
     model = checkpoint.segmenter().to(device_of())
-    options.out.mkdir(parents=True, exist_ok=True)
-    predictions = []
-    for name, image in pictures.items():
+    broken = []
+    for path, read in pictures.items():
+        try:
+            image = read()
+        except PictureError as error:
+            broken.append(str(error))
+            continue
         prediction = probabilities(model, image, config).argmax(0).cpu().numpy()
-        draw(path := options.out / f"{name}.png", image, prediction, checkpoint.classes, checkpoint.colours)
+        options.out.mkdir(parents=True, exist_ok=True)
+        draw(path, image, prediction, checkpoint.classes, checkpoint.colours)
+        gc.collect()  # figures refer to themselves: they would pile up
         print(path)
-        predictions.append(prediction)
-    return predictions
+    tell(broken)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ the settings and the precision; without --resume it is replaced only with --over
 """
 
 import argparse
+import itertools
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,9 +32,10 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
+from .. import files
 from . import data
 from .checkpoint import Checkpoint, CheckpointError
-from .cli import main_of
+from .cli import main_of, tell
 from .config import NAMES, Config, ConfigError
 from .evaluate import Report, evaluate
 from .model import Segmenter, loss_of
@@ -82,9 +83,9 @@ def train(
         after_step: called with the number of steps done and the network.
 
     Raises:
-        CheckpointError, ConfigError, DataError: something that the user can put right.
+        CheckpointError, ConfigError, DataError, FileError, PictureError: something that the user can put right.
     """
-    checkpoint_path, log_path = out / "checkpoint.pt", out / "log.jsonl"
+    checkpoint_path, log_path = outputs = paths_in(out)
     checkpoint = Checkpoint.load(checkpoint_path) if resume else None
     if checkpoint is None and checkpoint_path.exists() and not overwrite:
         raise CheckpointError(f"{str(out)!r} holds a checkpoint: expected --resume, --overwrite or another --out")
@@ -94,6 +95,8 @@ def train(
     if accumulate is None:
         accumulate = max(checkpoint.arithmetic[PARTS] // accelerator.num_processes, 1) if checkpoint else 1
     training, validation = (data.build(config, root, training) for training in (True, False))
+    weights = Path(config.pretrained).glob("*") if config.pretrained else ()
+    files.check(outputs, itertools.chain(data.inputs(training), data.inputs(validation), weights))
     torch.manual_seed(config.seed)
     model = Segmenter(config, len(training.classes))
     model = distribute(model, accelerator, shard)
@@ -111,9 +114,9 @@ def train(
     accelerator.wait_for_everyone()  # to have read what is replaced now
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
+        files.write(log_path, "".join(log_line(config, step, loss) for step, loss in enumerate(losses)))
         if not checkpoint:
-            checkpoint_path.unlink(missing_ok=True)  # its log goes
-        write_log(log_path, config, losses)
+            checkpoint_path.unlink(missing_ok=True)  # its log is gone
     batches = iter(loader(training, config, parts, workers, accelerator.device.type == "cuda"))
 
     def save(step: int) -> None:
@@ -147,8 +150,7 @@ def train(
         optimizer.step()
         losses.append(loss)
         if accelerator.is_main_process:
-            with log_path.open("a") as log:
-                log.write(log_line(config, step, loss))
+            files.append(log_path, log_line(config, step, loss))
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
         after_step(step + 1, model)
         if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
@@ -156,6 +158,11 @@ def train(
             save(step + 1)
     report = evaluate(accelerator.unwrap_model(model), validation, config)
     return Result(losses, report)
+
+
+def paths_in(out: Path) -> tuple[Path, Path]:
+    """Return what a run writes: the checkpoint and the log."""
+    return out / "checkpoint.pt", out / "log.jsonl"
 
 
 def distribute(model: Segmenter, accelerator: Accelerator, shard: bool) -> nn.Module:
@@ -214,19 +221,12 @@ def log_line(config: Config, step: int, loss: float) -> str:
     return json.dumps({"step": step, "loss": loss, "learning_rate": learning_rate(config, step)}) + "\n"
 
 
-def write_log(path: Path, config: Config, losses: list[float]) -> None:
-    """Write the log whole or not at all."""
-    unfinished = path.with_suffix(".unfinished")
-    unfinished.write_text("".join(log_line(config, step, loss) for step, loss in enumerate(losses)))
-    os.replace(unfinished, path)
-
-
 def read_log(path: Path, steps: int) -> list[float]:
     """Return the losses of the first ``steps`` steps."""
     try:
-        losses = [json.loads(line)["loss"] for line in path.read_text().splitlines()[:steps]]
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{path} is missing or broken: {error}") from error
+        losses = [json.loads(line)["loss"] for line in files.read(path).splitlines()[:steps]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} is broken: {error}") from error
     if len(losses) < steps:
         raise CheckpointError(f"{path} has {len(losses)} steps, its checkpoint {steps}")
     return losses
@@ -307,12 +307,15 @@ def main(arguments: list[str] | None = None) -> Result:
         if value is not None and value < least:
             parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
     config = settings_of(options)
+    if options.config:
+        files.check(paths_in(options.out), [options.config])
     names = ("out", "root", "resume", "overwrite", "precision", "shard", "accumulate", "workers", "checkpoint_every")
     result = train(config, **{name: getattr(options, name) for name in names})
     if Accelerator().is_main_process:
         print(
             f"block {config.block}, {config.steps} steps, checkpoint {options.out / 'checkpoint.pt'}\n\n{result.report}"
         )
+        tell(result.report.broken)
     return result
 
 

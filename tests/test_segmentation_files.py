@@ -1,0 +1,249 @@
+"""The segmentation commands and the files of a user: what is read, what is replaced, and what is broken."""
+
+import json
+import weakref
+from pathlib import Path
+
+import numpy as np
+import pytest
+import segmentation_cases as cases
+from torch import nn
+
+from examples import pictures
+from examples.files import FileError
+from examples.segmentation import attend, cli, data, evaluate, predict, train
+from examples.segmentation.checkpoint import Checkpoint, CheckpointError
+from examples.segmentation.config import NO_BLOCK, Config, ConfigError
+
+TINY = cases.tiny(steps=1, block=NO_BLOCK)
+ADE = {"data": "ade20k", "data_options": {}, "crop": (12, 16)}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A folder with a checkpoint and its log, not to be changed."""
+    out = tmp_path_factory.mktemp("run")
+    train.train(TINY, out)
+    return out
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """The current folder, with pictures."""
+    (tmp_path / "photos").mkdir()
+    monkeypatch.chdir(tmp_path / "photos")
+    for name in ("street.png", "park.png", "land.jpg", "land.png"):
+        cases.write(Path(name), cases.photograph(0))
+    return tmp_path / "photos"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+# Nothing replaces what is read.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["park.png", "street.png", "--out", "."], r"^park\.png would replace park\.png, which is read"),
+        (["link.png", "--out", "../other"], r"^\.\./other/link\.png would replace link\.png"),
+        (["park.png", "--out", "../hard"], r"^\.\./hard/park\.png would replace park\.png"),
+        (["--shape", "0", "--out", "../run"], r"^\.\./run/shape0\.png would replace \.\./run/shape0\.png"),
+        (["land.jpg", "--out", "../photos"], r"^\.\./photos/land\.png is there, beside a picture that is read"),
+        (["street.png", "../other/street.png"], r"^two pictures are named 'street', street\.png and \.\./other/street"),
+        (["street.png", "street.png"], r"^two pictures are named 'street', street\.png and street\.png$"),
+        (["shape1.jpg", "--shape", "1"], r"^two pictures are named 'shape1', shape1\.jpg and --shape 1$"),
+    ],
+)
+def test_predict_replaces_nothing_that_it_reads(arguments, message, run, photos, monkeypatch):
+    """And says so before it looks into a picture."""
+    for name in ("other", "hard", "run"):
+        (photos.parent / name).mkdir()
+    (photos / "link.png").symlink_to("../other/link.png")
+    cases.write(photos.parent / "other" / "link.png", cases.photograph(1))
+    (photos.parent / "hard" / "park.png").hardlink_to("park.png")
+    checkpoint = photos.parent / "run" / "shape0.png"
+    checkpoint.write_bytes((run / "checkpoint.pt").read_bytes())
+    before = [content(folder) for folder in photos.parent.iterdir()]
+    monkeypatch.setattr(pictures, "read", lambda *arguments, **options: pytest.fail("a picture was read"))
+    with pytest.raises((FileError, ConfigError), match=message):
+        predict.main(["../run/shape0.png", *arguments])
+    assert [content(folder) for folder in photos.parent.iterdir()] == before
+
+
+@pytest.mark.parametrize("out", ["street.png", "../photos/street.png", "checkpoint.png"])
+def test_attend_replaces_nothing_that_it_reads(out, photos):
+    Path("checkpoint.png").write_bytes(b"weights")
+    before = content(photos)
+    with pytest.raises(FileError, match=r"\.png would replace (street|checkpoint)\.png, which is read"):
+        attend.main(["checkpoint.png", "street.png", "--pixel", "0,0", "--out", out])
+    assert content(photos) == before
+
+
+def test_training_replaces_nothing_that_it_reads(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "log.jsonl").write_text(json.dumps(TINY.to_dict()))
+    with pytest.raises(FileError, match=r"log\.jsonl would replace .*log\.jsonl, which is read"):
+        train.main(["--config", str(out / "log.jsonl"), "--out", str(out)])
+    root = cases.ade20k(tmp_path / "ade", [1])
+    for read in ("images/training/ADE_train_1.jpg", "annotations/validation/ADE_val_1.png", "objectInfo150.txt"):
+        (out / "checkpoint.pt").unlink(missing_ok=True)
+        (out / "checkpoint.pt").symlink_to(root / read)
+        with pytest.raises(FileError, match=rf"checkpoint\.pt would replace .*{read}, which is read"):
+            train.train(TINY.replace(**ADE), out, root, overwrite=True)
+        assert (root / read).stat().st_size
+
+
+# What is broken costs only itself.
+
+
+def test_predict_does_the_others_where_pictures_are_broken(run, photos, monkeypatch, capsys):
+    Path("cut.png").write_bytes(Path("street.png").read_bytes()[:300])
+    cases.write(Path("large.png"), np.zeros((99, 99, 3), np.uint8))
+    monkeypatch.setattr(pictures.PIL.Image, "MAX_IMAGE_PIXELS", 4000)
+    given = ["cut.png", "street.png", "large.png", "missing.png", "park.png"]
+    with pytest.raises(SystemExit) as end:
+        cli.main_of(lambda: predict.main([str(run / "checkpoint.pt"), *given, "--out", "out"]))
+    title, *lines = end.value.code.splitlines()
+    assert title == "error: 3 pictures were left out:"
+    messages = ("cannot read cut.png", "large.png has more than 8,000", "missing.png as a picture: No such file")
+    for line, message in zip(lines, messages, strict=True):
+        assert message in line
+    assert capsys.readouterr().out.split() == ["out/street.png", "out/park.png"]
+    assert sorted(content(photos / "out")) == ["park.png", "street.png"]
+    with pytest.raises(SystemExit, match=r"^error: cannot read cut\.png as a picture: .*$"):
+        cli.main_of(lambda: predict.main([str(run / "checkpoint.pt"), "cut.png", "--out", "new"]))
+    assert not Path("new").exists()
+
+
+def test_predict_has_one_picture_at_a_time(run, photos, monkeypatch):
+    """Each is written before the next is read, and then given up."""
+    events, images, read = [], [], pictures.read
+
+    def watched(path, *arguments, **options):
+        assert sum(image() is not None for image in images) <= 1  # the last one, until this one takes its name
+        events.append(f"read {path}")
+        image = read(path, *arguments, **options)
+        images.append(weakref.ref(image))
+        return image
+
+    monkeypatch.setattr(pictures, "read", watched)
+    monkeypatch.setattr(predict, "draw", lambda path, *rest: events.append(f"write {path}"))
+    for i in range(4):
+        cases.write(Path(f"{i}.png"), cases.photograph(i))
+    predict.main([str(run / "checkpoint.pt"), *(f"{i}.png" for i in range(4)), "--out", "out"])
+    assert events == [f"{did}{i}.png" for i in range(4) for did in ("read ", "write out/")]
+
+
+@pytest.fixture
+def ade(tmp_path):
+    """A data set whose validation pictures are a good one, one cut short, and one with a label out of range."""
+    root = cases.ade20k(tmp_path / "ade", [1, 2])
+    for name, label in (("cut", 1), ("label", 151)):
+        cases.write(root / "images" / "validation" / f"{name}.jpg", cases.photograph(0))
+        cases.write(root / "annotations" / "validation" / f"{name}.png", cases.label_of([label]))
+    cut = root / "images" / "validation" / "cut.jpg"
+    cut.write_bytes(cut.read_bytes()[:200])
+    return root
+
+
+def test_figures_are_those_of_the_pictures_that_can_be_read(ade, tmp_path, capsys):
+    """Evaluation after training tells of the others too, when all is written."""
+    (tmp_path / "config.json").write_text(json.dumps(TINY.replace(**ADE).to_dict()))
+    command = ["--config", str(tmp_path / "config.json"), "--root", str(ade), "--out", str(tmp_path / "run")]
+    message = r"^error: 2 pictures were left out:\n.*cut\.jpg as a picture: .*\n.*label\.png holds the label 151"
+    with pytest.raises(SystemExit, match=message):
+        cli.main_of(lambda: train.main(command))
+    trained = capsys.readouterr().out
+    assert "pixel accuracy" in trained and (tmp_path / "run" / "checkpoint.pt").exists()
+    command = [str(tmp_path / "run" / "checkpoint.pt"), "--root", str(ade)]
+    with pytest.raises(SystemExit, match=message):
+        cli.main_of(lambda: evaluate.main(command))
+    told = capsys.readouterr().out
+    assert "1 of 3 pictures" in told and told.split("\n\n")[1] == trained.split("\n\n")[1]
+    for path in ade.rglob("validation/*"):
+        if "ADE" not in path.name:
+            path.unlink()
+    evaluate.main(command)
+    assert capsys.readouterr().out == told.replace("1 of 3 pictures", "1 pictures")
+
+
+def test_no_picture_that_can_be_read(ade, recwarn):
+    for path in ade.glob("annotations/validation/*"):
+        path.write_bytes(b"")
+    config = TINY.replace(**ADE)
+    samples = data.build(config, ade, training=False)
+    report = evaluate.evaluate(nn.Linear(1, 1), samples, config)
+    assert len(report.broken) == 3 and "mean                 -" in str(report)
+    assert not [each for each in recwarn if issubclass(each.category, RuntimeWarning)]
+
+
+# Files are written whole or not at all.
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, full_disk):
+    checkpoint = Checkpoint.load(run / "checkpoint.pt")
+    path = tmp_path / "checkpoint.pt"
+    path.write_bytes(b"before")
+    with full_disk(), pytest.raises(FileError, match=r"checkpoint\.pt: File too large$"):
+        checkpoint.save(path)
+    assert content(tmp_path) == {"checkpoint.pt": b"before"}
+
+
+def test_a_full_disk_leaves_the_log(run, full_disk, monkeypatch):
+    before = content(run)
+    monkeypatch.setattr(train, "log_line", lambda *arguments: 200 * " ")
+    with full_disk(), pytest.raises(FileError, match=r"log\.jsonl: File too large$"):
+        train.train(TINY, run, resume=True)
+    assert content(run) == before
+
+
+def test_a_folder_that_cannot_be_written_is_told_first(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.delattr(train, "Segmenter")
+    with pytest.raises(FileError, match=r"checkpoint\.pt cannot be written: .*file is no folder"):
+        train.train(TINY, tmp_path / "file" / "run")
+
+
+# Text that users write.
+
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_text_of_other_editors(mark, tmp_path):
+    def edit(path: Path) -> None:
+        path.write_bytes(mark + path.read_bytes().replace(b"\n", b"\r\n"))
+
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(TINY.to_dict(), indent=1))
+    edit(path)
+    assert Config.load(path) == TINY
+    edit(cases.ade20k(tmp_path, [1]) / "objectInfo150.txt")
+    classes = data.build(Config.load("ade20k"), tmp_path, training=True).classes
+    assert (classes[0], classes[-1], len(classes)) == ("name1", "name150", 150)
+    edit(cases.voc2012(tmp_path, [1]) / "ImageSets" / "Segmentation" / "trainaug.txt")
+    assert len(data.build(Config.load("voc2012"), tmp_path, training=True)) == 3
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_text_in_other_encodings_is_named(encoding, tmp_path):
+    for root, name, listed in (
+        (cases.ade20k(tmp_path, [1]), "ade20k", "objectInfo150.txt"),
+        (cases.voc2012(tmp_path, [1]), "voc2012", "ImageSets/Segmentation/trainaug.txt"),
+    ):
+        (root / listed).write_text("2007_1\nfür", encoding=encoding)
+        with pytest.raises(FileError, match=rf"{listed} must be text in UTF-8, got byte 0x"):
+            data.build(Config.load(name), root, training=True)
+    path = tmp_path / "config.json"
+    path.write_text('{"data": "für"}', encoding=encoding)
+    with pytest.raises(FileError, match=r"config\.json must be text in UTF-8"):
+        Config.load(path)
+
+
+def test_a_log_that_is_none(run, tmp_path):
+    for line in ("3", '{"loss"', '{"step": 0}'):
+        (tmp_path / "log.jsonl").write_text(line)
+        with pytest.raises(CheckpointError, match=r"log\.jsonl is broken: "):
+            train.read_log(tmp_path / "log.jsonl", 1)
