@@ -29,9 +29,9 @@ from pathlib import Path
 import files
 import matplotlib.pyplot as plt
 import numpy as np
-import scipy.stats
 import skimage
 import torch
+from confidence import interval
 from denoise import PATCH, attention_inputs
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -356,13 +356,6 @@ def rounded(x: object) -> object:
     if isinstance(x, list):
         return [rounded(value) for value in x]
     return float(f"{x:.{DIGITS}g}") if isinstance(x, float) else x
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95 % confidence interval (Student's t), NaN for a single value."""
-    if len(values) < 2:
-        return values[0], math.nan
-    return np.mean(values).item(), (scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)).item()
 
 
 def finished(results: dict) -> dict:

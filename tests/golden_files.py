@@ -34,21 +34,25 @@ class Content(dict):
         raise GoldenError(f"{self.where}: there is no {key!r}, only {sorted(self)}")
 
 
-def check_folder(folder: Path) -> None:
-    """Check that the files of a folder are those that its manifest lists.
+def check_folder(folder: Path, whole: bool = True) -> None:
+    """Check that the manifest of a folder lists its files and, if ``whole``, no others.
+
+    Of somebody's own choice of files the manifest may be that of all files, or be missing.
 
     Raises:
-        GoldenError: they are not; or there is no such folder, no manifest in it, or no file.
+        GoldenError: it does not, or there is no such folder, or no file in it.
     """
     if not folder.is_dir():
         raise GoldenError(f"{folder} is no folder")
     present = {path.name for path in files(folder)}
     if not present:
         raise GoldenError(f"no *.npz in {folder}")
+    if not whole and not (folder / MANIFEST).exists():
+        return
     listed = _listed(folder / MANIFEST)
     if unlisted := sorted(present - listed):
         raise GoldenError(f"{folder / MANIFEST} has no entry for {unlisted}")
-    if missing := sorted(listed - present):
+    if whole and (missing := sorted(listed - present)):
         raise GoldenError(f"{folder / MANIFEST} has an entry for {missing}, but there is no such file")
 
 

@@ -130,4 +130,5 @@ def evaluations(
     eps = torch.finfo(dtype).eps
     for seed in range(count):
         with Rounding(eps / 2 + ulps * eps, exp_ulps * eps, seed):
-            yield compute()
+            result = compute()
+        yield result

@@ -224,6 +224,42 @@ def test_a_nan_score_gives_nan_in_its_row_only(impl, name):
     assert not out.isnan().any()
 
 
+@everywhere("bad,expected", ((torch.inf, torch.nan), (torch.nan, torch.nan), (-torch.inf, -torch.inf)))
+def test_statistics_of_a_row_without_a_softmax(impl, bad, expected):
+    """Its scores are all +inf, NaN or -inf; lse and lse_kept are the same in every implementation."""
+    for name in ("plain", "dense", "topk_alone"):
+        inputs, options = make(named(name, heads=1), torch.float32)
+        inputs[1].abs_()
+        inputs[0][0, 0, 5] = torch.eye(1, 8)[0]
+        inputs[0][0, 0, 5, 0] = bad
+        out, stats = asa_attention(*inputs, **options, impl=impl, return_stats=True)
+        assert out[0, 0, 5].isnan().all()
+        for x in (stats.lse, stats.lse_kept):
+            torch.testing.assert_close(x[0, 0, 5].item(), expected, equal_nan=True)
+
+
+@everywhere()
+def test_float16_gradients_overflow_as_in_pytorch(impl):
+    """Gradients of scores beyond 65,504 do no harm where those of query are finite; those of key are infinite."""
+    inputs, options = make(named("alpha_only", batch=1, heads=1), torch.float16)
+    inputs[1] *= 1e-3
+    inputs[2] *= 1e3
+    leaves = with_grad(inputs[:3])
+    exact = with_grad([x.double() for x in inputs[:3]])
+    grad_out = torch.full_like(inputs[2], 3e4) * torch.randn(inputs[2].shape).sign()
+    for tensors, thresholds, name in ((leaves, inputs[3:], impl), (exact, [inputs[3].double(), None], "reference")):
+        out = asa_attention(*tensors, *thresholds, **options, impl=name)
+        out.backward(grad_out.to(out.dtype))
+    for ours, truth in zip((x.grad for x in leaves), (x.grad for x in exact), strict=True):
+        most = torch.finfo(torch.float16).max
+        within = truth.abs() < 0.99 * most
+        rounding = 2 * torch.finfo(torch.float16).eps * truth.abs().max().item()
+        torch.testing.assert_close(ours.double()[within], truth[within], rtol=0, atol=rounding)
+        beyond = truth.abs() > 1.01 * most
+        assert torch.equal(ours.double()[beyond], torch.inf * truth[beyond].sign())
+    assert exact[0].grad.abs().max() < most and (exact[1].grad.abs() > most).any()
+
+
 @everywhere("bad", tuple(BAD), quick=(torch.nan,))
 def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
     inputs, options = make(named("plain"), torch.float32)

@@ -183,6 +183,23 @@ def test_thresholds_get_zero_gradients_not_none():
 # The parts.
 
 
+def test_a_product_of_the_interpreter_is_one_number_per_element():
+    """Whatever the shape of its block, on every processor: the terms added in float64, in order, and rounded once."""
+    import interpreter
+
+    a, b = torch.randn(64, 48).numpy(), torch.randn(48, 32).numpy()
+    whole = interpreter.product(a, b)
+    for rows, columns in ((1, 1), (16, 16), (64, 8)):
+        for i in range(0, 64, rows):
+            for j in range(0, 32, columns):
+                part = interpreter.product(a[i : i + rows], b[:, j : j + columns])
+                assert (part == whole[i : i + rows, j : j + columns]).all()
+    in_order = 0.0
+    for x, y in zip(a[3].tolist(), b[:, 5].tolist(), strict=True):
+        in_order += x * y
+    assert whole[3, 5] == torch.tensor(in_order, dtype=torch.float64).float().item()
+
+
 def problem_of(case, dtype=torch.float32, learn=False):
     inputs, options = make(case, dtype)
     grid = options.get("grid", (0, 0))

@@ -26,7 +26,6 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
-import scipy.stats
 import torch
 from torch import nn
 from tqdm import tqdm
@@ -35,6 +34,7 @@ from asa_ops import asa_attention
 from asa_ops.nn import AdaptiveSparseAttention
 
 from .. import files
+from ..confidence import interval
 from .cli import main_of
 from .config import NO_BLOCK, Config, ConfigError
 from .train import train
@@ -206,13 +206,6 @@ def gather(folder: Path, runs: dict[str, dict[int, dict]]) -> None:
     for name, seeds in runs.items():
         for seed in seeds:
             path_of(folder, name, seed).unlink(missing_ok=True)
-
-
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95 % confidence interval (Student's t), NaN for a single value."""
-    if len(values) < 2:
-        return values[0], math.nan
-    return np.mean(values).item(), (scipy.stats.sem(values) * scipy.stats.t.ppf(0.975, len(values) - 1)).item()
 
 
 def reference_of(name: str) -> str:
