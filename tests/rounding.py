@@ -124,6 +124,7 @@ def evaluations(
     """Yield what ``compute``, which computes in float64, may return if all of it were rounded to ``dtype``.
 
     Args:
+        count: how many times.
         exp_ulps: units in the last place by which exponentials may be off within a softmax, if more than rounding.
         ulps: so many units in the last place every operation may be off beside rounding.
     """

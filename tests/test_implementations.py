@@ -51,11 +51,9 @@ def test_equals_reference(impl, dtype, case):
 
 
 @each_impl
-@pytest.mark.parametrize("grid", [(97, 97), (1, 2049), (33, 31)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
+@pytest.mark.parametrize("grid", [(17, 97), (1, 1093), (33, 31)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
 def test_equals_reference_on_larger_maps(impl, grid):
-    """More than one block of rows, none of them full; 97 x 97 cropped to what fits a dense float64 comparison."""
-    height, width = grid
-    grid = min(height, 40), width
+    """More than one block of rows, none of them full."""
     case = Case("large", grid=grid, batch=1, heads=1, dim=32, dim_v=16, sharpness=3.0)
     check_against_reference(impl, *make(case, torch.float32))
 

@@ -24,6 +24,16 @@ IMPLEMENTATIONS = ["triton"] * triton_support.interpreted() + ["cuda"] * simt.AV
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 
 
+def everywhere(name: str, values: list, quick: tuple):
+    """Parametrize ``impl`` and another argument; the interpreter is slow: in `make test` it runs ``quick`` only."""
+    rows = [
+        pytest.param(impl, x, marks=[pytest.mark.slow] if impl == "triton" and x not in quick else [])
+        for impl in IMPLEMENTATIONS
+        for x in values
+    ]
+    return pytest.mark.parametrize(f"impl,{name}", rows)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def emulation():
     if simt.AVAILABLE:
@@ -42,8 +52,7 @@ def perturbed():
         del os.environ["ASA_OPS_SIMT_ULPS"]
 
 
-@each_impl
-@pytest.mark.parametrize("name", ["plain", "one_way", "topk", "padding", "dense", "beta_only", "sharp"])
+@everywhere("name", ["plain", "one_way", "topk", "padding", "dense", "beta_only", "sharp"], quick=("plain", "sharp"))
 def test_results_are_those_of_the_reference(impl, name):
     """By the error rule, with as many units in the last place more for every operation."""
     case = named(name, heads=1)
@@ -51,8 +60,7 @@ def test_results_are_those_of_the_reference(impl, name):
         check_against_reference(impl, *make(case, torch.float32), ulps=FORMED * ULPS)
 
 
-@each_impl
-@pytest.mark.parametrize("name", ["plain", "one_way", "padding_topk"])
+@everywhere("name", ["plain", "one_way", "padding_topk"], quick=("padding_topk",))
 def test_threshold_gradients_are_those_of_the_reference(impl, name):
     inputs, options = make(named(name, heads=1), torch.float32)
     with perturbed():
@@ -82,9 +90,8 @@ def check_weights(weights, size):
     assert ((weights - 1).abs() < (1e-3 if size < 1e3 else 0.5)).all(), weights
 
 
-@each_impl
 @pytest.mark.parametrize("thresholds", THRESHOLDS)
-@pytest.mark.parametrize("size", [1e2, 1e5, 1e7, 1e9, 1e25])
+@everywhere("size", [1e2, 1e5, 1e7, 1e9, 1e25], quick=(1e9,))
 def test_scores_of_any_size_leave_no_row_empty(impl, thresholds, size):
     """The largest score of a row exceeds alpha times the mean for alpha < 1."""
     inputs, options = large(size, thresholds)

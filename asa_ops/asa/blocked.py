@@ -17,8 +17,7 @@ from torch import Tensor
 
 from ..bits import bit_columns, pack_bits, unpack_bits
 from ..layout import csr_of_rows, window_columns
-from .reference import log_sum_exp
-from .types import Inputs, NeighborGraph, Options, Saved
+from .types import Inputs, NeighborGraph, Options, Saved, log_sum_exp
 
 # Scores held at once, in elements: small enough to stay near the caches, large enough for the products to run at speed.
 _BLOCK_ELEMENTS = 2**20

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..layout import csr_of_rows
 from ..precision import ignoring_autocast
-from .types import AsaStats, Inputs, NeighborGraph, Options
+from .types import AsaStats, Inputs, NeighborGraph, Options, log_sum_exp
 
 
 class Survivors(NamedTuple):
@@ -105,12 +105,6 @@ def scores(query: Tensor, key: Tensor, scale: float | None, real_q: Tensor, real
     dtype = torch.promote_types(query.dtype, torch.float32)
     q, k = without_padding(query, real_q).to(dtype), without_padding(key, real_k).to(dtype)
     return (scale * (q @ k.mT)).masked_fill(~real_k[:, None, None, :], -torch.inf)
-
-
-def log_sum_exp(s: Tensor) -> Tensor:
-    """Return the log-sum-exp of each row of scores, NaN where one is +inf or NaN: such a row has no softmax."""
-    lse = s.logsumexp(-1)
-    return lse.masked_fill(lse == torch.inf, torch.nan)
 
 
 @torch.no_grad()

@@ -114,7 +114,7 @@ def _asa_arrange_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_arrange_gradient_kernel(
-    do, out, rest, base2, survivors, order, live, delta, top, share, poisoned, bounds,
+    do, out, rest, base2, survivors, order, live, delta, top, share, lse_kept2, poisoned, bounds,
     stride_b, stride_h, stride_n, stride_d, heads, zs, per_image, n, padded, dim,
     DIM: tl.constexpr, BLOCK: tl.constexpr, HAS_REST: tl.constexpr, PRECISION: tl.constexpr, BOUND: tl.constexpr,
 ):  # fmt: skip
@@ -151,9 +151,11 @@ def _asa_arrange_gradient_kernel(
     of_row = tl.sum(tl.where(i[:, None] == i[None, :], products, 0), 1)
     tl.store(delta + z * padded + p, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
     tl.store(live + (z * padded + p)[:, None] * DIM + d[None, :], g)
-    largest = tl.load(base2 + (3 * z + 1) * n + token, mask=real, other=0)
-    tl.store(top + z * padded + p, tl.where(real, top_of(largest), float("inf")))
-    tl.store(share + z * padded + p, 1 / tl.load(base2 + (3 * z + 2) * n + token, mask=real, other=1))
+    largest = tl.load(base2 + (3 * z + 1) * n + token, mask=real, other=float("inf"))
+    total = tl.load(base2 + (3 * z + 2) * n + token, mask=real, other=1)
+    tl.store(top + z * padded + p, tl.where(real, top_of(largest), largest))
+    tl.store(share + z * padded + p, 1 / total)
+    tl.store(lse_kept2 + z * padded + p, largest + tl.log2(total))
     tl.atomic_max(poisoned + z, tl.max((spoilt & real).to(tl.int32), 0), sem="relaxed")
 
 
@@ -297,16 +299,16 @@ class Problem:
     def arrange_gradient(self, do: Tensor, saved: Saved) -> "RowGradients":
         """Arrange the gradient of the output, as ``self.do``, and what goes with it."""
         self.do = self.q.new_empty((self.zs * self.rows.padded, self.width_v))
-        delta, top, share = (self.new(self.zs, self.rows.padded) for _ in range(3))
+        delta, *weights = (self.new(self.zs, self.rows.padded) for _ in range(4))
         poisoned = self.q.new_zeros((self.zs,), dtype=torch.int32)
         support.launch(
             _asa_arrange_gradient_kernel, (self.zs * self.rows.padded // self.block,), do, saved.out, saved.rest,
-            saved.base2, saved.survivors, self.rows.order, self.do, delta, top, share, poisoned,
+            saved.base2, saved.survivors, self.rows.order, self.do, delta, *weights, poisoned,
             self.bounds, *do.stride(), self.heads, self.zs, self.per_image, self.rows.n, self.rows.padded, self.dim_v,
             DIM=self.width_v, BLOCK=self.block, HAS_REST=saved.rest.shape[-1] > 0,
             PRECISION=support.precision(self.dtype), BOUND=self.bounds is not None, warps=self.warps,
         )  # fmt: skip
-        return RowGradients(delta, top, share, poisoned)
+        return RowGradients(delta, *weights, poisoned)
 
 
 class Bits(NamedTuple):
@@ -335,4 +337,5 @@ class RowGradients(NamedTuple):
     delta: Tensor  # <do_i, out_i>
     top: Tensor  # score in base 2 from which on exponentials are 1: -inf without survivors, inf at padding
     share: Tensor  # 1 over the sum of these exponentials
+    lse_kept2: Tensor  # log-sum-exp over survivors in base 2, in terms of the largest instead of top
     poisoned: Tensor  # whether a row of the head has the output NaN

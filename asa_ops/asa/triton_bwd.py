@@ -16,6 +16,7 @@ from .triton_plan import Thresholds, find_occupied, find_thresholds, keep_everyb
 from .triton_tiles import (
     SCALARS,
     admission_weight,
+    exponential,
     image_of,
     load_tile,
     load_whole,
@@ -23,7 +24,6 @@ from .triton_tiles import (
     pairs_of_tile,
     product,
     shrink_of,
-    softmax_weight,
     some_columns,
     step_derivative,
 )
@@ -74,7 +74,7 @@ def _asa_dq_kernel(
         dp = product(do, do_whole, z * padded + i0, v, v_whole, at,
                      BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)  # fmt: skip
         kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
-        p = softmax_weight(s * scale2 - top_i[:, None], share_i[:, None], kept)
+        p = exponential(s * scale2 - top_i[:, None], kept) * share_i[:, None]
         ds = tl.where(kept, p * (dp - delta_i[:, None]), 0) * shrink
         if RESIDUAL:
             acc += tl.sum(ds, 1)
@@ -127,14 +127,16 @@ def _asa_dkv_kernel(
         q_whole = load_whole(q, at, BLOCK_N, DIM, CHUNK, TMA)
         s = product(k, k_whole, at_key, q, q_whole, at, BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)
         kept = pairs_of_tile(words, j0, i0, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
-        p = softmax_weight(s * scale2 - tl.load(top + rows)[None, :], tl.load(share + rows)[None, :], kept)
+        e = tl.exp2(tl.minimum(s * scale2 - tl.load(top + rows)[None, :], 0))
         do_whole = load_whole(do, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
         if WANT_DV:
             live = some_columns(do, do_whole, at, chunk * COLUMNS_V, BLOCK_N, DIM_V, CHUNK_V, COLUMNS_V, TMA)
+            p = tl.where(kept, e * tl.load(share + rows)[None, :], 0)
             dv = tl.dot(operand(p, PRECISION).to(live.dtype), live, dv, input_precision=PRECISION)
         if WANT_DK:
             dp = product(v, v_whole, at_key, do, do_whole, at, BLOCK_M, BLOCK_N, DIM_V, CHUNK_V, PRECISION, TMA)
-            ds = tl.where(kept, p * (dp - tl.load(delta + rows)[None, :]), 0) * shrink
+            gain = (dp - tl.load(delta + rows)[None, :]) * (tl.load(share + rows) * shrink)[None, :]
+            ds = tl.where(kept, e * gain, 0)
             queries = some_columns(q, q_whole, at, chunk * COLUMNS, BLOCK_N, DIM, CHUNK, COLUMNS, TMA)
             dk = tl.dot(operand(ds, PRECISION).to(queries.dtype), queries, dk, input_precision=PRECISION)
     at = (split * tl.cast(zs, tl.int64) * key_padded + at_key + tl.arange(0, BLOCK_M))[:, None]
@@ -146,7 +148,7 @@ def _asa_dkv_kernel(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dt_kernel(
-    q, k, v, do, lists, lengths, words, lse2, cut2, kappa2, top, share, delta, order, key_counts, partial,
+    q, k, v, do, lists, lengths, words, lse2, cut2, kappa2, lse_kept2, delta, order, key_counts, partial,
     words_stride, scale2, band, heads, zs, per_image, padded, key_padded, others, splits, width, reach,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, CHUNK: tl.constexpr,
     CHUNK_V: tl.constexpr, PRECISION: tl.constexpr, TMA: tl.constexpr,
@@ -168,7 +170,7 @@ def _asa_dt_kernel(
     lists += (z.to(tl.int64) * blocks + block) * others
     image = tl.cast(image_of(z, heads, per_image), tl.int64)
     n_keys = tl.load(key_counts + image)
-    top_i, share_i, delta_i = tl.load(top + rows), tl.load(share + rows), tl.load(delta + rows)
+    kept_i, delta_i = tl.load(lse_kept2 + rows), tl.load(delta + rows)
     lse_i, cut_i = tl.load(lse2 + rows), tl.load(cut2 + rows)
     order += image * padded
     SUB: tl.constexpr = BLOCK_N if BLOCK_N > 64 else 64
@@ -197,23 +199,23 @@ def _asa_dt_kernel(
                 dp_back = tl.dot(vi, doj.T, dp_back, input_precision=PRECISION)
         neighbour = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, False)
         counts = (j < n_keys)[None, :]
-        if HAS_TOPK:
-            counts &= neighbour | (s * scale2 >= tl.load(kappa2 + rows)[:, None])
         if MUTUAL:
             other_way = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, False, True)
             counts &= other_way
             neighbour &= other_way
+        if HAS_TOPK:
+            counts &= s * scale2 >= tl.load(kappa2 + rows)[:, None]
         if HAS_WINDOW:
             token_i = tl.load(order + i0 + tl.arange(0, BLOCK_M))[:, None]
             token_j = tl.load(order + j)[None, :]
             near = tl.abs(token_i // width - token_j // width) <= reach
             counts &= (near & (tl.abs(token_i % width - token_j % width) <= reach)) == 0
-        gap, empty_i = s * scale2 - top_i[:, None], (top_i == -float("inf"))[:, None]
-        offer = admission_weight(gap, share_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
+        empty_i = (kept_i == -float("inf"))[:, None]
+        offer = admission_weight(s * scale2 - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
         if MUTUAL:
             columns = z.to(tl.int64) * padded + j
-            top_j, share_j = tl.load(top + columns)[None, :], tl.load(share + columns)[None, :]
-            weight = admission_weight(back * scale2 - top_j, share_j, neighbour, top_j == -float("inf"))
+            kept_j = tl.load(lse_kept2 + columns)[None, :]
+            weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
             offer += weight * (dp_back - tl.load(delta + columns)[None, :])
         step = step_derivative(((s * scale2 - lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
         acc += tl.sum(tl.where(counts & (step > 0), step * offer, 0), 1)
@@ -314,7 +316,7 @@ def _sum_thresholds(
     support.launch(
         _asa_dt_kernel, (zs * blocks, splits),
         *problem.tiles(config, q=(m, chunk), k=(n, chunk), v=(n, chunk_v), do=(m, chunk_v)), lists.lists, lists.lengths,
-        bits.words, *thresholds[:3], row.top, row.share, row.delta, rows.order, keys.counts, partial, bits.stride,
+        bits.words, *thresholds[:3], row.lse_kept2, row.delta, rows.order, keys.counts, partial, bits.stride,
         problem.scale2, band, problem.heads, zs, problem.per_image, rows.padded, keys.padded, lists.others, splits,
         max(problem.options.grid[1], 1), problem.window // 2, BLOCK_M=m, BLOCK_N=n, DIM=problem.width,
         DIM_V=problem.width_v, CHUNK=chunk, CHUNK_V=chunk_v, MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk,

@@ -17,6 +17,7 @@ from .triton_plan import Thresholds, collect_pairs, find_occupied, find_threshol
 from .triton_tiles import (
     SCALARS,
     count_bits,
+    exponential,
     first_bits,
     image_of,
     load_tile,
@@ -26,7 +27,6 @@ from .triton_tiles import (
     pack_rows,
     pairs_of_tile,
     product,
-    softmax_weight,
 )
 from .triton_topk import find_kth
 from .triton_window import Sums, combine, find_local_survivors
@@ -236,7 +236,7 @@ def _asa_aggregate_kernel(
         s = product(q, q_whole, z * padded + i0, k, k_whole, z * key_padded + j0,
                     BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)  # fmt: skip
         kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
-        p = softmax_weight(s * scale2 - top[:, None], 1, kept)
+        p = exponential(s * scale2 - top[:, None], kept)
         summed += tl.sum(p, 1)
         values = load_tile(v, z * key_padded + j0, column, BLOCK_N, CHUNK_V, DIM_V, TMA)
         acc = tl.dot(operand(p, PRECISION).to(values.dtype), values, acc, input_precision=PRECISION)

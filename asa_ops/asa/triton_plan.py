@@ -81,6 +81,8 @@ def _asa_flags_kernel(
             above = m - row_lse2
             cut = tl.where(above > cut, tl.minimum(cut, above - last_bits(m)), cut)
             kth = tl.minimum(kth, m - last_bits(m))
+        else:
+            kth -= 2 * last_bits(kth)  # nor may a neighbour miss it here
         cut = tl.where(real, cut, float("inf"))
         tl.store(cut2 + at, cut, mask=first)
         if HAS_TOPK:

@@ -197,19 +197,17 @@ def shrink_of(bounds, z, zs, SHRINK: tl.constexpr):
 
 
 @triton.jit
-def softmax_weight(gap2, share, kept):
-    """p_ij from s_ij - top_i in base 2; ``share``: 1 over the sum of the row's exponentials."""
-    return tl.exp2(tl.where(kept, tl.minimum(gap2, 0), -float("inf"))) * share
+def exponential(gap2, kept):
+    """exp s_ij / exp top_i of a survivor from the difference in base 2, 0 of others."""
+    return tl.exp2(tl.where(kept, tl.minimum(gap2, 0), -float("inf")))
 
 
 @triton.jit
-def admission_weight(gap2, share, kept, empty):
-    """c_ij of ``asa_ops.asa``: to first order the weight that a pair has or would have."""
-    gap2 = tl.where(kept, tl.minimum(gap2, 0), gap2) + tl.log2(share)
-    weight = tl.exp2(tl.where(kept, gap2, -tl.abs(gap2)))
-    # The logistic function from the exponential of what is not positive.
-    logistic = tl.where(gap2 > 0, 1, weight) / (1 + weight)
-    return tl.where(empty, 1, tl.where(kept, weight, logistic))
+def admission_weight(gap2, kept, empty):
+    """c_ij of ``asa_ops.asa`` from s_ij - lse_kept_i in base 2: to first order the weight a pair has or would have."""
+    below = tl.exp2(-tl.abs(gap2))
+    weight = tl.where(gap2 > 0, 1, below)  # of a survivor; others get the logistic function
+    return tl.where(empty, 1, tl.where(kept, weight, weight / (1 + below)))
 
 
 @triton.jit

@@ -19,9 +19,9 @@ from .triton_tiles import (
     SCALARS,
     admission_weight,
     bit_at,
+    exponential,
     image_of,
     shrink_of,
-    softmax_weight,
     step_derivative,
     window_neighbour,
 )
@@ -99,15 +99,15 @@ def _asa_settle_delta_kernel(
             at_key = z * padded + at
             k_j = tl.load(k + at_key[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
             v_j = tl.load(v + at_key[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
-            weight = softmax_weight(tl.sum(q_i * k_j, 1) * scale2 - top_i, share_i, new)
+            weight = exponential(tl.sum(q_i * k_j, 1) * scale2 - top_i, new) * share_i
             missing += tl.where(new, weight * (tl.sum(do_i * v_j, 1) - delta_i), 0)
     tl.store(delta + at_row, delta_i + missing)
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_rows_kernel(
-    partial, partial_t, q, k, v, do, words, lse2, cut2, kappa2, top, share, delta, poisoned, bounds, order, place,
-    local, log_mean2, alpha, beta, dq, dalpha, dbeta,
+    partial, partial_t, q, k, v, do, words, lse2, cut2, kappa2, top, share, lse_kept2, delta, poisoned, bounds, order,
+    place, local, log_mean2, alpha, beta, dq, dalpha, dbeta,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     words_stride, scale, scale2, band, heads, zs, per_image, n, padded, height, width, dim,
     SPLITS: tl.constexpr, T_SPLITS: tl.constexpr, DIM: tl.constexpr, DIM_V: tl.constexpr, WINDOW: tl.constexpr,
@@ -164,11 +164,11 @@ def _asa_finish_rows_kernel(
             s = tl.sum(q_i * k_j, 1)
             dp = tl.sum(do_i * v_j, 1) - delta_i
             new = survives & (neighbour == 0)
-            gap = s * scale2 - top_i
-            ds = tl.where(new, softmax_weight(gap, share_i, new) * dp, 0)
+            ds = tl.where(new, exponential(s * scale2 - top_i, new) * share_i * dp, 0)
             acc += ds[:, None] * k_j
             if LEARN_ALPHA or LEARN_BETA:
-                offer = admission_weight(gap, share_i, survives | neighbour, top_i == -float("inf")) * dp
+                kept_i = tl.load(lse_kept2 + at_row)
+                offer = admission_weight(s * scale2 - kept_i, survives | neighbour, kept_i == -float("inf")) * dp
             if LEARN_BETA:
                 # In the forward's terms: a score that is its window's mean is so here too, to the last bit.
                 step = step_derivative(((s * scale2 - mean_i) - cut_u) * LN_2, band)
@@ -178,7 +178,7 @@ def _asa_finish_rows_kernel(
                 step = step_derivative(((s * scale2 - lse_i) - cut_i) * LN_2, band)
                 counts = near & (step > 0)
                 if HAS_TOPK:
-                    counts &= one_way | (s * scale2 >= tl.load(kappa2 + at_row))
+                    counts &= s * scale2 >= tl.load(kappa2 + at_row)
                 offer = tl.where(survives, 0, offer)
                 if MUTUAL:
                     counts &= other_way
@@ -189,8 +189,8 @@ def _asa_finish_rows_kernel(
                     v_i = tl.load(v + at_row[:, None] * DIM_V + d_v[None, :]).to(tl.float32)
                     do_j = tl.load(do + at_key[:, None] * DIM_V + d_v[None, :], mask=near[:, None], other=0)
                     dp_back = tl.sum(v_i * do_j.to(tl.float32), 1) - tl.load(delta + at_key)
-                    top_j, share_j = tl.load(top + at_key), tl.load(share + at_key)
-                    weight = admission_weight(back * scale2 - top_j, share_j, neighbour, top_j == -float("inf"))
+                    kept_j = tl.load(lse_kept2 + at_key)
+                    weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
                     offer += tl.where(back_survives, 0, weight * dp_back)
                 dt += tl.where(counts, step * offer, 0)
     bad = tl.load(poisoned + z) != 0
@@ -248,7 +248,7 @@ def _asa_finish_columns_kernel(
             q_i = tl.load(q + at_row[:, None] * DIM + d[None, :], mask=new[:, None], other=0).to(tl.float32)
             do_i = tl.load(do + at_row[:, None] * DIM_V + d_v[None, :], mask=new[:, None], other=0).to(tl.float32)
             gap = tl.sum(q_i * k_j, 1) * scale2 - tl.load(top + at_row)
-            weight = softmax_weight(gap, tl.load(share + at_row), new)
+            weight = exponential(gap, new) * tl.load(share + at_row)
             ds = tl.where(new, weight * (tl.sum(do_i * v_j, 1) - tl.load(delta + at_row)), 0)
             acc_k += ds[:, None] * q_i
             acc_v += weight[:, None] * do_i
@@ -287,15 +287,14 @@ def finish_rows(
     lse2, cut2, kappa2, _ = thresholds or (None,) * 4
     support.launch(
         _asa_finish_rows_kernel, problem.row_programs(rows), sums_q.partial, sums_t.partial, problem.q, problem.k,
-        problem.v, problem.do, bits.words, lse2, cut2, kappa2, row.top, row.share, row.delta, row.poisoned,
-        problem.bounds, *_window_arguments(problem, saved), saved.log_mean, problem.inputs.alpha, problem.inputs.beta,
-        dq, dalpha, dbeta, *problem.strides[0], *problem.strides[1], bits.stride, problem.scale, problem.scale2,
-        band or 1.0, problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, height, width, problem.dim,
-        SPLITS=sums_q.splits, T_SPLITS=sums_t.splits, DIM=problem.width, DIM_V=problem.width_v, WINDOW=problem.window,
-        HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, MUTUAL=problem.mutual, HAS_TOPK=problem.has_topk,
-        LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None, SHRINK=problem.bounds is not None,
-        BLOCK=problem.block, warps=problem.warps,
-        registers=255,
+        problem.v, problem.do, bits.words, lse2, cut2, kappa2, row.top, row.share, row.lse_kept2, row.delta,
+        row.poisoned, problem.bounds, *_window_arguments(problem, saved), saved.log_mean, problem.inputs.alpha,
+        problem.inputs.beta, dq, dalpha, dbeta, *problem.strides[0], *problem.strides[1], bits.stride, problem.scale,
+        problem.scale2, band or 1.0, problem.heads, problem.zs, problem.per_image, rows.n, rows.padded, height, width,
+        problem.dim, SPLITS=sums_q.splits, T_SPLITS=sums_t.splits, DIM=problem.width, DIM_V=problem.width_v,
+        WINDOW=problem.window, HAS_BITS=problem.has_bits, ONE_WAY_BITS=problem.one_way_bits, MUTUAL=problem.mutual,
+        HAS_TOPK=problem.has_topk, LEARN_ALPHA=dalpha is not None, LEARN_BETA=dbeta is not None,
+        SHRINK=problem.bounds is not None, BLOCK=problem.block, warps=problem.warps, registers=255,
     )  # fmt: skip
 
 

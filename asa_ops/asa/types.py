@@ -22,6 +22,12 @@ class AsaStats(NamedTuple):
     survivors: Tensor
 
 
+def log_sum_exp(s: Tensor) -> Tensor:
+    """Return the log-sum-exp of each row of scores, NaN where one is +inf or NaN: such a row has no softmax."""
+    lse = s.logsumexp(-1)
+    return lse.masked_fill(lse == torch.inf, torch.nan)
+
+
 class NeighborGraph(NamedTuple):
     """A graph in CSR form. Row r = (b * heads + h) * N_q + i holds the survivors of position i, columns ascending.
 

@@ -246,7 +246,7 @@ class Call {
     const int64_t rows = all_rows();
     T* const arranged = scratch_.template get<T>(rows * p_.width_v);
     const RowGradients row{scratch_.template get<float>(rows), scratch_.template get<float>(rows), scratch_.template get<float>(rows),
-                           scratch_.template get<float>(rows), scratch_.template get<uint32_t>(p_.zs)};
+                           scratch_.template get<float>(rows), scratch_.template get<float>(rows), scratch_.template get<uint32_t>(p_.zs)};
     clear_memory(row.poisoned, p_.zs * sizeof(uint32_t), stream_);
     arrange_gradient(p_, data<const T>(d_out), strides_of(d_out), saved_, arranged, row, stream_);
     p_.d_out = arranged;

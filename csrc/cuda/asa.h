@@ -113,6 +113,7 @@ struct RowGradients {
   float* top;        // score in base 2 from which on exponentials are 1: -inf without survivors, inf at padding
   float* live_top;   // the same, but inf too where a single survivor holds all the weight: its score has no gradient
   float* share;      // 1 over the sum of these exponentials
+  float* kept2;      // log-sum-exp over survivors in base 2, in terms of the largest instead of top
   uint32_t* poisoned;  // [zs] whether a row of the head has the output NaN
 };
 
@@ -139,12 +140,11 @@ __device__ __forceinline__ float top_of(float largest) { return largest - fmaxf(
 // p_ij of a survivor from s_ij - top_i in base 2.
 __device__ __forceinline__ float softmax_weight(float gap2, float share) { return exp2f(fminf(gap2, 0)) * share; }
 
-// c_ij of asa_ops.asa from the same: to first order the weight that a pair has or would have.
-__device__ __forceinline__ float admission_weight(float gap2, float share, bool kept, bool empty) {
+// c_ij of asa_ops.asa from s_ij - lse_kept_i in base 2: to first order the weight that a pair has or would have.
+__device__ __forceinline__ float admission_weight(float gap2, bool kept, bool empty) {
   if (empty) return 1;
-  gap2 = (kept ? fminf(gap2, 0) : gap2) + log2f(share);
-  const float weight = exp2f(kept ? gap2 : -fabsf(gap2));
-  return kept ? weight : (gap2 > 0 ? 1 : weight) / (1 + weight);
+  const float below = exp2f(-fabsf(gap2)), weight = gap2 > 0 ? 1 : below;
+  return kept ? weight : weight / (1 + below);
 }
 
 // A power of two by which gradients of a head's scores fit into 16 bits of a Half, 1 without `bounds`: they are at most

@@ -80,7 +80,9 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_arrange_gradient_kern
   const int lane = threadIdx.x % 32;
   if (at.token < 0) {
     each_number(p.width_v, [&](int, int d) { arranged[at.index * p.width_v + d] = from_float<T>(0); });
-    if (lane == 0) row.delta[at.index] = 0, row.share[at.index] = 1, row.top[at.index] = row.live_top[at.index] = INFINITY;
+    if (lane != 0) return;
+    row.delta[at.index] = 0, row.share[at.index] = 1;
+    row.top[at.index] = row.live_top[at.index] = row.kept2[at.index] = INFINITY;
     return;
   }
   const int64_t saved_row = row_at(at.z, p.rows.n, at.token), base = int64_t(3 * at.z) * p.rows.n + at.token;
@@ -106,18 +108,20 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_arrange_gradient_kern
     arranged[at.index * p.width_v + d] = from_float<T>(gradient.x[r]);
   });
   const float delta = dot(gradient, out) + dot(gradient, rest);
-  float total = 0;
+  float size = 0;
   if (p.bounds != nullptr) {
-    for (const float x : gradient.x) total += fabsf(x);
-    total = sum_over_warp(total);
+    for (const float x : gradient.x) size += fabsf(x);
+    size = sum_over_warp(size);
   }
   if (lane != 0) return;
-  if (p.bounds != nullptr) note_largest(p.bounds + p.zs + at.z, total);
-  const float top = top_of(saved.base2[base + p.rows.n]);
+  if (p.bounds != nullptr) note_largest(p.bounds + p.zs + at.z, size);
+  const float largest = saved.base2[base + p.rows.n], total = saved.base2[base + 2 * int64_t(p.rows.n)];
+  const float top = top_of(largest);
   row.delta[at.index] = ended ? NAN : delta;
   row.top[at.index] = top;
   row.live_top[at.index] = survivors == 1 ? INFINITY : top;
-  row.share[at.index] = 1 / saved.base2[base + 2 * int64_t(p.rows.n)];
+  row.share[at.index] = 1 / total;
+  row.kept2[at.index] = largest + log2f(total);
   if (spoilt) atomicOr(row.poisoned + at.z, 1u);
 }
 

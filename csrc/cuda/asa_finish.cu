@@ -86,7 +86,7 @@ template <class T>
 __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& at, const Saved<T>& saved, const RowGradients& row,
                                            const Thresholds& thresholds, float band, bool learn_alpha, bool learn_beta,
                                            const Vector& q, const Vector& d_out, float& dt, float& du) {
-  const float top = row.top[at.index], share = row.share[at.index], delta = row.delta[at.index];
+  const float kept2 = row.kept2[at.index], delta = row.delta[at.index];
   const Vector k = vector_at(p.k, at.index, p.width), v = vector_at(p.v, at.index, p.width_v);
   for (int offset = 0; offset < p.window * p.window; ++offset) {
     const int j = window_neighbour(p, at, offset);
@@ -96,7 +96,7 @@ __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& a
     const bool neighbour = is_neighbour(p, at.z, at.position, j);
     const float s2 = dot(q, vector_at(p.k, key, p.width)) * p.scale2;
     const float gain = dot(d_out, vector_at(p.v, key, p.width_v)) - delta;
-    float offer = admission_weight(s2 - top, share, survives || neighbour, top == -INFINITY) * gain;
+    float offer = admission_weight(s2 - kept2, survives || neighbour, kept2 == -INFINITY) * gain;
     if (learn_beta && !neighbour) {
       // In the forward's terms: a score that is its window's mean is so here too, to the last bit.
       const float mean2 = saved.log_mean2[row_at(at.z, p.rows.n, at.token)];
@@ -104,16 +104,15 @@ __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& a
       du += step > 0 ? step * offer : 0;
     }
     if (!learn_alpha || (p.mutual && !bit_at(p, at.z, j, at.position))) continue;
-    const bool adaptive = bit_at(p, at.z, at.position, j);
-    if (thresholds.kappa2 != nullptr && !(s2 >= thresholds.kappa2[at.index] || adaptive)) continue;
+    if (thresholds.kappa2 != nullptr && !(s2 >= thresholds.kappa2[at.index])) continue;
     const float step = step_derivative((s2 - thresholds.lse2[at.index] - thresholds.cut2[at.index]) * kLn2, band);
     if (!(step > 0)) continue;
     if (survives) offer = 0;
     const int back = p.window * p.window - 1 - offset;
     if (p.mutual && !local_flag(p, saved.local, at.z, window_token(p, at.token, offset), back)) {
-      const float back2 = dot(k, vector_at(p.q, key, p.width)) * p.scale2, top_j = row.top[key];
+      const float back2 = dot(k, vector_at(p.q, key, p.width)) * p.scale2, kept_j = row.kept2[key];
       const float back_gain = dot(v, vector_at(p.d_out, key, p.width_v)) - row.delta[key];
-      offer += admission_weight(back2 - top_j, row.share[key], neighbour, top_j == -INFINITY) * back_gain;
+      offer += admission_weight(back2 - kept_j, neighbour, kept_j == -INFINITY) * back_gain;
     }
     dt += step * offer;
   }

@@ -56,6 +56,8 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Pro
       const float above = base - found.lse2;
       if (above > found.cut2) found.cut2 = fminf(found.cut2, above - last_bits(base));
       found.kappa2 = fminf(found.kappa2, base - last_bits(base));
+    } else {
+      found.kappa2 -= 2 * last_bits(found.kappa2);  // nor may a neighbour miss it here
     }
     rows[threadIdx.x] = found;
     if (p.has_bits) {

@@ -46,9 +46,11 @@ __global__ void __launch_bounds__(kThreads) asa_dt_kernel(Problem<T> p, Threshol
   for (int turn = blockIdx.y; turn < length; turn += gridDim.y) {
     const int j = list[turn];
     const int64_t other = keys + int64_t(j) * kBlock;
-    const uint32_t adaptive = neighbours_of_tile(words, p.rows.padded, block, j, {true, false}, at);  // A_ij
-    const uint32_t counting = p.mutual ? neighbours_of_tile(words, p.rows.padded, block, j, {false, true}, at) : ~0u;
-    const uint32_t neighbours = adaptive & counting;
+    uint32_t neighbours = neighbours_of_tile(words, p.rows.padded, block, j, {true, false}, at), counting = ~0u;
+    if (p.mutual) {
+      counting = neighbours_of_tile(words, p.rows.padded, block, j, {false, true}, at);
+      neighbours &= counting;
+    }
     Tile s, product;
     multiply_chunks<T>(s, ring, chunks);
     multiply_chunks<T>(product, ring, chunks_v);
@@ -58,7 +60,7 @@ __global__ void __launch_bounds__(kThreads) asa_dt_kernel(Problem<T> p, Threshol
       const int64_t i_row = own + at.row + 8 * high;
       const float lse2 = thresholds.lse2[i_row], cut2 = thresholds.cut2[i_row];
       const float kappa2 = thresholds.kappa2 != nullptr ? thresholds.kappa2[i_row] : -INFINITY;
-      const float top = row.top[i_row], share = row.share[i_row], delta = row.delta[i_row];
+      const float kept2 = row.kept2[i_row], delta = row.delta[i_row];
       const int token = row_tokens[at.row + 8 * high];
 #pragma unroll
       for (int n = 0; n < 8; ++n)
@@ -71,8 +73,8 @@ __global__ void __launch_bounds__(kThreads) asa_dt_kernel(Problem<T> p, Threshol
             counts = abs(token / p.grid_width - key / p.grid_width) > reach || abs(token % p.grid_width - key % p.grid_width) > reach;
           }
           const float s2 = s[n][i] * p.scale2;
-          counts = counts && (s2 >= kappa2 || bit_of(adaptive, n, i));
-          product[n][i] = admission_weight(s2 - top, share, bit_of(neighbours, n, i), top == -INFINITY) * (product[n][i] - delta);
+          counts = counts && s2 >= kappa2;
+          product[n][i] = admission_weight(s2 - kept2, bit_of(neighbours, n, i), kept2 == -INFINITY) * (product[n][i] - delta);
           s[n][i] = counts ? step_derivative((s2 - lse2 - cut2) * kLn2, band) : 0;
           if (!p.mutual) sum[high] += s[n][i] > 0 ? s[n][i] * product[n][i] : 0;
         }
@@ -86,9 +88,8 @@ __global__ void __launch_bounds__(kThreads) asa_dt_kernel(Problem<T> p, Threshol
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int64_t column = other + at.column_of(n, i);
-          const float top = row.top[column];
-          const float weight =
-              admission_weight(back[n][i] * p.scale2 - top, row.share[column], bit_of(neighbours, n, i), top == -INFINITY);
+          const float kept2 = row.kept2[column];
+          const float weight = admission_weight(back[n][i] * p.scale2 - kept2, bit_of(neighbours, n, i), kept2 == -INFINITY);
           const float offer = product[n][i] + weight * (back_v[n][i] - row.delta[column]);
           sum[i / 2] += s[n][i] > 0 ? s[n][i] * offer : 0;
         }
