@@ -15,7 +15,7 @@ BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,ki
 	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo segment test test-all kernels sanitize bench bench-page bench-check gpu wheel lint format clean
+.PHONY: demo segment test test-avx2 test-all kernels sanitize bench bench-page bench-check gpu wheel lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -24,10 +24,15 @@ segment: $(READY)  ## train a segmentation network on made pictures; ARGS="--blo
 	$(RUN) -m examples.segmentation.train --overwrite $(ARGS)
 
 test: $(READY)  ## everything that must pass, in minutes
-	$(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow" $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m "not slow" $(ARGS)
+
+test-avx2: $(READY)  ## a slice of it as on a machine without AVX-512: scores and their comparison, under a minute
+	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 ASA_OPS_CPU_ISA=avx2 $(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow" \
+		-k "(equals_reference or equals_the_reference or large_scores or any_blocks) and (triton or float32)" \
+		tests/test_triton.py tests/test_implementations.py tests/test_criss_cross.py tests/test_blocks.py $(ARGS)
 
 test-all: $(READY)  ## also what is slow
-	$(RUN) -m pytest -n auto --maxprocesses 8 $(ARGS)
+	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
 
 kernels:  ## compile every Triton kernel without a GPU and hold it to its budget, with PYTHON's triton (default: .venv's)
 	@$(if $(filter file,$(origin PYTHON)),$(MAKE) --no-print-directory $(READY))

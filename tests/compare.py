@@ -116,14 +116,16 @@ def check_against_reference(impl: str, inputs, options, min_certain: float = 0.9
     precision = torch.promote_types(query.dtype, torch.float32)
     expected, uncertain = uncertain_pairs(inputs, options, torch.finfo(precision).eps * (1 + ulps))
     kept = survivors(impl, inputs, options)
-    out, stats = asa_attention(*inputs, **options, impl=impl, return_stats=True)
-    if not ulps:  # the same numbers at every call
-        assert torch.equal(stats.survivors, kept.sum(-1))
     assert torch.equal(kept[~uncertain], expected[~uncertain])
     if uncertain.numel():
         assert (~uncertain).double().mean() >= min_certain, "hardly a pair was compared"
 
     real_q, real_k = reference.real_positions(query, key, options.get("key_padding_mask"))
+    ours = [x.detach().clone().requires_grad_() for x in (query, key, value)]
+    out, stats = asa_attention(*ours, *inputs[3:], **options, impl=impl, return_stats=True)
+    assert out.dtype == query.dtype and out.is_contiguous()
+    if not ulps:  # the same numbers at every call
+        assert torch.equal(stats.survivors, kept.sum(-1))
     grad_out = torch.randn(out.shape, dtype=torch.float64).to(query)
 
     def compute():
@@ -133,9 +135,6 @@ def check_against_reference(impl: str, inputs, options, min_certain: float = 0.9
         statistics = (x.detach().masked_fill(~real_q[:, None], -torch.inf) for x in (s.logsumexp(-1), lse_kept))
         return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out.double()), *statistics]
 
-    ours = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-    out, stats = asa_attention(*ours, *inputs[3:], **options, impl=impl, return_stats=True)
-    assert out.dtype == query.dtype and out.is_contiguous()
     results = out, *torch.autograd.grad(out, ours, grad_out), stats.lse, stats.lse_kept
     check_errors((*NAMES, "lse", "lse_kept"), results, compute, precision, ulps=ulps)
 

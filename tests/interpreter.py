@@ -12,6 +12,7 @@ Imported before kernels run, it replaces two operations of the interpreter:
 from contextlib import contextmanager
 
 import numpy as np
+import triton.language as tl
 from triton.runtime import interpreter
 
 _noise: tuple[np.random.Generator, int] | None = None
@@ -55,5 +56,30 @@ def _sum(self, input):
     return self.to_tensor(_moved(np.sum(input.handle.data, axis=self.axis, keepdims=self.keep_dims)), input.dtype)
 
 
+class _Launch:
+    """What a kernel's launch changes of triton.language, by the modules that its functions see."""
+
+    current = None
+
+    def __init__(self):
+        self.scopes = {}
+
+    def restore(self) -> None:
+        _Launch.current = None
+        for scope in reversed(self.scopes.values()):
+            scope.restore()
+
+
+def _patch_lang_once(fn, patch_lang=interpreter._patch_lang) -> _Launch:
+    """Change triton.language once a launch, not for every device function that it calls: a quarter of the time."""
+    if _Launch.current is None:
+        _Launch.current = _Launch()
+    seen = frozenset(id(x) for x in fn.__globals__.values() if x is tl or x is tl.core)
+    if seen not in _Launch.current.scopes:
+        _Launch.current.scopes[seen] = patch_lang(fn)
+    return _Launch.current
+
+
+interpreter._patch_lang = _patch_lang_once
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.ReduceOps.sum = _sum

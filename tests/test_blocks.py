@@ -214,7 +214,7 @@ def test_gradients_are_numerical_ones(case):
 
 
 @pytest.mark.parametrize("name", CONTRACT_CASES)
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
 def test_compiles_without_graph_breaks(name, dynamic):
     torch._dynamo.reset()
     case = named(name)

@@ -110,7 +110,8 @@ def every_size():
             for size in SIZES:
                 if impl == "triton" and size.startswith("long"):
                     continue  # minutes in the interpreter; there is a test for a GPU
-                slow = impl == "triton" and (size not in INTERPRETER_SIZES or (dtype, size) == (torch.float16, "odd"))
+                rare = (dtype, size) in ((torch.float16, "odd"), (torch.float16, "one_row"))
+                slow = impl == "triton" and (size not in INTERPRETER_SIZES or rare)
                 name = f"{impl}-{str(dtype).removeprefix('torch.')}-{size}"
                 rows.append(pytest.param(impl, dtype, size, id=name, marks=[pytest.mark.slow] if slow else []))
     return pytest.mark.parametrize("impl,dtype,size", rows)

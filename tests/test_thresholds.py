@@ -16,6 +16,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "examples"
 RESULTS = FOLDER / "results" / "thresholds.json"
+pytestmark = pytest.mark.xdist_group("thresholds")  # one process, since what the tests share takes time to make
 SMALL = ["--seeds", "2", "--steps", "3", "--side", "10"]
 
 

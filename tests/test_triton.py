@@ -30,8 +30,8 @@ forward = pytest.importorskip("asa_ops.asa.triton_fwd").forward
 pytestmark = pytest.mark.skipif(not triton_support.interpreted(), reason="not in Triton's interpreter")
 
 # In float16 what differs from float32, the others with `make test-all`.
-HALF = ("plain", "topk", "wide_values", "mixed")
-LEARNING = ("plain", "one_way", "more_keys", "padding_topk", "mixed")
+HALF = ("plain", "wide_values")
+LEARNING = ("plain", "one_way", "more_keys", "padding_topk")
 
 
 def each(names: tuple, quick: tuple):
@@ -46,8 +46,8 @@ def each(names: tuple, quick: tuple):
 
 ALL = tuple(case.name for case in CASES)
 QUICK = (
-    *("plain", "beta_only", "dense", "head_thresholds", "one_way", "more_keys", "topk", "padding_topk", "all_empty"),
-    *("window_5", "mixed", "sharp", "one_token", "one_column"),
+    *("plain", "beta_only", "dense", "one_way", "more_keys", "padding_topk", "all_empty", "mixed", "one_token"),
+    "one_column",
 )
 
 
@@ -107,13 +107,23 @@ def blocks(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("blocks", BLOCKS, indirect=True)
+@pytest.mark.parametrize(
+    "blocks", [pytest.param(x, marks=[pytest.mark.slow] if x == "wide_tiles" else []) for x in BLOCKS], indirect=True
+)
 def test_any_blocks_give_the_same(blocks):
     check_against_reference("triton", *make(LARGE, torch.float32))
 
 
-@pytest.mark.parametrize("blocks", ["descriptors", "chunks"], indirect=True)
-@pytest.mark.parametrize("options", [{"topk": 9}, {"reciprocal": False}], ids=["topk", "one_way"])
+@pytest.mark.parametrize(
+    ("blocks", "options"),
+    [
+        pytest.param("descriptors", {"topk": 9}, id="descriptors-topk"),
+        pytest.param("chunks", {"reciprocal": False}, id="chunks-one_way"),
+        pytest.param("chunks", {"topk": 9}, id="chunks-topk", marks=pytest.mark.slow),
+        pytest.param("descriptors", {"reciprocal": False}, id="descriptors-one_way", marks=pytest.mark.slow),
+    ],
+    indirect=["blocks"],
+)
 def test_any_blocks_give_the_same_threshold_gradients(blocks, options):
     case = Case("learning", grid=(9, 8), batch=1, heads=1, dim=17, dim_v=6, options=options)
     check_threshold_gradients("triton", *make(case, torch.float32))
