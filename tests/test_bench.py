@@ -120,6 +120,7 @@ def test_run_measures_every_input(tmp_path, capsys):
     assert set(results.ceilings) >= {"torch.mm GFLOP/s", "copy GB/s"} and min(results.ceilings.values()) > 0
 
 
+@pytest.mark.slow
 def test_run_measures_bytes(tmp_path, quick):
     out = tmp_path / "out.json"
     run.main(["--size", "32x32", "--inputs", "iid", "--mode", "mem", "--peers", "eager", "--out", str(out)])
@@ -439,6 +440,7 @@ def test_exponents_are_fitted():
     ]
 
 
+@pytest.mark.slow
 def test_scaling_sweeps_what_it_says(tmp_path, capsys, monkeypatch, quick):
     monkeypatch.setattr(scaling, "DIMS", [8, 16])
     monkeypatch.setattr(scaling, "ALPHAS", [0.0, 4.0])

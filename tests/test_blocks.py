@@ -29,8 +29,16 @@ def run(function, case, tensors, grad_out=None):
 
 
 @each_case
-@pytest.mark.parametrize("layout", ["tokens", "map"])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        pytest.param(
+            layout, dtype, id=f"{dtype}-{layout}", marks=[pytest.mark.slow] if i and dtype.itemsize == 2 else []
+        )
+        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+        for i, layout in enumerate(("tokens", "map"))
+    ],
+)
 def test_equals_the_reference(case, layout, dtype):
     tensors = make(case, dtype, layout)
     exact_tensors = unflat(case, [x.detach().double().requires_grad_() for x in flat(tensors)])
@@ -213,7 +221,13 @@ def test_gradients_are_numerical_ones(case):
         torch.autograd.gradgradcheck(function, flat(small), fast_mode=True)
 
 
-@pytest.mark.parametrize("name", CONTRACT_CASES)
+# The others are compiled in their modules, test_block_modules.py.
+ALONE = ("dot_product", "concatenation", "channel_plain", "interlaced_short_padded")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(x, marks=[] if x in ALONE else pytest.mark.slow) for x in CONTRACT_CASES]
+)
 @pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
 def test_compiles_without_graph_breaks(name, dynamic):
     torch._dynamo.reset()

@@ -9,8 +9,16 @@ from asa_ops import asa_attention, extension
 from asa_ops.asa import cpu
 from asa_ops.asa.types import Inputs, Options, Saved
 
-pytestmark = pytest.mark.skipif(not extension.has("asa_cpu_fwd", "CPU"), reason=str(extension.WHY_MISSING))
+CPU = extension.has("asa_cpu_fwd", "CPU")
+pytestmark = pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
 SETS = ["portable", "avx2", "avx512"]
+
+
+def best_only(test):
+    """Run a test that takes long on this machine's best instruction set only, the others with `make test-all`."""
+    best = torch.ops.asa_ops.cpu_isa() if CPU else 0
+    sets = [pytest.param(x, marks=[] if i == best else [pytest.mark.slow]) for i, x in enumerate(SETS)]
+    return pytest.mark.parametrize("instruction_set", sets, indirect=True)(test)
 
 
 @pytest.fixture(params=SETS)
@@ -44,6 +52,7 @@ def test_any_head_dim(instruction_set, dim):
     check_against_reference("cpu", *make(Case("dim", dim=dim, dim_v=dim + 1, grid=(11, 12)), torch.float32))
 
 
+@best_only
 @pytest.mark.parametrize(
     "case",
     [
@@ -76,6 +85,7 @@ def test_dense_rows_beside_sparse_ones(instruction_set, dim):
     check_against_reference("cpu", inputs, options)
 
 
+@best_only
 def test_lists_as_long_as_they_get(instruction_set):
     """A quarter of all keys in every row, the most that lists are made for."""
     inputs = [*torch.randn(3, 1, 1, 2052, 16), None, None]

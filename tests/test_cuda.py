@@ -96,7 +96,9 @@ def test_threshold_gradients(case):
     check_threshold_gradients("cuda", *make(replace(case, heads=heads), torch.float32), band=1.3)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, *(pytest.param(x, marks=slow_if(True)) for x in (torch.float32, torch.bfloat16))]
+)
 @pytest.mark.parametrize("options", [{}, {"reciprocal": False}, {"topk": 20}], ids=["mutual", "one_way", "topk"])
 def test_threshold_gradients_of_several_tiles(dtype, options):
     """An offset of the values cancels in what an admitted pair changes."""

@@ -389,7 +389,7 @@ def test_a_window_wider_than_the_map_is_the_map(impl):
 
 @each_impl
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("offset", [0, 10])
+@pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 10])
 @pytest.mark.parametrize("band", [0.7, 2.0])
 def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
     """Under the error rule: an offset of the values cancels in what an admitted pair changes."""

@@ -37,10 +37,10 @@ def extra_memory(n: int, direction: str, impl: str) -> int:
 @pytest.mark.parametrize(
     ("impl", "direction", "blocks"),
     [
-        ("cpu", "forward", 50e6),
+        pytest.param("cpu", "forward", 50e6, marks=pytest.mark.slow),  # and the backward has one before it
         ("cpu", "backward", 80e6),
         ("cpu", "learning", 120e6),
-        ("blocked", "forward", 50e6),
+        pytest.param("blocked", "forward", 50e6, marks=pytest.mark.slow),
         pytest.param("blocked", "backward", 80e6, marks=pytest.mark.slow),
         pytest.param("blocked", "learning", 120e6, marks=pytest.mark.slow),
     ],

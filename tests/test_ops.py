@@ -22,8 +22,14 @@ BFLOAT16 = tuple(EVERY_IMPL)  # which Triton's interpreter gets wrong
 EVERY_IMPL += ["triton"] if triton_support.interpreted() else []
 KERNELS = EVERY_IMPL[1:]
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
-CONTRACT_CASES = [named(name) for name in ("plain", "topk", "one_way", "padding", "dense", "more_keys", "alpha_only")]
-each_contract_case = pytest.mark.parametrize("case", CONTRACT_CASES, ids=lambda case: case.name)
+CONTRACT_CASES = ("plain", "padding", "topk", "one_way", "dense", "more_keys", "alpha_only")
+each_contract_case = pytest.mark.parametrize(  # the first two have every kind of argument
+    "case",
+    [
+        pytest.param(named(name), id=name, marks=[pytest.mark.slow] if i > 1 else [])
+        for i, name in enumerate(CONTRACT_CASES)
+    ],
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -107,7 +113,7 @@ def test_compiles_without_graph_breaks(case, dynamic):
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("impl", EVERY_IMPL)
+@pytest.mark.parametrize("impl", [*EVERY_IMPL[:4], *(pytest.param(x, marks=pytest.mark.slow) for x in EVERY_IMPL[4:])])
 def test_compiles_where_no_gradient_is_needed(impl):
     torch._dynamo.reset()
     inputs, options = make(named("plain", batch=1, heads=1), torch.float32)
@@ -270,7 +276,7 @@ def test_func_transforms(name):
             torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("impl", [*KERNELS[:3], *(pytest.param(x, marks=pytest.mark.slow) for x in KERNELS[3:])])
 def test_jacobian_of_one_image(impl):
     """vmap over the gradient alone: what the forward saved is expanded, and must not be read as if it were not."""
     (query, key, value, alpha, _), _ = make(

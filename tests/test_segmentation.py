@@ -526,6 +526,7 @@ def test_two_processes(tmp_path):
     assert str(evaluate.evaluate(network, data.build(config, None, False), config)) in result.stdout
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_pictures(trained):
     """Of three the first takes two, as its bar says, and one process speaks."""
     path = str(trained[0] / "checkpoint.pt")
