@@ -129,7 +129,7 @@ def test_any_blocks_give_the_same_threshold_gradients(blocks, options):
     check_threshold_gradients("triton", *make(case, torch.float32))
 
 
-@pytest.mark.parametrize("name", ["plain", "dense"])
+@pytest.mark.parametrize("name", ["plain", pytest.param("dense", marks=pytest.mark.slow)])
 def test_split_work_gives_the_same(monkeypatch, name):
     """Keys of the statistics, listed blocks of all sums, dealt out among several programs."""
     monkeypatch.setattr(arrange.Problem, "splits", lambda self, programs, limit: min(3, limit))
@@ -267,7 +267,7 @@ def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and not torch.equal(expected, exact)
 
 
-@pytest.mark.parametrize("scale", [-0.4, 0.0])
+@pytest.mark.parametrize("scale", [-0.4, pytest.param(0.0, marks=pytest.mark.slow)])
 def test_scales_that_are_not_positive(scale):
     inputs, options = make(named("plain", heads=1), torch.float32)
     check_against_reference("triton", inputs, options | {"scale": scale})
