@@ -104,6 +104,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(measure, "ceilings", lambda device, dtype: {"torch.mm GFLOP/s": 100.0, "copy GB/s": 10.0})
 
 
+@pytest.mark.slow
 def test_run_measures_every_input(tmp_path, capsys):
     out = tmp_path / "out.json"
     arguments = ["--size", "8x8", "--dim", "16", "--inputs", *inputs.INPUTS, "--mode", "fwd", "fwd+bwd"]

@@ -84,7 +84,7 @@ LEARNING = [
 ]
 
 
-QUICK = ("plain", "one_way", "more_keys", "topk", "padding_topk", "window_5", "mixed", "beta_only")
+QUICK = ("plain", "one_way", "more_keys", "padding_topk", "mixed")
 
 
 @pytest.mark.parametrize(

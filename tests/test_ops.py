@@ -100,7 +100,7 @@ def loss_and_grads(function, inputs):
 
 
 @each_contract_case
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
 def test_compiles_without_graph_breaks(case, dynamic):
     torch._dynamo.reset()
     inputs, options = make(case, torch.float32)

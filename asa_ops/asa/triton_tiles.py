@@ -174,8 +174,8 @@ def window_neighbour(token, offset, height, width, WINDOW: tl.constexpr):
 
 @triton.jit
 def note_largest(bounds, x):
-    """Take the largest of numbers that are not negative into ``bounds``, as bits, which order as the numbers do."""
-    tl.atomic_max(bounds, tl.max(x, 0).to(tl.int32, bitcast=True), sem="relaxed")
+    """Take the largest of finite numbers >= 0 into ``bounds``, as bits, which order as the numbers do."""
+    tl.atomic_max(bounds, tl.max(tl.where(x < float("inf"), x, 0), 0).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit

@@ -62,7 +62,7 @@ struct Problem {
   Multiplier alpha, beta;
   const T *q, *k, *v, *d_out;  // arranged
   const uint32_t* broken;      // [zs, keys / 32] keys whose value is not finite, which is 0 in v
-  uint32_t* bounds;            // Half, backward: [2, zs] the largest |v|, the largest sum of |do| of a query, as bits; or null
+  uint32_t* bounds;            // Half, backward: [2, zs] the largest |v|, the largest finite sum of |do| of a query, as bits; or null
   uint32_t* words;             // pair (i, j): bit j % 32 of words[j / 32][i]; every head's `stride` further on
   int64_t words_stride;
   Half* peaks;                 // [key block, row] at least the largest score of a row with the keys of a block

@@ -114,7 +114,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_arrange_gradient_kern
     size = sum_over_warp(size);
   }
   if (lane != 0) return;
-  if (p.bounds != nullptr) note_largest(p.bounds + p.zs + at.z, size);
+  if (p.bounds != nullptr && size < INFINITY) note_largest(p.bounds + p.zs + at.z, size);
   const float largest = saved.base2[base + p.rows.n], total = saved.base2[base + 2 * int64_t(p.rows.n)];
   const float top = top_of(largest);
   row.delta[at.index] = ended ? NAN : delta;
