@@ -87,7 +87,13 @@ def test_channels_last_state_dict_and_half_precision(name, options, identity):
     torch.testing.assert_close(block.bfloat16()(x.bfloat16()).float(), expected, rtol=0.05, atol=0.05)
 
 
-@each_kind
+@pytest.mark.parametrize(  # interlaced_sparse takes long, and its function is compiled in test_blocks.py
+    "name",
+    [
+        pytest.param(x, marks=[pytest.mark.slow] if x == "interlaced_sparse" else [])
+        for x in sorted({name for name, *_ in BLOCKS})
+    ],
+)
 def test_compiles_without_graph_breaks(name):
     torch._dynamo.reset()
     options = {"factors": (2, 3)} if name == "interlaced_sparse" else {}

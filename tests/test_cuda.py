@@ -447,6 +447,7 @@ def run_elsewhere(out: Path, sanitize: bool = False, **environment: str) -> list
     return torch.load(out)
 
 
+@pytest.mark.slow
 def test_the_order_of_threads_does_not_matter(tmp_path):
     """A missing barrier shows as another result."""
     plain = run_elsewhere(tmp_path / "plain")
