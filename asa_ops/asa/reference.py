@@ -145,7 +145,7 @@ def find_survivors(
         u = (beta.log() + log_mean).masked_fill(~near.any(-1), -torch.inf)  # padding has no window
         local = near & (s - log_mean[..., None] > beta.log()[..., None])
 
-    # A negative threshold has no logarithm.
+    # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
     invalid = (real_q & real_k.any(-1, keepdim=True))[:, None] & ~lse.isfinite()
     for x in (alpha, beta):
         if x is not None:

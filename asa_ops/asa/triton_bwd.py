@@ -127,6 +127,7 @@ def _asa_dkv_kernel(
         q_whole = load_whole(q, at, BLOCK_N, DIM, CHUNK, TMA)
         s = product(k, k_whole, at_key, q, q_whole, at, BLOCK_M, BLOCK_N, DIM, CHUNK, PRECISION, TMA)
         kept = pairs_of_tile(words, j0, i0, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
+        # As exponential() has it; who is no survivor is left out below, which takes fewer registers.
         e = tl.exp2(tl.minimum(s * scale2 - tl.load(top + rows)[None, :], 0))
         do_whole = load_whole(do, at, BLOCK_N, DIM_V, CHUNK_V, TMA)
         if WANT_DV:

@@ -187,10 +187,8 @@ def shrink_of(bounds, z, zs, SHRINK: tl.constexpr):
     if SHRINK:
         value = tl.load(bounds + z).to(tl.float32, bitcast=True)
         gradient = tl.load(bounds + zs + z).to(tl.float32, bitcast=True)
-        beyond = tl.minimum(
-            tl.ceil(tl.log2(value * gradient)) + (1 - 15), 27
-        )  # 27: what float16 can reach at head dim 256
-        shrink = tl.exp2(-tl.maximum(beyond, 0))
+        beyond = tl.ceil(tl.log2(value * gradient)) + (1 - 15)
+        shrink = tl.exp2(-tl.minimum(tl.maximum(beyond, 0), 27))  # 27: what float16 can reach at head dim 256
     else:
         shrink = 1.0
     return shrink
