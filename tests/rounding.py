@@ -18,13 +18,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-_EXACT = """
+_MOVERS = """
     neg abs sign relu clamp clamp_min clamp_max maximum minimum max min amax amin topk sort where masked_fill nan_to_num
     gather index index_select scatter index_put select_scatter cat stack slice_backward select_backward constant_pad_nd
     clone copy_ _to_copy fill threshold_backward full_like zeros_like ones_like new_full new_zeros new_ones full flip
     roll repeat scalar_tensor upsample_nearest2d arange
 """
-_EXACT = {getattr(aten, name) for name in _EXACT.split()}
+_EXACT = {getattr(aten, name) for name in _MOVERS.split()}
 
 
 class Rounding(TorchDispatchMode):

@@ -72,8 +72,8 @@ def dropped(kept):
 
 MISTAKES = {
     "a dropped key": {"summed": dropped},
-    "a survivor that none is": {"kept": lambda kept: one(lambda x: ~x)(kept)},
-    "a window that is transposed": {"kept": lambda kept: kept | kept.roll(1, -1)},
+    "a pair kept or dropped by mistake": {"kept": one(lambda x: ~x)},
+    "the keys beside the survivors": {"kept": lambda kept: kept | kept.roll(1, -1)},
     "a count that is off by one": {"count": one(lambda x: x + 1)},
     "a scale that is off by 1e-4": {"scores": lambda s: s * (1 + 1e-4)},
     "a score that is off by 1e-4": {"scores": one(lambda x: x + 1e-4)},
@@ -83,7 +83,7 @@ MISTAKES = {
     "two values in each other's place": {"value": swapped},
     "a normaliser that is off by 1e-5": {"out": lambda x: x * (1 - 1e-5)},
     "an output that is off by 1e-5": {"out": one(lambda x: x + 1e-5)},
-    "a log-sum-exp without one key": {"lse": lambda x: x - 0.01},
+    "a log-sum-exp that is off by 1e-4": {"lse": lambda x: x - 1e-4},
     "a log-sum-exp in half precision": {"lse": lambda x: x.half().float()},
     "a gradient of query that is off by 1e-4": {"gradient of query": lambda x: x * (1 + 1e-4)},
     "a gradient of key in half precision": {"gradient of key": lambda x: x.half().float()},
