@@ -36,3 +36,4 @@ try:
     train(cases.tiny(**settings), out / "resumed", shard=True, checkpoint_every=2, after_step=interrupt)
 except Interrupted:
     train(cases.tiny(**settings), out / "resumed", shard=True, resume=True)
+dist.destroy_process_group()

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from .. import files, pictures
 from . import data
@@ -17,6 +18,8 @@ from .sample import DataError
 def main_of(main: Callable[[], object]) -> None:
     """Run a command; what a user can put right ends it with one line."""
     files.run(main, CheckpointError, ConfigError, DataError, pictures.PictureError)
+    if dist.is_initialized():  # its threads may abort a process that ends while they run
+        dist.destroy_process_group()
 
 
 def device_of() -> torch.device:
