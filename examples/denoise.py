@@ -210,7 +210,8 @@ def draw(path: Path, results: dict[str, Result], weights: np.ndarray, pixel: tup
         axis.set_title(f"{title}: {result.psnr:.1f} dB", fontsize=10)
     kept = np.ma.masked_equal(weights, 0)
     axes[-1].imshow(results["noisy"].image.mean(2) * 0.3 + 0.7, cmap="gray", vmin=0, vmax=1)
-    shown = axes[-1].imshow(kept, norm=LogNorm(), cmap="plasma")
+    norm = LogNorm(kept.min() / 2, kept.max())  # of one weight alone too
+    shown = axes[-1].imshow(kept, norm=norm, cmap="plasma")
     axes[-1].plot(pixel[1], pixel[0], "o", markersize=13, markerfacecolor="none", markeredgecolor="red")
     axes[-1].set_title(f"ASA: this pixel keeps {kept.count():,} of {weights.size:,}", fontsize=10)
     figure.colorbar(shown, ax=axes[-1], label="weight", fraction=0.046)

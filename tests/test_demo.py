@@ -82,6 +82,13 @@ def test_no_matrix_is_stored_where_it_is_too_large(denoise, tmp_path, capsys, mo
     assert "skipped, one 1024 x 1024 float32 matrix alone is 0.0 GB" in text and "at 20 x 20" in text
 
 
+def test_draws_a_pixel_that_keeps_itself_alone(denoise, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(denoise, "TIMING", 0)
+    denoise.main(["--size", "12", "--noise", "1e-4", "--out", str(tmp_path / "out.png")])
+    assert "1 of 144 above its threshold, 1 mutual" in capsys.readouterr().out
+    assert (tmp_path / "out.png").is_file()
+
+
 def test_seconds_are_the_median_of_repeated_calls(denoise, monkeypatch):
     clock = iter([0.0, 0.4, 1.0, 1.1, 2.0, 2.3])
     monkeypatch.setattr(denoise.time, "perf_counter", lambda: next(clock))
