@@ -107,7 +107,7 @@ def psnr(clean: np.ndarray, image: np.ndarray) -> float:
 
 
 def nearby(noisy: np.ndarray, noise: float, h: float, fast: bool) -> np.ndarray:
-    """Return scikit-image's non-local means over the pixels at most NEARBY away, told the noise; h in its units."""
+    """Return scikit-image's non-local means over the pixels at most NEARBY away, given the noise; h in its units."""
     options = {"patch_size": PATCH, "patch_distance": NEARBY, "h": h * noise, "sigma": noise, "fast_mode": fast}
     return denoise_nl_means(noisy, channel_axis=2, **options).clip(0, 1)
 
