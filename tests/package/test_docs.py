@@ -56,24 +56,35 @@ def test_public_functions_have_examples():
             assert ">>>" in function.__doc__, function
 
 
-def slow_where_it_compiles(page: Path):
-    compiles = any("torch.compile" in block for block in fenced(page, "python"))
-    return pytest.param(page, marks=pytest.mark.slow) if compiles else page
-
-
 # Those of api.md are signatures: its examples are the docstrings'.
 WITH_PYTHON = [page for page in PAGES if fenced(page, "python") and page.name != "api.md"]
 
 
-@pytest.mark.parametrize("page", map(slow_where_it_compiles, WITH_PYTHON), ids=map(named, WITH_PYTHON))
+def compiles(block: str) -> bool:
+    return "torch.compile(" in block or "aoti_compile" in block
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit.trace
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
 def test_python_blocks_run(page, tmp_path, monkeypatch):
     """One after the other, as one program; a block that begins with "# <name>.py" is a file, for a command below it."""
-    if any("torch.compile" in block for block in fenced(page, "python")) and not HAS_PYTHON_HEADER:
-        pytest.skip("Inductor needs Python.h (Debian: apt install python3-dev)")
-    monkeypatch.chdir(tmp_path)
+    run_blocks(page, [block for block in fenced(page, "python") if not compiles(block)], tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PYTHON_HEADER, reason="Inductor needs Python.h (Debian: apt install python3-dev)")
+@pytest.mark.parametrize(
+    "page", [page for page in WITH_PYTHON if any(map(compiles, fenced(page, "python")))], ids=named
+)
+def test_python_blocks_that_compile_run(page, tmp_path, monkeypatch):
+    run_blocks(page, fenced(page, "python"), tmp_path, monkeypatch)
+
+
+def run_blocks(page: Path, blocks: list[str], folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
     torch.manual_seed(0)
     namespace = {}
-    for block in fenced(page, "python"):
+    for block in blocks:
         if name := re.match(r"# (\w+\.py)\n", block):
             Path(name[1]).write_text(block)
         else:
