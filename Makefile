@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 OUT ?= build/gpu
-SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cpu/*/*.* csrc/cuda/*.* csrc/cuda/*/*.*)
 # CUDA kernels are compiled for this machine's GPU only, or where there is none for one; `make wheel` takes the default.
 GPU = $(firstword $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
 	sed -n 's/^\([89]\|1[0-9]\)\.\([0-9]\)$$/\1\2/p') 80)

@@ -1,4 +1,4 @@
-// Vectors of as many numbers as the target's registers hold (GCC vector extensions). Included by asa_kernels.h inside a
+// Vectors of as many numbers as the target's registers hold (GCC vector extensions). Included by asa/kernels.h inside a
 // namespace per instruction set.
 
 // Everything here is inlined, so how vectors wider than the registers would be passed does not matter.

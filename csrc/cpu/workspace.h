@@ -1,7 +1,7 @@
 // The memory and the threads of a call.
 #pragma once
 
-#include "asa.h"
+#include "asa/problem.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>

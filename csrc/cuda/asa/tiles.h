@@ -8,11 +8,12 @@
 
 #pragma once
 
-#include "asa.h"
+#include "problem.h"
 
 namespace asa_ops::cuda {
 
 constexpr int kChunkBytes = kBlock * 128;
+constexpr int kStages = 3;  // steps of copies in shared memory at a time
 
 template <class T>
 constexpr int kColumns = 128 / int(sizeof(T));  // of a chunk

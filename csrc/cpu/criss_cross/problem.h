@@ -1,7 +1,7 @@
-// What the driver (criss_cross.cpp) and the kernels (criss_cross_kernels.h, compiled once per instruction set) agree on.
+// What the driver (call.cpp) and the kernels (kernels.h, compiled once per instruction set) agree on.
 #pragma once
 
-#include "asa.h"
+#include "../asa/problem.h"
 
 #include <type_traits>
 

@@ -1,17 +1,75 @@
-// The k-th largest score of every row, exactly, for any k: no score is ever stored.
+// Scores of every row: the statistics that decide its neighbours, and its k-th largest score.
 //
-// The bits of a float, taken as an integer, order as it does. Every sweep over the keys counts how many scores fall into
-// each of kBins parts of the interval known to hold the k-th largest, until exactly k scores reach its lower end or it
-// holds a single value: five sweeps at most, since 7 bits are settled in each. The last sweep finds the two scores next
-// to the gap; any threshold between them selects the same scores, however another kernel's product rounds.
+// The k-th largest is exact, for any k, and no score is ever stored. The bits of a float, taken as an integer, order as it
+// does. Every sweep over the keys counts how many scores fall into each of kBins parts of the interval known to hold the
+// k-th largest, until exactly k scores reach its lower end or it holds a single value: five sweeps at most, since 7 bits
+// are settled in each. The last sweep finds the two scores next to the gap; any threshold between them selects the same
+// scores, however another kernel's product rounds.
 
-#include "asa_tiles.h"
+#include "tiles.h"
 
 namespace asa_ops::cuda {
 namespace {
 
+// Maximum and sum of exponentials of every row over each `splits`-th block of keys, axis 1 of the grid, and peaks.
+template <class T>
+__global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, int splits, float* largest, float* total) {
+  const int blocks = p.rows.blocks();
+  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y;
+  const int n_keys = p.keys.counts[image_of(z, p.heads, p.per_image)];
+  const int chunks = chunks_of<T>(p.width);
+  const T* const q = p.q + row_at(z, p.rows.padded, block * kBlock) * p.width;
+  const T* const k = p.k + row_at(z, p.keys.padded, 0) * p.width;
+  const auto load = [&](int step, char* chunk) {
+    const int j = split + step / chunks * splits;
+    if (j * kBlock >= n_keys) return;
+    copy_chunk(chunk, k + int64_t(j) * kBlock * p.width, p.width, step % chunks);
+  };
+  copy_block(shared_memory(), q, p.width);
+  copy_commit();
+  Ring<kStages, kChunkBytes, decltype(load)> ring(shared_memory() + chunks * kChunkBytes, load);
+  const Fragment at;
+  float high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of the thread's columns
+  for (int j = split; j * kBlock < n_keys; j += splits) {
+    Tile s;
+    multiply_chunks<T>(s, ring, chunks, shared_memory());
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float peak = -INFINITY;
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) {
+          s[n][i] = j * kBlock + at.column_of(n, i) < n_keys ? s[n][i] * p.scale2 : -INFINITY;
+          peak = fmaxf(peak, s[n][i]);
+        }
+      const float base = fmaxf(high[half], peak), finite = base == -INFINITY ? 0 : base;
+      sum[half] *= exp2f(high[half] - finite);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+#pragma unroll
+        for (int i = 2 * half; i < 2 * half + 2; ++i) sum[half] += exp2f(s[n][i] - finite);
+      high[half] = base;
+      if (p.has_bits) {
+        peak = max_over_quad(peak);
+        // A little above, so that no tile is missed however another kernel's product rounds.
+        if (threadIdx.x % 4 == 0)
+          p.peaks[z * p.peaks_stride + int64_t(j) * p.rows.padded + block * kBlock + at.row + 8 * half] =
+              half_above(peak + fabsf(peak) * 1e-4f + 1e-6f);
+      }
+    }
+  }
+  ring.finish();
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const float base = max_over_quad(high[half]), finite = base == -INFINITY ? 0 : base;
+    const float all = sum_over_quad(sum[half] * exp2f(high[half] - finite));
+    const int64_t row = int64_t(split) * p.zs * p.rows.padded + row_at(z, p.rows.padded, block * kBlock + at.row + 8 * half);
+    if (threadIdx.x % 4 == 0) largest[row] = base, total[row] = all;
+  }
+}
+
 constexpr int kBins = 128;
-constexpr int kStages = 3;
 constexpr int32_t kLowest = -0x7f800001, kBeyond = 0x7f800001;  // -inf as an integer; one more than inf
 
 __device__ __forceinline__ int32_t ordered(float x) {
@@ -147,12 +205,22 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
 }  // namespace
 
 template <class T>
+void find_statistics(const Problem<T>& problem, int splits, float* largest, float* total, cudaStream_t stream) {
+  launch("asa_statistics_kernel", &asa_statistics_kernel<T>, dim3(problem.zs * problem.rows.blocks(), splits), kThreads,
+         (chunks_of<T>(problem.width) + kStages) * kChunkBytes, stream, problem, splits, largest, total);
+}
+
+template <class T>
 void find_kth(const Problem<T>& problem, float* kappa2, cudaStream_t stream) {
   launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.zs * problem.rows.blocks()), kThreads, sizeof(Memory),
          stream, problem, kappa2);
 }
-template void find_kth(const Problem<Half>&, float*, cudaStream_t);
-template void find_kth(const Problem<BFloat16>&, float*, cudaStream_t);
-template void find_kth(const Problem<float>&, float*, cudaStream_t);
+
+#define INSTANTIATE(T) \
+  template void find_statistics(const Problem<T>&, int, float*, float*, cudaStream_t); \
+  template void find_kth(const Problem<T>&, float*, cudaStream_t);
+INSTANTIATE(Half)
+INSTANTIATE(BFloat16)
+INSTANTIATE(float)
 
 }  // namespace asa_ops::cuda

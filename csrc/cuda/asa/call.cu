@@ -1,6 +1,6 @@
 // asa_ops::asa_cuda_fwd, asa_cuda_bwd, asa_cuda_neighbors: checks, memory, and the launches of a call.
 
-#include "asa.h"
+#include "problem.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>

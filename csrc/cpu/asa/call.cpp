@@ -1,9 +1,9 @@
 // asa_ops::asa_cpu_fwd, asa_cpu_bwd, asa_cpu_neighbors: the choice of an instruction set, checks, and the passes of a call.
 
-#include "asa.h"
-#include "isa.h"
-#include "tensors.h"
-#include "workspace.h"
+#include "../tensors.h"
+#include "../isa.h"
+#include "../workspace.h"
+#include "problem.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>

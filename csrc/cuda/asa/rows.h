@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "asa.h"
+#include "problem.h"
 
 namespace asa_ops::cuda {
 

@@ -1,7 +1,7 @@
 // The kernels for AVX-512; empty on other machines.
 
-#include "asa.h"
-#include "criss_cross.h"
+#include "asa/problem.h"
+#include "criss_cross/problem.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
 // Headers first: nothing of theirs may be compiled for this instruction set, or it could be linked in elsewhere.
@@ -14,9 +14,9 @@
 #endif
 #define ASA_ISA avx512
 #define ASA_AVX512  // the pragma does not define the compiler's own macros
-#include "asa_kernels.h"
+#include "asa/kernels.h"
 
-#include "criss_cross_kernels.h"
+#include "criss_cross/kernels.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -1,9 +1,9 @@
 // asa_ops::criss_cross_cpu_fwd and criss_cross_cpu_bwd: checks, and the passes of a call.
 
-#include "criss_cross.h"
-#include "isa.h"
-#include "tensors.h"
-#include "workspace.h"
+#include "../tensors.h"
+#include "../isa.h"
+#include "../workspace.h"
+#include "problem.h"
 
 #include <torch/csrc/stable/library.h>
 

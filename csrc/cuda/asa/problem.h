@@ -11,7 +11,7 @@
 
 #pragma once
 
-#include "device.h"
+#include "../device.h"
 
 namespace asa_ops::cuda {
 

@@ -3,7 +3,7 @@
 // Attention does not care about the order of tokens, skipping does: neighbours on the map are neighbours in memory if the
 // map is cut into tiles of 8 x 8. Real positions come first, padding is left out; what follows them is zero.
 
-#include "asa_rows.h"
+#include "rows.h"
 
 namespace asa_ops::cuda {
 namespace {

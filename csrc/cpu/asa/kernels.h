@@ -12,18 +12,18 @@
 //
 // Where few pairs survive, a row visits them by a list; where many do, a strip of rows visits everybody and masks.
 
-#include "asa.h"
+#include "problem.h"
 
 namespace asa_ops::cpu::ASA_ISA {
 namespace {
 
-#include "simd.h"
+#include "../simd.h"
 
-#include "memory.h"
+#include "../memory.h"
 
-#include "gemm.h"
+#include "../gemm.h"
 
-#include "gather.h"
+#include "../gather.h"
 
 #include "bits.h"
 

@@ -3,7 +3,7 @@
 // Those pairs are the local survivors that are no neighbours, and where rows keep few neighbours these too
 // (asa_rows.h): scattered pairs, so they are taken one at a time, in plain float32 products.
 
-#include "asa_rows.h"
+#include "rows.h"
 
 namespace asa_ops::cuda {
 namespace {

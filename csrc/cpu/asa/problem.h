@@ -1,4 +1,4 @@
-// What the driver (asa.cpp) and the kernels (asa_kernels.h, compiled once per instruction set) agree on.
+// What the driver (call.cpp) and the kernels (kernels.h, compiled once per instruction set) agree on.
 #pragma once
 
 #include <cstdint>
