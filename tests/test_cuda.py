@@ -329,12 +329,19 @@ def test_nobody_is_mutual_without_neighbours():
 
 def op_arguments(**changes):
     x = torch.ones(1, 1, 4, 4)
-    given = {"query": x, "key": x, "value": x, "alpha": torch.ones(1, 1, 4), "beta": torch.ones(1, 1, 4), "real": None}
-    given |= {"height": 2, "width": 2, "window": 3, "topk": 0, "reciprocal": True, "scale": 1.0, "band": 0.0}
-    inputs = Inputs(x, x, x, given["alpha"], given["beta"], None)
-    saved = Saved.new(inputs, Options((2, 2), 3, 0, True, 1.0), cuda.bits_shape(4, 4), True, True)
-    given |= saved._asdict() | changes
-    return tuple(given.values())
+    tensors = {
+        "query": x,
+        "key": x,
+        "value": x,
+        "alpha": torch.ones(1, 1, 4),
+        "beta": torch.ones(1, 1, 4),
+        "real": None,
+    }
+    options = Options((2, 2), 3, 0, True, 1.0)
+    saved = Saved.new(Inputs(*tensors.values()), options, cuda.bits_shape(4, 4), True, True)._asdict()
+    for given in (tensors, saved):
+        given |= {name: changes[name] for name in changes.keys() & given.keys()}
+    return *tensors.values(), changes.get("options", options.numbers()), list(saved.values())
 
 
 @pytest.mark.parametrize(
@@ -345,8 +352,13 @@ def op_arguments(**changes):
         ({"key": torch.ones(1, 1, 5, 4)}, "value must be of the shape"),
         ({"alpha": torch.ones(1, 1, 4, dtype=torch.float64)}, "alpha must be of the dtype"),
         ({"beta": torch.ones(1, 2, 4)}, r"beta must be \[B, heads or 1, N\]"),
-        ({"window": 2}, "window must be odd"),
-        ({"height": 3}, "height . width must be N"),
+        ({"options": [2, 2, 2, 0, 1, 1.0, 0]}, "window must be odd"),
+        ({"options": [3, 2, 3, 0, 1, 1.0, 0]}, "height . width must be N"),
+        ({"options": [2, 2, 3, 0, 1, 1.0]}, "options must be height, width, window"),
+        ({"options": [2, 2, 3, 0.5, 1, 1.0, 0]}, "topk must be a whole number"),
+        ({"options": [2, 2, 3, -1, 1, 1.0, 0]}, "topk must be a whole number of at least 0"),
+        ({"options": [2, 2, 3, 0, 2, 1.0, 0]}, "reciprocal must be 0 or 1"),
+        ({"options": [2, 2, 3, 0, 1, 1.0, math.nan]}, "band must be at least 0"),
         ({"real": torch.ones(1, 3, dtype=torch.bool)}, "real must be of the shape"),
         ({"bits": torch.zeros(1, 1, 1, 8, dtype=torch.uint8)}, "bits must be of the shape"),
         ({"out": torch.empty(1, 1, 4, 8)[..., ::2]}, "out must be contiguous"),
@@ -372,7 +384,7 @@ def cuobjdump() -> Path:
 
 # Bytes that kernels of float32 may spill: wide sums of products that no tensor core forms. Half precisions: none.
 SINGLE_SPILLS = 32
-FUSED = ("asa_topk", "asa_statistics", "asa_mask", "asa_gather", "asa_dt")  # kernels with tiles
+FUSED = ("asa_topk", "asa_statistics", "asa_mask", "asa_sums", "asa_dt")  # kernels with tiles
 KERNEL_SOURCES = [x for x in simt.SOURCES if x.name != "call.cu"]
 
 

@@ -18,19 +18,18 @@ def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
     return (n_k + PAD - 1) // PAD, (n_q + PAD - 1) // PAD * PAD * 10
 
 
-def _arguments(inputs: Inputs, options: Options) -> tuple:
-    """Return the arguments that all ops begin with."""
+def _tensors(inputs: Inputs) -> tuple[Tensor | None, ...]:
+    """Return the inputs as the ops take them."""
     query, key, value, alpha, beta, key_padding_mask = inputs
     thresholds = (x if x is None else x.float() for x in (alpha, beta))
     real = key_padding_mask if key_padding_mask is None else key_padding_mask.contiguous()
-    (height, width), window, topk, reciprocal, scale = options
-    return query, key, value, *thresholds, real, height, width, window, topk, reciprocal, scale
+    return query, key, value, *thresholds, real
 
 
 def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
     """Write into ``saved``; ``band``: half width of the window in which thresholds learn, None if they do not."""
     if buffers.prepare_outputs(inputs, saved):
-        torch.ops.asa_ops.asa_cuda_fwd(*_arguments(inputs, options), band or 0.0, *saved)
+        torch.ops.asa_ops.asa_cuda_fwd(*_tensors(inputs), options.numbers(band), saved)
 
 
 def bwd(
@@ -42,7 +41,7 @@ def bwd(
     """
     tokens, learning, wanted = buffers.new_gradients(inputs, saved, band)
     if wanted:
-        torch.ops.asa_ops.asa_cuda_bwd(do, *_arguments(inputs, options), band or 0.0, *saved, *tokens, *learning)
+        torch.ops.asa_ops.asa_cuda_bwd(do, *_tensors(inputs), options.numbers(band), saved, *tokens, *learning)
     return *tokens, *learning
 
 
@@ -51,5 +50,5 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
     fwd(inputs, options, saved, None)
     graph = buffers.new_graph(saved)
-    torch.ops.asa_ops.asa_cuda_neighbors(*_arguments(inputs, options), *saved, *graph)
+    torch.ops.asa_ops.asa_cuda_neighbors(*_tensors(inputs), options.numbers(), saved, *graph)
     return graph

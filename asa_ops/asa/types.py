@@ -65,6 +65,10 @@ class Options(NamedTuple):
     reciprocal: bool
     scale: float
 
+    def numbers(self, band: float | None = None) -> list[float]:
+        """Return them, and the half width of the window in which thresholds learn, as ``Options`` of csrc/asa.h."""
+        return [*map(float, (*self.grid, self.window, self.topk, self.reciprocal, self.scale, band or 0))]
+
 
 class Saved(NamedTuple):
     """What a forward pass writes, the first dimensions [B, heads]."""

@@ -1,4 +1,4 @@
-// The forward once neighbours are known: M from bits alone, softmax over the survivors, times v.
+// The second pass of the forward: M from bits alone, softmax over the survivors, times v.
 
 // p.out and statistics of one row from its unnormalised sum of values.
 template <class T>
@@ -7,11 +7,11 @@ void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count
   p.lse_kept[i] = count ? T(largest + __builtin_log(static_cast<double>(sum))) : T(-kInfinity);
   if (!p.scanned()) p.lse[i] = p.lse_kept[i];
   if (!__builtin_isfinite(p.lse[i])) p.lse_kept[i] = p.lse[i];
-  bool spoilt = false;
-  if (p.broken != nullptr) for_bits(m, p.blocks_k, [&](int64_t j) { spoilt |= p.broken[j]; });
+  bool nan_row = false;
+  if (p.not_finite != nullptr) for_bits(m, p.blocks_k, [&](int64_t j) { nan_row |= p.not_finite[j]; });
   const bool undefined = (p.n_real > 0 && !__builtin_isfinite(p.lse[i])) || (p.alpha && !(p.alpha[i] >= 0)) ||
                          (p.beta && !(p.beta[i] >= 0));
-  const T factor = (undefined && real(p.real_q, i)) || spoilt ? T(__builtin_nan("")) : count ? 1 / sum : T(0);
+  const T factor = (undefined && real(p.real_q, i)) || nan_row ? T(__builtin_nan("")) : count ? 1 / sum : T(0);
   for (int64_t d = 0; d < p.dim_v; ++d) p.out[i * p.dim_v + d] = values[d] * factor;
 }
 
@@ -36,8 +36,8 @@ T exponentials(T* s, int64_t count, T& largest) {
   return sum_of<T>(sum);
 }
 
-// The softmax of a row while its scores come stretch by stretch, `bits` saying which survive. Turns them into exp(s -
-// largest), others into 0; returns the factor by which what was summed before shrinks.
+// One stretch of a row's softmax: scores of survivors, by the bits m, become exp(s - largest), other scores 0. Returns
+// the factor by which earlier sums shrink.
 template <class T>
 T masked_exponentials(T* s, const uint64_t* m, int64_t from, int64_t to, T& largest, T& sum) {
   Vec<T> most = splat(largest);
@@ -115,10 +115,12 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       pack(p.q + (survivors.first + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch) {
-      const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>, to = smaller(p.n_k, end * kPanel<T>);
+      const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>,
+                    to = smaller(p.n_k, end * kPanel<T>);
       survivors.for_dense([&](int64_t first, int64_t rows) {
         for (int64_t x = begin; x < end; ++x)
-          scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.dim, w.whole + (x - begin) * kPanel<T>, stride);
+          scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.dim, w.whole + (x - begin) * kPanel<T>,
+                 stride);
         for (int64_t r = first; r < first + rows; ++r) {
           T* const row = w.whole + (r - first) * stride;
           const T factor = masked_exponentials(row, survivors.row(p, r), from, to, largest[r], sum[r]);
@@ -129,7 +131,8 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     }
 
     for (int64_t r = 0; r < survivors.rows; ++r)
-      finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r], largest[r], sum[r], sums + r * p.dim_v);
+      finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r], largest[r], sum[r],
+                 sums + r * p.dim_v);
   }
 }
 

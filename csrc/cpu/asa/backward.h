@@ -1,5 +1,5 @@
-// The gradients of q, k, v: rows first, which give dq and leave p and ds of every survivor in a slab, then columns, which
-// sum them to dv and dk. No two threads add to the same number.
+// The gradients of q, k, v: rows first, which give dq and leave p and ds of every survivor in a slab, then columns,
+// which sum them to dv and dk. No two threads add to the same number.
 
 // The same choice of dense strips as Survivors::take, from the counts that the forward left.
 template <class T>
@@ -27,7 +27,7 @@ bool lay_out(const Problem<T>& p, int64_t* offsets, bool* dense) {
   return any;
 }
 
-// dp of a row to ds, in place; returns <p, dp>.
+// Turns dp of a row into ds, in place; returns <p, dp>.
 template <class T>
 T score_gradients(const T* probability, T* dp, int64_t count) {
   Vec<T> part = {};
@@ -112,7 +112,8 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
 
     survivors.for_dense([&](int64_t first, int64_t rows) {
       for (int64_t j = 0; j <= p.blocks_k; ++j)
-        for (int64_t r = group + first; r < group + first + rows; ++r) slab.starts[j * rows_of_slab + r - slab.begin] = 0;
+        for (int64_t r = group + first; r < group + first + rows; ++r)
+          slab.starts[j * rows_of_slab + r - slab.begin] = 0;
       pack(p.q + (group + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
       pack(p.d_out + (group + first) * p.dim_v, rows, kRows, p.dim_v, d_out + first * p.dim_v);
     });
@@ -161,11 +162,12 @@ struct ColumnsScratch {
     sums = arena.take<T>(kRows * larger(problem.dim, problem.dim_v));
   }
 
-  // As many as there are lie side by side: memory for the most there could be is not touched.
+  // Entries lie side by side: memory beyond their number is not touched.
   struct Sorted {
     int32_t* rows;
     T *p, *ds;
-    Sorted(Arena& arena, int64_t count) : rows(arena.take<int32_t>(count)), p(arena.take<T>(count)), ds(arena.take<T>(count)) {}
+    Sorted(Arena& arena, int64_t count)
+        : rows(arena.take<int32_t>(count)), p(arena.take<T>(count)), ds(arena.take<T>(count)) {}
   };
 };
 
@@ -183,8 +185,9 @@ void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T
   const auto for_entries = [&](const auto& f) {
     for (int64_t i = 0; i < rows_of_slab; ++i) {
       const int64_t offset = slab.offsets[slab.begin + i] - base;
-      // Those of different rows lie far apart.
-      const int64_t ahead = smaller(i + 8, rows_of_slab - 1), later = slab.offsets[slab.begin + ahead] - base + from[ahead];
+      // Entries of different rows lie far apart, so they are fetched ahead.
+      const int64_t ahead = smaller(i + 8, rows_of_slab - 1),
+                    later = slab.offsets[slab.begin + ahead] - base + from[ahead];
       __builtin_prefetch(slab.columns + later);
       __builtin_prefetch(slab.p + later);
       __builtin_prefetch(slab.ds + later);
@@ -208,11 +211,12 @@ void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T
     sorted.p[x] = slab.p[entry];
     sorted.ds[x] = slab.ds[entry];
   });
-  lists.by_stretches(slab.begin, slab.end, cached_rows<T>(p.dim + p.dim_v), [&](int64_t c, int64_t first, int64_t last) {
-    const int64_t x = lists.list[c] - sorted.rows + first, column = begin + c;
-    accumulate(sorted.p + x, p.d_out, p.dim_v, sorted.rows + x, last - first, p.dv + column * p.dim_v);
-    accumulate(sorted.ds + x, p.q, p.dim, sorted.rows + x, last - first, p.dk + column * p.dim);
-  });
+  lists.by_stretches(
+      slab.begin, slab.end, cached_rows<T>(p.dim + p.dim_v), [&](int64_t c, int64_t first, int64_t last) {
+        const int64_t x = lists.list[c] - sorted.rows + first, column = begin + c;
+        accumulate(sorted.p + x, p.d_out, p.dim_v, sorted.rows + x, last - first, p.dv + column * p.dim_v);
+        accumulate(sorted.ds + x, p.q, p.dim, sorted.rows + x, last - first, p.dk + column * p.dim);
+      });
 }
 
 // x[rows][dim] += the product of left[terms][kBlock], transposed, with right[terms][dim].

@@ -1,8 +1,8 @@
-// Who survives, 64 pairs a word: m[r][J] of a block says for its query r which of the keys 64 J to 64 J + 63.
+// Survivors as bits, 64 pairs a word: bit c of m[r][J] says whether query r of a block keeps key 64 J + c.
 
 ASA_INLINE bool real(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
 
-// Calls f(j, o) for every column j of the window around token i that is on the map, with its offset o.
+// Calls f(j, o) for every token j on the map in the window around token i, o being its offset there.
 template <class T, class F>
 void for_window(const Problem<T>& p, int64_t i, const F& f) {
   const int64_t reach = p.window / 2, row = i / p.width, column = i % p.width;
@@ -36,7 +36,7 @@ static void transpose64(uint64_t* x) {
   exchange<1>(x, 0x5555555555555555ull);
 }
 
-// A^T of a block of queries: which queries have them as adaptive neighbours. Only where N_q = N_k.
+// A^T of a block: the queries that have its tokens as adaptive neighbours. Only where N_q = N_k.
 template <class T>
 void neighbors_back(const Problem<T>& p, int64_t block, uint64_t* back) {
   alignas(64) uint64_t tile[64];
@@ -53,15 +53,15 @@ void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
   alignas(64) uint64_t tile[64];
   for (int64_t j = 0; j < p.blocks_k; ++j) {
     if (p.thresholded) {
-      const uint64_t* const mine = p.bits + (block * p.blocks_k + j) * kBlock;
+      const uint64_t* const own = p.bits + (block * p.blocks_k + j) * kBlock;
       uint64_t any = 0;
-      for (int64_t r = 0; r < kBlock; ++r) any |= mine[r];
+      for (int64_t r = 0; r < kBlock; ++r) any |= own[r];
       if (any != 0 && p.reciprocal) {
         __builtin_memcpy(tile, p.bits + (j * p.blocks_k + block) * kBlock, sizeof(tile));
         transpose64(tile);
-        for (int64_t r = 0; r < kBlock; ++r) tile[r] &= mine[r];
+        for (int64_t r = 0; r < kBlock; ++r) tile[r] &= own[r];
       } else {
-        __builtin_memcpy(tile, mine, sizeof(tile));
+        __builtin_memcpy(tile, own, sizeof(tile));
       }
     } else {
       uint64_t keys = 0;
@@ -103,7 +103,8 @@ ASA_INLINE void for_bits(const uint64_t* words, int64_t size, const F& f) {
     for (uint64_t word = words[w]; word != 0; word &= word - 1) f(w * kBlock + __builtin_ctzll(word));
 }
 
-// Writes the bits set to a list, ascending, each plus `first`, and up to kPad numbers more; returns where the list ends.
+// Writes the bits set to a list, ascending, each plus `first`, and up to kPad numbers more; returns where the list
+// ends.
 ASA_INLINE int32_t* list_bits(const uint64_t* words, int64_t size, int64_t first, int32_t* list) {
 #if defined(ASA_AVX512)
   const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
@@ -111,7 +112,8 @@ ASA_INLINE int32_t* list_bits(const uint64_t* words, int64_t size, int64_t first
     if (words[w] == 0) continue;
     for (int64_t bit = 0; bit < kBlock; bit += 16) {
       const auto bits = static_cast<__mmask16>(words[w] >> bit);
-      const __m512i columns = _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(first + w * kBlock + bit)));
+      const __m512i columns =
+          _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(first + w * kBlock + bit)));
       _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(bits, columns));
       list += __builtin_popcount(bits);
     }
@@ -122,7 +124,7 @@ ASA_INLINE int32_t* list_bits(const uint64_t* words, int64_t size, int64_t first
   return list;
 }
 
-// How many numbers to allow for a list that is written and read by whole vectors: at most count + 2 kPad.
+// How much room a list needs that is written and read by whole vectors: at most count + 2 kPad numbers.
 ASA_INLINE int64_t list_room(int64_t count) { return rounded_up(count, kPad) + kPad; }
 
 // The lanes of a vector at column j, a multiple of its length.
@@ -174,7 +176,7 @@ struct Survivors {
       if (!dense[r / kRows]) f(r);
   }
 
-  // Calls f(first row, rows) for the strips of others.
+  // Calls f(first row, rows) for the strips of which whole rows are computed.
   template <class F>
   void for_dense(const F& f) const {
     for (int64_t r = 0; r < rows; r += kRows)

@@ -1,4 +1,4 @@
-// What the driver (call.cpp) and the kernels (kernels.h, compiled once per instruction set) agree on.
+// What call.cpp and the kernels (kernels.h, compiled once per instruction set) share.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +6,7 @@
 namespace asa_ops::cpu {
 
 constexpr int64_t kBlock = 64;  // the bits of a word
-constexpr int64_t kMostRows = 4 * kBlock;  // enough to share what the cache holds of the others
+constexpr int64_t kMostRows = 4 * kBlock;  // taken at a time, which share what the cache holds of the other side
 constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
 
 // One head of one image.
@@ -17,7 +17,7 @@ struct Problem {
   int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
   int64_t height, width, window, topk;
   bool reciprocal;
-  bool thresholded;  // there are adaptive neighbours; otherwise M is everybody, or nobody if there is a beta
+  bool thresholded;  // there are adaptive neighbours; otherwise all keys are neighbours, or none if there is a beta
   int64_t n_real;
 
   T scale;
@@ -25,7 +25,7 @@ struct Problem {
   const T *q, *k, *v;  // [n][dim]; padding and values that are not finite set to 0
   const T *alpha, *beta;  // [n_q], or null
   const bool *real_q, *real_k;  // or null: all
-  const bool* broken;  // [n_k] keys with a value that was not finite, or null: none
+  const bool* not_finite;  // [n_k] keys whose value is not finite, or null: none
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
@@ -33,7 +33,7 @@ struct Problem {
   // adaptive neighbour.
   uint64_t* bits;
   bool* local;  // [n_q][window^2], with a beta
-  T *k_panels, *v_panels;  // keys and values as the products of whole rows want them (gemm.h), where there are any
+  T *k_panels, *v_panels;  // keys and values packed for products of whole rows (gemm.h), where there are any
 
   // backward
   const T* d_out;
@@ -44,9 +44,9 @@ struct Problem {
   bool scanned() const { return thresholded || beta != nullptr; }
 };
 
-// The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities p_ij
-// and gradients ds_ij, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) - offsets[begin]:
-// its survivors in ascending order, or, in dense rows, all keys.
+// The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities
+// p_ij and gradients ds_ij, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) -
+// offsets[begin]: its survivors in ascending order, or, in dense rows, all keys.
 template <class T>
 struct Slab {
   int64_t begin, end;  // rows; begin is a multiple of kMostRows
@@ -57,18 +57,18 @@ struct Slab {
   int32_t* starts;  // [blocks_k + 1][end - begin]: where the entries of a column block start in a row, 0 in dense ones
 };
 
-// Hands out the blocks of one pass to threads. Which thread takes a block does not show in its results.
+// Hands out the blocks of one pass to threads. Results do not depend on which thread takes a block.
 struct Queue {
   int64_t next, end;
-  bool failed = false;  // what a pass was given does not fit together
+  bool failed = false;  // the numbers of survivors are not those of the bits
   bool take(int64_t& block) {
     block = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
     return block < end;
   }
 };
 
-// Each pass takes blocks from a queue and writes nothing outside them. `scratch` is memory of one thread, of the size that
-// the function named *_bytes returns.
+// Each pass takes blocks from a queue and writes nothing outside them. `scratch` is memory of one thread, of the size
+// that the function named *_bytes returns.
 template <class T>
 struct Kernels {
   int64_t (*panels)(int64_t n);  // how many panels n keys make

@@ -1,9 +1,10 @@
 // Scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits.
 
-constexpr int64_t kScoreBytes = 1024 * 1024;  // of the scores in work, if that is no fewer than kFewest rows
+constexpr int64_t kScoreBytes = 1024 * 1024;  // of the scores formed at a time, but at least kFewest rows
 constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 
-// log(alpha_i / n): j is an adaptive neighbour if s_ij - lse_i exceeds it. In this order, for large scores would swallow it.
+// log(alpha_i / n): j is an adaptive neighbour if s_ij - lse_i exceeds it. The difference comes first: the logarithm
+// would be lost if it were added to a large score.
 template <class T>
 T log_multiplier(const Problem<T>& p, int64_t i) {
   if (p.alpha == nullptr) return -kInfinity;
@@ -33,15 +34,15 @@ void scan_window(const Problem<T>& p, int64_t i, const T* s) {
   for_window(p, i, [&](int64_t j, int64_t o) { flags[o] = real(p.real_k, j) && s[j] - p.log_mean[i] > log_beta; });
 }
 
-// A sum of exp(s) that grows stretch by stretch: sum * exp(shift). The shift is the largest score of the first stretch, and
-// moves only if a later one threatens to overflow, so that most scores are read once.
+// A sum of exp(s) that grows stretch by stretch: sum * exp(shift). The shift is the largest score of the first stretch,
+// and moves only if a later one threatens to overflow, so that most scores are read once.
 template <class T>
 struct RunningSum {
   T shift = -kInfinity, sum = 0;
 
-  // Takes in count scores, a multiple of a vector's length. Scores of -inf count as nothing.
+  // Adds `count` scores, a multiple of a vector's length. Scores of -inf add nothing.
   void add(const T* s, int64_t count) {
-    constexpr T kNear = 60;
+    constexpr T kMargin = 60;
     if (shift == T(-kInfinity)) shift = largest(s, count);
     if (shift == T(-kInfinity)) {
       for (int64_t j = 0; j < count; ++j)
@@ -50,7 +51,7 @@ struct RunningSum {
     }
     T most;
     T part = exponentials(s, count, most);
-    if (most > shift + kNear) {
+    if (most > shift + kMargin) {
       sum *= exponential(splat(T(shift - most)))[0];
       shift = most;
       part = exponentials(s, count, most);

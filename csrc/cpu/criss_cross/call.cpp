@@ -1,6 +1,6 @@
 // asa_ops::criss_cross_cpu_fwd and criss_cross_cpu_bwd: checks, and the passes of a call.
 
-#include "../tensors.h"
+#include "../../checks.h"
 #include "../isa.h"
 #include "../workspace.h"
 #include "problem.h"
@@ -9,9 +9,6 @@
 
 namespace asa_ops::cpu {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class T>
 const CrissCrossKernels<T>& table() {
@@ -24,11 +21,11 @@ void check_maps(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor&
   check(type == ScalarType::Float || type == ScalarType::Double, "q", "float32 or float64");
   const int64_t b = q.size(0), h = q.size(2), w = q.size(3);
   check(q.size(1) > 0 && v.size(1) > 0 && h > 0 && w > 0, "q, v", "of at least one channel and pixel");
-  check(q, "q", type, {b, q.size(1), h, w});
-  check(k, "k", type, {b, q.size(1), h, w});
-  check(v, "v", type, {b, v.size(1), h, w});
-  check(out, "out", type, {b, v.size(1), h, w});
-  check(stats, "stats", type, {b, 2, h, w});
+  check_contiguous(q, "q", q, type, {b, q.size(1), h, w});
+  check_contiguous(k, "k", q, type, {b, q.size(1), h, w});
+  check_contiguous(v, "v", q, type, {b, v.size(1), h, w});
+  check_contiguous(out, "out", q, type, {b, v.size(1), h, w});
+  check_contiguous(stats, "stats", q, type, {b, 2, h, w});
 }
 
 template <class T>
@@ -51,7 +48,8 @@ void forward(const Tensor& q, const Tensor& k, const Tensor& v, double scale, co
     Workspace workspace(threads);
     workspace.add_share(kernels.forward_bytes(p));
     workspace.allocate_all();
-    run({0, kernels.column_blocks(p)}, workspace, [&](Queue& queue, void* scratch) { kernels.forward_columns(p, queue, scratch); });
+    run({0, kernels.column_blocks(p)}, workspace,
+        [&](Queue& queue, void* scratch) { kernels.forward_columns(p, queue, scratch); });
     run({0, p.height}, workspace, [&](Queue& queue, void* scratch) { kernels.forward_rows(p, queue, scratch); });
   });
 }
@@ -72,17 +70,20 @@ void backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tenso
     workspace.allocate_all();
     p.delta = delta.get(workspace), p.products = products.get(workspace);
     run({0, p.height}, workspace, [&](Queue& queue, void* scratch) { kernels.backward_values(p, queue, scratch); });
-    run({0, kernels.column_groups(p)}, workspace, [&](Queue& queue, void* scratch) { kernels.backward_columns(p, queue, scratch); });
+    run({0, kernels.column_groups(p)}, workspace,
+        [&](Queue& queue, void* scratch) { kernels.backward_columns(p, queue, scratch); });
     run({0, p.height}, workspace, [&](Queue& queue, void* scratch) { kernels.backward_rows(p, queue, scratch); });
   });
 }
 
 void criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, double scale, Tensor out, Tensor stats) {
   check_maps(q, k, v, out, stats);
-  q.scalar_type() == ScalarType::Float ? forward<float>(q, k, v, scale, out, stats) : forward<double>(q, k, v, scale, out, stats);
+  q.scalar_type() == ScalarType::Float ? forward<float>(q, k, v, scale, out, stats)
+                                       : forward<double>(q, k, v, scale, out, stats);
 }
 
-void criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, double scale, Tensor dq, Tensor dk, Tensor dv) {
+void criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, double scale, Tensor dq, Tensor dk,
+                         Tensor dv) {
   check_maps(q, k, v, d_out, stats);
   check_maps(dq, dk, dv, d_out, stats);
   check(dq.size(1) == q.size(1), "dq", "like q");

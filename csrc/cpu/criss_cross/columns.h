@@ -1,9 +1,10 @@
 // Columns, side by side in the lanes of vectors: their scratch and scores.
 
-constexpr int64_t kPairBytes = 1280 * 1024;  // of scores and the like in work, about, and at least kFewestQueries
+constexpr int64_t kPairBytes = 1280 * 1024;  // of scores formed at a time, about, but at least kFewestQueries
 constexpr int64_t kFewestQueries = 16;
 
-// Queries at a time of a line of n keys, a multiple of `step`, each pair taking `size` numbers: parts of about equal length.
+// Queries at a time of a line of n keys, a multiple of `step`, each pair taking `size` numbers: parts of about equal
+// length.
 template <class T>
 int64_t queries_at_a_time(int64_t n, int64_t size, int64_t step) {
   const int64_t fitting = larger(kFewestQueries, kPairBytes / (n * size * static_cast<int64_t>(sizeof(T))));
@@ -54,7 +55,7 @@ template <class T>
 void score_columns(const CrissCross<T>& p, const ColumnScratch<T>& w, const Strip<T>& queries) {
   constexpr int64_t L = kLanes<T>;
   const int64_t rows = queries.lines;
-  gather(p, p.q, p.dim, queries, w.q, rows * L, p.scale);
+  pack_strip(p, p.q, p.dim, queries, w.q, rows * L, p.scale);
   clear(w.s, w.n * rows * L);
   add_lanes<T>({w.k, L, w.n * L}, {w.q, L, rows * L}, w.n, rows, p.dim, w.s, rows * L, L);
 }

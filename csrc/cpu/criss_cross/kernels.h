@@ -1,12 +1,13 @@
-// Criss-cross attention on a CPU, for one instruction set: after asa/kernels.h, whose vectors and products it uses.
+// Criss-cross attention on a CPU, for one instruction set. It uses the vectors and products that asa/kernels.h
+// includes.
 //
-// Maps stay as they are, [channels][height][width]. A row is a dense product of everybody with everybody, its scores laid
-// out [key][query]. Columns are taken as many side by side as a vector has lanes: there a product of "vectors" multiplies
-// lane by lane. So the softmax runs over vectors, never within one. Strips of the maps are copied into scratch, where they
-// lie without gaps, padded to whole vectors by zeros.
+// Maps stay as they are, [channels][height][width]. A row is a dense product of everybody with everybody, its scores
+// laid out [key][query]. Columns are taken as many side by side as a vector has lanes: there a product of "vectors"
+// multiplies lane by lane. So the softmax runs over vectors, never within one. Strips of the maps are copied into
+// scratch, where they lie without gaps, padded to whole vectors by zeros.
 //
-// Forward: columns first, their own softmax; then rows, which merge theirs with it. Backward: rows form dp and dv, columns
-// all they need and then, knowing both parts of delta, their dq and dk, rows theirs.
+// Forward: the softmax of columns first; then rows merge theirs with it. Backward: rows form dp and dv; columns form
+// theirs and, knowing both parts of delta, dq and dk; then rows add their dq and dk.
 
 #include "problem.h"
 
@@ -29,8 +30,8 @@ namespace {
 
 template <class T>
 constexpr CrissCrossKernels<T> criss_cross_kernels() {
-  return {column_blocks<T>,  column_groups<T>, forward_bytes<T>, forward_columns<T>, forward_rows<T>,
-          products<T>,       backward_bytes<T>, backward_values<T>, backward_columns<T>, backward_rows<T>};
+  return {column_blocks<T>, column_groups<T>,  forward_bytes<T>,   forward_columns<T>,  forward_rows<T>,
+          products<T>,      backward_bytes<T>, backward_values<T>, backward_columns<T>, backward_rows<T>};
 }
 
 }  // namespace

@@ -1,6 +1,7 @@
 // Products of vectors, lane by lane.
 
-constexpr int64_t kTogether = 64;  // terms of a sum added one after the other; more are added in parts, which round less
+constexpr int64_t kTogether =
+    64;  // terms of a sum added one after the other; more are added in parts, which round less
 
 template <class T>
 void clear(T* x, int64_t count) {
@@ -59,13 +60,15 @@ static void lane_rows(Factor<T> a, Factor<T> b, int64_t columns, int64_t terms, 
 
 // c(x, y) += sum over terms of a(x, term) * b(y, term), lane by lane.
 template <class T>
-static void add_lanes(Factor<T> a, Factor<T> b, int64_t rows, int64_t columns, int64_t terms, T* c, int64_t c_row, int64_t c_column) {
+static void add_lanes(Factor<T> a, Factor<T> b, int64_t rows, int64_t columns, int64_t terms, T* c, int64_t c_row,
+                      int64_t c_column) {
   for (int64_t t = 0; t < terms; t += kTogether) {
     int64_t x = 0;
     const auto strip = [&](auto height) {
       for (; rows - x >= height; x += height)
-        lane_rows<height>({a.x + x * a.by_row + t * a.by_term, a.by_row, a.by_term}, {b.x + t * b.by_term, b.by_row, b.by_term},
-                          columns, smaller(kTogether, terms - t), c + x * c_row, c_row, c_column);
+        lane_rows<height>({a.x + x * a.by_row + t * a.by_term, a.by_row, a.by_term},
+                          {b.x + t * b.by_term, b.by_row, b.by_term}, columns, smaller(kTogether, terms - t),
+                          c + x * c_row, c_row, c_column);
     };
     strip(std::integral_constant<int, kTileX>());
     strip(std::integral_constant<int, 1>());

@@ -9,10 +9,11 @@ struct Strip {
   int64_t vectors() const { return (count + kLanes<T> - 1) / kLanes<T>; }
 };
 
-// packed[channels][stride], each the strip's lines one after the other in whole vectors, times factor; what is left of
-// `stride` is 0.
+// packed[channels][stride] = the strip's lines one after the other in whole vectors, times factor, and zeros up to
+// `stride`.
 template <class T>
-void gather(const CrissCross<T>& p, const T* x, int64_t channels, const Strip<T>& strip, T* packed, int64_t stride, T factor = 1) {
+void pack_strip(const CrissCross<T>& p, const T* x, int64_t channels, const Strip<T>& strip, T* packed, int64_t stride,
+                T factor = 1) {
   const int64_t width = strip.vectors() * kLanes<T>;
   for (int64_t c = 0; c < channels; ++c) {
     const T* from = x + (c * p.height + strip.line) * p.width + strip.first;
@@ -24,9 +25,10 @@ void gather(const CrissCross<T>& p, const T* x, int64_t channels, const Strip<T>
   }
 }
 
-// The reverse: f(vector of the map, vector of packed, offset in a channel of packed) is what the map gets.
+// The reverse: writes f(vector of the map, vector of packed, offset in a channel of packed) into the map.
 template <class T, class F>
-ASA_INLINE void scatter(const CrissCross<T>& p, const T* packed, int64_t stride, int64_t channels, const Strip<T>& strip, T* x, const F& f) {
+ASA_INLINE void unpack_strip(const CrissCross<T>& p, const T* packed, int64_t stride, int64_t channels,
+                             const Strip<T>& strip, T* x, const F& f) {
   const int64_t width = strip.vectors() * kLanes<T>;
   for (int64_t c = 0; c < channels; ++c)
     for (int64_t l = 0; l < strip.lines; ++l) {
@@ -38,12 +40,12 @@ ASA_INLINE void scatter(const CrissCross<T>& p, const T* packed, int64_t stride,
     }
 }
 
-// What a map gets: x, or y + x, y being what it holds.
+// Writes a strip, times factor, or adds it to what the map holds.
 template <class T>
-ASA_INLINE void give(const CrissCross<T>& p, const T* packed, int64_t stride, int64_t channels, const Strip<T>& strip, T* x,
-                     bool first, T factor = 1) {
-  if (first)
-    scatter(p, packed, stride, channels, strip, x, [&](Vec<T>, Vec<T> x, int64_t) { return factor * x; });
+ASA_INLINE void write_strip(const CrissCross<T>& p, const T* packed, int64_t stride, int64_t channels,
+                            const Strip<T>& strip, T* x, bool overwrite, T factor = 1) {
+  if (overwrite)
+    unpack_strip(p, packed, stride, channels, strip, x, [&](Vec<T>, Vec<T> x, int64_t) { return factor * x; });
   else
-    scatter(p, packed, stride, channels, strip, x, [&](Vec<T> y, Vec<T> x, int64_t) { return y + factor * x; });
+    unpack_strip(p, packed, stride, channels, strip, x, [&](Vec<T> y, Vec<T> x, int64_t) { return y + factor * x; });
 }

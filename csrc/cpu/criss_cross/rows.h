@@ -4,14 +4,14 @@
 template <class T>
 struct RowScratch {
   int64_t n, stride, at_a_time;  // stride: pixels of a row, padded
-  T *q, *k, *s, *turned, *v, *d_out, *sums, *statistics;
+  T *q, *k, *s, *transposed, *v, *d_out, *sums, *statistics;
 
   RowScratch(Arena& arena, const CrissCross<T>& p, bool backward) : n(p.width), stride(rounded_up(n, kPad)) {
     at_a_time = queries_at_a_time<T>(n, backward ? 2 : 1, kPad);
     q = arena.take<T>(p.dim * stride);
     k = arena.take<T>(rounded_up(p.dim, kRows) * stride);
     s = arena.take<T>(stride * at_a_time);
-    turned = arena.take<T>(backward ? stride * at_a_time : 0);
+    transposed = arena.take<T>(backward ? stride * at_a_time : 0);
     v = arena.take<T>(kChannels * stride);
     d_out = arena.take<T>(backward ? kChannels * at_a_time : 0);
     sums = arena.take<T>(larger(kChannels, backward ? rounded_up(p.dim, kRows) : 0) * stride);
@@ -31,15 +31,15 @@ void add_rows(const T* a, int64_t a_stride, const T* b, int64_t rows, int64_t te
 // s[key][query] of some queries of a row; w.k holds the keys.
 template <class T>
 void score_row(const CrissCross<T>& p, const RowScratch<T>& w, const Strip<T>& queries, int64_t columns) {
-  gather(p, p.q, p.dim, queries, w.q, columns, p.scale);
+  pack_strip(p, p.q, p.dim, queries, w.q, columns, p.scale);
   clear(w.s, w.stride * columns);
   add_rows<Left::by_term>(w.k, w.stride, w.q, w.n, p.dim, columns, w.s);
 }
 
-// turned[query][key] = x[key][query].
+// transposed[query][key] = x[key][query].
 template <class T>
-void turn(const T* x, int64_t keys, int64_t queries, T* turned) {
+void transpose(const T* x, int64_t keys, int64_t queries, T* transposed) {
   for (int64_t i = 0; i < queries; i += kLanes<T>)
     for (int64_t j = 0; j < keys; ++j)
-      for (int64_t r = 0; r < kLanes<T>; ++r) turned[(i + r) * keys + j] = x[j * queries + i + r];
+      for (int64_t r = 0; r < kLanes<T>; ++r) transposed[(i + r) * keys + j] = x[j * queries + i + r];
 }

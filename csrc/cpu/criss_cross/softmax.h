@@ -13,8 +13,8 @@ ASA_INLINE Vec<T> sum_over(int64_t count, const F& f) {
   return sum;
 }
 
-// s[key][query] of a line, both in whole vectors, to exp(s - largest), where largest is that of a query over all keys.
-// Scores of a query that are all -inf have a sum, and `largest` tells.
+// Turns s[key][query] of a line, both in whole vectors, into exp(s - largest), where largest is that of a query over
+// all keys; returns their sums. If all scores of a query are -inf, `largest` is -inf and the sum is not 0.
 template <class T>
 ASA_INLINE Vec<T> exponentials_of(T* s, int64_t keys, int64_t stride, Vec<T>& largest) {
   largest = splat(T(-kInfinity));
@@ -27,20 +27,20 @@ ASA_INLINE Vec<T> exponentials_of(T* s, int64_t keys, int64_t stride, Vec<T>& la
   });
 }
 
-// s[key][query] of a line to probabilities, given the query's largest score and its sum, over row and column.
+// Turns s[key][query] of a line into probabilities, given the query's largest score and its sum, over row and column.
 template <class T>
 ASA_INLINE void probabilities(T* s, int64_t keys, int64_t stride, Vec<T> largest, Vec<T> total) {
   for (int64_t j = 0; j < keys; ++j) store(s + j * stride, exponential(load(s + j * stride) - largest) / total);
 }
 
-// The part of a line's keys in <do, out>: the sum of p dp. Formed from out it would not fit the p of the backward to the
-// last digit, and what is left over would be added up.
+// The part of a line's keys in <do, out>: the sum of p dp. Formed from out it would differ from the p of the backward
+// in the last digit, and these differences would add up.
 template <class T>
 ASA_INLINE Vec<T> mean_product(const T* p, const T* dp, int64_t keys, int64_t stride) {
   return sum_over<T>(keys, [&](int64_t j) { return load(p + j * stride) * load(dp + j * stride); });
 }
 
-// dp[key][query] of a line to ds.
+// Turns dp[key][query] of a line into ds.
 template <class T>
 ASA_INLINE void score_gradients_of(const T* p, T* dp, int64_t keys, int64_t stride, Vec<T> delta) {
   for (int64_t j = 0; j < keys; ++j) store(dp + j * stride, load(p + j * stride) * (load(dp + j * stride) - delta));

@@ -1,4 +1,4 @@
-// What kernels share in which a warp takes a row: its tokens spread over the lanes, products summed over the warp.
+// Rows that a warp takes each: tokens lie spread over its lanes, products are summed over it.
 
 #pragma once
 
@@ -7,11 +7,13 @@
 namespace asa_ops::cuda {
 
 // Programs for a row a warp.
-inline dim3 row_programs(int zs, const Order& rows) { return dim3(unsigned(int64_t(zs) * rows.padded / kWarps)); }
+inline dim3 row_programs(int n_heads, const Order& rows) {
+  return dim3(unsigned(int64_t(n_heads) * rows.padded / kWarps));
+}
 
 // The row of this warp.
 struct WarpRow {
-  int64_t index;  // in [zs, padded]
+  int64_t index;  // in [n_heads, padded]
   int z, position, image, token;  // token -1: there is none
 
   __device__ WarpRow(const Order& rows, int heads, int per_image)
@@ -66,7 +68,7 @@ __device__ __forceinline__ float max_over_warp(float x) {
   return x;
 }
 
-// Takes a number that is not negative into the largest, kept as bits, which order as the numbers do. For one lane.
+// Raises `bound` to a number that is not negative; both as bits, which order as the numbers do. For one lane.
 __device__ __forceinline__ void note_largest(uint32_t* bound, float x) { atomicMax(bound, bits_as<uint32_t>(x)); }
 
 // <a, b>, the same number in every lane.
@@ -92,7 +94,7 @@ __device__ __forceinline__ float number_of(const Parts& parts, int64_t row, int6
   return sum;
 }
 
-// The token that lies where the `offset`-th of the window around a row's token does, in raster order; -1 off the map.
+// The `offset`-th token of the window around a token, in raster order; -1 off the map.
 template <class T>
 __device__ __forceinline__ int window_token(const Problem<T>& p, int token, int offset) {
   const int r = token / p.grid_width + offset / p.window - p.window / 2;
@@ -100,14 +102,16 @@ __device__ __forceinline__ int window_token(const Problem<T>& p, int token, int 
   return r < 0 || r >= p.grid_height || c < 0 || c >= p.grid_width ? -1 : r * p.grid_width + c;
 }
 
-// Its position; -1 off the map and for padding.
-template <class T>
-__device__ __forceinline__ int window_neighbour(const Problem<T>& p, const WarpRow& at, int offset) {
-  const int token = window_token(p, at.token, offset);
-  return token < 0 ? -1 : p.keys.place[row_at(at.image, p.keys.n, token)];
+// Calls use(offset, position) for the window around a row's token, position -1 off the map and for padding.
+template <class T, class Use>
+__device__ __forceinline__ void visit_window(const Problem<T>& p, const WarpRow& at, Use use) {
+  for (int offset = 0; offset < p.window * p.window; ++offset) {
+    const int token = window_token(p, at.token, offset);
+    use(offset, token < 0 ? -1 : p.keys.place[row_at(at.image, p.keys.n, token)]);
+  }
 }
 
-// Whether a row survives, as the `offset`-th of its window, for the row of a token.
+// Whether the `offset`-th token of the window around `token` is a local survivor.
 template <class T>
 __device__ __forceinline__ bool local_flag(const Problem<T>& p, const uint8_t* local, int z, int token, int offset) {
   return local[row_at(z, p.rows.n, token) * (p.window * p.window) + offset] != 0;
@@ -145,22 +149,20 @@ __device__ __forceinline__ void visit_neighbours(const Problem<T>& p, const Warp
 template <class T, class Use>
 __device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& at, const uint8_t* local, Use use) {
   if (p.few) visit_neighbours(p, at, use);
-  for (int offset = 0; offset < p.window * p.window; ++offset) {
-    const int j = window_neighbour(p, at, offset);
+  visit_window(p, at, [&](int offset, int j) {
     if (j >= 0 && local_flag(p, local, at.z, at.token, offset) && !is_neighbour(p, at.z, at.position, j)) use(j);
-  }
+  });
 }
 
-// The same for the queries of which a key is a survivor: in its window are those whose windows hold it.
+// The same for the queries of which a key is a survivor: its window holds those whose windows hold it.
 template <class T, class Use>
 __device__ __forceinline__ void visit_queries(const Problem<T>& p, const WarpRow& at, const uint8_t* local, Use use) {
   if (p.few) visit_neighbours(p, at, use);
-  for (int offset = 0; offset < p.window * p.window; ++offset) {
-    const int i = window_neighbour(p, at, offset);
-    if (i < 0) continue;
+  visit_window(p, at, [&](int offset, int i) {
+    if (i < 0) return;
     const int token = window_token(p, at.token, offset), back = p.window * p.window - 1 - offset;
     if (local_flag(p, local, at.z, token, back) && !is_neighbour(p, at.z, i, at.position)) use(i);
-  }
+  });
 }
 
 }  // namespace asa_ops::cuda

@@ -1,10 +1,10 @@
 // Scores of every row: the statistics that decide its neighbours, and its k-th largest score.
 //
-// The k-th largest is exact, for any k, and no score is ever stored. The bits of a float, taken as an integer, order as it
-// does. Every sweep over the keys counts how many scores fall into each of kBins parts of the interval known to hold the
-// k-th largest, until exactly k scores reach its lower end or it holds a single value: five sweeps at most, since 7 bits
-// are settled in each. The last sweep finds the two scores next to the gap; any threshold between them selects the same
-// scores, however another kernel's product rounds.
+// The k-th largest is exact, for any k, and no score is ever stored. The bits of a float, taken as an integer, order as
+// it does. Every sweep over the keys counts how many scores fall into each of kBins parts of the interval known to hold
+// the k-th largest, until exactly k scores reach its lower end or it holds a single value: five sweeps at most, since 7
+// bits are settled in each. The last sweep finds the two scores next to the gap; any threshold between them selects the
+// same scores, however another kernel's product rounds.
 
 #include "tiles.h"
 
@@ -13,7 +13,8 @@ namespace {
 
 // Maximum and sum of exponentials of every row over each `splits`-th block of keys, axis 1 of the grid, and peaks.
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, int splits, float* largest, float* total) {
+__global__ void __launch_bounds__(kThreads)
+    asa_statistics_kernel(Problem<T> p, int splits, float* largest, float* total) {
   const int blocks = p.rows.blocks();
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y;
   const int n_keys = p.keys.counts[image_of(z, p.heads, p.per_image)];
@@ -64,7 +65,8 @@ __global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, 
   for (int half = 0; half < 2; ++half) {
     const float base = max_over_quad(high[half]), finite = base == -INFINITY ? 0 : base;
     const float all = sum_over_quad(sum[half] * exp2f(high[half] - finite));
-    const int64_t row = int64_t(split) * p.zs * p.rows.padded + row_at(z, p.rows.padded, block * kBlock + at.row + 8 * half);
+    const int64_t row =
+        int64_t(split) * p.n_heads * p.rows.padded + row_at(z, p.rows.padded, block * kBlock + at.row + 8 * half);
     if (threadIdx.x % 4 == 0) largest[row] = base, total[row] = all;
   }
 }
@@ -78,14 +80,15 @@ __device__ __forceinline__ int32_t ordered(float x) {
 }
 __device__ __forceinline__ float from_ordered(int32_t x) { return bits_as<float>(x ^ (x >> 31 & 0x7fffffff)); }
 
-// What is known of a row: `reached` scores, at least k, are no less than low; `above`, fewer, are no less than high.
+// Where the k-th largest score of a row lies: `reached` scores, at least k, are no less than low; `above`, fewer than
+// k, are no less than high.
 struct Interval {
   int32_t low, high;
   int reached, above;
   int shift;  // a bin is 2^shift wide
 };
 
-struct Memory {
+struct Shared {
   char chunks[kStages * 2 * kChunkBytes];
   int bins[kBlock][kBins];
   Interval rows[kBlock];
@@ -102,7 +105,7 @@ __device__ __forceinline__ int shift_of(const Interval& row) {
 
 template <class T>
 __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float* kappa2) {
-  Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int blocks = p.rows.blocks();
   const int z = blockIdx.x / blocks, i0 = blockIdx.x % blocks * kBlock;
   const int image = image_of(z, p.heads, p.per_image);
@@ -120,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
       copy_chunk(chunk, q, p.width, step % chunks);
       copy_chunk(chunk + kChunkBytes, k + int64_t(j0) * p.width, p.width, step % chunks);
     };
-    Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(memory.chunks, load);
+    Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(shared.chunks, load);
     for (int j0 = 0; j0 < n_keys; j0 += kBlock) {
       Tile s;
       multiply_chunks<T>(s, ring, chunks);
@@ -134,44 +137,44 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
   };
 
   if (threadIdx.x < kBlock) {
-    Interval& row = memory.rows[threadIdx.x];
+    Interval& row = shared.rows[threadIdx.x];
     row = {kLowest, kBeyond, n_keys, 0, 0};
     row.shift = shift_of(row);
   }
   const auto is_open = [&](const Interval& row) {
     return row.reached > p.topk && uint32_t(row.high) - uint32_t(row.low) > 1;
   };
-  // Whether a row is open, for everybody.
+  // Whether any row is open, the same in all threads.
   const auto any_open = [&] {
-    if (threadIdx.x == 0) memory.open = 0;
+    if (threadIdx.x == 0) shared.open = 0;
     __syncthreads();
-    if (threadIdx.x < kBlock && i0 + int(threadIdx.x) < n_rows && is_open(memory.rows[threadIdx.x])) memory.open = 1;
+    if (threadIdx.x < kBlock && i0 + int(threadIdx.x) < n_rows && is_open(shared.rows[threadIdx.x])) shared.open = 1;
     __syncthreads();
-    return memory.open != 0;
+    return shared.open != 0;
   };
   while (any_open()) {
-    for (int i = threadIdx.x; i < kBlock * kBins; i += kThreads) memory.bins[i / kBins][i % kBins] = 0;
+    for (int i = threadIdx.x; i < kBlock * kBins; i += kThreads) shared.bins[i / kBins][i % kBins] = 0;
     __syncthreads();
     sweep([&](float s, int high) {
-      const Interval& row = memory.rows[at.row + 8 * high];  // not in registers, of which there are none to spare
+      const Interval& row = shared.rows[at.row + 8 * high];  // not in registers, of which there are none to spare
       const uint32_t above = uint32_t(ordered(s)) - uint32_t(row.low);
       if (s == s && above < uint32_t(row.high) - uint32_t(row.low))
-        atomicAdd(&memory.bins[at.row + 8 * high][above >> row.shift], 1);
+        atomicAdd(&shared.bins[at.row + 8 * high][above >> row.shift], 1);
     });
     if (threadIdx.x < kBlock) {
-      Interval& row = memory.rows[threadIdx.x];
+      Interval& row = shared.rows[threadIdx.x];
       if (is_open(row)) {
         int count = row.above, bin = kBins;
-        while (bin > 0 && count < p.topk) count += memory.bins[threadIdx.x][--bin];
+        while (bin > 0 && count < p.topk) count += shared.bins[threadIdx.x][--bin];
         if (count >= p.topk) {
-          row.above = count - memory.bins[threadIdx.x][bin];
+          row.above = count - shared.bins[threadIdx.x][bin];
           row.reached = count;
           const int64_t low = row.low + (int64_t(bin) << row.shift), high = low + (int64_t(1) << row.shift);
           row.low = int32_t(low);
           row.high = high < row.high ? int32_t(high) : row.high;
           row.shift = shift_of(row);
         } else {
-          // Formed again, some that had reached the interval miss it (or are NaN, and so is the row's output).
+          // Formed again, some scores that had reached the interval miss it (or are NaN, and so is the row's output).
           row.reached = p.topk, row.high = row.low + 1;
         }
       }
@@ -179,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
   }
 
   float kth[2] = {INFINITY, INFINITY}, following[2] = {-INFINITY, -INFINITY};
-  const float floor[2] = {from_ordered(memory.rows[at.row].low), from_ordered(memory.rows[at.row + 8].low)};
+  const float floor[2] = {from_ordered(shared.rows[at.row].low), from_ordered(shared.rows[at.row + 8].low)};
   sweep([&](float s, int high) {
     if (s >= floor[high])
       kth[high] = fminf(kth[high], s);
@@ -192,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
     following[high] = max_over_quad(following[high]);
     const int position = i0 + at.row + 8 * high;
     if (threadIdx.x % 4 != 0 || position >= n_rows) continue;
-    const int reached = memory.rows[at.row + 8 * high].reached;
-    if (kth[high] == INFINITY) kth[high] = floor[high];  // formed again, all of them may miss the floor
+    const int reached = shared.rows[at.row + 8 * high].reached;
+    if (kth[high] == INFINITY) kth[high] = floor[high];  // formed again, all scores may miss the floor
     const float middle = following[high] + (kth[high] - following[high]) * 0.5f;
     float threshold = middle > following[high] && middle < kth[high] ? middle : kth[high];
     if (n_keys <= p.topk || reached == n_keys) threshold = -INFINITY;
@@ -206,17 +209,17 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
 
 template <class T>
 void find_statistics(const Problem<T>& problem, int splits, float* largest, float* total, cudaStream_t stream) {
-  launch("asa_statistics_kernel", &asa_statistics_kernel<T>, dim3(problem.zs * problem.rows.blocks(), splits), kThreads,
-         (chunks_of<T>(problem.width) + kStages) * kChunkBytes, stream, problem, splits, largest, total);
+  launch("asa_statistics_kernel", &asa_statistics_kernel<T>, dim3(problem.n_heads * problem.rows.blocks(), splits),
+         kThreads, (chunks_of<T>(problem.width) + kStages) * kChunkBytes, stream, problem, splits, largest, total);
 }
 
 template <class T>
 void find_kth(const Problem<T>& problem, float* kappa2, cudaStream_t stream) {
-  launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.zs * problem.rows.blocks()), kThreads, sizeof(Memory),
-         stream, problem, kappa2);
+  launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.n_heads * problem.rows.blocks()), kThreads,
+         sizeof(Shared), stream, problem, kappa2);
 }
 
-#define INSTANTIATE(T) \
+#define INSTANTIATE(T)                                                                 \
   template void find_statistics(const Problem<T>&, int, float*, float*, cudaStream_t); \
   template void find_kth(const Problem<T>&, float*, cudaStream_t);
 INSTANTIATE(Half)

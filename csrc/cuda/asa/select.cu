@@ -1,13 +1,13 @@
 // Which tiles are visited, and which pairs are neighbours: on the device, with fixed capacity, without a host sync.
 //
-// peaks[J, i] is at least the largest score that query i gives to the 64 keys of block J. A tile is active if some row's
-// peak exceeds that row's threshold; if neighbours must be mutual, in both directions. What is left out holds no
-// neighbour; what is visited in vain costs time only.
+// peaks[J, i] is at least the largest score that query i gives to the 64 keys of block J. A tile is active if some
+// row's peak exceeds that row's threshold; if neighbours must be mutual, in both directions. Tiles that are left out
+// hold no neighbour; tiles that are visited in vain cost time only.
 //
-// asa_mask_kernel is the one place where pairs are decided: A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i]. If
-// mutual, a tile (I, J) also gets s_ji, by a second product laid out [i, j] (none if query is key), so that M = A_ij and
-// A_ji; what is stored of it are bits of the rows i and of the rows j, transposed in shared memory. On the diagonal A_ji is
-// the transpose of A_ij, so M is always symmetric.
+// asa_mask_kernel alone decides pairs: A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i]. If neighbours must be
+// mutual, a second product laid out [i, j] gives s_ji for a tile (I, J) too (none if query is key), so that M = A_ij
+// and A_ji; its bits are stored for the rows i and, transposed in shared memory, for the rows j. On the diagonal A_ji
+// is the transpose of A_ij, so M is always symmetric.
 
 #include "tiles.h"
 
@@ -16,8 +16,9 @@ namespace {
 
 // Thresholds of a block of rows, and which blocks of keys they reach within band2.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Problem<T> p, int splits, const float* largest, const float* total,
-                                                                  Saved<T> saved, float band2, Thresholds thresholds) {
+__global__ void __launch_bounds__(kThreads, kPrograms)
+    asa_thresholds_kernel(Problem<T> p, int splits, const float* largest, const float* total, Saved<T> saved,
+                          float band2, Thresholds thresholds) {
   struct Row {
     float lse2, cut2, kappa2;
   };
@@ -27,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Pro
   const int image = image_of(z, p.heads, p.per_image), n_keys = p.keys.counts[image];
   if (threadIdx.x < kBlock) {
     const int position = block * kBlock + int(threadIdx.x);
-    const int64_t row = row_at(z, p.rows.padded, position), all = int64_t(p.zs) * p.rows.padded;
+    const int64_t row = row_at(z, p.rows.padded, position), all = int64_t(p.n_heads) * p.rows.padded;
     const int token = p.rows.order[row_at(image, p.rows.padded, position)];
     const int64_t saved_row = row_at(z, p.rows.n, token);
     float lse2 = 0, base = -INFINITY;
@@ -48,27 +49,27 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Pro
       lse2 = saved.base2[int64_t(3 * z) * p.rows.n + token];
     }
     // Without alpha the cut is -inf, which differences of huge scores may reach.
-    Row found{p.alpha.data == nullptr ? 0 : lse2, -INFINITY, -INFINITY};
+    Row own{p.alpha.data == nullptr ? 0 : lse2, -INFINITY, -INFINITY};
     if (token < 0) {
-      found.cut2 = INFINITY;
+      own.cut2 = INFINITY;
     } else if (p.alpha.data != nullptr) {
       const float alpha = multiplier_at(p.alpha, z, p.heads, token);
-      found.cut2 = alpha >= 0 ? log2f(alpha) - log2f(float(n_keys)) : NAN;
+      own.cut2 = alpha >= 0 ? log2f(alpha) - log2f(float(n_keys)) : NAN;
     }
-    if (thresholds.kappa2 != nullptr && token >= 0) found.kappa2 = saved.kappa2[saved_row];
+    if (thresholds.kappa2 != nullptr && token >= 0) own.kappa2 = saved.kappa2[saved_row];
     if (splits > 0) {
-      // Pairs are decided by scores that are formed again: the largest may not miss a threshold that it exceeds.
-      const float above = base - found.lse2;
-      if (above > found.cut2) found.cut2 = fminf(found.cut2, above - last_bits(base));
-      found.kappa2 = fminf(found.kappa2, base - last_bits(base));
+      // Scores are formed again to decide pairs: the largest must not miss a threshold that it exceeds.
+      const float above = base - own.lse2;
+      if (above > own.cut2) own.cut2 = fminf(own.cut2, above - last_bits(base));
+      own.kappa2 = fminf(own.kappa2, base - last_bits(base));
     } else {
-      found.kappa2 -= 2 * last_bits(found.kappa2);  // nor may a neighbour miss it here
+      own.kappa2 -= 2 * last_bits(own.kappa2);  // here too, no neighbour may miss it
     }
-    rows[threadIdx.x] = found;
+    rows[threadIdx.x] = own;
     if (p.has_bits) {
-      thresholds.lse2[row] = found.lse2;
-      thresholds.cut2[row] = found.cut2;
-      if (thresholds.kappa2 != nullptr) thresholds.kappa2[row] = found.kappa2;
+      thresholds.lse2[row] = own.lse2;
+      thresholds.cut2[row] = own.cut2;
+      if (thresholds.kappa2 != nullptr) thresholds.kappa2[row] = own.kappa2;
     }
   }
   if (!p.has_bits) return;
@@ -86,24 +87,24 @@ __global__ void __launch_bounds__(kThreads, kPrograms) asa_thresholds_kernel(Pro
   }
 }
 
-// A tile a warp.
-__global__ void __launch_bounds__(kThreads) asa_occupied_kernel(const uint32_t* words, int64_t stride, int zs, int row_blocks,
-                                                                int key_blocks, uint8_t* flags) {
+// Whether tiles hold a bit; a tile a warp.
+__global__ void __launch_bounds__(kThreads) asa_occupied_kernel(const uint32_t* words, int64_t stride, int n_heads,
+                                                                int row_blocks, int key_blocks, uint8_t* flags) {
   const int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
   const int z = int(tile / (row_blocks * key_blocks)), lane = threadIdx.x % 32;
-  if (z >= zs) return;
+  if (z >= n_heads) return;
   const int i = int(tile / key_blocks % row_blocks), j = int(tile % key_blocks), padded = row_blocks * kBlock;
   const uint32_t* const left = words + z * stride + int64_t(2 * j) * padded + i * kBlock + lane;
   const bool any = __any_sync(~0u, (left[0] | left[32] | left[padded] | left[padded + 32]) != 0);
   if (lane == 0) flags[tile] = any;
 }
 
-// The list of a block a warp.
-__global__ void __launch_bounds__(kThreads) asa_lists_kernel(const uint8_t* by_rows, const uint8_t* by_columns, bool upper, int zs,
-                                                             int blocks, Lists lists) {
+// The blocks to visit from a block; a block a warp.
+__global__ void __launch_bounds__(kThreads) asa_lists_kernel(const uint8_t* by_rows, const uint8_t* by_columns,
+                                                             bool upper, int n_heads, int blocks, Lists lists) {
   const int index = blockIdx.x * kWarps + int(threadIdx.x) / 32, lane = threadIdx.x % 32;
   const int z = index / blocks, i = index % blocks;
-  if (z >= zs) return;
+  if (z >= n_heads) return;
   const int64_t side = int64_t(z) * blocks * lists.others;
   int length = 0;
   for (int start = 0; start < lists.others; start += 32) {
@@ -118,7 +119,7 @@ __global__ void __launch_bounds__(kThreads) asa_lists_kernel(const uint8_t* by_r
   if (lane == 0) lists.lengths[index] = length;
 }
 
-// A word of every row a program, everybody real kept.
+// Keeps every real key; a word of every row a program.
 template <class T>
 __global__ void __launch_bounds__(kThreads) asa_everybody_kernel(Problem<T> p) {
   const int groups = p.keys.padded / 32;
@@ -133,12 +134,12 @@ int programs_of(int64_t warps) { return int((warps + kWarps - 1) / kWarps); }
 
 using Bits = uint32_t[kBlock][2];  // of a tile, by rows
 
-struct Memory {
+struct Shared {
   char chunks[kStages * 2 * kChunkBytes];
   Bits there, back;
 };
 
-// Writes the bits of a thread's numbers; everybody's are there after a barrier.
+// Writes the bits of a thread's numbers; the tile is complete after a barrier.
 __device__ __forceinline__ void write_bits(Bits& tile, uint32_t bits, const Fragment& at) {
 #pragma unroll
   for (int high = 0; high < 2; ++high)
@@ -153,8 +154,8 @@ __device__ __forceinline__ void write_bits(Bits& tile, uint32_t bits, const Frag
     }
 }
 
-// A word of the tile turned over.
-__device__ __forceinline__ uint32_t turned(const Bits& tile, int row, int side) {
+// A word of the tile's transpose.
+__device__ __forceinline__ uint32_t transposed(const Bits& tile, int row, int side) {
   uint32_t word = 0;
 #pragma unroll 8
   for (int x = 0; x < 32; ++x) word |= (tile[32 * side + x][row / 32] >> row % 32 & 1) << x;
@@ -164,7 +165,7 @@ __device__ __forceinline__ uint32_t turned(const Bits& tile, int row, int side) 
 // Every gridDim.y-th listed block of a block of rows.
 template <class T>
 __global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresholds thresholds, Lists lists) {
-  Memory& memory = *reinterpret_cast<Memory*>(shared_memory());
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int blocks = p.rows.blocks(), padded = p.rows.padded;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int* const list = lists.lists + int64_t(blockIdx.x) * lists.others;
@@ -179,7 +180,7 @@ __global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresh
     copy_chunk(chunk, (back ? p.k : p.q) + own * p.width, p.width, step % chunks);
     copy_chunk(chunk + kChunkBytes, (back ? p.q : p.k) + other * p.width, p.width, step % chunks);
   };
-  Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(memory.chunks, load);
+  Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(shared.chunks, load);
   const Fragment at;
   const bool has_topk = thresholds.kappa2 != nullptr;
   uint32_t* const words = p.words + z * p.words_stride;
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresh
           bits |= uint32_t(kept) << (4 * n + i);
         }
     }
-    write_bits(memory.there, bits, at);
+    write_bits(shared.there, bits, at);
     if (p.mutual) {
       if (products == 2) multiply_chunks<T>(s, ring, chunks);
       uint32_t back = 0;
@@ -221,16 +222,16 @@ __global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresh
             back |= uint32_t(kept) << (4 * n + i + 2 * high);
           }
         }
-      write_bits(memory.back, back, at);
+      write_bits(shared.back, back, at);
     }
     __syncthreads();
     const int row = threadIdx.x % kBlock, side = threadIdx.x / kBlock;
-    uint32_t word = memory.there[row][side];
-    if (p.mutual && !p.one_way_bits) word &= j == block ? turned(memory.there, row, side) : memory.back[row][side];
+    uint32_t word = shared.there[row][side];
+    if (p.mutual && !p.one_way_bits) word &= j == block ? transposed(shared.there, row, side) : shared.back[row][side];
     words[int64_t(2 * j + side) * padded + block * kBlock + row] = word;
     if (p.mutual && j != block) {
-      uint32_t other = turned(memory.back, row, side);
-      if (!p.one_way_bits) other &= turned(memory.there, row, side);
+      uint32_t other = transposed(shared.back, row, side);
+      if (!p.one_way_bits) other &= transposed(shared.there, row, side);
       words[int64_t(2 * block + side) * padded + j * kBlock + row] = other;
     }
     // The next tile's bits are written after the barriers of its chunks.
@@ -241,41 +242,45 @@ __global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresh
 }  // namespace
 
 template <class T>
-void find_thresholds(const Problem<T>& problem, int splits, const float* largest, const float* total, const Saved<T>& saved,
-                     float band2, const Thresholds& thresholds, cudaStream_t stream) {
-  launch("asa_thresholds_kernel", &asa_thresholds_kernel<T>, dim3(problem.zs * problem.rows.blocks()), kThreads,
+void find_thresholds(const Problem<T>& problem, int splits, const float* largest, const float* total,
+                     const Saved<T>& saved, float band2, const Thresholds& thresholds, cudaStream_t stream) {
+  launch("asa_thresholds_kernel", &asa_thresholds_kernel<T>, dim3(problem.n_heads * problem.rows.blocks()), kThreads,
          kBlock * 3 * sizeof(float), stream, problem, splits, largest, total, saved, band2, thresholds);
 }
 
 template <class T>
 void find_occupied(const Problem<T>& problem, uint8_t* flags, cudaStream_t stream) {
   const int row_blocks = problem.rows.blocks(), key_blocks = problem.keys.blocks();
-  launch("asa_occupied_kernel", &asa_occupied_kernel, dim3(programs_of(int64_t(problem.zs) * row_blocks * key_blocks)), kThreads, 0,
-         stream, problem.words, problem.words_stride, problem.zs, row_blocks, key_blocks, flags);
+  launch("asa_occupied_kernel", &asa_occupied_kernel,
+         dim3(programs_of(int64_t(problem.n_heads) * row_blocks * key_blocks)), kThreads, 0, stream, problem.words,
+         problem.words_stride, problem.n_heads, row_blocks, key_blocks, flags);
 }
 
-void list_blocks(const uint8_t* by_rows, const uint8_t* by_columns, bool upper, int zs, int blocks, const Lists& lists,
-                 cudaStream_t stream) {
-  launch("asa_lists_kernel", &asa_lists_kernel, dim3(programs_of(int64_t(zs) * blocks)), kThreads, 0, stream, by_rows, by_columns,
-         upper, zs, blocks, lists);
+void list_blocks(const uint8_t* by_rows, const uint8_t* by_columns, bool upper, int n_heads, int blocks,
+                 const Lists& lists, cudaStream_t stream) {
+  launch("asa_lists_kernel", &asa_lists_kernel, dim3(programs_of(int64_t(n_heads) * blocks)), kThreads, 0, stream,
+         by_rows, by_columns, upper, n_heads, blocks, lists);
 }
 
 template <class T>
 void keep_everybody(const Problem<T>& problem, cudaStream_t stream) {
-  launch("asa_everybody_kernel", &asa_everybody_kernel<T>, dim3(problem.zs * (problem.keys.padded / 32)), kThreads, 0, stream, problem);
+  launch("asa_everybody_kernel", &asa_everybody_kernel<T>, dim3(problem.n_heads * (problem.keys.padded / 32)), kThreads,
+         0, stream, problem);
 }
 
 template <class T>
 void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, cudaStream_t stream) {
-  const int blocks = problem.zs * problem.rows.blocks();
+  const int blocks = problem.n_heads * problem.rows.blocks();
   const int splits = min(lists.others, 1 + 8 * processors() / blocks);  // lists differ in length
-  launch("asa_mask_kernel", &asa_mask_kernel<T>, dim3(blocks, splits), kThreads, sizeof(Memory), stream, problem, thresholds, lists);
+  launch("asa_mask_kernel", &asa_mask_kernel<T>, dim3(blocks, splits), kThreads, sizeof(Shared), stream, problem,
+         thresholds, lists);
 }
 
-#define INSTANTIATE(T) \
-  template void find_thresholds(const Problem<T>&, int, const float*, const float*, const Saved<T>&, float, const Thresholds&, cudaStream_t); \
-  template void find_occupied(const Problem<T>&, uint8_t*, cudaStream_t); \
-  template void keep_everybody(const Problem<T>&, cudaStream_t); \
+#define INSTANTIATE(T)                                                                                      \
+  template void find_thresholds(const Problem<T>&, int, const float*, const float*, const Saved<T>&, float, \
+                                const Thresholds&, cudaStream_t);                                           \
+  template void find_occupied(const Problem<T>&, uint8_t*, cudaStream_t);                                   \
+  template void keep_everybody(const Problem<T>&, cudaStream_t);                                            \
   template void find_neighbours(const Problem<T>&, const Thresholds&, const Lists&, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)

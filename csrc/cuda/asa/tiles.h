@@ -1,10 +1,10 @@
 // Tiles of tokens in shared memory, and their products.
 //
 // Every operand passes through shared memory in chunks of 64 rows by 128 bytes: 64 columns of a half precision, 32 of
-// float32. Products of half precisions run on tensor cores (mma.m16n8k16), those of float32 as fused multiply-adds, four
-// products at a time so that rounding grows with a quarter of the width. Both leave the same fragments: of a tile, warp w
-// owns rows 16 w to 16 w + 15, and of 8 columns n a thread owns [n][0], [n][1] in row g, columns 2 t and 2 t + 1, and
-// [n][2], [n][3] in row g + 8; g = lane / 4, t = lane % 4.
+// float32. Products of half precisions run on tensor cores (mma.m16n8k16), those of float32 as fused multiply-adds,
+// four products at a time so that rounding grows with a quarter of the width. Both leave the same fragments: of a tile,
+// warp w owns rows 16 w to 16 w + 15, and of 8 columns n a thread owns [n][0], [n][1] in row g, columns 2 t and 2 t +
+// 1, and [n][2], [n][3] in row g + 8; g = lane / 4, t = lane % 4.
 
 #pragma once
 
@@ -13,7 +13,7 @@
 namespace asa_ops::cuda {
 
 constexpr int kChunkBytes = kBlock * 128;
-constexpr int kStages = 3;  // steps of copies in shared memory at a time
+constexpr int kStages = 3;  // of a ring
 
 template <class T>
 constexpr int kColumns = 128 / int(sizeof(T));  // of a chunk
@@ -38,25 +38,25 @@ __device__ __forceinline__ void copy_chunk(char* chunk, const T* rows, int width
   }
 }
 
-// Chunks pass through shared memory in the order in which `load(step, memory)` starts their copies, STAGES at a time.
+// Chunks pass through shared memory in the order in which `load(step, buffer)` starts their copies, STAGES at a time.
 template <int STAGES, int BYTES, class Load>
 class Ring {
  public:
   static constexpr int kBytes = STAGES * BYTES;
 
-  __device__ Ring(char* memory, Load load) : memory_(memory), load_(load) {
+  __device__ Ring(char* buffer, Load load) : buffer_(buffer), load_(load) {
     for (int step = 0; step < STAGES - 1; ++step) start(step);
   }
 
   // The next chunks, which stay until the next call.
   __device__ const char* next() {
     copy_wait<STAGES - 2>();
-    __syncthreads();  // everybody's copies are there, and everybody is done with the chunks that the next ones replace
+    __syncthreads();  // all copies are there, and no thread reads the chunks that the next ones replace
     start(step_ + STAGES - 1);
-    return memory_ + step_++ % STAGES * BYTES;
+    return buffer_ + step_++ % STAGES * BYTES;
   }
 
-  // To be called by everybody before the memory is used for something else.
+  // All threads must call it before the buffer is used for something else.
   __device__ void finish() {
     copy_wait<0>();
     __syncthreads();
@@ -64,11 +64,11 @@ class Ring {
 
  private:
   __device__ void start(int step) {
-    load_(step, memory_ + step % STAGES * BYTES);
+    load_(step, buffer_ + step % STAGES * BYTES);
     copy_commit();
   }
 
-  char* memory_;
+  char* buffer_;
   Load load_;
   int step_ = 0;
 };
@@ -77,7 +77,8 @@ class Ring {
 struct Fragment {
   int row, column;  // g + 16 warp, 2 t
 
-  __device__ Fragment() : row(int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4), column(int(threadIdx.x) % 4 * 2) {}
+  __device__ Fragment()
+      : row(int(threadIdx.x) / 32 * 16 + int(threadIdx.x) % 32 / 4), column(int(threadIdx.x) % 4 * 2) {}
   __device__ int row_of(int i) const { return row + i / 2 * 8; }
   __device__ int column_of(int n, int i) const { return n * 8 + column + i % 2; }
 };
@@ -135,8 +136,8 @@ __device__ __forceinline__ void multiply_transposed(Columns<N>& c, const char* a
 
 // Starts copying all chunks of a block of tokens.
 template <class T>
-__device__ __forceinline__ void copy_block(char* memory, const T* rows, int width) {
-  for (int c = 0; c < chunks_of<T>(width); ++c) copy_chunk(memory + c * kChunkBytes, rows, width, c);
+__device__ __forceinline__ void copy_block(char* buffer, const T* rows, int width) {
+  for (int c = 0; c < chunks_of<T>(width); ++c) copy_chunk(buffer + c * kChunkBytes, rows, width, c);
 }
 
 // The product of a tile whose right operand comes as the next `chunks` chunks; the left one lies at `own`, or without
@@ -146,7 +147,8 @@ __device__ __forceinline__ void multiply_chunks(Columns<N>& s, R& ring, int chun
   clear(s);
   for (int c = 0; c < chunks; ++c) {
     const char* const chunk = ring.next();
-    multiply_transposed<T>(s, own != nullptr ? own + c * kChunkBytes : chunk, own != nullptr ? chunk : chunk + kChunkBytes);
+    multiply_transposed<T>(s, own != nullptr ? own + c * kChunkBytes : chunk,
+                           own != nullptr ? chunk : chunk + kChunkBytes);
   }
 }
 
@@ -184,13 +186,14 @@ struct Weights<float, N> {
   static constexpr int kBytes = kBlock * kStride * int(sizeof(float));
   const float* rows;
 
-  __device__ Weights(const Columns<N>& p, char* memory) : rows(reinterpret_cast<const float*>(memory)) {
+  __device__ Weights(const Columns<N>& p, char* buffer) : rows(reinterpret_cast<const float*>(buffer)) {
     const Fragment at;
-    __syncwarp();  // everybody is done with the weights before
+    __syncwarp();  // no lane reads the weights before these
 #pragma unroll
     for (int n = 0; n < N; ++n)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) reinterpret_cast<float*>(memory)[at.row_of(i) * kStride + at.column_of(n, i)] = p[n][i];
+      for (int i = 0; i < 4; ++i)
+        reinterpret_cast<float*>(buffer)[at.row_of(i) * kStride + at.column_of(n, i)] = p[n][i];
     __syncwarp();
   }
 
@@ -201,7 +204,8 @@ struct Weights<float, N> {
       const float low = rows[at.row * kStride + j], high = rows[(at.row + 8) * kStride + j];
 #pragma unroll
       for (int n = 0; n < 4; ++n) {
-        const float2 right = *reinterpret_cast<const float2*>(x + swizzled(j, 2 * n + at.column / 4) + at.column % 4 * 4);
+        const float2 right =
+            *reinterpret_cast<const float2*>(x + swizzled(j, 2 * n + at.column / 4) + at.column % 4 * 4);
         c[n][0] = fmaf(low, right.x, c[n][0]);
         c[n][1] = fmaf(low, right.y, c[n][1]);
         c[n][2] = fmaf(high, right.x, c[n][2]);
@@ -226,21 +230,21 @@ __device__ __forceinline__ uint32_t bits_of_row(uint32_t left, uint32_t right, c
 }
 
 // How bits are read for a tile whose rows are queries, or keys: by the words of the tile's rows, whose bits are its
-// columns, or by those of its columns, or both, a pair counting if both say so.
+// columns, or by those of its columns, or by both, and then a pair counts if both have its bit.
 struct Reading {
   bool by_rows, by_columns;
 };
 
-// M is read by rows on either side, since it is its own transpose; A by rows where rows are queries and by columns where
-// rows are keys; A and its transpose by both.
+// M is read by rows on either side, since it is its own transpose; A by rows where rows are queries and by columns
+// where rows are keys; A and its transpose by both.
 template <class T>
 __host__ __device__ __forceinline__ Reading reading_of(const Problem<T>& p, bool rows_are_queries) {
   return {rows_are_queries || p.mutual, p.one_way_bits || (!rows_are_queries && !p.mutual)};
 }
 
 // The neighbours in the tile of blocks `row` and `column`; `words` of a head with `padded` queries.
-__device__ __forceinline__ uint32_t neighbours_of_tile(const uint32_t* words, int padded, int row, int column, Reading reading,
-                                                       const Fragment& at) {
+__device__ __forceinline__ uint32_t neighbours_of_tile(const uint32_t* words, int padded, int row, int column,
+                                                       Reading reading, const Fragment& at) {
   uint32_t bits = ~0u;
   if (reading.by_rows) {
     const uint32_t* const left = words + int64_t(2 * column) * padded + row * kBlock + at.row;
@@ -248,14 +252,14 @@ __device__ __forceinline__ uint32_t neighbours_of_tile(const uint32_t* words, in
   }
   if (reading.by_columns) {
     const uint32_t* const from = words + int64_t(2 * row + at.row / 32) * padded + column * kBlock + at.column;
-    uint32_t turned = 0;
+    uint32_t transposed = 0;
 #pragma unroll
     for (int n = 0; n < 8; ++n) {
       const uint2 two = *reinterpret_cast<const uint2*>(from + 8 * n);
       const uint32_t x = two.x >> at.row % 32, y = two.y >> at.row % 32;
-      turned |= ((x & 1) | (y & 1) << 1 | (x >> 8 & 1) << 2 | (y >> 8 & 1) << 3) << (4 * n);
+      transposed |= ((x & 1) | (y & 1) << 1 | (x >> 8 & 1) << 2 | (y >> 8 & 1) << 3) << (4 * n);
     }
-    bits &= turned;
+    bits &= transposed;
   }
   return bits;
 }
