@@ -38,9 +38,10 @@ MAX_SHARDS = 14  # processes that share the tests: compiling kernels keeps one c
 CONFIGURATIONS = "configuration"  # tests with this in their names are the step "configs"
 SANITIZED = """
 import torch
-from asa_ops import asa_attention, cuda_support
+from asa_ops import asa_attention
+from asa_ops.core import devices
 
-no_cuda = cuda_support.why_not_on("asa_cuda_fwd", torch.device("cuda"))
+no_cuda = devices.why_no_cuda_on("asa_cuda_fwd", torch.device("cuda"))
 
 for dtype, dim, options in (
     (torch.bfloat16, 64, {}),

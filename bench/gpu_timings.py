@@ -258,14 +258,14 @@ def active_tiles(words: Tensor, padded: int, key_padded: int) -> Tensor:
 
 
 def _patched(launch: Callable):
-    from asa_ops import triton_support
+    from asa_ops.core import triton_launch
 
-    return mock.patch.object(triton_support, "launch", launch)
+    return mock.patch.object(triton_launch, "launch", launch)
 
 
 def count(run: Callable, n: int) -> tuple[dict[str, int], float | None]:
     """Return the floating point operations of every kernel in a call, and the fraction of active tiles."""
-    from asa_ops.triton_support import launch
+    from asa_ops.core.triton_launch import launch
 
     flops: dict[str, int] = {}
     active = None
@@ -295,7 +295,7 @@ def count(run: Callable, n: int) -> tuple[dict[str, int], float | None]:
 
 def kernel_times(run: Callable, repeats: int = 5) -> dict[str, dict]:
     """Return the median time of every kernel in a call, and how often it is launched."""
-    from asa_ops.triton_support import launch
+    from asa_ops.core.triton_launch import launch
 
     events: list[tuple] = []
 

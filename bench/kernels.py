@@ -27,10 +27,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from asa_ops import triton_support
 from asa_ops.asa import triton as asa
-from asa_ops.asa import triton_configs
+from asa_ops.asa.triton import configs as triton_configs
 from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.core import triton_launch
 from asa_ops.criss_cross import ops as criss_cross_ops
 from asa_ops.criss_cross import triton as criss_cross
 
@@ -137,9 +137,9 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
     torch.set_float32_matmul_precision(precision)
     try:
         with (
-            mock.patch.object(triton_support, "launch", launch),
-            mock.patch.object(triton_support, "architecture", lambda device: arch),
-            mock.patch.object(triton_support, "processors", lambda device: 132),
+            mock.patch.object(triton_launch, "launch", launch),
+            mock.patch.object(triton_launch, "architecture", lambda device: arch),
+            mock.patch.object(triton_launch, "processors", lambda device: 132),
         ):
             for options, learn in CALLS.values():
                 _call(dim, dtype, learn, **options)
@@ -159,7 +159,7 @@ def _call(dim, dtype, learn, topk=0, reciprocal=True, symmetric=False, alpha=Tru
     thresholds = (threshold if given else None for given in (alpha, beta))
     inputs = Inputs(query, key, torch.empty_like(query), *thresholds, None)
     options = Options((height, width), 3, topk, reciprocal, 0.1)
-    saved = Saved.new(inputs, options, asa.bits_shape(n, n), keep_bits=True, keep_more=True)
+    saved = Saved.new(inputs, options, "triton", keep_bits=True)
     band = 2.0 if learn else None
     asa.fwd(inputs, options, saved, band)
     asa.bwd(torch.empty_like(query), inputs, saved, options, band)
@@ -186,7 +186,7 @@ def compile_launch(launch: Launch, arch: int) -> Report:
         compiled = triton.compile(
             source,
             target=GPUTarget("cuda", arch, 32),
-            options=triton_support.compile_options(launch.warps, launch.stages, launch.registers),
+            options=triton_launch.compile_options(launch.warps, launch.stages, launch.registers),
         )
     except Exception as error:  # whatever the compiler raises is the finding
         return Report(0, 0, 0, 0, 0, time.time() - started, f"{type(error).__name__}: {str(error)[:300]}")

@@ -69,7 +69,7 @@ def environment(device: str) -> dict[str, object]:
 
 
 def _has_extension() -> bool:
-    from asa_ops import extension
+    from asa_ops.core import extension
 
     return not extension.WHY_MISSING
 

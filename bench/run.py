@@ -39,7 +39,7 @@ from record import MODES, Case, Method, Record, files
 from tqdm import tqdm
 from workloads import Spec
 
-from asa_ops import dispatch
+from asa_ops.core import dispatch
 
 NO_BACKWARD = "has no backward on a CPU"
 

@@ -1,4 +1,4 @@
-"""Other rows for the table of Triton configurations (``asa_ops/asa/triton_configs.py``), timed on this GPU.
+"""Other rows for the table of Triton configurations (``asa_ops/asa/triton/configs.py``), timed on this GPU.
 
     PYTHONPATH=. python bench/tune.py                                   # the kernels of a call with head dim 256
     PYTHONPATH=. python bench/tune.py --dim 64 --heads 4 --kernels statistics mask --grid 64x64
@@ -21,8 +21,9 @@ import gpu_timings
 import inputs
 import torch
 
-from asa_ops.asa import triton_arrange, triton_configs
-from asa_ops.asa.triton_configs import HALF, Config
+from asa_ops.asa.triton import arrange as triton_arrange
+from asa_ops.asa.triton import configs as triton_configs
+from asa_ops.asa.triton.configs import HALF, Config
 
 FORWARD = ("statistics", "mask", "aggregate")
 KERNELS = (*FORWARD, "dq", "dk", "dv", "dkv")

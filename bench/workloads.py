@@ -19,7 +19,8 @@ import torch
 from peers import PEERS, Problem
 from torch import Tensor
 
-from asa_ops import asa_attention, criss_cross_attention, dispatch, nn
+from asa_ops import asa_attention, criss_cross_attention, nn
+from asa_ops.core import dispatch
 
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = [name for name in nn.available() if name != "asa"]

@@ -1,5 +1,4 @@
-// What the ops of adaptive sparse attention are given, on every device: tensors, options, and what a forward pass
-// keeps.
+// What the ops of adaptive sparse attention are given on every device, and the checks that hold there.
 #pragma once
 
 #include "checks.h"
@@ -46,7 +45,7 @@ struct SavedTensors {
 // What all ops are given.
 struct Arguments {
   Tensor query, key, value;  // [B, heads, N_q, D], [B, heads, N_k, D], [B, heads, N_k, Dv]
-  Optional alpha, beta;  // checked by each device, in its own form
+  Optional alpha, beta;  // per query; each device checks its own form
   Optional real;  // bool [B, N_k]: false at padding
   Options options;
   SavedTensors saved;
@@ -62,7 +61,7 @@ struct Arguments {
   // Whether keys have places on a map; in doubles, which do not overflow.
   bool is_map() const { return static_cast<double>(options.height) * static_cast<double>(options.width) == n_k(); }
 
-  // Otherwise everybody is a neighbour, or with beta nobody.
+  // Whether there are adaptive neighbours. Otherwise all keys are neighbours, or none if there is a beta.
   bool has_neighbours() const { return alpha || options.topk > 0; }
 
   // Positions of the local window; 0: none.
@@ -83,6 +82,7 @@ struct Arguments {
     const bool one_map = n_q() == n_k();
     check(one_map || !options.reciprocal || !has_neighbours(), "N", "that of keys if neighbours must be mutual");
     check(!beta || (one_map && is_map()), "height * width", "N, of query and key");
+    check(!beta || options.window <= 46339, "window", "of less than 2^31 positions");
     for (const auto& [x, name] : {std::pair{&saved.lse, "lse"},
                                   {&saved.lse_kept, "lse_kept"},
                                   {&saved.kappa, "kappa"},

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <type_traits>
 #include <vector>
 
 namespace asa_ops {
@@ -34,9 +35,13 @@ inline void check_contiguous(const Tensor& x, const char* name, const Tensor& li
   check(x.is_contiguous(), name, "contiguous");
 }
 
+// The numbers of a tensor from an offset on; a const U says that they are only read.
 template <class U>
 U* data(const Tensor& x, int64_t offset = 0) {
-  return static_cast<U*>(x.mutable_data_ptr()) + offset;
+  if constexpr (std::is_const_v<U>)
+    return static_cast<U*>(x.const_data_ptr()) + offset;
+  else
+    return static_cast<U*>(x.mutable_data_ptr()) + offset;
 }
 
 template <class U>

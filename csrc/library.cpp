@@ -1,4 +1,4 @@
-// Every C++ schema of asa_ops, one line each. Kernels live in cpu/ and cuda/ and register their implementations there.
+// Every C++ schema of asa_ops. Kernels live in cpu/ and cuda/ and register their implementations there.
 //
 // Stable ABI only (torch/csrc/stable): one binary serves every torch from 2.10 on. No Python headers: the library is
 // loaded with torch.ops.load_library, so one binary serves every Python too.

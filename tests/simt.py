@@ -18,7 +18,7 @@ from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_p
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
-HEADERS = sorted((ROOT / "csrc").rglob("*.h"))
+HEADERS = [path for folder in ("", "cuda/**/", "testing/") for path in (ROOT / "csrc").glob(f"{folder}*.h")]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
 
 

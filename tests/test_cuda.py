@@ -23,7 +23,7 @@ from compare import check_against_reference, check_threshold_gradients, survivor
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from asa_ops import asa_attention
-from asa_ops.asa import cuda, ops, reference
+from asa_ops.asa import ops, reference
 from asa_ops.asa.types import Inputs, Options, Saved
 
 if not simt.AVAILABLE:
@@ -329,16 +329,9 @@ def test_nobody_is_mutual_without_neighbours():
 
 def op_arguments(**changes):
     x = torch.ones(1, 1, 4, 4)
-    tensors = {
-        "query": x,
-        "key": x,
-        "value": x,
-        "alpha": torch.ones(1, 1, 4),
-        "beta": torch.ones(1, 1, 4),
-        "real": None,
-    }
+    tensors = {"query": x, "key": x, "value": x, "alpha": x[..., 0], "beta": x[..., 0], "real": None}
     options = Options((2, 2), 3, 0, True, 1.0)
-    saved = Saved.new(Inputs(*tensors.values()), options, cuda.bits_shape(4, 4), True, True)._asdict()
+    saved = Saved.new(Inputs(*tensors.values()), options, "cuda", keep_bits=True)._asdict()
     for given in (tensors, saved):
         given |= {name: changes[name] for name in changes.keys() & given.keys()}
     return *tensors.values(), changes.get("options", options.numbers()), list(saved.values())
@@ -353,6 +346,7 @@ def op_arguments(**changes):
         ({"alpha": torch.ones(1, 1, 4, dtype=torch.float64)}, "alpha must be of the dtype"),
         ({"beta": torch.ones(1, 2, 4)}, r"beta must be \[B, heads or 1, N\]"),
         ({"options": [2, 2, 2, 0, 1, 1.0, 0]}, "window must be odd"),
+        ({"options": [2, 2, 46341, 0, 1, 1.0, 0]}, r"window must be of less than 2\^31 positions"),
         ({"options": [3, 2, 3, 0, 1, 1.0, 0]}, "height . width must be N"),
         ({"options": [2, 2, 3, 0, 1, 1.0]}, "options must be height, width, window"),
         ({"options": [2, 2, 3, 0.5, 1, 1.0, 0]}, "topk must be a whole number"),

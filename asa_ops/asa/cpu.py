@@ -1,4 +1,4 @@
-"""Adaptive sparse attention on the CPU: the extension's kernels (csrc/cpu), on tensors as they want them.
+"""Adaptive sparse attention on the CPU: the extension's kernels (csrc/cpu/asa), on tensors as they take them.
 
 The kernels take contiguous float32 or float64 (half precisions are computed in float32), head dims padded to multiples
 of 16, and zeros where nothing may be read: in padding, and for values that are not finite, which are flagged instead.
@@ -9,13 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import buffers
-from .types import Inputs, NeighborGraph, Options, Saved
-
-
-def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
-    """Shape of one head's neighbour bits: blocks of 64 x 64 pairs, 8 bytes a query."""
-    return (n_q + 63) // 64, (n_k + 63) // 64 * 512
+from .types import Inputs, NeighborGraph, Options, Saved, new_graph
 
 
 class _Prepared(NamedTuple):
@@ -38,9 +32,8 @@ def _pad(x: Tensor) -> Tensor:
 def _prepare(inputs: Inputs) -> _Prepared:
     query, key, value, alpha, beta, key_padding_mask = inputs
     dtype, rows = inputs.precision, query.shape[:3]
-    real = not_finite = None
-    if key_padding_mask is not None:
-        real = key_padding_mask.contiguous()
+    real = None if key_padding_mask is None else key_padding_mask.contiguous()
+    not_finite = None
 
     def clean(x, real):
         return (x if real is None else x.masked_fill(~real[:, None, :, None], 0)).contiguous()
@@ -59,7 +52,7 @@ def _prepare(inputs: Inputs) -> _Prepared:
 
 
 def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
-    """Write into ``saved``; thresholds that learn, within ``band``, need no more of it."""
+    """Write into ``saved``. Gradients of thresholds, which learn within ``band``, need nothing else."""
     prepared = _prepare(inputs)
     out = saved.out
     padded = (*out.shape[:3], prepared.v.shape[3])
@@ -94,7 +87,8 @@ def bwd(
 
     learned = prepared[3:5] if band is not None else (None, None)
     gradients, learning = run(do, *learned)
-    if not do.sum().isfinite():  # what reaches the constant output of an empty row ends there, but for its thresholds
+    # The output of an empty row is constant: a gradient that reaches it goes to the thresholds of the row only.
+    if not do.sum().isfinite():
         empty = (saved.survivors == 0) & ~saved.out.isnan().any(-1)
         if empty.any():
             gradients, _ = run(do.masked_fill(empty[..., None], 0), None, None)
@@ -103,9 +97,9 @@ def bwd(
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
-    saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
+    saved = Saved.new(inputs, options, "cpu", keep_bits=True)
     fwd(inputs, options, saved, None)
-    graph = buffers.new_graph(saved)
+    graph = new_graph(saved)
     *prepared, _ = _prepare(inputs)
     torch.ops.asa_ops.asa_cpu_neighbors(*prepared, options.numbers(), saved, *graph)
     return graph

@@ -98,11 +98,11 @@ struct Call {
     p.height = x.options.height, p.width = x.options.width, p.window = x.options.window, p.topk = x.options.topk;
     p.scale = static_cast<T>(x.options.scale), p.band = static_cast<T>(x.options.band);
     p.reciprocal = x.options.reciprocal, p.thresholded = x.has_neighbours();
-    p.q = data<T>(x.query, q_rows * p.dim), p.k = data<T>(x.key, k_rows * p.dim);
-    p.v = data<T>(x.value, k_rows * p.dim_v);
-    p.alpha = data<T>(x.alpha, q_rows), p.beta = data<T>(x.beta, q_rows);
-    p.real_k = data<bool>(x.real, b * p.n_k), p.real_q = p.n_q == p.n_k ? p.real_k : nullptr;
-    p.not_finite = data<bool>(not_finite, k_rows);
+    p.q = data<const T>(x.query, q_rows * p.dim), p.k = data<const T>(x.key, k_rows * p.dim);
+    p.v = data<const T>(x.value, k_rows * p.dim_v);
+    p.alpha = data<const T>(x.alpha, q_rows), p.beta = data<const T>(x.beta, q_rows);
+    p.real_k = data<const bool>(x.real, b * p.n_k), p.real_q = p.n_q == p.n_k ? p.real_k : nullptr;
+    p.not_finite = data<const bool>(not_finite, k_rows);
     p.n_real = p.real_k == nullptr ? p.n_k : std::count(p.real_k, p.real_k + p.n_k, true);
     p.lse = data<T>(x.saved.lse, q_rows), p.lse_kept = data<T>(x.saved.lse_kept, q_rows);
     p.survivors = data<int32_t>(x.saved.survivors, q_rows);
@@ -214,7 +214,7 @@ template <class T>
 void backward(const Call& call, const Tensor& d_out, const Gradients& gradients) {
   for_heads(call.n_heads(), [&](int64_t i, int64_t threads) {
     Problem<T> p = call.head<T>(i, threads);
-    p.d_out = data<T>(d_out, i * p.n_q * p.dim_v);
+    p.d_out = data<const T>(d_out, i * p.n_q * p.dim_v);
     p.dq = data<T>(gradients.dq, i * p.n_q * p.dim);
     p.dk = data<T>(gradients.dk, i * p.n_k * p.dim), p.dv = data<T>(gradients.dv, i * p.n_k * p.dim_v);
     p.dalpha = data<T>(gradients.dalpha, i * p.n_q), p.dbeta = data<T>(gradients.dbeta, i * p.n_q);
@@ -266,7 +266,7 @@ void asa_cpu_neighbors(Tensor query, Tensor key, Tensor value, Optional alpha, O
   call.x.check_bits_kept();
   const int64_t rows = call.n_heads() * call.x.n_q();
   check_contiguous(row_offsets, "row_offsets", query, ScalarType::Long, {rows + 1});
-  const int64_t* const offsets = data<int64_t>(row_offsets);
+  const int64_t* const offsets = data<const int64_t>(row_offsets);
   check(offsets[0] == 0 && std::is_sorted(offsets, offsets + rows + 1), "row_offsets", "ascending from 0");
   check_contiguous(col_indices, "col_indices", query, ScalarType::Int, {offsets[rows]});
   int32_t* const columns = data<int32_t>(col_indices);

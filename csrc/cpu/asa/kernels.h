@@ -10,7 +10,7 @@
 //   backward     rows give dq, columns dk and dv, no atomics
 //   thresholds   straight-through gradients of alpha and beta
 //
-// Where few pairs survive, a row visits them by a list; where many do, a strip of rows visits everybody and masks.
+// Where few pairs survive, a row visits them by a list; where many do, a strip of rows visits all keys and masks.
 
 #include "problem.h"
 

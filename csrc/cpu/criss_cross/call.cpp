@@ -33,7 +33,8 @@ CrissCross<T> image(int64_t b, const Tensor& q, const Tensor& k, const Tensor& v
   CrissCross<T> p{};
   p.dim = q.size(1), p.dim_v = v.size(1), p.height = q.size(2), p.width = q.size(3), p.scale = static_cast<T>(scale);
   const int64_t pixels = p.height * p.width;
-  p.q = data<T>(q, b * p.dim * pixels), p.k = data<T>(k, b * p.dim * pixels), p.v = data<T>(v, b * p.dim_v * pixels);
+  p.q = data<const T>(q, b * p.dim * pixels), p.k = data<const T>(k, b * p.dim * pixels);
+  p.v = data<const T>(v, b * p.dim_v * pixels);
   p.largest = data<T>(stats, 2 * b * pixels), p.total = p.largest + pixels;
   return p;
 }
@@ -61,7 +62,7 @@ void backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tenso
   for_heads(q.size(0), [&](int64_t b, int64_t threads) {
     CrissCross<T> p = image<T>(b, q, k, v, stats, scale);
     const int64_t pixels = p.height * p.width, size = p.dim * pixels, size_v = p.dim_v * pixels;
-    p.d_out = data<T>(d_out, b * size_v);
+    p.d_out = data<const T>(d_out, b * size_v);
     p.dq = data<T>(dq, b * size), p.dk = data<T>(dk, b * size), p.dv = data<T>(dv, b * size_v);
     prefer_huge_pages(p.dv, size_v * sizeof(T));
     Workspace workspace(threads);

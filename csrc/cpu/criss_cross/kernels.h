@@ -1,7 +1,7 @@
 // Criss-cross attention on a CPU, for one instruction set. It uses the vectors and products that asa/kernels.h
 // includes.
 //
-// Maps stay as they are, [channels][height][width]. A row is a dense product of everybody with everybody, its scores
+// Maps stay as they are, [channels][height][width]. A row is a dense product of all its pixels with all, its scores
 // laid out [key][query]. Columns are taken as many side by side as a vector has lanes: there a product of "vectors"
 // multiplies lane by lane. So the softmax runs over vectors, never within one. Strips of the maps are copied into
 // scratch, where they lie without gaps, padded to whole vectors by zeros.

@@ -100,7 +100,6 @@ void check_all(const Arguments& x) {
     check(y.dim() == 3 && (y.size(1) == 1 || y.size(1) == heads), name, "[B, heads or 1, N]");
     check(y, name, query, ScalarType::Float, {b, y.size(1), n});
   }
-  check(!x.beta || x.options.window <= 46339, "window", "of less than 2^31 positions");
   check_contiguous(saved.out, "out", query, x.type(), {b, heads, n, x.dim_v()});
   const int64_t bytes = x.keeps_bits() ? padded(n) * kRowBytes : 0;
   check_contiguous(saved.bits, "bits", query, ScalarType::Byte, {b, heads, padded(n_keys) / kBlock, bytes});
@@ -164,8 +163,7 @@ class Call {
     if (p_.has_bits) clear_memory(p_.words, p_.n_heads * head_bytes(), stream_);
     find_statistics(p_, splits, largest, total, stream_);
     if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
-    // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i, so those tiles are visited
-    // too.
+    // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i: in these tiles too.
     const float band2 = p_.one_way_bits ? band() * static_cast<float>(kLog2E) : 0;
     const Thresholds thresholds = new_thresholds(scratch);
     find_thresholds(p_, splits, largest, total, saved_, band2, thresholds, stream_);
@@ -204,17 +202,16 @@ class Call {
       Lists lists{};
       if (has_tiles()) lists = list_occupied(scratch, occupied, true);
       if constexpr (std::is_same_v<T, float>) {
-        Parts missing;
-        if (has_tiles())
-          sum_neighbours(Sum::kDelta, p_, lists, row, missing = new_parts(scratch, true, 1), {}, stream_);
-        correct_delta(p_, saved_, row, missing, stream_);
+        Parts errors;
+        if (has_tiles()) sum_neighbours(Sum::kDelta, p_, lists, row, errors = new_parts(scratch, true, 1), {}, stream_);
+        correct_delta(p_, saved_, row, errors, stream_);
       }
       Parts sums_q, sums_t;
       if (has_tiles())
         sum_neighbours(Sum::kDq, p_, lists, row, sums_q = new_parts(scratch, true, p_.width), {}, stream_);
       Thresholds thresholds{};
       if (dalpha != nullptr) {
-        // Tiles with a score in the band around their rows' thresholds, and a neighbour the other way.
+        // Tiles with a score in the band around their rows' thresholds and, if mutual, a neighbour the other way.
         thresholds = new_thresholds(scratch);
         find_thresholds(p_, 0, nullptr, nullptr, saved_, band() * static_cast<float>(kLog2E), thresholds, stream_);
         const Lists in_band = list(scratch, thresholds.flags, p_.mutual ? occupied : nullptr, false, true);
@@ -245,8 +242,7 @@ class Call {
     auto* const order = scratch_.template get<int32_t>(images * room);
     auto* const place = scratch_.template get<int32_t>(images * n);
     auto* const counts = scratch_.template get<int32_t>(images);
-    find_order(real ? data<bool>(*real) : nullptr, static_cast<int>(images), n, height, width, room, order, place,
-               counts, stream_);
+    find_order(data<const bool>(real), static_cast<int>(images), n, height, width, room, order, place, counts, stream_);
     return {n, room, order, place, counts};
   }
 

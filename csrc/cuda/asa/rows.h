@@ -134,10 +134,10 @@ __device__ __forceinline__ void visit_neighbours(const Problem<T>& p, const Warp
   const int groups = p.keys.padded / 32, lane = threadIdx.x % 32;
   const uint32_t* const words = p.words + at.z * p.words_stride + at.position;
   for (int start = 0; start < groups; start += 32) {
-    const uint32_t mine = start + lane < groups ? words[int64_t(start + lane) * p.rows.padded] : 0;
-    for (unsigned left = __ballot_sync(~0u, mine != 0); left != 0; left &= left - 1) {
+    const uint32_t own = start + lane < groups ? words[int64_t(start + lane) * p.rows.padded] : 0;
+    for (unsigned left = __ballot_sync(~0u, own != 0); left != 0; left &= left - 1) {
       const int holder = __ffs(int(left)) - 1;
-      for (uint32_t word = __shfl_sync(~0u, mine, holder); word != 0; word &= word - 1) {
+      for (uint32_t word = __shfl_sync(~0u, own, holder); word != 0; word &= word - 1) {
         const int j = 32 * (start + holder) + __ffs(int(word)) - 1;
         if (!p.one_way_bits || bit_at(p, at.z, j, at.position)) use(j);
       }
