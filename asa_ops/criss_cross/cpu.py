@@ -1,4 +1,4 @@
-"""Criss-cross attention on the CPU: the extension's kernels (csrc/cpu/criss_cross.h), on tensors as they want them.
+"""Criss-cross attention on the CPU: the extension's kernels (csrc/cpu/criss_cross), on tensors as they take them.
 
 The kernels take contiguous maps in float32 or float64; half precisions are computed in float32.
 """
