@@ -13,7 +13,7 @@ import pytest
 import skimage
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples"
 RESULTS = FOLDER / "results" / "thresholds.json"
 pytestmark = pytest.mark.xdist_group("thresholds")  # one process, since what the tests share takes time to make

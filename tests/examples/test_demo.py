@@ -9,7 +9,7 @@ import pytest
 import skimage
 import torch
 
-SCRIPT = Path(__file__).parents[1] / "examples" / "denoise.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "denoise.py"
 
 
 @pytest.fixture(scope="module")
