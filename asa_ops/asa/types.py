@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .bits import bit_columns
 
-ThresholdGrad = Literal["straight_through"] | None
+ThresholdGrad = Literal["straight_through", None]
 
 
 class AsaStats(NamedTuple):
