@@ -76,9 +76,10 @@ wheel: $(READY)  ## one wheel for CPU and GPU, every Python and torch that pypro
 	@du -h dist/*.whl build/wheel/asa_ops/_C.abi3.so
 	@$(RUN) -c 'import torch; torch.ops.load_library("build/wheel/asa_ops/_C.abi3.so"); print("CUDA architectures:", torch.ops.asa_ops.cuda_architectures() or "none")'
 
-lint: $(READY)
+lint: $(READY)  ## style and types, under a minute
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
