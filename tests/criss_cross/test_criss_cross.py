@@ -5,7 +5,6 @@ import math
 import pytest
 import torch
 from compare import NAMES, check_errors
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import criss_cross_attention
@@ -246,35 +245,6 @@ def test_opcheck(impl, form):
         torch.library.opcheck(ops.criss_cross_bwd, (torch.randn_like(saved[0]), *inputs, saved[1], 0.5, impl))
 
 
-@pytest.mark.parametrize(
-    "impl,dynamic", [*((impl, False) for impl in ("reference", *KERNELS)), ("auto", True)], ids=lambda x: str(x)
-)
-def test_compiles_without_graph_breaks(impl, dynamic):
-    torch._dynamo.reset()
-    inputs = make((1, 2, 3, 3, 4), torch.float32)
-
-    def function(*inputs):
-        return criss_cross_attention(*inputs, impl=impl) * 2
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    grad_out = torch.randn_like(inputs[2])
-    for x, y in zip(*(with_gradients(f, inputs, grad_out) for f in (compiled, function)), strict=True):
-        torch.testing.assert_close(x, y)
-    torch.testing.assert_close(compiled(*inputs), function(*inputs))
-
-
-def test_exports_as_one_op():
-    class Attend(torch.nn.Module):
-        def forward(self, query, key, value):
-            return criss_cross_attention(query, key, value)
-
-    inputs = tuple(make("small", torch.float32))
-    exported = torch.export.export(Attend(), inputs)
-    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert targets.count("asa_ops.criss_cross_fwd.default") == 1
-    torch.testing.assert_close(exported.module()(*inputs), Attend()(*inputs))
-
-
 @each_fast  # Triton's interpreter gets bfloat16 wrong
 def test_autocast(impl):
     inputs = make("odd", torch.float32)
@@ -304,33 +274,6 @@ def test_meta_tensors_have_the_real_shapes():
     inputs = make("odd", torch.bfloat16)
     out, meta = (criss_cross_attention(*(x.to(device) for x in inputs)) for device in ("cpu", "meta"))
     assert meta.shape == out.shape and meta.dtype == out.dtype and meta.stride() == out.stride()
-
-
-@each_kernel
-def test_func_transforms(impl):
-    dtype = torch.float32 if impl == "triton" else torch.float64
-    many = [torch.stack([x, x * 1.1]) for x in make((1, 2, 3, 2, 3), dtype)]
-
-    def loss(*maps):
-        return criss_cross_attention(*maps, impl=impl).square().sum()
-
-    every = (0, 1, 2)
-    per_sample = torch.func.vmap(torch.func.grad(loss, every))(*many)
-    total = torch.func.grad(lambda *x: torch.func.vmap(loss)(*x).sum(), every)(*many)
-    expected = [torch.func.grad(loss, every)(*image) for image in zip(*many, strict=True)]
-    for results in (per_sample, total):
-        for x, y in zip(results, zip(*expected, strict=True), strict=True):
-            torch.testing.assert_close(x, torch.stack(y))
-
-
-def test_checkpoint_and_double_backward():
-    inputs = [x.requires_grad_() for x in make("small")]
-    plain = torch.autograd.grad(criss_cross_attention(*inputs).sum(), inputs)
-    again = torch.autograd.grad(checkpoint(criss_cross_attention, *inputs, use_reentrant=False).sum(), inputs)
-    assert all(torch.equal(x, y) for x, y in zip(plain, again, strict=True))
-    grads = torch.autograd.grad(criss_cross_attention(*inputs).square().sum(), inputs, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"criss_cross_attention has no double backward.*use impl='reference'"):
-        sum(g.sum() for g in grads).backward()
 
 
 def test_flops():
