@@ -3,52 +3,16 @@
 from dataclasses import replace
 
 import pytest
-import simt
 import torch
 from cases import CASES, IDS, Case, each_case, make, named, with_grad
 from compare import call_and_gradients, check_against_reference, check_threshold_gradients, survivors
+from implementations import DTYPES, EMULATED, IMPLEMENTATIONS, INTERPRETED, ON_GPU, each_impl, everywhere
 
 from asa_ops import asa_attention
 from asa_ops.asa import blocked
 from asa_ops.asa.bits import bit_columns, pack_bits, unpack_bits
-from asa_ops.core import devices
 
-IMPLEMENTATIONS = ["blocked", "cpu"]
-each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-INTERPRETED = ["triton"] if devices.triton_is_interpreted() else []
-EMULATED = ["cuda"] if simt.AVAILABLE else []
-GPU = torch.cuda.is_available()
-ON_GPU = {"triton": [pytest.mark.gpu], "cuda": [pytest.mark.gpu]} if GPU else {}
-if GPU and (reason := devices.why_no_cuda_on("asa_cuda_fwd", torch.device("cuda"))):
-    ON_GPU["cuda"].append(pytest.mark.skip(reason))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulation():
-    if EMULATED:
-        simt.load()
-
-
-def everywhere(names: str = "", values=((),), quick: tuple | None = None, kernels=None, gpu: bool = False):
-    """Parametrize ``impl``, with the reference, Triton's interpreter and the emulation of CUDA, and other arguments.
-
-    Args:
-        quick: the interpreter is slow: where given, `make test` runs Triton on these values only.
-        kernels: values for Triton and CUDA where they are others than for the rest.
-        gpu: run on a GPU too, where there is one.
-    """
-
-    def row(impl, value, marks):
-        value = value if isinstance(value, tuple) else (value,)
-        return pytest.param(impl, *value, id="-".join([impl, *map(str, value)]), marks=marks)
-
-    kernels = values if kernels is None else kernels
-    rows = [row(impl, x, []) for impl in ("reference", *IMPLEMENTATIONS) for x in values]
-    for impl in (*INTERPRETED, *EMULATED):
-        slow = [x for x in kernels if impl == "triton" and quick is not None and x not in quick]
-        rows += [row(impl, x, [pytest.mark.slow] if x in slow else []) for x in kernels]
-    rows += [row(impl, x, marks) for impl, marks in ON_GPU.items() if gpu for x in kernels]
-    return pytest.mark.parametrize(f"impl,{names}" if names else "impl", rows)
+pytestmark = pytest.mark.usefixtures("emulation")
 
 
 def make_for(impl: str, case: Case, **larger) -> tuple:
@@ -58,7 +22,6 @@ def make_for(impl: str, case: Case, **larger) -> tuple:
     return make(case, torch.float32)
 
 
-DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
 # With the emulation of CUDA, in half precisions what differs from float32, the others with `make test-all`.
 HALF = ("plain", "topk", "one_way", "padding", "wide_values", "mixed")
 

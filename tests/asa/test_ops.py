@@ -1,27 +1,24 @@
-"""torch contracts: opcheck, compile, export, autocast, meta, vmap, func transforms, checkpoint, FLOPs, clear errors."""
+"""torch contracts of asa_attention beside what all functions keep to: opcheck, autocast, meta, vmap, FLOPs, errors."""
 
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import simt
 import torch
 from cases import make, named, with_grad
+from implementations import KERNELS, each_fast, each_kernel
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import asa_attention, nn, reciprocal_neighbors
 from asa_ops.asa import ops
 from asa_ops.asa.types import Saved
-from asa_ops.core import devices
 
 LEARN = {"threshold_grad": "straight_through"}
-EVERY_IMPL = ["reference", "blocked", "cpu", *(["cuda"] if simt.AVAILABLE else [])]
-BFLOAT16 = tuple(EVERY_IMPL)  # which Triton's interpreter gets wrong
-EVERY_IMPL += ["triton"] if devices.triton_is_interpreted() else []
-KERNELS = EVERY_IMPL[1:]
-each_kernel = pytest.mark.parametrize("impl", KERNELS)
+pytestmark = pytest.mark.usefixtures("emulation")
+EVERY_IMPL = ["reference", *KERNELS]
+BFLOAT16 = [impl for impl in EVERY_IMPL if impl != "triton"]  # which Triton's interpreter gets wrong
 CONTRACT_CASES = ("plain", "padding", "topk", "one_way", "dense", "more_keys", "alpha_only")
 each_contract_case = pytest.mark.parametrize(  # the first two have every kind of argument
     "case",
@@ -30,12 +27,6 @@ each_contract_case = pytest.mark.parametrize(  # the first two have every kind o
         for i, name in enumerate(CONTRACT_CASES)
     ],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulation():
-    if simt.AVAILABLE:
-        simt.load()
 
 
 def smaller(impl, case):
@@ -126,7 +117,7 @@ def test_compiles_where_query_is_key_and_alpha_is_beta():
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked", "cpu"])
+@each_fast
 def test_neighbors_compile_and_export(impl):
     class Find(torch.nn.Module):
         def forward(self, query, key, value, alpha, beta):

@@ -1,23 +1,21 @@
 """criss_cross_attention and its module: the reference, every implementation against it, torch contracts, errors."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from compare import NAMES, check_errors
+from implementations import DTYPES, IMPLEMENTATIONS, INTERPRETED, each_fast
 from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import criss_cross_attention
-from asa_ops.core import devices, extension
+from asa_ops.core import extension
 from asa_ops.criss_cross import ops, reference
 from asa_ops.nn import CrissCrossAttention
 
-CPU = ["cpu"] if extension.has("criss_cross_cpu_fwd", "CPU") else []
-INTERPRETED = ["triton"] if devices.triton_is_interpreted() else []
-KERNELS = ["blocked", *CPU, *INTERPRETED]
+KERNELS = [*IMPLEMENTATIONS, *INTERPRETED]
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
-each_fast = pytest.mark.parametrize("impl", ["reference", "blocked", *CPU])
-each_impl = pytest.mark.parametrize("impl", ["reference", *KERNELS])
 
 SIZES = {  # name: (B, D, Dv, H, W)
     "one_pixel": (2, 3, 5, 1, 1),
@@ -88,10 +86,8 @@ def test_weights_sum_to_one_and_nobody_is_counted_twice():
     ].numel()
 
 
-@each_impl
+@each_fast  # Triton takes no float64
 def test_gradcheck(impl):
-    if impl == "triton":
-        pytest.skip("no float64")
     inputs = [x.requires_grad_() for x in make((2, 2, 3, 3, 4))]
     assert torch.autograd.gradcheck(lambda *x: criss_cross_attention(*x, scale=0.8, impl=impl), inputs)
     if impl == "reference":
@@ -102,24 +98,16 @@ def test_gradcheck(impl):
 
 
 def every_size():
-    rows = []
-    for impl in KERNELS:
-        for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
-            if impl == "triton" and dtype in (torch.float64, torch.bfloat16):
-                continue  # takes no float64; the interpreter gets bfloat16 wrong
-            for size in SIZES:
-                if impl == "triton" and size.startswith("long"):
-                    continue  # minutes in the interpreter; there is a test for a GPU
-                rare = (dtype, size) in ((torch.float16, "odd"), (torch.float16, "one_row"))
-                slow = impl == "triton" and (size not in INTERPRETER_SIZES or rare)
-                # Half precisions are computed in float32: what size changes shows there.
-                slow |= impl != "triton" and dtype in (torch.bfloat16, torch.float16) and size not in INTERPRETER_SIZES
-                name = f"{impl}-{str(dtype).removeprefix('torch.')}-{size}"
-                rows.append(pytest.param(impl, dtype, size, id=name, marks=[pytest.mark.slow] if slow else []))
-    return pytest.mark.parametrize("impl,dtype,size", rows)
+    for impl, (name, dtype), size in itertools.product(KERNELS, (DTYPES | {"float64": torch.float64}).items(), SIZES):
+        if impl == "triton" and (name in ("float64", "bfloat16") or size.startswith("long")):
+            continue  # takes no float64; the interpreter gets bfloat16 wrong, and takes minutes for long rows
+        slow = size not in INTERPRETER_SIZES or (name == "float16" and size in ("odd", "one_row"))
+        if impl != "triton":  # half precisions are computed in float32: what size changes shows there
+            slow = dtype.itemsize == 2 and size not in INTERPRETER_SIZES
+        yield pytest.param(impl, dtype, size, id=f"{impl}-{name}-{size}", marks=[pytest.mark.slow] * slow)
 
 
-@every_size()
+@pytest.mark.parametrize("impl,dtype,size", every_size())
 def test_equals_reference(impl, dtype, size):
     check_against_reference(impl, make(size, dtype))
 
@@ -131,7 +119,6 @@ def test_scale_and_sharp_scores(impl, spread, scale):
     check_against_reference(impl, make(size, torch.float32, spread), scale=scale)
 
 
-@pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
 @pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("size", ["one_pixel", "odd", "33x17", "long_row", "long_column"])
 def test_every_instruction_set(isa, size, monkeypatch):
@@ -210,7 +197,7 @@ def test_repeats_bitwise(impl):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
 @pytest.mark.parametrize("size", [*SIZES, (2, 64, 512, 97, 97), (1, 128, 1024, 33, 65), (1, 256, 40, 31, 64)], ids=str)
 def test_triton_on_a_gpu(dtype, size):
     """Every row of the table of configurations."""
@@ -289,7 +276,6 @@ def test_flops():
     assert backward.get_total_flops() == 2 * pairs * (3 * 4 + 2 * 6)
 
 
-@pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
 def test_auto_takes_the_kernels_of_the_cpu(monkeypatch):
     inputs = make("small", torch.float32)
     expected = criss_cross_attention(*inputs, impl="cpu")
@@ -312,7 +298,6 @@ def test_what_triton_does_not_take():
     assert criss_cross_attention(*make((1, 2, 257, 1, 2), torch.float32), impl="triton").shape[1] == 257
 
 
-@pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
 def test_entry_points_refuse_what_they_cannot_read():
     query, key, value = make("small", torch.float32)
     out, stats = torch.empty_like(value), query.new_empty(2, 2, 5, 4)

@@ -4,14 +4,13 @@ import block_cases
 import cases
 import pytest
 import torch
+from implementations import IMPLEMENTATIONS, INTERPRETED
 from torch.utils.checkpoint import checkpoint
 
 from asa_ops import asa_attention, criss_cross_attention
-from asa_ops.core import devices, extension
 
 ASA = [f"asa {case}" for case in ("plain", "padding", "topk", "one_way", "dense", "more_keys", "alpha_only")]
-CPU = ["cpu"] if extension.has("criss_cross_cpu_fwd", "CPU") else []
-KERNELS = ["blocked", *CPU, *(["triton"] if devices.triton_is_interpreted() else [])]
+KERNELS = [*IMPLEMENTATIONS, *INTERPRETED]
 ALONE = ("dot_product", "concatenation", "channel_plain", "interlaced_short_padded")  # others are compiled as modules
 
 
