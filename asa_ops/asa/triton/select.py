@@ -212,62 +212,57 @@ def _keeps_not_finite(words, not_finite, block, TILE: tl.constexpr):
 @triton.jit
 def _are_neighbours(s, thresholds, at, ROWS: tl.constexpr):
     """A_ij of scores from the thresholds of positions ``at``: those of the rows of the tile, or of its columns."""
-    lse2, cut2 = tl.load(thresholds.lse2 + at), tl.load(thresholds.cut2 + at)
-    if ROWS:
-        a = (s - lse2[:, None]) > cut2[:, None]
-    else:
-        a = (s - lse2[None, :]) > cut2[None, :]
+    axis: tl.constexpr = 1 if ROWS else 0
+    a = (s - tl.expand_dims(tl.load(thresholds.lse2 + at), axis)) > tl.expand_dims(tl.load(thresholds.cut2 + at), axis)
     if thresholds.kappa2 is not None:
-        kappa2 = tl.load(thresholds.kappa2 + at)
-        if ROWS:
-            a &= s >= kappa2[:, None]
-        else:
-            a &= s >= kappa2[None, :]
+        a &= s >= tl.expand_dims(tl.load(thresholds.kappa2 + at), axis)
     return a
 
 
 @triton.jit
-def _add_to_rows(stats, at, largest, words, not_finite, block, TILE: tl.constexpr):
-    """Take the neighbours in a tile, packed ``words`` [TILE, TILE // 32], into what rows know.
+def _add_to_rows(stats, at, largest, count, not_finite):
+    """Take the neighbours in a tile into what rows know.
 
     By atomics, in any order, which integers and maxima do not see; relaxed ones, since nothing reads them before the
     next kernel and the others would each wait for memory.
     """
     tl.atomic_max(stats.largest + at, largest, sem="relaxed")
-    tl.atomic_add(stats.count + at, tl.sum(count_bits(words), 1), sem="relaxed")
-    tl.atomic_max(stats.not_finite + at, _keeps_not_finite(words, not_finite, block, TILE), sem="relaxed")
+    tl.atomic_add(stats.count + at, count, sem="relaxed")
+    tl.atomic_max(stats.not_finite + at, not_finite, sem="relaxed")
 
 
 @triton.jit
 def _decide_tile(
-    q, k, z, i_tile, j_tile, tokens, thresholds, bits, stats, scale2, n_keys,
+    q, k, z, i_tile, j_tile, tokens, thresholds, bits, stats, scale2, sharing,
     MUTUAL: tl.constexpr, SYMMETRIC: tl.constexpr, ONE_WAY_BITS: tl.constexpr, SCORES,
 ):  # fmt: skip
     """Decide the pairs of one tile: write its bits and add to what its rows know."""
     TILE: tl.constexpr = SCORES.BLOCK_M
-    padded = tokens.rows.padded
+    padded, key_padded = tokens.rows.padded, tokens.keys.padded
     i0, j0 = i_tile * TILE, j_tile * TILE
     BOTH: tl.constexpr = MUTUAL and not SYMMETRIC
-    if MUTUAL:
-        s, back = products_both_ways(q, k, z * padded + i0, z * padded + j0, BOTH, SCORES)
-    else:
-        s, back = products_both_ways(q, k, z * padded + i0, z * tokens.keys.padded + j0, BOTH, SCORES)
+    s, back = products_both_ways(q, k, z * padded + i0, z * key_padded + j0, BOTH, SCORES)
     s *= scale2
+    n_keys = tl.load(tokens.keys.counts + z // sharing)
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, TILE)
     a = _are_neighbours(s, thresholds, rows, True)
-    # Positions after the last real one have zeros for keys: their scores are numbers, their bits must be 0.
-    group = tl.arange(0, TILE // 32)
-    real_j = first_bits(n_keys - j0 - 32 * group)[None, :]
-    words = bits.words + z.to(tl.int64) * bits.stride
-    at_rows = (j0 // 32 + group).to(tl.int64)[None, :] * padded + (i0 + tl.arange(0, TILE))[:, None]
-    not_finite = tokens.not_finite + z * (tokens.keys.padded // 32)
     if MUTUAL:
         back = s if SYMMETRIC else back * scale2
         columns = z.to(tl.int64) * padded + j0 + tl.arange(0, TILE)
         a_back = _are_neighbours(back, thresholds, columns, False)
         kept = a & a_back
         largest_columns = tl.max(tl.where(kept, back, -float("inf")), 0)
-        of_rows = pack_rows(kept, TILE, TILE) & real_j
+    else:
+        kept = a & ((j0 + tl.arange(0, TILE)) < n_keys)[None, :]
+    largest_rows = tl.max(tl.where(kept, s, -float("inf")), 1)
+    # Positions after the last real one have zeros for keys: their scores are numbers, their bits must be 0.
+    group = tl.arange(0, TILE // 32)
+    real_j = first_bits(n_keys - j0 - 32 * group)[None, :]
+    of_rows = pack_rows(kept, TILE, TILE) & real_j
+    words = bits.words + z.to(tl.int64) * bits.stride
+    at_rows = (j0 // 32 + group).to(tl.int64)[None, :] * padded + (i0 + tl.arange(0, TILE))[:, None]
+    not_finite = tokens.not_finite + z * (key_padded // 32)
+    if MUTUAL:
         real_i = first_bits(n_keys - i0 - 32 * group)[:, None]
         of_columns = pack_columns(kept, TILE, TILE) & real_i
         at_columns = (i0 // 32 + group).to(tl.int64)[:, None] * padded + (j0 + tl.arange(0, TILE))[None, :]
@@ -277,7 +272,8 @@ def _decide_tile(
             stored_columns = pack_columns(a_back, TILE, TILE) & real_i
         # A diagonal tile has every pair twice, each from another product: both must agree.
         diagonal = i_tile == j_tile
-        stored_rows = tl.where(diagonal, stored_rows & tl.trans(stored_columns), stored_rows)
+        both = stored_rows & tl.trans(stored_columns)
+        stored_rows = tl.where(diagonal, both, stored_rows)
         if ONE_WAY_BITS:
             of_rows = tl.where(diagonal, of_rows & tl.trans(of_columns), of_rows)
         else:
@@ -285,12 +281,12 @@ def _decide_tile(
         tl.store(words + at_rows, stored_rows)
         if not diagonal:
             tl.store(words + at_columns, stored_columns)
-            _add_to_rows(stats, columns, largest_columns, tl.trans(of_columns), not_finite, i_tile, TILE)
+            holds = _keeps_not_finite(tl.trans(of_columns), not_finite, i_tile, TILE)
+            _add_to_rows(stats, columns, largest_columns, tl.sum(count_bits(of_columns), 0), holds)
     else:
-        kept = a & ((j0 + tl.arange(0, TILE)) < n_keys)[None, :]
-        of_rows = pack_rows(kept, TILE, TILE) & real_j
         tl.store(words + at_rows, of_rows)
-    _add_to_rows(stats, rows, tl.max(tl.where(kept, s, -float("inf")), 1), of_rows, not_finite, j_tile, TILE)
+    holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
+    _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -310,8 +306,7 @@ def _asa_mask_kernel(
         j_tile = (code % other_tiles).to(tl.int32)
         i_tile = (code // other_tiles % tiles).to(tl.int32)
         z = (code // other_tiles // tiles).to(tl.int32)
-        n_keys = tl.load(tokens.keys.counts + z // sharing)
-        _decide_tile(q, k, z, i_tile, j_tile, tokens, thresholds, bits, stats, scale2, n_keys,
+        _decide_tile(q, k, z, i_tile, j_tile, tokens, thresholds, bits, stats, scale2, sharing,
                      MUTUAL, SYMMETRIC, ONE_WAY_BITS, SCORES)  # fmt: skip
 
 
