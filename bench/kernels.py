@@ -123,10 +123,11 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
     def launch(kernel, grid, *args, warps=4, stages=1, registers=None, **constants):
         parameters = kernel.arg_names
         given = dict(zip(parameters, args, strict=False)) | constants
-        types = [(name, "constexpr" if name in constants else type_of(given[name])) for name in parameters]
+        constexprs = {name for name, x in constants.items() if not isinstance(x, tuple)}
+        types = [(name, "constexpr" if name in constexprs else type_of(given[name])) for name in parameters]
         values, divisible = [], []
         for index, parameter in enumerate(parameters):
-            if parameter in constants:
+            if parameter in constexprs:
                 values.append(((index,), parameter, constants[parameter]))
                 continue
             for path, name, x in leaves(given[parameter], (index,), parameter):

@@ -46,17 +46,6 @@ def _rows(problem: Problem) -> Rows:
     return constants(Rows(problem.block, problem.width, problem.width_v, problem.window, problem.one_way_bits))
 
 
-class Window(NamedTuple):
-    """The local block of a forward."""
-
-    local: Tensor  # uint8 [n_heads, N, window**2] local survivors
-    log_mean2: Tensor  # [n_heads, N]
-
-
-def _window(saved: Saved) -> Window:
-    return Window(saved.local.view(torch.uint8), saved.log_mean)
-
-
 class Multipliers(NamedTuple):
     alpha: Tensor | None
     beta: Tensor | None
@@ -85,6 +74,17 @@ class Gradients(NamedTuple):
     dq: Tensor
     dalpha: Tensor | None
     dbeta: Tensor | None
+
+
+class Window(NamedTuple):
+    """What a visitor of the window knows of an image and head; made within kernels."""
+
+    local: object  # uint8 [n_heads, n, WINDOW**2] local survivors
+    words: object  # bits of neighbours, None without any
+    place: object  # positions of tokens
+    n: object
+    width: object
+    padded: object
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def _words_of(bits, z):
 
 
 @triton.jit
-def _visit(local, words, place, z, p, token, offset, n, width, padded, OF_KEYS: tl.constexpr, ALL: tl.constexpr, ROWS):
+def _visit(window, z, p, token, offset, OF_KEYS: tl.constexpr, ALL: tl.constexpr, ROWS):
     """The pairs of the tokens at positions p with the ``offset``-th tokens of their windows.
 
     The tokens at p are rows and the others keys, or keys and rows if OF_KEYS. Returned are the others and their
@@ -137,47 +137,47 @@ def _visit(local, words, place, z, p, token, offset, n, width, padded, OF_KEYS: 
     where mutual neighbours are stored as such). Bits are read of pairs that survive locally; if ALL, of all.
     """
     SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
-    other, at, there = in_window(place, token, offset, n, width, ROWS.WINDOW)
+    other, at, there = in_window(window.place, token, offset, window.n, window.width, ROWS.WINDOW)
     if OF_KEYS:
-        flag = local + (z * n + other) * SIZE + (SIZE - 1 - offset)
+        flag = window.local + (z * window.n + other) * SIZE + (SIZE - 1 - offset)
     else:
-        flag = local + (z * n + token) * SIZE + offset
+        flag = window.local + (z * window.n + token) * SIZE + offset
     survives = tl.load(flag, mask=there, other=0) != 0
     one_way = there & False
-    if words is not None:
+    if window.words is not None:
         row, column = p, at
         if OF_KEYS:
             row, column = at, p
         read = there if ALL else survives
-        one_way = bit_at(words, row, column, padded, read)
+        one_way = bit_at(window.words, row, column, window.padded, read)
     other_way = one_way
     if ROWS.ONE_WAY_BITS:
-        other_way = bit_at(words, column, row, padded, read)
+        other_way = bit_at(window.words, column, row, window.padded, read)
     return other, at, there, survives, one_way, other_way
 
 
 @triton.jit
-def _add_local_survivors(
-    acc, summed, m, count, nan_row, tokens, words, local, z, p, token, n, width, scale2, sharing, ROWS
-):
-    """Add the pairs that survive locally only to a row's sums of weights and values, largest score and count."""
-    padded = tokens.rows.padded
-    place = tokens.rows.place + z // sharing * n
-    q_i = _load_rows(tokens.q, z * padded + p, None, ROWS.DIM)
+def _visit_new(window, z, p, token, offset, OF_KEYS: tl.constexpr, ROWS):
+    """Positions of the ``offset``-th tokens of windows, and whether the pairs survive locally only."""
+    _, at, _, survives, one_way, other_way = _visit(window, z, p, token, offset, OF_KEYS, False, ROWS)
+    return at, survives & ((one_way & other_way) == 0)
+
+
+@triton.jit
+def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS):
+    """Add the pairs that survive locally only to a row's sums of values and weights, largest score and count."""
+    q_i = _load_rows(tokens.q, z * window.padded + p, None, ROWS.DIM)
     for offset in range(ROWS.WINDOW * ROWS.WINDOW):  # unrolled it needs so many registers that it is slower
-        _, at, _, survives, one_way, other_way = _visit(
-            local, words, place, z, p, token, offset, n, width, padded, False, False, ROWS
-        )
-        new = survives & ((one_way & other_way) == 0)
-        k_j = _load_rows(tokens.k, z * padded + at, new, ROWS.DIM)
-        s = tl.where(new, tl.sum(q_i * k_j, 1) * scale2, -float("inf"))
+        at, new = _visit_new(window, z, p, token, offset, False, ROWS)
+        at_key = z * window.padded + at
+        s = tl.sum(q_i * _load_rows(tokens.k, at_key, new, ROWS.DIM), 1) * scale2
+        s = tl.where(new, s, -float("inf"))
         m_new = tl.maximum(m, s)
         base = tl.where(m_new == -float("inf"), 0, m_new)
         shrink, weight = tl.exp2(m - base), tl.exp2(s - base)
-        v_j = _load_rows(tokens.v, z * padded + at, new, ROWS.DIM_V)
-        acc = acc * shrink[:, None] + weight[:, None] * v_j
+        acc = acc * shrink[:, None] + weight[:, None] * _load_rows(tokens.v, at_key, new, ROWS.DIM_V)
         summed = summed * shrink + weight
-        not_finite = tl.load(tokens.not_finite + z * (padded // 32) + at // 32, mask=new, other=0)
+        not_finite = tl.load(tokens.not_finite + z * (window.padded // 32) + at // 32, mask=new, other=0)
         nan_row |= ((not_finite >> (at % 32)) & 1) != 0
         count += new.to(tl.int32)
         m = m_new
@@ -205,10 +205,10 @@ def _asa_finish_out_kernel(
     count = tl.load(stats.count + at_row)
     nan_row = tl.load(stats.not_finite + at_row) != 0
     if ROWS.WINDOW > 0:
+        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
         acc, summed, m, count, nan_row = _add_local_survivors(
-            acc, summed, m, count, nan_row, tokens, _words_of(bits, z), local, z, p, token, n, width, scale2, sharing,
-            ROWS,
-        )  # fmt: skip
+            acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
+        )
     row = z * n + token
     row_lse = tl.load(outputs.lse + row, mask=real, other=0)
     empty = count == 0
@@ -273,18 +273,13 @@ def _asa_settle_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n,
     delta_i = tl.load(row.delta + at_row)
     missing = _sum_of_parts(sums.partial, sums.rows, at_row, SPLITS, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
-        words = _words_of(bits, z)
-        image = z // sharing
-        token = tl.load(tokens.rows.order + image * padded + p)
-        place = tokens.rows.place + image * n
+        token = tl.load(tokens.rows.order + z // sharing * padded + p)
+        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
         q_i = _load_rows(tokens.q, at_row, None, ROWS.DIM)
         do_i = _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
         top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
         for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=UNROLL):
-            _, at, _, survives, one_way, other_way = _visit(
-                local, words, place, z, p, token, offset, n, width, padded, False, False, ROWS
-            )
-            new = survives & ((one_way & other_way) == 0)
+            at, new = _visit_new(window, z, p, token, offset, False, ROWS)
             k_j = _load_rows(tokens.k, z * padded + at, new, ROWS.DIM)
             v_j = _load_rows(tokens.v, z * padded + at, new, ROWS.DIM_V)
             _, ds = _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2)
@@ -306,11 +301,11 @@ def settle_delta(
 @triton.jit
 def _alpha_term(
     offer, s2, other, offset, at_row, at_key, there, survives, one_way, other_way,
-    tokens, thresholds, row, local, z, n, scale2, band, ROWS,
+    tokens, thresholds, row, window, z, factors, ROWS,
 ):  # fmt: skip
     """What a pair of the window adds to -dl/dt; ``offer``: what admitting it would change."""
     lse_i, cut_i = tl.load(thresholds.lse2 + at_row), tl.load(thresholds.cut2 + at_row)
-    step = step_derivative(((s2 - lse_i) - cut_i) * LN_2, band)
+    step = step_derivative(((s2 - lse_i) - cut_i) * LN_2, factors.band)
     counts = there & (step > 0)
     if thresholds.kappa2 is not None:
         counts &= s2 >= tl.load(thresholds.kappa2 + at_row)
@@ -318,9 +313,11 @@ def _alpha_term(
     if ROWS.ONE_WAY_BITS:  # as they are where neighbours must be mutual and alpha learns
         counts &= other_way
         SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
-        back_survives = tl.load(local + (z * n + other) * SIZE + (SIZE - 1 - offset), mask=there, other=0) != 0
+        back_survives = (
+            tl.load(window.local + (z * window.n + other) * SIZE + (SIZE - 1 - offset), mask=there, other=0) != 0
+        )
         k_i, q_j = _load_rows(tokens.k, at_row, None, ROWS.DIM), _load_rows(tokens.q, at_key, there, ROWS.DIM)
-        back2 = tl.sum(k_i * q_j, 1) * scale2
+        back2 = tl.sum(k_i * q_j, 1) * factors.scale2
         v_i, do_j = _load_rows(tokens.v, at_row, None, ROWS.DIM_V), _load_rows(tokens.do, at_key, there, ROWS.DIM_V)
         dp_back = tl.sum(v_i * do_j, 1) - tl.load(row.delta + at_key)
         kept_j = tl.load(row.lse_kept2 + at_key)
@@ -331,26 +328,23 @@ def _alpha_term(
 
 @triton.jit
 def _add_window_gradients(
-    acc, dt, du, tokens, words, thresholds, row, window, log_beta2, z, p, token, factors, sharing, n, width,
+    acc, dt, du, tokens, thresholds, row, window, log_mean2, log_beta2, z, p, token, factors,
     LEARN_ALPHA: tl.constexpr, LEARN_BETA: tl.constexpr, ROWS,
 ):  # fmt: skip
     """Add the pairs of the window to dq / scale, -dl/dt and -dl/du."""
-    padded, scale2 = tokens.rows.padded, factors.scale2
-    at_row = z * padded + p
-    place = tokens.rows.place + z // sharing * n
+    scale2 = factors.scale2
+    at_row = z * window.padded + p
     LEARN: tl.constexpr = LEARN_ALPHA or LEARN_BETA
     q_i, do_i = _load_rows(tokens.q, at_row, None, ROWS.DIM), _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
     top_i, share_i, delta_i = tl.load(row.top + at_row), tl.load(row.share + at_row), tl.load(row.delta + at_row)
     if LEARN_BETA:
-        mean_i = tl.load(window.log_mean2 + z * n + token, mask=token >= 0, other=0)
+        mean_i = tl.load(log_mean2 + z * window.n + token, mask=token >= 0, other=0)
     for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=UNROLL):
-        other, at, there, survives, one_way, other_way = _visit(
-            window.local, words, place, z, p, token, offset, n, width, padded, False, LEARN, ROWS
-        )
+        other, at, there, survives, one_way, other_way = _visit(window, z, p, token, offset, False, LEARN, ROWS)
         neighbour = one_way & other_way
         new = survives & (neighbour == 0)
         used = there if LEARN else new
-        at_key = z * padded + at
+        at_key = z * window.padded + at
         k_j, v_j = _load_rows(tokens.k, at_key, used, ROWS.DIM), _load_rows(tokens.v, at_key, used, ROWS.DIM_V)
         s2 = tl.sum(q_i * k_j, 1) * scale2
         dp = tl.sum(do_i * v_j, 1) - delta_i
@@ -366,7 +360,7 @@ def _add_window_gradients(
         if LEARN_ALPHA:
             dt += _alpha_term(
                 offer, s2, other, offset, at_row, at_key, there, survives, one_way, other_way, tokens, thresholds, row,
-                window.local, z, n, scale2, factors.band, ROWS,
+                window, z, factors, ROWS,
             )  # fmt: skip
     return acc, dt, du
 
@@ -380,7 +374,7 @@ def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real):
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_dq_kernel(
-    sums, sums_t, bits, tokens, thresholds, row, window, multipliers, gradients, factors,
+    sums, sums_t, bits, tokens, thresholds, row, local, log_mean2, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     heads, sharing, n, width, dim, SPLITS: tl.constexpr, T_SPLITS: tl.constexpr, ROWS,
 ):  # fmt: skip
@@ -402,9 +396,10 @@ def _asa_finish_dq_kernel(
             log_beta2 = tl.log2(multiplier_of(
                 multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
             ))  # fmt: skip
+        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
         acc, dt, du = _add_window_gradients(
-            acc, dt, du, tokens, _words_of(bits, z), thresholds, row, window, log_beta2, z, p, token, factors, sharing,
-            n, width, LEARN_ALPHA, LEARN_BETA, ROWS,
+            acc, dt, du, tokens, thresholds, row, window, log_mean2, log_beta2, z, p, token, factors,
+            LEARN_ALPHA, LEARN_BETA, ROWS,
         )  # fmt: skip
     not_finite = tl.load(row.not_finite + z) != 0
     acc = tl.where(not_finite, float("nan"), acc * factors.scale)
@@ -428,10 +423,11 @@ def finish_dq(
     alpha, beta = problem.inputs[3:5]
     factors = Factors(problem.scale, problem.scale2, band or 1.0)
     triton_launch.launch(
-        _asa_finish_dq_kernel, problem.row_programs, sums, sums_t, bits, tokens, thresholds, row, _window(saved),
-        Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
-        problem.sharing, problem.n, problem.grid_width, problem.dim, SPLITS=sums.splits, T_SPLITS=sums_t.splits,
-        ROWS=_rows(problem), warps=problem.warps, registers=255,
+        _asa_finish_dq_kernel, problem.row_programs, sums, sums_t, bits, tokens, thresholds, row,
+        saved.local.view(torch.uint8), saved.log_mean, Multipliers(alpha, beta), gradients, factors,
+        *problem.strides(alpha), *problem.strides(beta), problem.heads, problem.sharing, problem.n, problem.grid_width,
+        problem.dim, SPLITS=sums.splits, T_SPLITS=sums_t.splits, ROWS=_rows(problem), warps=problem.warps,
+        registers=255,
     )  # fmt: skip
 
 
@@ -443,23 +439,18 @@ def _asa_finish_dkv_kernel(
     """dk and dv of BLOCK keys; in the window of a key are the queries whose windows hold it."""
     padded = tokens.keys.padded
     z, p = own_rows(padded, ROWS.BLOCK)
-    image = z // sharing
-    token = tl.load(tokens.keys.order + image * padded + p)
+    token = tl.load(tokens.keys.order + z // sharing * padded + p)
     real = token >= 0
     at_key = z * padded + p
     acc_k = _sum_of_wide_parts(sums_k.partial, sums_k.rows, at_key, ROWS.DIM, SPLITS_K, ROWS.BLOCK)
     acc_k /= shrink_of(tokens.bounds, z)
     acc_v = _sum_of_wide_parts(sums_v.partial, sums_v.rows, at_key, ROWS.DIM_V, SPLITS_V, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
-        words = _words_of(bits, z)
-        place = tokens.keys.place + image * n
+        window = Window(local, _words_of(bits, z), tokens.keys.place + z // sharing * n, n, width, padded)
         k_j = _load_rows(tokens.k, at_key, None, ROWS.DIM)
         v_j = _load_rows(tokens.v, at_key, None, ROWS.DIM_V)
         for offset in range(ROWS.WINDOW * ROWS.WINDOW):
-            _, at, _, survives, one_way, other_way = _visit(
-                local, words, place, z, p, token, offset, n, width, padded, True, False, ROWS
-            )
-            new = survives & ((one_way & other_way) == 0)
+            at, new = _visit_new(window, z, p, token, offset, True, ROWS)
             at_row = z * padded + at
             q_i = _load_rows(tokens.q, at_row, new, ROWS.DIM)
             do_i = _load_rows(tokens.do, at_row, new, ROWS.DIM_V)
@@ -488,5 +479,5 @@ def finish_dkv(
         _asa_finish_dkv_kernel, (problem.n_heads * tokens.keys.padded // problem.block,), sums_k, sums_v, bits, tokens,
         saved.local.view(torch.uint8), row, dk, dv, problem.scale, problem.scale2, problem.sharing, problem.n_keys,
         problem.grid_width, problem.dim, problem.dim_v, SPLITS_K=sums_k.splits, SPLITS_V=sums_v.splits,
-        ROWS=_rows(problem), warps=problem.warps,
+        ROWS=_rows(problem), warps=problem.warps, registers=255 if problem.one_way_bits else None,
     )  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..types import Saved
 from .problem import Peaks, Problem, Tokens
-from .tiles import SCALARS, TileKernel, constants, load_whole, own_block, product
+from .tiles import SCALARS, TileKernel, load_whole, own_block, product
 
 
 class Statistics(NamedTuple):
@@ -111,8 +111,8 @@ def find_statistics(problem: Problem, tokens: Tokens, peaks: Peaks) -> Statistic
     rows = problem.n_heads * tokens.rows.padded
     statistics = Statistics(*(problem.new(splits, problem.n_heads, tokens.rows.padded) for _ in range(2)), rows)
     kernel.launch(
-        _asa_statistics_kernel, (kernel.programs, splits), {"q": kernel.scores, "k": kernel.scores}, tokens,
-        statistics, peaks, abs(problem.scale2), problem.sharing, constants(kernel.scores), NEGATIVE=problem.scale2 < 0,
+        _asa_statistics_kernel, (kernel.programs, splits), "q k", tokens,
+        statistics, peaks, abs(problem.scale2), problem.sharing, NEGATIVE=problem.scale2 < 0,
     )  # fmt: skip
     return statistics
 
@@ -201,6 +201,6 @@ def find_kth(problem: Problem, tokens: Tokens, saved: Saved) -> None:
     """Write kappa of ``saved``."""
     kernel = TileKernel(problem, tokens, "topk")
     kernel.launch(
-        _asa_topk_kernel, (kernel.programs,), {"q": kernel.scores, "k": kernel.scores}, tokens, saved.kappa,
-        problem.scale2, problem.options.topk, problem.sharing, problem.n, constants(kernel.scores), CUTS=8,
+        _asa_topk_kernel, (kernel.programs,), "q k", tokens, saved.kappa,
+        problem.scale2, problem.options.topk, problem.sharing, problem.n, CUTS=8,
     )  # fmt: skip

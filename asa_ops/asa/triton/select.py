@@ -23,7 +23,6 @@ from .tiles import (
     LN_2,
     SCALARS,
     TileKernel,
-    constants,
     count_bits,
     first_bits,
     multiplier_of,
@@ -317,8 +316,8 @@ def find_neighbours(problem: Problem, tokens: Tokens, thresholds: Thresholds, bi
     pairs, count = collect_pairs(problem, tokens, thresholds.flags, tile)
     kernel.launch(
         _asa_mask_kernel, (min(len(pairs), 4 * triton_launch.processors(problem.device)),),
-        {"q": kernel.scores, "k": kernel.scores}, pairs, count, tokens, thresholds, bits, stats, problem.scale2,
-        problem.sharing, tokens.rows.padded // tile, tokens.keys.padded // tile, constants(kernel.scores),
+        "q k", pairs, count, tokens, thresholds, bits, stats, problem.scale2,
+        problem.sharing, tokens.rows.padded // tile, tokens.keys.padded // tile,
         MUTUAL=problem.mutual, SYMMETRIC=problem.mutual and tokens.k is tokens.q, ONE_WAY_BITS=problem.one_way_bits,
     )  # fmt: skip
 

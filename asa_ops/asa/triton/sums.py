@@ -20,7 +20,6 @@ from .tiles import (
     SCALARS,
     TileKernel,
     admission_weight,
-    constants,
     exponential,
     load_tile,
     load_whole,
@@ -121,8 +120,8 @@ def sum_out(problem: Problem, tokens: Tokens, listing: Listing, bits: Bits, stat
     sums = _new_sums(kernel, splits, problem.width_v, totals=True)
     kernel.launch(
         _asa_aggregate_kernel, (kernel.programs, splits, chunks),
-        {"q": kernel.scores, "k": kernel.scores, "v": kernel.summed}, tokens, lists, bits, stats.largest, sums,
-        problem.scale2, constants(kernel.scores), constants(kernel.summed), BY_COLUMNS=problem.one_way_bits,
+        "q k v", tokens, lists, bits, stats.largest, sums,
+        problem.scale2, BY_COLUMNS=problem.one_way_bits,
     )  # fmt: skip
     return sums
 
@@ -188,8 +187,8 @@ def sum_rows(
     sums = _new_sums(kernel, splits, *(() if delta_error else (problem.width,)))
     kernel.launch(
         _asa_dq_kernel, (kernel.programs, splits, chunks),
-        {"q": kernel.scores, "k": kernel.scores, "v": kernel.values, "do": kernel.values}, tokens, lists, bits, row,
-        sums, problem.scale2, constants(kernel.scores), constants(kernel.values), COLUMNS=kernel.columns,
+        "q k v do", tokens, lists, bits, row,
+        sums, problem.scale2, COLUMNS=kernel.columns,
         BY_COLUMNS=problem.one_way_bits, DELTA_ERROR=delta_error,
     )  # fmt: skip
     return sums
@@ -271,8 +270,8 @@ def _sum_columns(
     sums_v = _new_sums(kernel, splits, problem.width_v) if name != "dk" else NO_SUMS
     kernel.launch(
         _asa_dkv_kernel, (kernel.programs, splits, chunks),
-        {"q": kernel.scores, "k": kernel.scores, "v": kernel.values, "do": kernel.values}, tokens, lists, bits, row,
-        sums_k, sums_v, problem.scale2, constants(kernel.scores), constants(kernel.values), COLUMNS=kernel.columns,
+        "q k v do", tokens, lists, bits, row,
+        sums_k, sums_v, problem.scale2, COLUMNS=kernel.columns,
         COLUMNS_V=kernel.columns_v, BY_ROWS=problem.mutual, BY_COLUMNS=problem.one_way_bits or not problem.mutual,
         WANT_DK=name != "dv", WANT_DV=name != "dk",
     )  # fmt: skip
@@ -347,9 +346,8 @@ def sum_thresholds(
     splits = kernel.splits()
     sums = _new_sums(kernel, splits)
     kernel.launch(
-        _asa_dt_kernel, (kernel.programs, splits),
-        {"q": kernel.scores, "k": kernel.scores, "v": kernel.values, "do": kernel.values}, tokens, lists, bits,
-        thresholds, row, sums, problem.scale2, band, problem.sharing, problem.grid_width, problem.window // 2,
-        constants(kernel.scores), constants(kernel.values), MUTUAL=problem.mutual, HAS_WINDOW=problem.window > 0,
+        _asa_dt_kernel, (kernel.programs, splits), "q k v do", tokens, lists, bits, thresholds, row, sums,
+        problem.scale2, band, problem.sharing, problem.grid_width, problem.window // 2, MUTUAL=problem.mutual,
+        HAS_WINDOW=problem.window > 0,
     )  # fmt: skip
     return sums

@@ -54,41 +54,43 @@ def constants(struct: NamedTuple) -> NamedTuple:
 class TileKernel:
     """A kernel over tiles of tokens: its row of the table, how its work is cut, its operands as it loads them.
 
-    A program owns a block of ``own`` and goes through blocks of ``other``: rows and keys, or keys and rows.
+    A program owns a block of ``own`` and goes through blocks of the other side: rows and keys, or keys and rows.
     """
 
     def __init__(self, problem: Problem, tokens: Tokens, name: str, of_keys: bool = False):
         self.problem, self.tokens, self.of_keys = problem, tokens, of_keys
         self.config = config = problem.config(name)
-        self.own, self.other = (tokens.keys, tokens.rows) if of_keys else (tokens.rows, tokens.keys)
+        self.own = tokens.keys if of_keys else tokens.rows
         self.programs = problem.n_heads * self.own.padded // config.block_m
         self.columns, self.columns_v = (min(config.columns, width) for width in (problem.width, problem.width_v))
-        self.scores, self.values = (self._tile(width, config.chunk) for width in (problem.width, problem.width_v))
-        # The values of a sum are loaded as many columns at a time as the sum has.
-        self.summed = self._tile(problem.width_v, config.columns)
+        shape = config.block_m, config.block_n
+        chunk_v = config.columns if name == "aggregate" else config.chunk  # which sums values, chunk by chunk
+        self.scores, self.values = (
+            Tile(*shape, width, min(chunk, width), problem.precision, config.tma)
+            for width, chunk in ((problem.width, config.chunk), (problem.width_v, chunk_v))
+        )
 
-    def _tile(self, width: int, chunk: int) -> Tile:
-        m, n = self.config.block_m, self.config.block_n
-        return Tile(m, n, width, min(chunk, width), self.problem.precision, self.config.tma)
+    def splits(self, chunks: int = 1, limit: int = MAX_SPLITS) -> int:
+        """Return into how many parts to cut the other side; ``chunks``: of the columns of the result."""
+        return self.problem.splits(self.programs * chunks, limit)
 
-    def splits(self, parts: int = 1, limit: int = MAX_SPLITS) -> int:
-        """Return into how many parts to cut the other side; ``parts``: of the columns of the result."""
-        return self.problem.splits(self.programs * parts, limit)
-
-    def launch(self, kernel, grid: tuple[int, ...], tiles: dict[str, Tile], *args, **constexprs) -> None:
-        """Launch ``kernel``: first its operands by name, each loaded as its tile says, then the other arguments."""
+    def launch(self, kernel, grid: tuple[int, ...], operands: str, *args, **constexprs) -> None:
+        """Launch ``kernel``: operands come first, as its tiles ask for them, then the other arguments."""
+        tiles = {"SCORES": constants(self.scores)}
+        if "v" in operands:
+            tiles["VALUES"] = constants(self.values)
         triton_launch.launch(
-            kernel, grid, *(self._operand(name, tile) for name, tile in tiles.items()), *args, **constexprs,
+            kernel, grid, *map(self._operand, operands.split()), *args, **tiles, **constexprs,
             warps=self.config.warps, stages=self.config.stages, registers=self.config.registers,
         )  # fmt: skip
 
-    def _operand(self, name: str, tile: Tile) -> Tensor | TensorDescriptor:
+    def _operand(self, name: str) -> Tensor | TensorDescriptor:
         tensor = getattr(self.tokens, name)
+        tile = self.scores if name in ("q", "k") else self.values
         if not tile.TMA:
             return tensor
-        of_keys = name in ("k", "v")
-        rows = tile.BLOCK_M if of_keys == self.of_keys else tile.BLOCK_N
-        return TensorDescriptor.from_tensor(tensor, [rows, tile.CHUNK])
+        is_own = self.of_keys == (name in ("k", "v"))
+        return TensorDescriptor.from_tensor(tensor, [tile.BLOCK_M if is_own else tile.BLOCK_N, tile.CHUNK])
 
 
 @triton.jit
