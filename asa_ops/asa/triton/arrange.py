@@ -41,7 +41,7 @@ def _asa_order_kernel(
     One program an image if there is padding, which takes its blocks one after another.
     """
     image = tl.cast(tl.program_id(0), tl.int64)
-    found = 0
+    placed = 0
     for start in range(tl.program_id(1) * BLOCK, n, tl.num_programs(1) * BLOCK):
         p = start + tl.arange(0, BLOCK)
         token = _token_at(p, height, width)
@@ -50,13 +50,13 @@ def _asa_order_kernel(
         is_real = inside
         if HAS_PADDING:
             is_real = inside & (tl.load(real + image * n + token, mask=inside, other=0) != 0)
-            position = found + tl.cumsum(is_real.to(tl.int32), 0) - 1
-            found += tl.sum(is_real.to(tl.int32), 0)
+            position = placed + tl.cumsum(is_real.to(tl.int32), 0) - 1
+            placed += tl.sum(is_real.to(tl.int32), 0)
         tl.store(order + image * padded + position, token, mask=is_real)
         tl.store(place + image * n + token, tl.where(is_real, position, -1), mask=inside)
     if not HAS_PADDING:
-        found = n
-    tl.store(counts + image, found)
+        placed = n
+    tl.store(counts + image, placed)
 
 
 @triton.jit
