@@ -186,8 +186,8 @@ def find_orders(problem: Problem) -> tuple[Order, Order]:
         return keys, keys
     rows = find_order(problem.n, (0, 0), None, query)
     if real is not None:  # one order of rows for every image, where kernels expect one each
-        each = (x.expand(query.shape[0], *x.shape[1:]).contiguous() for x in rows[:3])
-        rows = Order(*each, rows.padded)
+        order, place, counts = (x.expand(query.shape[0], *x.shape[1:]).contiguous() for x in rows[:3])
+        rows = Order(order, place, counts, rows.padded)
     return rows, keys
 
 
@@ -226,7 +226,8 @@ def arrange_gradient(problem: Problem, tokens: Tokens, do: Tensor, saved: Saved)
     arranged = problem.new(problem.n_heads * tokens.rows.padded, problem.width_v, dtype=problem.dtype)
     tokens = tokens._replace(do=arranged)
     not_finite = do.new_zeros((problem.n_heads,), dtype=torch.int32)
-    rows = RowGradients(*(problem.new(problem.n_heads, tokens.rows.padded) for _ in range(4)), not_finite)
+    delta, top, share, lse_kept2 = (problem.new(problem.n_heads, tokens.rows.padded) for _ in range(4))
+    rows = RowGradients(delta, top, share, lse_kept2, not_finite)
     triton_launch.launch(
         _asa_arrange_gradient_kernel, (problem.n_heads * tokens.rows.padded // problem.block,), do, saved.out,
         saved.rest if saved.rest.shape[-1] else None, saved.base2, saved.survivors, tokens, rows, *do.stride(),

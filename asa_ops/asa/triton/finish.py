@@ -202,7 +202,7 @@ def _asa_finish_out_kernel(
     acc = _sum_of_wide_parts(sums.partial, sums.rows, at_row, ROWS.DIM_V, SPLITS, ROWS.BLOCK)
     summed = _sum_of_parts(sums.total, sums.rows, at_row, SPLITS, ROWS.BLOCK)
     m = tl.load(stats.largest + at_row)
-    count = tl.load(stats.count + at_row)
+    count = tl.load(stats.counts + at_row)
     nan_row = tl.load(stats.not_finite + at_row) != 0
     if ROWS.WINDOW > 0:
         window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)

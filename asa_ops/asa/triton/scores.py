@@ -109,7 +109,8 @@ def find_statistics(problem: Problem, tokens: Tokens, peaks: Peaks) -> Statistic
     kernel = TileKernel(problem, tokens, "statistics")
     splits = kernel.splits(limit=min(8, tokens.keys.padded // kernel.config.block_n))
     rows = problem.n_heads * tokens.rows.padded
-    statistics = Statistics(*(problem.new(splits, problem.n_heads, tokens.rows.padded) for _ in range(2)), rows)
+    largest, total = (problem.new(splits, problem.n_heads, tokens.rows.padded) for _ in range(2))
+    statistics = Statistics(largest, total, rows)
     kernel.launch(
         _asa_statistics_kernel, (kernel.programs, splits), "q k", tokens,
         statistics, peaks, abs(problem.scale2), problem.sharing, NEGATIVE=problem.scale2 < 0,

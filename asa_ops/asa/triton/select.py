@@ -49,7 +49,7 @@ class RowStats(NamedTuple):
     """What rows know of their neighbours, arranged, [n_heads, padded]."""
 
     largest: Tensor | None  # largest score of a neighbour, base 2; -inf without any
-    count: Tensor | None  # int32
+    counts: Tensor | None  # int32
     not_finite: Tensor | None  # int32, not 0 if the value of a neighbour is not finite
 
     @classmethod
@@ -226,7 +226,7 @@ def _add_to_rows(stats, at, largest, count, not_finite):
     next kernel and the others would each wait for memory.
     """
     tl.atomic_max(stats.largest + at, largest, sem="relaxed")
-    tl.atomic_add(stats.count + at, count, sem="relaxed")
+    tl.atomic_add(stats.counts + at, count, sem="relaxed")
     tl.atomic_max(stats.not_finite + at, not_finite, sem="relaxed")
 
 
@@ -335,13 +335,13 @@ def _asa_everybody_kernel(statistics, tokens, bits, stats, sharing, SPLITS: tl.c
         word = tl.where(real, valid, 0)
         tl.store(bits.words + z * bits.stride + tl.cast(group, tl.int64) * padded + p, word)
         not_finite |= (word & tl.load(tokens.not_finite + z * (key_padded // 32) + group)) != 0
-    if stats.count is not None:
+    if stats.counts is not None:
         m = tl.full([BLOCK], -float("inf"), tl.float32)
         at = z * padded + p
         for split in tl.static_range(SPLITS):
             m = tl.maximum(m, tl.load(statistics.largest + split * statistics.rows + at))
         tl.store(stats.largest + at, m)
-        tl.store(stats.count + at, tl.where(real, n_keys, 0))
+        tl.store(stats.counts + at, tl.where(real, n_keys, 0))
         tl.store(stats.not_finite + at, not_finite)
 
 
@@ -430,7 +430,7 @@ class Listing:
     def __init__(self, problem: Problem, tokens: Tokens, by_rows: Tensor, by_columns: Tensor):
         self.problem, self.tokens = problem, tokens
         self.by_rows, self.by_columns = by_rows, by_columns
-        self.listed: dict[tuple, Lists] = {}
+        self.listed: dict[tuple[bool, int, int], Lists] = {}
 
     def of(self, kernel: TileKernel) -> Lists:
         cut = kernel.of_keys, kernel.config.block_m, max(kernel.config.block_n, 64)

@@ -46,7 +46,7 @@ class Tile(NamedTuple):
     TMA: bool  # load by tensor descriptors
 
 
-def constants(struct: NamedTuple) -> NamedTuple:
+def constants(struct):
     """Return a struct whose fields are compile-time constants of a kernel."""
     return type(struct)(*(tl.constexpr(x) for x in struct))
 
