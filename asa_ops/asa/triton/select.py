@@ -421,10 +421,10 @@ class Lists(NamedTuple):
 
 
 class Listing:
-    """The tiles to visit, listed as kernels ask for them and once for all that cut the map alike.
+    """The blocks to visit, listed when a kernel asks for them, once for all kernels that ask for the same.
 
-    A tile (I, J) of 64 x 64 pairs is active if ``by_rows[I, J]`` says so, ``by_columns[J, I]`` too where neighbours are
-    mutual; programs that own keys ask ``by_columns`` in any case, and ``by_rows`` where neighbours are mutual.
+    Blocks of rows visit the tiles (I, J) of 64 x 64 pairs for which the flag ``by_rows[I, J]`` is set, those of keys
+    the tiles for which ``by_columns[J, I]`` is; both flags must be set where neighbours must be mutual.
     """
 
     def __init__(self, problem: Problem, tokens: Tokens, by_rows: Tensor, by_columns: Tensor):
@@ -433,7 +433,8 @@ class Listing:
         self.listed: dict[tuple[bool, int, int], Lists] = {}
 
     def of(self, kernel: TileKernel) -> Lists:
-        cut = kernel.of_keys, kernel.config.block_m, max(kernel.config.block_n, 64)
+        symmetric = self.problem.mutual and self.by_rows is self.by_columns  # then rows and keys have one list
+        cut = kernel.of_keys and not symmetric, kernel.config.block_m, max(kernel.config.block_n, 64)
         if cut not in self.listed:
             self.listed[cut] = self._list(*cut)
         return self.listed[cut]
