@@ -448,7 +448,7 @@ def launches_of(function) -> list[str]:
 
 def test_nothing_is_found_or_listed_twice():
     """The graph reuses the order of the forward and arranges nothing; kernels that cut the map alike share lists."""
-    inputs, options = make(named("plain", batch=1, heads=1), torch.float32)
+    inputs, options = make(named("plain", batch=1, heads=1, dim=40), torch.float32)
     names = launches_of(lambda: reciprocal_neighbors(*inputs[:2], *inputs[3:], grid=options["grid"], impl="triton"))
     assert [names.count(name) for name in ("order", "arrange", "neighbors")] == [1, 1, 1] and names[-1] == "neighbors"
     leaves = with_grad(inputs)
