@@ -172,7 +172,6 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(file), target
 
 
-@pytest.mark.skipif(not (ROOT / "csrc" / "cuda" / "asa").exists(), reason="the pages name the files of the new layout")
 @each_page
 def test_files_that_are_named_exist(page):
     """Names in backticks that begin with a folder of the repository."""
