@@ -51,8 +51,8 @@ class Problem:
         return self.new(self.n_heads, *bits_shape("triton", self.n, self.n_keys), dtype=torch.uint8)
 
     def bits(self, buffer: Tensor) -> "Bits":
-        """Return the first part of a buffer [n_heads or B, heads, ...], if there are bits."""
-        if not self.has_tiles:
+        """Return the first part of a buffer [n_heads or B, heads, ...], if it holds any."""
+        if not buffer.shape[-1]:
             return Bits(None, 0)
         words = buffer.view(self.n_heads, -1).view(torch.int32)
         return Bits(words[:, : self.key_padded // 32 * self.padded], words.stride(0))

@@ -14,6 +14,7 @@ may be anything are arguments of their own (``SCALARS``), and so are tensor desc
 in structs. A field that is None is known at compile time: the kernel does without it.
 """
 
+import functools
 from typing import NamedTuple
 
 import triton
@@ -47,8 +48,13 @@ class Tile(NamedTuple):
 
 
 def constants(struct):
-    """Return a struct whose fields are compile-time constants of a kernel."""
-    return type(struct)(*(tl.constexpr(x) for x in struct))
+    """Return a struct whose fields are compile-time constants of a kernel: one object for all equal ones."""
+    return _constants(type(struct), *struct)
+
+
+@functools.cache
+def _constants(struct: type, *fields):
+    return struct(*map(tl.constexpr, fields))
 
 
 class TileKernel:

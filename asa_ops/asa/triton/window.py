@@ -91,7 +91,7 @@ def find_local_survivors(problem: Problem, tokens: Tokens, saved: Saved) -> None
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_neighbors_kernel(
     bits, local, rows, keys, row_offsets, col_indices, sharing, n, n_keys, width,
-    HAS_BITS: tl.constexpr, DENSE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
+    DENSE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Write the columns of BLOCK rows, ascending, from their offsets on."""
     blocks = tl.cdiv(n, BLOCK)
@@ -106,7 +106,7 @@ def _asa_neighbors_kernel(
         at = tl.load(keys.place + image * n_keys + j, mask=j < n_keys, other=-1)
         pair = real[:, None] & (at >= 0)[None, :]
         kept = pair & DENSE
-        if HAS_BITS:
+        if bits.words is not None:
             kept |= bit_at(bits.words + z * bits.stride, p[:, None], at[None, :], rows.padded, pair)
         if WINDOW > 0:
             r = (j // width)[None, :] - (token // width)[:, None] + WINDOW // 2
@@ -126,5 +126,5 @@ def write_columns(
     triton_launch.launch(
         _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, saved.local.view(torch.uint8),
         *orders, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width,
-        HAS_BITS=problem.has_bits, DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
+        DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
     )  # fmt: skip
