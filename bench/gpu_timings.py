@@ -237,14 +237,24 @@ def label_of(kernel: str, constants: dict) -> str:
     return label
 
 
-def pairs_listed(label: str, given: dict) -> int | None:
-    """Return how many pairs the tiles hold that a launch visits; None of kernels without products of tiles."""
-    if label == "statistics":
-        return given["zs"] * given["padded"] * given["key_padded"]
+def given_to(kernel, args: tuple, constants: dict) -> dict:
+    """Return what a launch gives its kernel, by name; fields of structs as ``struct.field``."""
+    given = dict(zip(kernel.arg_names, args, strict=False)) | constants
+    while structs := {name: x for name, x in given.items() if isinstance(x, tuple)}:
+        for name, x in structs.items():
+            del given[name]
+            given |= {f"{name}.{field}": value for field, value in x._asdict().items()}
+    return {name: getattr(x, "value", x) for name, x in given.items()}  # of compile-time constants
+
+
+def pairs_listed(label: str, given: dict, n: int) -> int | None:
+    """Return how many pairs of n tokens, or of tiles, a launch visits; None of kernels without products of tiles."""
+    if label == "statistics":  # by tokens, not by what they are padded to
+        return given["statistics.largest"].shape[1] * n * n
     if label == "mask":
-        return given["count"].sum().item() * given["TILE"] ** 2
+        return given["count"].sum().item() * given["SCORES.BLOCK_M"] ** 2
     if label in ("aggregate", "dq", "dk", "dv", "dkv", "dt"):
-        return given["lengths"].sum().item() * given["BLOCK_M"] * max(given["BLOCK_N"], 64)
+        return given["lists.lengths"].sum().item() * given["SCORES.BLOCK_M"] * max(given["SCORES.BLOCK_N"], 64)
     return None
 
 
@@ -273,18 +283,16 @@ def count(run: Callable, n: int) -> tuple[dict[str, int], float | None]:
     def counting(kernel, grid, *args, **options):
         nonlocal active
         launch(kernel, grid, *args, **options)
-        given = dict(zip(kernel.arg_names, args, strict=False)) | options
+        given = given_to(kernel, args, options)
         label = label_of(kernel.__name__, given)
-        pairs = pairs_listed(label, given)
+        pairs = pairs_listed(label, given, n)
         if pairs is None:
             return
-        if label == "statistics":  # by tokens, not by what they are padded to
-            pairs = given["zs"] * n * n
         kind = {"mutual": given.get("MUTUAL", True), "symmetric": given.get("SYMMETRIC", False)}
-        dim = given["DIM"]
-        flops[label] = flops.get(label, 0) + kernel_flops(label, pairs, dim, given.get("DIM_V", dim), **kind)
+        dim = given["SCORES.DIM"]
+        flops[label] = flops.get(label, 0) + kernel_flops(label, pairs, dim, given.get("VALUES.DIM", dim), **kind)
         if label == "aggregate":
-            found = active_tiles(given["words"], given["padded"], given["key_padded"])
+            found = active_tiles(given["bits.words"], given["tokens.rows.padded"], given["tokens.keys.padded"])
             blocks = -(-n // 64)
             active = found.sum().item() / (len(found) * blocks**2)
 

@@ -23,6 +23,7 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.tools.tensor_descriptor import TensorDescriptor
@@ -41,8 +42,8 @@ ASYNC_COPIES = r"\b(LDGSTS|UTMALDG)\b"
 
 # Spilled stores of what is known to need them. Everything not named here must have none.
 SPILL_CEILING = {
-    ("finish_rows", 64, 80): 1,
-    ("combine", 256, 80): 2,
+    ("finish_dq", 64, 80): 1,
+    ("finish_out", 256, 80): 2,
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
     ("dk", 256, 90): 10,  # 83 us on an H200, 105 us in the best row without (bench/results/nvidia-h200-tune.txt)
 }
@@ -69,9 +70,9 @@ class Launch(NamedTuple):
     label: str
     dim: int
     dtype: str
-    signature: tuple  # ((name, type), ...)
-    constants: tuple  # ((name, value), ...)
-    divisible: tuple  # indices of arguments that are multiples of 16
+    signature: tuple  # ((name, type), ...), the type of a struct being a struct of types
+    constants: tuple  # ((path, name, value), ...), a path being the index of an argument and those of fields in it
+    divisible: tuple  # paths of what are multiples of 16
     warps: int
     stages: int
     registers: int | None
@@ -89,12 +90,14 @@ class Report(NamedTuple):
     error: str
 
 
-def type_of(x: object) -> str:
-    """Return an argument's type as Triton spells it, "constexpr" for None."""
+def type_of(x: object) -> str | tuple:
+    """Return an argument's type as Triton spells it, "constexpr" for None and constants."""
     names = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.float64: "fp64"}
     names |= {torch.int8: "i8", torch.uint8: "u8", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
-    if x is None:
+    if x is None or isinstance(x, tl.constexpr):
         return "constexpr"
+    if isinstance(x, tuple):  # a struct
+        return type(x)(*map(type_of, x))
     if isinstance(x, torch.Tensor):
         return "*" + names[x.dtype]
     if isinstance(x, TensorDescriptor):
@@ -104,6 +107,15 @@ def type_of(x: object) -> str:
     return "i32" if -(2**31) <= x < 2**31 else "i64"
 
 
+def leaves(x: object, path: tuple, name: str) -> Iterator[tuple[tuple, str, object]]:
+    """Yield (path, name, value) of an argument, or of every field of a struct."""
+    if isinstance(x, tuple):
+        for index, (field, value) in enumerate(zip(x._fields, x, strict=True)):
+            yield from leaves(value, (*path, index), field)
+    else:
+        yield path, name, x
+
+
 def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[str]) -> dict[tuple, Launch]:
     """Return the distinct launches of matrix kernels in forward and backward calls with head dim ``dim``."""
     found: dict[tuple, Launch] = {}
@@ -111,21 +123,28 @@ def record(arch: int, dim: int, dtype: torch.dtype, precision: str, wanted: set[
     def launch(kernel, grid, *args, warps=4, stages=1, registers=None, **constants):
         parameters = kernel.arg_names
         given = dict(zip(parameters, args, strict=False)) | constants
-        types, values, divisible = [], [], []
-        for index, name in enumerate(parameters):
-            x = given[name]
-            if name in constants or x is None:
-                types.append((name, "constexpr"))
-                values.append((name, x))
+        constexprs = {name for name, x in constants.items() if not isinstance(x, tuple)}
+        types = [(name, "constexpr" if name in constexprs else type_of(given[name])) for name in parameters]
+        values, divisible = [], []
+        for index, parameter in enumerate(parameters):
+            if parameter in constexprs:
+                values.append(((index,), parameter, constants[parameter]))
                 continue
-            types.append((name, type_of(x)))
-            # Arguments that a call may give without the alignment are compiled without it.
-            if isinstance(x, torch.Tensor) or (name not in kernel.do_not_specialize and type(x) is int and x % 16 == 0):
-                divisible.append(index)
+            for path, name, x in leaves(given[parameter], (index,), parameter):
+                if x is None or isinstance(x, tl.constexpr):
+                    values.append((path, name, getattr(x, "value", None)))
+                    continue
+                # Arguments that a call may give without the alignment are compiled without it; Triton does so of
+                # arguments only, not of the fields of structs.
+                specialised = len(path) > 1 or name not in kernel.do_not_specialize
+                if isinstance(x, torch.Tensor) or (specialised and type(x) is int and x % 16 == 0):
+                    divisible.append(path)
         label = kernel.__name__.removeprefix("_").removeprefix("asa_").removesuffix("_kernel")
         if label == "dkv" and not (constants["WANT_DK"] and constants["WANT_DV"]):
             label = "dk" if constants["WANT_DK"] else "dv"
-        if (wanted and label not in wanted) or (precision != "highest" and "PRECISION" not in constants):
+        if wanted and label not in wanted:
+            return
+        if precision != "highest" and not any(name == "PRECISION" for _, name, _ in values):
             return
         kind = "tf32" if precision != "highest" and dtype == torch.float32 else str(dtype).removeprefix("torch.")
         key = (label, dim, kind, tuple(types), tuple(values), warps, stages)
@@ -178,8 +197,8 @@ def compile_launch(launch: Launch, arch: int) -> Report:
     source = ASTSource(
         fn=launch.kernel,
         signature=dict(launch.signature),
-        constexprs={(launch.kernel.arg_names.index(name),): value for name, value in launch.constants},
-        attrs={(index,): [["tt.divisibility", 16]] for index in launch.divisible},
+        constexprs={path: value for path, _, value in launch.constants},
+        attrs={path: [["tt.divisibility", 16]] for path in launch.divisible},
     )
     started = time.time()
     try:
@@ -254,8 +273,8 @@ def _work(index: int) -> Report:
 def variant(launch: Launch) -> str:
     """Name what distinguishes a launch from others of its kernel."""
     names = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "HAS_TOPK", "BY_ROWS", "BY_COLUMNS", "HAS_BITS")
-    names += ("HAS_PEAKS", "LEARN_ALPHA", "CLEAN", "SPLITS", "COLUMN", "OF_KEYS", "DELTA")
-    constants = dict(launch.constants)
+    names += ("NEGATIVE", "SPLITS", "COLUMN", "OF_KEYS", "DELTA", "DELTA_ERROR")
+    constants = {name: value for _, name, value in launch.constants}
     return " ".join(name.lower() for name in names if constants.get(name))
 
 

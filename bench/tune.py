@@ -21,8 +21,8 @@ import gpu_timings
 import inputs
 import torch
 
-from asa_ops.asa.triton import arrange as triton_arrange
 from asa_ops.asa.triton import configs as triton_configs
+from asa_ops.asa.triton import problem as triton_problem
 from asa_ops.asa.triton.configs import HALF, Config
 
 FORWARD = ("statistics", "mask", "aggregate")
@@ -93,12 +93,12 @@ def placed(candidate: Candidate, dim: int, architecture: int):
     table = mock.patch.dict(triton_configs._TABLE, {key: candidate.config})
     if candidate.splits is None:
         return table
-    library = triton_arrange.Problem.splits
+    library = triton_problem.Problem.splits
 
     def splits(problem, programs, limit):
-        return candidate.splits if limit == triton_arrange.MAX_SPLITS else library(problem, programs, limit)
+        return candidate.splits if limit == triton_problem.MAX_SPLITS else library(problem, programs, limit)
 
-    return _both(table, mock.patch.object(triton_arrange.Problem, "splits", splits))
+    return _both(table, mock.patch.object(triton_problem.Problem, "splits", splits))
 
 
 class _both:

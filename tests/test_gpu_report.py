@@ -227,7 +227,7 @@ def test_a_call_is_counted():
     assert "dkv" in flops or ("dk" in flops and "dv" in flops)
     assert flops["statistics"] == 2 * n * n * 16
     kept = survivors("reference", inputs, options)[0, 0]
-    order = triton_arrange.Order.new(n, grid, None, inputs[0]).order[0, :n].long()
+    order = triton_arrange.find_order(n, grid, None, inputs[0]).order[0, :n].long()
     kept = torch.nn.functional.pad(kept[order][:, order], (0, 192 - n, 0, 192 - n))
     tiles = kept.unflatten(0, (3, 64)).unflatten(2, (3, 64)).any(3).any(1)
     assert active == pytest.approx(tiles.double().mean().item()) and not tiles.all()

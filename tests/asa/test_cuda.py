@@ -275,12 +275,12 @@ def test_nobody_is_mutual_without_neighbours():
 
 def op_arguments(**changes):
     x = torch.ones(1, 1, 4, 4)
-    given = {"query": x, "key": x, "value": x, "alpha": torch.ones(1, 1, 4), "beta": torch.ones(1, 1, 4), "real": None}
-    given |= {"height": 2, "width": 2, "window": 3, "topk": 0, "reciprocal": True, "scale": 1.0, "band": 0.0}
-    inputs = Inputs(x, x, x, given["alpha"], given["beta"], None)
-    saved = Saved.new(inputs, Options((2, 2), 3, 0, True, 1.0), "cuda", True)
-    given |= saved._asdict() | changes
-    return tuple(given.values())
+    tensors = {"query": x, "key": x, "value": x, "alpha": x[..., 0], "beta": x[..., 0], "real": None}
+    options = Options((2, 2), 3, 0, True, 1.0)
+    saved = Saved.new(Inputs(*tensors.values()), options, "cuda", keep_bits=True)._asdict()
+    for given in (tensors, saved):
+        given |= {name: changes[name] for name in changes.keys() & given.keys()}
+    return *tensors.values(), changes.get("options", options.numbers()), list(saved.values())
 
 
 @pytest.mark.parametrize(
@@ -291,8 +291,14 @@ def op_arguments(**changes):
         ({"key": torch.ones(1, 1, 5, 4)}, "value must be of the shape"),
         ({"alpha": torch.ones(1, 1, 4, dtype=torch.float64)}, "alpha must be of the dtype"),
         ({"beta": torch.ones(1, 2, 4)}, r"beta must be \[B, heads or 1, N\]"),
-        ({"window": 2}, "window must be odd"),
-        ({"height": 3}, "height . width must be N"),
+        ({"options": [2, 2, 2, 0, 1, 1.0, 0]}, "window must be odd"),
+        ({"options": [2, 2, 46341, 0, 1, 1.0, 0]}, r"window must be of less than 2\^31 positions"),
+        ({"options": [3, 2, 3, 0, 1, 1.0, 0]}, "height . width must be N"),
+        ({"options": [2, 2, 3, 0, 1, 1.0]}, "options must be height, width, window"),
+        ({"options": [2, 2, 3, 0.5, 1, 1.0, 0]}, "topk must be a whole number"),
+        ({"options": [2, 2, 3, -1, 1, 1.0, 0]}, "topk must be a whole number of at least 0"),
+        ({"options": [2, 2, 3, 0, 2, 1.0, 0]}, "reciprocal must be 0 or 1"),
+        ({"options": [2, 2, 3, 0, 1, 1.0, math.nan]}, "band must be at least 0"),
         ({"real": torch.ones(1, 3, dtype=torch.bool)}, "real must be of the shape"),
         ({"bits": torch.zeros(1, 1, 1, 8, dtype=torch.uint8)}, "bits must be of the shape"),
         ({"out": torch.empty(1, 1, 4, 8)[..., ::2]}, "out must be contiguous"),
@@ -318,8 +324,8 @@ def cuobjdump() -> Path:
 
 # Bytes that kernels of float32 may spill: wide sums of products that no tensor core forms. Half precisions: none.
 SINGLE_SPILLS = 32
-FUSED = ("asa_topk", "asa_statistics", "asa_mask", "asa_gather", "asa_dt")  # kernels with tiles
-KERNEL_SOURCES = [x for x in simt.SOURCES if x.name != "asa.cu"]
+FUSED = ("asa_topk", "asa_statistics", "asa_mask", "asa_sums", "asa_dt")  # kernels with tiles
+KERNEL_SOURCES = [x for x in simt.SOURCES if x.name != "call.cu"]
 
 
 def check_budget(source: Path, told: str, compiled: Path) -> None:
@@ -332,7 +338,7 @@ def check_budget(source: Path, told: str, compiled: Path) -> None:
     names = [kernel.split()[0] for kernel in listing.split("Function : ")[1:]]
     assert sorted(names) == sorted(name for name, *_ in reports) and names
     kernels = [x for x in listing.split("Function : ")[1:] if any(f"{name}_kernel" in x.split()[0] for name in FUSED)]
-    assert len(kernels) >= 3 * (source.stem in ("asa_mask", "asa_gather", "asa_statistics", "asa_topk"))
+    assert len(kernels) >= 3 * (source.stem in ("scores", "select", "sums"))
     for kernel in kernels:
         name = kernel.split()[0]
         assert ("HMMA" in kernel) == ("Half" in name or "BFloat16" in name) and "LDGSTS" in kernel, name
@@ -345,7 +351,8 @@ def test_built_kernels_keep_to_their_budget(source):
     if not built:
         pytest.skip("the extension was built without CUDA kernels, or for several architectures")
     for folder in built:
-        check_budget(source, (folder / f"{source.stem}.registers").read_text(), folder / f"{source.stem}.o")
+        compiled = folder / source.relative_to(simt.ROOT / "csrc/cuda").with_suffix(".o")
+        check_budget(source, compiled.with_suffix(".registers").read_text(), compiled)
 
 
 @pytest.mark.slow
