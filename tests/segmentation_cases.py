@@ -1,5 +1,6 @@
 """What the tests of examples/segmentation share: a tiny network, and data sets of a few pictures in real layouts."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,13 @@ TINY = {
 def tiny(**settings) -> Config:
     """Return the settings of `shapes` with a network that takes milliseconds a step."""
     return Config.load("shapes").replace(**TINY | settings)
+
+
+def in_a_file(config: Config, folder: Path) -> list[str]:
+    """Write settings to a file, and return the arguments of a command that reads them."""
+    path = folder / "config.json"
+    path.write_text(json.dumps(config.to_dict()))
+    return ["--config", str(path)]
 
 
 class TwoSizes:

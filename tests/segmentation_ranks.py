@@ -13,8 +13,7 @@ from torch import distributed as dist
 from examples.segmentation.train import main, train
 
 out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
-(out / "config.json").write_text(json.dumps(cases.tiny(**settings).to_dict()))
-command = ["--config", str(out / "config.json"), "--checkpoint-every", "2"]
+command = [*cases.in_a_file(cases.tiny(**settings), out), "--checkpoint-every", "2"]
 main([*command, "--out", str(out / "ddp")])
 main([*command, "--out", str(out / "fsdp"), "--shard"])
 

@@ -14,7 +14,7 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, Case, make, named
+from cases import CASES, Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients, survivors
 
 import asa_ops

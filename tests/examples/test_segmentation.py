@@ -1,5 +1,6 @@
 """The segmentation example: network, evaluation, training, resuming, several processes, pictures."""
 
+import contextlib
 import dataclasses
 import itertools
 import json
@@ -21,7 +22,7 @@ from transformers import ResNetBackbone, ResNetForImageClassification, ViTConfig
 from asa_ops import asa_attention
 from asa_ops import nn as blocks
 from examples.files import FileError
-from examples.segmentation import attend, cli, data, evaluate, model, predict, train
+from examples.segmentation import ablation, attend, cli, data, evaluate, model, predict, train
 from examples.segmentation.checkpoint import Checkpoint, CheckpointError
 from examples.segmentation.config import NO_BLOCK, Config, ConfigError
 from examples.segmentation.pipeline import normalise
@@ -29,7 +30,7 @@ from examples.segmentation.sample import IGNORE, Sample
 from examples.segmentation.upstream import from_upstream
 
 ROOT = Path(__file__).parents[2]
-COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "attend": attend}
+COMMANDS = {"ablation": ablation, "train": train, "evaluate": evaluate, "predict": predict, "attend": attend}
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -93,29 +94,34 @@ def test_weights_of_a_local_checkpoint(tmp_path):
     loaded = model.build_backbone(config.replace(pretrained=str(tmp_path / "resnet")))
     state = loaded.state_dict()
     assert all(torch.equal(weight, state.pop(key)) for key, weight in saved.state_dict().items()) and not state
-    with pytest.raises(ConfigError, match="pretrained must be the folder of a transformers checkpoint, got 'nowhere'"):
-        model.build_backbone(config.replace(pretrained="nowhere"))
     classifier = ResNetForImageClassification(saved.config)
     classifier.save_pretrained(tmp_path / "classifier")
     state = model.build_backbone(config.replace(pretrained=str(tmp_path / "classifier"))).state_dict()
     assert all(torch.equal(weight, state[key]) for key, weight in classifier.resnet.state_dict().items())
+
+
+def test_local_checkpoints_that_do_not_fit(tmp_path):
+    model.build_backbone(deep()).save_pretrained(tmp_path / "resnet")
     small = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     ViTModel(ViTConfig(**small)).save_pretrained(tmp_path / "vit")
-    with pytest.raises(ConfigError, match=r"'.*vit' does not fit the backbone: it lacks embedder\..*, and \d+ more"):
-        model.build_backbone(config.replace(pretrained=str(tmp_path / "vit")))
-    shallow = config.replace(backbone=config.backbone | {"depths": [1, 2, 1, 2]})
-    with pytest.raises(ConfigError, match=r"does not fit the backbone: it has more layers, namely encoder\.stages\.2"):
-        model.build_backbone(shallow.replace(pretrained=str(tmp_path / "resnet")))
-    more = config.replace(backbone=config.backbone | {"depths": [1, 2, 3, 2]})
-    with pytest.raises(ConfigError, match=r"does not fit the backbone: it lacks encoder\.stages\.2\.layers\.2"):
-        model.build_backbone(more.replace(pretrained=str(tmp_path / "resnet")))
-    weights = tmp_path / "resnet" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:100])
-    with pytest.raises(ConfigError, match=r"pretrained '.*resnet' does not fit the backbone"):
-        model.build_backbone(config.replace(pretrained=str(tmp_path / "resnet")))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "config.json").write_bytes((tmp_path / "resnet" / "config.json").read_bytes())
+    weights = (tmp_path / "resnet" / "model.safetensors").read_bytes()
+    (tmp_path / "broken" / "model.safetensors").write_bytes(weights[:100])
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match=r"pretrained '.*empty' does not fit the backbone"):
-        model.build_backbone(config.replace(pretrained=str(tmp_path / "empty")))
+    unfit = "does not fit the backbone"
+    for name, depths, message in (
+        ("nowhere", None, "pretrained must be the folder of a transformers checkpoint, got '.*nowhere'"),
+        ("vit", None, rf"'.*vit' {unfit}: it lacks embedder\..*, and \d+ more"),
+        ("resnet", [1, 2, 1, 2], rf"{unfit}: it has more layers, namely encoder\.stages\.2"),
+        ("resnet", [1, 2, 3, 2], rf"{unfit}: it lacks encoder\.stages\.2\.layers\.2"),
+        ("broken", None, rf"pretrained '.*broken' {unfit}"),
+        ("empty", None, rf"pretrained '.*empty' {unfit}"),
+    ):
+        config = deep(pretrained=str(tmp_path / name))
+        config = config.replace(backbone=config.backbone | ({"depths": depths} if depths else {}))
+        with pytest.raises(ConfigError, match=message):
+            model.build_backbone(config)
 
 
 @pytest.mark.parametrize(
@@ -289,6 +295,16 @@ def test_thresholds_learn_unless_told_not_to(tmp_path):
     assert moved(rate=0.1) < 0.2 * moved()
 
 
+@contextlib.contextmanager
+def other_precision():
+    """A process has one precision; this one has had another, and will have."""
+    AcceleratorState._reset_state()
+    try:
+        yield
+    finally:
+        AcceleratorState._reset_state()
+
+
 class Interrupted(Exception):
     pass
 
@@ -319,9 +335,8 @@ def test_resumes_to_the_same_bits(optimizer, tmp_path):
 
 def test_resuming_from_the_command_line(tmp_path, capsys):
     """The checkpoint's settings hold; what contradicts them is an error, and so is a log that does not fit."""
-    (tmp_path / "config.json").write_text(json.dumps(cases.tiny(steps=3, block=NO_BLOCK).to_dict()))
     out = ["--out", str(tmp_path / "run")]
-    first = train.main(["--config", str(tmp_path / "config.json"), *out])
+    first = train.main([*cases.in_a_file(cases.tiny(steps=3, block=NO_BLOCK), tmp_path), *out])
     assert "block none, 3 steps, checkpoint" in capsys.readouterr().out
     assert train.main([*out, "--resume"]).losses == first.losses
     for arguments, message in (
@@ -349,12 +364,8 @@ def test_resuming_keeps_precision_and_parts(tmp_path):
     assert train.train(config, out, resume=True).losses == first.losses
     with pytest.raises(CheckpointError, match=r"has processes \* accumulate=2, this run 1"):
         train.train(config, out, resume=True, accumulate=1)
-    AcceleratorState._reset_state()  # a process has one precision; this one has had another
-    try:
-        with pytest.raises(CheckpointError, match="the checkpoint has precision='no', this run 'bf16'"):
-            train.train(config, out, resume=True, precision="bf16")
-    finally:
-        AcceleratorState._reset_state()
+    with other_precision(), pytest.raises(CheckpointError, match="has precision='no', this run 'bf16'"):
+        train.train(config, out, resume=True, precision="bf16")
 
 
 def test_a_checkpoint_is_not_lost_by_accident(tmp_path):
@@ -387,9 +398,8 @@ def test_a_broken_picture_ends_training_with_one_line(workers, tmp_path):
 
 def test_options_of_the_block_are_added_to_the_files(tmp_path):
     def config(*arguments):
-        (tmp_path / "config.json").write_text(json.dumps(cases.tiny(block="asa", block_options={"topk": 9}).to_dict()))
-        given = ["--config", str(tmp_path / "config.json"), "--steps", "1", "--overwrite", "--out", str(tmp_path)]
-        train.main([*given, *arguments])
+        given = cases.in_a_file(cases.tiny(block="asa", block_options={"topk": 9}), tmp_path)
+        train.main([*given, "--steps", "1", "--overwrite", "--out", str(tmp_path), *arguments])
         return Checkpoint.load(tmp_path / "checkpoint.pt").settings()
 
     assert config("--set", 'block_options={"norm":"batch"}').options == {"topk": 9, "norm": "batch"}
@@ -422,43 +432,14 @@ def test_accumulation_changes_rounding_and_batch_norm_only(tmp_path):
 def test_bfloat16(trained, tmp_path):
     """Other losses than in float32, by rounding; resuming keeps to it."""
     config = cases.tiny(block="asa", steps=3)
-    AcceleratorState._reset_state()  # a process has one precision; this one has had another
-    try:
+    with other_precision():
         losses = train.train(config, tmp_path / "bf16", precision="bf16").losses
         interrupted(config, tmp_path / "parts", at=2, precision="bf16", checkpoint_every=1)
         AcceleratorState._reset_state()
         assert train.train(config, tmp_path / "parts", resume=True).losses == losses
-    finally:
-        AcceleratorState._reset_state()
     expected = train.train(config, tmp_path).losses
     assert losses != expected
     np.testing.assert_allclose(losses, expected, rtol=0.05)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
-        (["--checkpoint-every", "0"], "--checkpoint-every must be at least 1, got 0"),
-        (["--set", "steps"], "--set takes NAME=VALUE, got 'steps'"),
-        (["--set", "crop=64"], "crop must be two integers >= 1, got crop=64"),
-        (["--steps", "0"], "steps must be an integer >= 1, got steps=0"),
-        (["--block", "sparse"], "block must be one of none, asa"),
-        (
-            ["--accumulate", "3", "--steps", "1"],
-            "multiple of processes * accumulate = 1 * 3, got 8",
-        ),
-        (["--shard", "--steps", "1"], "--shard needs several processes: start them with torchrun"),
-        (["--data", "cityscapes"], "cityscapes needs --root"),
-        (["--data", "ade20k", "--root", "nowhere"], "folder nowhere is missing"),
-        (["--resume"], "there is no checkpoint"),
-        (["--set", "learning_rate=1e30", "--steps", "3"], "lower learning_rate"),
-    ],
-)
-def test_trainings_that_cannot_be(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit) as error:
-        cli.main_of(lambda: train.main([*arguments, "--out", str(tmp_path)]))
-    assert message in f"{error.value} {capsys.readouterr().err}"
 
 
 def test_training_on_the_layout_of_a_real_data_set(tmp_path):
@@ -565,21 +546,21 @@ def test_checkpoints_that_cannot_be_read(trained, tmp_path):
 
 
 def test_checkpoints_that_do_not_fit(trained, tmp_path):
-    checkpoint = Checkpoint.load(trained[0] / "checkpoint.pt")
-    fewer = saved(trained, tmp_path / "fewer.pt", classes=checkpoint.classes[:-1])
-    with pytest.raises(CheckpointError, match=r"has 4 classes \(.*, checks\), the data 5 \(.*, rings\)"):
-        evaluate.main([str(fewer)])
-    with pytest.raises(CheckpointError, match=r"do not fit its config: size mismatch for head\.classifier"):
-        Checkpoint.load(fewer).segmenter()
-    other = saved(trained, tmp_path / "other.pt", config=checkpoint.config | {"channels": 8})
-    with pytest.raises(CheckpointError, match=r"do not fit its config: size mismatch for head\.before.*, and \d+ more"):
-        predict.main([str(other), "--shape", "0", "--out", str(tmp_path)])
-    none = saved(trained, tmp_path / "none.pt", config=None)
-    with pytest.raises(CheckpointError, match="config does not fit: settings must be an object"):
-        Checkpoint.load(none).settings()
-    newer = saved(trained, tmp_path / "newer.pt", config=checkpoint.config | {"sharpness": 8})
-    with pytest.raises(CheckpointError, match="config does not fit: unknown setting 'sharpness'"):
-        Checkpoint.load(newer).settings()
+    checkpoint, path = Checkpoint.load(trained[0] / "checkpoint.pt"), tmp_path / "changed.pt"
+    predicted = ["--shape", "0", "--out", str(tmp_path)]
+    mismatch = "do not fit its config: size mismatch for head"
+    fewer, narrow = {"classes": checkpoint.classes[:-1]}, {"config": checkpoint.config | {"channels": 8}}
+    newer = {"config": checkpoint.config | {"sharpness": 8}}
+    for changes, use, message in (
+        (fewer, lambda: evaluate.main([str(path)]), r"has 4 classes \(.*, checks\), the data 5 \(.*, rings\)"),
+        (fewer, lambda: Checkpoint.load(path).segmenter(), rf"{mismatch}\.classifier"),
+        (narrow, lambda: predict.main([str(path), *predicted]), rf"{mismatch}\.before.*, and \d+ more"),
+        ({"config": None}, lambda: Checkpoint.load(path).settings(), "does not fit: settings must be an object"),
+        (newer, lambda: Checkpoint.load(path).settings(), "config does not fit: unknown setting 'sharpness'"),
+    ):
+        saved(trained, path, **changes)
+        with pytest.raises(CheckpointError, match=message):
+            use()
 
 
 # Pictures, tables, published heads.
@@ -646,6 +627,18 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
 @pytest.mark.parametrize(
     ("command", "arguments", "message"),
     [
+        ("train", ["--accumulate", "0"], "--accumulate must be at least 1, got 0"),
+        ("train", ["--checkpoint-every", "0"], "--checkpoint-every must be at least 1, got 0"),
+        ("train", ["--set", "steps"], "--set takes NAME=VALUE, got 'steps'"),
+        ("train", ["--set", "crop=64"], "crop must be two integers >= 1, got crop=64"),
+        ("train", ["--steps", "0"], "steps must be an integer >= 1, got steps=0"),
+        ("train", ["--block", "sparse"], "block must be one of none, asa"),
+        ("train", ["--accumulate", "3", "--steps", "1"], "multiple of processes * accumulate = 1 * 3, got 8"),
+        ("train", ["--shard", "--steps", "1"], "--shard needs several processes: start them with torchrun"),
+        ("train", ["--data", "cityscapes"], "cityscapes needs --root"),
+        ("train", ["--data", "ade20k", "--root", "nowhere"], "folder nowhere is missing"),
+        ("train", ["--resume"], "there is no checkpoint"),
+        ("train", ["--set", "learning_rate=1e30", "--steps", "3"], "lower learning_rate"),
         ("evaluate", ["--scales", "0"], "--scales must be > 0 and finite, got 0"),
         ("evaluate", ["--scales", "1", "nan"], "--scales must be > 0 and finite, got nan"),
         ("evaluate", ["--root", "."], "leave --root out"),
@@ -660,11 +653,15 @@ def test_attend_shows_what_the_block_does(trained, tmp_path):
         ("attend", ["--shape", "0", "--pixel", "5"], "--pixel"),
         ("attend", ["--shape", "0", "--pixel", "5,5", "--out", "no/such.png"], "there is no folder 'no'"),
         ("attend", ["--shape", "0", "--pixel", "5,5", "--out", "such.txt"], "--out must end in .png, .jpg, .pdf"),
+        ("ablation", ["--seeds", "0"], "--seeds must be at least 1, got 0"),
+        ("ablation", ["--variants", "nothing"], "invalid choice: 'nothing'"),
+        ("ablation", ["--one", "asa", "x"], "--one takes a variant and a seed, got 'asa' 'x'"),
     ],
 )
-def test_commands_that_cannot_be(command, arguments, message, trained, capsys):
+def test_commands_that_cannot_be(command, arguments, message, trained, tmp_path, capsys):
+    given = ["--out", str(tmp_path)] if command in ("train", "ablation") else [str(trained[0] / "checkpoint.pt")]
     with pytest.raises(SystemExit) as error:
-        cli.main_of(lambda: COMMANDS[command].main([str(trained[0] / "checkpoint.pt"), *arguments]))
+        cli.main_of(lambda: COMMANDS[command].main([*given, *arguments]))
     assert message in f"{error.value} {capsys.readouterr().err}"
 
 
@@ -730,16 +727,16 @@ def test_published_heads_load(block):
 
 
 def test_states_that_hold_no_published_head():
-    with pytest.raises(ValueError, match=r"no published head: expected keys decode_head\.\*, got a, b"):
-        from_upstream({"a": torch.zeros(1), "b": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"unknown key 'auxiliary_head\.extra\.weight'"):
-        from_upstream({"auxiliary_head.extra.weight": torch.zeros(1)})
+    zero = torch.zeros(1)
     state = published(model.Segmenter(cases.tiny(block="asa"), 5), "asa")
-    with pytest.raises(ValueError, match=r"has 'theta\.conv\.weight' between its convolutions, expected block 'none'"):
-        from_upstream(state, "none")
-    with pytest.raises(ValueError, match="has no block between its convolutions, expected block 'asa'"):
-        from_upstream({key: tensor for key, tensor in state.items() if "asa_block" not in key})
-    with pytest.raises(ValueError, match=r"unknown key 'decode_head\.gamma' in a published head"):
-        from_upstream(state | {"decode_head.gamma": torch.zeros(1)})
-    with pytest.raises(ValueError, match=r"unknown key 'zeta\.weight'"):
-        from_upstream(state | {"decode_head.asa_block.zeta.weight": torch.zeros(1)})
+    without = {key: tensor for key, tensor in state.items() if "asa_block" not in key}
+    for states, block, message in (
+        ({"a": zero, "b": zero}, "asa", r"no published head: expected keys decode_head\.\*, got a, b"),
+        ({"auxiliary_head.extra.weight": zero}, "asa", r"unknown key 'auxiliary_head\.extra\.weight'"),
+        (state, "none", r"has 'theta\.conv\.weight' between its convolutions, expected block 'none'"),
+        (without, "asa", "has no block between its convolutions, expected block 'asa'"),
+        (state | {"decode_head.gamma": zero}, "asa", r"unknown key 'decode_head\.gamma' in a published head"),
+        (state | {"decode_head.asa_block.zeta.weight": zero}, "asa", r"unknown key 'zeta\.weight'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            from_upstream(states, block)

@@ -14,7 +14,7 @@ from torch import nn
 
 from asa_ops import nn as blocks
 from examples import files
-from examples.segmentation import ablation, cli
+from examples.segmentation import ablation
 from examples.segmentation.config import NO_BLOCK, Config, ConfigError
 from examples.segmentation.model import Segmenter
 
@@ -172,20 +172,6 @@ def test_runs_of_another_length_are_told_before_any_is_started(tmp_path, monkeyp
     put(tmp_path, made_up("none", 0, 0.5))
     with pytest.raises(ConfigError, match="has runs of 20 steps, not 30: give --steps or an --out"):
         ablation.main(["--variants", "none", "--steps", "30", "--out", str(tmp_path)])
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--seeds", "0"], "--seeds must be at least 1, got 0"),
-        (["--variants", "nothing"], "invalid choice: 'nothing'"),
-        (["--one", "asa", "x"], "--one takes a variant and a seed, got 'asa' 'x'"),
-    ],
-)
-def test_ablations_that_cannot_be(arguments, message, tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        cli.main_of(lambda: ablation.main([*arguments, "--out", str(tmp_path)]))
-    assert message in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -152,8 +152,7 @@ def ade(tmp_path):
 
 def test_figures_are_those_of_the_pictures_that_can_be_read(ade, tmp_path, capsys):
     """Evaluation after training tells of the others too, when all is written."""
-    (tmp_path / "config.json").write_text(json.dumps(TINY.replace(**ADE).to_dict()))
-    command = ["--config", str(tmp_path / "config.json"), "--root", str(ade), "--out", str(tmp_path / "run")]
+    command = [*cases.in_a_file(TINY.replace(**ADE), tmp_path), "--root", str(ade), "--out", str(tmp_path / "run")]
     message = r"^error: 2 pictures were left out:\n.*cut\.jpg as a picture: .*\n.*label\.png holds the label 151"
     with pytest.raises(SystemExit, match=message):
         cli.main_of(lambda: train.main(command))
