@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import asa_attention
-from asa_ops.core.layout import window_columns
+from asa_ops.asa.blocked import window_columns
 
 BLOCK = 64  # side of a tile of pairs, and 8 x 8 pixels
 STRIP = 8  # rows that impl="cpu" takes together

@@ -180,7 +180,7 @@ def build(limit: float, log: Path, results: dict) -> tuple[str, str]:
 
 def run_tests(step: str, chosen: str, limit: float, log: Path, results: dict) -> tuple[str, str]:
     """Run the tests marked gpu whose names fit ``chosen``, shared out among processes."""
-    files = [str(path) for path in sorted(ROOT.glob("tests/test_*.py")) if "mark.gpu" in path.read_text()]
+    files = [str(path) for path in sorted(ROOT.glob("tests/**/test_*.py")) if "mark.gpu" in path.read_text()]
     shards = max(1, min(MAX_SHARDS, (os.cpu_count() or 1) - 2))
     with tempfile.TemporaryDirectory() as folder:
         outcomes = [Path(folder, f"{shard}.jsonl") for shard in range(shards)]

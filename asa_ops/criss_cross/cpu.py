@@ -20,9 +20,9 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     inputs = _prepare(stats.dtype, do, query, key, value)
-    gradients = tuple(torch.empty_like(x) for x in inputs[1:])
-    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, stats.contiguous(), scale, *gradients)
-    return gradients
+    dq, dk, dv = (torch.empty_like(x) for x in inputs[1:])
+    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, stats.contiguous(), scale, dq, dk, dv)
+    return dq, dk, dv
 
 
 def _prepare(dtype: torch.dtype, *maps: Tensor) -> list[Tensor]:

@@ -407,7 +407,7 @@ def test_every_kernel_has_a_configuration_everywhere():
                     assert not config.tma or config.chunk >= 256 or kernel in ("mask", "dt")
 
 
-KERNELS_SCRIPT = Path(__file__).parents[1] / "bench" / "kernels.py"
+KERNELS_SCRIPT = Path(__file__).parents[2] / "bench" / "kernels.py"
 
 
 def compile_kernels(*options: str) -> str:
