@@ -35,15 +35,11 @@ def _prepare(inputs: Inputs) -> _Prepared:
     real = None if key_padding_mask is None else key_padding_mask.contiguous()
     not_finite = None
 
-    def clean(x: Tensor, real: Tensor | None) -> Tensor:
-        return (x if real is None else x.masked_fill(~real[:, None, :, None], 0)).contiguous()
+    def tokens(x: Tensor, real: Tensor | None) -> Tensor:
+        x = x.to(dtype)
+        return _pad((x if real is None else x.masked_fill(~real[:, None, :, None], 0)).contiguous())
 
-    q, k, v = (
-        clean(query.to(dtype), real if query.shape[2] == key.shape[2] else None),
-        clean(key.to(dtype), real),
-        clean(value.to(dtype), real),
-    )
-    q, k, v = _pad(q), _pad(k), _pad(v)
+    q, k, v = tokens(query, real if query.shape[2] == key.shape[2] else None), tokens(key, real), tokens(value, real)
     if not v.sum().isfinite():  # rarely; then see which
         finite = v.isfinite()
         v, not_finite = v.nan_to_num(0, 0, 0), ~finite.all(-1)
@@ -70,29 +66,29 @@ def bwd(
 
     A row whose output is NaN makes the gradients of its image and head NaN.
     """
-    *prepared, _ = tokens = _prepare(inputs)
+    q, k, v, alpha, beta, real, _ = _prepare(inputs)
     do = do.to(inputs.precision)
-    if inputs.key_padding_mask is not None and do.shape[2] == inputs.key.shape[2]:  # their output is the constant 0
-        do = do.masked_fill(~inputs.key_padding_mask[:, None, :, None], 0)
+    if real is not None and q.shape[2] == k.shape[2]:  # the output of padding is the constant 0
+        do = do.masked_fill(~real[:, None, :, None], 0)
     if not saved.out.sum().isfinite():  # rarely; then see which rows
         do = do.masked_fill(saved.out.isnan().any(-1, keepdim=True), torch.nan)
 
-    def run(do: Tensor, *thresholds: Tensor | None) -> tuple[list[Tensor], list[Tensor | None]]:
-        dq, dk, dv = gradients = [torch.empty_like(x) for x in tokens[:3]]
-        learning = [x if x is None else torch.zeros_like(x) for x in thresholds]
-        torch.ops.asa_ops.asa_cpu_bwd(
-            _pad(do).contiguous(), *prepared, options.numbers(band), saved, *gradients, *learning
-        )
-        return [d[..., : x.shape[3]] for d, x in zip((dq, dk, dv), inputs[:3], strict=True)], learning
+    def run(do: Tensor, dalpha: Tensor | None, dbeta: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Return dq, dk and dv, and write the gradients of thresholds that are given."""
+        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+        inputs_and_options = q, k, v, alpha, beta, real, options.numbers(band)
+        torch.ops.asa_ops.asa_cpu_bwd(_pad(do).contiguous(), *inputs_and_options, saved, dq, dk, dv, dalpha, dbeta)
+        dim, dim_v = inputs.query.shape[3], inputs.value.shape[3]
+        return dq[..., :dim], dk[..., :dim], dv[..., :dim_v]
 
-    learned = (tokens.alpha, tokens.beta) if band is not None else (None, None)
-    (dq, dk, dv), (dalpha, dbeta) = run(do, *learned)
+    dalpha, dbeta = (None if x is None or band is None else torch.zeros_like(x) for x in (alpha, beta))
+    gradients = run(do, dalpha, dbeta)
     # The output of an empty row is constant: a gradient that reaches it goes to the thresholds of the row only.
     if not do.sum().isfinite():
         empty = (saved.survivors == 0) & ~saved.out.isnan().any(-1)
         if empty.any():
-            (dq, dk, dv), _ = run(do.masked_fill(empty[..., None], 0), None, None)
-    return dq, dk, dv, dalpha, dbeta
+            gradients = run(do.masked_fill(empty[..., None], 0), None, None)
+    return *gradients, dalpha, dbeta
 
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
