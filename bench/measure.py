@@ -1,8 +1,16 @@
-"""Seconds and bytes of calls, the machine they ran on, and what it can do at most."""
+"""Seconds and bytes of calls, the machine they ran on, and what it can do at most.
 
+As a program, for ``bytes_in_fresh_process``, it prints the bytes that one call adds to the peak:
+
+    python -m bench.measure '{"op": "asa", "size": "64x64", ...}' '"cpu"' '"sdpa flash"' true
+"""
+
+import contextlib
 import ctypes
+import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
@@ -15,9 +23,14 @@ from pathlib import Path
 
 import torch
 
+from . import inputs, workloads
+from .workloads import Spec
+
 ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 2
 SLOW = 10  # times the fastest method: such a one is timed in few rounds
 SLOW_ROUNDS = 2
+REPLAYS = 5  # of a CUDA graph, back to back
 PEERS = ("xformers", "natten", "adasplash")
 
 
@@ -63,9 +76,22 @@ def environment(device: str) -> dict[str, object]:
     else:
         properties = torch.cuda.get_device_properties(0)
         result |= {"device": properties.name, "memory": f"{properties.total_memory / 2**30:.0f} GiB"}
-        result |= {"cuda": torch.version.cuda, "triton": version("triton")}
+        result["compute capability"] = f"{properties.major}.{properties.minor}"
+        result["multiprocessors"] = properties.multi_processor_count
+        result |= {"driver": driver(), "cuda": torch.version.cuda, "triton": version("triton")}
     result |= {"torch": torch.__version__, "python": platform.python_version()}
+    if not inputs.skimage:
+        result["photo"] = "a synthetic picture: scikit-image is not installed"
     return result | {name: found for name in PEERS if (found := version(name))}
+
+
+def driver() -> str | None:
+    """Return the version of the GPU driver."""
+    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
+    except (OSError, subprocess.CalledProcessError, IndexError):
+        return None
 
 
 def _has_extension() -> bool:
@@ -74,22 +100,28 @@ def _has_extension() -> bool:
     return not extension.WHY_MISSING
 
 
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
+# Seconds.
 
 
-def seconds_of(call: Callable, device: str) -> float:
-    """Return the seconds of a call, from an idle device until it is idle again."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
+def seconds_of(call: Callable, device: str, calls: int = 1) -> float:
+    """Return the seconds of a call, from an idle device until it is idle again; of several back to back, their mean."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls / 1e3
 
 
 def interleaved(
-    calls: dict[str, Callable], rounds: int, device: str, tell: Callable[[str], None] = lambda name: None
+    calls: dict[str, Callable], rounds: int, device: str, repeats: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
     """Time every call once a round, one after the other, so that a slow moment of the machine meets all of them.
 
@@ -100,7 +132,7 @@ def interleaved(
         calls: by name.
         rounds: that count.
         device: "cpu" or "cuda".
-        tell: is told the name of a call before it is made.
+        repeats: how often a round makes a call, back to back.
 
     Returns:
         The seconds of every round and, by name, what the calls that failed raised; these have no seconds.
@@ -108,31 +140,66 @@ def interleaved(
     times: dict[str, list[float]] = {name: [] for name in calls}
     errors: dict[str, str] = {}
     warm: dict[str, float] = {}
-    for i in range(rounds + 2):
-        for name, call in calls.items():
-            if name in errors:
-                continue
-            if i >= SLOW_ROUNDS + 2 and warm[name] > SLOW * min(warm.values()):
-                continue
-            tell(name)
-            try:
-                taken = seconds_of(call, device)
-            except Exception as error:  # whatever a method raises is the finding
-                errors[name] = describe(error)
-                warm.pop(name, None)
-                times[name] = []
-                continue
-            if i < 2:
-                warm[name] = taken
-            else:
-                times[name].append(taken)
+    for i, (name, call) in itertools.product(range(WARM_UP + rounds), calls.items()):
+        if name in errors or (i >= WARM_UP + SLOW_ROUNDS and warm[name] > SLOW * min(warm.values())):
+            continue
+        try:
+            taken = seconds_of(call, device, repeats)
+        except Exception as error:  # whatever a method raises is the finding
+            errors[name], times[name] = describe(error), []
+            warm.pop(name, None)
+            continue
+        if i < WARM_UP:
+            warm[name] = taken
+        else:
+            times[name].append(taken)
     return times, errors
+
+
+def in_graphs(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Time replays of every call captured in a CUDA graph, without what launching costs; none of what has no graph."""
+    replays = {}
+    for name, call in calls.items():
+        with contextlib.suppress(Exception):  # a peer that synchronises, for one, cannot be captured
+            replays[name] = captured(call).replay
+    times, _ = interleaved(replays, rounds, "cuda", REPLAYS)
+    replays.clear()
+    torch.cuda.empty_cache()  # what the graphs held
+    return times
+
+
+def captured(call: Callable) -> torch.cuda.CUDAGraph:
+    """Return a CUDA graph of one call."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(WARM_UP):
+            call()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    torch.cuda.synchronize()
+    return graph
 
 
 def describe(error: BaseException) -> str:
     """Return an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
+
+
+# Bytes.
+
+
+def attempt(call: Callable) -> tuple[object, str | None]:
+    """Return the result of a call on a GPU and None, or None and what went wrong."""
+    try:
+        result = call()
+        torch.cuda.synchronize()
+    except Exception as error:
+        return None, describe(error)
+    return result, None
 
 
 def resident(name: str) -> int:
@@ -160,26 +227,37 @@ def bytes_added(call: Callable, device: str) -> int:
     return max(resident("VmHWM") - before, 0)
 
 
-def bytes_in_fresh_process(*arguments: object) -> int:
-    """Return what ``bench/workloads.py`` prints for JSON arguments, the bytes of one call.
+def bytes_of(spec: Spec, device: str, name: str, backward: bool) -> int:
+    """Return the bytes that a call of a method adds to the peak.
+
+    A small call loads code before; what compiles for a shape, and takes more than the call, is called once as it is.
+    """
+    first, _, impl = name.partition(" ")
+    impls, peers = ([impl or "auto"], []) if first in ("asa", workloads.OURS) else (["auto"], [name])
+    if first != "flex":
+        small = dataclasses.replace(spec, size="x".join(str(min(side, 16)) for side in spec.grid))
+        workloads.build(small, device, impls, peers).call(name, backward)()
+    call = workloads.build(spec, device, impls, peers).call(name, backward)
+    if first == "flex":
+        call()
+    return bytes_added(call, device)
+
+
+def bytes_in_fresh_process(spec: Spec, device: str, name: str, backward: bool) -> int:
+    """Return what :func:`bytes_of` returns in a process of its own.
 
     Raises:
         RuntimeError: the process failed; the message is the last line it printed.
     """
-    command = [sys.executable, str(Path(__file__).with_name("workloads.py")), *(json.dumps(x) for x in arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    arguments = (json.dumps(x) for x in (dataclasses.asdict(spec), device, name, backward))
+    command = [sys.executable, "-m", "bench.measure", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1])
     return int(result.stdout.split()[-1])
 
 
-def free_bytes(device: str) -> int:
-    if device != "cpu":  # what torch keeps and does not use is free too
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    try:
-        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    except OSError:
-        return 2**62
+# The machine.
 
 
 def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, float]:
@@ -211,3 +289,8 @@ def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, flo
         more = middle["pass 1, 512"] - middle["pass 1, 256"]
         result["asa_ops product GFLOP/s"] = 2 * side**2 * 256 / more / 1e9
     return result
+
+
+if __name__ == "__main__":
+    spec, *arguments = (json.loads(x) for x in sys.argv[1:])
+    print(bytes_of(Spec(**spec), *arguments))

@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+OUTCOMES = ("passed", "failed", "error", "skipped")
 LOST = 77
 # What CUDA says when everything after it fails as well.
 FATAL = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
