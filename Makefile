@@ -95,6 +95,6 @@ $(READY): $(SOURCES)
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	ASA_OPS_CUDA_ARCHS="$${ASA_OPS_CUDA_ARCHS:-$(GPU)}" $(RUN) -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
-	@$(RUN) -c 'import asa_ops.extension as e; e.WHY_MISSING and print("asa_ops:", e.WHY_MISSING)'
+	@$(RUN) -c 'import asa_ops.core.extension as e; e.WHY_MISSING and print("asa_ops:", e.WHY_MISSING)'
 	@$(RUN) -c 'import pathlib, sysconfig; pathlib.Path(sysconfig.get_path("include"), "Python.h").exists() or print("asa_ops: Python.h not found: torch.compile cannot build for the CPU, its test is skipped (Debian: apt install python3-dev)")'
 	@touch $@

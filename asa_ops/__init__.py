@@ -2,14 +2,14 @@
 
 from . import nn
 from .asa import AsaStats, NeighborGraph, asa_attention, explain, reciprocal_neighbors
-from .channelized_axial import channelized_axial_attention
+from .blocks.channelized_axial import channelized_axial_attention
+from .blocks.efficient_attention import efficient_attention
+from .blocks.interlaced_sparse import interlaced_sparse_attention
+from .blocks.linear_attention import channel_linear_attention, linear_attention
+from .blocks.non_local import non_local_attention
+from .blocks.salient_positions import salient_positions_attention
+from .blocks.squeeze_and_attention import squeeze_and_attention
 from .criss_cross import criss_cross_attention
-from .efficient_attention import efficient_attention
-from .interlaced_sparse import interlaced_sparse_attention
-from .linear_attention import channel_linear_attention, linear_attention
-from .non_local import non_local_attention
-from .salient_positions import salient_positions_attention
-from .squeeze_and_attention import squeeze_and_attention
 
 __all__ = [
     "AsaStats",

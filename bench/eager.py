@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from asa_ops.channelized_axial import reference as channelized_axial_reference
+from asa_ops.blocks.channelized_axial import reference_channelized_axial_attention
 
 
 def non_local(block: nn.Module, x: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def efficient_attention(block: nn.Module, x: Tensor) -> Tensor:
 def channelized_axial(block: nn.Module, x: Tensor) -> Tensor:
     gates = (list(block.column_gate), list(block.row_gate)) if block.channel_attention else ()
     maps = block.column(x), block.row(x), block.value(x)
-    return channelized_axial_reference.channelized_axial_attention(*maps, *gates)
+    return reference_channelized_axial_attention(*maps, *gates)
 
 
 def squeeze_and_attention(block: nn.Module, x: Tensor) -> Tensor:

@@ -161,7 +161,7 @@ def outcome_line(line: str) -> str | None:
 def build(limit: float, log: Path, results: Record) -> tuple[str, str]:
     """Build the C++ extension in place, for this card; without it only the CUDA C++ kernels are left out."""
     major, minor = torch.cuda.get_device_capability()
-    there = "from asa_ops import extension; import sys; sys.exit({} not in extension.cuda_architectures())"
+    there = "from asa_ops.core import extension; import sys; sys.exit({} not in extension.cuda_architectures())"
     if run(["-c", there.format(10 * major + minor)], log, limit) == 0:
         return "passed", "was built before"
     status = run(["setup.py", "build_ext", "--inplace"], log, limit, ASA_OPS_CUDA_ARCHS=f"{major}{minor}")

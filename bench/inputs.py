@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from asa_ops.layout import to_tokens
+from asa_ops.core.layout import to_tokens
 from asa_ops.nn import AdaptiveSparseAttention
 
 try:

@@ -95,7 +95,7 @@ def driver() -> str | None:
 
 
 def _has_extension() -> bool:
-    from asa_ops import extension
+    from asa_ops.core import extension
 
     return not extension.WHY_MISSING
 

@@ -37,7 +37,7 @@ from pathlib import Path
 
 import torch
 
-from asa_ops import dispatch
+from asa_ops.core import dispatch
 from examples import files
 
 from . import accounting, measure, record, report, workloads

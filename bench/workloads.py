@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from asa_ops import asa_attention, criss_cross_attention, dispatch, nn
+from asa_ops import asa_attention, criss_cross_attention, nn
+from asa_ops.core import dispatch
 
 from . import eager, inputs
 from .peers import PEERS, Problem
@@ -145,13 +146,16 @@ def runnable(spec: Spec, device: str, impls: list[str]) -> tuple[list[str], dict
         return impls, {}
     op, stem, dim = functions[spec.op]
     call = dispatch.Call(op, stem, torch.device(device), spec.torch_dtype, dim)
-    found, why_not = {}, {}
-    for impl in impls:
+
+    def resolved(impl: str) -> tuple[str | None, str | None]:
         try:
-            found[dispatch.resolve(call, impl)] = None
+            return dispatch.resolve(call, impl), None
         except RuntimeError as error:
-            why_not[impl] = str(error)
-    return list(found), why_not
+            return None, str(error)
+
+    found = {impl: resolved(impl) for impl in impls}
+    why_not = {impl: reason for impl, (_, reason) in found.items() if reason}
+    return list(dict.fromkeys(name for name, _ in found.values() if name)), why_not
 
 
 def free_bytes(device: str) -> int:

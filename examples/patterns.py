@@ -20,7 +20,7 @@ from matplotlib.colors import LogNorm
 from torch import Tensor
 
 import asa_ops
-from asa_ops.layout import to_map, to_tokens
+from asa_ops.core.layout import to_map, to_tokens
 
 SHARPNESS = 0.75  # h of the squared distances between patches
 

@@ -27,7 +27,7 @@ class Case:
 
     @property
     def reference(self):
-        return getattr(importlib.import_module(f"asa_ops.{self.stem}.reference"), self._function)
+        return getattr(importlib.import_module(f"asa_ops.blocks.{self.stem}"), f"reference_{self._function}")
 
     @property
     def _function(self) -> str:

@@ -1,4 +1,4 @@
-"""Calls that reach every row of the table of Triton configurations (``asa_ops/asa/triton_configs.py``)."""
+"""Calls that reach every row of the table of Triton configurations (``asa_ops/asa/triton/configs.py``)."""
 
 import pytest
 import torch

@@ -347,7 +347,7 @@ LARGE = {
 
 @pytest.mark.parametrize("name", LARGE)
 def test_memory_is_linear(name, monkeypatch):
-    monkeypatch.setattr(asa_ops.softmax_attention, "_FEW_SCORES", 0)  # beyond that many
+    monkeypatch.setattr(asa_ops.blocks.softmax_attention, "_FEW_SCORES", 0)  # beyond that many
     function, shapes, options, limit = LARGE[name]
     tensors = [torch.randn(shape, requires_grad=True) for shape in shapes]
     if name == "concatenation":

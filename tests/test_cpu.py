@@ -5,9 +5,10 @@ import torch
 from cases import Case, each_case, make, named, with_grad
 from compare import check_against_reference
 
-from asa_ops import asa_attention, extension
+from asa_ops import asa_attention
 from asa_ops.asa import cpu
 from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.core import extension
 
 CPU = extension.has("asa_cpu_fwd", "CPU")
 pytestmark = pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
@@ -187,7 +188,7 @@ def kernel_call():
     inputs, options = make(named("plain", grid=(4, 6), dim=16, dim_v=32), torch.float32)
     inputs = Inputs(*inputs, None)
     options = Options(options["grid"], 3, 0, True, 0.3)
-    saved = Saved.new(inputs, options, cpu.bits_shape(24, 24), keep_bits=True)
+    saved = Saved.new(inputs, options, "cpu", keep_bits=True)
     prepared = cpu._prepare(inputs)
     schema = torch.ops.asa_ops.asa_cpu_fwd.default._schema
     values = [*prepared, *cpu._scalars(options), *saved[:8]]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from asa_ops import cuda_support, dispatch, extension, measured, triton_support
+from asa_ops.core import devices, dispatch, extension
 
 
 @pytest.fixture
@@ -19,8 +19,8 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
 
-    monkeypatch.setattr(cuda_support, "_why_not_on", cuda_support._why_not_on.__wrapped__)
-    monkeypatch.setattr(triton_support, "_why_not_on", lambda device: None)
+    monkeypatch.setattr(devices, "_why_no_cuda_on", devices._why_no_cuda_on.__wrapped__)
+    monkeypatch.setattr(devices, "_why_no_triton_on", lambda device: None)
     return found
 
 
@@ -77,8 +77,8 @@ def test_devices_that_an_image_serves(capability, machine):
 def test_auto_takes_what_was_measured_faster(machine, monkeypatch):
     machine()
     assert dispatch.resolve(call(), "auto") == "triton"
-    entry = measured.Measurement("cuda", "gpu.json", "0123456")
-    monkeypatch.setitem(measured.MEASUREMENTS, ("asa", 64, torch.bfloat16, (9, 0)), entry)
+    entry = dispatch.Measurement("cuda", "gpu.json", "0123456")
+    monkeypatch.setitem(dispatch.MEASUREMENTS, ("asa", 64, torch.bfloat16, (9, 0)), entry)
     assert dispatch.resolve(call(), "auto") == dispatch.resolve(call(dim=40), "auto") == "cuda"
     assert "cuda       runs" in dispatch.explain(call(), "auto")
     for other in (call(dim=65), call(dtype=torch.float16)):
@@ -89,7 +89,7 @@ def test_auto_takes_what_was_measured_faster(machine, monkeypatch):
 
 def test_auto_takes_cuda_where_triton_cannot(machine, monkeypatch):
     machine()
-    monkeypatch.setattr(triton_support, "_why_not_on", lambda device: "no Triton")
+    monkeypatch.setattr(devices, "_why_no_triton_on", lambda device: "no Triton")
     assert dispatch.resolve(call(), "auto") == "cuda"
 
 
@@ -100,7 +100,7 @@ def test_an_emulation_runs_only_when_it_is_asked_for(machine):
 
 
 def test_measurements_name_known_kernels_and_files():
-    for (stem, dim, _, _), measurement in measured.MEASUREMENTS.items():
-        assert stem in dispatch._WITH_TRITON and dim in (64, 128, 256)
+    for (stem, dim, _, _), measurement in dispatch.MEASUREMENTS.items():
+        assert {"triton", "cuda"} <= set(dispatch.IMPLEMENTATIONS[stem]) and dim in (64, 128, 256)
         assert measurement.faster in ("triton", "cuda")
         assert measurement.results and measurement.commit

@@ -5,7 +5,8 @@ import torch
 from cases import make, named
 
 import asa_ops
-from asa_ops import asa_attention, dispatch, reciprocal_neighbors
+from asa_ops import asa_attention, reciprocal_neighbors
+from asa_ops.core import devices, dispatch, extension
 from asa_ops.nn import AdaptiveSparseAttention
 
 
@@ -108,8 +109,8 @@ WRONG = {
 @pytest.fixture(autouse=True)
 def no_emulation(monkeypatch):
     """Tests that ran before in this process may have loaded the emulation of the CUDA kernels."""
-    has = asa_ops.extension.has
-    monkeypatch.setattr(asa_ops.extension, "has", lambda op, key: "cuda" not in op and has(op, key))
+    has = extension.has
+    monkeypatch.setattr(extension, "has", lambda op, key: "cuda" not in op and has(op, key))
 
 
 @pytest.mark.parametrize("impl", ["auto", "reference"])
@@ -136,7 +137,7 @@ def test_wrong_arguments_of_reciprocal_neighbors(name):
 
 
 def test_errors_come_before_any_work(monkeypatch):
-    for module in (asa_ops.asa.api.ops, asa_ops.asa.api.reference):
+    for module in (asa_ops.asa.ops, asa_ops.asa.reference):
         for name in ("attend", "asa_attention"):
             monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("work was done"), raising=False)
     for change, error, message in WRONG.values():
@@ -145,8 +146,8 @@ def test_errors_come_before_any_work(monkeypatch):
 
 
 def test_explain_names_what_runs_and_why_the_others_do_not(monkeypatch):
-    monkeypatch.setattr(dispatch.triton_support, "interpreted", lambda: False)
-    monkeypatch.setattr(dispatch.triton_support, "_why_not_on", dispatch.triton_support._why_not_on.__wrapped__)
+    monkeypatch.setattr(devices, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(devices, "_why_no_triton_on", devices._why_no_triton_on.__wrapped__)
     query = torch.randn(1, 1, 16, 8)
     text = asa_ops.explain(query)
     lines = text.splitlines()
@@ -162,7 +163,7 @@ def test_explain_names_what_runs_and_why_the_others_do_not(monkeypatch):
 
 
 def test_explain_says_why_the_extension_is_missing(monkeypatch):
-    monkeypatch.setattr(asa_ops.extension, "WHY_MISSING", "it was never built")
+    monkeypatch.setattr(extension, "WHY_MISSING", "it was never built")
     assert "cpu        it was never built" in asa_ops.explain(torch.randn(1, 1, 16, 8))
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run this asa_attention call: it was never built"):
         call(lambda a: {"impl": "cpu"})

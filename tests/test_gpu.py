@@ -23,8 +23,9 @@ from compare import (
 from gpu_cases import configured, each_configuration
 
 import asa_ops
-from asa_ops import asa_attention, cuda_support, reciprocal_neighbors, triton_support
+from asa_ops import asa_attention, reciprocal_neighbors
 from asa_ops.asa import reference
+from asa_ops.core import devices, triton_launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 # The fixtures ask torch for deterministic algorithms, and cuBLAS has them only with this, read at its first call.
@@ -43,7 +44,7 @@ each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtyp
 
 @pytest.fixture(params=["triton", "cuda"])
 def impl(request):
-    if request.param == "cuda" and (reason := cuda_support.why_not_on("asa_cuda_fwd", torch.device(DEVICE))):
+    if request.param == "cuda" and (reason := devices.why_no_cuda_on("asa_cuda_fwd", torch.device(DEVICE))):
         pytest.skip(reason)
     return request.param
 
@@ -126,7 +127,7 @@ def test_configuration(impl, row, variant, monkeypatch):
     if arch and impl == "cuda":
         pytest.skip("this row is of Triton's table")
     if arch:
-        monkeypatch.setattr(triton_support, "architecture", lambda device: arch)
+        monkeypatch.setattr(triton_launch, "architecture", lambda device: arch)
     inputs, options = make(configured(dim, variant), dtype, device=DEVICE)
     if variant == "query_is_key":
         inputs[1] = inputs[0]
@@ -304,7 +305,7 @@ def test_memory_stays_below_the_cap(impl, n, heads, dim, mode):
 @pytest.mark.parametrize("mode", ["forward", "backward", "learning"])
 def test_memory_quadratic_in_n_is_bits_and_maxima(mode):
     """From two sizes, exactly: what is linear in N cancels if no work is split, whatever the device."""
-    with mock.patch.object(triton_support, "processors", lambda device: 1):
+    with mock.patch.object(triton_launch, "processors", lambda device: 1):
         settings = {"heads": 2, "dim": 32, "backward": mode != "forward", "learn": mode == "learning"}
         small, large = (extra_memory("triton", n, **settings)[1] for n in (64**2, 128**2))
     quadratic = (large - 4 * small) / 2 / (128**4 - 4 * 64**4)

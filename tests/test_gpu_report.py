@@ -19,13 +19,14 @@ from cases import Case, make
 from compare import survivors
 from gpu_cases import CONFIGURATIONS, configured
 
-from asa_ops import asa_attention, triton_support
+from asa_ops import asa_attention
 from asa_ops.asa import triton as asa
-from asa_ops.asa import triton_configs
+from asa_ops.asa.triton import configs as triton_configs
 from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.core import devices, triton_launch
 
 BENCH = str(Path(gpu.__file__).parent)
-interpreted = pytest.mark.skipif(not triton_support.interpreted(), reason="not in Triton's interpreter")
+interpreted = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
 
 
 # Steps and tests.
@@ -209,7 +210,7 @@ def test_active_tiles_are_read_from_the_bits():
 @interpreted
 def test_a_call_is_counted():
     """In the interpreter: labels, tiles and operations of the launches of a real call, backward included."""
-    from asa_ops.asa import triton_arrange
+    from asa_ops.asa.triton import arrange as triton_arrange
 
     grid, n = (3, 45), 135
     case = Case("small", grid=grid, batch=1, heads=1, dim=16, dim_v=16, sharpness=9.0, beta=None)
@@ -360,11 +361,11 @@ def test_configurations_reach_every_row_of_the_table(monkeypatch):
             return super().__getitem__(row)
 
     monkeypatch.setattr(triton_configs, "_TABLE", Recording(triton_configs._TABLE))
-    monkeypatch.setattr(triton_support, "launch", lambda *args, **constants: None)
-    monkeypatch.setattr(triton_support, "processors", lambda device: 132)
+    monkeypatch.setattr(triton_launch, "launch", lambda *args, **constants: None)
+    monkeypatch.setattr(triton_launch, "processors", lambda device: 132)
     made = functools.cache(lambda dim, variant: make(configured(dim, variant), device="meta"))
     for (dim, dtype, arch), variant in CONFIGURATIONS:
-        monkeypatch.setattr(triton_support, "architecture", lambda device, arch=arch: arch or 90)
+        monkeypatch.setattr(triton_launch, "architecture", lambda device, arch=arch: arch or 90)
         inputs, options = made(dim, variant)
         call_without_memory([x if x is None else x.to(dtype) for x in inputs], options)
     assert used == set(triton_configs._TABLE)
@@ -374,8 +375,7 @@ def call_without_memory(inputs: list, options: dict) -> None:
     inputs = Inputs(*inputs, options.get("key_padding_mask"))
     options = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
     for learn in (False, True):
-        shape = asa.bits_shape(inputs.query.shape[2], inputs.key.shape[2])
-        saved = Saved.new(inputs, options, shape, keep_bits=True, keep_more=True)
+        saved = Saved.new(inputs, options, "triton", keep_bits=True)
         asa.fwd(inputs, options, saved, learn)
         asa.bwd(torch.empty_like(saved.out), inputs, saved, options, 2.0 if learn else None)
 

@@ -6,13 +6,14 @@ import torch
 from cases import CASES, Case, each_case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients, survivors
 
-from asa_ops import asa_attention, triton_support
+from asa_ops import asa_attention
 from asa_ops.asa import blocked
-from asa_ops.bits import bit_columns, pack_bits, unpack_bits
+from asa_ops.asa.bits import bit_columns, pack_bits, unpack_bits
+from asa_ops.core import devices
 
 IMPLEMENTATIONS = ["blocked", "cpu"]
 # With a GPU there is test_gpu.py.
-INTERPRETED = ["triton"] if triton_support.interpreted() else []
+INTERPRETED = ["triton"] if devices.triton_is_interpreted() else []
 EMULATED = ["cuda"] if simt.AVAILABLE else []
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from asa_ops import asa_attention, reciprocal_neighbors
-from asa_ops.layout import to_map, to_tokens
+from asa_ops.core.layout import to_map, to_tokens
 from asa_ops.nn import AdaptiveSparseAttention
 
 OPTIONS = [

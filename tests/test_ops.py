@@ -12,14 +12,15 @@ from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from asa_ops import asa_attention, nn, reciprocal_neighbors, triton_support
+from asa_ops import asa_attention, nn, reciprocal_neighbors
 from asa_ops.asa import ops
 from asa_ops.asa.types import Saved
+from asa_ops.core import devices
 
 LEARN = {"threshold_grad": "straight_through"}
 EVERY_IMPL = ["reference", "blocked", "cpu", *(["cuda"] if simt.AVAILABLE else [])]
 BFLOAT16 = tuple(EVERY_IMPL)  # which Triton's interpreter gets wrong
-EVERY_IMPL += ["triton"] if triton_support.interpreted() else []
+EVERY_IMPL += ["triton"] if devices.triton_is_interpreted() else []
 KERNELS = EVERY_IMPL[1:]
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 CONTRACT_CASES = ("plain", "padding", "topk", "one_way", "dense", "more_keys", "alpha_only")

@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn import functional as F
 
 import asa_ops
-from asa_ops import checks, nn
+from asa_ops import nn
+from asa_ops.core import checks
 
 
 class Indexed:

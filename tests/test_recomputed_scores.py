@@ -15,12 +15,13 @@ import torch
 from cases import Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients, survivors
 
-from asa_ops import asa_attention, criss_cross_attention, triton_support
+from asa_ops import asa_attention, criss_cross_attention
 from asa_ops.asa import reference
+from asa_ops.core import devices
 
 ULPS = 4
 FORMED = 3  # times that a score is formed, each time off by as much: statistics, neighbours, backward
-IMPLEMENTATIONS = ["triton"] * triton_support.interpreted() + ["cuda"] * simt.AVAILABLE
+IMPLEMENTATIONS = ["triton"] * devices.triton_is_interpreted() + ["cuda"] * simt.AVAILABLE
 
 
 def everywhere(name: str, values: list, quick: tuple):
@@ -42,7 +43,7 @@ def emulation():
 @contextlib.contextmanager
 def perturbed():
     triton = contextlib.nullcontext()
-    if triton_support.interpreted():
+    if devices.triton_is_interpreted():
         import interpreter
 
         triton = interpreter.perturbed(ULPS)
@@ -145,7 +146,7 @@ def test_equal_scores_are_all_kept(impl, k):
             assert (stats.survivors > 0).all() and out.isfinite().all()
 
 
-@pytest.mark.skipif(not triton_support.interpreted(), reason="not in Triton's interpreter")
+@pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
 @pytest.mark.parametrize("size", [pytest.param(x, marks=pytest.mark.slow) for x in (1.0, 1e5, 1e25)] + [1e9])
 def test_criss_cross_attention(size):
     query, key, value = torch.randn(3, 2, 8, 5, 7)

@@ -15,19 +15,19 @@ import torch
 from cases import CASES, Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients, survivors
 
-from asa_ops import asa_attention, dispatch, triton_support
-from asa_ops.asa import triton as asa
-from asa_ops.asa import triton_configs
-from asa_ops.asa.triton_configs import Config
+from asa_ops import asa_attention
+from asa_ops.asa.triton import configs as triton_configs
+from asa_ops.asa.triton.configs import Config
 from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.core import devices, dispatch, triton_launch
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
-tiles = pytest.importorskip("asa_ops.asa.triton_tiles")
-arrange = pytest.importorskip("asa_ops.asa.triton_arrange")
-plan = pytest.importorskip("asa_ops.asa.triton_plan")
-forward = pytest.importorskip("asa_ops.asa.triton_fwd").forward
-pytestmark = pytest.mark.skipif(not triton_support.interpreted(), reason="not in Triton's interpreter")
+tiles = pytest.importorskip("asa_ops.asa.triton.tiles")
+arrange = pytest.importorskip("asa_ops.asa.triton.arrange")
+plan = pytest.importorskip("asa_ops.asa.triton.plan")
+forward = pytest.importorskip("asa_ops.asa.triton.forward").forward
+pytestmark = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
 
 # In float16 what differs from float32, the others with `make test-all`.
 HALF = ("plain", "wide_values")
@@ -138,13 +138,13 @@ def test_split_work_gives_the_same(monkeypatch, name):
 
 def test_query_is_key_takes_one_product(monkeypatch):
     symmetric = []
-    launch = triton_support.launch
+    launch = triton_launch.launch
 
     def spy(kernel, *args, **constants):
         symmetric.append(constants.get("SYMMETRIC"))
         launch(kernel, *args, **constants)
 
-    monkeypatch.setattr(triton_support, "launch", spy)
+    monkeypatch.setattr(triton_launch, "launch", spy)
     (x, other, value, alpha, beta), options = make(named("plain", batch=1, heads=1), torch.float32)
     asa_attention(x, x, value, alpha, beta, **options, impl="triton")
     assert True in symmetric
@@ -261,7 +261,7 @@ def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
     mantissa, exponent = torch.frexp(exact.double())
     expected = torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
     expected = torch.where(exact.isfinite(), expected, exact.double()).float()
-    monkeypatch.setattr(triton_support, "precision", lambda dtype: "tf32")
+    monkeypatch.setattr(triton_launch, "precision", lambda dtype: "tf32")
     problem = arrange.Problem(Inputs(*inputs, None), Options((3, 3), 3, 0, True, 1.0), False)
     found = problem.q[problem.rows.place[0].long(), : exact.shape[1]]
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and not torch.equal(expected, exact)
@@ -278,7 +278,7 @@ def test_peaks_are_never_below_the_scores_and_lists_miss_no_pair():
     case = Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=6.0, beta=None)
     inputs, options = make(case, torch.float32)
     found = Inputs(*inputs, None)
-    saved = Saved.new(found, Options((20, 20), 3, 0, True, 8**-0.5), asa.bits_shape(400, 400), True, True)
+    saved = Saved.new(found, Options((20, 20), 3, 0, True, 8**-0.5), "triton", True)
     problem = arrange.Problem(found, Options((20, 20), 3, 0, True, 8**-0.5), False)
     forward(problem, saved, None)
     bits = problem.bits(saved.bits)
@@ -345,7 +345,7 @@ def test_no_queries_have_zero_gradients():
 @pytest.mark.parametrize("setting", ["ieee", "tf32"])
 def test_products_follow_either_setting_of_torch(monkeypatch, setting):
     monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", setting)
-    assert triton_support.precision(torch.float32) == setting and triton_support.precision(torch.float16) == "ieee"
+    assert triton_launch.precision(torch.float32) == setting and triton_launch.precision(torch.float16) == "ieee"
 
 
 def test_bits_are_packed_and_counted():
@@ -380,8 +380,8 @@ def test_a_missing_or_old_triton_is_named(monkeypatch, state):
     else:
         monkeypatch.setattr(triton, "__version__", "3.4.0")
         expected = "Triton >= 3.6 is needed, this is 3.4.0"
-    for cached in (triton_support.why_no_triton, triton_support.interpreted, triton_support._why_not_on):
-        monkeypatch.setattr(triton_support, cached.__name__, cached.__wrapped__)
+    for cached in (devices.why_no_triton, devices.triton_is_interpreted, devices._why_no_triton_on):
+        monkeypatch.setattr(triton_launch, cached.__name__, cached.__wrapped__)
     call = dispatch.Call("asa_attention", "asa", torch.device("cuda"), torch.bfloat16, 64)
     with pytest.raises(RuntimeError, match=expected):
         dispatch.resolve(call, "triton")

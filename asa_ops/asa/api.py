@@ -5,9 +5,9 @@ import inspect
 import torch
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..precision import cast_under_autocast, outside_autocast
-from . import ops, reference
+from ..core import checks, dispatch
+from ..core.contracts import cast_under_autocast
+from . import ops
 from .types import AsaStats, Inputs, NeighborGraph, Options
 
 
@@ -84,25 +84,8 @@ def asa_attention(
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
     threshold_band = checks.as_positive_number("threshold_band", threshold_band)
     impl = dispatch.resolve(_call(query, value), impl)
-    if impl == "reference":
-        return reference.asa_attention(
-            query,
-            key,
-            value,
-            alpha,
-            beta,
-            grid=options.grid,
-            window=options.window,
-            topk=options.topk or None,
-            reciprocal=reciprocal,
-            key_padding_mask=key_padding_mask,
-            scale=options.scale,
-            threshold_grad=threshold_grad,
-            threshold_band=threshold_band,
-            return_stats=return_stats,
-        )
-    out, *stats = ops.attend(inputs, options, threshold_grad, threshold_band, impl)
-    return (out, AsaStats(*stats)) if return_stats else out
+    out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, impl)
+    return (out, stats) if return_stats else out
 
 
 @torch.no_grad()
@@ -142,11 +125,7 @@ def reciprocal_neighbors(
     value = key[..., :0]  # nobody's values are asked for
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = _check(inputs, grid, window, topk, reciprocal, scale)
-    impl = dispatch.resolve(_call(query), impl)
-    if impl == "reference":
-        with outside_autocast(query.device.type):
-            return reference.neighbor_graph(inputs, options)
-    return ops.neighbors(inputs, options, impl)
+    return ops.neighbors(inputs, options, dispatch.resolve(_call(query), impl))
 
 
 def explain(query: Tensor, *args, impl: str = "auto", **options) -> str:

@@ -15,18 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..bits import bit_columns, pack_bits, unpack_bits
-from ..layout import csr_of_rows, window_columns
-from .types import Inputs, NeighborGraph, Options, Saved, log_sum_exp
+from ..core.layout import csr_of_rows, window_columns
+from .bits import bit_columns, pack_bits, unpack_bits
+from .types import Inputs, NeighborGraph, Options, Saved, bits_shape, log_sum_exp
 
 # Scores held at once, in elements: small enough to stay near the caches, large enough for the products to run at speed.
 _BLOCK_ELEMENTS = 2**20
 _MIN_ROWS = 64
-
-
-def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
-    """Shape of one head's neighbour bits: those of a row in order, lowest bit first."""
-    return n_q, bit_columns(n_k)
 
 
 def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
@@ -159,7 +154,7 @@ def _heads(inputs: Inputs, options: Options, saved: Saved) -> Iterator[tuple[tup
             bits = local = None
             if thresholded:
                 bits = saved.bits[b, h]
-                bits = bits if bits.shape[-1] else bits.new_empty(bits_shape(query.shape[2], key.shape[2]))
+                bits = bits if bits.shape[-1] else bits.new_empty(bits_shape("blocked", query.shape[2], key.shape[2]))
             if beta is not None:
                 local = saved.local[b, h]
             tokens = clean(query[b, h], real_q), clean(key[b, h], real_k), v.nan_to_num(0, 0, 0)
@@ -230,7 +225,7 @@ def _logits(s: Tensor, kept: Tensor) -> Tensor:
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
-    saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=False)
+    saved = Saved.new(inputs, options, "blocked", keep_bits=False)
 
     def rows_of_heads() -> Iterator[Tensor]:
         for at, head in _heads(inputs, options, saved):

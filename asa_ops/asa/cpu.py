@@ -9,13 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from . import buffers
-from .types import Inputs, NeighborGraph, Options, Saved
-
-
-def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
-    """Shape of one head's neighbour bits: blocks of 64 x 64 pairs, 8 bytes a query."""
-    return (n_q + 63) // 64, (n_k + 63) // 64 * 512
+from .types import Inputs, NeighborGraph, Options, Saved, new_graph
 
 
 class _Prepared(NamedTuple):
@@ -110,9 +104,9 @@ def bwd(
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
-    saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
+    saved = Saved.new(inputs, options, "cpu", keep_bits=True)
     fwd(inputs, options, saved, None)
-    graph = buffers.new_graph(saved)
+    graph = new_graph(saved)
     *prepared, _ = _prepare(inputs)
     rest = (saved.lse, saved.lse_kept, saved.kappa, saved.log_mean, saved.bits, saved.local)
     torch.ops.asa_ops.asa_cpu_neighbors(*prepared, *_scalars(options), *rest, *graph)

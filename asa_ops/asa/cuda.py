@@ -7,15 +7,7 @@ plain sums of products. One op a call launches everything; nothing is read back.
 import torch
 from torch import Tensor
 
-from . import buffers
-from .types import Inputs, NeighborGraph, Options, Saved
-
-PAD = 64  # tokens of a head are padded to a multiple of this
-
-
-def bits_shape(n_q: int, n_k: int) -> tuple[int, int]:
-    """Shape of one head's bits: for 64 keys and every query, in arranged order, 64 bits and a float16 maximum."""
-    return (n_k + PAD - 1) // PAD, (n_q + PAD - 1) // PAD * PAD * 10
+from .types import Inputs, NeighborGraph, Options, Saved, new_gradients, new_graph, prepare_outputs
 
 
 def _arguments(inputs: Inputs, options: Options) -> tuple:
@@ -29,7 +21,7 @@ def _arguments(inputs: Inputs, options: Options) -> tuple:
 
 def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None:
     """Write into ``saved``; ``band``: half width of the window in which thresholds learn, None if they do not."""
-    if buffers.prepare_outputs(inputs, saved):
+    if prepare_outputs(inputs, saved):
         torch.ops.asa_ops.asa_cuda_fwd(*_arguments(inputs, options), band or 0.0, *saved)
 
 
@@ -40,7 +32,7 @@ def bwd(
 
     A row whose output is NaN makes the gradients of its image and head NaN.
     """
-    tokens, learning, wanted = buffers.new_gradients(inputs, saved, band)
+    tokens, learning, wanted = new_gradients(inputs, saved, band)
     if wanted:
         torch.ops.asa_ops.asa_cuda_bwd(do, *_arguments(inputs, options), band or 0.0, *saved, *tokens, *learning)
     return *tokens, *learning
@@ -48,8 +40,8 @@ def bwd(
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
-    saved = Saved.new(inputs, options, bits_shape(inputs.query.shape[2], inputs.key.shape[2]), keep_bits=True)
+    saved = Saved.new(inputs, options, "cuda", keep_bits=True)
     fwd(inputs, options, saved, None)
-    graph = buffers.new_graph(saved)
+    graph = new_graph(saved)
     torch.ops.asa_ops.asa_cuda_neighbors(*_arguments(inputs, options), *saved, *graph)
     return graph

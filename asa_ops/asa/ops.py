@@ -1,7 +1,7 @@
 """The torch contracts of adaptive sparse attention: schemas, fakes, autocast, autograd, vmap and FLOPs.
 
 ``asa_ops::asa_fwd``, ``asa_ops::asa_bwd`` and ``asa_ops::asa_neighbors`` are opaque to torch.compile and the same for
-every implementation, which an argument names (resolved beforehand by ``asa_ops.dispatch``). :func:`attend` wraps the
+every implementation. An argument names it; ``asa_ops.core.dispatch`` resolves it beforehand. :func:`attend` wraps the
 first two in an autograd.Function.
 """
 
@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..custom_op import run_folded, run_outside_autocast
-from . import blocked, cpu, cuda, triton
-from .types import Inputs, NeighborGraph, Options, Saved
-
-IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton, "cuda": cuda}
-_KEEP_MORE = ("triton", "cuda")  # for their backward: see Saved
+from ..core import dispatch
+from ..core.contracts import outside_autocast, run_folded, run_outside_autocast
+from . import reference
+from .types import PADDED_TO, AsaStats, Inputs, NeighborGraph, Options, Saved
 
 
 @torch.library.custom_op("asa_ops::asa_fwd", mutates_args=())
@@ -44,20 +42,15 @@ def asa_fwd(
     """
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    saved = _new_saved(inputs, options, keep_bits, impl)
-    IMPLEMENTATIONS[impl].fwd(inputs, options, saved, band if learn_thresholds and keep_bits else None)
+    saved = Saved.new(inputs, options, impl, keep_bits)
+    dispatch.load("asa", impl).fwd(inputs, options, saved, band if learn_thresholds and keep_bits else None)
     return tuple(saved)
 
 
 @asa_fwd.register_fake
 def _(query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scale, learn, band, keep_bits, impl):
     options = Options((h, w), window, topk, reciprocal, scale)
-    return tuple(_new_saved(Inputs(query, key, value, alpha, beta, mask), options, keep_bits, impl))
-
-
-def _new_saved(inputs: Inputs, options: Options, keep_bits: bool, impl: str) -> Saved:
-    shape = IMPLEMENTATIONS[impl].bits_shape(inputs.query.shape[2], inputs.key.shape[2])
-    return Saved.new(inputs, options, shape, keep_bits, keep_more=keep_bits and impl in _KEEP_MORE)
+    return tuple(Saved.new(Inputs(query, key, value, alpha, beta, mask), options, impl, keep_bits))
 
 
 @torch.library.custom_op("asa_ops::asa_bwd", mutates_args=())
@@ -95,12 +88,12 @@ def asa_bwd(
     """
     if (alpha is not None or topk > 0) and 0 in bits.shape[3:] and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
-    if impl in _KEEP_MORE and 0 in base2.shape[3:] and out.numel() and key.shape[2]:
+    if impl in PADDED_TO and 0 in base2.shape[3:] and out.numel() and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
     saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, base2)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    grads = IMPLEMENTATIONS[impl].bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
+    grads = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
     return tuple(_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))
 
 
@@ -137,7 +130,7 @@ def asa_neighbors(
     """Return the graph of :func:`asa_ops.reciprocal_neighbors` by ``impl``; arguments as of :func:`asa_fwd`."""
     inputs = Inputs(query, key, key[..., :0], alpha, beta, key_padding_mask)  # nobody's values are asked for
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    return tuple(IMPLEMENTATIONS[impl].neighbor_graph(inputs, options))
+    return tuple(dispatch.load("asa", impl).neighbor_graph(inputs, options))
 
 
 @asa_neighbors.register_fake
@@ -231,6 +224,9 @@ def flops(q_shape, k_shape, v_shape, pairs: int | None = None) -> int:
 
 def neighbors(inputs: Inputs, options: Options, impl: str) -> NeighborGraph:
     """Run ``impl`` on checked arguments; return the survivors."""
+    if impl == "reference":  # plain torch, no op around it
+        with outside_autocast(inputs.query.device.type):
+            return reference.neighbor_graph(inputs, options)
     query, key, _, *rest = inputs
     (height, width), *others = options
     return NeighborGraph(*asa_neighbors(query, key, *rest, height, width, *others, impl))
@@ -238,8 +234,22 @@ def neighbors(inputs: Inputs, options: Options, impl: str) -> NeighborGraph:
 
 def attend(
     inputs: Inputs, options: Options, threshold_grad: str | None, threshold_band: float, impl: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Run ``impl`` with autograd on checked arguments; return out, lse, lse_kept, survivors."""
+) -> tuple[Tensor, AsaStats]:
+    """Run ``impl`` with autograd on checked arguments; return out and its statistics."""
+    if impl == "reference":  # plain torch, differentiable twice: no op around it
+        grid, window, topk, reciprocal, scale = options
+        return reference.asa_attention(
+            *inputs[:5],
+            grid=grid,
+            window=window,
+            topk=topk or None,
+            reciprocal=reciprocal,
+            key_padding_mask=inputs.key_padding_mask,
+            scale=scale,
+            threshold_grad=threshold_grad,
+            threshold_band=threshold_band,
+            return_stats=True,
+        )
     (height, width), *rest = options
     compiling = torch.compiler.is_compiling()
     tracing = not compiling and torch.jit.is_tracing()
@@ -250,7 +260,8 @@ def attend(
     # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
     # makes of one cannot be saved; the op has its gradient.
     run = asa_fwd if compiling or tracing else _AsaAttention.apply
-    return run(*inputs, height, width, *rest, threshold_grad is not None, threshold_band, keep_bits, impl)[:4]
+    outputs = run(*inputs, height, width, *rest, threshold_grad is not None, threshold_band, keep_bits, impl)
+    return outputs[0], AsaStats(*outputs[1:4])
 
 
 run_outside_autocast(*(getattr(torch.ops.asa_ops, name).default for name in ("asa_fwd", "asa_bwd", "asa_neighbors")))

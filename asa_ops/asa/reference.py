@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..layout import csr_of_rows
-from ..precision import ignoring_autocast
+from ..core.contracts import ignoring_autocast
+from ..core.layout import csr_of_rows
 from .types import AsaStats, Inputs, NeighborGraph, Options, log_sum_exp
 
 

@@ -1,9 +1,22 @@
-"""What asa_attention returns beside its output, and what its implementations are given and give back."""
+"""What asa_attention returns beside its output, and what its implementations are given and give back.
+
+An implementation is a module with three functions, found by ``asa_ops.core.dispatch``::
+
+    fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None
+        Write into ``saved``. ``band``: half width of the window in which thresholds learn, None if they do not.
+    bwd(do: Tensor, inputs: Inputs, saved: Saved, options: Options, band: float | None) -> five tensors
+        Return dq, dk, dv and, unless ``band`` is None, the straight-through dalpha and dbeta, [B, heads, N_q]. A row
+        whose output is NaN makes the gradients of its image and head NaN.
+    neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph
+        Return the survivors K.
+"""
 
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .bits import bit_columns
 
 
 class AsaStats(NamedTuple):
@@ -66,6 +79,23 @@ class Options(NamedTuple):
     scale: float
 
 
+PADDED_TO = {"triton": 128, "cuda": 64}  # these pad the tokens of a head to a multiple
+
+
+def bits_shape(impl: str, n_q: int, n_k: int) -> tuple[int, int]:
+    """Return the shape of the neighbour bits of one head, in bytes.
+
+    "blocked": the bits of a row in order, lowest first. "cpu": blocks of 64 x 64 pairs, 8 bytes a query. "triton" and
+    "cuda": for 64 keys and every query, both in arranged order, 64 bits and a float16 that bounds their scores.
+    """
+    if impl == "blocked":
+        return n_q, bit_columns(n_k)
+    if impl == "cpu":
+        return -(-n_q // 64), -(-n_k // 64) * 64 * 8
+    pad = PADDED_TO[impl]
+    return -(-n_k // pad) * pad // 64, -(-n_q // pad) * pad * (8 + 2)
+
+
 class Saved(NamedTuple):
     """What a forward pass writes, the first dimensions [B, heads]."""
 
@@ -82,13 +112,12 @@ class Saved(NamedTuple):
     base2: Tensor  # [.., 3, N_q] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 
     @classmethod
-    def new(
-        cls, inputs: Inputs, options: Options, bits_shape: tuple[int, int], keep_bits: bool, keep_more: bool = False
-    ) -> "Saved":
-        """Allocate what a forward pass writes; ``bits_shape`` is the implementation's, for one head."""
+    def new(cls, inputs: Inputs, options: Options, impl: str, keep_bits: bool) -> "Saved":
+        """Allocate what a forward pass of ``impl`` writes; a backward pass needs ``keep_bits``."""
         query, value = inputs.query, inputs.value
         rows = query.shape[:3]
-        strips, columns = bits_shape
+        strips, columns = bits_shape(impl, query.shape[2], inputs.key.shape[2])
+        keep_more = keep_bits and impl in PADDED_TO
         keep_bits = keep_bits and (inputs.alpha is not None or options.topk > 0)
         window = 0 if inputs.beta is None else options.window**2
         return cls(
@@ -103,3 +132,34 @@ class Saved(NamedTuple):
             rest=query.new_empty(*rows, value.shape[3] if keep_more and query.dtype != inputs.precision else 0),
             base2=query.new_empty(*rows[:2], 3, rows[2] if keep_more else 0, dtype=inputs.precision),
         )
+
+
+def prepare_outputs(inputs: Inputs, saved: Saved) -> bool:
+    """Write what the GPU kernels leave alone, padding; return whether there is anything left for them."""
+    empty = 0, -torch.inf, -torch.inf, 0
+    rows, keys = inputs.query.shape[2], inputs.key.shape[2]
+    if not keys:  # nobody to attend to
+        for x, value in zip(saved[:4], empty, strict=True):
+            x.fill_(value)
+    elif inputs.key_padding_mask is not None and rows == keys:  # rows that are padding
+        for x, value in zip((*saved[:4], saved.local, saved.rest, saved.base2), (*empty, False, 0, 0), strict=True):
+            x.fill_(value)
+    return saved.lse.numel() > 0 and keys > 0
+
+
+def new_gradients(
+    inputs: Inputs, saved: Saved, band: float | None
+) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None], bool]:
+    """Return room for dq, dk, dv, for dalpha and dbeta where they are asked for, and whether kernels have to run."""
+    wanted = saved.lse.numel() > 0 and inputs.key.shape[2] > 0
+    new = torch.empty if wanted and inputs.key_padding_mask is None else torch.zeros
+    tokens = tuple(new(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
+    learns = [x is not None and band is not None for x in (inputs.alpha, inputs.beta)]
+    learning = (new(saved.lse.shape, dtype=torch.float32, device=saved.lse.device) if x else None for x in learns)
+    return tokens, tuple(learning), wanted
+
+
+def new_graph(saved: Saved) -> NeighborGraph:
+    """Return a graph with room for the survivors; only its offsets are written."""
+    row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
+    return NeighborGraph(row_offsets, row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32))

@@ -2,9 +2,9 @@
 
 from torch import Tensor
 
-from .. import checks, dispatch
-from ..precision import cast_under_autocast
-from . import ops, reference
+from ..core import checks, dispatch
+from ..core.contracts import cast_under_autocast
+from . import ops
 
 
 def criss_cross_attention(
@@ -46,7 +46,4 @@ def criss_cross_attention(
     scale = checks.as_number("scale", scale)
     # The value may have any number of channels: kernels take them in parts.
     call = dispatch.Call("criss_cross_attention", "criss_cross", query.device, query.dtype, query.shape[1])
-    impl = dispatch.resolve(call, impl)
-    if impl == "reference":
-        return reference.criss_cross_attention(query, key, value, scale=scale)
-    return ops.attend(query, key, value, scale, impl)
+    return ops.attend(query, key, value, scale, dispatch.resolve(call, impl))

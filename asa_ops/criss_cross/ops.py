@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ..custom_op import run_folded, run_outside_autocast
-from . import blocked, cpu, triton
-
-_IMPLEMENTATIONS = {"blocked": blocked, "cpu": cpu, "triton": triton}
+from ..core import dispatch
+from ..core.contracts import run_folded, run_outside_autocast
+from . import reference
 
 
 @torch.library.custom_op("asa_ops::criss_cross_fwd", mutates_args=())
@@ -21,7 +20,7 @@ def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, imp
     """
     out, stats = outputs = _new_outputs(query, value)
     if out.numel():
-        _IMPLEMENTATIONS[impl].fwd(query, key, value, scale, out, stats)
+        dispatch.load("criss_cross", impl).fwd(query, key, value, scale, out, stats)
     return outputs
 
 
@@ -50,7 +49,7 @@ def criss_cross_bwd(
     inputs = query, key, value
     if not grad_out.numel():
         return tuple(x.new_empty(x.shape) for x in inputs)
-    gradients = _IMPLEMENTATIONS[impl].bwd(grad_out, *inputs, stats, scale)
+    gradients = dispatch.load("criss_cross", impl).bwd(grad_out, *inputs, stats, scale)
     return tuple(dx.to(x.dtype).contiguous() for dx, x in zip(gradients, inputs, strict=True))
 
 
@@ -125,6 +124,8 @@ def _pairs(shape) -> int:
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> Tensor:
     """Run ``impl`` with autograd on checked arguments."""
+    if impl == "reference":  # plain torch, differentiable twice: no op around it
+        return reference.criss_cross_attention(query, key, value, scale=scale)
     # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
     # makes of one cannot be saved; the op has its gradient.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()

@@ -7,7 +7,7 @@ float32 and the result is rounded once. The formulas stand in ``asa_ops/criss_cr
 import torch
 from torch import Tensor
 
-from ..precision import ignoring_autocast
+from ..core.contracts import ignoring_autocast
 
 
 @ignoring_autocast

@@ -2,7 +2,7 @@
 
 from torch.nn import Module
 
-from .. import checks
+from ..core import checks
 from .asa import AdaptiveSparseAttention
 from .channelized_axial import ChannelizedAxialAttention
 from .criss_cross import CrissCrossAttention

@@ -2,10 +2,10 @@
 
 from torch import Tensor, nn
 
-from .. import checks, dispatch
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
-from ..layout import to_map, to_tokens
+from ..core import checks, dispatch
+from ..core.layout import to_map, to_tokens
 from .common import Block, NormalConv2d, last_layers, rename
 
 _UPSTREAM = {

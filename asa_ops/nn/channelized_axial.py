@@ -5,8 +5,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..channelized_axial import channelized_axial_attention
+from ..blocks.channelized_axial import channelized_axial_attention
+from ..core import checks
 from .common import Block, GlorotConv2d, conv_norm_relu, rename
 
 _UPSTREAM = {"v_querykey_convbnrelu": "column", "h_querykey_convbnrelu": "row", "value_convbnrelu": "value"}

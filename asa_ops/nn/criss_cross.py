@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from .. import checks, dispatch
+from ..core import checks, dispatch
 from ..criss_cross import criss_cross_attention
 from .common import Block, rename
 

@@ -2,9 +2,9 @@
 
 from torch import Tensor, nn
 
-from .. import checks
-from ..efficient_attention import efficient_attention
-from ..layout import to_map, to_tokens
+from ..blocks.efficient_attention import efficient_attention
+from ..core import checks
+from ..core.layout import to_map, to_tokens
 from .common import Block, rename
 
 _UPSTREAM = {"queries": "query", "keys": "key", "values": "value", "reprojection": "proj"}

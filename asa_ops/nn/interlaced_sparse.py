@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks
-from ..interlaced_sparse import interlaced_sparse_attention
-from ..layout import padding_to_multiples, to_map, to_tokens
+from ..blocks.interlaced_sparse import interlaced_sparse_attention
+from ..core import checks
+from ..core.layout import padding_to_multiples, to_map, to_tokens
 from .common import Block, conv_norm_relu, rename
 
 

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from .. import checks
-from ..layout import to_map, to_tokens
-from ..linear_attention import channel_linear_attention, linear_attention
+from ..blocks.linear_attention import channel_linear_attention, linear_attention
+from ..core import checks
+from ..core.layout import to_map, to_tokens
 from .common import Block, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}

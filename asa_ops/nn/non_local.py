@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks
-from ..layout import to_map, to_tokens
-from ..non_local import non_local_attention
+from ..blocks.non_local import non_local_attention
+from ..core import checks
+from ..core.layout import to_map, to_tokens
 from .common import Block, NormalConv2d, last_layers, rename
 
 _UPSTREAM = {

@@ -3,9 +3,9 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks
-from ..layout import to_map, to_tokens
-from ..salient_positions import salient_positions_attention
+from ..blocks.salient_positions import salient_positions_attention
+from ..core import checks
+from ..core.layout import to_map, to_tokens
 from .common import Block, rename
 
 _UPSTREAM = {

@@ -3,8 +3,8 @@
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .. import checks
-from ..squeeze_and_attention import squeeze_and_attention
+from ..blocks.squeeze_and_attention import squeeze_and_attention
+from ..core import checks
 from .common import Block, conv_norm_relu, rename
 
 _UPSTREAM = {

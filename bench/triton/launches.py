@@ -1,7 +1,7 @@
 """How asa_ops launches its Triton kernels: the one file of the benchmarks that knows.
 
-Everything here goes through ``intercepted``, which puts a function in the place of ``asa_ops.triton_support.launch``.
-Importing this file does not import Triton.
+Everything goes through ``intercepted``, which puts a function in the place of ``asa_ops.core.triton_launch.launch``.
+asa_ops' Triton files are imported within functions: this file can be imported where there is no Triton.
 """
 
 import contextlib
@@ -12,8 +12,6 @@ from unittest import mock
 
 import torch
 from torch import Tensor
-
-from asa_ops import triton_support
 
 from ..accounting import kernel_operations
 
@@ -36,8 +34,10 @@ class Launch(NamedTuple):
     @property
     def named(self) -> dict[str, object]:
         """The arguments by name that Triton's own launcher takes, compiler options among them."""
+        from asa_ops.core import triton_launch
+
         own = ("warps", "stages", "registers")
-        compiler = triton_support.compile_options(**{name: x for name, x in self.options.items() if name in own})
+        compiler = triton_launch.compile_options(**{name: x for name, x in self.options.items() if name in own})
         return {name: x for name, x in self.options.items() if name not in own} | compiler
 
     @property
@@ -57,16 +57,18 @@ def intercepted(
 
     With ``architecture``, every device counts as one of it with that many multiprocessors.
     """
-    real = triton_support.launch
+    from asa_ops.core import triton_launch
+
+    real = triton_launch.launch
 
     def launch(kernel, grid, *arguments, **options):
         instead(Launch(kernel, grid, arguments, options), lambda: real(kernel, grid, *arguments, **options))
 
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton_support, "launch", launch))
+        stack.enter_context(mock.patch.object(triton_launch, "launch", launch))
         if architecture is not None:
             for name, value in (("architecture", architecture), ("processors", processors)):
-                stack.enter_context(mock.patch.object(triton_support, name, lambda device, value=value: value))
+                stack.enter_context(mock.patch.object(triton_launch, name, lambda device, value=value: value))
         yield
 
 
@@ -89,8 +91,7 @@ def go_through(
 
     inputs = Inputs(*tensors, mask)
     settings = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
-    shape = asa.bits_shape(inputs.query.shape[2], inputs.key.shape[2])
-    saved = Saved.new(inputs, settings, shape, keep_bits=True, keep_more=True)
+    saved = Saved.new(inputs, settings, "triton", keep_bits=True)
     asa.fwd(inputs, settings, saved, band)
     asa.bwd(torch.empty_like(saved.out), inputs, saved, settings, band)
 
@@ -109,33 +110,33 @@ def go_through_criss_cross(query: Tensor, value: Tensor) -> None:
 
 def matrix_kernels() -> tuple[str, ...]:
     """Return the kernels with products on tensor cores, in the order of a call."""
-    from asa_ops.asa import triton_configs
+    from asa_ops.asa.triton import configs
 
-    return (*triton_configs.KERNELS, "criss_cross_fwd", "criss_cross_dqk", "criss_cross_dv")
+    return (*configs.KERNELS, "criss_cross_fwd", "criss_cross_dqk", "criss_cross_dv")
 
 
 def configuration(kernel: str, dim: int, architecture: int):
     """Return the row of a kernel for half precision, None if there is none."""
-    from asa_ops.asa import triton_configs
+    from asa_ops.asa.triton import configs
 
-    return triton_configs.find(kernel, dim, torch.bfloat16, architecture)
+    return configs.find(kernel, dim, torch.bfloat16, architecture)
 
 
 @contextlib.contextmanager
 def configured(kernel: str, dim: int, architecture: int, row, splits: int | None = None) -> Iterator[None]:
     """Let ``row`` be that of a kernel for half precision, and ``splits`` into how many parts its work is cut."""
-    from asa_ops.asa import triton_arrange, triton_configs
+    from asa_ops.asa.triton import arrange, configs
 
-    library = triton_arrange.Problem.splits
+    library = arrange.Problem.splits
 
     def parts(problem, programs, limit):
-        return splits if limit == triton_arrange.MAX_SPLITS else library(problem, programs, limit)
+        return splits if limit == arrange.MAX_SPLITS else library(problem, programs, limit)
 
-    key = (kernel, max(64, dim), triton_configs.HALF, architecture)
+    key = (kernel, max(64, dim), configs.HALF, architecture)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(triton_configs._TABLE, {key: row}))
+        stack.enter_context(mock.patch.dict(configs._TABLE, {key: row}))
         if splits is not None:
-            stack.enter_context(mock.patch.object(triton_arrange.Problem, "splits", parts))
+            stack.enter_context(mock.patch.object(arrange.Problem, "splits", parts))
         yield
 
 

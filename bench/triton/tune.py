@@ -1,4 +1,4 @@
-"""Other rows for the table of Triton configurations (``asa_ops/asa/triton_configs.py``), timed on this GPU.
+"""Other rows for the table of Triton configurations (``asa_ops/asa/triton/configs.py``), timed on this GPU.
 
     python -m bench.triton.tune                                   # the kernels of a call with head dim 256
     python -m bench.triton.tune --dim 64 --heads 4 --kernels statistics mask --grid 64x64

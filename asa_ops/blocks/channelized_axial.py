@@ -1,0 +1,153 @@
+"""Channelized axial attention: attention along columns, then along rows, each with a gate per channel.
+
+Source: Y. Huang, D. Kang, W. Jia, X. He and L. Liu, Channelized Axial Attention, AAAI 2022.
+
+p and r are the maps ``column`` and ``row``, each query and key at once, without a scale; v is the value, c a channel::
+
+    A_w;hk = softmax_k <p_hw, p_kw>     O_hwc = sum_k A_w;hk v_kwc     s_hc = sum_w O_hwc / (H W)
+    O'_hwc = O_hwc gate_column(s_h)_c                                  one gate per row of pixels and channel
+    B_h;wl = softmax_l <r_hw, r_hl>     Z_hwc = sum_l B_h;wl O'_hlc    t_wc = sum_h Z_hwc / (H W)
+    out_hwc = Z_hwc gate_row(t_w)_c                                    one gate per column of pixels and channel
+    gate(s) = sigmoid(D_L lrelu(... lrelu(D_1 s)))                     no biases; slope of the leaky ReLU 0.2
+
+How it is computed: exactly like that. The published code forms every product A_w;hk v_kwc first, [B, C, H, W, H], gates
+the products and then sums them; but the gate does not depend on k and a mean of sums is a sum of means, so the sums can
+come first.
+
+Cost, D channels of p and r, C of v: 2 N (H + W) (D + C) operations, N (H + W + 2 D + 3 C) memory instead of
+N (H + W) C; the block's projections add 2 N C (2 D + C) operations, the gates next to nothing.
+
+What it attends to: the pixels of its column, and through them, row by row, every pixel.
+
+Differences from the published code. With its channel attention on it raises a TypeError (an argument in the wrong
+place); here the activation is the intended leaky ReLU (in the block with the published slope, 0.2 rounded to float32).
+Its loop over groups of queries, meant to save memory, computes a group for nothing or divides by zero: here there are
+no groups. As published, a gate's input is 1 / H of a mean (or 1 / W): it shrinks as the map grows.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..core import checks
+from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast
+from .softmax_attention import softmax_attention
+
+
+def channelized_axial_attention(
+    column: Tensor,
+    row: Tensor,
+    value: Tensor,
+    column_gate: Sequence[Tensor] | None = None,
+    row_gate: Sequence[Tensor] | None = None,
+    *,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """Attend along columns, then along rows, and gate every channel of either, without a five-dimensional tensor.
+
+    Formulas: ``help(asa_ops.blocks.channelized_axial)``. Source: Huang, Kang, Jia, He and Liu, AAAI 2022.
+
+    Args:
+        column: [B, D, H, W], floating point: query and key of the attention along columns.
+        row: [B, Dr, H, W]: query and key of the attention along rows.
+        value: [B, C, H, W].
+        column_gate: weights [out, in] of linear layers that make the gate of a row of pixels from its mean, the first
+            with C inputs, the last with C outputs. None: no gate.
+        row_gate: the same for columns of pixels.
+        negative_slope: of the leaky ReLU between these layers.
+
+    Returns:
+        [B, C, H, W] in the dtype of ``value``; contiguous where ``value`` is, else channels last.
+
+    Raises:
+        ValueError: shapes that do not fit.
+        TypeError: dtypes that do not.
+
+    Example:
+        >>> import torch
+        >>> from asa_ops import channelized_axial_attention
+        >>> column, row = torch.randn(2, 1, 8, 24, 32)
+        >>> value, weights = torch.randn(1, 16, 24, 32), [torch.randn(4, 16), torch.randn(16, 4)]
+        >>> channelized_axial_attention(column, row, value, weights, weights).shape
+        torch.Size([1, 16, 24, 32])
+    """
+    column, row, value = cast_under_autocast(column=column, row=row, value=value)
+    checks.check_tensor("value", value, "[B, C, H, W]")
+    checks.check_floating("value", value)
+    for name, x in (("column", column), ("row", row)):
+        checks.check_tensor(name, x, "[B, D, H, W]")
+        checks.check_like(name, x, value, "value")
+        checks.check_same_map(name, x, value, "value")
+    column_gate = _check_gate("column_gate", column_gate, value)
+    row_gate = _check_gate("row_gate", row_gate, value)
+    negative_slope = checks.as_number("negative_slope", negative_slope)
+    with outside_autocast(value.device.type):
+        p, r, v = at_least_float32(column, row, value)
+        pixels = value.shape[2] * value.shape[3]
+        p, v = (x.permute(0, 3, 2, 1) for x in (p, v))  # [B, W, H, D]: a column of the map is a sequence
+        out = softmax_attention(p, p, v, scale=1.0)
+        if column_gate is not None:
+            out = out * gate(out.sum(1, keepdim=True) / pixels, column_gate, negative_slope)
+        r, out = r.permute(0, 2, 3, 1), out.transpose(1, 2)  # [B, H, W, D]: a row of the map is a sequence
+        out = softmax_attention(r, r, out, scale=1.0)
+        if row_gate is not None:
+            out = out * gate(out.sum(1, keepdim=True) / pixels, row_gate, negative_slope)
+        out = out.permute(0, 3, 1, 2).to(value.dtype)
+        return out.contiguous() if value.is_contiguous() else out
+
+
+def _check_gate(name: str, gate: Sequence[Tensor] | None, value: Tensor) -> tuple[Tensor, ...] | None:
+    """Check that the layers of a gate follow on one another, from C channels to C; return them cast under autocast."""
+    if gate is None:
+        return None
+    if not isinstance(gate, tuple | list) or not gate:
+        raise TypeError(f"{name} must be a sequence of weights [out, in], got {checks.describe(gate)}")
+    gate = cast_under_autocast(**{f"{name}[{i}]": weight for i, weight in enumerate(gate)})
+    channels = value.shape[1]
+    for i, weight in enumerate(gate):
+        checks.check_tensor(f"{name}[{i}]", weight, "[out, in]")
+        checks.check_like(f"{name}[{i}]", weight, value, "value")
+        if weight.shape[1] != channels:
+            raise ValueError(f"{name}[{i}] must be [out, in] with in = {channels}, got {checks.describe(weight)}")
+        channels = weight.shape[0]
+    if channels != value.shape[1]:
+        raise ValueError(
+            f"{name}[-1] must be [out, in] with out = C = {value.shape[1]}, got {checks.describe(gate[-1])}"
+        )
+    return gate
+
+
+def reference_channelized_axial_attention(
+    column: Tensor,
+    row: Tensor,
+    value: Tensor,
+    column_gate: Sequence[Tensor] | None = None,
+    row_gate: Sequence[Tensor] | None = None,
+    *,
+    negative_slope: float = 0.2,
+) -> Tensor:
+    """The specification of :func:`channelized_axial_attention`: O(N (H + W) C) memory, differentiable twice."""
+    with outside_autocast(value.device.type):
+        p, r, v = at_least_float32(column, row, value)
+        weights = torch.einsum("bdhw,bdkw->bhwk", p, p).softmax(-1)
+        products = torch.einsum("bhwk,bckw->bchwk", weights, v)
+        if column_gate is not None:
+            mean = products.mean((3, 4))  # [B, C, H]
+            products = products * gate(mean.mT, column_gate, negative_slope).mT[..., None, None]
+        out = products.sum(-1)
+        weights = torch.einsum("bdhw,bdhl->bhwl", r, r).softmax(-1)
+        products = torch.einsum("bhwl,bchl->bchwl", weights, out)
+        if row_gate is not None:
+            mean = products.mean((2, 4))  # [B, C, W]
+            products = products * gate(mean.mT, row_gate, negative_slope).mT[:, :, None, :, None]
+        return products.sum(-1).to(value.dtype)
+
+
+def gate(mean: Tensor, weights: Sequence[Tensor], negative_slope: float) -> Tensor:
+    """Return the gates [..., C] of the mean products [..., C], by linear layers without bias."""
+    *hidden, last = (weight.to(mean.dtype) for weight in weights)
+    for weight in hidden:
+        mean = F.leaky_relu(F.linear(mean, weight), negative_slope)
+    return F.linear(mean, last).sigmoid()

@@ -1,0 +1,58 @@
+"""The compiled extension ``_C.abi3.so``: loaded on import if it can be, never required.
+
+The library works without it (``impl="blocked"`` and ``"reference"`` are plain PyTorch); ``WHY_MISSING`` keeps the
+reason for :func:`asa_ops.explain`.
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
+
+
+def load(library: Path) -> str | None:
+    """Load the extension; return None if it is usable, otherwise the reason why not."""
+    if not library.exists():
+        return "the compiled extension is missing (no working C++ compiler when asa_ops was installed: reinstall)"
+    try:
+        torch.ops.load_library(library)
+        number = torch.ops.asa_ops.extension_version()
+    except (OSError, AttributeError, RuntimeError) as error:
+        return f"the compiled extension cannot be loaded ({error})"
+    built = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
+    try:
+        wanted = version("asa_ops")
+    except PackageNotFoundError:  # a source tree on the path, not an installed package
+        wanted = built
+    return None if built == wanted else f"the compiled extension is of version {built}, asa_ops is {wanted}: reinstall"
+
+
+WHY_MISSING = load(LIBRARY)
+
+
+def has(op: str, key: str) -> bool:
+    """Return whether the op ``asa_ops::<op>`` has a kernel for ``key``, "CPU" or "CUDA": a schema does not tell."""
+    if WHY_MISSING or not hasattr(torch.ops.asa_ops, op):
+        return False
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"asa_ops::{op}", key)
+
+
+# To torch.compile the answer is a constant: torch.compiler.assume_constant_result, without importing torch._dynamo.
+has._dynamo_marked_constant = True
+
+
+def cuda_architectures() -> tuple[int, ...]:
+    """Return the GPUs that the extension holds machine code for, 10 * compute capability, ascending.
+
+    Of the last it also holds PTX, which newer GPUs compile. Empty: it was built without CUDA, or cannot be loaded.
+    """
+    told = "" if WHY_MISSING else torch.ops.asa_ops.cuda_architectures()
+    return tuple(int(arch) for arch in told.split(";") if arch)
+
+
+def cuda_versions() -> tuple[tuple[int, int], tuple[int, int]]:
+    """Return the newest CUDA that the driver here runs, (0, 0) without one, and the CUDA of the extension's kernels."""
+    driver, built = torch.ops.asa_ops.cuda_versions()
+    return (driver // 1000, driver % 1000 // 10), (built // 1000, built % 1000 // 10)
