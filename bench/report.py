@@ -126,8 +126,8 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]], even: bool = 
     if not rows:
         return ""
     lines = [list(header), *rows]
-    widths = [max(len(line[i]) for line in lines) if even else 0 for i in range(len(lines[0]))]
-    lines.insert(1, ["-" * max(width, 3) for width in widths])
+    widths = [max(3, *map(len, column)) if even else 0 for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * max(3, width) for width in widths])
     return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
