@@ -42,13 +42,7 @@ def tile_order(grid: tuple[int, int]) -> Tensor:
 
 
 def sparsity(tensors: list[Tensor], grid: tuple[int, int], window: int = 3) -> Sparsity:
-    """Count who survives in a reciprocal call of :func:`asa_ops.asa_attention`.
-
-    Args:
-        tensors: query, key, value [B, heads, N, D], alpha, beta [B, heads, N].
-        grid: (H, W).
-        window: of the local block.
-    """
+    """Count who survives of query, key, value [B, heads, N, D] above alpha, beta [B, heads, N] on a grid (H, W)."""
     query, key, _, alpha, beta = tensors
     options = {"grid": grid, "window": window}
     n, heads, device = query.shape[2], query.shape[0] * query.shape[1], query.device
@@ -154,10 +148,7 @@ def kernel_operations(kernel: str, pairs: int, dim: int, dim_v: int, mutual: boo
 
 
 def traffic(n: int, dim: int, heads: int, itemsize: int, backward: bool) -> int:
-    """Return the bytes that a call must move at least: every input read and every output written once.
-
-    Forward query, key, value and the output; with the backward also its gradient and those of query, key, value.
-    """
+    """Return the bytes that a call must move at least: inputs, outputs and gradients, each read or written once."""
     return (8 if backward else 4) * n * dim * heads * itemsize
 
 

@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -81,81 +81,42 @@ TIMINGS = [  # what bench.run measures of one image and head, in order of import
     ("--size 97x97 128x128 --inputs labels near-dense --mode mem", PEERS),
     ("--size 64x64 --inputs labels dense --mode fwd fwd+bwd", PEERS),
 ]
-NOTES = [
-    "15 rounds between CUDA events; in a round every method runs once, one after the other. A graph replay is the same "
-    "call captured in a CUDA graph, 5 replays back to back. The inputs fit the L2 cache of a large GPU, which is not "
-    "flushed: between two calls of a method all others run.",
-    "Dense attention is computed over all pairs, with each backend of SDPA forced. eager is the published formula in "
-    "PyTorch, scores in float32 with TF32 allowed. flex is FlexAttention given our survivors as a dense mask; flex + "
-    "mask includes create_block_mask (compiled), but not what computes the dense mask.",
-]
 
 
-# Processes.
+def run_all(commands: list[list[str]], logs: list[Path], shown: list[Path], limit: float, **more: str):
+    """Run commands side by side, each into its log, and show what ``shown`` files get.
 
-
-def run_all(
-    commands: list[list[str]], logs: list[Path], limit: float, watch: Callable, **more: str
-) -> list[int | None]:
-    """Run commands side by side, each into its log; return their exit statuses, None for those that the limit ended.
-
-    ``watch`` is called every half second or so, and once at the end.
+    Returns:
+        Their exit statuses, None for those that the limit ended.
     """
     deadline = time.monotonic() + limit
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # asa_ops from this tree
-    environment = os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more
-    processes: list[subprocess.Popen] = []
+    options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more}
     with contextlib.ExitStack() as stack:
-        try:
-            for command, log in zip(commands, logs, strict=True):
-                output = stack.enter_context(log.open("ab"))
-                options = {"stdout": output, "stderr": output, "start_new_session": True}
-                processes.append(subprocess.Popen(command, cwd=ROOT, env=environment, **options))
-            while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
-                time.sleep(0.5)
-                watch()
-            return [process.poll() for process in processes]
-        finally:
-            for process in processes:
-                if process.poll() is None:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.killpg(process.pid, signal.SIGKILL)  # its children too: compilers, the sanitized program
-                    process.wait()
-            watch()
+        tail = ["tail", "-q", "-n", "+1", "-s", "0.5", "-F", *map(str, shown)]
+        stack.callback(end, subprocess.Popen(tail, stderr=subprocess.DEVNULL, start_new_session=True))
+        processes = []
+        for command, log in zip(commands, logs, strict=True):
+            output = stack.enter_context(log.open("ab"))
+            process = subprocess.Popen(command, stdout=output, stderr=output, start_new_session=True, **options)
+            stack.callback(end, process)
+            processes.append(process)
+        while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
+            time.sleep(0.5)
+        return [process.poll() for process in processes]
 
 
-class Follower:
-    """Prints what a growing file gets."""
-
-    def __init__(self, path: Path, form: Callable[[str], str | None] = str):
-        self.path, self.form, self.at, self.rest = path, form, 0, ""
-
-    def __call__(self) -> None:
-        if not self.path.exists():
-            return
-        with self.path.open(errors="replace") as file:
-            file.seek(self.at)
-            *lines, self.rest = (self.rest + file.read()).split("\n")
-            self.at = file.tell()
-        for line in lines:
-            if (shown := self.form(line)) is not None:
-                print(shown, flush=True)
+def end(process: subprocess.Popen) -> None:
+    """End a process and its children: compilers, the sanitized program."""
+    if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def run(command: list[str], log: Path, limit: float, **more: str) -> int | None:
     """Run a command of Python into a log and onto the screen; return its exit status, None if the limit ended it."""
-    return run_all([[sys.executable, *command]], [log], limit, Follower(log), **more)[0]
-
-
-def outcome_line(line: str) -> str | None:
-    event = json.loads(line)
-    if event["event"] != "outcome":
-        return None
-    told = f"{event['outcome'].upper():8} {event['seconds']:6.1f} s  {event['test']}"
-    return told if event["outcome"] in ("passed", "skipped") else f"{told}\n         {event['message']}"
-
-
-# Steps: each returns its status and a note, and may leave more in ``results``.
+    return run_all([[sys.executable, *command]], [log], [log], limit, **more)[0]
 
 
 def build(limit: float, log: Path, results: Record) -> tuple[str, str]:
@@ -181,8 +142,7 @@ def run_tests(step: str, chosen: str, limit: float, log: Path, results: Record) 
         command = [*again, sys.executable, "-m", "pytest", "-p", "bench.shard", "-p", "no:cacheprovider", "--tb=short"]
         command += ["-m", "gpu", "-k", chosen, *paths]
         commands = [[*command, f"--shard={i}/{shards}", f"--outcomes={path}"] for i, path in enumerate(outcomes)]
-        followers = [Follower(path, outcome_line) for path in outcomes]
-        statuses = run_all(commands, logs, limit, lambda: [follow() for follow in followers], OMP_NUM_THREADS="2")
+        statuses = run_all(commands, logs, outcomes, limit, OMP_NUM_THREADS="2")
         parts = (f"--- share {i} of {shards}\n{x.read_text(errors='replace')}" for i, x in enumerate(logs))
         files.write(log, "".join(parts))
         lines = [line for path in outcomes if path.exists() for line in path.read_text().split("\n")[:-1]]
@@ -227,10 +187,8 @@ def find_sanitizer() -> str | None:
     """Return the path of compute-sanitizer, wherever a CUDA toolkit keeps it."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     roots += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
-    places = [root / folder for root in roots for folder in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer") or shutil.which(
-        "compute-sanitizer", path=os.pathsep.join(map(str, places))
-    )
+    places = [str(root / folder) for root in roots for folder in ("bin", "compute-sanitizer")]
+    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
 
 
 def sanitize(limit: float, log: Path, results: Record) -> tuple[str, str]:
@@ -249,7 +207,7 @@ def sanitize(limit: float, log: Path, results: Record) -> tuple[str, str]:
         part = log.with_name(f"{check}.log")
         # Every tensor an allocation of its own, so that a step beyond its end shows.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        (status,) = run_all([command], [part], deadline - time.monotonic(), Follower(part), **alone)
+        (status,) = run_all([command], [part], [part], deadline - time.monotonic(), **alone)
         outcome, note = sanitizer_status(check, status, part.read_text(errors="replace"))
         notes.append(note)
         if outcome != "passed":
@@ -273,9 +231,8 @@ def time_everything(limit: float, log: Path, results: Record) -> tuple[str, str]
     """Run bench.run on TIMINGS, and read what it wrote: all of it, or what it had when the limit ended it."""
     deadline = time.monotonic() + limit
     written, first = log.with_name("timings.json"), log.with_name("first_call.log")
-    for path in (written, first):
-        path.unlink(missing_ok=True)
-    results.notes = [*NOTES]
+    written.unlink(missing_ok=True)
+    first.unlink(missing_ok=True)
     with tempfile.TemporaryDirectory() as cache:  # empty: the first call compiles, what follows profits
         status = run(["-m", "bench.gpu", "--first-call"], first, limit, TRITON_CACHE_DIR=cache)
         last = (first.read_text().strip().splitlines() or ["?"])[-1]

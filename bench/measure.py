@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+
+from asa_ops import asa_attention
+from asa_ops.core import extension
 
 from . import inputs, workloads
 from .workloads import Spec
@@ -34,30 +38,29 @@ REPLAYS = 5  # of a CUDA graph, back to back
 PEERS = ("xformers", "natten", "adasplash")
 
 
-def commit() -> str:
-    """Return the commit of this source tree, "unknown" where there is no git or no repository.
-
-    ASA_OPS_COMMIT names the commit where the tree is a copy without a repository.
-    """
-    if named := os.environ.get("ASA_OPS_COMMIT"):
-        return named
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, None where it is not there or fails."""
     try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
+
+
+def commit() -> str:
+    """Return the commit of this tree; ASA_OPS_COMMIT names it where the tree is a copy without a repository."""
+    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=12")
+    return os.environ.get("ASA_OPS_COMMIT") or found or "unknown"
 
 
 def processor() -> str:
     """Return the processor's name, with its family and model where Linux tells: names of virtual ones say little."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    info = dict(line.split(":", 1) for line in lines if ":" in line)
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    name, *numbers = (info.get(key, "?") for key in ("model name", "cpu family", "model"))
-    return f"{name} (family {numbers[0]}, model {numbers[1]})"
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", lines, re.M))
+    name, family, model = (found.get(key, "?") for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {family}, model {model})"
 
 
 def version(package: str) -> str | None:
@@ -71,36 +74,19 @@ def environment(device: str) -> dict[str, object]:
     """Return what results depend on; runs may be put into one file, with all commits, where all else agrees."""
     result: dict[str, object] = {"commit": commit()}
     if device == "cpu":
-        isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if _has_extension() else "none"
+        isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if not extension.WHY_MISSING else "none"
         result |= {"device": processor(), "instruction set": isa, "threads": torch.get_num_threads()}
     else:
         properties = torch.cuda.get_device_properties(0)
         result |= {"device": properties.name, "memory": f"{properties.total_memory / 2**30:.0f} GiB"}
         result["compute capability"] = f"{properties.major}.{properties.minor}"
         result["multiprocessors"] = properties.multi_processor_count
-        result |= {"driver": driver(), "cuda": torch.version.cuda, "triton": version("triton")}
+        query = ("--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
+        result |= {"driver": output_of("nvidia-smi", *query), "cuda": torch.version.cuda, "triton": version("triton")}
     result |= {"torch": torch.__version__, "python": platform.python_version()}
     if not inputs.skimage:
         result["photo"] = "a synthetic picture: scikit-image is not installed"
     return result | {name: found for name in PEERS if (found := version(name))}
-
-
-def driver() -> str | None:
-    """Return the version of the GPU driver."""
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        return subprocess.run(query, check=True, capture_output=True, text=True).stdout.split()[0]
-    except (OSError, subprocess.CalledProcessError, IndexError):
-        return None
-
-
-def _has_extension() -> bool:
-    from asa_ops.core import extension
-
-    return not extension.WHY_MISSING
-
-
-# Seconds.
 
 
 def seconds_of(call: Callable, device: str, calls: int = 1) -> float:
@@ -123,23 +109,15 @@ def seconds_of(call: Callable, device: str, calls: int = 1) -> float:
 def interleaved(
     calls: dict[str, Callable], rounds: int, device: str, repeats: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time every call once a round, one after the other, so that a slow moment of the machine meets all of them.
+    """Time every call, ``repeats`` times, once a round, so that a slow moment of the machine meets all of them.
 
-    Two rounds warm up, the first one for what compiles. A call that the second finds slower than SLOW times the fastest
-    is timed in SLOW_ROUNDS rounds only, enough for its ratio.
-
-    Args:
-        calls: by name.
-        rounds: that count.
-        device: "cpu" or "cuda".
-        repeats: how often a round makes a call, back to back.
+    Two more rounds warm up, the first one for what compiles. A call that the second finds slower than SLOW times the
+    fastest is timed in SLOW_ROUNDS rounds only, enough for its ratio.
 
     Returns:
         The seconds of every round and, by name, what the calls that failed raised; these have no seconds.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    errors: dict[str, str] = {}
-    warm: dict[str, float] = {}
+    times, errors, warm = {name: [] for name in calls}, {}, {}
     for i, (name, call) in itertools.product(range(WARM_UP + rounds), calls.items()):
         if name in errors or (i >= WARM_UP + SLOW_ROUNDS and warm[name] > SLOW * min(warm.values())):
             continue
@@ -158,48 +136,28 @@ def interleaved(
 
 def in_graphs(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
     """Time replays of every call captured in a CUDA graph, without what launching costs; none of what has no graph."""
-    replays = {}
+    replays, stream = {}, torch.cuda.Stream()
     for name, call in calls.items():
         with contextlib.suppress(Exception):  # a peer that synchronises, for one, cannot be captured
-            replays[name] = captured(call).replay
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            replays[name] = graph.replay
     times, _ = interleaved(replays, rounds, "cuda", REPLAYS)
     replays.clear()
     torch.cuda.empty_cache()  # what the graphs held
     return times
 
 
-def captured(call: Callable) -> torch.cuda.CUDAGraph:
-    """Return a CUDA graph of one call."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            call()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        call()
-    torch.cuda.synchronize()
-    return graph
-
-
 def describe(error: BaseException) -> str:
     """Return an exception in one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
-
-
-# Bytes.
-
-
-def attempt(call: Callable) -> tuple[object, str | None]:
-    """Return the result of a call on a GPU and None, or None and what went wrong."""
-    try:
-        result = call()
-        torch.cuda.synchronize()
-    except Exception as error:
-        return None, describe(error)
-    return result, None
 
 
 def resident(name: str) -> int:
@@ -244,20 +202,13 @@ def bytes_of(spec: Spec, device: str, name: str, backward: bool) -> int:
 
 
 def bytes_in_fresh_process(spec: Spec, device: str, name: str, backward: bool) -> int:
-    """Return what :func:`bytes_of` returns in a process of its own.
-
-    Raises:
-        RuntimeError: the process failed; the message is the last line it printed.
-    """
+    """Return what :func:`bytes_of` returns in a process of its own; if that fails, raise the last line it printed."""
     arguments = (json.dumps(x) for x in (dataclasses.asdict(spec), device, name, backward))
     command = [sys.executable, "-m", "bench.measure", *arguments]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1])
     return int(result.stdout.split()[-1])
-
-
-# The machine.
 
 
 def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, float]:
@@ -271,9 +222,7 @@ def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, flo
     source = torch.empty(side * side * 16, device=device, dtype=torch.float32).normal_()
     target = torch.empty_like(source)
     calls = {"torch.mm": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    if device == "cpu" and _has_extension():
-        from asa_ops import asa_attention
-
+    if device == "cpu" and not extension.WHY_MISSING:
         for dim in (256, 512):
             query, nobody = torch.randn(1, 1, side, dim, dtype=dtype), torch.full((1, 1, side), torch.inf)
             calls[f"pass 1, {dim}"] = lambda q=query, t=nobody: asa_attention(q, q.clone(), q, t, impl="cpu")

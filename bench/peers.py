@@ -1,14 +1,14 @@
 """What else computes attention: imported where it is installed, one function a peer.
 
-A peer takes query, key, value [B, heads, N, D] and returns [B, heads, N, D]. PEERS maps its name to why it cannot run
-here, None if it can, and to what makes it ready for a call. None of them computes adaptive sparse attention but "eager"
-and, given the survivors, "flex".
+A peer, made ready for a call, takes query, key, value [B, heads, N, D] and returns [B, heads, N, D]. None of them
+computes adaptive sparse attention but "eager" and, given the survivors, "flex".
 """
 
 import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -40,27 +40,19 @@ class Problem(NamedTuple):
 
 
 class Peer(NamedTuple):
-    why_not: Callable[[Problem], str | None]
     prepare: Callable[[Problem], Attention]
     about: str
     matrices: int = 0  # N x N float32 matrices that are alive together in a forward and backward call
+    package: str = "torch"  # that it is in
+    gpu: bool = False  # runs on a GPU only
     backward_on_cpu: bool = True
     graph: bool = True  # timed in a CUDA graph too
 
-
-def _everywhere(problem: Problem) -> str | None:
-    return None
-
-
-def _gpu(problem: Problem) -> str | None:
-    return None if problem.device == "cuda" else "needs a CUDA device"
-
-
-def _installed(package: str, also: Callable[[Problem], str | None] = _everywhere):
-    def why_not(problem: Problem) -> str | None:
-        return also(problem) if importlib.util.find_spec(package) else "not installed"
-
-    return why_not
+    def why_not(self, problem: Problem) -> str | None:
+        """Return why it cannot run a call here, None if it can."""
+        if not importlib.util.find_spec(self.package):
+            return "not installed"
+        return "needs a CUDA device" if self.gpu and problem.device != "cuda" else None
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Problem], Attention]:
@@ -132,15 +124,12 @@ class _Flex:
         return self.create(self.survives, *self.dense.shape, device=self.dense.device.type)
 
 
-def _flex(problem: Problem) -> Attention:
+def _flex(problem: Problem, mask_in_call: bool = False) -> Attention:
     flex = _Flex.of(problem)
+    if mask_in_call:
+        return lambda query, key, value: flex.attention(query, key, value, block_mask=flex.block_mask())
     block_mask = flex.block_mask()
     return lambda query, key, value: flex.attention(query, key, value, block_mask=block_mask)
-
-
-def _flex_and_mask(problem: Problem) -> Attention:
-    flex = _Flex.of(problem)
-    return lambda query, key, value: flex.attention(query, key, value, block_mask=flex.block_mask())
 
 
 def _adasplash(problem: Problem) -> Attention:
@@ -171,19 +160,20 @@ def _natten(problem: Problem) -> Attention:
     return run
 
 
+_NATTEN = f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"
+_FLEX = "FlexAttention given our survivors in an N x N mask, neither counted"
+_FLEX_AND_MASK = "the same with its block mask built in the call"
 PEERS: dict[str, Peer] = {
-    "sdpa flash": Peer(_everywhere, _sdpa(SDPBackend.FLASH_ATTENTION), "dense, PyTorch"),
-    "sdpa cudnn": Peer(_gpu, _sdpa(SDPBackend.CUDNN_ATTENTION), "dense, PyTorch"),
-    "sdpa efficient": Peer(_gpu, _sdpa(SDPBackend.EFFICIENT_ATTENTION), "dense, PyTorch"),
-    "sdpa math": Peer(_everywhere, _sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
-    "eager": Peer(_everywhere, _eager, "the published formula in eager PyTorch", matrices=14, graph=False),
-    "flex": Peer(_everywhere, _flex, "FlexAttention given our survivors in an N x N mask, neither counted", 1, False),
-    "flex + mask": Peer(
-        _everywhere, _flex_and_mask, "the same with its block mask built in the call", 1, False, graph=False
-    ),
-    "adasplash": Peer(_installed("adasplash", _gpu), _adasplash, "entmax attention with a sparsity of its own"),
-    "xformers": Peer(_installed("xformers", _gpu), _xformers, "dense, memory-efficient attention"),
-    "natten": Peer(_installed("natten"), _natten, f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"),
+    "sdpa flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "dense, PyTorch"),
+    "sdpa cudnn": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), "dense, PyTorch", gpu=True),
+    "sdpa efficient": Peer(_sdpa(SDPBackend.EFFICIENT_ATTENTION), "dense, PyTorch", gpu=True),
+    "sdpa math": Peer(_sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
+    "eager": Peer(_eager, "the published formula in eager PyTorch", matrices=14, graph=False),
+    "flex": Peer(_flex, _FLEX, 1, backward_on_cpu=False),
+    "flex + mask": Peer(partial(_flex, mask_in_call=True), _FLEX_AND_MASK, 1, backward_on_cpu=False, graph=False),
+    "adasplash": Peer(_adasplash, "entmax attention with a sparsity of its own", package="adasplash", gpu=True),
+    "xformers": Peer(_xformers, "dense, memory-efficient attention", package="xformers", gpu=True),
+    "natten": Peer(_natten, _NATTEN, package="natten"),
 }
 DENSE = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "xformers")
 INDIFFERENT = (*DENSE, "sdpa math", "eager", "natten")  # cost the same on every input

@@ -14,6 +14,7 @@ import math
 from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
+from string import Template
 
 import numpy as np
 
@@ -24,6 +25,7 @@ from .peers import DENSE, PEERS
 from .record import MODES, Case, Record
 
 FOLDER = Path(__file__).with_name("results")
+PAGE = Path(__file__).with_name("page.md")
 SWEEPS = {"tokens": "tokens", "survivors": "survivors a row", "dim": "head dim D"}
 LAUNCHES = (
     " From an idle device to an idle device: what launching kernels costs the host is in all of them, and most of what "
@@ -31,9 +33,6 @@ LAUNCHES = (
 )
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 Curves = dict[str, list[tuple[float, float]]]  # by method, (what a sweep varies, value)
-
-
-# Numbers.
 
 
 def fit(xs: list[float], ys: list[float]) -> tuple[float, float]:
@@ -115,9 +114,6 @@ def crossings(cases: list[Case]) -> str:
             where = [f"{'below' if max(ratios) < 1 else 'above'} it from {points[0][0]:.0f} to {points[-1][0]:.0f}"]
         lines.append(f"- {told}; {', '.join(where)}.")
     return "\n".join(lines)
-
-
-# Tables.
 
 
 def table(header: Iterable[str], rows: Iterable[Iterable[object]], even: bool = False) -> str:
@@ -237,30 +233,31 @@ def blocks_table(cases: list[Case]) -> str:
     memory = {(c.op, c.size, c.dim, c.batch): c for c in reversed(cases) if c.mode == "mem"}
     for c in (c for c in cases if c.mode != "mem"):
         name, measured = c.ours[0], memory.get((c.op, c.size, c.dim, c.batch), c)
-        cells = (
-            number(c.median(name), missing="failed"),
-            number(c.median("eager")),
-            with_quartiles(c.ratio(name, "eager")),
-        )
+        times = number(c.median(name), missing="failed"), number(c.median("eager"))
         used = [measured.bytes(method, c.mode) for method in (name, "eager")]
         ratio = f"{used[0] / used[1]:.2f}" if used[0] is not None and used[1] else "-"
         told = (number(x, 1e-6) for x in used)
-        rows.append([c.op.replace(",", ", "), f"{c.size}x{c.shape}", c.mode, *cells, *told, ratio])
+        rows.append(
+            [
+                c.op.replace(",", ", "),
+                f"{c.size}x{c.shape}",
+                c.mode,
+                *times,
+                with_quartiles(c.ratio(name, "eager")),
+                *told,
+                ratio,
+            ]
+        )
     return table(["block", "map", "mode", "ms", "eager ms", "ours / eager", "MB", "eager MB", "ours / eager"], rows)
 
 
 def absent(cases: list[Case]) -> str:
     """Say which methods were skipped or failed, and why."""
-    found = [item for c in cases for item in c.methods.items()]
-    told = [
-        f"- {x} failed: {m.error}" if m.error else f"- {x} was skipped: {m.skipped}"
-        for x, m in found
-        if m.error or m.skipped
-    ]
+    told = []
+    for name, method in (item for c in cases for item in c.methods.items()):
+        told += [f"- {name} failed: {method.error}"] if method.error else []
+        told += [f"- {name} was skipped: {method.skipped}"] if method.skipped else []
     return "\n".join(dict.fromkeys(told))
-
-
-# The page.
 
 
 def headline(cases: list[Case]) -> str:
@@ -289,53 +286,25 @@ def joined(*parts: str) -> str:
 
 
 def sections(results: Record, pictures: Iterable[str] = ()) -> str:
-    """Return the tables of a file of results, each with what it means; none that would be empty."""
+    """Return the sections of bench/page.md that have something to show of a file of results."""
     asa = [c for c in results.cases if c.op == "asa"]
     single = [c for c in asa if not c.sweep]
-    ceilings = ", ".join(f"{name} {value:.0f}" for name, value in results.ceilings.items())
     ran = [name for name in PEERS if any(c.median(name) for c in results.cases)]
-    parts = {
-        "Inputs": (
-            "Fractions of all pairs: survivors; those in tiles of 64 x 64, in the order of 8 x 8 pixels, with a "
-            "survivor; candidates, those of a column and 64 rows one of which it keeps (`bench/inputs.py`).",
-            inputs_table(single),
-        ),
-        "Time": (
-            "ASA's time over that of each peer: medians of the ratios of interleaved rounds, with quartiles; of two "
-            "rounds where a method takes more than ten times as long as the fastest. fwd runs without autograd, "
-            "fwd+bwd returns the gradients of query, key and value."
-            + (LAUNCHES if "cuda" in results.environment else ""),
-            times_table(single),
-        ),
-        "Time in CUDA graphs": (
-            "The same calls captured in CUDA graphs, without what launching costs: replays back to back.",
-            times_table(single, "graph"),
-        ),
-        "Kernels": (
-            "The Triton kernels of ASA between CUDA events around every launch, behind a spinning kernel, so that the "
-            "device does not wait for the host. Operations are of the tiles that were visited, in full.",
-            kernels_table(single),
-        ),
-        "Memory": ("Megabytes that one call adds to the peak, inputs not included.", bytes_table(single)),
-        "Scaling": (
-            "tokens: label maps, D = 64. survivors: independent normal inputs, 64 x 64, one threshold for all, D = 64. "
-            "head dim: label maps, 64 x 64. From 20,000 tokens on, one round.",
-            joined(*(f"![{name}]({name})" for name in pictures), crossings(asa), exponents(asa)),
-        ),
-        "Roofline": (
-            "A unit is a product of all queries with all keys, 2 N^2 D operations; units are what an implementation "
-            "computes by its plan (`asa_ops/asa/__init__.py`), of dense attention 2 and 7. The floor is that many "
-            "operations at the best rate of products measured here, or each input and output moved once at the rate of "
-            f"a copy, whichever is longer: {ceilings}.",
-            roof_table([c for c in asa if c.mode != "mem"], results.ceilings),
-        ),
-        "Other blocks": (
-            "Each beside the same block in its published style (`bench/eager.py`), in training mode; map is HxWxC.",
-            blocks_table([c for c in results.cases if c.op != "asa"]),
-        ),
-        "Peers": ("", joined(absent(results.cases), "\n".join(f"- {name}: {PEERS[name].about}" for name in ran))),
+    values = {
+        "inputs": inputs_table(single),
+        "times": times_table(single),
+        "launches": LAUNCHES if "cuda" in results.environment else "",
+        "graphs": times_table(single, "graph"),
+        "kernels": kernels_table(single),
+        "bytes": bytes_table(single),
+        "scaling": joined(*(f"![{name}]({name})" for name in pictures), crossings(asa), exponents(asa)),
+        "ceilings": ", ".join(f"{name} {value:.0f}" for name, value in results.ceilings.items()),
+        "roofline": roof_table([c for c in asa if c.mode != "mem"], results.ceilings),
+        "blocks": blocks_table([c for c in results.cases if c.op != "asa"]),
+        "peers": joined(absent(results.cases), "\n".join(f"- {name}: {PEERS[name].about}" for name in ran)),
     }
-    return joined(*(joined(f"## {title}", note, text) for title, (note, text) in parts.items() if text))
+    parts = [part.strip() for part in files.read(PAGE).split("## ")[1:]]
+    return joined(*(Template(f"## {part}").substitute(values) for part in parts if values[part.split("$")[-1]]))
 
 
 def render(results: Record, pictures: Iterable[str] = ()) -> str:
@@ -350,44 +319,31 @@ def render(results: Record, pictures: Iterable[str] = ()) -> str:
     return joined(title, f"**{headline(asa)}**", told, sections(results, pictures)) + "\n"
 
 
-def plot(path: Path, panels: list[tuple[str, str, str, Curves]]) -> bool:
-    """Draw panels (title, x label, y label, curves) side by side on logarithmic axes; return whether there are any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    panels = [panel for panel in panels if any(len(points) > 1 for points in panel[3].values())]
-    if not panels:
-        return False
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
-    for axis, (title, x_label, y_label, found) in zip(axes[0], panels, strict=True):
-        for name, points in found.items():
-            axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
-        axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
-        if "/ dense" in y_label:
-            axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.grid(which="both", alpha=0.25)
-        axis.legend(fontsize=8)
-    files.save(figure, path, dpi=100)
-    plt.close(figure)
-    return True
-
-
 def plots(results: Record, folder: Path, stem: str) -> list[str]:
-    """Draw every sweep; return the names of the files."""
+    """Draw every sweep, panels side by side on logarithmic axes; return the names of the files."""
+    from matplotlib.figure import Figure  # a GPU machine may lack it, and measures without
+
     written = []
     for sweep, label in SWEEPS.items():
         cases = {mode: of(results.cases, sweep, mode) for mode in MODES}
-        panels = [(f"time, {mode}", label, "seconds", curves(cases[mode], Case.median)) for mode in MODES[:2]]
-        ratios = {mode: _ratios(cases[mode]) for mode in MODES[:2]}
-        panels.append(("time against dense", label, "ASA / dense", ratios))
-        panels.append(
-            ("memory, fwd+bwd", label, "bytes added", curves(cases["mem"], partial(Case.bytes, mode="fwd+bwd")))
-        )
-        name = f"{stem}-{sweep}.png"
-        if plot(folder / name, panels):
-            written.append(name)
+        panels = [(f"time, {mode}", "seconds", curves(cases[mode], Case.median)) for mode in MODES[:2]]
+        panels.append(("time against dense", "ASA / dense", {mode: _ratios(cases[mode]) for mode in MODES[:2]}))
+        panels.append(("memory, fwd+bwd", "bytes added", curves(cases["mem"], partial(Case.bytes, mode="fwd+bwd"))))
+        panels = [panel for panel in panels if any(len(points) > 1 for points in panel[2].values())]
+        if not panels:
+            continue
+        figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, y_label, found) in zip(axes, panels, strict=True):
+            for name, points in found.items():
+                axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
+            axis.set(title=title, xlabel=label, ylabel=y_label, xscale="log", yscale="log")
+            if y_label == "ASA / dense":
+                axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+            axis.grid(which="both", alpha=0.25)
+            axis.legend(fontsize=8)
+        written.append(f"{stem}-{sweep}.png")
+        files.save(figure, folder / written[-1], dpi=100)
     return written
 
 

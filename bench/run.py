@@ -64,17 +64,7 @@ LARGE = 20000  # tokens from which one round of a sweep is timed in place of --r
 def measured(
     spec: Spec, mode: str, device: str, impls: list[str], peers: list[str], rounds: int, sweep: str = ""
 ) -> Case:
-    """Measure one case.
-
-    Args:
-        spec: op and input.
-        mode: one of ``record.MODES``.
-        device: "cpu" or "cuda".
-        impls: implementations of "asa" and "criss_cross_attention".
-        peers: what to compare with.
-        rounds: to time; more come before to warm up.
-        sweep: see ``record.Case``.
-    """
+    """Measure one case of ``record``: implementations of ours and peers in rounds, after some that warm up."""
     workload = workloads.build(spec, device, impls, peers)
     methods = {name: Method() for name in workload.prepare}
     methods |= {name: Method(skipped=reason) for name, reason in workload.skipped.items()}
@@ -152,20 +142,13 @@ def failed(case: Case) -> list[str]:
     return [f"{case.label}: {name}: {case.methods[name].error}" for name in case.ours if case.methods[name].error]
 
 
-# The command line.
-
-
-def checked(parse: Callable[[str], object]) -> Callable[[str], str]:
-    """Return a type of argparse: the text, if ``parse`` raises no ValueError, whose message is shown otherwise."""
-
-    def argument(text: str) -> str:
-        try:
-            parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-        return text
-
-    return argument
+def parsed(parse: Callable[[str], object], text: str) -> str:
+    """Return the text, if ``parse`` takes it; what it raises is shown as every wrong argument."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return text
 
 
 def positive(text: str) -> int:
@@ -247,8 +230,8 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace, specs: l
 
 
 def arguments_of(parser: argparse.ArgumentParser) -> None:
-    size = checked(lambda text: Spec("asa", text, 1, 1, 1, "float32", "iid", None))
-    op = checked(workloads.parse_op)
+    size = functools.partial(parsed, lambda text: Spec("asa", text, 1, 1, 1, "float32", "iid", None))
+    op = functools.partial(parsed, workloads.parse_op)
     parser.add_argument("--op", nargs="+", type=op, help=f"default: asa; {', '.join(workloads.OPS)}")
     parser.add_argument("--size", nargs="+", type=size, metavar="HxW", help="default: 64x64")
     parser.add_argument("--dim", nargs="+", type=positive, help="head dim; channels of a block (64)")

@@ -1,6 +1,7 @@
 """What is measured: an op on an input, ours and what it is compared with."""
 
 import ast
+import contextlib
 import functools
 import math
 import re
@@ -96,10 +97,9 @@ def parse_op(text: str) -> tuple[str, dict]:
         key, equals, value = each.partition("=")
         if not equals or name not in BLOCKS:
             raise ValueError(f"op {text!r}: expected options of a block as name,key=value,.., got {each!r}")
-        try:
+        options[key] = value
+        with contextlib.suppress(ValueError, SyntaxError):
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
     if options:
         try:
             nn.build(name, 64, **options)
@@ -109,14 +109,7 @@ def parse_op(text: str) -> tuple[str, dict]:
 
 
 def build(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workload:
-    """Return what is to be measured.
-
-    Args:
-        spec: op and input.
-        device: "cpu" or "cuda".
-        impls: implementations of "asa" and "criss_cross_attention", "auto" among them.
-        peers: names of ``peers.PEERS``; of other ops "eager" alone.
-    """
+    """Return what is to be measured: of ours ``impls``, "auto" among them; of other ops than "asa" the peer "eager"."""
     name, options = parse_op(spec.op)
     if name == "asa":
         return _asa(spec, device, impls, peers)

@@ -72,19 +72,10 @@ def intercepted(
         yield
 
 
-# Calls on tensors without memory: every launch is made, none runs.
+def go_through(tensors: list, options: dict, band: float | None = None, mask: Tensor | None = None) -> None:
+    """Make every launch of a forward and a backward call on query, key, value, alpha, beta without memory.
 
-
-def go_through(
-    tensors: list[Tensor | None], options: dict, band: float | None = None, mask: Tensor | None = None
-) -> None:
-    """Go through a forward and a backward call of asa_attention on the device "meta".
-
-    Args:
-        tensors: query, key, value, alpha, beta.
-        options: grid, topk and reciprocal, as of the call.
-        band: thresholds learn, within this band around each.
-        mask: key_padding_mask.
+    With the call's ``options`` grid, topk and reciprocal; thresholds learn within a ``band`` around each.
     """
     from asa_ops.asa import triton as asa
     from asa_ops.asa.types import Inputs, Options, Saved
@@ -103,9 +94,6 @@ def go_through_criss_cross(query: Tensor, value: Tensor) -> None:
     saved = ops.criss_cross_fwd(query, query, value, 1.0, "triton")
     triton.fwd(query, query, value, 1.0, *saved)
     triton.bwd(value, query, query, value, saved[1], 1.0)
-
-
-# The table of configurations.
 
 
 def matrix_kernels() -> tuple[str, ...]:
@@ -138,9 +126,6 @@ def configured(kernel: str, dim: int, architecture: int, row, splits: int | None
         if splits is not None:
             stack.enter_context(mock.patch.object(arrange.Problem, "splits", parts))
         yield
-
-
-# Measuring.
 
 
 def pairs_visited(label: str, given: dict) -> int | None:

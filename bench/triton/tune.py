@@ -112,8 +112,13 @@ def main() -> None:
         return launches.configured(candidate.kernel, options.dim, architecture, candidate.config, candidate.splits)
 
     def attempt(calls: Calls, candidate: Candidate):
-        with placed(candidate):  # too much shared memory, too many registers: a finding
-            return measure.attempt(lambda: calls.run(candidate.kernel))
+        try:
+            with placed(candidate):
+                result = calls.run(candidate.kernel)
+                torch.cuda.synchronize()
+        except Exception as error:  # too much shared memory, too many registers: a finding
+            return None, measure.describe(error)
+        return result, None
 
     calls = {kind: Calls(spec(kind)) for kind in options.inputs}
     if options.compile:

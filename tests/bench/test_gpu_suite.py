@@ -46,7 +46,6 @@ def test_outcomes_are_counted_and_what_never_ended_is_named():
     assert (counts.selected, *(getattr(counts, kind) for kind in shard.OUTCOMES)) == (5, 1, 1, 1, 1)
     assert counts.unfinished == ["e"] and counts.skips == ["no GPU"]
     assert [(x["test"], x["message"]) for x in counts.failures] == [("a", "in teardown"), ("c", "wrong")]
-    assert gpu.outcome_line(lines[0]) is None and gpu.outcome_line(outcome("c", "failed", "wrong")).endswith("wrong")
 
 
 @pytest.mark.parametrize(
@@ -150,12 +149,12 @@ def test_after_a_lost_device_the_next_process_goes_on_behind_the_test(monkeypatc
     ).read_text()
 
 
-def test_a_limit_ends_a_command_and_its_children(tmp_path, capsys):
+def test_a_limit_ends_a_command_and_its_children(tmp_path, capfd):
     """And what it printed until then is shown."""
     program = "import subprocess, time; print('begun'); p = subprocess.Popen(['sleep', '99']); print(p.pid); p.wait()"
     assert gpu.run(["-c", program], tmp_path / "log", 3) is None
     begun, child = (tmp_path / "log").read_text().split()
-    assert begun == "begun" and "begun" in capsys.readouterr().out
+    assert begun == "begun" and "begun" in capfd.readouterr().out
     with pytest.raises(ProcessLookupError):
         for _ in range(50):
             os.kill(int(child), 0)
@@ -182,7 +181,7 @@ def test_timings_are_read_with_what_is_missing(monkeypatch, tmp_path):
     results = Record({}, {}, [])
     assert gpu.time_everything(100, tmp_path / "timings.log", results) == ("failed", "1 cases, see timings.log")
     assert results.cases == timed.cases and results.ceilings == timed.ceilings
-    assert results.first_call == {"first forward": 2.0} and results.notes == gpu.NOTES
+    assert results.first_call == {"first forward": 2.0} and not results.notes
     statuses = iter([0, None, None])
     assert gpu.time_everything(100, tmp_path / "timings.log", results) == ("timed out", "1 cases")
     monkeypatch.setattr(gpu, "run", lambda command, log, limit, **more: log.write_text("no device"))

@@ -53,7 +53,7 @@ def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
     assert all(case.ratio("asa_ops", "eager") for case in cases[:2])
     assert {case.alpha for case in cases[2:]} == {2.0}
     assert torch.cuda.is_available() or cases[2].methods["flex"].skipped == run.NO_BACKWARD
-    with pytest.raises(SystemExit, match="ours failed:.*out of luck"):
+    with pytest.raises(SystemExit, match=r"ours failed:\s.*out of luck"):
         run.main([*arguments, "--inputs", "iid", "--mode", "mem", "--peers", "flex"])
     assert "RuntimeError: out of luck" in record.read(out).cases[-1].methods["flex"].error
 
@@ -152,6 +152,7 @@ def test_a_device_that_is_not_there_is_told(capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sweeps_vary_what_they_say(tmp_path, capsys, monkeypatch, quick):
     monkeypatch.setattr(run, "DIMS", [8, 16])
     monkeypatch.setattr(run, "ALPHAS", [0.0, 4.0])
@@ -188,8 +189,8 @@ def test_a_check_tells_what_moved(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(report, "FOLDER", tmp_path)
     results.environment["threads"] = 999
     assert "threads 999 there" in checked(0)
-    monkeypatch.setitem(peers.PEERS, check.PEER, peers.PEERS[check.PEER]._replace(why_not=lambda problem: "not here"))
-    assert f"{check.PEER}: not here" in checked(0)
+    monkeypatch.setitem(peers.PEERS, check.PEER, peers.PEERS[check.PEER]._replace(package="not_here"))
+    assert f"{check.PEER}: not installed" in checked(0)
     monkeypatch.setattr(workloads, "asa_attention", fail)
     assert checked("asa labels 64x64.*out of luck", "--against", str(path)) is not None
     results.cases = []
