@@ -5,11 +5,11 @@ computes adaptive sparse attention but "eager" and, given the survivors, "flex".
 """
 
 import contextlib
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from functools import partial
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -88,48 +88,34 @@ def _eager(problem: Problem) -> Attention:
     return attention
 
 
-class _Flex:
-    """FlexAttention over survivors, which it is given as a dense mask, compiled once for a shape."""
+@functools.lru_cache(maxsize=1)  # a mask of N x N is enough
+def _compiled_flex(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Callable, Callable]:
+    """Return a dense mask, FlexAttention, and what makes a block mask of the dense one, compiled for a shape."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    _of_shape: ClassVar[dict[tuple, "_Flex"]] = {}
+    dense = torch.zeros(*shape, shape[-1], dtype=torch.bool, device=device)
+    create = torch.compile(create_block_mask, dynamic=False)
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def survives(b, h, i, j):  # one function for all masks: another would be compiled again
+        return dense[b, h, i, j]
 
-        self.dense = dense = torch.zeros(*shape, shape[-1], dtype=torch.bool, device=device)
-        self.attention = torch.compile(flex_attention, dynamic=False)
-        self.create = torch.compile(create_block_mask, dynamic=False)
-
-        def survives(b, h, i, j):
-            return dense[b, h, i, j]
-
-        self.survives = survives  # one function for all masks: another would be compiled again
-
-    @classmethod
-    def of(cls, problem: Problem) -> "_Flex":
-        """Return it with the survivors of a problem in its mask."""
-        query, key, _, alpha, beta = problem.tensors
-        shape = (*query.shape[:3],)
-        if (shape, query.device) not in cls._of_shape:
-            cls._of_shape.clear()  # a mask of N x N is enough
-            cls._of_shape[shape, query.device] = cls(shape, query.device)
-        flex = cls._of_shape[shape, query.device]
-        graph = reciprocal_neighbors(query, key, alpha, beta, grid=problem.grid)
-        rows = torch.arange(len(graph.row_offsets) - 1, device=query.device)
-        dense = flex.dense.zero_().flatten(0, 2)
-        dense[rows.repeat_interleave(graph.row_offsets.diff()), graph.col_indices.long()] = True
-        return flex
-
-    def block_mask(self):
-        return self.create(self.survives, *self.dense.shape, device=self.dense.device.type)
+    return (
+        dense,
+        torch.compile(flex_attention, dynamic=False),
+        lambda: create(survives, *dense.shape, device=device.type),
+    )
 
 
 def _flex(problem: Problem, mask_in_call: bool = False) -> Attention:
-    flex = _Flex.of(problem)
+    """FlexAttention over survivors."""
+    query, key, _, alpha, beta = problem.tensors
+    dense, attention, block_mask = _compiled_flex(tuple(query.shape[:3]), query.device)
+    graph = reciprocal_neighbors(query, key, alpha, beta, grid=problem.grid)
+    rows = torch.arange(len(graph.row_offsets) - 1, device=query.device).repeat_interleave(graph.row_offsets.diff())
+    dense.zero_().flatten(0, 2)[rows, graph.col_indices.long()] = True
     if mask_in_call:
-        return lambda query, key, value: flex.attention(query, key, value, block_mask=flex.block_mask())
-    block_mask = flex.block_mask()
-    return lambda query, key, value: flex.attention(query, key, value, block_mask=block_mask)
+        return lambda query, key, value: attention(query, key, value, block_mask=block_mask())
+    return functools.partial(attention, block_mask=block_mask())
 
 
 def _adasplash(problem: Problem) -> Attention:
@@ -170,7 +156,9 @@ PEERS: dict[str, Peer] = {
     "sdpa math": Peer(_sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
     "eager": Peer(_eager, "the published formula in eager PyTorch", matrices=14, graph=False),
     "flex": Peer(_flex, _FLEX, 1, backward_on_cpu=False),
-    "flex + mask": Peer(partial(_flex, mask_in_call=True), _FLEX_AND_MASK, 1, backward_on_cpu=False, graph=False),
+    "flex + mask": Peer(
+        functools.partial(_flex, mask_in_call=True), _FLEX_AND_MASK, 1, backward_on_cpu=False, graph=False
+    ),
     "adasplash": Peer(_adasplash, "entmax attention with a sparsity of its own", package="adasplash", gpu=True),
     "xformers": Peer(_xformers, "dense, memory-efficient attention", package="xformers", gpu=True),
     "natten": Peer(_natten, _NATTEN, package="natten"),

@@ -43,16 +43,16 @@ SPILL_CEILING = {
 
 MATRIX_KERNELS = launches.matrix_kernels()  # the rest of the kernels moves data
 
-CALLS = {  # of asa_attention, name: (arguments of the call, thresholds learn)
-    "plain": ({}, False),
-    "learning": ({}, True),
-    "topk": ({"topk": 16}, True),
-    "one_way": ({"reciprocal": False}, True),
-    "symmetric": ({"symmetric": True}, False),
-    "dense": ({"alpha": False, "beta": False}, False),
-    "window_only": ({"alpha": False}, True),
-    "topk_alone": ({"alpha": False, "beta": False, "topk": 16}, True),
-}
+CALLS = (  # of asa_attention: arguments, whether thresholds learn
+    ({}, False),
+    ({}, True),
+    ({"topk": 16}, True),
+    ({"reciprocal": False}, True),
+    ({"symmetric": True}, False),
+    ({"alpha": False, "beta": False}, False),
+    ({"alpha": False}, True),
+    ({"alpha": False, "beta": False, "topk": 16}, True),
+)
 
 # Constants that distinguish a launch from others of its kernel.
 VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "HAS_TOPK", "BY_ROWS", "BY_COLUMNS", "HAS_BITS", "HAS_PEAKS")
@@ -111,29 +111,22 @@ def sources(archs, dims, dtypes, kernels) -> list[Source]:
             torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
             kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
             with launches.intercepted(keep, architecture=arch):
-                for options, learn in CALLS.values():
+                for options, learn in CALLS:
                     _call(dim, kind, learn, **options)
-                _call_criss_cross(dim, kind)
+                query, value = (torch.empty(2, x, 64, 64, dtype=kind, device="meta") for x in (dim, 8 * dim))
+                launches.go_through_criss_cross(query, value)  # with the published number of value channels
     finally:
         torch.set_float32_matmul_precision(before)
     return list(found.values())
 
 
 def _call(dim, dtype, learn, symmetric=False, alpha=True, beta=True, **options) -> None:
-    height = width = 64
-    n = height * width
-    query = torch.empty(2, 2, n, dim, dtype=dtype, device="meta")
+    query = torch.empty(2, 2, 64 * 64, dim, dtype=dtype, device="meta")
     key = query if symmetric else torch.empty_like(query)
-    threshold = torch.empty(2, 2, n, dtype=torch.float32, device="meta")
+    threshold = torch.empty(2, 2, 64 * 64, dtype=torch.float32, device="meta")
     thresholds = (threshold if given else None for given in (alpha, beta))
     tensors = [query, key, torch.empty_like(query), *thresholds]
-    launches.go_through(tensors, {"grid": (height, width)} | options, 2.0 if learn else None)
-
-
-def _call_criss_cross(dim: int, dtype: torch.dtype) -> None:
-    """With the published number of value channels."""
-    query, value = (torch.empty(2, channels, 64, 64, dtype=dtype, device="meta") for channels in (dim, 8 * dim))
-    launches.go_through_criss_cross(query, value)
+    launches.go_through(tensors, {"grid": (64, 64)} | options, 2.0 if learn else None)
 
 
 def compiled(source: Source) -> Compiled:
@@ -147,12 +140,8 @@ def compiled(source: Source) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as scratch:
         scratch.write(result.asm["cubin"])
         scratch.flush()
-        usage, sass = (
-            subprocess.run(
-                [BINARIES / "cuobjdump", what, scratch.name], check=True, capture_output=True, text=True
-            ).stdout
-            for what in ("-res-usage", "-sass")
-        )
+        command = [str(BINARIES / "cuobjdump"), scratch.name]
+        usage, sass = (subprocess.check_output([*command, what], text=True) for what in ("-res-usage", "-sass"))
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=len(re.findall(r"\bSTL\b", sass)),

@@ -67,7 +67,7 @@ def shared(kernel: str, config, dim: int) -> int:
 
 
 class Calls:
-    """A call on one input, forward alone and with its backward, by whose kernels are timed in it."""
+    """A call on one input, forward alone and with its backward, by the kernels that are timed in it."""
 
     def __init__(self, spec: workloads.Spec):
         workload = workloads.build(spec, "cuda", ["triton"], [])
@@ -75,7 +75,7 @@ class Calls:
 
     def run(self, kernel: str) -> tuple:
         result = self.of_kernel[kernel]()
-        return (result,) if kernel in FORWARD else result
+        return result if isinstance(result, tuple) else (result,)
 
     def times(self, kernel: str) -> dict[str, float]:
         """Return the microseconds of every kernel."""
