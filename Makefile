@@ -29,7 +29,7 @@ test: $(READY)  ## everything that must pass, in minutes
 test-avx2: $(READY)  ## a slice of it as on a machine without AVX-512: scores and their comparison, under a minute
 	OPENBLAS_CORETYPE=Haswell ATEN_CPU_CAPABILITY=avx2 ASA_OPS_CPU_ISA=avx2 $(RUN) -m pytest -n auto --maxprocesses 8 -m "not slow" \
 		-k "(equals_reference or equals_the_reference or large_scores or any_blocks) and (triton or float32)" \
-		tests/test_triton.py tests/test_implementations.py tests/test_criss_cross.py tests/test_blocks.py $(ARGS)
+		tests/asa/test_triton.py tests/asa/test_implementations.py tests/criss_cross tests/blocks $(ARGS)
 
 test-all: $(READY)  ## also what is slow
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup $(ARGS)
@@ -43,9 +43,9 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 	ASA_OPS_NO_CUDA=1 CXXFLAGS="$(SANITIZE)" CFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" $(RUN) -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --target build/sanitize .
 	cd build/sanitize && PYTHONPATH=. LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" \
-		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest --capture=sys -p no:cacheprovider -m "not slow" \
-		-k "cpu and not thread and not repeats" ../../tests/test_cpu.py ../../tests/test_implementations.py \
-		../../tests/test_criss_cross.py
+		ASAN_OPTIONS=detect_leaks=0 ../../$(RUN) -m pytest --capture=sys -p no:cacheprovider -o pythonpath=tests \
+		-m "not slow" -k "cpu and not thread and not repeats" ../../tests/asa/test_cpu.py \
+		../../tests/asa/test_implementations.py ../../tests/criss_cross
 
 bench: $(READY)  ## what ASA costs beside dense attention and other peers, a page in build/bench, minutes; ARGS="--size 97x97"
 	@mkdir -p build/bench
@@ -76,9 +76,10 @@ wheel: $(READY)  ## one wheel for CPU and GPU, every Python and torch that pypro
 	@du -h dist/*.whl build/wheel/asa_ops/_C.abi3.so
 	@$(RUN) -c 'import torch; torch.ops.load_library("build/wheel/asa_ops/_C.abi3.so"); print("CUDA architectures:", torch.ops.asa_ops.cuda_architectures() or "none")'
 
-lint: $(READY)
+lint: $(READY)  ## style and types, under a minute
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .

@@ -28,3 +28,7 @@ __all__ = [
     "salient_positions_attention",
     "squeeze_and_attention",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

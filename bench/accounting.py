@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import NeighborGraph, reciprocal_neighbors
-from asa_ops.core.layout import window_columns
+from asa_ops.asa.blocked import window_columns
 
 from .peers import DENSE
 from .record import Case

@@ -103,6 +103,7 @@ def run_all(commands: list[list[str]], logs: list[Path], shown: list[Path], limi
             processes.append(process)
         while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
             time.sleep(0.5)
+        time.sleep(0.2)  # tail shows the rest
         return [process.poll() for process in processes]
 
 

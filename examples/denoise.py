@@ -1,9 +1,10 @@
-"""Denoise a photograph by non-local means, once with dense and once with adaptive sparse attention.
+"""Denoise a photograph by non-local means, with dense attention, adaptive sparse attention, and scikit-image beside.
 
 Every pixel looks for 5 x 5 patches like its own and averages the colours at their centres: attention with the patches
 as queries and keys, s_ij = -||p_i - p_j||^2 / h^2, and the colours as values (Buades, Coll and Morel, "A non-local
 algorithm for image denoising", CVPR 2005). Dense attention averages over all pixels, however unlike; adaptive sparse
-attention keeps the reciprocal neighbours alone.
+attention keeps the reciprocal neighbours alone. scikit-image's non-local means looks at the pixels nearby alone; it is
+a denoiser and no attention, and shows what a tool made for the task reaches.
 
     python examples/denoise.py                          # scikit-image's astronaut at 96 x 96
     python examples/denoise.py --size 256 photo.jpg     # 65,536 tokens
@@ -13,6 +14,7 @@ import argparse
 import contextlib
 import ctypes
 import math
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ import skimage
 import torch
 from matplotlib.colors import LogNorm
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+from skimage.restoration import denoise_nl_means
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,9 +40,11 @@ PATCH = 5
 SAMPLES = ("astronaut", "coffee", "chelsea", "rocket")
 WIDTHS = (0.5, 0.7, 0.9, 1.2, 1.6)  # h, in units of noise * sqrt(values in a patch)
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
-SETTINGS = [(h, None) for h in WIDTHS] + [(h, alpha) for h in WIDTHS for alpha in ALPHAS]  # None: dense
+NEARBY_WIDTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # h of scikit-image's method, in units of noise
+NEARBY = 11  # how far it looks, pixels (its default)
 TUNING_SIZE = 96  # h and alpha are chosen on a picture no larger than this
-DENSE_LIMIT = 4 * 2**30  # bytes of one N x N float32 matrix above which dense attention is not tried
+MATRIX_LIMIT = 4 * 2**30  # bytes of one N x N float32 matrix above which dense attention that stores it is not tried
+TIMING = 1.0  # seconds of repeated calls that a median is of
 
 
 def load(name: str, size: int) -> np.ndarray:
@@ -74,10 +79,16 @@ def attention_inputs(image: np.ndarray, h: float) -> tuple[Tensor, Tensor, Tenso
     return query[None, None], key[None, None], value[None, None]
 
 
-def dense(noisy: np.ndarray, h: float) -> np.ndarray:
+def dense(noisy: np.ndarray, h: float, padded: bool = True) -> np.ndarray:
+    """Return dense attention's picture.
+
+    torch's fused kernel, which never stores the N x N matrix, wants values as long as keys: ``padded`` appends zeros to
+    the colours. Without them torch stores the matrix.
+    """
     query, key, value = attention_inputs(noisy, h)
-    out = torch.nn.functional.scaled_dot_product_attention(query, key, value, scale=1.0)
-    return to_image(out, noisy.shape)
+    longer = torch.nn.functional.pad(value, (0, key.shape[-1] - value.shape[-1])) if padded else value
+    out = torch.nn.functional.scaled_dot_product_attention(query, key, longer, scale=1.0)
+    return to_image(out[..., : value.shape[-1]], noisy.shape)
 
 
 def sparse(noisy: np.ndarray, h: float, alpha: float) -> tuple[np.ndarray, AsaStats]:
@@ -95,16 +106,19 @@ def psnr(clean: np.ndarray, image: np.ndarray) -> float:
     return peak_signal_noise_ratio(clean, image, data_range=1)
 
 
-def tune(clean: np.ndarray, noisy: np.ndarray, unit: float, bar: tqdm) -> tuple[float, float, float]:
-    """Return the best h for dense attention, and the best h and alpha for sparse attention, by PSNR."""
+def nearby(noisy: np.ndarray, noise: float, h: float, fast: bool) -> np.ndarray:
+    """Return scikit-image's non-local means over the pixels at most NEARBY away, given the noise; h in its units."""
+    options = {"patch_size": PATCH, "patch_distance": NEARBY, "h": h * noise, "sigma": noise, "fast_mode": fast}
+    return denoise_nl_means(noisy, channel_axis=2, **options).clip(0, 1)
+
+
+def best(clean: np.ndarray, method: Callable, settings: list[tuple], bar: tqdm) -> tuple:
+    """Return the arguments, one of ``settings``, with which ``method`` comes closest to the clean picture by PSNR."""
     scores = {}
-    for h, alpha in SETTINGS:
-        image = dense(noisy, h * unit) if alpha is None else sparse(noisy, h * unit, alpha)[0]
-        scores[h * unit, alpha] = psnr(clean, image)
+    for setting in settings:
+        scores[setting] = psnr(clean, method(*setting))
         bar.update()
-    best_dense = max((s for s in scores if s[1] is None), key=scores.get)
-    best_sparse = max((s for s in scores if s[1] is not None), key=scores.get)
-    return best_dense[0], *best_sparse
+    return max(scores, key=scores.get)
 
 
 def memory(field: str) -> int | None:
@@ -117,14 +131,20 @@ def memory(field: str) -> int | None:
 
 
 def measured(run: Callable) -> tuple[object, float, float | None]:
-    """Return what ``run`` returns, its seconds, and the bytes by which it raised the peak of resident memory."""
+    """Return what ``run`` returns, its seconds, and the bytes by which it raised the peak of resident memory.
+
+    The seconds are the median of the calls that fit into TIMING, at least one.
+    """
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs freed, so that reusing it counts
         Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    before, start = memory("VmRSS"), time.perf_counter()
-    result = run()
-    seconds, peak = time.perf_counter() - start, memory("VmHWM")
-    return result, seconds, None if peak is None else peak - before
+    before, seconds, peak = memory("VmRSS"), [], None
+    while not seconds or sum(seconds) + seconds[-1] < TIMING:
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+        peak = peak or memory("VmHWM")
+    return result, statistics.median(seconds), None if peak is None else peak - before
 
 
 @dataclass
@@ -157,47 +177,45 @@ class Result:
             cell(self.flops, ".1f", 1e9),
             cell(self.survivors, ".1f"),
         )
-        return f"{self.name:<36}" + "".join(f"{c:>{width}}" for c, width in zip(cells, WIDTH_OF.values(), strict=True))
+        return f"{self.name:<{NAME}}" + "".join(
+            f"{c:>{width}}" for c, width in zip(cells, WIDTH_OF.values(), strict=True)
+        )
 
 
+NAME = 40
 WIDTH_OF = {"PSNR dB": 9, "SSIM": 7, "seconds": 9, "peak MB": 9, "GFLOP": 9, "survivors/row": 15}
 
 
-def weight_maps(noisy: np.ndarray, h: float, alpha: float, stats: AsaStats, pixel: tuple[int, int]) -> list[np.ndarray]:
-    """Return the weights of one pixel over the picture: dense, adaptive neighbours, reciprocal survivors."""
+def weight_map(
+    noisy: np.ndarray, h: float, alpha: float, stats: AsaStats, pixel: tuple[int, int]
+) -> tuple[np.ndarray, int]:
+    """Return the weights by which one pixel keeps those of the picture, and how many it would keep one-sidedly."""
     height, width, _ = noisy.shape
     i, n = pixel[0] * width + pixel[1], height * width
     query, key, _ = attention_inputs(noisy, h)
     s_i, s_to_i = key[0, 0] @ query[0, 0, i], query[0, 0] @ key[0, 0, i]
     threshold = stats.lse[0, 0] + math.log(alpha / n)
     adaptive = s_i > threshold[i]
-    maps = []
-    for kept in (torch.ones(n, dtype=torch.bool), adaptive, adaptive & (s_to_i > threshold)):
-        weights = s_i.masked_fill(~kept, -torch.inf).softmax(0)
-        maps.append(weights.reshape(height, width).numpy())
-    return maps
+    weights = s_i.masked_fill(~(adaptive & (s_to_i > threshold)), -torch.inf).softmax(0)
+    return weights.reshape(height, width).numpy(), int(adaptive.sum())
 
 
-def draw(path: Path, results: list[Result], maps: dict[tuple[int, int], list[np.ndarray]]) -> None:
-    """Write the pictures above, and below them the weight maps of some pixels."""
-    figure, axes = plt.subplots(1 + len(maps), 4, figsize=(12, 3.2 * (1 + len(maps))), layout="constrained")
-    for axis in axes.flat:
+def draw(path: Path, results: dict[str, Result], weights: np.ndarray, pixel: tuple[int, int]) -> None:
+    """Write one row: the pictures of ``results``, by title, and whom one pixel keeps."""
+    figure, axes = plt.subplots(1, len(results) + 1, figsize=(12, 3.3), layout="constrained")
+    for axis in axes:
         axis.set_axis_off()
-    for axis, result in zip(axes[0], results, strict=False):
-        axis.imshow(result.image)
-        axis.set_title(result.name if result is results[0] else f"{result.name}\n{result.psnr:.2f} dB", fontsize=9)
-    norm = LogNorm(1e-6, 1, clip=True)
-    for row, ((r, c), weights) in zip(axes[1:], maps.items(), strict=True):
-        row[0].imshow(results[1].image)
-        row[0].plot(c, r, "o", markersize=9, markerfacecolor="none", markeredgecolor="red", markeredgewidth=2)
-        row[0].set_title(f"pixel ({r}, {c})", fontsize=9)
-        for axis, name, w in zip(
-            row[1:], ("dense", "adaptive neighbours", "reciprocal survivors"), weights, strict=True
-        ):
-            shown = axis.imshow(np.ma.masked_equal(w, 0), norm=norm, cmap="viridis")
-            axis.set_title(f"{name}: {np.count_nonzero(w)}", fontsize=9)
-        figure.colorbar(shown, ax=row[-1], label="weight")
-    files.save(figure, path, dpi=110)
+    for axis, (title, result) in zip(axes, results.items(), strict=False):
+        axis.imshow(result.image, interpolation="nearest")
+        axis.set_title(f"{title}: {result.psnr:.1f} dB", fontsize=10)
+    kept = np.ma.masked_equal(weights, 0)
+    axes[-1].imshow(results["noisy"].image.mean(2) * 0.3 + 0.7, cmap="gray", vmin=0, vmax=1)
+    norm = LogNorm(kept.min() / 2, kept.max())  # of one weight alone too
+    shown = axes[-1].imshow(kept, norm=norm, cmap="plasma")
+    axes[-1].plot(pixel[1], pixel[0], "o", markersize=13, markerfacecolor="none", markeredgecolor="red")
+    axes[-1].set_title(f"ASA: this pixel keeps {kept.count():,} of {weights.size:,}", fontsize=10)
+    figure.colorbar(shown, ax=axes[-1], label="weight", fraction=0.046)
+    files.save(figure, path, dpi=100)
     plt.close(figure)
 
 
@@ -227,24 +245,35 @@ def main(arguments: list[str] | None = None) -> list[Result]:
 
     unit = options.noise * math.sqrt(PATCH * PATCH * 3)
     clean, noisy = pair(size)
-    tuning = (clean, noisy) if size <= TUNING_SIZE else pair(TUNING_SIZE)
-    with tqdm(total=len(SETTINGS), desc="tuning h and alpha", unit="run", leave=False) as bar:
-        h_dense, h_sparse, alpha = tune(*tuning, unit, bar)
+    tuning_clean, tuning_noisy = (clean, noisy) if size <= TUNING_SIZE else pair(TUNING_SIZE)
+    widths, thresholds = [(h,) for h in WIDTHS], [(h, alpha) for h in WIDTHS for alpha in ALPHAS]
+    total = len(widths) + len(thresholds) + 2 * len(NEARBY_WIDTHS)
+    with tqdm(total=total, desc="tuning h and alpha", unit="run", leave=False) as bar:
+
+        def tune(method: Callable, settings: list[tuple]) -> tuple:
+            return best(tuning_clean, lambda *setting: method(tuning_noisy, *setting), settings, bar)
+
+        (h_dense,) = tune(lambda image, h: dense(image, h * unit), widths)
+        h_sparse, alpha = tune(lambda image, h, alpha: sparse(image, h * unit, alpha)[0], thresholds)
+        nearby_settings = [
+            tune(lambda image, h, fast: nearby(image, options.noise, h, fast), [(h, fast) for h in NEARBY_WIDTHS])
+            for fast in (False, True)
+        ]
     threads = torch.get_num_threads()
     chosen = "" if size <= TUNING_SIZE else f" at {TUNING_SIZE} x {TUNING_SIZE}"
     print(f"{options.image}, {size} x {size} = {n} tokens, noise {options.noise:g}, {threads} CPU threads")
     print(f"h and alpha chosen by PSNR{chosen}\n")
 
-    shown = noisy.clip(0, 1)
-    results = [Result("clean", clean, math.inf, 1.0), Result.of("noisy", clean, shown)]
+    results = [Result.of("noisy", clean, noisy.clip(0, 1))]
     q_shape, k_shape, v_shape = (x.shape for x in attention_inputs(noisy[:PATCH, :PATCH], unit))
     q_shape, k_shape, v_shape = ((1, 1, n, shape[-1]) for shape in (q_shape, k_shape, v_shape))
     matrix = 4 * n**2
-    if matrix <= DENSE_LIMIT:
-        image, seconds, peak = measured(lambda: dense(noisy, h_dense))
+    ways = {"dense, the matrix stored": False} if matrix <= MATRIX_LIMIT else {}
+    for name, padded in (ways | {"dense, flash attention": True}).items():
+        image, seconds, peak = measured(lambda padded=padded: dense(noisy, h_dense * unit, padded))
         figures = {"seconds": seconds, "memory": peak, "flops": flops(q_shape, k_shape, v_shape), "survivors": n}
-        results.append(Result.of(f"dense, h = {h_dense / unit:g} s", clean, image, **figures))
-    (image, stats), seconds, peak = measured(lambda: sparse(noisy, h_sparse, alpha))
+        results.append(Result.of(f"{name}, h = {h_dense:g} s", clean, image, **figures))
+    (image, stats), seconds, peak = measured(lambda: sparse(noisy, h_sparse * unit, alpha))
     pairs = int(stats.survivors.sum())
     figures = {
         "seconds": seconds,
@@ -252,18 +281,26 @@ def main(arguments: list[str] | None = None) -> list[Result]:
         "flops": flops(q_shape, k_shape, v_shape, pairs),
         "survivors": pairs / n,
     }
-    results.append(Result.of(f"ASA, h = {h_sparse / unit:g} s, alpha = {alpha:g}", clean, image, **figures))
+    results.append(Result.of(f"ASA, h = {h_sparse:g} s, alpha = {alpha:g}", clean, image, **figures))
+    shown = dict(zip(("noisy", "dense attention", "ASA"), (results[0], *results[-2:]), strict=True))
+    for h, fast in nearby_settings:
+        image, seconds, peak = measured(lambda h=h, fast=fast: nearby(noisy, options.noise, h, fast))
+        name = f"scikit-image{', fast' if fast else ''}, h = {h:g} noise"
+        results.append(Result.of(name, clean, image, seconds=seconds, memory=peak))
 
-    print(" " * 36 + "".join(f"{title:>{width}}" for title, width in WIDTH_OF.items()))
-    for result in results[1:]:
+    print(" " * NAME + "".join(f"{title:>{width}}" for title, width in WIDTH_OF.items()))
+    for result in results:
         print(result.row())
-    if matrix > DENSE_LIMIT:
-        print(f"dense: skipped, one {n} x {n} float32 matrix alone is {matrix / 1e9:.1f} GB")
-    print(f"\ns = noise * sqrt({PATCH * PATCH * 3}); peak MB is what the call added; GFLOP is what the result takes:")
-    print("every score once, and the values of the survivors")
+    if matrix > MATRIX_LIMIT:
+        print(f"dense, the matrix stored: skipped, one {n} x {n} float32 matrix alone is {matrix / 1e9:.1f} GB")
+    print(f"\ns = noise * sqrt({PATCH * PATCH * 3}); seconds: the median of the calls in {TIMING:g} s; peak MB is what")
+    print("the call added; GFLOP is what the result takes: every score once, and the values of the survivors;")
+    print(f"scikit-image: non-local means within {NEARBY} pixels, which knows the noise, on one thread")
 
-    pixels = [(round(size * r), round(size * c)) for r, c in ((0.22, 0.42), (0.5, 0.8), (0.8, 0.3))]
-    draw(options.out, results, {p: weight_maps(noisy, h_sparse, alpha, stats, p) for p in pixels})
+    pixel = round(size * 0.22), round(size * 0.42)
+    weights, adaptive = weight_map(noisy, h_sparse * unit, alpha, stats, pixel)
+    draw(options.out, shown, weights, pixel)
+    print(f"pixel {pixel}: {adaptive} of {n} above its threshold, {np.count_nonzero(weights)} mutual")
     print(f"picture: {options.out}")
     return results
 

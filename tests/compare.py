@@ -58,7 +58,7 @@ def uncertain_pairs(inputs, options, eps: float) -> tuple[Tensor, Tensor]:
         one_way |= close(found.kappa) & ((found.kappa - following)[..., None] <= margin)
     uncertain = one_way | one_way.mT if reciprocal else one_way
     if beta is not None:
-        uncertain = uncertain | (close(found.u) & found.near)
+        uncertain = uncertain | (close(found.u) & found.in_window)
     return found.kept, uncertain & real_q[:, None, :, None] & real_k[:, None, None, :]
 
 

@@ -1,6 +1,6 @@
 """Adaptive sparse attention (ASA): softmax over adaptive reciprocal nearest neighbours and a local window.
 
-Source: C. Sun, J. Zhang and C. Zhang, J. Electronic Imaging 33(3), 033038 (2024): the non-local block (NLSCB) with
+Source: Z. Sun, C. Zhang and M. Zhang, J. Electronic Imaging 33(3), 033038 (2024): the non-local block (NLSCB) with
 adaptive reciprocal nearest neighbours (A-RNN), the local block (LSCB), and thresholds from two small networks (Net 1:
 alpha, Net 2: beta). Here alpha and beta are arguments.
 

@@ -1,14 +1,79 @@
 """The public functions of adaptive sparse attention: checks, dispatch, nothing else."""
 
 import inspect
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..core import checks, dispatch
 from ..core.contracts import cast_under_autocast
+from ..core.dispatch import Impl
 from . import ops
-from .types import AsaStats, Inputs, NeighborGraph, Options
+from .types import AsaStats, Inputs, NeighborGraph, Options, ThresholdGrad
+
+
+@overload
+def asa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    window: int = 3,
+    topk: int | None = None,
+    reciprocal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    threshold_grad: ThresholdGrad = None,
+    threshold_band: float = 2.0,
+    impl: Impl = "auto",
+    return_stats: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def asa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    window: int = 3,
+    topk: int | None = None,
+    reciprocal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    threshold_grad: ThresholdGrad = None,
+    threshold_band: float = 2.0,
+    impl: Impl = "auto",
+    return_stats: Literal[True],
+) -> tuple[Tensor, AsaStats]: ...
+
+
+@overload
+def asa_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | None = None,
+    beta: Tensor | None = None,
+    *,
+    grid: tuple[int, int] | None = None,
+    window: int = 3,
+    topk: int | None = None,
+    reciprocal: bool = True,
+    key_padding_mask: Tensor | None = None,
+    scale: float | None = None,
+    threshold_grad: ThresholdGrad = None,
+    threshold_band: float = 2.0,
+    impl: Impl = "auto",
+    return_stats: bool,
+) -> Tensor | tuple[Tensor, AsaStats]: ...
 
 
 def asa_attention(
@@ -24,9 +89,9 @@ def asa_attention(
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
-    threshold_grad: str | None = None,
+    threshold_grad: ThresholdGrad = None,
     threshold_band: float = 2.0,
-    impl: str = "auto",
+    impl: Impl = "auto",
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, AsaStats]:
     """Attend from every position to its adaptive reciprocal nearest neighbours, exactly, without an N x N matrix.
@@ -83,8 +148,8 @@ def asa_attention(
     options = _check(inputs, grid, window, topk, reciprocal, scale)
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
     threshold_band = checks.as_positive_number("threshold_band", threshold_band)
-    impl = dispatch.resolve(_call(query, value), impl)
-    out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, impl)
+    chosen = dispatch.resolve(_call(query, value), impl)
+    out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, chosen)
     return (out, stats) if return_stats else out
 
 
@@ -101,7 +166,7 @@ def reciprocal_neighbors(
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
     scale: float | None = None,
-    impl: str = "auto",
+    impl: Impl = "auto",
 ) -> NeighborGraph:
     """Return who survives in :func:`asa_attention` (local survivors included) as a sparse graph.
 
@@ -128,7 +193,7 @@ def reciprocal_neighbors(
     return ops.neighbors(inputs, options, dispatch.resolve(_call(query), impl))
 
 
-def explain(query: Tensor, *args, impl: str = "auto", **options) -> str:
+def explain(query: Tensor, *args: Any, impl: Impl = "auto", **options: Any) -> str:
     """Say which implementation of :func:`asa_attention` would run this call, and why the others would not.
 
     Args: as in :func:`asa_attention`; only ``query`` and ``impl`` matter, the rest may be left out.
@@ -148,7 +213,14 @@ def _call(query: Tensor, value: Tensor | None = None) -> dispatch.Call:
     return dispatch.Call("asa_attention", "asa", query.device, query.dtype, dim)
 
 
-def _check(inputs: Inputs, grid, window, topk, reciprocal, scale) -> Options:
+def _check(
+    inputs: Inputs,
+    grid: tuple[int, int] | None,
+    window: int,
+    topk: int | None,
+    reciprocal: bool,
+    scale: float | None,
+) -> Options:
     """Check what :func:`asa_attention` and :func:`reciprocal_neighbors` have in common; return the options resolved."""
     query, key, value, alpha, beta, key_padding_mask = inputs
     checks.check_qkv(query, key, value)

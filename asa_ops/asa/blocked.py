@@ -9,19 +9,41 @@ Extra memory per image and head: N^2 / 8 bytes of neighbour bits, window**2 byte
 [rows, N] blocks of scores.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..core.layout import csr_of_rows, window_columns
 from .bits import bit_columns, pack_bits, unpack_bits
 from .types import Inputs, NeighborGraph, Options, Saved, bits_shape, log_sum_exp
 
 # Scores held at once, in elements: small enough to stay near the caches, large enough for the products to run at speed.
 _BLOCK_ELEMENTS = 2**20
 _MIN_ROWS = 64
+
+
+def window_columns(grid: tuple[int, int], window: int, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return the tokens of the square window around every token in ``rows``.
+
+    Args:
+        grid: (H, W) of the token grid.
+        window: odd side of the window.
+        rows: contiguous range of tokens, in raster order.
+        device: where the result lies.
+
+    Returns:
+        columns: int64 [rows, window**2], offsets in raster order (the centre in the middle, offset o opposite to offset
+            window**2 - 1 - o). Where the window leaves the grid the column is the row's own token.
+        inside: bool [rows, window**2], False where the window leaves the grid.
+    """
+    height, width = grid
+    reach = torch.arange(-(window // 2), window // 2 + 1, device=device)
+    token = torch.arange(rows.start, rows.stop, device=device)[:, None]
+    r = token // width + reach.repeat_interleave(window)
+    c = token % width + reach.repeat(window)
+    inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
+    return torch.where(inside, r * width + c, token), inside
 
 
 def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
@@ -38,7 +60,7 @@ class _Head:
     q: Tensor  # [N_q, D], as k and v at least float32, 0 at padding
     k: Tensor  # [N_k, D]
     v: Tensor  # [N_k, Dv], 0 also where it was not finite,
-    broken: Tensor  # bool [N_k], which is noted here
+    not_finite: Tensor  # bool [N_k], which is noted here
     alpha: Tensor | None  # [N_q]
     beta: Tensor | None
     real_q: Tensor | None  # bool [N_q]; None: all positions are real
@@ -92,7 +114,7 @@ class _Head:
         pairs = self.real_pairs(rows)
         return everybody if pairs is None else everybody & pairs
 
-    def near(self, rows: slice) -> tuple[Tensor, Tensor]:
+    def in_window(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The window around i in rows: its columns and which of them are real neighbours, both [rows, window**2]."""
         columns, inside = window_columns(self.options.grid, self.options.window, rows, self.q.device)
         if self.real_k is not None:
@@ -108,7 +130,7 @@ class _Head:
         opposite = torch.arange(self.options.window**2 - 1, -1, -1, device=self.q.device)
         return None if self.local is None else self._scatter_window(rows, lambda columns: self.local[columns, opposite])
 
-    def _scatter_window(self, rows: slice, flags_of) -> Tensor:
+    def _scatter_window(self, rows: slice, flags_of: Callable[[Tensor], Tensor]) -> Tensor:
         columns, inside = window_columns(self.options.grid, self.options.window, rows, self.q.device)
         flags = flags_of(columns)
         # Columns outside the grid repeat the row's own token, so they must write what its own place writes.
@@ -120,15 +142,15 @@ class _Head:
         """K_ij for i in rows [rows, N_k]."""
         return _either(self.non_local(rows), self.local_pairs(rows))
 
-    def invalid(self, rows: slice, lse: Tensor) -> Tensor:
+    def nan_rows(self, rows: slice, lse: Tensor) -> Tensor:
         """Rows whose scores have no softmax or whose threshold has no logarithm; never a padding row."""
-        invalid = ~lse.isfinite()
+        is_nan = ~lse.isfinite()
         if self.real_k is not None:
-            invalid = invalid & self.real_k.any()
+            is_nan = is_nan & self.real_k.any()
         for x in (self.alpha, self.beta):
             if x is not None:
-                invalid = invalid | ~(x[rows] >= 0)
-        return invalid if self.real_q is None else invalid & self.real_q[rows]
+                is_nan = is_nan | ~(x[rows] >= 0)
+        return is_nan if self.real_q is None else is_nan & self.real_q[rows]
 
 
 def _either(mask: Tensor, other: Tensor | None) -> Tensor:
@@ -144,7 +166,7 @@ def _heads(inputs: Inputs, options: Options, saved: Saved) -> Iterator[tuple[tup
         real_k = None if key_padding_mask is None else key_padding_mask[b]
         real_q = real_k if query.shape[2] == key.shape[2] else None
 
-        def clean(x, real):
+        def clean(x: Tensor, real: Tensor | None) -> Tensor:
             x = x.to(dtype)
             return x if real is None else x.masked_fill(~real[:, None], 0)
 
@@ -186,20 +208,22 @@ def fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> N
 def _find(head: _Head, rows: slice, s: Tensor, saved: Saved) -> None:
     """Pass 1: from the scores of ``rows`` to thresholds, neighbour bits and window bits."""
     if head.bits is not None:
-        near = None
-        if head.alpha is not None:
-            near = head.above_alpha(rows, s, saved.lse[rows]) > 0
+        if head.alpha is None:
+            neighbours = torch.ones_like(s, dtype=torch.bool)
+        else:
+            neighbours = head.above_alpha(rows, s, saved.lse[rows]) > 0
         if head.options.topk:
             saved.kappa[rows] = s.topk(head.options.topk).values[:, -1]
-            near = (s >= saved.kappa[rows, None]) & (True if near is None else near)
-        pairs = head.real_pairs(rows)
-        head.bits[rows] = pack_bits(near if pairs is None else near & pairs)
+            neighbours &= s >= saved.kappa[rows, None]
+        if (pairs := head.real_pairs(rows)) is not None:
+            neighbours &= pairs
+        head.bits[rows] = pack_bits(neighbours)
     if head.beta is not None:
-        columns, inside = head.near(rows)
-        s_near = s.gather(-1, columns).masked_fill_(~inside, -torch.inf)
-        log_mean = s_near.logsumexp(-1) - inside.sum(-1).to(s.dtype).log()
+        columns, inside = head.in_window(rows)
+        s_window = s.gather(-1, columns).masked_fill_(~inside, -torch.inf)
+        log_mean = s_window.logsumexp(-1) - inside.sum(-1).to(s.dtype).log()
         saved.log_mean[rows] = log_mean.masked_fill_(~inside.any(-1), -torch.inf)  # padding has no window
-        head.local[rows] = inside & (head.above_beta(rows, s_near, log_mean) > 0)
+        head.local[rows] = inside & (head.above_beta(rows, s_window, log_mean) > 0)
 
 
 def _aggregate(head: _Head, rows: slice, s: Tensor, saved: Saved) -> None:
@@ -213,9 +237,9 @@ def _aggregate(head: _Head, rows: slice, s: Tensor, saved: Saved) -> None:
     lse_kept = (logits.amax(-1) - p.amax(-1).log()).masked_fill_(empty, -torch.inf)
     saved.lse_kept[rows] = torch.where(saved.lse[rows].isfinite(), lse_kept, saved.lse[rows])
     out = (p @ head.v).masked_fill_(empty[:, None], 0)
-    # Broken values were left out of v: 0 * NaN is NaN, and only a survivor may spoil its row.
-    spoilt = (kept & head.broken).any(-1) | head.invalid(rows, saved.lse[rows])
-    saved.out[rows] = out.masked_fill_(spoilt[:, None], torch.nan)
+    # v has 0 for values that are not finite: 0 * NaN is NaN, and only a survivor may make its row NaN.
+    nan_rows = (kept & head.not_finite).any(-1) | head.nan_rows(rows, saved.lse[rows])
+    saved.out[rows] = out.masked_fill_(nan_rows[:, None], torch.nan)
 
 
 def _logits(s: Tensor, kept: Tensor) -> Tensor:
@@ -237,7 +261,7 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
             for rows in head.blocks:
                 yield head.kept(rows)
 
-    return NeighborGraph(*csr_of_rows(rows_of_heads(), inputs.query.device))
+    return NeighborGraph.of_rows(rows_of_heads(), inputs.query.device)
 
 
 def bwd(
@@ -264,9 +288,9 @@ def bwd(
             s = head.scores(rows)
             empty = (mine.survivors[rows] == 0)[:, None]
             p = _logits(s, head.kept(rows)).softmax(-1)
-            live = do_[rows].masked_fill(empty, 0)
-            dv_.addmm_(p.mT, live)
-            dp = live @ head.v.mT
+            do_rows = do_[rows].masked_fill(empty, 0)
+            dv_.addmm_(p.mT, do_rows)
+            dp = do_rows @ head.v.mT
             delta[rows] = torch.linalg.vecdot(p, dp)
             ds = torch.ops.aten._softmax_backward_data(dp, p, -1, p.dtype).mul_(options.scale)
             dq[at][rows] = (ds @ head.k).to(dq.dtype)
@@ -287,7 +311,17 @@ def bwd(
     return dq, dk, dv, dalpha, dbeta
 
 
-def _threshold_gradients(head, at, rows, saved, band, do, delta, dalpha, dbeta) -> None:
+def _threshold_gradients(
+    head: _Head,
+    at: tuple[int, int],
+    rows: slice,
+    saved: Saved,
+    band: float,
+    do: Tensor,
+    delta: Tensor,
+    dalpha: Tensor | None,
+    dbeta: Tensor | None,
+) -> None:
     """Write the straight-through gradients of ``rows`` (``asa_ops.asa``, "Gradients") into dalpha and dbeta."""
     s = head.scores(rows)
     non_local, local = head.non_local(rows), head.local_pairs(rows)
@@ -307,7 +341,7 @@ def _threshold_gradients(head, at, rows, saved, band, do, delta, dalpha, dbeta) 
         step = _step_derivative(head.above_alpha(rows, s, saved.lse[rows]), band)
         dalpha[at][rows] = _by_multiplier(step.mul_(offer), head.alpha[rows])
     if head.beta is not None:
-        columns, inside = head.near(rows)
+        columns, inside = head.in_window(rows)
         offer = g.gather(-1, columns).masked_fill_(non_local.gather(-1, columns) | ~inside, 0)
         step = _step_derivative(head.above_beta(rows, s.gather(-1, columns), saved.log_mean[rows]), band)
         dbeta[at][rows] = _by_multiplier(step.mul_(offer), head.beta[rows])

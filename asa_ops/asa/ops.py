@@ -5,14 +5,19 @@ every implementation. An argument names it; ``asa_ops.core.dispatch`` resolves i
 first two in an autograd.Function.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core import dispatch
-from ..core.contracts import outside_autocast, run_folded, run_outside_autocast
+from ..core.contracts import backward_of, outside_autocast, run_folded, run_outside_autocast
 from . import reference
 from .types import PADDED_TO, AsaStats, Inputs, NeighborGraph, Options, Saved
+
+Shape = Sequence[int]
 
 
 @torch.library.custom_op("asa_ops::asa_fwd", mutates_args=())
@@ -44,13 +49,15 @@ def asa_fwd(
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     saved = Saved.new(inputs, options, impl, keep_bits)
     dispatch.load("asa", impl).fwd(inputs, options, saved, band if learn_thresholds and keep_bits else None)
-    return tuple(saved)
+    return saved
 
 
 @asa_fwd.register_fake
-def _(query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scale, learn, band, keep_bits, impl):
+def _(  # type: ignore[no-untyped-def]
+    query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scale, learn, band, keep_bits, impl
+):
     options = Options((h, w), window, topk, reciprocal, scale)
-    return tuple(Saved.new(Inputs(query, key, value, alpha, beta, mask), options, impl, keep_bits))
+    return Saved.new(Inputs(query, key, value, alpha, beta, mask), options, impl, keep_bits)
 
 
 @torch.library.custom_op("asa_ops::asa_bwd", mutates_args=())
@@ -94,7 +101,8 @@ def asa_bwd(
     saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, base2)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     grads = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
-    return tuple(_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))
+    dq, dk, dv, dalpha, dbeta = (_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))
+    return dq, dk, dv, dalpha, dbeta
 
 
 def _like(gradient: Tensor | None, x: Tensor | None, query: Tensor) -> Tensor:
@@ -107,7 +115,9 @@ def _like(gradient: Tensor | None, x: Tensor | None, query: Tensor) -> Tensor:
 
 
 @asa_bwd.register_fake
-def _(grad_out, query, key, value, alpha, beta, *rest):
+def _(  # type: ignore[no-untyped-def]
+    grad_out, query, key, value, alpha, beta, *others
+):
     tokens = [x.new_empty(x.shape) for x in (query, key, value)]
     return *tokens, *(_like(None, x, query) for x in (alpha, beta))
 
@@ -130,24 +140,30 @@ def asa_neighbors(
     """Return the graph of :func:`asa_ops.reciprocal_neighbors` by ``impl``; arguments as of :func:`asa_fwd`."""
     inputs = Inputs(query, key, key[..., :0], alpha, beta, key_padding_mask)  # nobody's values are asked for
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    return tuple(dispatch.load("asa", impl).neighbor_graph(inputs, options))
+    return dispatch.load("asa", impl).neighbor_graph(inputs, options)
 
 
 @asa_neighbors.register_fake
-def _(query, *rest):
+def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     row_offsets = query.new_empty(query.shape[:3].numel() + 1, dtype=torch.int64)
     return row_offsets, query.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+
+
+_Backward = backward_of(
+    asa_bwd,
+    "asa_attention has no double backward in this implementation: use impl='reference', threshold_grad=None",
+)
 
 
 class _AsaAttention(torch.autograd.Function):
     """Autograd around the op. A Function with ``setup_context`` and ``vmap`` works under torch.func transforms."""
 
     @staticmethod
-    def forward(*args):
+    def forward(*args: Any) -> Any:
         return asa_fwd(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         (*tensors, height, width, window, topk, reciprocal, scale, learn, band, _, impl) = inputs
         ctx.options = (height, width, window, topk, reciprocal, scale, learn, band, impl)
         ctx.has_thresholds = [x is not None for x in (inputs[3], inputs[4])]
@@ -156,38 +172,16 @@ class _AsaAttention(torch.autograd.Function):
         ctx.set_materialize_grads(False)  # the bits would get a gradient of zeros as large as they are
 
     @staticmethod
-    def backward(ctx, grad_out, *_):
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
         if grad_out is None:
             return (None,) * 16
-        dq, dk, dv, *dx = _AsaBackward.apply(grad_out, *ctx.saved_tensors, *ctx.options)
+        dq, dk, dv, *dx = _Backward.apply(grad_out, *ctx.saved_tensors, *ctx.options)
         dx = (d if given else None for d, given in zip(dx, ctx.has_thresholds, strict=True))
         return dq, dk, dv, *dx, *[None] * 11
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return run_folded(_AsaAttention.apply, info.batch_size, in_dims, args)
-
-
-class _AsaBackward(torch.autograd.Function):
-    """The backward op, with a clear error instead of a double backward."""
-
-    @staticmethod
-    def forward(*args):
-        return asa_bwd(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            "asa_attention has no double backward in this implementation: use impl='reference', threshold_grad=None"
-        )
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return run_folded(_AsaBackward.apply, info.batch_size, in_dims, args)
 
 
 # The raw op has the same gradient, for whoever calls it from a graph without the Function.
@@ -195,23 +189,23 @@ asa_fwd.register_autograd(_AsaAttention.backward, setup_context=_AsaAttention.se
 
 
 @register_flop_formula(torch.ops.asa_ops.asa_fwd)
-def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+def _forward_flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
     """Dense cost: shapes cannot say how many pairs survive (:func:`flops` can)."""
     return flops(q_shape, k_shape, v_shape)
 
 
 @register_flop_formula(torch.ops.asa_ops.asa_neighbors)
-def _neighbors_flops(q_shape, k_shape, *args, out_shape=None, **kwargs) -> int:
+def _neighbors_flops(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) -> int:
     return flops(q_shape, k_shape, q_shape, pairs=0)
 
 
 @register_flop_formula(torch.ops.asa_ops.asa_bwd)
-def _backward_flops(do_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(do_shape: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
     batch, heads, n_q, dim = q_shape
     return 2 * batch * heads * n_q * k_shape[2] * (3 * dim + 2 * v_shape[3])
 
 
-def flops(q_shape, k_shape, v_shape, pairs: int | None = None) -> int:
+def flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, pairs: int | None = None) -> int:
     """Return the floating point operations of a forward pass, multiply and add counted as two.
 
     Every score is needed once, 2 * B * heads * N_q * N_k * D; aggregation costs 2 * Dv for each of ``pairs`` (default:
@@ -238,7 +232,7 @@ def attend(
     """Run ``impl`` with autograd on checked arguments; return out and its statistics."""
     if impl == "reference":  # plain torch, differentiable twice: no op around it
         grid, window, topk, reciprocal, scale = options
-        return reference.asa_attention(
+        return reference.asa_attention(  # type: ignore[return-value]  # with its statistics
             *inputs[:5],
             grid=grid,
             window=window,
@@ -252,7 +246,7 @@ def attend(
         )
     (height, width), *rest = options
     compiling = torch.compiler.is_compiling()
-    tracing = not compiling and torch.jit.is_tracing()
+    tracing = not compiling and torch.jit.is_tracing()  # type: ignore[attr-defined]  # not in torch's list of public names
     # Inside a vmap of a grad, requires_grad does not show, and a trace may run with gradients or without: keep what a
     # backward would read.
     unknown = tracing or (not compiling and torch._C._are_functorch_transforms_active())

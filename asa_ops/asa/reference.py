@@ -5,13 +5,12 @@ The formulas stand in ``asa_ops/asa/__init__.py``; the names here are theirs. Sc
 computed in float32 and the result is rounded once.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..core.contracts import ignoring_autocast
-from ..core.layout import csr_of_rows
+from ..core.contracts import backward_of, ignoring_autocast
 from .types import AsaStats, Inputs, NeighborGraph, Options, log_sum_exp
 
 
@@ -21,13 +20,13 @@ class Survivors(NamedTuple):
     adaptive: Tensor  # A   [B, heads, N_q, N_k]: j is an adaptive neighbour of i
     non_local: Tensor  # M   the same, reciprocal
     local: Tensor  # L   the same, of the local block
-    near: Tensor  # j in W(i)   the same
+    in_window: Tensor  # j in W(i)   the same
     kept: Tensor  # K = M or L
     lse: Tensor  # [B, heads, N_q], as the rest
     t: Tensor  # adaptive threshold, a score
     kappa: Tensor  # k-th largest score
     u: Tensor  # local threshold, a score
-    invalid: Tensor  # rows whose scores or thresholds are no numbers: their output is NaN
+    nan_rows: Tensor  # rows whose scores or thresholds are no numbers: their output is NaN
 
 
 @ignoring_autocast
@@ -59,30 +58,32 @@ def asa_attention(
     real_q, real_k = real_positions(query, key, key_padding_mask)
     s = scores(query, key, scale, real_q, real_k)
     v = without_padding(value, real_k).to(s.dtype)
-    thresholds = [x if x is None else x.to(s.dtype) for x in (alpha, beta)]
+    alpha, beta = (x if x is None else x.to(s.dtype) for x in (alpha, beta))
     if published:
         plain = topk is None and reciprocal and key_padding_mask is None
         if alpha is None or beta is None or grid is None or not plain:
             raise ValueError("published=True needs alpha, beta, grid, and no topk, reciprocal=False, key_padding_mask")
-        out, stats = _published(s, v, *thresholds, grid, window)
+        out, stats = _published(s, v, alpha, beta, grid, window)
     else:
-        found = find_survivors(s, *thresholds, grid, window, topk, reciprocal, real_q, real_k)
-        out, lse_kept = attend(s, v, found.kept, found.invalid)
-        stats = (
-            found.lse.masked_fill(~real_q[:, None], -torch.inf),
-            torch.where(found.lse.isfinite(), lse_kept.detach(), found.lse),
-            found.kept.sum(-1, dtype=torch.int32),
+        survivors = find_survivors(s, alpha, beta, grid, window, topk, reciprocal, real_q, real_k)
+        lse, kept = survivors.lse, survivors.kept
+        out, lse_kept = attend(s, v, kept, survivors.nan_rows)
+        stats = AsaStats(
+            lse.masked_fill(~real_q[:, None], -torch.inf),
+            torch.where(lse.isfinite(), lse_kept.detach(), lse),
+            kept.sum(-1, dtype=torch.int32),
         )
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (alpha, beta))
         if threshold_grad == "straight_through" and (learns or not torch.compiler.is_compiling()):
             pair = real_q[:, None, :, None] & real_k[:, None, None, :]
-            out = _StraightThrough.apply(out, *thresholds, s, v, lse_kept, pair, *found, reciprocal, threshold_band)
+            fixed = s, v, lse_kept, pair, *survivors, reciprocal, threshold_band
+            out = _StraightThrough.apply(out, alpha, beta, *fixed)
     # Thresholds are constants, but a parameter behind them must get a zero gradient, not None (DDP waits for it).
-    for x in thresholds:
+    for x in (alpha, beta):
         if x is not None:
             out = out + x.masked_fill(torch.ones_like(x, dtype=torch.bool), 0)[..., None]
     out = out.to(query.dtype)
-    return (out, AsaStats(*stats)) if return_stats else out
+    return (out, stats) if return_stats else out
 
 
 def real_positions(query: Tensor, key: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -138,19 +139,20 @@ def find_survivors(
         adaptive = torch.zeros_like(adaptive)
     non_local = adaptive & adaptive.mT if reciprocal else adaptive
 
-    near = local = torch.zeros_like(adaptive)
+    inside = local = torch.zeros_like(adaptive)
     if beta is not None:
-        near = pair & in_window(grid, window, s.device)
-        log_mean = s.masked_fill(~near, -torch.inf).logsumexp(-1) - near.sum(-1).to(s.dtype).log()
-        u = (beta.log() + log_mean).masked_fill(~near.any(-1), -torch.inf)  # padding has no window
-        local = near & (s - log_mean[..., None] > beta.log()[..., None])
+        assert grid is not None
+        inside = pair & in_window(grid, window, s.device)
+        log_mean = s.masked_fill(~inside, -torch.inf).logsumexp(-1) - inside.sum(-1).to(s.dtype).log()
+        u = (beta.log() + log_mean).masked_fill(~inside.any(-1), -torch.inf)  # padding has no window
+        local = inside & (s - log_mean[..., None] > beta.log()[..., None])
 
     # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
-    invalid = (real_q & real_k.any(-1, keepdim=True))[:, None] & ~lse.isfinite()
+    nan_rows = (real_q & real_k.any(-1, keepdim=True))[:, None] & ~lse.isfinite()
     for x in (alpha, beta):
         if x is not None:
-            invalid = invalid | (real_q[:, None] & ~(x >= 0))
-    return Survivors(adaptive, non_local, local, near, non_local | local, lse, t, kappa, u, invalid)
+            nan_rows = nan_rows | (real_q[:, None] & ~(x >= 0))
+    return Survivors(adaptive, non_local, local, inside, non_local | local, lse, t, kappa, u, nan_rows)
 
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
@@ -158,10 +160,10 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     query, key, _, alpha, beta, key_padding_mask = inputs
     real_q, real_k = real_positions(query, key, key_padding_mask)
     s = scores(query, key, options.scale, real_q, real_k)
-    thresholds = [x if x is None else x.to(s.dtype) for x in (alpha, beta)]
-    shape = options.grid, options.window, options.topk or None, options.reciprocal
-    kept = find_survivors(s, *thresholds, *shape, real_q, real_k).kept
-    return NeighborGraph(*csr_of_rows(kept.flatten(0, 1), query.device))
+    alpha, beta = (x if x is None else x.to(s.dtype) for x in (alpha, beta))
+    grid, window, topk, reciprocal, _ = options
+    kept = find_survivors(s, alpha, beta, grid, window, topk or None, reciprocal, real_q, real_k).kept
+    return NeighborGraph.of_rows(kept.flatten(0, 1), query.device)
 
 
 def in_window(grid: tuple[int, int], window: int, device: torch.device) -> Tensor:
@@ -169,97 +171,101 @@ def in_window(grid: tuple[int, int], window: int, device: torch.device) -> Tenso
     height, width = grid
     token = torch.arange(height * width, device=device)
     r, c = token // max(width, 1), token % max(width, 1)
-    near = [(x[:, None] - x[None, :]).abs() <= window // 2 for x in (r, c)]
-    return near[0] & near[1]
+    in_rows, in_columns = ((x[:, None] - x[None, :]).abs() <= window // 2 for x in (r, c))
+    return in_rows & in_columns
 
 
-def attend(s: Tensor, v: Tensor, kept: Tensor, invalid: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def attend(s: Tensor, v: Tensor, kept: Tensor, nan_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Return the softmax of ``s`` over the pairs ``kept``, times ``v``, and its log-sum-exp.
 
-    A row without survivors gives 0 and -inf, with zero gradients. ``invalid`` rows, and rows that keep a value with a
-    NaN or inf in it, give NaN.
+    A row without survivors gives 0 and -inf, with zero gradients. ``nan_rows``, and rows that keep a value that is not
+    finite, give NaN.
     """
     empty = ~kept.any(-1, keepdim=True)
     # Mask before exp, not after: where(kept, exp(s), 0) has NaN gradients. An empty row is given any finite scores.
     logits = s.masked_fill(~kept, -torch.inf).masked_fill(empty, 0)
     p = logits.softmax(-1).masked_fill(~kept, 0)
     lse_kept = logits.logsumexp(-1).masked_fill(empty[..., 0], -torch.inf)
-    # 0 * NaN is NaN, so a non-finite value may not meet the weight 0 of a non-survivor.
-    broken = ~v.isfinite()
-    spoilt = (kept.to(v.dtype) @ broken.any(-1, keepdim=True).to(v.dtype)) > 0
-    if invalid is not None:
-        spoilt = spoilt | invalid[..., None]
-    p = p * torch.where(spoilt, torch.nan, 1.0).to(p.dtype)
-    out = (p @ v.masked_fill(broken, 0)).masked_fill(empty & ~spoilt, 0)  # whatever the gradient there is, it ends here
+    # 0 * NaN is NaN, so a value that is not finite may not meet the weight 0 of a non-survivor.
+    not_finite = ~v.isfinite()
+    is_nan = (kept.to(v.dtype) @ not_finite.any(-1, keepdim=True).to(v.dtype)) > 0
+    if nan_rows is not None:
+        is_nan = is_nan | nan_rows[..., None]
+    p = p * torch.where(is_nan, torch.nan, 1.0).to(p.dtype)
+    out = (p @ v.masked_fill(not_finite, 0)).masked_fill(empty & ~is_nan, 0)  # an empty row passes no gradient on
     return out, lse_kept
 
 
-def _threshold_gradients(do, out, alpha, beta, s, v, lse_kept, pair, *found_and_options):
+def _threshold_gradients(
+    do: Tensor,
+    out: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    s: Tensor,
+    v: Tensor,
+    lse_kept: Tensor,
+    pair: Tensor,
+    *survivors_and_options: Any,
+) -> tuple[Tensor | None, Tensor | None]:
     """Return the straight-through gradients of alpha and beta (``asa_ops.asa``, "Gradients")."""
-    *found, reciprocal, band = found_and_options
-    found = Survivors(*found)
+    *tensors, reciprocal, band = survivors_and_options
+    survivors = Survivors(*tensors)
     gap = s - lse_kept[..., None]
-    c = torch.where(found.kept, gap.exp(), gap.sigmoid()).masked_fill(~found.kept.any(-1, keepdim=True), 1)
-    # <do_i, v_j - out_i>, finite values only: a pair with a broken value has no gradient to offer
+    c = torch.where(survivors.kept, gap.exp(), gap.sigmoid()).masked_fill(~survivors.kept.any(-1, keepdim=True), 1)
+    # <do_i, v_j - out_i>, finite values only: a value that is not finite has no gradient
     g = c * (do @ v.nan_to_num(0, 0, 0).mT - (do * out).sum(-1, keepdim=True))
     g = g.masked_fill(~pair, 0)
     real = pair.any(-1)
 
-    def step_derivative(threshold):
+    def step_derivative(threshold: Tensor) -> Tensor:
         z = s - threshold[..., None]
         return ((1 - z.abs() / band).clamp(min=0) / band).masked_fill(~pair | ~z.isfinite(), 0)
 
-    def by_multiplier(gradient, x):
+    def by_multiplier(gradient: Tensor, x: Tensor) -> Tensor:
         return (gradient / x).masked_fill((x == 0) | ~real, 0).sum_to_size(x.shape)
 
     dalpha = dbeta = None
     if alpha is not None:
-        offer = g.masked_fill(found.local, 0)
+        offer = g.masked_fill(survivors.local, 0)
         if reciprocal:
-            offer = (offer + offer.mT).masked_fill(~found.adaptive.mT, 0)
-        offer = offer.masked_fill(s < found.kappa[..., None], 0)
-        dalpha = by_multiplier(-(step_derivative(found.t) * offer).sum(-1), alpha)
+            offer = (offer + offer.mT).masked_fill(~survivors.adaptive.mT, 0)
+        offer = offer.masked_fill(s < survivors.kappa[..., None], 0)
+        dalpha = by_multiplier(-(step_derivative(survivors.t) * offer).sum(-1), alpha)
     if beta is not None:
-        offer = g.masked_fill(found.non_local | ~found.near, 0)
-        dbeta = by_multiplier(-(step_derivative(found.u) * offer).sum(-1), beta)
+        offer = g.masked_fill(survivors.non_local | ~survivors.in_window, 0)
+        dbeta = by_multiplier(-(step_derivative(survivors.u) * offer).sum(-1), beta)
     return dalpha, dbeta
+
+
+_ThresholdGradients = backward_of(
+    _threshold_gradients,
+    "asa_attention: straight-through gradients have no double backward, use threshold_grad=None",
+)
 
 
 class _StraightThrough(torch.autograd.Function):
     """The identity on ``out``, with the straight-through gradients of alpha and beta."""
 
     @staticmethod
-    def forward(out, *rest):
+    def forward(out: Tensor, *others: Any) -> Tensor:
         return out.view_as(out)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *tensors, ctx.reciprocal, ctx.band = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    def backward(ctx, do):
+    def backward(ctx: Any, do: Tensor) -> Any:
         # torch.compile cannot trace a Function in a Function's backward, and has no double backward to refuse.
-        run = _threshold_gradients if torch.compiler.is_compiling() else _RefuseDoubleBackward.apply
+        run = _threshold_gradients if torch.compiler.is_compiling() else _ThresholdGradients.apply
         dalpha, dbeta = run(do, *ctx.saved_tensors, ctx.reciprocal, ctx.band)
         return do, dalpha, dbeta, *[None] * 16
 
 
-class _RefuseDoubleBackward(torch.autograd.Function):
-    """The threshold gradients, which have no gradient of their own."""
-
-    forward = staticmethod(_threshold_gradients)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("asa_attention: straight-through gradients have no double backward, use threshold_grad=None")
-
-
-def _published(s, v, alpha, beta, grid, window):
+def _published(
+    s: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, grid: tuple[int, int], window: int
+) -> tuple[Tensor, AsaStats]:
     """The authors' code: weights in the domain of probabilities, and its + 1e-12."""
     weight = published_mask(s, alpha, beta, grid, window)
     kept = weight * s.softmax(-1)
@@ -267,7 +273,7 @@ def _published(s, v, alpha, beta, grid, window):
     out = (kept / (total[..., None] + 1e-12)) @ v
     out = out.masked_fill(~((alpha >= 0) & (beta >= 0))[..., None], torch.nan)
     lse = s.logsumexp(-1).detach()
-    return out, (lse, lse + total.detach().log(), (weight > 0).sum(-1, dtype=torch.int32))
+    return out, AsaStats(lse, lse + total.detach().log(), (weight > 0).sum(-1, dtype=torch.int32))
 
 
 @torch.no_grad()
@@ -278,11 +284,11 @@ def published_mask(s: Tensor, alpha: Tensor, beta: Tensor, grid: tuple[int, int]
     clipped by the ReLU, or every probability of the window underflowed), a row keeps every position with weight 1/2.
     """
 
-    def step(x):
+    def step(x: Tensor) -> Tensor:
         return (1 + x.sign()) / 2
 
     p = s.softmax(-1)
-    near = in_window(grid, window, s.device).to(s.dtype)
+    inside = in_window(grid, window, s.device).to(s.dtype)
     above = step(p - alpha[..., None] * p.mean(-1, keepdim=True))
-    local_mean = (near * p).sum(-1) / near.sum(-1)
-    return torch.maximum(above * above.mT, step(near * p - (beta * local_mean)[..., None]))
+    local_mean = (inside * p).sum(-1) / inside.sum(-1)
+    return torch.maximum(above * above.mT, step(inside * p - (beta * local_mean)[..., None]))

@@ -11,12 +11,15 @@ An implementation is a module with three functions, found by ``asa_ops.core.disp
         Return the survivors K.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .bits import bit_columns
+
+ThresholdGrad = Literal["straight_through", None]
 
 
 class AsaStats(NamedTuple):
@@ -51,6 +54,16 @@ class NeighborGraph(NamedTuple):
 
     row_offsets: Tensor
     col_indices: Tensor
+
+    @classmethod
+    def of_rows(cls, rows: Iterable[Tensor], device: torch.device) -> "NeighborGraph":
+        """Return the graph of a boolean matrix, given block of rows by block of rows."""
+        counts = [torch.zeros(1, dtype=torch.int64, device=device)]
+        columns = [torch.zeros(0, dtype=torch.int32, device=device)]
+        for block in rows:
+            counts.append(block.sum(-1))
+            columns.append(block.nonzero()[:, 1].to(torch.int32))
+        return cls(torch.cat(counts).cumsum(0), torch.cat(columns))
 
 
 class Inputs(NamedTuple):
@@ -136,7 +149,7 @@ class Saved(NamedTuple):
 
 def prepare_outputs(inputs: Inputs, saved: Saved) -> bool:
     """Write what the GPU kernels leave alone, padding; return whether there is anything left for them."""
-    empty = 0, -torch.inf, -torch.inf, 0
+    empty = (0, -torch.inf, -torch.inf, 0)
     rows, keys = inputs.query.shape[2], inputs.key.shape[2]
     if not keys:  # nobody to attend to
         for x, value in zip(saved[:4], empty, strict=True):
@@ -153,10 +166,10 @@ def new_gradients(
     """Return room for dq, dk, dv, for dalpha and dbeta where they are asked for, and whether kernels have to run."""
     wanted = saved.lse.numel() > 0 and inputs.key.shape[2] > 0
     new = torch.empty if wanted and inputs.key_padding_mask is None else torch.zeros
-    tokens = tuple(new(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
+    dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
     learns = [x is not None and band is not None for x in (inputs.alpha, inputs.beta)]
-    learning = (new(saved.lse.shape, dtype=torch.float32, device=saved.lse.device) if x else None for x in learns)
-    return tokens, tuple(learning), wanted
+    dalpha, dbeta = (new(saved.lse.shape, dtype=torch.float32, device=saved.lse.device) if x else None for x in learns)
+    return (dq, dk, dv), (dalpha, dbeta), wanted
 
 
 def new_graph(saved: Saved) -> NeighborGraph:

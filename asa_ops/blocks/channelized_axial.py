@@ -10,8 +10,8 @@ p and r are the maps ``column`` and ``row``, each query and key at once, without
     out_hwc = Z_hwc gate_row(t_w)_c                                    one gate per column of pixels and channel
     gate(s) = sigmoid(D_L lrelu(... lrelu(D_1 s)))                     no biases; slope of the leaky ReLU 0.2
 
-How it is computed: exactly like that. The published code forms every product A_w;hk v_kwc first, [B, C, H, W, H], gates
-the products and then sums them; but the gate does not depend on k and a mean of sums is a sum of means, so the sums can
+How it is computed: as the formulas say. The published code first forms every product A_w;hk v_kwc, [B, C, H, W, H],
+gates the products and then sums them. The gate does not depend on k, and a mean of sums is a sum of means: the sums can
 come first.
 
 Cost, D channels of p and r, C of v: 2 N (H + W) (D + C) operations, N (H + W + 2 D + 3 C) memory instead of
@@ -99,7 +99,7 @@ def channelized_axial_attention(
 
 
 def _check_gate(name: str, gate: Sequence[Tensor] | None, value: Tensor) -> tuple[Tensor, ...] | None:
-    """Check that the layers of a gate follow on one another, from C channels to C; return them cast under autocast."""
+    """Check that a gate's layers map C channels to C, one after another; return them cast under autocast."""
     if gate is None:
         return None
     if not isinstance(gate, tuple | list) or not gate:

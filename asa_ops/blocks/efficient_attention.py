@@ -15,9 +15,9 @@ dv the channels of keys and values in all heads.
 
 What it attends to: every position, through D maps that are the same for every query; a query chooses their mixture.
 
-Differences from the published code: key and value channels must be divisible by the number of heads. There a remainder
-of key channels is silently unused (``published=True`` of :class:`asa_ops.nn.EfficientAttention` does so too), one of
-value channels crashes. It has a Python loop over heads. The bias of the keys has no effect, here as there.
+Differences from the published code: key and value channels must be divisible by the number of heads. The published
+code silently ignores a remainder of key channels (so does ``published=True`` of :class:`asa_ops.nn.EfficientAttention`)
+and crashes on one of value channels. It loops over heads in Python. In both, the bias of the keys has no effect.
 """
 
 from torch import Tensor

@@ -78,7 +78,7 @@ def interlaced_sparse_attention(
     """
     query, key, value = cast_under_autocast(query=query, key=key, value=value)
     checks.check_qkv(query, key, value)
-    n = query.shape[2]
+    heads, n = query.shape[1:3]
     if key.shape[2] != n:
         raise ValueError(f"there must be as many keys as queries, got N_q = {n} and N_k = {key.shape[2]}")
     grid = checks.as_grid(grid, n)
@@ -87,11 +87,11 @@ def interlaced_sparse_attention(
     scale = checks.as_scale(scale, query)
     mask = None
     if grid[0] % factors[0] or grid[1] % factors[1]:
-        real = torch.ones_like(query[:1, :1, :, :1]).expand(-1, query.shape[1], -1, -1)
+        real = torch.ones_like(query[:1, :1, :, :1]).expand(-1, heads, -1, -1)
         mask = _groups(real, grid, factors, span).mT > 0  # [1, heads * groups, 1, n]
-    groups = (_groups(x, grid, factors, span) for x in (query, key, value))
-    out = softmax_attention(*groups, scale=scale, mask=mask)
-    return _tokens(out, query.shape[1], grid, factors, span)
+    query, key, value = (_groups(x, grid, factors, span) for x in (query, key, value))
+    out = softmax_attention(query, key, value, scale, mask)
+    return _tokens(out, heads, grid, factors, span)
 
 
 def _blocks(grid: tuple[int, int], factors: tuple[int, int]) -> tuple[int, int]:

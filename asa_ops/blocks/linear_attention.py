@@ -19,13 +19,13 @@ Cost per head. Position: 4 N (D + 1) Dv operations, N (D + Dv) + D Dv memory; th
 2 N C (C + 2 D) for its projections. Channel: 4 N C^2 operations, N C + C^2 memory, no projections.
 
 What it attends to: every position, more or less evenly: weights lie between 0 and 2 before they are normalised. Where
-all keys are opposite to a query they are all 0, and what is left is rounding. Channel attention is no weighted mean (as
-published: its normaliser counts positions where channels are summed).
+all keys are opposite to a query, all weights are 0 and the output is rounding noise. Channel attention is no weighted
+mean (as published: its normaliser counts positions where channels are summed).
 
-Differences from the published code. A position with all channels 0, usual after a ReLU, gives NaN in the whole image
-there, here zero and zero gradients. It reshapes its output as [B, C, W, H]: maps that are not square fail or come out
-transposed; here H and W keep their places. Below 8 channels it fails; here a block has at least 1 key channel, but with
-one, unit vectors are +-1 and query and key learn nothing (so up to 15 channels).
+Differences from the published code. There, a position with all channels 0, usual after a ReLU, gives NaN in the whole
+image; here it gives zero and zero gradients. It reshapes its output as [B, C, W, H]: maps that are not square fail or
+come out transposed; here H and W keep their places. Below 8 channels it fails; here a block has at least 1 key channel,
+but with one, unit vectors are +-1 and query and key learn nothing (so up to 15 channels).
 """
 
 import torch

@@ -32,9 +32,9 @@ Cost per head, N queries and N_k keys, forward:
 The projections of the block add 8 N C C'.
 
 Differences from the published code. It stores N x N_k weights in every mode, and for concatenation 2 C' x N x N_k
-inputs: here neither. Its concatenation mode cannot be trained with current torch (it divides the output of a ReLU in
-place). Its sub-sampling drops the last row and column of a map of odd size, and fails where H or W is 1: here a last
-window is smaller instead, unless ``published=True``.
+inputs: this code stores neither. Its concatenation mode cannot be trained with current torch (it divides the output of
+a ReLU in place). Its sub-sampling drops the last row and column of a map of odd size, and fails where H or W is 1: here
+a last window is smaller instead, unless ``published=True``.
 """
 
 import torch
@@ -107,6 +107,7 @@ def non_local_attention(
             # Tokens of a map are columns in memory: formed as its transpose, the output is a map without a copy.
             out = ((v.mT @ k * scale) @ q.mT).mT
         else:
+            assert weight is not None  # checked above
             for_query, for_key = weight.to(q.dtype)
             out = scale * _relu_of_sums(q @ for_query, k @ for_key, v)
         return out.to(query.dtype)
@@ -121,7 +122,7 @@ def _relu_of_sums(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():
         count = torch.searchsorted(-b, a.contiguous())  # how many b_j > -a_i
 
-    def prefix_sums(x):  # [..., Dv, N_k] -> [..., Dv, N_q]; differences of long sums cancel, hence float64
+    def prefix_sums(x: Tensor) -> Tensor:  # [..., Dv, N_k] -> [..., Dv, N_q] in float64: long sums cancel
         sums = F.pad(x.cumsum(-1), (1, 0))
         return sums.gather(-1, count[..., None, :].expand(*x.shape[:-1], -1))
 
@@ -151,6 +152,7 @@ def reference_non_local_attention(
         if mode == "dot_product":
             weights = scale * (q @ k.mT)
         else:
+            assert weight is not None
             for_query, for_key = weight.to(q.dtype)
             weights = scale * ((q @ for_query)[..., :, None] + (k @ for_key)[..., None, :]).relu()
     return (weights @ v).to(query.dtype)

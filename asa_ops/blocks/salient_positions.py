@@ -1,4 +1,4 @@
-"""Salient positions attention: the channels attend to each other, as they agree on the k most salient positions.
+"""Salient positions attention: channels attend to each other by how well they agree on the k most salient positions.
 
 Source: likyoo, SPANet (github.com/likyoo/SPANet).
 
@@ -17,8 +17,8 @@ What it attends to: the same k positions for every query; they choose how channe
 
 Differences from the published code: its third projection, phi, is never used; here there is none
 (:meth:`asa_ops.nn.SalientPositionsAttention.from_upstream` leaves it out). It sub-samples maps of even sides only;
-here the last window may be smaller. Its adaptive k overwrites the option k at every call. k above N is an error, here
-one that says so.
+here the last window may be smaller. Its adaptive k overwrites the option k at every call. k above N is an error
+in both; here it says so.
 """
 
 import torch

@@ -1,4 +1,4 @@
-"""Dense softmax attention for the blocks that contain it: a choice between torch's own ways, no kernel of ours."""
+"""Dense softmax attention for the blocks that contain it: the fastest of torch's own ways, no kernel of ours."""
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ _FEW_SCORES = 2**24
 def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """Return softmax_j(scale * <q_i, k_j>) v_j in memory linear in the number of positions.
 
-    Beyond 64 MB of scores, that is, where D and Dv differ on a CPU: up to there storing them is faster.
+    One exception: where D and Dv differ on a CPU, up to 64 MB of scores are stored, which is faster.
 
     Args:
         query: [B, heads, N_q, D].
@@ -51,6 +51,6 @@ def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, 
     if not short and dim != dim_v:
         # Unequal head dims send SDPA to its plain formula, which stores the N_q x N_k matrix.
         query, key, value = (F.pad(x, (0, max(dim, dim_v) - x.shape[-1])) for x in (query, key, value))
-    # So does a last dimension that is not contiguous.
+    # A last dimension that is not contiguous does the same.
     query, key, value = (x.contiguous() for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)[..., :dim_v]

@@ -12,6 +12,8 @@ that would force a device synchronisation. They surface as NaN rows of their own
 import math
 import numbers
 import operator
+from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -34,10 +36,10 @@ def check_tensor(name: str, x: object, layout: str) -> None:
         raise ValueError(f"{name} must have the {layout.count(',') + 1} dimensions {layout}, got {describe(x)}")
 
 
-def _integer(x: object) -> int | torch.SymInt | None:
+def _integer(x: Any) -> int | None:
     """Return ``x`` as a plain int, or a symbolic one as it is; None if it is no integer."""
     if type(x) is int or isinstance(x, torch.SymInt):
-        return x
+        return cast(int, x)
     if isinstance(x, bool) or (isinstance(x, Tensor) and x.dtype == torch.bool):
         return None
     try:
@@ -66,16 +68,14 @@ def as_positive_ints(**options: object) -> list[int]:
     return [as_positive_int(name, x) for name, x in options.items()]
 
 
-def as_number(name: str, x: object) -> float:
+def as_number(name: str, x: Any) -> float:
     """Return the real number ``x`` as a float."""
     if type(x) is float:
         return x
     if isinstance(x, int):
         return float(x)
-    if isinstance(x, torch.SymFloat):
-        return x
-    if isinstance(x, torch.SymInt):
-        return torch.sym_float(x)
+    if isinstance(x, torch.SymFloat | torch.SymInt):
+        return cast(float, torch.sym_float(x))
     if isinstance(x, Tensor) and x.requires_grad:
         raise TypeError(f"{name} must be a number, got {describe(x)} that requires a gradient, and would get none")
     if not isinstance(x, numbers.Real) and not (isinstance(x, Tensor) and x.dim() == 0 and not x.is_complex()):
@@ -94,7 +94,7 @@ def as_positive_number(name: str, x: object) -> float:
 def as_scale(scale: object, query: Tensor) -> float:
     """Return the factor of the scores of ``query`` [.., D] as a float; None stands for D**-0.5."""
     # Under torch.jit.trace the size is a tensor, and its power would be one of float32.
-    return _integer(query.shape[-1]) ** -0.5 if scale is None else as_number("scale", scale)
+    return cast(int, _integer(query.shape[-1])) ** -0.5 if scale is None else as_number("scale", scale)
 
 
 def as_window(window: object) -> int:
@@ -226,12 +226,12 @@ def as_pair(name: str, x: object) -> tuple[int, int]:
     return first, second
 
 
-def as_factors(factors: object, grid: tuple[int, int]) -> tuple[int, int]:
+def as_factors(factors: object, grid: Sequence[int]) -> tuple[int, int]:
     """Return ``factors`` as two integers, neither larger than its side of the map."""
-    factors = as_pair("factors", factors)
-    if factors[0] > grid[0] or factors[1] > grid[1]:
-        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={factors}")
-    return factors
+    down, across = as_pair("factors", factors)
+    if down > grid[0] or across > grid[1]:
+        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={(down, across)}")
+    return down, across
 
 
 def check_at_most(name: str, x: int, limit: int, what: str) -> None:
@@ -246,7 +246,7 @@ def check_divisible(name: str, channels: int, heads: int) -> None:
         raise ValueError(f"{name} = {channels} must be divisible by heads = {heads}")
 
 
-def check_choice(name: str, x: object, choices: tuple[str | None, ...]) -> None:
+def check_choice(name: str, x: object, choices: Sequence[str | None]) -> None:
     """Check that ``x`` is one of ``choices``."""
     if not (x is None or isinstance(x, str)):
         raise ValueError(f"{name} must be one of {list(choices)}, got {describe(x)}")
@@ -254,7 +254,7 @@ def check_choice(name: str, x: object, choices: tuple[str | None, ...]) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {x!r}")
 
 
-def check_feature_map(x: object, channels: int) -> None:
+def check_feature_map(x: Tensor, channels: int) -> None:
     """Check that ``x`` is a feature map [B, C, H, W] with C = ``channels``."""
     check_tensor("x", x, "[B, C, H, W]")
     if x.shape[1] != channels:

@@ -6,26 +6,35 @@ Inputs are cast where autograd sees it, and kernels run outside autocast. vmap f
 import contextlib
 import functools
 from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from .checks import describe
 
+_F = TypeVar("_F", bound=Callable[..., Any])
 
+
+def constant_under_compile(function: _F) -> _F:
+    """Have torch.compile take what ``function`` returns for a constant, and not trace it.
+
+    This is ``torch.compiler.assume_constant_result``, which would import torch._dynamo.
+    """
+    vars(function)["_dynamo_marked_constant"] = True
+    return function
+
+
+@constant_under_compile  # torch 2.11 cannot trace the question
 def has_autocast(device: str) -> bool:
-    """Return whether there is such a thing as autocast on ``device``."""
+    """Return whether ``device`` has autocast."""
     return torch.amp.is_autocast_available(device)
-
-
-# To torch.compile the answer is a constant: torch 2.11 cannot trace the question.
-has_autocast._dynamo_marked_constant = True
 
 
 def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     """Return ``tensors`` in the autocast dtype of their device where autocast is on; float64 stays as it is."""
 
-    def cast(name: str, x: Tensor) -> Tensor:
+    def to_autocast_dtype(name: str, x: Tensor) -> Tensor:
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(x)}")
         device = x.device.type
@@ -33,7 +42,7 @@ def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
         castable = x.dtype.is_floating_point and x.dtype != torch.float64
         return x.to(torch.get_autocast_dtype(device)) if on and castable else x
 
-    return tuple(cast(name, x) for name, x in tensors.items())
+    return tuple(to_autocast_dtype(name, x) for name, x in tensors.items())
 
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -41,39 +50,65 @@ def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
-def outside_autocast(device: str) -> contextlib.AbstractContextManager:
+def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which nothing is cast on ``device``."""
     return torch.autocast(device, enabled=False) if has_autocast(device) else contextlib.nullcontext()
 
 
-def ignoring_autocast(function: Callable) -> Callable:
+def ignoring_autocast(function: _F) -> _F:
     """Run ``function``, whose first argument is ``query``, outside autocast."""
 
     @functools.wraps(function)
-    def run(query, *args, **kwargs):
+    def run(query: Tensor, *args: Any, **kwargs: Any) -> Any:
         with outside_autocast(query.device.type):
             return function(query, *args, **kwargs)
 
-    return run
+    return cast(_F, run)
 
 
-def run_folded(run, size: int, in_dims, args):
+def run_folded(
+    run: Callable[..., tuple[Tensor, ...]], size: int, in_dims: tuple[int | None, ...], args: tuple[Any, ...]
+) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
     """Run with a vmapped dimension of every tensor merged into its batch: the ops are independent over images."""
     tensors = {i: x for i, x in enumerate(args) if isinstance(x, Tensor)}
     for i, x in tensors.items():
-        tensors[i] = x.expand(size, *x.shape) if in_dims[i] is None else x.movedim(in_dims[i], 0)
+        dim = in_dims[i]
+        tensors[i] = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     batch = tensors[0].shape[1]
     outputs = run(*(tensors[i].flatten(0, 1).contiguous() if i in tensors else x for i, x in enumerate(args)))
     return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
 
 
-def run_outside_autocast(*ops) -> None:
+def backward_of(op: Callable[..., Any], double_backward: str) -> type[torch.autograd.Function]:
+    """Return a Function that runs the backward op ``op``; its own backward is an error, ``double_backward``."""
+
+    class Backward(torch.autograd.Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return op(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            pass
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Any:
+            raise RuntimeError(double_backward)
+
+        @staticmethod
+        def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+            return run_folded(Backward.apply, info.batch_size, in_dims, args)
+
+    return Backward
+
+
+def run_outside_autocast(*ops: Callable[..., Any]) -> None:
     """Have ops run outside autocast, so that their bodies compute what their fakes promise."""
     for device in ("cpu", "cuda"):
         library = torch.library.Library("asa_ops", "FRAGMENT")
         for op in ops:
 
-            def outside(*args, _op=op, _device=device, **kwargs):
+            def outside(*args: Any, _op: Callable[..., Any] = op, _device: str = device, **kwargs: Any) -> Any:
                 with outside_autocast(_device):
                     return _op(*args, **kwargs)
 

@@ -8,6 +8,7 @@ import functools
 import torch
 
 from . import extension
+from .contracts import constant_under_compile
 
 MIN_TRITON = (3, 6)
 MIN_CAPABILITY = (8, 0)
@@ -35,13 +36,10 @@ def triton_is_interpreted() -> bool:
     return bool(triton.knobs.runtime.interpret)
 
 
+@constant_under_compile
 def why_no_triton_on(device: torch.device) -> str | None:
     """Return None if Triton kernels run on tensors of ``device``, otherwise the reason why not."""
     return _why_no_triton_on(device)
-
-
-# To torch.compile the answer is a constant: torch.compiler.assume_constant_result, without importing torch._dynamo.
-why_no_triton_on._dynamo_marked_constant = True
 
 
 @functools.cache
@@ -59,6 +57,7 @@ def _why_no_triton_on(device: torch.device) -> str | None:
     return None
 
 
+@constant_under_compile
 def why_no_cuda_on(op: str, device: torch.device) -> str | None:
     """Return None if the CUDA kernel ``asa_ops::<op>`` runs on tensors of ``device``, otherwise the reason why not."""
     if device.type == "cpu" and extension.has(op, "CPU"):  # an emulation, loaded by the tests
@@ -72,9 +71,6 @@ def why_no_cuda_on(op: str, device: torch.device) -> str | None:
     if not extension.has(op, "CUDA"):
         return f"this build of the extension holds no CUDA kernel asa_ops::{op}"
     return _why_no_cuda_on(device)
-
-
-why_no_cuda_on._dynamo_marked_constant = True
 
 
 @functools.cache

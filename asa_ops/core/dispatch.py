@@ -9,10 +9,12 @@ import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Literal, get_args
 
 import torch
 
 from . import checks, devices, extension
+from .contracts import constant_under_compile
 
 # For every op, by the stem of its folder and kernels, the module of each implementation, loaded when it is first used.
 IMPLEMENTATIONS = {
@@ -30,6 +32,8 @@ IMPLEMENTATIONS = {
         "reference": "asa_ops.criss_cross.reference",
     },
 }
+Impl = Literal["auto", "cpu", "triton", "cuda", "blocked", "reference"]
+NAMES = get_args(Impl)
 _MAX_DIM = 256
 
 
@@ -84,7 +88,6 @@ _PREDICATES = {
     "blocked": lambda call: None,
     "reference": lambda call: None,
 }
-NAMES = ("auto", *_PREDICATES)
 
 
 def _why_not(name: str, call: Call) -> str | None:
@@ -137,6 +140,7 @@ MEASUREMENTS: dict[tuple[str, int, torch.dtype, tuple[int, int]], Measurement] =
 }
 
 
+@constant_under_compile
 def _faster(stem: str, dim: int, dtype: torch.dtype, device: torch.device) -> str:
     """Return "triton" or "cuda"; "triton" where nothing was measured.
 
@@ -145,10 +149,6 @@ def _faster(stem: str, dim: int, dtype: torch.dtype, device: torch.device) -> st
     padded = next(size for size in (64, 128, 256) if dim <= size)
     measurement = MEASUREMENTS.get((stem, padded, dtype, torch.cuda.get_device_capability(device)))
     return measurement.faster if measurement else "triton"
-
-
-# To torch.compile the answer is a constant: torch.compiler.assume_constant_result, without importing torch._dynamo.
-_faster._dynamo_marked_constant = True
 
 
 def explain(call: Call, impl: str) -> str:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 
+from .contracts import constant_under_compile
+
 LIBRARY = Path(__file__).parents[1] / "_C.abi3.so"
 
 
@@ -32,15 +34,12 @@ def load(library: Path) -> str | None:
 WHY_MISSING = load(LIBRARY)
 
 
+@constant_under_compile
 def has(op: str, key: str) -> bool:
     """Return whether the op ``asa_ops::<op>`` has a kernel for ``key``, "CPU" or "CUDA": a schema does not tell."""
     if WHY_MISSING or not hasattr(torch.ops.asa_ops, op):
         return False
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"asa_ops::{op}", key)
-
-
-# To torch.compile the answer is a constant: torch.compiler.assume_constant_result, without importing torch._dynamo.
-has._dynamo_marked_constant = True
 
 
 def cuda_architectures() -> tuple[int, ...]:

@@ -4,11 +4,12 @@ from torch import Tensor
 
 from ..core import checks, dispatch
 from ..core.contracts import cast_under_autocast
+from ..core.dispatch import Impl
 from . import ops
 
 
 def criss_cross_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0, impl: str = "auto"
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0, impl: Impl = "auto"
 ) -> Tensor:
     """Attend from every pixel to its row and its column, by one softmax over these H + W - 1 pixels.
 

@@ -36,7 +36,8 @@ def bwd(
     dq = row @ k + _turn(column @ _turn(k))
     dk = row.mT @ q + _turn(column.mT @ _turn(q))
     dv = weights[0].mT @ do + _turn(weights[1].mT @ _turn(do))
-    return tuple(x.permute(0, 3, 1, 2) for x in (dq, dk, dv))
+    dq, dk, dv = (x.permute(0, 3, 1, 2) for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
 def _in_rows(*maps: Tensor) -> list[Tensor]:

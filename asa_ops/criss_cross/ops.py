@@ -1,12 +1,17 @@
 """The torch contracts of criss-cross attention: schemas, fakes, autocast, autograd, vmap, FLOPs, as in ``asa.ops``."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core import dispatch
-from ..core.contracts import run_folded, run_outside_autocast
+from ..core.contracts import backward_of, run_folded, run_outside_autocast
 from . import reference
+
+Shape = Sequence[int]
 
 
 @torch.library.custom_op("asa_ops::criss_cross_fwd", mutates_args=())
@@ -25,7 +30,7 @@ def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, imp
 
 
 @criss_cross_fwd.register_fake
-def _(query, key, value, scale, impl):
+def _(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
     return _new_outputs(query, value)
 
 
@@ -48,59 +53,46 @@ def criss_cross_bwd(
     """Return the gradients of query, key, value from what :func:`criss_cross_fwd` returned."""
     inputs = query, key, value
     if not grad_out.numel():
-        return tuple(x.new_empty(x.shape) for x in inputs)
+        dq, dk, dv = (x.new_empty(x.shape) for x in inputs)
+        return dq, dk, dv
     gradients = dispatch.load("criss_cross", impl).bwd(grad_out, *inputs, stats, scale)
-    return tuple(dx.to(x.dtype).contiguous() for dx, x in zip(gradients, inputs, strict=True))
+    dq, dk, dv = (dx.to(x.dtype).contiguous() for dx, x in zip(gradients, inputs, strict=True))
+    return dq, dk, dv
 
 
 @criss_cross_bwd.register_fake
-def _(grad_out, query, key, value, *rest):
+def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
+
+
+_Backward = backward_of(
+    criss_cross_bwd, "criss_cross_attention has no double backward in this implementation: use impl='reference'"
+)
 
 
 class _CrissCross(torch.autograd.Function):
     """Autograd around the op. A Function with ``setup_context`` and ``vmap`` works under torch.func transforms."""
 
     @staticmethod
-    def forward(*args):
+    def forward(*args: Any) -> Any:
         return criss_cross_fwd(*args)
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         *maps, ctx.scale, ctx.impl = inputs
         ctx.save_for_backward(*maps, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx, grad_out, *_):
+    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
         if grad_out is None:
             return (None,) * 5
-        return *_CrissCrossBackward.apply(grad_out, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None
+        return *_Backward.apply(grad_out, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None
 
     @staticmethod
-    def vmap(info, in_dims, *args):
+    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return run_folded(_CrissCross.apply, info.batch_size, in_dims, args)
-
-
-class _CrissCrossBackward(torch.autograd.Function):
-    """The backward op, with a clear error instead of a double backward."""
-
-    @staticmethod
-    def forward(*args):
-        return criss_cross_bwd(*args)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, *grads):
-        raise RuntimeError("criss_cross_attention has no double backward in this implementation: use impl='reference'")
-
-    @staticmethod
-    def vmap(info, in_dims, *args):
-        return run_folded(_CrissCrossBackward.apply, info.batch_size, in_dims, args)
 
 
 # The raw op has the same gradient, for whoever calls it from a graph without the Function.
@@ -108,16 +100,16 @@ criss_cross_fwd.register_autograd(_CrissCross.backward, setup_context=_CrissCros
 
 
 @register_flop_formula(torch.ops.asa_ops.criss_cross_fwd)
-def _forward_flops(q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+def _forward_flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * _pairs(q_shape) * (q_shape[1] + v_shape[1])
 
 
 @register_flop_formula(torch.ops.asa_ops.criss_cross_bwd)
-def _backward_flops(do_shape, q_shape, k_shape, v_shape, *args, out_shape=None, **kwargs) -> int:
+def _backward_flops(do_shape: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * _pairs(q_shape) * (3 * q_shape[1] + 2 * v_shape[1])
 
 
-def _pairs(shape) -> int:
+def _pairs(shape: Shape) -> int:
     batch, _, height, width = shape
     return batch * height * width * (height + width)
 
@@ -128,7 +120,7 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -
         return reference.criss_cross_attention(query, key, value, scale=scale)
     # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
     # makes of one cannot be saved; the op has its gradient.
-    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]  # not in torch's list of public names
     run = criss_cross_fwd if traced else _CrissCross.apply
     return run(query, key, value, scale, impl)[0]
 

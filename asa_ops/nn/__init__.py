@@ -1,5 +1,7 @@
 """Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out."""
 
+from typing import Any
+
 from torch.nn import Module
 
 from ..core import checks
@@ -28,7 +30,7 @@ __all__ = [
 ]
 
 # The names are the stems of the files.
-_BLOCKS = {
+_BLOCKS: dict[str, type[Module]] = {
     "asa": AdaptiveSparseAttention,
     "channelized_axial": ChannelizedAxialAttention,
     "criss_cross": CrissCrossAttention,
@@ -52,7 +54,7 @@ def available() -> list[str]:
     return sorted(_BLOCKS)
 
 
-def build(name: str, in_channels: int, **options) -> Module:
+def build(name: str, in_channels: int, **options: Any) -> Module:
     """Return the block called ``name``, so that a configuration file can name one.
 
     Args:

@@ -1,10 +1,14 @@
 """The adaptive sparse attention block."""
 
+from typing import Any, cast
+
 from torch import Tensor, nn
 
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
+from ..asa.types import ThresholdGrad
 from ..core import checks, dispatch
+from ..core.dispatch import Impl
 from ..core.layout import to_map, to_tokens
 from .common import Block, NormalConv2d, last_layers, rename
 
@@ -70,9 +74,9 @@ class AdaptiveSparseAttention(Block):
         heads: int = 1,
         norm: str | None = None,
         threshold_activation: str = "relu",
-        threshold_grad: str | None = "straight_through",
+        threshold_grad: ThresholdGrad = "straight_through",
         threshold_band: float = 2.0,
-        impl: str = "auto",
+        impl: Impl = "auto",
         published: bool = False,
     ):
         super().__init__()
@@ -111,7 +115,7 @@ class AdaptiveSparseAttention(Block):
         self.alpha = nn.Conv2d(in_channels, 1, 3, padding=1)
         self.beta = nn.Conv2d(in_channels, 1, 3, padding=1) if local else None
 
-    def tokens(self, x: Tensor) -> dict[str, object]:
+    def tokens(self, x: Tensor) -> dict[str, Any]:
         """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x`` [B, C, H, W].
 
         Without ``value`` they suit :func:`asa_ops.reciprocal_neighbors`.
@@ -140,10 +144,14 @@ class AdaptiveSparseAttention(Block):
         checks.check_feature_map(x, self.in_channels)
         tokens = self.tokens(x)
         if self.published:
-            out = reference_attention(**tokens, published=True)
+            out = cast(Tensor, reference_attention(**tokens, published=True))
         else:
-            learning = {"threshold_grad": self.threshold_grad, "threshold_band": self.threshold_band}
-            out = asa_attention(**tokens, **learning, impl=self.impl)
+            out = asa_attention(
+                **tokens,
+                threshold_grad=self.threshold_grad,
+                threshold_band=self.threshold_band,
+                impl=self.impl,
+            )
         return x + self.norm(self.proj(to_map(out, tokens["grid"])))
 
     def extra_repr(self) -> str:

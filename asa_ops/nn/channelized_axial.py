@@ -24,8 +24,8 @@ class ChannelizedAxialAttention(Block):
     """Attention along columns, then along rows, with a gate per channel after each.
 
     ``channelized_axial_attention(column(x), row(x), value(x), gates)`` with 1x1 convolutions, batch norm and ReLU
-    around :func:`asa_ops.channelized_axial_attention`. As published without a residual connection; convolutions and
-    gates Glorot uniform. Source: Huang, Kang, Jia, He and Liu, AAAI 2022.
+    around :func:`asa_ops.channelized_axial_attention`. Like the published block, it has no residual connection, and
+    its convolutions and gates start as Glorot uniform. Source: Huang, Kang, Jia, He and Liu, AAAI 2022.
 
     Args:
         in_channels: channels of the input.

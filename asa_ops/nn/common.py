@@ -5,6 +5,8 @@ meta device may afterwards call ``reset_parameters`` of the block, or of every m
 as FSDP does: a layer with torch's own ``reset_parameters`` would lose there what its block had written into it.
 """
 
+from collections.abc import Mapping
+
 from torch import Tensor, nn
 
 
@@ -14,12 +16,15 @@ class Block(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise again, as the constructor does."""
         for module in self.modules():
-            if module is not self and hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+            reset = getattr(module, "reset_parameters", None)
+            if module is not self and callable(reset):
+                reset()
 
 
 class NormalConv2d(nn.Conv2d):
     """A convolution whose weight starts as N(0, 0.01^2) and its bias as 0."""
+
+    bias: nn.Parameter
 
     def reset_parameters(self) -> None:
         nn.init.normal_(self.weight, std=0.01)
@@ -28,6 +33,8 @@ class NormalConv2d(nn.Conv2d):
 
 class ZeroConv2d(nn.Conv2d):
     """A convolution that starts as 0."""
+
+    bias: nn.Parameter
 
     def reset_parameters(self) -> None:
         nn.init.zeros_(self.weight)
@@ -69,7 +76,7 @@ def last_layers(in_channels: int, out_channels: int, norm: str | None) -> tuple[
     return nn.Conv2d(in_channels, out_channels, 1, bias=False), ZeroBatchNorm2d(out_channels)
 
 
-def rename(state_dict: dict[str, Tensor], modules: dict[str, str | None]) -> dict[str, Tensor]:
+def rename(state_dict: Mapping[str, Tensor], modules: Mapping[str, str | None]) -> dict[str, Tensor]:
     """Return ``state_dict`` with its keys "module.parameter" renamed by ``modules``; None drops an entry.
 
     Names without a module ("gamma") are looked up as they are.
@@ -87,6 +94,6 @@ def rename(state_dict: dict[str, Tensor], modules: dict[str, str | None]) -> dic
                 f"unknown key {key!r} in a published block's state dict, expected {expected}; "
                 "of a whole network's, pass the block's entries without their prefix"
             )
-        if modules[name] is not None:
-            renamed[modules[name] + suffix] = tensor
+        if (new_name := modules[name]) is not None:
+            renamed[new_name + suffix] = tensor
     return renamed

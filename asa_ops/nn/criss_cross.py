@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks, dispatch
+from ..core.dispatch import Impl
 from ..criss_cross import criss_cross_attention
 from .common import Block, rename
 
@@ -14,8 +15,9 @@ class CrissCrossAttention(Block):
     """Recurrent criss-cross attention: every pixel attends to its row and column, twice, and so to the whole map.
 
     ``recurrence`` times, with the same weights: ``x = x + gamma * criss_cross_attention(query(x), key(x), value(x))``
-    with 1x1 convolutions around :func:`asa_ops.criss_cross_attention`. The identity at initialisation. Source: Huang
-    et al., CCNet, ICCV 2019 and TPAMI 2020 (RCCA; its published head runs the block between two 3x3 convolutions).
+    with 1x1 convolutions around :func:`asa_ops.criss_cross_attention`. It is the identity at initialisation. Source:
+    Huang et al., CCNet, ICCV 2019 and TPAMI 2020 (RCCA; its published head runs the block between two 3x3
+    convolutions).
 
     Args:
         in_channels: C, also of the value.
@@ -35,7 +37,7 @@ class CrissCrossAttention(Block):
         True
     """
 
-    def __init__(self, in_channels: int, reduction: int = 8, recurrence: int = 2, impl: str = "auto"):
+    def __init__(self, in_channels: int, reduction: int = 8, recurrence: int = 2, impl: Impl = "auto"):
         super().__init__()
         in_channels, reduction, recurrence = checks.as_positive_ints(
             in_channels=in_channels, reduction=reduction, recurrence=recurrence
@@ -58,7 +60,7 @@ class CrissCrossAttention(Block):
         checks.check_feature_map(x, self.in_channels)
         for _ in range(self.recurrence):
             out = criss_cross_attention(self.query(x), self.key(x), self.value(x), impl=self.impl)
-            x = x + (self.gamma * out).to(x.dtype)  # under autocast gamma stays float32, the map as it came
+            x = x + (self.gamma * out).to(x.dtype)  # under autocast gamma is float32; the map keeps its dtype
         return x
 
     def extra_repr(self) -> str:
@@ -69,7 +71,7 @@ class CrissCrossAttention(Block):
     def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename the keys of a published checkpoint's block (query_conv, key_conv, value_conv, gamma) to this module's.
 
-        mmcv's gamma, the number ``gamma.scale``, is taken too.
+        It also takes mmcv's gamma, the number ``gamma.scale``.
 
         Raises:
             ValueError: a key that no published block has.

@@ -14,15 +14,15 @@ class EfficientAttention(Block):
     """Efficient attention, a softmax over positions on the key and one over channels on the query.
 
     ``x + proj(efficient_attention(query(x), key(x), value(x)))`` with 1x1 convolutions around
-    :func:`asa_ops.efficient_attention`. As published not the identity at initialisation: torch's default everywhere.
-    Source: Shen, Zhang, Zhao, Yi and Li, WACV 2021.
+    :func:`asa_ops.efficient_attention`. Like the published block, it starts with torch's default everywhere, so it is
+    not the identity at initialisation. Source: Shen, Zhang, Zhao, Yi and Li, WACV 2021.
 
     Args:
         in_channels: C.
         key_channels: channels of query and key in all heads, default ``in_channels``.
         heads: attention heads; must divide ``key_channels`` and ``value_channels``.
         value_channels: channels of the value in all heads, default ``in_channels``.
-        published: as the authors' code, leave the last key_channels % heads channels of query and key unused.
+        published: leave the last key_channels % heads channels of query and key unused, as the authors' code does.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].

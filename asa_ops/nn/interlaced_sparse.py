@@ -1,6 +1,7 @@
 """The interlaced sparse attention block."""
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +30,7 @@ class InterlacedSparseAttention(Block):
             concatenated, and x goes through a convolution of its own first.
         heads: attention heads.
         dropout: probability of dropping a channel of the output.
-        published: as the authors' code, pad the map with zeros that take part in attention and batch statistics.
+        published: pad the map with zeros that take part in attention and batch statistics, as the authors' code does.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W] or smaller
@@ -85,16 +86,17 @@ class InterlacedSparseAttention(Block):
         checks.check_feature_map(x, self.in_channels)
         if not self.published:  # there padding makes any map large enough
             for factors in self.factors:
-                checks.as_factors(factors, tuple(x.shape[-2:]))
-        contexts = [self._context(x, *each) for each in zip(self.stages, self.factors, strict=True)]
+                checks.as_factors(factors, x.shape[-2:])
+        contexts = [self._context(x, stage, f) for stage, f in zip(self.stages, self.factors, strict=True)]
         return self.dropout(self.proj(torch.cat([self.up(x), *contexts], 1)))
 
-    def _context(self, x: Tensor, stage: nn.ModuleDict, factors: tuple[int, int]) -> Tensor:
+    def _context(self, x: Tensor, stage: nn.Module, factors: tuple[int, int]) -> Tensor:
         height, width = x.shape[-2:]
         around = padding_to_multiples((height, width), factors)
         if self.published:
             x = F.pad(x, around)
-        x = stage["short"](stage["long"](x, factors, "long"), factors, "short")
+        for span, attention in cast(nn.ModuleDict, stage).items():
+            x = attention(x, factors, span)
         left, _, top, _ = around if self.published else [0] * 4
         return x[..., top : top + height, left : left + width]
 

@@ -15,8 +15,8 @@ class LinearAttention(Block):
     """Linear attention of positions, or of channels.
 
     "position": ``x + gamma * linear_attention(query(x), key(x), value(x))`` with 1x1 convolutions around
-    :func:`asa_ops.linear_attention`. "channel": ``x + gamma * channel_linear_attention(x)``. The identity at
-    initialisation (gamma = 0). Source: Li, Su, Duan and Zheng, arXiv 2007.14902 (2020).
+    :func:`asa_ops.linear_attention`. "channel": ``x + gamma * channel_linear_attention(x)``. It is the identity
+    at initialisation (gamma = 0). Source: Li, Su, Duan and Zheng, arXiv 2007.14902 (2020).
 
     Args:
         in_channels: C.

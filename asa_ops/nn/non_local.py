@@ -37,7 +37,7 @@ class NonLocal(Block):
         sub_sample: keys and values are the maxima of 2 x 2 pixels.
         heads: attention heads.
         norm: None, or "batch": batch norm after the output projection.
-        published: sub-sample as the authors' code, which leaves out the last row or column of an odd size.
+        published: sub-sample as the authors' code does: it leaves out the last row or column of an odd size.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or with
@@ -94,13 +94,12 @@ class NonLocal(Block):
         maps = query, self._pool(key), self._pool(self.value(x))
         query, key, value = (to_tokens(each, self.heads) for each in maps)
         if self.mode == "concatenation":
-            options = {"mode": self.mode, "weight": self.pair.weight.view(2, -1)}
+            out = non_local_attention(query, key, value, mode=self.mode, weight=self.pair.weight.view(2, -1))
         elif self.mode == "dot_product":
-            options = {"mode": self.mode}
+            out = non_local_attention(query, key, value, mode=self.mode)
         else:
             scaled = self.use_scale and self.mode == "embedded_gaussian"
-            options = {"scale": None if scaled else 1.0}
-        out = non_local_attention(query, key, value, **options)
+            out = non_local_attention(query, key, value, scale=None if scaled else 1.0)
         return x + self.norm(self.proj(to_map(out, x.shape[-2:])))
 
     def _pool(self, x: Tensor) -> Tensor:

@@ -20,11 +20,11 @@ _UPSTREAM = {
 
 
 class SalientPositionsAttention(Block):
-    """The channels attend to each other, as they agree on the most salient positions.
+    """The channels attend to each other by how well they agree on the most salient positions.
 
     ``x + norm(proj(salient_positions_attention(query(x), value(x))))`` with 1x1 convolutions around
-    :func:`asa_ops.salient_positions_attention`. As published not the identity at initialisation: torch's default
-    everywhere. In the code (likyoo, SPANet) query and value are theta and g.
+    :func:`asa_ops.salient_positions_attention`. Like the published block, it starts with torch's default everywhere, so
+    it is not the identity at initialisation. In the code (likyoo, SPANet) query and value are theta and g.
 
     Args:
         in_channels: C.

@@ -19,7 +19,7 @@ class SqueezeAndAttention(Block):
 
     ``squeeze_and_attention(residual(x), attention(pool(x)))``, two 3x3 convolutions with batch norm and ReLU in each
     branch around :func:`asa_ops.squeeze_and_attention`. No residual connection; torch's default initialisation.
-    Source: Zhong et al., CVPR 2020, of which the authors' code is not known.
+    Source: Zhong et al., CVPR 2020; the authors' code is not known.
 
     Args:
         in_channels: channels of the input.
@@ -67,8 +67,10 @@ class SqueezeAndAttention(Block):
         """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
         checks.check_feature_map(x, self.in_channels)
         squeezed = F.avg_pool2d(x, self.pool, ceil_mode=True, count_include_pad=False)
-        options = {"pool": self.pool, "activation": self.activation, "upsample": self.upsample}
-        return squeeze_and_attention(self.residual(x), self.attention(squeezed), **options)
+        residual, attention = self.residual(x), self.attention(squeezed)
+        return squeeze_and_attention(
+            residual, attention, pool=self.pool, activation=self.activation, upsample=self.upsample
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, pool={self.pool}, activation={self.activation!r}, upsample={self.upsample!r}"

@@ -13,7 +13,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,6 +40,7 @@ from .config import NAMES, Config, ConfigError
 from .evaluate import Report, evaluate
 from .model import Segmenter, loss_of
 from .pipeline import Parts, loader
+from .sample import Samples
 
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on disk nothing is sharded
 PARTS = "processes * accumulate"
@@ -97,67 +98,98 @@ def train(
     training, validation = (data.build(config, root, training) for training in (True, False))
     weights = Path(config.pretrained).glob("*") if config.pretrained else ()
     files.check(outputs, itertools.chain(data.inputs(training), data.inputs(validation), weights))
-    torch.manual_seed(config.seed)
-    model = Segmenter(config, len(training.classes))
-    model = distribute(model, accelerator, shard)
-    optimizer = optimizer_of(config, model)
-    arithmetic = arithmetic_of(config, accelerator, accumulate)
-    first, losses = 0, []
+    run = Run.start(config, accelerator, accumulate, training, shard)
+    losses = []
     if checkpoint:
-        check_same(config.to_dict(), checkpoint.config)
-        check_same(arithmetic, checkpoint.arithmetic)
-        checkpoint.check_classes(training)
-        set_model_state_dict(model, checkpoint.model, options=WHOLE)
-        set_optimizer_state_dict(model, optimizer, checkpoint.optimizer, options=WHOLE)
-        first, losses = checkpoint.step, read_log(log_path, checkpoint.step)
+        run.load(checkpoint)
+        losses = read_log(log_path, checkpoint.step)
+    first = len(losses)
     parts = Parts(config, first, accelerator.process_index, accelerator.num_processes, accumulate)
-    accelerator.wait_for_everyone()  # to have read what is replaced now
+    accelerator.wait_for_everyone()  # every process has read what is replaced now
     if accelerator.is_main_process:
         out.mkdir(parents=True, exist_ok=True)
         files.write(log_path, "".join(log_line(config, step, loss) for step, loss in enumerate(losses)))
         if not checkpoint:
             checkpoint_path.unlink(missing_ok=True)  # its log is gone
     batches = iter(loader(training, config, parts, workers, accelerator.device.type == "cuda"))
-
-    def save(step: int) -> None:
-        states = get_model_state_dict(model, options=WHOLE), get_optimizer_state_dict(model, optimizer, options=WHOLE)
-        if accelerator.is_main_process:
-            classes, palette = list(training.classes), training.palette.tolist()
-            Checkpoint(config.to_dict(), arithmetic, classes, palette, step, *states).save(checkpoint_path)
-        accelerator.wait_for_everyone()
-
-    model.train()
+    run.model.train()
     bar = tqdm(
         range(first, config.steps), f"training {config.block}", config.steps, initial=first, unit="step",
         disable=not accelerator.is_main_process,
     )  # fmt: skip
     for step in bar:
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step) * group["rate"]
-        optimizer.zero_grad()
-        total = torch.zeros((), device=accelerator.device)
-        for part in parts.parts:
-            image, label = (x.to(accelerator.device, non_blocking=True) for x in next(batches))
-            seed_step(config.seed, step, part)
-            with accelerator.autocast():
-                outputs = model(image)
-            loss = loss_of(outputs, label, config.auxiliary_weight) / accumulate
-            loss.backward()
-            total += loss.detach()
-        loss = accelerator.reduce(total, "mean").item()
-        if not math.isfinite(loss):
-            raise ConfigError(f"the loss of step {step} is {loss}: lower learning_rate = {config.learning_rate}")
-        optimizer.step()
+        loss = run.step(step, batches, parts.parts)
         losses.append(loss)
         if accelerator.is_main_process:
             files.append(log_path, log_line(config, step, loss))
         bar.set_postfix(loss=f"{loss:.3f}", refresh=False)
-        after_step(step + 1, model)
+        after_step(step + 1, run.model)
         if (step + 1) % checkpoint_every == 0 or step + 1 == config.steps:
-            share_buffers(model)
-            save(step + 1)
-    report = evaluate(accelerator.unwrap_model(model), validation, config)
+            run.save(step + 1, checkpoint_path)
+    report = evaluate(accelerator.unwrap_model(run.model), validation, config)
     return Result(losses, report)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A network in training, as one of the processes holds it."""
+
+    config: Config
+    accelerator: Accelerator
+    accumulate: int  # passes a step and process
+    training: Samples
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def start(cls, config: Config, accelerator: Accelerator, accumulate: int, training: Samples, shard: bool) -> "Run":
+        """Return a run at its first step."""
+        torch.manual_seed(config.seed)
+        model = distribute(Segmenter(config, len(training.classes)), accelerator, shard)
+        return cls(config, accelerator, accumulate, training, model, optimizer_of(config, model))
+
+    @property
+    def arithmetic(self) -> dict:
+        """What the losses of a run depend on beside its configuration."""
+        return arithmetic_of(self.config, self.accelerator, self.accumulate)
+
+    def load(self, checkpoint: Checkpoint) -> None:
+        """Take over a checkpoint of the same run."""
+        check_same(self.config.to_dict(), checkpoint.config)
+        check_same(self.arithmetic, checkpoint.arithmetic)
+        checkpoint.check_classes(self.training)
+        set_model_state_dict(self.model, checkpoint.model, options=WHOLE)
+        set_optimizer_state_dict(self.model, self.optimizer, checkpoint.optimizer, options=WHOLE)
+
+    def save(self, step: int, path: Path) -> None:
+        """Write a checkpoint after ``step`` steps."""
+        share_buffers(self.model)
+        weights = get_model_state_dict(self.model, options=WHOLE)
+        state = get_optimizer_state_dict(self.model, self.optimizer, options=WHOLE)
+        if self.accelerator.is_main_process:
+            classes, palette = list(self.training.classes), self.training.palette.tolist()
+            Checkpoint(self.config.to_dict(), self.arithmetic, classes, palette, step, weights, state).save(path)
+        self.accelerator.wait_for_everyone()
+
+    def step(self, step: int, batches: Iterator, parts: Iterable[int]) -> float:
+        """Take one step on the next batches, one for each of ``parts``; return the mean loss over all processes."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step) * group["rate"]
+        self.optimizer.zero_grad()
+        total = torch.zeros((), device=self.accelerator.device)
+        for part in parts:
+            image, label = (x.to(self.accelerator.device, non_blocking=True) for x in next(batches))
+            seed_step(self.config.seed, step, part)
+            with self.accelerator.autocast():
+                outputs = self.model(image)
+            loss = loss_of(outputs, label, self.config.auxiliary_weight) / self.accumulate
+            loss.backward()
+            total += loss.detach()
+        mean = self.accelerator.reduce(total, "mean").item()
+        if not math.isfinite(mean):
+            raise ConfigError(f"the loss of step {step} is {mean}: lower learning_rate = {self.config.learning_rate}")
+        self.optimizer.step()
+        return mean
 
 
 def paths_in(out: Path) -> tuple[Path, Path]:

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 import torch
+from cases import Case, make
+from compare import survivors
+from gpu_cases import CONFIGURATIONS, configured
 
 from asa_ops import asa_attention
 from asa_ops.core import devices
 from bench import accounting, measure, workloads
 from bench.triton import launches
-from tests.cases import Case, make
-from tests.compare import survivors
-from tests.gpu_cases import CONFIGURATIONS, configured
 
 pytestmark = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
 

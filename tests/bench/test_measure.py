@@ -41,7 +41,7 @@ def test_sparsity_equals_a_count_made_from_the_mask(kind, grid, monkeypatch):
     real = reference.real_positions(query, key, None)
     s = reference.scores(query, key, None, *real)
     all_of = reference.find_survivors(s, alpha, beta, grid, 3, None, True, *real)
-    mask, neighbours, window = all_of.kept[0], all_of.adaptive[0], all_of.near[0, 0]
+    mask, neighbours, window = all_of.kept[0], all_of.adaptive[0], all_of.in_window[0, 0]
     found = accounting.sparsity(tensors, grid)
     # float32 scores: a pair or two may lie within rounding of a threshold
     assert found.density == pytest.approx(mask.double().mean().item(), abs=4 / n**2)

@@ -5,10 +5,10 @@ import json
 import math
 
 import pytest
+from bench_cases import stored
 
 from bench import check, goals, record, report
 from examples import files
-from tests.bench.results import stored
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):

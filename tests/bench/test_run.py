@@ -2,11 +2,11 @@
 
 import pytest
 import torch
+from bench_cases import stored
 
 from bench import accounting, check, measure, peers, record, report, run, workloads
 from bench.inputs import INPUTS
 from examples import files
-from tests.bench.results import stored
 
 
 @pytest.fixture

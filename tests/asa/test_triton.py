@@ -413,7 +413,7 @@ def compile_kernels(*options: str) -> str:
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "bench.triton.budget", *options]
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
     return run.stdout

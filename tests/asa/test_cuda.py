@@ -440,7 +440,7 @@ torch.save(results, {out!r})
 
 def run_elsewhere(out: Path, sanitize: bool = False, **environment: str) -> list[torch.Tensor]:
     """Run a few calls in a process of its own, and return what they gave."""
-    program = PROGRAM.format(tests=str(Path(__file__).parent), sanitize=sanitize, out=str(out))
+    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), sanitize=sanitize, out=str(out))
     environment = os.environ | {"PYTHONPATH": str(simt.ROOT)} | environment
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]

@@ -13,7 +13,7 @@ import pytest
 import skimage
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "examples"
 RESULTS = FOLDER / "results" / "thresholds.json"
 pytestmark = pytest.mark.xdist_group("thresholds")  # one process, since what the tests share takes time to make
@@ -280,8 +280,8 @@ def test_committed_tables_are_of_the_committed_results(path, thresholds, tmp_pat
     assert copy.read_text() == thresholds.layout(json.loads(copy.read_text())) + "\n"
 
 
-def test_the_readme_quotes_the_tables():
-    section = re.search(r"## Do thresholds learn\?\n(.*?)\n## ", (ROOT / "README.md").read_text(), re.S)[1]
+def test_the_page_quotes_the_tables():
+    section = re.search(r"## Do thresholds learn\?\n(.*?)\n## ", (ROOT / "docs" / "evidence.md").read_text(), re.S)[1]
     figures = set(re.findall(r"[+-]?\d+\.\d+", section))
     assert len(figures) > 5
     tables = (*RESULTS.parent.glob("*.md"), FOLDER / "segmentation" / "results" / "1500" / "ablation.md")

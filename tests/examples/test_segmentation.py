@@ -28,7 +28,7 @@ from examples.segmentation.pipeline import normalise
 from examples.segmentation.sample import IGNORE, Sample
 from examples.segmentation.upstream import from_upstream
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "attend": attend}
 
 

@@ -6,13 +6,13 @@ import re
 import sys
 from pathlib import Path
 
-import files
 import numpy as np
-import pictures
 import PIL.Image
 import pytest
 
-ROOT = Path(__file__).parents[1]
+from examples import files, pictures
+
+ROOT = Path(__file__).parents[2]
 
 
 # Writing.

@@ -211,7 +211,7 @@ def surrogate_threshold_gradients(inputs, options, grad_out, band):
             admitted = both + both.mT
         change = change + torch.where(found.local, 0, 1) * admitted
     if beta is not None:
-        change = change + torch.where(found.non_local, 0, 1) * found.near * step(moving(found.u, beta))
+        change = change + torch.where(found.non_local, 0, 1) * found.in_window * step(moving(found.u, beta))
     relaxed = out + (change * c) @ value - (change * c).sum(-1, keepdim=True) * out
     thresholds = [x for x in (alpha, beta) if x is not None]
     return torch.autograd.grad(relaxed, thresholds, grad_out)

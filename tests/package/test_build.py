@@ -14,7 +14,7 @@ import torch
 import asa_ops
 from asa_ops.core import extension
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SOURCES = sorted((ROOT / "asa_ops").rglob("*.py"))
 
 

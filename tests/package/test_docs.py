@@ -1,0 +1,322 @@
+"""Examples in docstrings run, and so does what README and docs/ show; their links, commands and figures are true."""
+
+import doctest
+import importlib
+import os
+import pkgutil
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import asa_ops
+
+ROOT = Path(__file__).parents[2]
+MODULES = [name for _, name, _ in pkgutil.walk_packages(asa_ops.__path__, "asa_ops.") if not name.endswith("._C")]
+PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/segmentation/README.md")]
+PAGES += sorted((ROOT / "docs").glob("*.md"))
+RESULTS = ROOT / "bench" / "results"
+HAS_PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h").exists()
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+each_page = pytest.mark.parametrize("page", PAGES, ids=named)
+
+
+def fenced(page: Path, language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[list[str]]:
+    """Return the words of every command in the page's shell blocks, without comments."""
+    lines = re.split(r"\n| && ", "\n".join(fenced(page, "bash")).replace("\\\n", " "))
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name):
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_public_functions_have_examples():
+    public = [getattr(module, name) for module in (asa_ops, asa_ops.nn) for name in module.__all__]
+    for function in public:
+        if function not in (asa_ops.nn, asa_ops.AsaStats, asa_ops.NeighborGraph):
+            assert ">>>" in function.__doc__, function
+
+
+# Those of api.md are signatures: its examples are the docstrings'.
+WITH_PYTHON = [page for page in PAGES if fenced(page, "python") and page.name != "api.md"]
+
+
+def compiles(block: str) -> bool:
+    return "torch.compile(" in block or "aoti_compile" in block
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit.trace
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
+def test_python_blocks_run(page, tmp_path, monkeypatch):
+    """One after the other, as one program; a block that begins with "# <name>.py" is a file, for a command below it."""
+    run_blocks(page, [block for block in fenced(page, "python") if not compiles(block)], tmp_path, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not HAS_PYTHON_HEADER, reason="Inductor needs Python.h (Debian: apt install python3-dev)")
+@pytest.mark.parametrize(
+    "page", [page for page in WITH_PYTHON if any(map(compiles, fenced(page, "python")))], ids=named
+)
+def test_python_blocks_that_compile_run(page, tmp_path, monkeypatch):
+    run_blocks(page, fenced(page, "python"), tmp_path, monkeypatch)
+
+
+def run_blocks(page: Path, blocks: list[str], folder: Path, monkeypatch) -> None:
+    monkeypatch.chdir(folder)
+    torch.manual_seed(0)
+    namespace = {}
+    for block in blocks:
+        if name := re.match(r"# (\w+\.py)\n", block):
+            Path(name[1]).write_text(block)
+        else:
+            exec(compile(block, page.name, "exec"), namespace)
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for words in commands(page):
+        if Path(words[-1]).is_file():
+            assert words[0] == "torchrun"
+            run = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
+            subprocess.run(run, check=True, env=environment, capture_output=True, timeout=120)
+
+
+def test_pages_with_python_are_found():
+    assert {"README.md", "docs/method.md", "docs/blocks.md", "docs/deploy.md"} <= set(map(named, WITH_PYTHON))
+
+
+def words_of_python(words: list[str]) -> list[str]:
+    """Return what a Python command runs and its arguments: of "torchrun --x 2 -m a b" it is ["-m", "a", "b"]."""
+    if words[0] == "torchrun":
+        words = words[words.index("-m") :] if "-m" in words else words[-1:]
+    elif re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
+        words = words[1:]
+    else:
+        return []
+    return words
+
+
+@each_page
+def test_commands_name_what_there_is(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    variables = "".join((ROOT / name).read_text() for name in ("Makefile", "setup.py"))
+    for words in commands(page):
+        if words[0] == "make":
+            for word in words[1:]:
+                name, assigned, _ = word.partition("=")
+                assert name in targets or (assigned and name in variables), words
+        elif words[0] == "pip":
+            assert words[1] in ("install", "wheel"), words
+        elif run := words_of_python(words):
+            check_python_command(run, page)
+        else:
+            raise AssertionError(f"{named(page)}: unknown command {words}")
+
+
+def check_python_command(words: list[str], page: Path) -> None:
+    """Fail unless the module or the file is there and its folder's sources name every option."""
+    if words[0] == "-m":
+        name, arguments = words[1], words[2:]
+        if name == "build":  # of others: `pip install build`
+            return
+        file = ROOT / f"{name.replace('.', '/')}.py"
+    else:
+        name, arguments, file = words[0], words[1:], ROOT / words[0]
+        if f"# {name}\n" in "".join(fenced(page, "python")):
+            return
+    assert file.is_file(), words
+    sources = "".join(source.read_text() for source in file.parent.glob("*.py"))
+    for word in arguments:
+        if word.startswith("--") and word != "--help":
+            assert f'"{word}"' in sources, words
+
+
+@each_page
+def test_inline_commands_name_targets(page):
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    mentioned = set(re.findall(r"`make ([\w-]+)[ `]", page.read_text()))
+    assert mentioned <= targets
+
+
+def anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    titles = [re.sub(r"[^\w\- ]", "", title.lower()) for title in re.findall(r"^#+ (.*)", text, re.MULTILINE)]
+    return {title.strip().replace(" ", "-") for title in titles}
+
+
+@each_page
+def test_links_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if target.startswith("https://"):
+            continue
+        path, _, anchor = target.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        assert file.is_relative_to(ROOT) and file.exists(), target
+        assert not anchor or anchor in anchors(file), target
+
+
+@pytest.mark.skipif(not (ROOT / "csrc" / "cuda" / "asa").exists(), reason="the pages name the files of the new layout")
+@each_page
+def test_files_that_are_named_exist(page):
+    """Names in backticks that begin with a folder of the repository."""
+    for path in re.findall(r"`((?:asa_ops|bench|csrc|docs|examples|tests)/[\w./-]*)`", page.read_text()):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_first_page_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 130
+
+
+def test_api_page_is_that_of_the_docstrings(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    page = ROOT / "docs" / "api.md"
+    rendered = runpy.run_path(str(page.with_name("generate.py")))["render"]()
+    assert page.read_text() == rendered, "run: python docs/generate.py"
+    for module in (asa_ops, asa_ops.nn):
+        assert all(f"{name}`" in rendered for name in module.__all__ if name != "nn")
+
+
+def test_api_page_translates_docstrings():
+    markdown = runpy.run_path(str(ROOT / "docs" / "generate.py"))["markdown"]
+    text = """Do it for :func:`asa_ops.f` and ``x``.
+
+    With a * b::
+
+        a_i = <b, c>
+
+    Args:
+        x: first
+            and second.
+        y: third.
+
+    Returns: a number.
+
+    Example:
+        >>> f(1)
+
+        >>> f(2)
+    """
+    assert markdown(text).splitlines() == [
+        "Do it for `f` and `x`.",
+        "",
+        "With a \\* b:",
+        "",
+        "```text",
+        "a_i = <b, c>",
+        "```",
+        "",
+        "**Arguments**",
+        "",
+        "- `x`: first",
+        "  and second.",
+        "- `y`: third.",
+        "",
+        "**Returns** a number.",
+        "",
+        "**Example**",
+        "",
+        "```pycon",
+        ">>> f(1)",
+        "",
+        ">>> f(2)",
+        "```",
+    ]
+
+
+def rows_of(page: Path) -> list[list[str]]:
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.read_text().splitlines() if "|" in line
+    ]
+
+
+def test_the_first_page_quotes_the_measurements():
+    """Its table of gains is that of the pages of results, rounded."""
+    shown = {row[0].split(",")[0]: list(map(float, row[1:])) for row in rows_of(ROOT / "README.md") if "%" in row[0]}
+    timed_on_cpu = reversed(rows_of(RESULTS / "amd-epyc-family-25-model-17.md"))  # reversed: the first table counts
+    timed_on_gpu = reversed(rows_of(RESULTS / "nvidia-h200-summary.md"))
+    cpu = {tuple(row[:4]): row[5] for row in timed_on_cpu if row[1:3] == ["64x64", "256"]}
+    gpu = {tuple(row[:3]): row[7] for row in timed_on_gpu if len(row) == 12}
+    names = {"label map": ("labels", "labels"), "photograph": ("photo", "photo"), "nearly all": ("near-dense", "dense")}
+    assert shown.keys() == names.keys()
+    for name, (on_cpu, on_gpu) in names.items():
+        gains = [1 / float(cpu[on_cpu, "64x64", "256", mode].split()[0]) for mode in ("fwd", "fwd+bwd")]
+        gains = [round(gain, 1) for gain in gains]
+        gains += [float(gpu[on_gpu, "9409", mode].split()[0]) for mode in ("fwd", "fwd+bwd")]
+        assert shown[name] == gains
+
+
+def figures(text: str) -> set[str]:
+    return set(re.findall(r"[+-]?\d+\.\d+", text))
+
+
+@pytest.mark.parametrize(
+    ("page", "heading", "sources"),
+    [
+        ("speed.md", "On a CPU", ["amd-epyc-family-25-model-17.md"]),
+        ("speed.md", "On a GPU", ["nvidia-h200-summary.md"]),
+        ("blocks.md", "Speed", ["amd-epyc-family-25-model-17.md"]),
+    ],
+)
+def test_tables_quote_the_measurements(page, heading, sources):
+    section = re.search(rf"^## {heading}\n(.*?)(?=^## |\Z)", (ROOT / "docs" / page).read_text(), re.DOTALL | re.M)[1]
+    quoted = figures("\n".join(line for line in section.splitlines() if line.startswith("|")))
+    assert len(quoted) > 10
+    assert quoted <= figures("".join((RESULTS / source).read_text() for source in sources))
+
+
+def test_the_demo_s_table_is_what_it_printed():
+    section = re.search(r"^## The demo\n(.*)", (ROOT / "docs" / "evidence.md").read_text(), re.DOTALL | re.M)[1]
+    table = "\n".join(line for line in section.splitlines() if line.startswith("|"))
+    printed = (ROOT / "examples" / "results" / "denoise.txt").read_text()
+    assert len(figures(table)) > 40
+    assert figures(table) <= figures(printed)
+    psnr = re.findall(r"^(?:ASA|scikit-image, h).*? (\d\d\.\d\d) ", printed, re.MULTILINE)[:2]
+    readme = (ROOT / "README.md").read_text()
+    assert all(f"{float(value):.1f}" in readme for value in psnr)
+
+
+def test_versions_agree():
+    """The newest released version of the changelog is that of the citation."""
+    released = re.search(
+        r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
+    )
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {released[1]}\n" in citation and f"\ndate-released: {released[2]}\n" in citation
+
+
+def test_source_archive_holds_what_a_build_reads(tmp_path):
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns(".*", "*.so", "build", "dist", "*.egg-info", "__pycache__", "tests")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    program = "import setuptools.build_meta as backend; print(backend.build_sdist('dist'))"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=source, capture_output=True)
+    (archive,) = (source / "dist").glob("asa_ops-*.tar.gz")
+    with tarfile.open(archive) as file:
+        held = {name.partition("/")[2] for name in file.getnames()}
+    needed = {"README.md", "LICENSE", "setup.py", "pyproject.toml"}
+    needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
+    needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "asa_ops").rglob("*.py")}
+    assert needed <= held
+    readme = (ROOT / "README.md").read_text()
+    with tarfile.open(archive) as file:
+        metadata = (
+            file.extractfile(next(name for name in file.getnames() if name.endswith("/PKG-INFO"))).read().decode()
+        )
+    assert "Description-Content-Type: text/markdown" in metadata and readme.strip() in metadata
