@@ -93,7 +93,7 @@ def run_all(commands: list[list[str]], logs: list[Path], shown: list[Path], limi
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # asa_ops from this tree
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more}
     with contextlib.ExitStack() as stack:
-        tail = ["tail", "-q", "-n", "+1", "-s", "0.5", "-F", *map(str, shown)]
+        tail = ["tail", "-q", "-n", "0", "-F", *map(str, shown)]  # what is there was shown before
         stack.callback(end, subprocess.Popen(tail, stderr=subprocess.DEVNULL, start_new_session=True))
         processes = []
         for command, log in zip(commands, logs, strict=True):

@@ -1,9 +1,49 @@
-"""A file of results as a run leaves it, made up."""
+"""What tests of the benchmarks share: a file of results as a run leaves it, and torch.cuda as far as it times calls."""
 
+import contextlib
 import dataclasses
+import time
+from types import SimpleNamespace
+
+import torch
 
 from bench import accounting
 from bench.record import Case, Method, Record
+
+
+class Event:
+    """Stands for torch.cuda.Event, on a CPU."""
+
+    def __init__(self, enable_timing: bool = False):
+        self.at = 0.0
+
+    def record(self) -> None:
+        self.at = time.perf_counter()
+
+    def elapsed_time(self, other: "Event") -> float:
+        return 1e3 * (other.at - self.at)
+
+    def query(self) -> bool:
+        return False
+
+
+def stand_in_for_cuda(monkeypatch) -> list[str]:
+    """Replace what times calls on a GPU; return the list that replays of graphs are told in."""
+    replays: list[str] = []
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    for name, value in (
+        ("Event", Event),
+        ("Stream", lambda: stream),
+        ("current_stream", lambda: stream),
+        ("stream", contextlib.nullcontext),
+        ("CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append("replay"))),
+        ("graph", contextlib.nullcontext),
+        ("synchronize", lambda: None),
+        ("empty_cache", lambda: None),
+        ("_sleep", lambda cycles: None),
+    ):
+        monkeypatch.setattr(torch.cuda, name, value)
+    return replays
 
 
 def stored() -> Record:

@@ -6,40 +6,59 @@ import sys
 
 import pytest
 import torch
+from bench_cases import stand_in_for_cuda
 from cases import Case, make
 from compare import survivors
 from gpu_cases import CONFIGURATIONS, configured
 
 from asa_ops import asa_attention
 from asa_ops.core import devices
-from bench import accounting, measure, workloads
+from bench import accounting, measure, report, run, workloads
+from bench.record import Record
 from bench.triton import launches
 
 pytestmark = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
 
 
-def test_operations_of_a_call_are_counted():
-    """Of the launches of a real call, backward included."""
+def test_operations_of_a_call_are_counted(monkeypatch):
+    """Of the launches of a real call, backward included; kernels are timed with what stands for torch.cuda."""
     grid, n = (3, 45), 135
     case = Case("small", grid=grid, batch=1, heads=1, dim=16, dim_v=16, sharpness=9.0, beta=None)
     inputs, options = make(case, torch.float32)
     inputs[3][..., 90:] = torch.inf  # some tiles are empty
     leaves = [x.requires_grad_() for x in inputs[:3]]
 
-    def run():
+    def call():
         out = asa_attention(*leaves, inputs[3], **options, impl="triton")
         torch.autograd.grad(out.sum(), leaves)
 
-    flops = launches.operations(run, n)
+    flops = launches.operations(call, n)
     assert {"statistics", "mask", "aggregate", "dq"} < set(flops) <= {*launches.matrix_kernels(), "dkv"}
     assert "dkv" in flops or ("dk" in flops and "dv" in flops)
     assert flops["statistics"] == 2 * n * n * 16
+    stand_in_for_cuda(monkeypatch)
+    times = launches.kernel_seconds(call, repeats=2)
+    assert set(flops) < set(times) and all(seconds > 0 and count > 0 for seconds, count in times.values())
+    assert times["statistics"][1] == 1 and times["arrange"][1] > 1
     order = accounting.tile_order(grid)
     kept = survivors("reference", inputs, options)[0, 0][order][:, order]
     kept = torch.nn.functional.pad(kept, (0, 192 - n, 0, 192 - n))
     tiles = kept.unflatten(0, (3, 64)).unflatten(2, (3, 64)).any(3).any(1)
     assert not tiles.all()
     assert flops["aggregate"] == 2 * (16 + 16) * 64**2 * tiles.sum()  # the interpreter's blocks are 64 rows
+
+
+def test_a_case_on_a_gpu_has_graphs_and_kernels(monkeypatch):
+    """On the CPU, with what stands for torch.cuda."""
+    build = workloads.build
+    monkeypatch.setattr(workloads, "build", lambda spec, device, *others: build(spec, "cpu", *others))
+    stand_in_for_cuda(monkeypatch)
+    spec = workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None)
+    case = run.measured(spec, "fwd+bwd", "cuda", ["triton"], ["sdpa math", "eager"], 2)
+    assert not any(method.error for method in case.methods.values())
+    assert [len(case.times(name, "graph")) for name in ("asa triton", "sdpa math", "eager")] == [2, 2, 0]
+    assert case.kernels["dq"].flops > 0 and case.kernels["arrange"].flops is None and case.sparsity
+    assert "| labels | 8x8 | 16 | fwd+bwd | dq | 1 |" in report.sections(Record({}, {}, [case]))
 
 
 def test_configurations_reach_every_row_of_the_table(monkeypatch):

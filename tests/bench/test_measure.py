@@ -7,6 +7,7 @@ import time
 
 import pytest
 import torch
+from bench_cases import stand_in_for_cuda
 
 from asa_ops.asa import reference
 from bench import accounting, inputs, measure, workloads
@@ -139,6 +140,16 @@ def test_a_first_call_that_compiles_makes_no_method_slow():
 
     times, _ = measure.interleaved({"fast": lambda: time.sleep(0.001), "compiled": compiled}, 5, "cpu")
     assert len(times["compiled"]) == 5
+
+
+def test_calls_on_a_gpu_are_timed_as_called_and_in_graphs(monkeypatch):
+    """With what stands for torch.cuda; of a call that cannot be captured there is no time in a graph."""
+    replays = stand_in_for_cuda(monkeypatch)
+    assert measure.seconds_of(lambda: time.sleep(0.01), "cuda", 2) == pytest.approx(0.01, rel=0.5)
+    calls = []
+    times = measure.in_graphs({"fast": lambda: calls.append(1), "synchronises": lambda: 1 / 0}, 3)
+    assert set(times) == {"fast"} and len(times["fast"]) == 3
+    assert len(calls) == measure.WARM_UP + 1 and len(replays) == (measure.WARM_UP + 3) * measure.REPLAYS
 
 
 def test_what_the_machine_does_at_most_is_measured():
