@@ -58,7 +58,7 @@ def test_a_case_on_a_gpu_has_graphs_and_kernels(monkeypatch):
     assert not any(method.error for method in case.methods.values())
     assert [len(case.times(name, "graph")) for name in ("asa triton", "sdpa math", "eager")] == [2, 2, 0]
     assert case.kernels["dq"].flops > 0 and case.kernels["arrange"].flops is None and case.sparsity
-    assert "| labels | 8x8 | 16 | fwd+bwd | dq | 1 |" in report.sections(Record({}, {}, [case]))
+    assert "| labels | 8x8 | 16 | fwd+bwd | dq | " in report.sections(Record({}, {}, [case]))
 
 
 def test_configurations_reach_every_row_of_the_table(monkeypatch):
