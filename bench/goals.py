@@ -37,10 +37,7 @@ _OVER_EAGER = "over the published formula in eager PyTorch"
 _OVER_FLEX = "over FlexAttention, its mask built in the call"
 _MODES = ("fwd", "fwd+bwd")
 _SPARSE = [("fwd", 8192, 1.5), ("fwd", 9409, 1.5), ("fwd", 16384, 1.0), ("fwd+bwd", 8192, 2.0), ("fwd+bwd", 9409, 2.0)]
-_RATES = [
-    ("aggregate, TFLOP/s", 400, "fwd", ("aggregate",)),
-    ("backward, TFLOP/s", 350, "fwd+bwd", BACKWARD),
-]
+_RATES = [("aggregate", 400, "fwd", ("aggregate",)), ("backward", 350, "fwd+bwd", BACKWARD)]
 GOALS = [
     *(
         Goal(_OVER_DENSE, bound, inputs, n, mode, peers=DENSE, structured=True)
@@ -54,7 +51,7 @@ GOALS = [
     *(Goal(_OVER_FLEX, 5.0, "labels", 8192, mode, peers=("flex + mask",)) for mode in _MODES),
     *(Goal("pass 1, TFLOP/s", 600, "labels", n, "fwd", kernels=("statistics",)) for n in (8192, 16384)),
     *(
-        Goal(text, bound, inputs, n, mode, kernels=kernels)
+        Goal(f"{text}, TFLOP/s", bound, inputs, n, mode, kernels=kernels)
         for text, bound, mode, kernels in _RATES
         for inputs, n in (("labels", 8192), ("dense", 8192), ("dense", 16384))
     ),

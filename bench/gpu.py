@@ -59,20 +59,7 @@ torch.cuda.synchronize()
 print("the calls ended:", impls, why_not)
 """
 PEERS = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "xformers", "eager")
-TIMED = (
-    "--device",
-    "cuda",
-    "--dtype",
-    "bfloat16",
-    "--dim",
-    "256",
-    "--impl",
-    "triton",
-    "cuda",
-    "--rounds",
-    "15",
-    "--add",
-)
+TIMED = "--device cuda --dtype bfloat16 --dim 256 --impl triton cuda --rounds 15 --add"
 TIMINGS = [  # what bench.run measures of one image and head, in order of importance
     ("--size 64x128 --inputs labels dense --mode fwd fwd+bwd", (*PEERS, "flex", "flex + mask")),
     ("--size 97x97 --inputs labels dense --mode fwd fwd+bwd", PEERS),
@@ -243,7 +230,7 @@ def time_everything(limit: float, log: Path, results: Record) -> tuple[str, str]
             results.notes.append(f"The first call failed: {last}")
         statuses = []
         for arguments, peers in TIMINGS:
-            command = ["-m", "bench.run", *TIMED, *arguments.split(), "--peers", *peers, "--out", str(written)]
+            command = ["-m", "bench.run", *f"{TIMED} {arguments}".split(), "--peers", *peers, "--out", str(written)]
             left = deadline - time.monotonic()
             statuses.append(run(command, log, left, TRITON_CACHE_DIR=cache) if left > 0 else None)
     if written.exists():
@@ -263,13 +250,9 @@ def first_call() -> dict[str, float]:
     seconds["import asa_ops"] = float(subprocess.check_output([sys.executable, "-c", imported]))
     workload = workloads.build(spec, "cuda", ["triton"], [])
     both = workload.call("asa triton", True)
-    for name, call in (
-        ("first forward", workload.call("asa triton", False)),
-        ("first forward and backward after it", both),
-        ("the next", both),
-    ):
-        seconds[name] = measure.seconds_of(call, "cuda")
-    return seconds
+    seconds["first forward"] = measure.seconds_of(workload.call("asa triton", False), "cuda")
+    seconds["first forward and backward after it"] = measure.seconds_of(both, "cuda")
+    return seconds | {"the next": measure.seconds_of(both, "cuda")}
 
 
 RUN = {

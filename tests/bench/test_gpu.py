@@ -192,7 +192,7 @@ def test_every_goal_is_measured():
     run.arguments_of(parser)
     measured = set()
     for arguments, peers in gpu.TIMINGS:
-        options = parser.parse_args([*gpu.TIMED, *arguments.split(), "--peers", *peers])
+        options = parser.parse_args([*f"{gpu.TIMED} {arguments}".split(), "--peers", *peers])
         measured |= {(x.inputs, x.tokens, mode, peer) for _, x, mode in run.to_do(parser, options) for peer in peers}
         assert options.dim == [256] and options.dtype == "bfloat16" and options.impl == ["triton", "cuda"]
     for goal in goals.GOALS:
