@@ -70,7 +70,7 @@ def sparsity(tensors: list[Tensor], grid: tuple[int, int], window: int = 3) -> S
 
     return Sparsity(
         survivors=counts.double().mean().item(),
-        density=counts.double().mean().item() / n,
+        density=counts.double().sum().item() / heads / n**2,
         active=fraction(active),
         plausible=fraction((seen & seen.mT) | local),
         candidates=chosen.double().mean().item(),

@@ -151,7 +151,7 @@ def test_after_a_lost_device_the_next_process_goes_on_behind_the_test(monkeypatc
 def test_a_limit_ends_a_command_and_its_children(tmp_path, capfd):
     """And what it printed until then is shown."""
     program = "import subprocess, time; print('begun'); p = subprocess.Popen(['sleep', '99']); print(p.pid); p.wait()"
-    assert gpu.run(["-c", program], tmp_path / "log", 3) is None
+    assert gpu.run(["-c", program], tmp_path / "log", 6) is None
     begun, child = (tmp_path / "log").read_text().split()
     assert begun == "begun" and "begun" in capfd.readouterr().out
     state = Path(f"/proc/{child}/stat")
