@@ -4,7 +4,8 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 OUT ?= build/gpu
-SOURCES := setup.py pyproject.toml requirements.txt $(wildcard csrc/*.* csrc/cpu/*.* csrc/cuda/*.*)
+CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+SOURCES := setup.py pyproject.toml requirements.txt $(filter-out csrc/testing/%,$(CSRC))
 # CUDA kernels are compiled for this machine's GPU only, or where there is none for one; `make wheel` takes the default.
 GPU = $(firstword $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
 	sed -n 's/^\([89]\|1[0-9]\)\.\([0-9]\)$$/\1\2/p') 80)
@@ -80,10 +81,12 @@ lint: $(READY)  ## style and types, under a minute
 	$(RUN) -m ruff check .
 	$(RUN) -m ruff format --check .
 	$(RUN) -m mypy
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 
 format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
+	$(VENV)/bin/clang-format -i $(CSRC)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info asa_ops/*.so

@@ -20,7 +20,8 @@ from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
 VERSION = "0.1.0"
-CUDA_SOURCES = sorted(Path("csrc/cuda").glob("*.cu"))
+# Large files, which take the longest to compile, come first, so that none is left over at the end.
+CUDA_SOURCES = sorted(Path("csrc/cuda").rglob("*.cu"), key=lambda path: -path.stat().st_size)
 CUDA_RUNTIME = ["-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,-s"]
 # Folders of this machine stay out of the binary.
 PREFIXES = [f"-ffile-prefix-map={folder}={name}" for folder, name in ((Path.cwd(), "."), (include_paths()[0], "torch"))]
@@ -92,45 +93,47 @@ class BuildWithCuda(BuildExtension):
             print(f"asa_ops: building without CUDA kernels ({reason})", file=sys.stderr)
             extension.define_macros.append(("ASA_OPS_CUDA_ARCHS", '""'))
         else:
-            told = ";".join(map(str, architectures))
-            extension.define_macros += [("ASA_OPS_CUDA_ARCHS", f'"{told}"'), ("USE_CUDA", None)]
-            add_cuda(extension, [nvcc, *flags], Path("build/cuda", told.replace(";", "-")))
+            numbers = list(map(str, architectures))
+            extension.define_macros += [("ASA_OPS_CUDA_ARCHS", f'"{";".join(numbers)}"'), ("USE_CUDA", None)]
+            add_cuda(extension, [nvcc, *flags], Path("build/cuda", "-".join(numbers)))
         super().build_extension(extension)
 
 
 def add_cuda(extension, nvcc: list[str], folder: Path) -> None:
     """Compile csrc/cuda to objects in ``folder``, a lasting one, and have them linked with the CUDA runtime."""
-    # nvcc tells where its toolkit is, also where it is a wrapper: INCLUDES="-I/usr/local/cuda/include"
+    # nvcc says where its toolkit is, also where it is a wrapper: INCLUDES="-I/usr/local/cuda/include"
     dry_run = subprocess.run([nvcc[0], "-dryrun", "-c", CUDA_SOURCES[0]], check=True, capture_output=True, text=True)
-    found = dict(re.findall("^#\\$ (INCLUDES|LIBRARIES)=(.*)$", dry_run.stderr, re.MULTILINE))
-    extension.include_dirs += [flag.removeprefix("-I") for flag in shlex.split(found["INCLUDES"])]
+    variables = dict(re.findall("^#\\$ (INCLUDES|LIBRARIES)=(.*)$", dry_run.stderr, re.MULTILINE))
+    extension.include_dirs += [flag.removeprefix("-I") for flag in shlex.split(variables["INCLUDES"])]
     defines = [f"-D{name}" if value is None else f"-D{name}={value}" for name, value in extension.define_macros]
     command = [*nvcc, *defines, "-I", include_paths()[0]]
-    folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = list(pool.map(lambda source: compile_cuda(source, folder, command), CUDA_SOURCES))
     extension.extra_objects += map(str, objects)
-    extension.extra_link_args += shlex.split(found["LIBRARIES"]) + CUDA_RUNTIME
+    extension.extra_link_args += shlex.split(variables["LIBRARIES"]) + CUDA_RUNTIME
 
 
 def compile_cuda(source: Path, folder: Path, command: list[str]) -> Path:
     """Compile one file and return the object, the one of before if its command and the files it read are unchanged.
 
-    Beside it lies what the assembler says of registers and spills, which tests read.
+    It lies in ``folder`` as the file does in csrc/cuda, and beside it the assembler's report on registers and spills,
+    which tests read.
     """
+    place = folder / source.relative_to("csrc/cuda")
+    place.parent.mkdir(parents=True, exist_ok=True)
     suffixes = ".o", ".d", ".command", ".registers"
-    compiled, listed, told, registers = (folder / f"{source.stem}{suffix}" for suffix in suffixes)
+    compiled, dependencies, command_used, registers = map(place.with_suffix, suffixes)
     # The seed is that of the names which nvcc makes up: the same source gives the same object.
-    options = ["-frandom-seed", source.name, "-MD", "-MF", str(listed), "-c", str(source), "-o", str(compiled)]
+    options = ["-frandom-seed", source.name, "-MD", "-MF", str(dependencies), "-c", str(source), "-o", str(compiled)]
     line = shlex.join([*command, *options])
     try:
-        files = listed.read_text().replace("\\\n", " ").split(":", 1)[1].split()
+        files = dependencies.read_text().replace("\\\n", " ").split(":", 1)[1].split()
         newest = max(Path(file).stat().st_mtime_ns for file in files)
-        if told.read_text() == line and newest < compiled.stat().st_mtime_ns:
+        if command_used.read_text() == line and newest < compiled.stat().st_mtime_ns:
             return compiled
     except OSError:  # never compiled, or what it read is gone
         pass
-    told.unlink(missing_ok=True)
+    command_used.unlink(missing_ok=True)
     print(line, flush=True)
     started = time.time_ns()
     run = subprocess.run([*command, *options], stderr=subprocess.PIPE, text=True)
@@ -138,7 +141,7 @@ def compile_cuda(source: Path, folder: Path, command: list[str]) -> Path:
         sys.exit(f"{run.stderr}\nasa_ops: {source} does not compile")
     registers.write_text(run.stderr)
     os.utime(compiled, ns=(started, started))  # what is edited while it compiles counts as newer
-    told.write_text(line)
+    command_used.write_text(line)
     return compiled
 
 
@@ -147,8 +150,8 @@ def extension() -> dict:
     major, minor, patch = (int(part) for part in VERSION.split("."))
     module = CppExtension(
         "asa_ops._C",
-        sorted(str(path) for pattern in ("*.cpp", "cpu/*.cpp") for path in Path("csrc").glob(pattern)),
-        depends=sorted(str(path) for path in Path("csrc").glob("**/*.h")),
+        sorted(map(str, Path("csrc").rglob("*.cpp"))),
+        depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         py_limited_api=True,
         define_macros=[
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # torch 2.10

@@ -1,4 +1,4 @@
-// Every C++ schema of asa_ops, one line each. Kernels live in cpu/ and cuda/ and register their implementations there.
+// Every C++ schema of asa_ops. Kernels live in cpu/ and cuda/ and register their implementations there.
 //
 // Stable ABI only (torch/csrc/stable): one binary serves every torch from 2.10 on. No Python headers: the library is
 // loaded with torch.ops.load_library, so one binary serves every Python too.
@@ -40,37 +40,31 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
   m.def("cpu_isa() -> int");
   m.def("cuda_architectures() -> str");
   m.def("cuda_versions() -> (int, int)");
+  // `options` and `saved`: asa.h names what these lists hold.
   m.def(
-      "asa_cpu_fwd(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, Tensor? broken, "
-      "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_kept, "
-      "Tensor(d!) survivors, Tensor(e!) kappa, Tensor(f!) log_mean, Tensor(g!) bits, Tensor(h!) local) -> ()");
+      "asa_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
+      "Tensor? not_finite, float[] options, Tensor(a!)[] saved) -> ()");
   m.def(
-      "asa_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, "
-      "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kappa, "
-      "Tensor log_mean, Tensor bits, Tensor local, float band, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, "
-      "Tensor(d!)? dalpha, Tensor(e!)? dbeta) -> ()");
+      "asa_cpu_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
+      "float[] options, Tensor[] saved, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dalpha, "
+      "Tensor(e!)? dbeta) -> ()");
   m.def(
-      "asa_cpu_neighbors(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real_q, Tensor? real_k, "
-      "int height, int width, int window, int topk, bool reciprocal, float scale, Tensor lse, Tensor lse_kept, Tensor kappa, Tensor log_mean, "
-      "Tensor bits, Tensor local, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+      "asa_cpu_neighbors(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
+      "float[] options, Tensor[] saved, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+  m.def(
+      "asa_cuda_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
+      "float[] options, Tensor(a!)[] saved) -> ()");
+  m.def(
+      "asa_cuda_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
+      "float[] options, Tensor[] saved, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dalpha, "
+      "Tensor(e!)? dbeta) -> ()");
+  m.def(
+      "asa_cuda_neighbors(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
+      "float[] options, Tensor[] saved, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
   m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) stats) -> ()");
   m.def(
       "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, float scale, "
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
-  m.def(
-      "asa_cuda_fwd(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real, int height, int width, int window, "
-      "int topk, bool reciprocal, float scale, float band, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) lse_kept, "
-      "Tensor(d!) survivors, Tensor(e!) kappa, Tensor(f!) log_mean, Tensor(g!) bits, Tensor(h!) local, Tensor(i!) rest, "
-      "Tensor(j!) base2) -> ()");
-  m.def(
-      "asa_cuda_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real, int height, int width, "
-      "int window, int topk, bool reciprocal, float scale, float band, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, "
-      "Tensor kappa, Tensor log_mean, Tensor bits, Tensor local, Tensor rest, Tensor base2, Tensor(a!) dq, Tensor(b!) dk, "
-      "Tensor(c!) dv, Tensor(d!)? dalpha, Tensor(e!)? dbeta) -> ()");
-  m.def(
-      "asa_cuda_neighbors(Tensor q, Tensor k, Tensor v, Tensor? alpha, Tensor? beta, Tensor? real, int height, int width, int window, "
-      "int topk, bool reciprocal, float scale, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kappa, "
-      "Tensor log_mean, Tensor bits, Tensor local, Tensor rest, Tensor base2, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {

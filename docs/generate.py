@@ -12,7 +12,8 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, UnionType
+from typing import Union, get_args, get_origin
 
 import asa_ops
 
@@ -82,18 +83,23 @@ def signature(name: str, obj: Callable) -> str:
         if parameter.kind is parameter.KEYWORD_ONLY and not starred:
             parameters.append("*")
         starred |= parameter.kind in (parameter.KEYWORD_ONLY, parameter.VAR_POSITIONAL)
-        parameters.append(plain(str(parameter)))
+        shown = re.sub(r":.*", "", str(parameter.replace(default=parameter.empty)))  # with its stars
+        if parameter.annotation is not parameter.empty:
+            shown += f": {plain(parameter.annotation)}"
+        parameters.append(shown if parameter.default is parameter.empty else f"{shown} = {parameter.default!r}")
     returned = found.return_annotation
-    shown = "" if inspect.isclass(obj) or returned is found.empty else plain(inspect.formatannotation(returned))
+    shown = "" if inspect.isclass(obj) or returned is found.empty else plain(returned)
     result = shown and f" -> {shown}"
     line = f"{name}({', '.join(parameters)}){result}"
     listed = "".join(f"    {parameter},\n" for parameter in parameters)
     return line if len(line) <= 100 else f"{name}(\n{listed}){result}"
 
 
-def plain(annotation: str) -> str:
-    """Return an annotation without the modules of its names."""
-    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", annotation)
+def plain(annotation: object) -> str:
+    """Return an annotation without the modules of its names, and the same under every Python."""
+    if get_origin(annotation) in (Union, UnionType):
+        return " | ".join(map(plain, get_args(annotation)))
+    return re.sub(r"\b(?:[a-z_]+\.)+(?=[A-Z])", "", inspect.formatannotation(annotation)).replace("NoneType", "None")
 
 
 def markdown(docstring: str) -> str:

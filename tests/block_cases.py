@@ -1,4 +1,4 @@
-"""Inputs of the functional ops of the blocks for tests: one factory, one list of named cases."""
+"""Calls of the functional ops of the blocks for tests: one factory, one list of named cases; and their modules."""
 
 import importlib
 from dataclasses import dataclass, field
@@ -115,6 +115,39 @@ CONTRACT_CASES = [  # one of each way to compute
     *("gaussian_short", "gaussian_padded", "dot_product", "concatenation", "linear", "channel_plain", "efficient"),
     *("axial", "squeeze_bilinear_odd", "interlaced_long", "interlaced_short_padded", "salient"),
 ]
+MODULES = [  # name in asa_ops.nn, options, whether a fresh block is the identity
+    *(
+        ("asa", options, True)
+        for options in (
+            *({}, {"mode": "gaussian"}, {"mode": "gaussian", "heads": 4}, {"reduction": 100}, {"window": 5, "topk": 9}),
+            *({"reduction": 1, "heads": 4, "use_scale": False}, {"norm": "batch", "threshold_activation": "softplus"}),
+            *({"threshold_grad": None, "impl": "blocked"}, {"local": False, "threshold_band": 0.5}),
+            {"published": True},
+        )
+    ),
+    ("criss_cross", {}, True),
+    ("criss_cross", {"reduction": 100}, True),
+    ("criss_cross", {"recurrence": 3, "impl": "reference"}, True),
+    ("non_local", {}, True),
+    ("non_local", {"mode": "gaussian", "heads": 2, "sub_sample": True}, True),
+    ("non_local", {"mode": "dot_product", "norm": "batch", "heads": 4}, True),
+    ("non_local", {"mode": "concatenation", "reduction": 1, "heads": 2, "sub_sample": True}, True),
+    ("linear_attention", {}, True),
+    ("linear_attention", {"kind": "channel"}, True),
+    ("efficient_attention", {}, False),
+    ("efficient_attention", {"heads": 4, "key_channels": 8, "value_channels": 12}, False),
+    ("efficient_attention", {"heads": 4, "key_channels": 10, "published": True}, False),
+    ("channelized_axial", {"key_channels": 4}, False),
+    ("channelized_axial", {"out_channels": 6, "channel_attention": False}, False),
+    ("channelized_axial", {"hidden_layers": 0}, False),
+    ("squeeze_and_attention", {}, False),
+    ("squeeze_and_attention", {"pool": 3, "upsample": "bilinear", "activation": None, "out_channels": 6}, False),
+    ("interlaced_sparse", {"factors": (1, 3)}, False),
+    ("interlaced_sparse", {"factors": [(1, 2), (1, 3)], "out_channels": 6, "heads": 2, "dropout": 0.1}, False),
+    ("interlaced_sparse", {"factors": (1, 4), "published": True}, False),
+    ("salient_positions", {}, False),
+    ("salient_positions", {"topk": None, "sub_sample": True, "heads": 2}, False),
+]
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -153,3 +186,11 @@ def unflat(case: Case, tensors) -> dict:
 
 def named(name: str) -> Case:
     return next(case for case in CASES if case.name == name)
+
+
+def alive(block: torch.nn.Module) -> torch.nn.Module:
+    """Return ``block`` with what starts at 0 at something else, but for thresholds and scores, which decide."""
+    for name, parameter in block.named_parameters():
+        if not parameter.any() and not (isinstance(block, asa_ops.nn.AdaptiveSparseAttention) and "bias" in name):
+            torch.nn.init.normal_(parameter)
+    return block

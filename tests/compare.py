@@ -35,6 +35,18 @@ def survivors(impl: str, inputs, options) -> Tensor:
     return dense(graph, *query.shape[:3], key.shape[2])
 
 
+def call_and_gradients(impl: str, inputs, options, grad_out: Tensor | None = None) -> list[Tensor]:
+    """Return output, statistics and all gradients of a call whose thresholds learn, of out.square().sum() if not given.
+
+    The inputs are taken as they are, strides included, and not written to.
+    """
+    leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
+    learn = {"threshold_grad": "straight_through"}
+    out, stats = asa_attention(*leaves, **learn | options, impl=impl, return_stats=True)
+    grad_out = 2 * out.detach() if grad_out is None else grad_out
+    return [out.detach(), *stats, *torch.autograd.grad(out, [x for x in leaves if x is not None], grad_out)]
+
+
 def uncertain_pairs(inputs, options, eps: float) -> tuple[Tensor, Tensor]:
     """Return the float64 survivors, and which pairs rounding at ``eps`` may decide either way."""
     query, key, _, alpha, beta = [x if x is None else x.double() for x in inputs]

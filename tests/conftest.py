@@ -36,6 +36,15 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def emulation():
+    """Register the CUDA kernels for CPU tensors, where there are a C++ compiler and no GPU."""
+    import simt
+
+    if simt.AVAILABLE:
+        simt.load()
+
+
 @pytest.fixture
 def full_disk():
     """Return a context in which no file may become longer than 100 bytes, not even what pytest writes to."""

@@ -17,8 +17,8 @@ import torch
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 ROOT = Path(__file__).parents[1]
-SOURCES = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-HEADERS = [*(ROOT / "csrc/cuda").glob("*.h"), *(ROOT / "csrc/testing").glob("*.h")]
+SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
+HEADERS = [path for folder in ("", "cuda/**/", "testing/") for path in (ROOT / "csrc").glob(f"{folder}*.h")]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
 
 
@@ -47,12 +47,21 @@ def build(sanitize: bool = False) -> Path:
 def _compile(folder: Path, library: Path, sanitize: list[str]) -> None:
     compiler = shlex.split(get_cxx_compiler())
     # For this machine: emulated fused multiply-adds would be slow.
-    flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC", *sanitize]
-    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas"]
+    flags = [
+        "-std=c++17",
+        "-O2",
+        "-march=native",
+        "-ffp-contract=off",
+        "-fno-strict-aliasing",
+        "-fPIC",
+        "-fvisibility=hidden",
+    ]
+    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas", *sanitize]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", include_paths()[0]]
 
     def compile_one(source: Path) -> Path:
-        compiled = folder / f"{source.stem}.o"
+        compiled = folder / source.relative_to(ROOT / "csrc/cuda").with_suffix(".o")
+        compiled.parent.mkdir(exist_ok=True)
         subprocess.run([*compiler, *flags, "-x", "c++", "-c", source, "-o", compiled], check=True)
         return compiled
 

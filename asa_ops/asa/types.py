@@ -91,6 +91,10 @@ class Options(NamedTuple):
     reciprocal: bool
     scale: float
 
+    def numbers(self, band: float | None = None) -> list[float]:
+        """Return them, and the half width of the window in which thresholds learn, as ``Options`` of csrc/asa.h."""
+        return [*map(float, (*self.grid, self.window, self.topk, self.reciprocal, self.scale, band or 0))]
+
 
 PADDED_TO = {"triton": 128, "cuda": 64}  # these pad the tokens of a head to a multiple
 

@@ -29,7 +29,7 @@ def processors(device: torch.device) -> int:
     return 2 if device.type != "cuda" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def compile_options(warps: int = 4, stages: int = 1, registers: int | None = None) -> dict:
+def compile_options(warps: int = 4, stages: int = 1, registers: int | None = None) -> dict[str, int | bool | None]:
     """Return how kernels are compiled.
 
     Products and sums are never fused: the same score must be the same number in every kernel. ``registers``: as many as

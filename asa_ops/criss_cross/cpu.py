@@ -1,4 +1,4 @@
-"""Criss-cross attention on the CPU: the extension's kernels (csrc/cpu/criss_cross.h), on tensors as they want them.
+"""Criss-cross attention on the CPU: the extension's kernels (csrc/cpu/criss_cross), on tensors as they take them.
 
 The kernels take contiguous maps in float32 or float64; half precisions are computed in float32.
 """
@@ -20,9 +20,9 @@ def bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return dq, dk, dv."""
     inputs = _prepare(stats.dtype, do, query, key, value)
-    gradients = tuple(torch.empty_like(x) for x in inputs[1:])
-    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, stats.contiguous(), scale, *gradients)
-    return gradients
+    dq, dk, dv = (torch.empty_like(x) for x in inputs[1:])
+    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, stats.contiguous(), scale, dq, dk, dv)
+    return dq, dk, dv
 
 
 def _prepare(dtype: torch.dtype, *maps: Tensor) -> list[Tensor]:

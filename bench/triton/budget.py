@@ -35,8 +35,8 @@ ASYNC_COPIES = r"\b(LDGSTS|UTMALDG)\b"
 
 # Spilled stores of what is known to need them. Everything not named here must have none.
 SPILL_CEILING = {
-    ("finish_rows", 64, 80): 1,
-    ("combine", 256, 80): 2,
+    ("finish_dq", 64, 80): 1,
+    ("finish_out", 256, 80): 2,
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
     ("dk", 256, 90): 10,  # 83 us on an H200, 105 us in the best row without (bench/results/nvidia-h200-tune.txt)
 }
@@ -56,7 +56,7 @@ CALLS = (  # of asa_attention: arguments, whether thresholds learn
 
 # Constants that distinguish a launch from others of its kernel.
 VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "HAS_TOPK", "BY_ROWS", "BY_COLUMNS", "HAS_BITS", "HAS_PEAKS")
-VARIANTS += ("LEARN_ALPHA", "CLEAN", "SPLITS", "COLUMN", "OF_KEYS", "DELTA")
+VARIANTS += ("NEGATIVE", "SPLITS", "COLUMN", "OF_KEYS", "DELTA", "DELTA_ERROR")
 
 
 class Source(NamedTuple):
@@ -89,9 +89,14 @@ def source_of(launch: launches.Launch, dim: int, dtype: str, arch: int) -> Sourc
     bind = create_function_from_signature(launch.kernel.signature, launch.kernel.params, backend)
     arguments = bind(*launch.arguments, **launch.named)
     options, signature, constants, attributes = launch.kernel._pack_args(backend, launch.named, *arguments)
-    variant = " ".join(name.lower() for name in VARIANTS if launch.options.get(name))
+    variant = " ".join(name.lower() for name in VARIANTS if constants_of(launch).get(name))
     text = ASTSource(launch.kernel, signature, constants, attributes)
     return Source(launch.label, dim, dtype, arch, variant, options, text)
+
+
+def constants_of(launch: launches.Launch) -> dict[str, object]:
+    """Return what a launch gives, by the names of arguments and of the fields of structs."""
+    return {name.split(".")[-1]: x for name, x in launch.given.items()}
 
 
 def sources(archs, dims, dtypes, kernels) -> list[Source]:
@@ -99,7 +104,7 @@ def sources(archs, dims, dtypes, kernels) -> list[Source]:
     found: dict[tuple, Source] = {}
 
     def keep(launch: launches.Launch, run) -> None:
-        if (kernels and launch.label not in kernels) or (dtype == "tf32" and "PRECISION" not in launch.options):
+        if (kernels and launch.label not in kernels) or (dtype == "tf32" and "PRECISION" not in constants_of(launch)):
             return
         source = source_of(launch, dim, dtype, arch)
         key = *source[:4], source.options.hash(), str(source.text.signature), str(source.text.constants)

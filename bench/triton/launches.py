@@ -28,8 +28,13 @@ class Launch(NamedTuple):
 
     @property
     def given(self) -> dict[str, object]:
-        """All arguments by name."""
-        return dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
+        """All arguments by name; the fields of structs as "struct.field"."""
+        given = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
+        while structs := {name: x for name, x in given.items() if isinstance(x, tuple)}:
+            for name, x in structs.items():
+                del given[name]
+                given |= {f"{name}.{field}": value for field, value in x._asdict().items()}
+        return {name: getattr(x, "value", x) for name, x in given.items()}  # of compile-time constants
 
     @property
     def named(self) -> dict[str, object]:
@@ -113,29 +118,29 @@ def configuration(kernel: str, dim: int, architecture: int):
 @contextlib.contextmanager
 def configured(kernel: str, dim: int, architecture: int, row, splits: int | None = None) -> Iterator[None]:
     """Let ``row`` be that of a kernel for half precision, and ``splits`` into how many parts its work is cut."""
-    from asa_ops.asa.triton import arrange, configs
+    from asa_ops.asa.triton import configs, problem
 
-    library = arrange.Problem.splits
+    library = problem.Problem.splits
 
-    def parts(problem, programs, limit):
-        return splits if limit == arrange.MAX_SPLITS else library(problem, programs, limit)
+    def parts(call, programs, limit):
+        return splits if limit == problem.MAX_SPLITS else library(call, programs, limit)
 
     key = (kernel, max(64, dim), configs.HALF, architecture)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(configs._TABLE, {key: row}))
         if splits is not None:
-            stack.enter_context(mock.patch.object(arrange.Problem, "splits", parts))
+            stack.enter_context(mock.patch.object(problem.Problem, "splits", parts))
         yield
 
 
-def pairs_visited(label: str, given: dict) -> int | None:
-    """Return how many pairs the tiles hold that a launch visits; None of kernels without products of tiles."""
-    if label == "statistics":
-        return given["zs"] * given["padded"] * given["key_padded"]
+def pairs_visited(label: str, given: dict, tokens: int) -> int | None:
+    """Return how many pairs of tokens, or of tiles, a launch visits; None of kernels without products of tiles."""
+    if label == "statistics":  # by tokens, not by what they are padded to
+        return given["statistics.largest"].shape[1] * tokens**2
     if label == "mask":
-        return given["count"].sum().item() * given["TILE"] ** 2
+        return given["count"].sum().item() * given["SCORES.BLOCK_M"] ** 2
     if label in ("aggregate", "dq", "dk", "dv", "dkv", "dt"):
-        return given["lengths"].sum().item() * given["BLOCK_M"] * max(given["BLOCK_N"], 64)
+        return given["lists.lengths"].sum().item() * given["SCORES.BLOCK_M"] * max(given["SCORES.BLOCK_N"], 64)
     return None
 
 
@@ -146,14 +151,12 @@ def operations(call: Callable, tokens: int) -> dict[str, int]:
     def count(launch: Launch, run: Callable) -> None:
         run()
         label, given = launch.label, launch.given
-        pairs = pairs_visited(label, given)
+        pairs = pairs_visited(label, given, tokens)
         if pairs is None:
             return
-        if label == "statistics":  # by tokens, not by what they are padded to
-            pairs = given["zs"] * tokens**2
         kind = {"mutual": given.get("MUTUAL", True), "symmetric": given.get("SYMMETRIC", False)}
-        dim = given["DIM"]
-        flops[label] = flops.get(label, 0) + kernel_operations(label, pairs, dim, given.get("DIM_V", dim), **kind)
+        dim = given["SCORES.DIM"]
+        flops[label] = flops.get(label, 0) + kernel_operations(label, pairs, dim, given.get("VALUES.DIM", dim), **kind)
 
     with intercepted(count):
         call()

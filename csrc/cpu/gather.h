@@ -1,4 +1,5 @@
-// Products with a list of rows, where few pairs survive. Rows are read where they lie; their length is a multiple of kPad.
+// Products with a list of rows, where few pairs survive. Rows are read where they lie; their length is a multiple of
+// kPad.
 
 template <class T>
 ASA_INLINE void four_dots(const T* x, const T* rows, int64_t dim, const int32_t* list, T* s) {
@@ -21,12 +22,12 @@ static void dots(const T* x, const T* rows, int64_t dim, const int32_t* list, in
   int64_t c = 0;
   for (; c + 4 <= count; c += 4) four_dots(x, rows, dim, list + c, s + c);
   if (c == count) return;
-  int32_t rest[4];
-  for (int64_t i = 0; i < 4; ++i) rest[i] = list[c + i < count ? c + i : c];
-  four_dots(x, rows, dim, rest, s + c);
+  int32_t padded[4];
+  for (int64_t i = 0; i < 4; ++i) padded[i] = list[c + i < count ? c + i : c];
+  four_dots(x, rows, dim, padded, s + c);
 }
 
-// Few sums at a time wait for each other's latency: then every other row goes to a second set of them.
+// A few sums at a time would wait for the latency of additions; then every other row goes to a second set of sums.
 template <int kWide, class T>
 ASA_INLINE void add_rows(const T* weights, const T* rows, int64_t dim, const int32_t* list, int64_t count, T* sums) {
   constexpr int kSets = kWide < 8 ? 2 : 1;
@@ -69,7 +70,7 @@ static void accumulate(const T* weights, const T* rows, int64_t dim, const int32
   }
 }
 
-// Ascending lists of row numbers, list[i] of count[i], read side by side: all of them go through one stretch of rows, which
+// Ascending lists of row numbers, list[i] of count[i], read side by side: all lists pass one stretch of rows, which
 // stays in the cache, before the next.
 template <int64_t kSize>
 struct Lists {

@@ -1,8 +1,9 @@
-// Products of whole rows: the scores of pass 1, and everything in rows where most pairs survive.
+// Products of whole rows: the scores of scan(), and all products in rows where many pairs survive.
 
 constexpr int64_t kVectors = 3;  // registers of a tile in a row
 #if defined(ASA_AVX512)
-constexpr int64_t kRows = 8;  // rows of a tile: all of it stays in registers, and 24 sums hide the latency of an addition
+constexpr int64_t kRows =
+    8;  // rows of a tile: all of it stays in registers, and 24 sums hide the latency of an addition
 #else
 constexpr int64_t kRows = 4;
 #endif
@@ -42,7 +43,8 @@ enum class Left { by_row, by_term };
 
 // c[kRows][kWide vectors] = sum over terms of a(row, term) * b[term][.], or adds it to c.
 template <Left kLeft, int kWide, class T>
-static void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t terms, T* c, int64_t c_stride, bool add) {
+static void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t terms, T* c, int64_t c_stride,
+                 bool add) {
   constexpr int64_t kStep = kLanes<T>;
   Vec<T> sum[kRows][kWide] = {};
   const T* row[kRows];
@@ -69,10 +71,12 @@ static void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int
 
 // One tile-wide column of a product, or a narrower one at its end.
 template <Left kLeft, int kWide, class T>
-static void column(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t terms, T* c, int64_t c_stride, bool add) {
+static void column(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t terms, T* c, int64_t c_stride,
+                   bool add) {
   for (int64_t t = 0; t == 0 || t < terms; t += kDepth) {
     const T* const x = kLeft == Left::by_row ? a + t : a + t * a_stride;
-    tile<kLeft, kWide>(x, a_stride, b + t * b_stride, b_stride, terms - t < kDepth ? terms - t : kDepth, c, c_stride, add || t > 0);
+    tile<kLeft, kWide>(x, a_stride, b + t * b_stride, b_stride, terms - t < kDepth ? terms - t : kDepth, c, c_stride,
+                       add || t > 0);
   }
 }
 
@@ -80,8 +84,8 @@ static void column(const T* a, int64_t a_stride, const T* b, int64_t b_stride, i
 template <Left kLeft, class T>
 static void add_product(const T* a, int64_t a_stride, const T* b, int64_t terms, int64_t dim, T* c) {
   for (int64_t d = 0; d < dim;) {
-    const int64_t left = (dim - d) / kLanes<T>;
-    const int64_t wide = left == 4 || left == 2 ? 2 : left == 1 ? 1 : kVectors;
+    const int64_t remaining = (dim - d) / kLanes<T>;
+    const int64_t wide = remaining == 4 || remaining == 2 ? 2 : remaining == 1 ? 1 : kVectors;
     if (wide == 1) column<kLeft, 1>(a, a_stride, b + d, dim, terms, c + d, dim, true);
     if (wide == 2) column<kLeft, 2>(a, a_stride, b + d, dim, terms, c + d, dim, true);
     if (wide == 3) column<kLeft, 3>(a, a_stride, b + d, dim, terms, c + d, dim, true);

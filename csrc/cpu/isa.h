@@ -29,10 +29,11 @@ inline Isa isa() {
   const char* wanted = std::getenv("ASA_OPS_CPU_ISA");
   if (wanted == nullptr) return best;
   const std::vector<std::string> names = {"portable", "avx2", "avx512"};
-  const auto found = std::find(names.begin(), names.end(), wanted);
-  STD_TORCH_CHECK(found != names.end(), "ASA_OPS_CPU_ISA must be portable, avx2 or avx512, got ", wanted);
-  const Isa chosen = static_cast<Isa>(found - names.begin());
-  STD_TORCH_CHECK(chosen <= best, "ASA_OPS_CPU_ISA=", wanted, ": this machine has ", names[static_cast<int>(best)], " at best");
+  const auto name = std::find(names.begin(), names.end(), wanted);
+  STD_TORCH_CHECK(name != names.end(), "ASA_OPS_CPU_ISA must be portable, avx2 or avx512, got ", wanted);
+  const Isa chosen = static_cast<Isa>(name - names.begin());
+  STD_TORCH_CHECK(chosen <= best, "ASA_OPS_CPU_ISA=", wanted, ": this machine has ", names[static_cast<int>(best)],
+                  " at best");
   return chosen;
 }
 
@@ -44,11 +45,11 @@ const auto& of_type(const F& of_float, const D& of_double) {
     return of_double;
 }
 
-// One of the tables that a header declares per instruction set: names of its variables for float and double.
+// The table for the chosen instruction set: `of_float` and `of_double` are its variables in every set's namespace.
 #if defined(__x86_64__) && defined(__GNUC__)
-#define ASA_TABLE(T, of_float, of_double)                                                             \
-  (isa() == Isa::avx512 ? of_type<T>(avx512::of_float, avx512::of_double)                             \
-   : isa() == Isa::avx2 ? of_type<T>(avx2::of_float, avx2::of_double)                                 \
+#define ASA_TABLE(T, of_float, of_double)                                 \
+  (isa() == Isa::avx512 ? of_type<T>(avx512::of_float, avx512::of_double) \
+   : isa() == Isa::avx2 ? of_type<T>(avx2::of_float, avx2::of_double)     \
                         : of_type<T>(portable::of_float, portable::of_double))
 #else
 #define ASA_TABLE(T, of_float, of_double) of_type<T>(portable::of_float, portable::of_double)

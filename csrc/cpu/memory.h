@@ -1,6 +1,6 @@
-// Scratch memory, and how much of what is read over and over stays in a cache.
+// Scratch memory of a thread, and how many rows stay in its cache.
 
-// Memory of one thread, handed out in pieces aligned to cache lines; from null, it only counts their bytes.
+// Memory of one thread, handed out in pieces aligned to cache lines. An arena at null only counts their bytes.
 struct Arena {
   char* const start;
   int64_t used = 0;
@@ -13,7 +13,7 @@ struct Arena {
   }
 };
 
-// The size of a pass's scratch, a struct that takes its pieces from an arena when constructed.
+// The size of a pass's scratch, a struct whose constructor takes its pieces from an arena.
 template <template <class> class Scratch, class T, class... Sizes>
 int64_t bytes_of(const Problem<T>& p, Sizes... sizes) {
   Arena arena(nullptr);

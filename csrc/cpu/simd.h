@@ -1,7 +1,7 @@
-// Vectors of as many numbers as the target's registers hold (GCC vector extensions). Included by asa_kernels.h inside a
-// namespace per instruction set.
+// Vectors of as many numbers as the target's registers hold (GCC vector extensions). asa/kernels.h includes this file
+// inside the namespace of an instruction set.
 
-// Everything here is inlined, so how vectors wider than the registers would be passed does not matter.
+// Everything here is inlined, so it does not matter how vectors wider than the registers would be passed.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
 #if defined(ASA_AVX512)
@@ -80,8 +80,8 @@ ASA_INLINE Vec<T> select(Ints<T> condition, Vec<T> a, Vec<T> b) {
   return condition ? a : b;
 }
 
-// a > b ? a : b, lane by lane (b where one of them is NaN); the lanes where a > b or a >= b, lane 0 in the lowest bit; a
-// in the lanes whose bit is set, b in the others.
+// a > b ? a : b, lane by lane (b where one of them is NaN); the lanes where a > b or a >= b, lane 0 in the lowest bit;
+// a in the lanes whose bit is set, b in the others.
 #if defined(ASA_AVX512)
 ASA_INLINE Vec<float> maximum(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
 ASA_INLINE Vec<double> maximum(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a, b); }
@@ -102,9 +102,13 @@ ASA_INLINE V maximum(V a, V b) {
 }
 #if defined(ASA_AVX2)
 ASA_INLINE uint64_t greater(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)); }
-ASA_INLINE uint64_t greater(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ)); }
+ASA_INLINE uint64_t greater(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GT_OQ));
+}
 ASA_INLINE uint64_t at_least(Vec<float> a, Vec<float> b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)); }
-ASA_INLINE uint64_t at_least(Vec<double> a, Vec<double> b) { return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ)); }
+ASA_INLINE uint64_t at_least(Vec<double> a, Vec<double> b) {
+  return _mm256_movemask_pd(_mm256_cmp_pd(a, b, _CMP_GE_OQ));
+}
 #else
 template <class I>
 ASA_INLINE uint64_t bits_of(I condition) {
@@ -152,7 +156,8 @@ ASA_INLINE void sums_of_four(const Vec<float>* x, float* sums) {
   const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(x[0], x[1]), _mm512_unpackhi_ps(x[0], x[1]));
   const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(x[2], x[3]), _mm512_unpackhi_ps(x[2], x[3]));
   const __m512d c = _mm512_castps_pd(a), d = _mm512_castps_pd(b);
-  const __m512 e = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
+  const __m512 e =
+      _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(c, d)), _mm512_castpd_ps(_mm512_unpackhi_pd(c, d)));
   const __m256 f = _mm256_add_ps(_mm512_castps512_ps256(e), _mm512_extractf32x8_ps(e, 1));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
 }

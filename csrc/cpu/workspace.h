@@ -1,7 +1,7 @@
 // The memory and the threads of a call.
 #pragma once
 
-#include "asa.h"
+#include "asa/problem.h"
 
 #include <torch/csrc/stable/ops.h>
 #include <torch/headeronly/util/Exception.h>
@@ -33,14 +33,14 @@ inline void prefer_huge_pages([[maybe_unused]] void* p, [[maybe_unused]] int64_t
 struct Free {
   void operator()(char* p) const { std::free(p); }
 };
-using Memory = std::unique_ptr<char, Free>;
+using Buffer = std::unique_ptr<char, Free>;
 
-inline Memory allocate(int64_t bytes) {
+inline Buffer allocate(int64_t bytes) {
   const int64_t alignment = bytes >= kHugePage / 2 ? kHugePage : 64, size = (bytes / alignment + 1) * alignment;
   void* const p = std::aligned_alloc(alignment, size);
   STD_TORCH_CHECK(p != nullptr, "asa_ops: no memory for ", bytes, " bytes of scratch");
   prefer_huge_pages(p, size);
-  return Memory(static_cast<char*>(p));
+  return Buffer(static_cast<char*>(p));
 }
 
 // Memory for the passes of a call, handed out in pieces and then an equal share for every thread.
@@ -48,11 +48,11 @@ class Workspace {
  public:
   explicit Workspace(int64_t threads) : threads_(threads) {}
 
-  // Adds a piece of count numbers to what the memory will hold; get() is where it lies once allocated.
+  // Reserves a piece of `count` numbers; get() returns it once all is allocated.
   template <class U>
   struct Piece {
     int64_t offset;
-    U* get(const Workspace& w) const { return reinterpret_cast<U*>(w.memory_.get() + offset); }
+    U* get(const Workspace& w) const { return reinterpret_cast<U*>(w.buffer_.get() + offset); }
   };
   template <class U>
   Piece<U> add(int64_t count) {
@@ -67,30 +67,30 @@ class Workspace {
     size_ = bytes_ + share_ * threads_;
     if (size_ <= last_size_) {
       size_ = std::exchange(last_size_, 0);
-      memory_ = std::move(last_);
+      buffer_ = std::move(last_);
     } else {
       if (size_ <= kKept) last_ = nullptr, last_size_ = 0;  // this one will take its place
-      memory_ = allocate(size_);
+      buffer_ = allocate(size_);
     }
   }
 
-  // A thread keeps its last workspace if it is small: a new one would be zeroed page by page in every call.
+  // A thread keeps its last workspace if it is small: the system would zero a new one page by page in every call.
   ~Workspace() {
     if (size_ > kKept || size_ <= last_size_) return;
-    last_ = std::move(memory_);
+    last_ = std::move(buffer_);
     last_size_ = size_;
   }
 
   int64_t threads() const { return threads_; }
-  void* share(int64_t thread) const { return memory_.get() + bytes_ + thread * share_; }
+  void* share(int64_t thread) const { return buffer_.get() + bytes_ + thread * share_; }
 
  private:
   static int64_t rounded(int64_t bytes) { return (bytes + 63) / 64 * 64; }
   static constexpr int64_t kKept = 32 * 1024 * 1024;
   const int64_t threads_;
   int64_t bytes_ = 0, share_ = 0, size_ = 0;
-  Memory memory_;
-  static inline thread_local Memory last_;
+  Buffer buffer_;
+  static inline thread_local Buffer last_;
   static inline thread_local int64_t last_size_ = 0;
 };
 
@@ -102,8 +102,8 @@ void run(Queue queue, const Workspace& workspace, const F& pass) {
   STD_TORCH_CHECK(!queue.failed, "asa_ops: the numbers of survivors are not those of the bits");
 }
 
-// Runs f(head, threads) for every head: side by side where there are enough of them, else one after the other, each on all
-// threads.
+// Runs f(head, threads) for every head: side by side where there are enough of them, else one after the other, each on
+// all threads.
 template <class F>
 void for_heads(int64_t heads, const F& f) {
   std::exception_ptr failure;  // across the stable ABI its message would be lost

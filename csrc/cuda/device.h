@@ -1,7 +1,8 @@
 // What kernels need of the hardware: launches, 16-bit numbers, asynchronous copies, matrix instructions.
 //
-// Compiled by nvcc this is a thin layer over CUDA; compiled as C++ everything in it comes from testing/simt.h, which runs
-// kernels on the CPU. Kernels use nothing of either directly but thread indices, barriers, shuffles, votes and atomics.
+// Compiled by nvcc this is a thin layer over CUDA; compiled as C++ everything in it comes from testing/simt.h, which
+// runs kernels on the CPU. Kernels use nothing of either directly but thread indices, barriers, shuffles, votes and
+// atomics.
 
 #pragma once
 
@@ -70,7 +71,8 @@ __device__ __forceinline__ char* shared_memory() {
 
 // Copies 16 bytes to shared memory in the background: there after copy_wait and a barrier.
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from) : "memory");
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(uint32_t(__cvta_generic_to_shared(to))), "l"(from)
+               : "memory");
 }
 // Closes a group of copies.
 __device__ __forceinline__ void copy_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -101,36 +103,42 @@ template <class T>
 __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
   if constexpr (std::is_same_v<T, Half>)
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
   else
     asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+        "{%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-inline void check(cudaError_t error, const std::string& what) {
+inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error("asa_ops: " + what + ": " + cudaGetErrorString(error));
 }
 
 // Launches a kernel; an error names it.
 template <class... Params, class... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream, Args... args) {
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
+            Args... args) {
   const std::string what = std::string("launching ") + name;
-  if (shared > 48 * 1024) check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
+  if (shared > 48 * 1024)
+    check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
   kernel<<<grid, threads, shared, stream>>>(static_cast<Params>(args)...);
-  check(cudaGetLastError(), what);
+  check_cuda(cudaGetLastError(), what);
 }
 
-inline void clear_memory(void* at, size_t bytes, cudaStream_t stream) { check(cudaMemsetAsync(at, 0, bytes, stream), "clearing memory"); }
+inline void clear_memory(void* at, size_t bytes, cudaStream_t stream) {
+  check_cuda(cudaMemsetAsync(at, 0, bytes, stream), "clearing memory");
+}
 
-// Of the current device: how many programs run at a time, at least.
+// Multiprocessors of the current device: how many programs run at a time, at least.
 inline int processors() {
   int device = 0, count = 0;
-  check(cudaGetDevice(&device), "finding the device");
-  check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking the device");
+  check_cuda(cudaGetDevice(&device), "finding the device");
+  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking the device");
   return count;
 }
 
@@ -143,7 +151,8 @@ inline int processors() {
 namespace asa_ops::cuda {
 
 template <class... Params, class... Args>
-void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t, Args... args) {
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t,
+            Args... args) {
   simt::launch(name, kernel, grid, threads, shared, static_cast<Params>(args)...);
 }
 

@@ -1,11 +1,11 @@
 // CUDA's model of execution on a CPU, for tests: csrc/cuda compiled as ordinary C++ runs behind this header.
 //
 // Blocks run one after another, the threads of a block as fibers of one thread of the machine. A fiber runs until it
-// must wait for the others, at a barrier or in a collective of its warp. What a GPU leaves to chance is made as unkind
-// as it may be: asynchronous copies arrive when they are waited for and not before, shared memory starts as NaN.
-// ASA_OPS_SIMT_REVERSED=1 is unkind the other way: fibers run from the last to the first and copies arrive at once. What
-// lacks a barrier gives other results. ASA_OPS_SIMT_ULPS=4 rounds as another kernel might: every product and sum is off
-// by up to 4 units in the last place, at random.
+// must wait for the others, at a barrier or in a collective of its warp. Where a GPU leaves something to chance, the
+// worst case happens: asynchronous copies arrive when they are waited for and not before, shared memory starts as NaN.
+// ASA_OPS_SIMT_REVERSED=1 is the opposite case: fibers run from the last to the first and copies arrive at once. A
+// kernel that lacks a barrier gives other results then. ASA_OPS_SIMT_ULPS=4 rounds as another kernel might: every
+// product and sum is off by up to 4 units in the last place, at random.
 
 #pragma once
 
@@ -135,7 +135,7 @@ inline Context new_context(char* stack, size_t size, void (*entry)()) {
 }
 #endif
 
-// Waits until everybody has come, as often as it is asked to.
+// Waits until all members have come; may be used again and again.
 struct Barrier {
   int members = 0, arrived = 0;
   unsigned round = 0;
@@ -157,7 +157,7 @@ struct Fiber {
   std::vector<std::vector<Copy>> copies;  // groups of asynchronous copies, the open one last
 };
 
-// What the lanes of a warp show each other; two of them in turn, so that nobody overwrites what another still reads.
+// What the lanes of a warp show each other; two of them in turn, so that no lane overwrites what another still reads.
 struct Exchange {
   alignas(16) unsigned char slots[kWarp][48];
 };
@@ -245,7 +245,7 @@ inline void wait_at(Barrier& barrier) {
 
 inline void run_block() {
   Machine& m = machine();
-  // Whatever a block finds in shared memory is left over from another.
+  // A block must not rely on what it finds in shared memory.
   std::fill(m.shared.begin(), m.shared.end(), char(0xff));
   m.block = {static_cast<int>(m.fibers.size()), 0, 0};
   for (Warp& warp : m.warps) warp.barrier = {kWarp, 0, 0};
@@ -281,7 +281,8 @@ inline void run_block() {
 template <class Kernel, class... Args>
 void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shared, Args... args) {
   Machine& m = machine();
-  if (threads % kWarp != 0 || threads > 1024) throw std::logic_error(std::string(name) + ": threads not in whole warps");
+  if (threads % kWarp != 0 || threads > 1024)
+    throw std::logic_error(std::string(name) + ": threads not in whole warps");
   m.name = name;
   m.grid = grid;
   const char* const ulps = std::getenv("ASA_OPS_SIMT_ULPS");  // at every launch, since one process may ask for both
@@ -421,7 +422,8 @@ inline float to_float(float x) { return x; }
 inline const std::vector<float>& half_values() {
   static const std::vector<float> values = [] {
     std::vector<float> all(1 << 16);
-    for (int bits = 0; bits < 1 << 16; ++bits) all[bits] = static_cast<float>(bits_as<_Float16>(static_cast<uint16_t>(bits)));
+    for (int bits = 0; bits < 1 << 16; ++bits)
+      all[bits] = static_cast<float>(bits_as<_Float16>(static_cast<uint16_t>(bits)));
     return all;
   }();
   return values;
@@ -448,10 +450,10 @@ inline BFloat16 from_float<BFloat16>(float x) {
 }
 
 inline Half half_above(float x) {
-  const Half near = from_float<Half>(x);
-  if (!(to_float(near) < x)) return near;
+  const Half nearest = from_float<Half>(x);
+  if (!(to_float(nearest) < x)) return nearest;
   // The next one up: away from zero for positive numbers, towards it for negative ones.
-  return {static_cast<uint16_t>(near.bits & 0x8000 ? near.bits - 1 : near.bits + 1)};
+  return {static_cast<uint16_t>(nearest.bits & 0x8000 ? nearest.bits - 1 : nearest.bits + 1)};
 }
 
 template <class T>
@@ -504,7 +506,8 @@ inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
   for (int m = 0; m < 4; ++m) {
     uint16_t pair[2];
     for (int i = 0; i < 2; ++i)
-      std::memcpy(&pair[i], static_cast<const char*>(simt::shown<const void*>(rows, 8 * m + lane % 4 * 2 + i)) + lane / 4 * 2, 2);
+      std::memcpy(&pair[i],
+                  static_cast<const char*>(simt::shown<const void*>(rows, 8 * m + lane % 4 * 2 + i)) + lane / 4 * 2, 2);
     std::memcpy(&out[m], pair, 4);
   }
 }

@@ -189,24 +189,31 @@ def kernel_call():
     inputs = Inputs(*inputs, None)
     options = Options(options["grid"], 3, 0, True, 0.3)
     saved = Saved.new(inputs, options, "cpu", keep_bits=True)
-    prepared = cpu._prepare(inputs)
     schema = torch.ops.asa_ops.asa_cpu_fwd.default._schema
-    values = [*prepared, *cpu._scalars(options), *saved[:8]]
+    values = [*cpu._prepare(inputs), options.numbers(), list(saved)]
     return dict(zip([argument.name for argument in schema.arguments], values, strict=True))
 
 
+SAVED = {name: i for i, name in enumerate(Saved._fields)}
+OPTIONS = {"height": 0, "window": 2, "topk": 3, "reciprocal": 4, "band": 6}
 REFUSED = {
-    "dtype": ("q", lambda x: x.half(), "q must be float32 or float64"),
-    "other dtype": ("v", lambda x: x.double(), "v must be of the dtype expected"),
-    "rank": ("k", lambda x: x[0], r"must be \[B, heads, N, D\]"),
-    "rows": ("v", lambda x: x[:, :, :9].contiguous(), "v must be of the shape expected"),
-    "heads": ("k", lambda x: x[:, :1].contiguous(), "k must be of the shape expected"),
-    "strides": ("q", lambda x: x.mT.contiguous().mT, "q must be contiguous"),
+    "dtype": ("query", lambda x: x.half(), "query must be float32 or float64"),
+    "other dtype": ("value", lambda x: x.double(), "value must be of the dtype expected"),
+    "rank": ("key", lambda x: x[0], r"must be \[B, heads, N, D\]"),
+    "rows": ("value", lambda x: x[:, :, :9].contiguous(), "value must be of the shape expected"),
+    "heads": ("key", lambda x: x[:, :1].contiguous(), "key must be of the shape expected"),
+    "strides": ("query", lambda x: x.mT.contiguous().mT, "query must be contiguous"),
     "alpha": ("alpha", lambda x: x[..., :9].contiguous(), "alpha must be of the shape expected"),
     "beta dtype": ("beta", lambda x: x.double(), "beta must be of the dtype expected"),
+    "options": ("options", lambda x: x[:6], "options must be height, width, window"),
     "grid": ("height", lambda x: x + 1, r"height \* width must be N"),
+    "half a pixel": ("height", lambda x: x + 0.5, "height must be a whole number"),
     "window": ("window", lambda x: 2, "window must be odd"),
     "topk": ("topk", lambda x: 25, "topk must be between 0 and N_k"),
+    "negative topk": ("topk", lambda x: -1, "topk must be a whole number of at least 0"),
+    "reciprocal": ("reciprocal", lambda x: 0.5, "reciprocal must be 0 or 1"),
+    "band": ("band", lambda x: torch.nan, "band must be at least 0"),
+    "saved": ("saved", lambda x: x[:9], "saved must be the ten tensors"),
     "out": ("out", lambda x: x[..., :2].contiguous(), "out must be of the shape expected"),
     "survivors": ("survivors", lambda x: x.long(), "survivors must be of the dtype expected"),
     "bits": ("bits", lambda x: x[..., :24].contiguous(), "bits must be of the shape expected"),
@@ -219,7 +226,11 @@ def test_entry_point_refuses(name):
     argument, change, message = REFUSED[name]
     call = kernel_call()
     torch.ops.asa_ops.asa_cpu_fwd(**call)
-    call[argument] = change(call[argument])
+    given, key = call, argument
+    for part, places in (("saved", SAVED), ("options", OPTIONS)):
+        if argument in places:
+            given, key = call[part], places[argument]
+    given[key] = change(given[key])
     with pytest.raises(RuntimeError, match=message):
         torch.ops.asa_ops.asa_cpu_fwd(**call)
 
@@ -228,35 +239,41 @@ def test_backward_and_neighbors_refuse_numbers_that_do_not_fit():
     """They say where survivors are written, so wrong ones would write out of bounds."""
     call = kernel_call()
     torch.ops.asa_ops.asa_cpu_fwd(**call)
-    q, k, v, alpha, beta, real_q, real_k, _, *scalars = list(call.values())[:14]
-    out, lse, lse_kept, survivors, kappa, log_mean, bits, local = list(call.values())[14:]
-    given = (q, k, v, alpha, beta, real_q, real_k, *scalars, lse, lse_kept)
-    offsets = torch.nn.functional.pad(survivors.flatten().long().cumsum(0), (1, 0))
+    given = [value for name, value in call.items() if name not in ("not_finite", "saved")]
+    saved = Saved(*call["saved"])
+    offsets = torch.nn.functional.pad(saved.survivors.flatten().long().cumsum(0), (1, 0))
     columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    gradients = [torch.empty_like(x) for x in given[:3]]
 
-    def neighbors(offsets):
-        torch.ops.asa_ops.asa_cpu_neighbors(*given, kappa, log_mean, bits, local, offsets, columns)
+    def neighbors(offsets, saved=saved):
+        torch.ops.asa_ops.asa_cpu_neighbors(*given, list(saved), offsets, columns)
 
     def backward(survivors):
-        torch.ops.asa_ops.asa_cpu_bwd(
-            torch.ones_like(out), *given, survivors, kappa, log_mean, bits, local, 0.0, *gradients, None, None
-        )
+        kept = list(saved._replace(survivors=survivors))
+        torch.ops.asa_ops.asa_cpu_bwd(torch.ones_like(saved.out), *given, kept, *gradients, None, None)
 
     neighbors(offsets)
-    backward(survivors)
+    backward(saved.survivors)
     with pytest.raises(RuntimeError, match="bits must be those of a forward pass that kept them"):
-        torch.ops.asa_ops.asa_cpu_neighbors(*given, kappa, log_mean, bits[..., :0], local, offsets, columns)
+        neighbors(offsets, saved._replace(bits=saved.bits[..., :0]))
     with pytest.raises(RuntimeError, match="numbers of survivors"):
         neighbors(torch.cat([offsets[:1], offsets[1:-1] + 1, offsets[-1:]]))
     with pytest.raises(RuntimeError, match="numbers of survivors"):
-        backward(survivors + 1)
+        backward(saved.survivors + 1)
     with pytest.raises(RuntimeError, match="row_offsets must be ascending from 0"):
         neighbors(torch.cat([offsets[:1], -offsets[1:-1], offsets[-1:]]))
     with pytest.raises(RuntimeError, match="survivors must be between 0 and N_k"):
-        backward(survivors - 100)
+        backward(saved.survivors - 100)
     with pytest.raises(RuntimeError, match="survivors must be of the shape expected"):
-        backward(survivors[:1].contiguous())
+        backward(saved.survivors[:1].contiguous())
+    with pytest.raises(RuntimeError, match="dalpha and dbeta must be given with alpha and beta only"):
+        torch.ops.asa_ops.asa_cpu_bwd(
+            torch.ones_like(saved.out), *given[:3], None, *given[4:], list(saved), *gradients, given[3].clone(), None
+        )
+    with pytest.raises(RuntimeError, match="band must be positive where a threshold learns"):
+        torch.ops.asa_ops.asa_cpu_bwd(
+            torch.ones_like(saved.out), *given, list(saved), *gradients, given[3].clone(), None
+        )
 
 
 def test_auto_prefers_it():

@@ -11,9 +11,10 @@ from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, Case, each_case, make, named, with_grad
+from cases import CASES, Case, make, named, with_grad
 from compare import (
     NAMES,
+    call_and_gradients,
     check_against_reference,
     check_errors,
     check_threshold_gradients,
@@ -56,12 +57,6 @@ def attend(impl, *inputs, **options):
 # Against the reference.
 
 
-@each_dtype
-@each_case
-def test_equals_reference(impl, dtype, case):
-    check_against_reference(impl, *make(case, dtype, device=DEVICE))
-
-
 def in_gaps(inputs, options):
     """Return inputs with float32 thresholds that lie in the middle of gaps between scores.
 
@@ -101,7 +96,7 @@ def _in_gaps(s, multiplier, member):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
 @pytest.mark.parametrize("case", LEARNING, ids=lambda case: case.name)
-def test_threshold_gradients(impl, dtype, case):
+def test_gradients_of_thresholds_in_gaps(impl, dtype, case):
     inputs, options = make(case, dtype, device=DEVICE)
     check_threshold_gradients(impl, in_gaps(inputs, options), options, band=1.3, others=True)
 
@@ -324,12 +319,6 @@ def moderate(grid=(33, 31), heads=2, dim=64, batch=1, dtype=torch.bfloat16, **ch
     )
 
 
-def call_and_gradients(impl, leaves, options):
-    """Return output, statistics and all gradients of a call with thresholds that learn."""
-    out, stats = attend(impl, *leaves, **options, threshold_grad="straight_through", return_stats=True)
-    return [out, *stats, *torch.autograd.grad(out, leaves, torch.ones_like(out))]
-
-
 def differences(first, again):
     """Count, without waiting for the device, in how many tensors a bit differs."""
     return sum((x != y).any().long() for x, y in zip(first, again, strict=True))
@@ -337,10 +326,10 @@ def differences(first, again):
 
 @pytest.mark.parametrize("busy", [False, True], ids=["alone", "beside_other_work"])
 @pytest.mark.parametrize(("grid", "heads", "dim", "times"), [((33, 31), 2, 64, 1000), ((64, 64), 1, 256, 200)])
-def test_repeats_bitwise(impl, grid, heads, dim, times, busy):
+def test_repeats_bitwise_beside_other_work(impl, grid, heads, dim, times, busy):
     inputs, options = moderate(grid, heads, dim)
     leaves = with_grad(inputs)
-    first = call_and_gradients(impl, leaves, options)
+    first = call_and_gradients(impl, leaves, options, torch.ones_like(leaves[2]))
     other = torch.cuda.Stream()
     a = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
     count = torch.zeros((), dtype=torch.long, device=DEVICE)
@@ -350,7 +339,7 @@ def test_repeats_bitwise(impl, grid, heads, dim, times, busy):
             with torch.cuda.stream(other):
                 for _ in range(1 + i % 3):
                     torch.mm(a, a)
-        count += differences(first, call_and_gradients(impl, leaves, options))
+        count += differences(first, call_and_gradients(impl, leaves, options, torch.ones_like(leaves[2])))
     torch.cuda.synchronize()
     assert count.item() == 0
 
@@ -376,7 +365,7 @@ def test_cuda_graph_replays_with_changed_inputs(impl, name, backward):
 
     def run(leaves):
         if backward and len(leaves) == 5:
-            return call_and_gradients(impl, leaves, options)
+            return call_and_gradients(impl, leaves, options, torch.ones_like(leaves[2]))
         out = attend(impl, *leaves, *thresholds, **options)
         return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))] if backward else [out]
 
@@ -437,78 +426,6 @@ def test_never_waits_for_the_device(impl, name):
         torch.cuda.set_sync_debug_mode("default")
 
 
-# Bad values are data. NaN and infinities may go other ways through a GPU's maxima and comparisons than through NumPy's.
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
-@pytest.mark.parametrize("which", range(5), ids=["query", "key", "value", "alpha", "beta"])
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_bad_number_leaves_other_images_untouched(impl, dtype, which, bad):
-    results = []
-    for spoilt in (True, False):
-        inputs, options = make(named("plain", grid=(13, 11)), dtype, device=DEVICE)
-        if spoilt:
-            inputs[which][0, 0, 3] = bad
-        leaves = with_grad(inputs)
-        results.append([x.detach() for x in call_and_gradients(impl, leaves, options)])
-    spoilt, clean = results
-    if (which, bad) not in ((3, torch.inf), (4, torch.inf)):  # an infinite threshold is a good number: it keeps nobody
-        assert spoilt[0][0].isnan().any()
-    assert not spoilt[0][1].isnan().any()
-    for x, y in zip(spoilt, clean, strict=True):
-        assert torch.equal(x[1], y[1])
-
-
-@pytest.mark.parametrize("name", ["plain", "alpha_only", "dense", "topk_alone", "beta_only"])
-def test_a_nan_score_gives_nan_in_its_row_only(impl, name):
-    inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
-    inputs[0][0, 1, 5, 2] = torch.nan
-    out = attend(impl, *inputs, **options)
-    assert out[0, 1, 5].isnan().all()
-    out[0, 1, 5] = 0
-    assert not out.isnan().any()
-
-
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
-def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
-    inputs, options = make(named("plain"), torch.bfloat16, device=DEVICE)
-    kept = survivors(impl, inputs, options)[0, 1, :, 7]
-    assert kept.any() and not kept.all()
-    clean = attend(impl, *inputs, **options)
-    inputs[2][0, 1, 7, 2] = bad
-    out = attend(impl, *inputs, **options)
-    assert not out[0, 1, kept].isfinite().all(-1).any()
-    assert torch.equal(out[0, 1, ~kept], clean[0, 1, ~kept]) and torch.equal(out[:, 0], clean[:, 0])
-
-
-@pytest.mark.parametrize("reciprocal", [True, False], ids=["mutual", "one_way"])
-@pytest.mark.parametrize("size", [10.0, 300.0])  # in base 2, scores of -408 and -367,000
-def test_scores_far_below_zero(impl, size, reciprocal):
-    """Equal scores weigh the same wherever they lie: beyond float16, and below the 0 of positions that are no keys."""
-    query = torch.full((1, 1, 70, 8), size, device=DEVICE)
-    value, alpha = torch.randn_like(query), torch.full((1, 1, 70), 0.5, device=DEVICE)
-    out, stats = attend(impl, query, -query, value, alpha, reciprocal=reciprocal, return_stats=True)
-    assert (stats.survivors == 70).all()
-    torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
-
-
-@pytest.mark.parametrize("name", ["padding", "padding_topk", "padding_dense", "fewer_queries_padded"])
-def test_nothing_in_padding_matters(impl, name):
-    results = []
-    for spoilt in (True, False):
-        inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
-        hidden = ~options["key_padding_mask"][:, None].expand(-1, 2, -1)
-        for x in inputs:
-            if spoilt and x is not None and x.shape[2] == hidden.shape[2]:
-                x[hidden[:, : x.shape[1]]] = torch.nan if x.dim() == 4 else -1
-        leaves = with_grad(inputs)
-        out = attend(impl, *leaves, **options, threshold_grad="straight_through")
-        out.sum().backward()
-        results.append([out.detach(), *(x.grad for x in leaves if x is not None)])
-    for x, y in zip(*results, strict=True):
-        assert torch.equal(x, y) and x.isfinite().all()
-
-
 # With the rest of PyTorch.
 
 
@@ -529,21 +446,6 @@ def test_what_it_cannot_run_is_named(impl):
         torch.testing.assert_close(asa_attention(y, y, y), asa_attention(y, y, y, impl="reference"))
     with pytest.raises(ValueError, match="device of query"):
         attend(impl, x.float(), x.float().cpu(), x.float())
-
-
-def test_strides_do_not_matter(impl):
-    """Tokens that are views of a channels-last feature map, an expanded threshold, a transposed gradient."""
-    inputs, options = moderate()
-    plain = with_grad(inputs)
-    strided = [x.mT.contiguous().mT if x.dim() == 4 else x.repeat_interleave(2, -1)[..., ::2] for x in inputs]
-    strided = [x.detach().requires_grad_() for x in strided]
-    assert not any(x.is_contiguous() for x in strided)
-    expected, out = attend(impl, *plain, **options), attend(impl, *strided, **options)
-    assert torch.equal(out, expected)
-    grad_out = torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).to(out).mT
-    grads = torch.autograd.grad(out, strided, grad_out)
-    expected_grads = torch.autograd.grad(expected, plain, grad_out.contiguous())
-    assert all(torch.equal(x, y) for x, y in zip(grads, expected_grads, strict=True))
 
 
 def test_misaligned_views_give_the_same(impl):

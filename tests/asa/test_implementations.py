@@ -1,54 +1,44 @@
-"""Every implementation against the reference, on the same cases."""
+"""Every implementation against the reference, on the same cases; on a GPU, Triton and CUDA C++ there."""
+
+from dataclasses import replace
 
 import pytest
-import simt
 import torch
-from cases import CASES, Case, each_case, make, named, with_grad
-from compare import check_against_reference, check_threshold_gradients, survivors
+from cases import CASES, IDS, Case, each_case, make, named, with_grad
+from compare import call_and_gradients, check_against_reference, check_threshold_gradients, survivors
+from implementations import DTYPES, EMULATED, IMPLEMENTATIONS, INTERPRETED, ON_GPU, each_impl, everywhere
 
 from asa_ops import asa_attention
 from asa_ops.asa import blocked
 from asa_ops.asa.bits import bit_columns, pack_bits, unpack_bits
-from asa_ops.core import devices
 
-IMPLEMENTATIONS = ["blocked", "cpu"]
-# With a GPU there is test_gpu.py.
-INTERPRETED = ["triton"] if devices.triton_is_interpreted() else []
-EMULATED = ["cuda"] if simt.AVAILABLE else []
-each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+pytestmark = pytest.mark.usefixtures("emulation")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def emulation():
-    if EMULATED:
-        simt.load()
+def make_for(impl: str, case: Case, **larger) -> tuple:
+    """Return a call in float32; for a GPU on its device in bfloat16, and ``larger``."""
+    if impl in ON_GPU:
+        return make(replace(case, **larger), torch.bfloat16, device="cuda")
+    return make(case, torch.float32)
 
 
-def everywhere(names: str = "", values: tuple = (), quick: tuple | None = None):
-    """Parametrize ``impl``, with the reference, Triton's interpreter and the emulation of CUDA, and other arguments.
-
-    The interpreter is slow: where ``quick`` is given, `make test` runs Triton on these values only.
-    """
-    rows = []
-    chosen = [x if isinstance(x, tuple) else (x,) for x in quick or ()]
-    for impl in ("reference", *IMPLEMENTATIONS, *INTERPRETED, *EMULATED):
-        for value in values or ((),):
-            value = value if isinstance(value, tuple) else (value,)
-            later = impl == "triton" and quick is not None and value not in chosen
-            name = "-".join([impl, *map(str, value)])
-            rows.append(pytest.param(impl, *value, id=name, marks=[pytest.mark.slow] if later else []))
-    return pytest.mark.parametrize(f"impl,{names}" if names else "impl", rows)
+# With the emulation of CUDA, in half precisions what differs from float32, the others with `make test-all`.
+HALF = ("plain", "topk", "one_way", "padding", "wide_values", "mixed")
 
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
-
-
-@each_impl
-@each_dtype
-@each_case
+@pytest.mark.parametrize(
+    "impl,dtype,case",
+    [
+        pytest.param(impl, dtype, case, id=f"{case.name}-{name}-{impl}", marks=marks)
+        for impl in (*IMPLEMENTATIONS, *EMULATED, *ON_GPU)
+        for name, dtype in DTYPES.items()
+        for case in CASES
+        for slow in [impl in EMULATED and name != "float32" and case.name not in HALF]
+        for marks in [ON_GPU.get(impl, [pytest.mark.slow] if slow else [])]
+    ],
+)
 def test_equals_reference(impl, dtype, case):
-    check_against_reference(impl, *make(case, dtype))
+    check_against_reference(impl, *make(case, dtype, device="cuda" if impl in ON_GPU else "cpu"))
 
 
 @each_impl
@@ -71,53 +61,47 @@ def test_float32_thresholds_beside_bfloat16(impl):
 @pytest.mark.parametrize("band", [pytest.param(0.7, marks=pytest.mark.slow), 2.0])
 def test_float64_equals_reference_threshold_gradients_included(impl, case, band):
     inputs, options = make(case)
-    results = []
-    for name in (impl, "reference"):
-        leaves = with_grad(inputs)
-        learn = {"threshold_grad": "straight_through", "threshold_band": band}
-        out, stats = asa_attention(*leaves, **options, **learn, impl=name, return_stats=True)
-        torch.manual_seed(1)
-        out.backward(torch.randn_like(out))
-        results.append([out.detach(), *stats, *(x.grad for x in leaves if x is not None)])
+    options["threshold_band"] = band
+    grad_out = torch.randn(*inputs[0].shape[:3], case.dim_v, dtype=torch.float64)
+    results = (call_and_gradients(name, inputs, options, grad_out) for name in (impl, "reference"))
     for ours, expected in zip(*results, strict=True):
         torch.testing.assert_close(ours, expected, rtol=1e-11, atol=1e-12)
 
 
-@each_impl
-@each_case
-def test_thresholds_get_zero_gradients_not_none(impl, case):
-    inputs, options = make(case, torch.float32)
+@everywhere("name", IDS, kernels=("plain",))
+def test_thresholds_get_zero_gradients_not_none(impl, name):
+    inputs, options = make(named(name), torch.float32)
     *_, alpha, beta = inputs = with_grad(inputs)
     asa_attention(*inputs, **options, impl=impl).sum().backward()
     for x in (alpha, beta):
         assert x is None or torch.equal(x.grad, torch.zeros_like(x))
 
 
-@each_impl
-@pytest.mark.parametrize("name", ["plain", "one_way", "topk", "padding", "mixed", "dense", "beta_only"])
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@pytest.mark.parametrize("name", ["plain", "one_way", "topk", "padding", "mixed", "dense", "beta_only", "more_keys"])
 def test_numerical_gradients(impl, name):
+    """Of the reference second ones too."""
     options = {"topk": 3} if "topk" in named(name).options else named(name).options
-    inputs, options = make(named(name, grid=(3, 2), heads=1, dim=3, dim_v=2, options=options))
+    case = named(name, grid=(3, 2), n_keys=named(name).n_keys and 5, heads=1, dim=3, dim_v=2, options=options)
+    inputs, options = make(case)
     query, key, value, alpha, beta = with_grad(inputs)
 
     def run(query, key, value):
         return asa_attention(query, key, value, alpha, beta, **options, impl=impl)
 
-    assert torch.autograd.gradcheck(run, (query, key, value), check_batched_grad=True)
+    assert torch.autograd.gradcheck(run, (query, key, value), check_batched_grad=impl != "reference")
+    if impl == "reference":
+        assert torch.autograd.gradgradcheck(run, (query, key, value))
 
 
-@each_impl
-@each_case
-def test_repeats_bitwise(impl, case):
-    inputs, options = make(case, torch.float32)
-    first = None
-    for _ in range(20 if case.name in ("plain", "topk", "padding", "mixed") else 4):
-        leaves = with_grad(inputs)
-        out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl=impl)
-        out.square().sum().backward()
-        now = [out, *(x.grad for x in leaves if x is not None)]
-        first = first or now
-        assert all(torch.equal(x, y) for x, y in zip(first, now, strict=True))
+@everywhere("name", IDS, kernels=("plain", "topk"), quick=("plain",))
+def test_repeats_bitwise(impl, name):
+    case = named(name, grid=(9, 15)) if impl == "cuda" else named(name, heads=1) if impl == "triton" else named(name)
+    inputs, options = make(case, torch.float16 if impl == "cuda" else torch.float32)
+    often = 20 if name in ("plain", "topk", "padding", "mixed") else 4
+    first = call_and_gradients(impl, inputs, options)
+    for _ in range(1 if impl in ("triton", "cuda") else often - 1):
+        assert all(torch.equal(x, y) for x, y in zip(first, call_and_gradients(impl, inputs, options), strict=True))
 
 
 @each_impl
@@ -134,29 +118,37 @@ def test_thread_count_does_not_change_the_survivors(impl):
     assert torch.equal(*found)
 
 
-@each_impl
-@pytest.mark.parametrize("case", [c for c in CASES if c.batch and c.name != "one_token"], ids=lambda case: case.name)
-def test_strides_do_not_matter(impl, case):
-    """Tokens that are views of a channels-last feature map, expanded thresholds, a transposed gradient."""
-    inputs, options = make(case, torch.float32)
-    plain, strided = with_grad(inputs), []
-    for x in with_grad(inputs):
-        if x is None:
-            strided.append(None)
-        elif x.dim() == 4:
-            strided.append(x.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2))
-        else:
-            strided.append(x.repeat_interleave(2, -1)[..., ::2])
+@everywhere(
+    "name",
+    [case.name for case in CASES if case.batch and case.name != "one_token"],
+    kernels=("plain", "padding", "more_keys"),
+    quick=("padding",),
+    gpu=True,
+)
+def test_strides_do_not_matter(impl, name):
+    """Tokens that are views of a channels-last feature map, every other threshold, a transposed gradient."""
+    inputs, options = make_for(impl, named(name), grid=(33, 31), dim=64, dim_v=64)
+    strided = [
+        x if x is None else x.mT.contiguous().mT if x.dim() == 4 else x.repeat_interleave(2, -1)[..., ::2]
+        for x in inputs
+    ]
     assert not any(x.is_contiguous() for x in strided if x is not None)
-    expected = asa_attention(*plain, **options, impl=impl)
-    out = asa_attention(*strided, **options, impl=impl)
-    torch.testing.assert_close(out, expected)
-    grad_out = torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).mT
-    given = [i for i, x in enumerate(inputs) if x is not None]
-    grads = torch.autograd.grad(out, [strided[i] for i in given], grad_out)
-    expected_grads = torch.autograd.grad(expected, [plain[i] for i in given], grad_out.contiguous())
-    for x, y in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(x, y)
+    batch, heads, n, _ = inputs[0].shape
+    grad_out = torch.randn(batch, heads, inputs[2].shape[3], n).to(inputs[0]).mT
+    options["threshold_grad"] = None
+    results = call_and_gradients(impl, strided, options, grad_out)
+    for x, y in zip(results, call_and_gradients(impl, inputs, options, grad_out.contiguous()), strict=True):
+        if impl in ("triton", "cuda"):
+            assert torch.equal(x, y)
+        else:
+            torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("impl", [*INTERPRETED, *EMULATED])
+def test_threshold_gradients_of_pairs_in_tiles_without_neighbours(impl):
+    """One-way bits are needed of every tile with a score in the band, also where no two are each other's neighbours."""
+    tokens = [torch.randn(1, 1, 65, 4) * 1.5**0.5 for _ in range(3)]  # the 65th alone in its row and column of tiles
+    check_threshold_gradients(impl, [*tokens, torch.full((1, 1, 65), 1.5), None], {})
 
 
 @everywhere()
@@ -168,18 +160,14 @@ def test_query_may_be_key(impl):
 # Bad values are data: they spoil the rows concerned, never another image.
 
 
-def poisoned_images(spoil, impl, case=None):
-    """Return outputs and gradients with image 0 spoilt by ``spoil(inputs, options)``, and those of clean inputs."""
+def spoilt_and_clean(spoil, impl, make=make_for, case=None):
+    """Return outputs, statistics and gradients with inputs changed by ``spoil(inputs, options)``, and of clean ones."""
     results = []
     for spoilt in (True, False):
-        inputs, options = make(case or named("plain", heads=1), torch.float32)
+        inputs, options = make(impl, case or named("plain", heads=1))
         if spoilt:
             spoil(inputs, options)
-        leaves = with_grad(inputs)
-        learn = {"threshold_grad": "straight_through"}
-        out = asa_attention(*leaves, **options, **learn, impl=impl)
-        out.sum().backward()
-        results.append([out.detach(), *(x.grad for x in leaves if x is not None)])
+        results.append(call_and_gradients(impl, inputs, options))
     return results
 
 
@@ -190,17 +178,25 @@ BAD = [torch.nan, torch.inf, -torch.inf]
     "which,bad",
     tuple((which, bad) for which in range(5) for bad in BAD),
     quick=((1, torch.nan), (2, torch.inf)),
+    gpu=True,
 )
 def test_a_bad_number_leaves_other_images_untouched(impl, which, bad):
     def spoil(inputs, options):
         inputs[which][0, 0, 3] = bad
 
-    spoilt, clean = poisoned_images(spoil, impl)
-    if (which, bad) not in ((3, torch.inf), (4, torch.inf)):  # an infinite threshold is a good number: it keeps nobody
-        assert spoilt[0][0].isnan().any()
-    assert not spoilt[0][1].isnan().any()
-    for x, y in zip(spoilt, clean, strict=True):
-        assert torch.equal(x[1], y[1])
+    def single(impl, case):
+        return make(named("plain", grid=(13, 11)), torch.float32, device="cuda")
+
+    for make_case in (make_for, *([single] if impl in ON_GPU else [])):
+        spoilt, clean = spoilt_and_clean(spoil, impl, make_case)
+        if (which, bad) not in (
+            (3, torch.inf),
+            (4, torch.inf),
+        ):  # an infinite threshold is good: nobody passes
+            assert spoilt[0][0].isnan().any()
+        assert not spoilt[0][1].isnan().any()
+        for x, y in zip(spoilt, clean, strict=True):
+            assert torch.equal(x[1], y[1])
 
 
 @everywhere("which,bad", tuple((which, bad) for which in (3, 4) for bad in (-1e-3, torch.nan)), quick=((3, -1e-3),))
@@ -213,9 +209,9 @@ def test_a_bad_threshold_gives_nan_in_its_row_only(impl, which, bad):
     assert not out.isnan().any()
 
 
-@everywhere("name", ("plain", "alpha_only", "dense", "topk_alone", "beta_only"), quick=("plain", "dense"))
+@everywhere("name", ("plain", "alpha_only", "dense", "topk_alone", "beta_only"), quick=("plain", "dense"), gpu=True)
 def test_a_nan_score_gives_nan_in_its_row_only(impl, name):
-    inputs, options = make(named(name), torch.float32)
+    inputs, options = make_for(impl, named(name))
     inputs[0][0, 1, 5, 2] = torch.nan
     out = asa_attention(*inputs, **options, impl=impl)
     assert out[0, 1, 5].isnan().all()
@@ -277,9 +273,9 @@ def test_an_infinite_gradient_of_one_row_leaves_those_of_others(impl):
     assert torch.equal(grads[0][:, :, others], grads[1][:, :, others]) and not grads[1][:, :, 5].isfinite().all()
 
 
-@everywhere("bad", tuple(BAD), quick=(torch.nan,))
+@everywhere("bad", tuple(BAD), quick=(torch.nan,), gpu=True)
 def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
-    inputs, options = make(named("plain"), torch.float32)
+    inputs, options = make_for(impl, named("plain"))
     kept = survivors(impl, inputs, options)[0, 1, :, 7]
     assert kept.any() and not kept.all()
     clean = asa_attention(*inputs, **options, impl=impl)
@@ -294,17 +290,18 @@ def test_a_bad_value_spoils_only_rows_that_keep_it(impl, bad):
     "name,bad",
     tuple((name, bad) for name in ("padding", "padding_topk", "padding_dense", "fewer_queries_padded") for bad in BAD),
     quick=(("padding", torch.nan), ("fewer_queries_padded", torch.inf)),
+    gpu=True,
 )
 def test_nothing_in_padding_matters(impl, name, bad):
     def spoil(inputs, options):
-        hidden = ~options["key_padding_mask"][:, None]
+        padding = ~options["key_padding_mask"]
         for i, x in enumerate(inputs):
-            if x is not None and x.shape[2] == hidden.shape[2]:
-                x[hidden] = bad if i < 3 else -1
+            if x is not None and x.shape[2] == padding.shape[1]:
+                x[padding[:, None].expand(x.shape[:3])] = bad if i < 3 else -1
 
-    spoilt, clean = poisoned_images(spoil, impl, named(name, heads=1))
-    for x, y in zip(spoilt, clean, strict=True):
-        assert torch.equal(x, y) and x.isfinite().all()
+    case = named(name) if impl in ON_GPU else named(name, heads=1)
+    for i, (x, y) in enumerate(zip(*spoilt_and_clean(spoil, impl, case=case), strict=True)):
+        assert torch.equal(x, y) and (i in (1, 2) or x.isfinite().all())  # of no score the log-sum-exp is -inf
 
 
 @everywhere()
@@ -375,11 +372,16 @@ def test_tiny_thresholds_do_not_underflow(impl):
     assert stats.survivors.item() == 2
 
 
-@everywhere("size,reciprocal", ((10.0, True), (10.0, False), (300.0, True), (300.0, False)), quick=((300.0, True),))
+@everywhere(
+    "size,reciprocal",
+    ((10.0, True), (10.0, False), (300.0, True), (300.0, False)),
+    quick=((300.0, True),),
+    gpu=True,
+)
 def test_scores_far_below_zero(impl, size, reciprocal):
     """Equal scores weigh the same wherever they lie: here -283 and -254,558, below whatever stands for no score."""
-    query = torch.full((1, 1, 70, 8), size)
-    value, alpha = torch.randn_like(query), torch.full((1, 1, 70), 0.5)
+    query = torch.full((1, 1, 70, 8), size, device="cuda" if impl in ON_GPU else "cpu")
+    value, alpha = torch.randn_like(query), torch.full_like(query[..., 0], 0.5)
     out, stats = asa_attention(query, -query, value, alpha, reciprocal=reciprocal, impl=impl, return_stats=True)
     assert (stats.survivors == 70).all()
     torch.testing.assert_close(out, value.mean(2, keepdim=True).expand_as(out))
@@ -403,7 +405,7 @@ def test_a_window_wider_than_the_map_is_the_map(impl):
 
 
 @each_impl
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 10])
 @pytest.mark.parametrize("band", [0.7, 2.0])
 def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
@@ -431,10 +433,7 @@ def test_blocks_do_not_change_the_result(monkeypatch):
     for elements, rows in ((2**20, 64), (1, 8), (1, 16)):
         monkeypatch.setattr(blocked, "_BLOCK_ELEMENTS", elements)
         monkeypatch.setattr(blocked, "_MIN_ROWS", rows)
-        leaves = with_grad(inputs)
-        out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl="blocked")
-        out.square().sum().backward()
-        results.append([out.detach(), *(x.grad for x in leaves)])
+        results.append(call_and_gradients("blocked", inputs, options))
     for other in results[1:]:
         for x, y in zip(results[0], other, strict=True):
             torch.testing.assert_close(x, y, rtol=1e-11, atol=1e-12)

@@ -1,28 +1,24 @@
-"""torch contracts: opcheck, compile, export, autocast, meta, vmap, func transforms, checkpoint, FLOPs, clear errors."""
+"""torch contracts of asa_attention beside what all functions keep to: opcheck, autocast, meta, vmap, FLOPs, errors."""
 
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import simt
 import torch
 from cases import make, named, with_grad
+from implementations import KERNELS, each_fast, each_kernel
 from torch.autograd import forward_ad
-from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import asa_attention, nn, reciprocal_neighbors
 from asa_ops.asa import ops
 from asa_ops.asa.types import Saved
-from asa_ops.core import devices
 
 LEARN = {"threshold_grad": "straight_through"}
-EVERY_IMPL = ["reference", "blocked", "cpu", *(["cuda"] if simt.AVAILABLE else [])]
-BFLOAT16 = tuple(EVERY_IMPL)  # which Triton's interpreter gets wrong
-EVERY_IMPL += ["triton"] if devices.triton_is_interpreted() else []
-KERNELS = EVERY_IMPL[1:]
-each_kernel = pytest.mark.parametrize("impl", KERNELS)
+pytestmark = pytest.mark.usefixtures("emulation")
+EVERY_IMPL = ["reference", *KERNELS]
+BFLOAT16 = [impl for impl in EVERY_IMPL if impl != "triton"]  # which Triton's interpreter gets wrong
 CONTRACT_CASES = ("plain", "padding", "topk", "one_way", "dense", "more_keys", "alpha_only")
 each_contract_case = pytest.mark.parametrize(  # the first two have every kind of argument
     "case",
@@ -31,12 +27,6 @@ each_contract_case = pytest.mark.parametrize(  # the first two have every kind o
         for i, name in enumerate(CONTRACT_CASES)
     ],
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulation():
-    if simt.AVAILABLE:
-        simt.load()
 
 
 def smaller(impl, case):
@@ -100,20 +90,6 @@ def loss_and_grads(function, inputs):
     return [out.detach(), *grads]
 
 
-@each_contract_case
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
-def test_compiles_without_graph_breaks(case, dynamic):
-    torch._dynamo.reset()
-    inputs, options = make(case, torch.float32)
-
-    def function(*inputs):
-        return asa_attention(*inputs, **options, **LEARN)
-
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for x, y in zip(loss_and_grads(compiled, inputs), loss_and_grads(function, inputs), strict=True):
-        torch.testing.assert_close(x, y)
-
-
 @pytest.mark.parametrize("impl", [*EVERY_IMPL[:4], *(pytest.param(x, marks=pytest.mark.slow) for x in EVERY_IMPL[4:])])
 def test_compiles_where_no_gradient_is_needed(impl):
     torch._dynamo.reset()
@@ -141,7 +117,7 @@ def test_compiles_where_query_is_key_and_alpha_is_beta():
         torch.testing.assert_close(x, y)
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked", "cpu"])
+@each_fast
 def test_neighbors_compile_and_export(impl):
     class Find(torch.nn.Module):
         def forward(self, query, key, value, alpha, beta):
@@ -176,18 +152,6 @@ def test_module_compiles_with_inductor():
         results.append([out.detach(), *(p.grad.clone() for p in block.parameters())])
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_exports_as_one_op():
-    class Attend(torch.nn.Module):
-        def forward(self, query, key, value, alpha, beta):
-            return asa_attention(query, key, value, alpha, beta, grid=(9, 7))
-
-    inputs, _ = make(named("plain"), torch.float32)
-    exported = torch.export.export(Attend(), tuple(inputs))
-    targets = [str(node.target) for node in exported.graph.nodes if node.op == "call_function"]
-    assert targets.count("asa_ops.asa_fwd.default") == 1
-    torch.testing.assert_close(exported.module()(*inputs), Attend()(*inputs))
 
 
 @pytest.mark.parametrize("impl", ["blocked", "reference"])
@@ -256,27 +220,6 @@ def test_meta_tensors_have_the_real_shapes(case):
         assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
 
 
-@pytest.mark.parametrize("name", ["plain", "padding", "topk"])
-def test_func_transforms(name):
-    inputs, options = make(named(name))
-    many = [torch.stack([x, x * 1.1, x * 0.9]) for x in inputs[:3]]
-
-    def loss(query, key, value):
-        return asa_attention(query, key, value, *inputs[3:], **options, **LEARN).square().sum()
-
-    images = list(zip(*many, strict=True))
-    expected = [loss_and_grads(lambda *x: asa_attention(*x, *inputs[3:], **options), image) for image in images]
-    expected = [torch.stack(x) for x in zip(*expected, strict=True)][1:]
-    every = (0, 1, 2)
-    per_sample = torch.func.vmap(torch.func.grad(loss, every))(*many)
-    total = torch.func.grad(lambda *x: torch.func.vmap(loss)(*x).sum(), every)(*many)
-    jacobian = torch.func.jacrev(lambda *x: torch.func.vmap(loss)(*x).sum(), every)(*many)
-    one_by_one = zip(*(torch.func.grad(loss, every)(*image) for image in images), strict=True)
-    for results in (per_sample, total, jacobian, [torch.stack(x) for x in one_by_one]):
-        for x, y in zip(results, expected, strict=True):
-            torch.testing.assert_close(x, y)
-
-
 @pytest.mark.parametrize("impl", [*KERNELS[:3], *(pytest.param(x, marks=pytest.mark.slow) for x in KERNELS[3:])])
 def test_jacobian_of_one_image(impl):
     """vmap over the gradient alone: what the forward saved is expanded, and must not be read as if it were not."""
@@ -302,25 +245,6 @@ def test_vmap_over_thresholds_alone():
     out = torch.func.vmap(lambda a: asa_attention(*inputs[:3], a, inputs[4], **options))(alphas)
     for x, a in zip(out, alphas, strict=True):
         torch.testing.assert_close(x, asa_attention(*inputs[:3], a, inputs[4], **options))
-
-
-def test_checkpoint():
-    inputs, options = make(named("plain"))
-
-    def function(*inputs):
-        return asa_attention(*inputs, **options, **LEARN)
-
-    recomputed = loss_and_grads(lambda *x: checkpoint(function, *x, use_reentrant=False), inputs)
-    for x, y in zip(recomputed, loss_and_grads(function, inputs), strict=True):
-        assert torch.equal(x, y)
-
-
-def test_double_backward_says_what_to_use():
-    inputs, options = make(named("plain"))
-    query, *rest = with_grad(inputs)
-    (grad,) = torch.autograd.grad(asa_attention(query, *rest, **options).square().sum(), query, create_graph=True)
-    with pytest.raises(RuntimeError, match=r"no double backward.*use impl='reference'"):
-        grad.sum().backward()
 
 
 @pytest.mark.parametrize("impl", EVERY_IMPL)

@@ -10,10 +10,10 @@ import contextlib
 import os
 
 import pytest
-import simt
 import torch
 from cases import Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients, survivors
+from implementations import everywhere
 
 from asa_ops import asa_attention, criss_cross_attention
 from asa_ops.asa import reference
@@ -21,23 +21,12 @@ from asa_ops.core import devices
 
 ULPS = 4
 FORMED = 3  # times that a score is formed, each time off by as much: statistics, neighbours, backward
-IMPLEMENTATIONS = ["triton"] * devices.triton_is_interpreted() + ["cuda"] * simt.AVAILABLE
+pytestmark = pytest.mark.usefixtures("emulation")
 
 
-def everywhere(name: str, values: list, quick: tuple):
+def each(name: str, values: list, quick: tuple):
     """Parametrize ``impl`` and another argument; the interpreter is slow: in `make test` it runs ``quick`` only."""
-    rows = [
-        pytest.param(impl, x, marks=[pytest.mark.slow] if impl == "triton" and x not in quick else [])
-        for impl in IMPLEMENTATIONS
-        for x in values
-    ]
-    return pytest.mark.parametrize(f"impl,{name}", rows)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def emulation():
-    if simt.AVAILABLE:
-        simt.load()
+    return everywhere(name, values, quick, others=())
 
 
 @contextlib.contextmanager
@@ -55,7 +44,7 @@ def perturbed():
         del os.environ["ASA_OPS_SIMT_ULPS"]
 
 
-@everywhere("name", ["plain", "one_way", "topk", "padding", "dense", "beta_only", "sharp"], quick=("plain", "sharp"))
+@each("name", ["plain", "one_way", "topk", "padding", "dense", "beta_only", "sharp"], quick=("plain", "sharp"))
 def test_results_are_those_of_the_reference(impl, name):
     """By the error rule, with as many units in the last place more for every operation."""
     case = named(name, heads=1)
@@ -63,7 +52,7 @@ def test_results_are_those_of_the_reference(impl, name):
         check_against_reference(impl, *make(case, torch.float32), ulps=FORMED * ULPS)
 
 
-@everywhere("name", ["plain", "one_way", "padding_topk"], quick=("padding_topk",))
+@each("name", ["plain", "one_way", "padding_topk"], quick=("padding_topk",))
 def test_threshold_gradients_are_those_of_the_reference(impl, name):
     inputs, options = make(named(name, heads=1), torch.float32)
     with perturbed():
@@ -94,7 +83,7 @@ def check_weights(weights, size):
 
 
 @pytest.mark.parametrize("thresholds", THRESHOLDS)
-@everywhere("size", [1e2, 1e5, 1e7, 1e9, 1e25], quick=(1e9,))
+@each("size", [1e2, 1e5, 1e7, 1e9, 1e25], quick=(1e9,))
 def test_scores_of_any_size_leave_no_row_empty(impl, thresholds, size):
     """The largest score of a row exceeds alpha times the mean for alpha < 1."""
     inputs, options = large(size, thresholds)
@@ -111,7 +100,7 @@ def test_scores_of_any_size_leave_no_row_empty(impl, thresholds, size):
     assert ((out >= low - 1e-5) & (out <= high + 1e-5)).all()
 
 
-@everywhere("thresholds", list(THRESHOLDS), quick=("alpha", "beta", "topk"))
+@each("thresholds", list(THRESHOLDS), quick=("alpha", "beta", "topk"))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["float32", "float16"])
 def test_a_single_survivor_holds_all_the_weight(impl, thresholds, dtype):
     """Scores so large that one is all of its row, by more than rounding: so it is in output and gradient."""
@@ -135,7 +124,7 @@ def test_a_single_survivor_holds_all_the_weight(impl, thresholds, dtype):
         assert (stats.survivors[clear] == 1).all()
 
 
-@everywhere("k", [1, 5], quick=(1,))
+@each("k", [1, 5], quick=(1,))
 def test_equal_scores_are_all_kept(impl, k):
     """Ties at the k-th largest, alpha = 1/2 of equal weights: no rounding may empty a row."""
     query, key = torch.full((1, 1, 70, 8), 300.0), torch.full((1, 1, 70, 8), 299.0)

@@ -5,7 +5,7 @@ import math
 import hypothesis
 import pytest
 import torch
-from cases import CASES, Case, each_case, make, named, with_grad
+from cases import CASES, Case, make, named, with_grad
 from compare import dense
 from hypothesis import strategies as st
 
@@ -152,31 +152,6 @@ def test_constant_map_keeps_everybody_below_alpha_one_and_nobody_above():
         alpha = torch.full((1, 1, 16), alpha, dtype=torch.float64)
         _, stats = reference.asa_attention(x, x, x, alpha, return_stats=True)
         assert (stats.survivors == expected).all()
-
-
-@pytest.mark.parametrize("name", ["plain", "one_way", "topk", "padding", "mixed", "dense", "beta_only", "more_keys"])
-@pytest.mark.parametrize("second", [False, True], ids=["gradcheck", "gradgradcheck"])
-def test_numerical_gradients(name, second):
-    case = named(name, grid=(3, 2), n_keys=named(name).n_keys and 5, heads=1, dim=3, dim_v=2)
-    if "topk" in case.options:
-        case = named(name, grid=(3, 2), heads=1, dim=3, dim_v=2, options={"topk": 3})
-    inputs, options = make(case)
-    query, key, value, alpha, beta = with_grad(inputs)
-
-    def run(query, key, value):
-        return reference.asa_attention(query, key, value, alpha, beta, **options)
-
-    check = torch.autograd.gradgradcheck if second else torch.autograd.gradcheck
-    assert check(run, (query, key, value))
-
-
-@each_case
-def test_thresholds_get_zero_gradients_not_none(case):
-    inputs, options = make(case)
-    *_, alpha, beta = inputs = with_grad(inputs)
-    reference.asa_attention(*inputs, **options).sum().backward()
-    for x in (alpha, beta):
-        assert x is None or torch.equal(x.grad, torch.zeros_like(x))
 
 
 def surrogate_threshold_gradients(inputs, options, grad_out, band):

@@ -4,18 +4,21 @@ What every implementation must do is in test_implementations.py; here is what th
 option against the reference under other block sizes than the interpreter's own.
 """
 
+import ast
 import math
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
 from cases import CASES, Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients, survivors
 
-from asa_ops import asa_attention
+import asa_ops
+from asa_ops import asa_attention, reciprocal_neighbors
 from asa_ops.asa.triton import configs as triton_configs
 from asa_ops.asa.triton.configs import Config
 from asa_ops.asa.types import Inputs, Options, Saved
@@ -25,8 +28,9 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 tiles = pytest.importorskip("asa_ops.asa.triton.tiles")
 arrange = pytest.importorskip("asa_ops.asa.triton.arrange")
-plan = pytest.importorskip("asa_ops.asa.triton.plan")
-forward = pytest.importorskip("asa_ops.asa.triton.forward").forward
+select = pytest.importorskip("asa_ops.asa.triton.select")
+call = pytest.importorskip("asa_ops.asa.triton.call")
+Problem = pytest.importorskip("asa_ops.asa.triton.problem").Problem
 pytestmark = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
 
 # In float16 what differs from float32, the others with `make test-all`.
@@ -66,12 +70,6 @@ def test_threshold_gradients(case):
     if case.name in ("sharp", "window_5"):  # a last bit moves a gradient by 1e-6: 126 rows are too few to compare by
         case = replace(case, heads=8)
     check_threshold_gradients("triton", *make(case, torch.float32), band=1.3)
-
-
-def test_threshold_gradients_of_pairs_in_tiles_without_neighbours():
-    """One-way bits are needed of every tile with a score in the band, also where no two are each other's neighbours."""
-    tokens = [torch.randn(1, 1, 65, 4) * 1.5**0.5 for _ in range(3)]  # the 65th alone in its row and column of tiles
-    check_threshold_gradients("triton", [*tokens, torch.full((1, 1, 65), 1.5), None], {})
 
 
 def test_threshold_gradients_in_half_precision():
@@ -132,7 +130,7 @@ def test_any_blocks_give_the_same_threshold_gradients(blocks, options):
 @pytest.mark.parametrize("name", ["plain", pytest.param("dense", marks=pytest.mark.slow)])
 def test_split_work_gives_the_same(monkeypatch, name):
     """Keys of the statistics, listed blocks of all sums, dealt out among several programs."""
-    monkeypatch.setattr(arrange.Problem, "splits", lambda self, programs, limit: min(3, limit))
+    monkeypatch.setattr(Problem, "splits", lambda self, programs, limit: min(3, limit))
     check_against_reference("triton", *make(named(name, grid=(9, 15), batch=1, heads=1), torch.float32))
 
 
@@ -151,43 +149,6 @@ def test_query_is_key_takes_one_product(monkeypatch):
     symmetric.clear()
     asa_attention(x, other, value, alpha, beta, **options, impl="triton")
     assert False in symmetric and True not in symmetric
-
-
-def test_repeats_bitwise():
-    inputs, options = make(named("plain", heads=1), torch.float32)
-    first = None
-    for _ in range(2):
-        leaves = with_grad(inputs)
-        out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl="triton")
-        out.square().sum().backward()
-        now = [out, *(x.grad for x in leaves)]
-        first = first or now
-        assert all(torch.equal(x, y) for x, y in zip(first, now, strict=True))
-
-
-@each(("plain", "padding", "more_keys"), quick=("padding",))
-def test_strides_do_not_matter(case):
-    inputs, options = make(case, torch.float32)
-    strided = [
-        x if x is None else x.mT.contiguous().mT if x.dim() == 4 else x.repeat_interleave(2, -1)[..., ::2]
-        for x in inputs
-    ]
-    plain, other = with_grad(inputs), with_grad(inputs)
-    expected = asa_attention(*plain, **options, impl="triton")
-    out = asa_attention(*strided, **options, impl="triton")
-    assert torch.equal(out, expected)
-    grad_out = torch.randn(*out.shape[:2], out.shape[3], out.shape[2]).mT
-    given = [i for i, x in enumerate(inputs) if x is not None]
-    expected_grads = torch.autograd.grad(expected, [plain[i] for i in given], grad_out.contiguous())
-    again = asa_attention(*other, **options, impl="triton")
-    for x, y in zip(torch.autograd.grad(again, [other[i] for i in given], grad_out), expected_grads, strict=True):
-        assert torch.equal(x, y)
-
-
-def test_thresholds_get_zero_gradients_not_none():
-    *_, alpha, beta = inputs = with_grad(make(named("plain", batch=1, heads=1), torch.float32)[0])
-    asa_attention(*inputs, grid=(9, 7), impl="triton").sum().backward()
-    assert torch.equal(alpha.grad, torch.zeros_like(alpha)) and torch.equal(beta.grad, torch.zeros_like(beta))
 
 
 # The parts.
@@ -210,19 +171,23 @@ def test_a_product_of_the_interpreter_is_one_number_per_element():
     assert whole[3, 5] == torch.tensor(in_order, dtype=torch.float64).float().item()
 
 
-def problem_of(case, dtype=torch.float32, learn=False):
+def problem_of(case, dtype=torch.float32):
     inputs, options = make(case, dtype)
     grid = options.get("grid", (0, 0))
     inputs = Inputs(*inputs, options.get("key_padding_mask"))
     rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True)
     options = Options(grid, *rest, options.get("scale", inputs.query.shape[-1] ** -0.5))
-    return arrange.Problem(inputs, options, learn)
+    return Problem(inputs, options, False)
+
+
+def tokens_of(problem):
+    return arrange.arrange_tokens(problem, arrange.find_orders(problem))
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (8, 8), (9, 7), (17, 19), (40, 3), (3, 40), (1, 130)], ids=str)
 def test_order_cuts_the_map_into_tiles(grid):
     height, width = grid
-    order = problem_of(Case("order", grid=grid, batch=1, heads=1)).rows
+    order, _ = arrange.find_orders(problem_of(Case("order", grid=grid, batch=1, heads=1)))
     n = height * width
     tokens = order.order[0, :n].long()
     assert sorted(tokens.tolist()) == list(range(n)) and (order.order[0, n:] == -1).all()
@@ -235,21 +200,23 @@ def test_order_cuts_the_map_into_tiles(grid):
 def test_order_leaves_padding_out():
     case = named("padding", grid=(40, 33))
     problem = problem_of(case)
+    order, _ = arrange.find_orders(problem)
     real = problem.inputs.key_padding_mask
-    assert problem.rows.counts.tolist() == real.sum(-1).tolist()
+    assert order.counts.tolist() == real.sum(-1).tolist()
     for image in range(case.batch):
         count = int(real[image].sum())
-        tokens = problem.rows.order[image, :count].long()
+        tokens = order.order[image, :count].long()
         assert torch.equal(tokens.sort().values, real[image].nonzero()[:, 0])
-        assert (problem.rows.order[image, count:] == -1).all()
-        assert torch.equal(problem.rows.place[image] >= 0, real[image])
+        assert (order.order[image, count:] == -1).all()
+        assert torch.equal(order.place[image] >= 0, real[image])
 
 
 def test_arranged_tokens_are_padded_with_zeros():
     problem = problem_of(named("plain", dim=5))
-    q = problem.q.view(2, 2, problem.rows.padded, problem.width)
-    tokens = problem.rows.order[0, :63].long()
-    assert torch.equal(q[:, :, :63, :5], problem.inputs.query[:, :, tokens])
+    tokens = tokens_of(problem)
+    q = tokens.q.view(2, 2, problem.padded, problem.width)
+    order = tokens.rows.order[0, :63].long()
+    assert torch.equal(q[:, :, :63, :5], problem.inputs.query[:, :, order])
     assert q[:, :, 63:].abs().max() == 0 and q[..., 5:].abs().max() == 0
 
 
@@ -262,8 +229,8 @@ def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
     expected = torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
     expected = torch.where(exact.isfinite(), expected, exact.double()).float()
     monkeypatch.setattr(triton_launch, "precision", lambda dtype: "tf32")
-    problem = arrange.Problem(Inputs(*inputs, None), Options((3, 3), 3, 0, True, 1.0), False)
-    found = problem.q[problem.rows.place[0].long(), : exact.shape[1]]
+    tokens = tokens_of(Problem(Inputs(*inputs, None), Options((3, 3), 3, 0, True, 1.0), False))
+    found = tokens.q[tokens.rows.place[0].long(), : exact.shape[1]]
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and not torch.equal(expected, exact)
 
 
@@ -279,18 +246,18 @@ def test_peaks_are_never_below_the_scores_and_lists_miss_no_pair():
     inputs, options = make(case, torch.float32)
     found = Inputs(*inputs, None)
     saved = Saved.new(found, Options((20, 20), 3, 0, True, 8**-0.5), "triton", True)
-    problem = arrange.Problem(found, Options((20, 20), 3, 0, True, 8**-0.5), False)
-    forward(problem, saved, None)
-    bits = problem.bits(saved.bits)
-    tokens = problem.rows.order[0, :400].long()
-    s = (inputs[0] @ inputs[1].mT * 8**-0.5)[0, 0][tokens][:, tokens] / math.log(2)
-    padded = problem.rows.padded
-    peaks = bits.peaks[0, : padded // 64 * padded].view(-1, padded)[:, :400].float()
+    problem = Problem(found, Options((20, 20), 3, 0, True, 8**-0.5), False)
+    orders = arrange.find_orders(problem)
+    call.forward(problem, orders, saved, None)
+    order = orders[0].order[0, :400].long()
+    s = (inputs[0] @ inputs[1].mT * 8**-0.5)[0, 0][order][:, order] / math.log(2)
+    padded = problem.padded
+    peaks = problem.peaks(saved.bits).peaks[0, : padded // 64 * padded].view(-1, padded)[:, :400].float()
     blocks = torch.nn.functional.pad(s, (0, padded - 400), value=-torch.inf).unflatten(-1, (-1, 64)).amax(-1).mT
     there = blocks > -torch.inf
     assert (peaks >= blocks)[there].all() and (peaks - blocks)[there].max() < 0.1
-    flags = plan.find_occupied(problem, bits)[0]
-    kept = survivors("reference", inputs, options)[0, 0][tokens][:, tokens]
+    flags = select.find_occupied(problem, arrange.arrange_tokens(problem, orders), problem.bits(saved.bits))[0]
+    kept = survivors("reference", inputs, options)[0, 0][order][:, order]
     kept = torch.nn.functional.pad(kept, (0, padded - 400, 0, padded - 400))
     tiles = kept.unflatten(0, (-1, 64)).unflatten(-1, (-1, 64)).any(-1).any(1)
     assert torch.equal(flags != 0, tiles) and not tiles.all(), "some tiles are empty, or nothing is shown"
@@ -405,6 +372,47 @@ def test_every_kernel_has_a_configuration_everywhere():
                     assert config.block_m == config.block_n or kernel not in ("mask", "dt") or not config.tma
                     assert config.block_m == config.block_n or kernel != "mask"
                     assert not config.tma or config.chunk >= 256 or kernel in ("mask", "dt")
+
+
+PACKAGE = Path(asa_ops.__file__).parent
+
+
+def test_every_kernel_can_be_read_at_once():
+    """At most 25 parameters, structs counting one, and 70 lines, documentation included."""
+    kernels = []
+    for path in (*PACKAGE.glob("asa/triton/*.py"), PACKAGE / "criss_cross/triton.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.startswith(("_asa_", "_criss_cross_")):
+                assert len(node.args.args) <= 25, node.name
+                assert node.end_lineno - node.lineno < 70, node.name
+                kernels.append(node.name)
+    assert {"_asa_mask_kernel", "_asa_finish_dq_kernel", "_criss_cross_fwd_kernel"} < set(kernels)
+
+
+def launches_of(function) -> list[str]:
+    """Return the names of the kernels that a function launches."""
+    names = []
+    launch = triton_launch.launch
+
+    def spy(kernel, *args, **constants):
+        names.append(kernel.__name__.removeprefix("_asa_").removesuffix("_kernel"))
+        launch(kernel, *args, **constants)
+
+    with mock.patch.object(triton_launch, "launch", spy):
+        function()
+    return names
+
+
+def test_nothing_is_found_or_listed_twice():
+    """The graph reuses the order of the forward and arranges nothing; kernels that cut the map alike share lists."""
+    inputs, options = make(named("plain", batch=1, heads=1, dim=40), torch.float32)
+    names = launches_of(lambda: reciprocal_neighbors(*inputs[:2], *inputs[3:], grid=options["grid"], impl="triton"))
+    assert [names.count(name) for name in ("order", "arrange", "neighbors")] == [1, 1, 1] and names[-1] == "neighbors"
+    leaves = with_grad(inputs)
+    out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl="triton")
+    names = launches_of(lambda: out.sum().backward())
+    assert names.count("dq") == 2 and names.count("dkv") == 2, "what delta misses, dq, dk and dv"
+    assert names.count("occupied") == 1 and names.count("lists") == 2, "of rows as of keys, and of the thresholds"
 
 
 def compile_kernels(*options: str) -> str:

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from block_cases import CASES, CONTRACT_CASES, each_case, flat, make, named, unflat
+from block_cases import CASES, each_case, flat, make, named, unflat
 from compare import check_errors
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -222,35 +222,6 @@ def test_gradients_are_numerical_ones(case):
     torch.autograd.gradcheck(function, flat(small), fast_mode=True)
     if not case.fused:
         torch.autograd.gradgradcheck(function, flat(small), fast_mode=True)
-
-
-# The others are compiled in their modules, test_block_modules.py.
-ALONE = ("dot_product", "concatenation", "channel_plain", "interlaced_short_padded")
-
-
-@pytest.mark.parametrize(
-    "name", [pytest.param(x, marks=[] if x in ALONE else pytest.mark.slow) for x in CONTRACT_CASES]
-)
-@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True], ids=["static", "dynamic"])
-def test_compiles_without_graph_breaks(name, dynamic):
-    torch._dynamo.reset()
-    case = named(name)
-
-    def function(*leaves):
-        return case.op(**unflat(case, leaves), **case.options)
-
-    leaves = flat(make(case, torch.float32))
-    if case.stem == "interlaced_sparse" and dynamic:  # the grid is a constant of the call
-        dynamic = None
-        for x in leaves:
-            torch._dynamo.mark_dynamic(x, 0)
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    results = []
-    for each in (compiled, function):
-        out = each(*leaves)
-        results.append([out, *torch.autograd.grad(out.square().sum(), leaves)])
-    for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y)
 
 
 @each_case

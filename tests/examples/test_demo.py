@@ -1,26 +1,15 @@
 """The demo, small; and its numbers."""
 
-import importlib.util
 import re
-from pathlib import Path
 
+import denoise
 import numpy as np
 import pytest
 import skimage
 import torch
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "denoise.py"
 
-
-@pytest.fixture(scope="module")
-def denoise():
-    spec = importlib.util.spec_from_file_location("denoise", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_runs_small(denoise, tmp_path, capsys, monkeypatch):
+def test_runs_small(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(denoise, "TIMING", 0)
     picture = tmp_path / "out.png"
     noisy, stored, flash, sparse, nearby, fast = denoise.main(["--size", "40", "--out", str(picture)])
@@ -37,12 +26,12 @@ def test_runs_small(denoise, tmp_path, capsys, monkeypatch):
     assert re.search(r"pixel \(9, 17\): \d+ of 1600 above its threshold, \d+ mutual", text)
 
 
-def test_padded_values_change_nothing_but_memory(denoise):
+def test_padded_values_change_nothing_but_memory():
     noisy = denoise.load("coffee", 24) + np.random.default_rng(0).normal(0, 0.1, (24, 24, 3))
     np.testing.assert_allclose(denoise.dense(noisy, 0.8), denoise.dense(noisy, 0.8, padded=False), atol=1e-5)
 
 
-def test_scores_are_minus_squared_patch_distances(denoise):
+def test_scores_are_minus_squared_patch_distances():
     image = np.random.default_rng(0).random((9, 8, 3))
     query, key, value = denoise.attention_inputs(image, 1.3)
     patches = denoise.patch_tokens(image)
@@ -54,7 +43,7 @@ def test_scores_are_minus_squared_patch_distances(denoise):
     assert (centred - corner).flatten(1).std() < 0.2
 
 
-def test_weights_agree_with_the_library(denoise):
+def test_weights_agree_with_the_library():
     image = denoise.load("coffee", 32)
     noisy = image + np.random.default_rng(0).normal(0, 0.1, image.shape)
     out, stats = denoise.sparse(noisy, 0.8, 2.0)
@@ -66,7 +55,7 @@ def test_weights_agree_with_the_library(denoise):
         np.testing.assert_allclose(colour, out[pixel], atol=1e-5)
 
 
-def test_no_matrix_is_stored_where_it_is_too_large(denoise, tmp_path, capsys, monkeypatch):
+def test_no_matrix_is_stored_where_it_is_too_large(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(denoise, "TIMING", 0)
     monkeypatch.setattr(denoise, "MATRIX_LIMIT", 10**6)
     monkeypatch.setattr(denoise, "TUNING_SIZE", 20)
@@ -82,14 +71,14 @@ def test_no_matrix_is_stored_where_it_is_too_large(denoise, tmp_path, capsys, mo
     assert "skipped, one 1024 x 1024 float32 matrix alone is 0.0 GB" in text and "at 20 x 20" in text
 
 
-def test_draws_a_pixel_that_keeps_itself_alone(denoise, tmp_path, capsys, monkeypatch):
+def test_draws_a_pixel_that_keeps_itself_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(denoise, "TIMING", 0)
     denoise.main(["--size", "12", "--noise", "1e-4", "--out", str(tmp_path / "out.png")])
     assert "1 of 144 above its threshold, 1 mutual" in capsys.readouterr().out
     assert (tmp_path / "out.png").is_file()
 
 
-def test_seconds_are_the_median_of_repeated_calls(denoise, monkeypatch):
+def test_seconds_are_the_median_of_repeated_calls(monkeypatch):
     clock = iter([0.0, 0.4, 1.0, 1.1, 2.0, 2.3])
     monkeypatch.setattr(denoise.time, "perf_counter", lambda: next(clock))
     calls = []
@@ -97,7 +86,7 @@ def test_seconds_are_the_median_of_repeated_calls(denoise, monkeypatch):
     assert result == 3 and seconds == pytest.approx(0.3)
 
 
-def test_reads_grey_and_transparent_pictures(denoise, tmp_path):
+def test_reads_grey_and_transparent_pictures(tmp_path):
     colour = skimage.util.img_as_ubyte(denoise.load("chelsea", 20))
     clear = np.dstack([colour, np.zeros((20, 20), np.uint8)])
     for name, image, expected in (("grey", colour[..., 0], colour[..., :1]), ("rgba", clear, np.array(255))):
@@ -106,7 +95,7 @@ def test_reads_grey_and_transparent_pictures(denoise, tmp_path):
         np.testing.assert_allclose(denoise.load(str(path), 20), np.broadcast_to(expected / 255, (20, 20, 3)), atol=0.01)
 
 
-def test_the_photograph_is_not_replaced(denoise, tmp_path):
+def test_the_photograph_is_not_replaced(tmp_path):
     photograph = tmp_path / "denoise.png"
     skimage.io.imsave(photograph, np.zeros((20, 20, 3), np.uint8), check_contrast=False)
     before = photograph.read_bytes()
@@ -121,7 +110,7 @@ def test_the_photograph_is_not_replaced(denoise, tmp_path):
     ("arguments", "message"),
     [
         (["no-such.png"], "no photograph 'no-such.png'"),
-        ([str(SCRIPT)], "cannot read"),
+        ([denoise.__file__], "cannot read"),
         (["--size", "4"], "--size must be at least 10, got 4"),
         (["--noise", "0"], "--noise must be > 0"),
         (["--out", "no/such/folder.png"], "no folder 'no/such'"),
@@ -129,7 +118,7 @@ def test_the_photograph_is_not_replaced(denoise, tmp_path):
     ],
     ids=["missing", "no image", "small", "noise", "folder", "suffix"],
 )
-def test_bad_arguments(denoise, arguments, message, capsys):
+def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as error:
         denoise.files.run(lambda: denoise.main(arguments), denoise.pictures.PictureError)
     assert message in f"{error.value} {capsys.readouterr().err}"
@@ -145,7 +134,7 @@ def test_bad_arguments(denoise, arguments, message, capsys):
         ("rocket", 28.0, 29.8, 31.1),
     ],
 )
-def test_gains_on_four_photographs(denoise, photograph, dense_db, sparse_db, nearby_db, tmp_path):
+def test_gains_on_four_photographs(photograph, dense_db, sparse_db, nearby_db, tmp_path):
     """Within 0.3 dB of a dense prototype's figures, and of scikit-image's."""
     _, _, dense, sparse, nearby, _ = denoise.main([photograph, "--out", str(tmp_path / "out.png")])
     assert abs(dense.psnr - dense_db) < 0.3 and abs(sparse.psnr - sparse_db) < 0.3

@@ -32,12 +32,7 @@ ROOT = Path(__file__).parents[2]
 COMMANDS = {"train": train, "evaluate": evaluate, "predict": predict, "attend": attend}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # The network.

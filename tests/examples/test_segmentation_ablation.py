@@ -182,7 +182,7 @@ def test_runs_of_another_length_are_told_before_any_is_started(tmp_path, monkeyp
         (["--one", "asa", "x"], "--one takes a variant and a seed, got 'asa' 'x'"),
     ],
 )
-def test_bad_arguments(arguments, message, tmp_path, capsys):
+def test_ablations_that_cannot_be(arguments, message, tmp_path, capsys):
     with pytest.raises(SystemExit):
         cli.main_of(lambda: ablation.main([*arguments, "--out", str(tmp_path)]))
     assert message in capsys.readouterr().err

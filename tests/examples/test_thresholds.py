@@ -1,11 +1,10 @@
 """What the experiment with learned thresholds rests on, small; and that its table is what its results say."""
 
 import functools
-import importlib.util
+import importlib
 import json
 import math
 import re
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +22,7 @@ SMALL = ["--seeds", "2", "--steps", "3", "--side", "10"]
 @pytest.fixture(scope="module")
 def thresholds():
     """The script with small photographs and few constants to try."""
-    sys.path.insert(0, str(FOLDER))
-    try:
-        spec = importlib.util.spec_from_file_location("thresholds", FOLDER / "thresholds.py")
-        module = importlib.util.module_from_spec(spec)
-        sys.modules["thresholds"] = module  # dataclasses look there for their annotations
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(FOLDER))
-        del sys.modules["thresholds"]
+    module = importlib.import_module("thresholds")
     module.SIZE = 20
     module.GRID = {"h": [0.8, 1.0], "alpha": [0.125, 0.25, 0.5, 1.0, 2.0], "beta": [0.5, 1.0]}
     module.photograph = functools.cache(module.photograph)
@@ -302,7 +293,7 @@ def test_the_page_quotes_the_tables():
         (["--out", "no/such/folder.json"], "there is no folder 'no/such'"),
     ],
 )
-def test_bad_arguments(thresholds, arguments, message, capsys):
+def test_experiments_that_cannot_be(thresholds, arguments, message, capsys):
     small = [] if "--side" in arguments else ["--side", "10"]
     with pytest.raises(SystemExit):
         thresholds.main([*small, *arguments])

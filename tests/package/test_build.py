@@ -51,7 +51,7 @@ def test_extension_uses_the_stable_abi_only():
 def test_kernels_compile_for_other_machines_and_compilers(compiler, tmp_path):
     if not shutil.which(compiler):
         pytest.skip(f"no {compiler} here")
-    for source in sorted((ROOT / "csrc/cpu").glob("asa_*.cpp")):
+    for source in sorted((ROOT / "csrc/cpu").glob("isa_*.cpp")):
         flags = ["-std=c++17", "-O1", "-Wall", "-Werror", "-fPIC"]
         subprocess.run([compiler, *flags, "-c", source, "-o", tmp_path / "kernels.o"], check=True)
 

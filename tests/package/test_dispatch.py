@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import asa_ops
 from asa_ops.core import devices, dispatch, extension
 
 
@@ -104,3 +105,28 @@ def test_measurements_name_known_kernels_and_files():
         assert {"triton", "cuda"} <= set(dispatch.IMPLEMENTATIONS[stem]) and dim in (64, 128, 256)
         assert measurement.faster in ("triton", "cuda")
         assert measurement.results and measurement.commit
+
+
+def test_explain_names_what_runs_and_why_the_others_do_not(monkeypatch):
+    monkeypatch.setattr(devices, "triton_is_interpreted", lambda: False)
+    monkeypatch.setattr(devices, "_why_no_triton_on", devices._why_no_triton_on.__wrapped__)
+    monkeypatch.setattr(extension, "has", lambda op, key, has=extension.has: "cuda" not in op and has(op, key))
+    query = torch.randn(1, 1, 16, 8)
+    lines = asa_ops.explain(query).splitlines()
+    names = [line.split()[0] for line in lines[1:]]
+    assert names == list(dispatch._PREDICATES)
+    chosen = lines[0].rsplit(" ", 1)[1]
+    assert lines[0] == f"asa_attention on cpu, torch.float32, impl='auto': {chosen}"
+    assert dict(zip(names, lines[1:], strict=True))[chosen].endswith("runs")
+    assert "need CUDA tensors" in lines[1 + names.index("triton")]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'windw'"):
+        asa_ops.explain(query, windw=3)
+    assert "an error" in asa_ops.explain(query, impl="cuda").splitlines()[0]
+
+
+def test_explain_says_why_the_extension_is_missing(monkeypatch):
+    monkeypatch.setattr(extension, "WHY_MISSING", "it was never built")
+    x = torch.randn(1, 1, 16, 8)
+    assert "cpu        it was never built" in asa_ops.explain(x)
+    with pytest.raises(RuntimeError, match="impl='cpu' cannot run this asa_attention call: it was never built"):
+        asa_ops.asa_attention(x, x, x, impl="cpu")

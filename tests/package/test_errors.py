@@ -1,215 +1,274 @@
 """Bad input: an error that quotes what came and what was expected, before any work."""
 
+import block_cases
+import cases
 import pytest
 import torch
-from cases import make, named
 
 import asa_ops
-from asa_ops import asa_attention, reciprocal_neighbors
-from asa_ops.core import devices, dispatch, extension
-from asa_ops.nn import AdaptiveSparseAttention
+from asa_ops import nn
+from asa_ops.core import extension
+
+TRIPLE = ("query", "key", "value")
 
 
-def call(change, **options):
-    inputs, defaults = make(named("plain", grid=(4, 6)), torch.float32)
-    arguments = dict(zip(("query", "key", "value", "alpha", "beta"), inputs, strict=True)) | defaults | options
-    return asa_attention(**(arguments | change(arguments)))
+def valid(name: str) -> tuple:
+    """Return a function, by its name or that of a block's case, and arguments that it takes."""
+    if name in ("asa_attention", "reciprocal_neighbors"):
+        inputs, options = cases.make(cases.named("plain", grid=(4, 6)), torch.float32)
+        tensors = dict(zip((*TRIPLE, "alpha", "beta"), inputs, strict=True))
+        if name == "reciprocal_neighbors":
+            del tensors["value"]
+        return getattr(asa_ops, name), tensors | options
+    if name == "criss_cross_attention":
+        return asa_ops.criss_cross_attention, {x: torch.randn(2, 5 if x == "value" else 8, 5, 4) for x in TRIPLE}
+    case = block_cases.named(name)
+    return case.op, block_cases.make(case, torch.float32) | case.options
 
 
-WRONG = {
-    "no tensor": (lambda a: {"query": [1.0]}, TypeError, r"query must be a tensor, got \[1.0\] of type list"),
-    "query rank": (lambda a: {"query": a["query"][0]}, ValueError, r"query must have the 4 dimensions .*\[2, 24, 8\]"),
-    "key rank": (lambda a: {"key": a["key"][None]}, ValueError, r"key must have the 4 dimensions .*\[1, 2, 2, 24, 8\]"),
-    "batch": (lambda a: {"key": a["key"][:1]}, ValueError, r"key must have .*\[2, 2\], got .*\[1, 2, 24, 8\]"),
-    "heads": (lambda a: {"value": a["value"][:, :1]}, ValueError, r"value must have .*\[2, 2\], got .*\[2, 1, 24, 5\]"),
-    "head dim": (lambda a: {"key": a["key"][..., :7]}, ValueError, r"D = 8, got D = 7"),
-    "no head dim": (lambda a: {"query": a["query"][..., :0], "key": a["key"][..., :0]}, ValueError, r"D >= 1"),
-    "value rows": (lambda a: {"value": a["value"][:, :, :9]}, ValueError, r"N_k = 24, got N_k = 9"),
-    "key rows": (
-        lambda a: {"key": a["key"][:, :, :9], "value": a["value"][:, :, :9]},
-        ValueError,
-        r"reciprocal=True needs as many queries as keys, got N_q = 24 and N_k = 9",
-    ),
-    "beta and lengths": (
-        lambda a: {"key": a["key"][:, :, :9], "value": a["value"][:, :, :9], "reciprocal": False},
-        ValueError,
-        r"beta needs as many queries as keys, got N_q = 24 and N_k = 9",
-    ),
-    "integer": (
-        lambda a: {"query": a["query"].int()},
-        TypeError,
-        r"one of .*torch.float64.*got a torch.int32",
-    ),
-    "dtype mix": (lambda a: {"key": a["key"].half()}, TypeError, r"key .*torch.float32, got a torch.float16"),
-    "device mix": (lambda a: {"value": a["value"].to("meta")}, ValueError, r"value .*device of query, cpu, got .*meta"),
-    "alpha shape": (
-        lambda a: {"alpha": a["alpha"][..., :9]},
-        ValueError,
-        r"alpha .*\[2, 2 or 1, 24\], got .*\[2, 1, 9\]",
-    ),
-    "alpha heads": (lambda a: {"alpha": a["alpha"].expand(2, 3, 24)}, ValueError, r"alpha .*got .*\[2, 3, 24\]"),
-    "alpha rank": (lambda a: {"alpha": a["alpha"][:, 0]}, ValueError, r"alpha must have the 3 dimensions"),
-    "alpha number": (lambda a: {"alpha": 2.0}, TypeError, r"alpha must be a tensor .*got 2.0 of type float"),
-    "alpha dtype": (
-        lambda a: {"alpha": a["alpha"].double()},
-        TypeError,
-        r"alpha must be torch.float32, got a torch.float64",
-    ),
-    "alpha device": (lambda a: {"alpha": a["alpha"].to("meta")}, ValueError, r"alpha must lie on the device of query"),
-    "beta shape": (lambda a: {"beta": a["beta"][:1]}, ValueError, r"beta must be .*got .*\[1, 1, 24\]"),
-    "beta without grid": (lambda a: {"grid": None}, ValueError, r"beta needs grid=\(H, W\) with H \* W = N = 24"),
-    "grid product": (lambda a: {"grid": (5, 5)}, ValueError, r"H \* W = N = 24, got 5 \* 5 = 25"),
-    "grid sign": (lambda a: {"grid": (-4, -6)}, ValueError, r"H \* W = N = 24"),
-    "grid form": (lambda a: {"grid": 24}, TypeError, r"grid must be \(H, W\), got 24 of type int"),
-    "grid sides": (lambda a: {"grid": (4.0, 6)}, TypeError, r"two integers \(H, W\), got 4.0 of type float"),
-    "even window": (lambda a: {"window": 4}, ValueError, r"window must be odd, got window=4"),
-    "window sign": (lambda a: {"window": -3}, ValueError, r"window must be >= 1, got window=-3"),
-    "window type": (lambda a: {"window": 3.0}, TypeError, r"window must be an integer >= 1, got 3.0"),
-    "topk 0": (lambda a: {"topk": 0}, ValueError, r"topk must be >= 1, got topk=0"),
-    "topk large": (lambda a: {"topk": 25}, ValueError, r"topk .*N_k = 24, got topk=25"),
-    "topk type": (lambda a: {"topk": True}, TypeError, r"topk must be an integer >= 1, got True"),
-    "mask dtype": (
-        lambda a: {"key_padding_mask": torch.ones(2, 24)},
-        TypeError,
-        r"key_padding_mask must be torch.bool .*got a torch.float32",
-    ),
-    "mask shape": (
-        lambda a: {"key_padding_mask": torch.ones(2, 23, dtype=torch.bool)},
-        ValueError,
-        r"key_padding_mask must be \[B, N_k\] = \[2, 24\], got .*\[2, 23\]",
-    ),
-    "mask device": (
-        lambda a: {"key_padding_mask": torch.ones(2, 24, dtype=torch.bool, device="meta")},
+# Of a call: what changes in its arguments (to a value, or by a function of it), the error and its message.
+FOUR = {"query": lambda x: x[0]}
+FEWER_KEYS = {"key": lambda x: x[:, :, :9], "value": lambda x: x[:, :, :9]}
+ASA = [
+    ({"query": [1.0]}, TypeError, r"query must be a tensor, got \[1.0\] of type list"),
+    (FOUR, ValueError, r"query must have the 4 dimensions .*\[2, 24, 8\]"),
+    ({"key": lambda x: x[None]}, ValueError, r"key must have the 4 dimensions .*\[1, 2, 2, 24, 8\]"),
+    ({"key": lambda x: x[:1]}, ValueError, r"key must have .*\[2, 2\], got .*\[1, 2, 24, 8\]"),
+    ({"value": lambda x: x[:, :1]}, ValueError, r"value must have .*\[2, 2\], got .*\[2, 1, 24, 5\]"),
+    ({"key": lambda x: x[..., :7]}, ValueError, r"D = 8, got D = 7"),
+    (dict.fromkeys(TRIPLE[:2], lambda x: x[..., :0]), ValueError, r"D >= 1"),
+    ({"value": lambda x: x[:, :, :9]}, ValueError, r"N_k = 24, got N_k = 9"),
+    (FEWER_KEYS, ValueError, r"reciprocal=True needs as many queries as keys, got N_q = 24 and N_k = 9"),
+    (FEWER_KEYS | {"reciprocal": False}, ValueError, r"beta needs as many queries .*, got N_q = 24 and N_k = 9"),
+    ({"query": lambda x: x.int()}, TypeError, r"one of .*torch.float64.*got a torch.int32"),
+    ({"key": lambda x: x.half()}, TypeError, r"key .*torch.float32, got a torch.float16"),
+    ({"value": lambda x: x.to("meta")}, ValueError, r"value .*device of query, cpu, got .*meta"),
+    ({"alpha": lambda x: x[..., :9]}, ValueError, r"alpha .*\[2, 2 or 1, 24\], got .*\[2, 1, 9\]"),
+    ({"alpha": lambda x: x.expand(2, 3, 24)}, ValueError, r"alpha .*got .*\[2, 3, 24\]"),
+    ({"alpha": lambda x: x[:, 0]}, ValueError, r"alpha must have the 3 dimensions"),
+    ({"alpha": 2.0}, TypeError, r"alpha must be a tensor .*got 2.0 of type float"),
+    ({"alpha": lambda x: x.double()}, TypeError, r"alpha must be torch.float32, got a torch.float64"),
+    ({"alpha": lambda x: x.to("meta")}, ValueError, r"alpha must lie on the device of query"),
+    ({"beta": lambda x: x[:1]}, ValueError, r"beta must be .*got .*\[1, 1, 24\]"),
+    ({"grid": None}, ValueError, r"beta needs grid=\(H, W\) with H \* W = N = 24"),
+    ({"grid": (5, 5)}, ValueError, r"H \* W = N = 24, got 5 \* 5 = 25"),
+    ({"grid": (-4, -6)}, ValueError, r"H \* W = N = 24"),
+    ({"grid": 24}, TypeError, r"grid must be \(H, W\), got 24 of type int"),
+    ({"grid": (4.0, 6)}, TypeError, r"two integers \(H, W\), got 4.0 of type float"),
+    ({"window": 4}, ValueError, r"window must be odd, got window=4"),
+    ({"window": -3}, ValueError, r"window must be >= 1, got window=-3"),
+    ({"window": 3.0}, TypeError, r"window must be an integer >= 1, got 3.0"),
+    ({"topk": 0}, ValueError, r"topk must be >= 1, got topk=0"),
+    ({"topk": 25}, ValueError, r"topk .*N_k = 24, got topk=25"),
+    ({"topk": True}, TypeError, r"topk must be an integer >= 1, got True"),
+    ({"key_padding_mask": torch.ones(2, 24)}, TypeError, r"_mask must be torch.bool .*got a torch.float32"),
+    ({"key_padding_mask": torch.ones(2, 23) > 0}, ValueError, r"_mask must be \[B, N_k\] = \[2, 24\], got .*\[2, 23\]"),
+    (
+        {"key_padding_mask": torch.ones(2, 24, dtype=torch.bool, device="meta")},
         ValueError,
         r"key_padding_mask must lie on the device of query, cpu, got .*meta",
     ),
-    "threshold_grad": (lambda a: {"threshold_grad": "ste"}, ValueError, r"threshold_grad must be .*got 'ste'"),
-    "threshold_band": (
-        lambda a: {"threshold_band": 0.0},
-        ValueError,
-        r"must be > 0 and finite, got 0.0",
-    ),
-    "threshold_band inf": (lambda a: {"threshold_band": float("inf")}, ValueError, r"finite, got inf"),
-    "threshold_band type": (lambda a: {"threshold_band": "2"}, TypeError, r"threshold_band must be a number, got '2'"),
-    "scale type": (
-        lambda a: {"scale": torch.ones(2)},
-        TypeError,
-        r"scale must be a number, got a torch.float32 tensor of shape \[2\]",
-    ),
-    "reciprocal type": (lambda a: {"reciprocal": "no"}, TypeError, r"reciprocal must be True or False, got 'no'"),
-    "impl unknown": (lambda a: {"impl": "fast"}, ValueError, r"impl must be one of \['auto', .*got 'fast'"),
-    "impl not here": (
-        lambda a: {"impl": "cuda"},
+    ({"threshold_grad": "ste"}, ValueError, r"threshold_grad must be .*got 'ste'"),
+    ({"threshold_band": 0.0}, ValueError, r"must be > 0 and finite, got 0.0"),
+    ({"threshold_band": float("inf")}, ValueError, r"finite, got inf"),
+    ({"threshold_band": "2"}, TypeError, r"threshold_band must be a number, got '2'"),
+    ({"scale": torch.ones(2)}, TypeError, r"scale must be a number, got a torch.float32 tensor of shape \[2\]"),
+    ({"reciprocal": "no"}, TypeError, r"reciprocal must be True or False, got 'no'"),
+    ({"impl": "fast"}, ValueError, r"impl must be one of \['auto', .*got 'fast'"),
+    (
+        {"impl": "cuda"},
         RuntimeError,
         r"impl='cuda' cannot run .*need CUDA tensors, these are on cpu. Available here: \[.*'blocked', 'reference'\]",
     ),
-}
+]
+CRISS_CROSS = [
+    ({"query": 1.0}, TypeError, "query must be a tensor, got 1.0 of type float"),
+    (FOUR, ValueError, r"query must have the 4 dimensions \[B, D, H, W\], got .*\[8, 5, 4\]"),
+    ({"value": lambda x: x[None]}, ValueError, r"value must have the 4 dimensions \[B, Dv, H, W\]"),
+    ({"key": lambda x: x[:, :7]}, ValueError, r"key must have the shape of query, \[2, 8, 5, 4\], got .*\[2, 7"),
+    ({"query": lambda x: x[:, :0]}, ValueError, "query must have channels, H and W >= 1, got"),
+    ({"value": lambda x: x[..., :0]}, ValueError, "value must have channels, H and W >= 1, got"),
+    ({"value": lambda x: x[:1]}, ValueError, r"must be \[B, Dv, H, W\] = \[2, Dv, 5, 4\], got .*\[1, 5, 5, 4\]"),
+    ({"value": lambda x: x[..., :3]}, ValueError, r"value must be .* got .*\[2, 5, 5, 3\]"),
+    ({"query": lambda x: x.int()}, TypeError, "query must be one of .*float64.*got a torch.int32"),
+    ({"key": lambda x: x.half()}, TypeError, "key must have the dtype of query, torch.float32, got a torch.float16"),
+    ({"value": lambda x: x.to("meta")}, ValueError, "value must lie on the device of query, cpu, got .* on meta"),
+    ({"scale": "2"}, TypeError, "scale must be a number, got '2' of type str"),
+    ({"impl": "fast"}, ValueError, r"impl must be one of \['auto', .*got 'fast'"),
+    ({"impl": "cuda"}, RuntimeError, "cannot run this criss_cross_attention call: asa_ops has no cuda kernels for"),
+]
+TOKENS = [
+    ({"query": [1.0]}, TypeError, r"query must be a tensor, got \[1.0\] of type list"),
+    ({"key": lambda x: x[0]}, ValueError, r"key must have the 4 dimensions"),
+    ({"key": lambda x: x[:1]}, ValueError, r"key must have the batch and heads of query, \[2, 2\]"),
+    ({"key": lambda x: x[..., :1]}, ValueError, r"got D = 1 in"),
+    ({"value": lambda x: x[:, :, :3]}, ValueError, r"one row per key, .*got N_k = 3"),
+    ({"query": lambda x: x.int()}, TypeError, r"query must be one of .*got a torch.int32"),
+    ({"value": lambda x: x.half()}, TypeError, r"value must have the dtype of query"),
+    ({"value": lambda x: x.to("meta")}, ValueError, r"value must lie on the device of query"),
+]
+WRONG = [
+    *(("asa_attention", *row) for row in ASA),
+    *(("criss_cross_attention", *row) for row in CRISS_CROSS),
+    *((name, *row) for name in ("gaussian_short", "linear", "efficient", "interlaced_long") for row in TOKENS),
+    ("interlaced_long", FEWER_KEYS, ValueError, "as many keys as queries, got N_q = 48 and N_k = 9"),
+    ("gaussian_short", {"mode": "softmax"}, ValueError, r"mode must be one of .*got 'softmax'"),
+    ("gaussian_short", {"scale": "1"}, TypeError, "scale must be a number, got '1'"),
+    ("gaussian_short", {"weight": torch.zeros(2, 6)}, ValueError, r"weight \[2, D\] belongs to mode=\"concatenation\""),
+    ("concatenation", {"weight": None}, ValueError, r"got mode='concatenation' and no weight"),
+    ("concatenation", {"weight": torch.zeros(2, 3)}, ValueError, r"weight must be \[2, D\] = \[2, 4\], got .*\[2, 3\]"),
+    ("concatenation", {"weight": torch.zeros(8)}, ValueError, r"weight must have the 2 dimensions \[2, D\]"),
+    ("concatenation", {"weight": torch.zeros(2, 4).half()}, TypeError, "weight must have the dtype of query"),
+    ("linear", {"eps": None}, TypeError, "eps must be a number, got None"),
+    ("channel_plain", {"x": torch.zeros(3, 4, 5)}, ValueError, r"x must have the 4 dimensions \[B, heads, N, C\]"),
+    ("channel_plain", {"x": torch.zeros(1, 2, 3, 4).int()}, TypeError, "x must be one of .*got a torch.int32"),
+    ("axial", {"value": torch.zeros(2, 6, 5)}, ValueError, r"value must have the 4 dimensions \[B, C, H, W\]"),
+    ("axial", {"value": torch.zeros(2, 6, 5, 7).int()}, TypeError, "value must be one of"),
+    ("axial", {"row": torch.zeros(2, 3, 5, 6)}, ValueError, r"row must have the B, H, W of value, \[2, 5, 7\], got"),
+    ("axial", {"column": torch.zeros(2, 3, 5, 7).half()}, TypeError, "column must have the dtype of value"),
+    ("axial", {"row_gate": []}, TypeError, r"row_gate must be a sequence of weights \[out, in\], got \[\]"),
+    ("axial", {"row_gate": torch.zeros(6, 6)}, TypeError, "row_gate must be a sequence"),
+    ("axial", {"row_gate": [torch.zeros(6, 5)]}, ValueError, r"row_gate\[0\] must be \[out, in\] with in = 6"),
+    ("axial", {"row_gate": [torch.zeros(5, 6)]}, ValueError, r"row_gate\[-1\] must be \[out, in\] with out = C = 6"),
+    ("axial", {"negative_slope": "0.2"}, TypeError, "negative_slope must be a number"),
+    ("squeeze", {"attention": torch.zeros(2, 3, 3, 3)}, ValueError, r"= \[2, 3, 3, 4\] for pool=2 and .*got .*3, 3, 3"),
+    ("squeeze", {"attention": torch.zeros(2, 3, 3, 4).half()}, TypeError, "attention must have the dtype of residual"),
+    ("squeeze", {"pool": 0}, ValueError, "pool must be >= 1, got pool=0"),
+    ("squeeze", {"pool": 1}, ValueError, r"= \[2, 3, 6, 8\] for pool=1"),
+    ("squeeze", {"activation": "relu"}, ValueError, "activation must be one of .*got 'relu'"),
+    ("squeeze", {"upsample": "bicubic"}, ValueError, "upsample must be one of .*got 'bicubic'"),
+    ("interlaced_long", {"grid": (5, 5)}, ValueError, r"H \* W = N = 48, got 5 \* 5 = 25"),
+    ("interlaced_long", {"factors": 3}, TypeError, "factors must be two integers, got 3"),
+    ("interlaced_long", {"factors": (3, 0)}, ValueError, "each of factors must be >= 1"),
+    ("interlaced_long", {"factors": (7, 2)}, ValueError, r"at most \(H, W\) = \(6, 8\), got factors=\(7, 2\)"),
+    ("interlaced_long", {"span": "wide"}, ValueError, "span must be one of .*got 'wide'"),
+    ("interlaced_long", {"scale": "1"}, TypeError, "scale must be a number"),
+    ("salient", {"query": 3}, TypeError, "query must be a tensor, got 3 of type int"),
+    ("salient", {"query": torch.zeros(2, 2, 35)}, ValueError, r"query must have the 4 dimensions \[B, heads, N, D\]"),
+    ("salient", {"value": torch.zeros(2, 2, 35, 6)}, ValueError, r"\[2, 2, N_v, 5\] like query, got .*\[2, 2, 35, 6\]"),
+    ("salient", {"value": torch.zeros(2, 1, 35, 5)}, ValueError, r"\[2, 2, N_v, 5\] like query, got"),
+    ("salient", {"value": torch.zeros(2, 2, 35, 5).half()}, TypeError, "value must have the dtype of query"),
+    ("salient", {"topk": 36}, ValueError, "topk must be at most the number of positions N = 35, got topk=36"),
+    ("salient", {"topk": 0}, ValueError, "topk must be >= 1, got topk=0"),
+    ("salient", {"topk": 2.0}, TypeError, "topk must be an integer >= 1, got 2.0"),
+]
 
 
-@pytest.fixture(autouse=True)
-def no_emulation(monkeypatch):
-    """Tests that ran before in this process may have loaded the emulation of the CUDA kernels."""
-    has = extension.has
+def fail(*args, **kwargs):
+    pytest.fail("work was done")
+
+
+def check(monkeypatch, name, changes, error, message, **options):
+    function, arguments = valid(name)
+    arguments |= options
+    function(**arguments)
+    arguments |= {x: change(arguments[x]) if callable(change) else change for x, change in changes.items()}
+    has = extension.has  # tests that ran before in this process may have loaded the emulation of the CUDA kernels
     monkeypatch.setattr(extension, "has", lambda op, key: "cuda" not in op and has(op, key))
-
-
-@pytest.mark.parametrize("impl", ["auto", "reference"])
-@pytest.mark.parametrize("name", WRONG)
-def test_wrong_arguments(name, impl):
-    change, error, message = WRONG[name]
-    call(lambda a: {}, impl=impl)
+    for module in (asa_ops.asa.ops, asa_ops.asa.reference, asa_ops.criss_cross.ops, asa_ops.criss_cross.reference):
+        for work in ("attend", "asa_attention", "criss_cross_attention"):
+            monkeypatch.setattr(module, work, fail, raising=False)
     with pytest.raises(error, match=message):
-        call(change, impl=impl)
+        function(**arguments)
 
 
-@pytest.mark.parametrize("name", [name for name in WRONG if "value" not in name and "threshold_" not in name])
-def test_wrong_arguments_of_reciprocal_neighbors(name):
-    change, error, message = WRONG[name]
-    inputs, options = make(named("plain", grid=(4, 6)), torch.float32)
-    arguments = dict(zip(("query", "key", "value", "alpha", "beta"), inputs, strict=True)) | options
-    changed = change(arguments)
-    if set(changed) == {"value"}:
-        return
-    arguments |= changed
-    del arguments["value"]
-    with pytest.raises(error, match=message.replace("asa_attention", ".*")):
-        reciprocal_neighbors(**arguments)
+@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: f"{wrong[0]}, {next(iter(wrong[1]))}, {wrong[3][:20]}")
+def test_wrong_arguments(wrong, monkeypatch):
+    check(monkeypatch, *wrong)
 
 
-def test_errors_come_before_any_work(monkeypatch):
-    for module in (asa_ops.asa.ops, asa_ops.asa.reference):
-        for name in ("attend", "asa_attention"):
-            monkeypatch.setattr(module, name, lambda *args, **kwargs: pytest.fail("work was done"), raising=False)
-    for change, error, message in WRONG.values():
-        with pytest.raises(error, match=message):
-            call(change)
+@pytest.mark.parametrize("row", ASA, ids=lambda row: f"{next(iter(row[0]))}, {row[2][:20]}")
+def test_wrong_arguments_of_the_reference_and_of_reciprocal_neighbors(row, monkeypatch):
+    changes, *expected = row
+    with monkeypatch.context() as patched:
+        check(patched, "asa_attention", *row, impl="reference")
+    changes = {x: change for x, change in changes.items() if x != "value" and not x.startswith("threshold")}
+    if changes:
+        check(monkeypatch, "reciprocal_neighbors", changes, *expected)
 
 
-def test_explain_names_what_runs_and_why_the_others_do_not(monkeypatch):
-    monkeypatch.setattr(devices, "triton_is_interpreted", lambda: False)
-    monkeypatch.setattr(devices, "_why_no_triton_on", devices._why_no_triton_on.__wrapped__)
-    query = torch.randn(1, 1, 16, 8)
-    text = asa_ops.explain(query)
-    lines = text.splitlines()
-    names = [line.split()[0] for line in lines[1:]]
-    assert names == list(dispatch._PREDICATES)
-    chosen = lines[0].rsplit(" ", 1)[1]
-    assert lines[0] == f"asa_attention on cpu, torch.float32, impl='auto': {chosen}"
-    assert dict(zip(names, lines[1:], strict=True))[chosen].endswith("runs")
-    assert "need CUDA tensors" in lines[1 + names.index("triton")]
-    with pytest.raises(TypeError, match="unexpected keyword argument 'windw'"):
-        asa_ops.explain(query, windw=3)
-    assert "an error" in asa_ops.explain(query, impl="cuda").splitlines()[0]
+# Blocks.
 
-
-def test_explain_says_why_the_extension_is_missing(monkeypatch):
-    monkeypatch.setattr(extension, "WHY_MISSING", "it was never built")
-    assert "cpu        it was never built" in asa_ops.explain(torch.randn(1, 1, 16, 8))
-    with pytest.raises(RuntimeError, match="impl='cpu' cannot run this asa_attention call: it was never built"):
-        call(lambda a: {"impl": "cpu"})
-
-
-MODULE = {
-    "channels": ({"in_channels": 0}, ValueError, "in_channels must be >= 1, got in_channels=0"),
-    "reduction": ({"reduction": 1.5}, TypeError, "reduction must be an integer"),
-    "mode": ({"mode": "dot_product"}, ValueError, r"mode must be one of .*got 'dot_product'"),
-    "norm": ({"norm": "layer"}, ValueError, r"norm must be one of .*got 'layer'"),
-    "activation": ({"threshold_activation": "gelu"}, ValueError, r"threshold_activation .*got 'gelu'"),
-    "threshold_grad": ({"threshold_grad": True}, ValueError, r"threshold_grad .*got True of type bool"),
-    "window": ({"window": 2}, ValueError, "window must be odd, got window=2"),
-    "topk": ({"topk": 0}, ValueError, "topk must be >= 1"),
-    "heads": ({"heads": 3}, ValueError, r"in_channels // reduction = 8 must be divisible by heads = 3"),
-    "gaussian heads": (
+WRONG_MODULES = [
+    ("asa", {"reduction": 1.5}, TypeError, "reduction must be an integer"),
+    ("asa", {"mode": "dot_product"}, ValueError, r"mode must be one of .*got 'dot_product'"),
+    ("asa", {"norm": "layer"}, ValueError, r"norm must be one of .*got 'layer'"),
+    ("asa", {"threshold_activation": "gelu"}, ValueError, r"threshold_activation .*got 'gelu'"),
+    ("asa", {"threshold_grad": True}, ValueError, r"threshold_grad .*got True of type bool"),
+    ("asa", {"window": 2}, ValueError, "window must be odd, got window=2"),
+    ("asa", {"topk": 0}, ValueError, "topk must be >= 1"),
+    ("asa", {"heads": 3}, ValueError, r"in_channels // reduction = 8 must be divisible by heads = 3"),
+    (
+        "asa",
         {"mode": "gaussian", "in_channels": 17, "heads": 2},
         ValueError,
-        "in gaussian mode in_channels = 17 must be divisible by heads = 2",
+        "in gaussian mode in_channels = 17 must be",
     ),
-    "published topk": ({"published": True, "topk": 3}, ValueError, "published=True has no topk, got topk=3"),
-    "published local": (
-        {"published": True, "local": False},
-        ValueError,
-        "published=True has both blocks, got local=False",
-    ),
-    "threshold_band": ({"threshold_band": 0.0}, ValueError, "threshold_band must be > 0 and finite, got 0.0"),
-    "published impl": ({"published": True, "impl": "blocked"}, ValueError, "the reference, got impl='blocked'"),
-    "impl": ({"impl": "fast"}, ValueError, "impl must be one of"),
-}
+    ("asa", {"published": True, "topk": 3}, ValueError, "published=True has no topk, got topk=3"),
+    ("asa", {"published": True, "local": False}, ValueError, "published=True has both blocks, got local=False"),
+    ("asa", {"threshold_band": 0.0}, ValueError, "threshold_band must be > 0 and finite, got 0.0"),
+    ("asa", {"published": True, "impl": "blocked"}, ValueError, "the reference, got impl='blocked'"),
+    ("asa", {"impl": "fast"}, ValueError, "impl must be one of"),
+    ("criss_cross", {"reduction": 1.5}, TypeError, "reduction must be an integer"),
+    ("criss_cross", {"recurrence": 0}, ValueError, "recurrence must be >= 1"),
+    ("criss_cross", {"impl": "fast"}, ValueError, "impl must be one of"),
+    ("non_local", {"mode": "softmax"}, ValueError, r"mode must be one of .*got 'softmax'"),
+    ("non_local", {"heads": 3}, ValueError, "in_channels // reduction = 8 must be divisible by heads = 3"),
+    ("non_local", {"mode": "gaussian", "in_channels": 17, "heads": 2}, ValueError, "in_channels = 17 .*heads = 2"),
+    ("non_local", {"norm": "layer"}, ValueError, "norm must be one of"),
+    ("linear_attention", {"kind": "both"}, ValueError, "kind must be one of .*got 'both'"),
+    ("linear_attention", {"reduction": 0}, ValueError, "reduction must be >= 1"),
+    ("efficient_attention", {"heads": 3}, ValueError, "value_channels = 16 must be divisible by heads = 3"),
+    ("efficient_attention", {"heads": 4, "key_channels": 10}, ValueError, "key_channels = 10 must be divisible"),
+    ("efficient_attention", {"heads": 4, "key_channels": 3, "published": True}, ValueError, "heads must be at most"),
+    ("channelized_axial", {"hidden_layers": -1}, ValueError, "hidden_layers must be >= 0, got hidden_layers=-1"),
+    ("channelized_axial", {"hidden_ratio": 0}, ValueError, "hidden_ratio must be > 0 and finite, got 0"),
+    ("channelized_axial", {"key_channels": 0}, ValueError, "key_channels must be >= 1"),
+    ("squeeze_and_attention", {"pool": 2.0}, TypeError, "pool must be an integer"),
+    ("squeeze_and_attention", {"upsample": "cubic"}, ValueError, "upsample must be one of"),
+    ("squeeze_and_attention", {"activation": "relu"}, ValueError, "activation must be one of"),
+    ("interlaced_sparse", {"factors": (8, 8, 8)}, TypeError, r"factors must be two integers, got \(8, 8, 8\)"),
+    ("interlaced_sparse", {"factors": [(8, 8), (8, -1)]}, ValueError, "each of factors must be >= 1"),
+    ("interlaced_sparse", {"factors": []}, TypeError, r"factors must be two integers, got \[\]"),
+    ("interlaced_sparse", {"heads": 3}, ValueError, "key_channels = 8 must be divisible by heads = 3"),
+    ("salient_positions", {"topk": 0}, ValueError, "topk must be >= 1"),
+    ("salient_positions", {"heads": 3}, ValueError, "inner_channels = 8 must be divisible by heads = 3"),
+]
 
 
-@pytest.mark.parametrize("name", MODULE)
-def test_wrong_module_options(name):
-    options, error, message = MODULE[name]
+@pytest.mark.parametrize("wrong", WRONG_MODULES, ids=lambda wrong: f"{wrong[0]}, {next(iter(wrong[1]))}")
+def test_wrong_module_options(wrong):
+    name, options, error, message = wrong
     with pytest.raises(error, match=message):
-        AdaptiveSparseAttention(**({"in_channels": 16} | options))
+        nn.build(name, **({"in_channels": 16} | options))
 
 
-def test_wrong_module_inputs():
-    block = AdaptiveSparseAttention(16)
-    with pytest.raises(ValueError, match=r"x must have C = in_channels = 16 channels, got .*\[1, 8, 4, 4\]"):
-        block(torch.randn(1, 8, 4, 4))
-    with pytest.raises(ValueError, match=r"x must have the 4 dimensions \[B, C, H, W\]"):
-        block(torch.randn(16, 4, 4))
-    with pytest.raises(ValueError, match=r"x must have H, W >= 1, got .*\[1, 16, 0, 4\]"):
-        block(torch.randn(1, 16, 0, 4))
-    with pytest.raises(ValueError, match=r"unknown key 'conv.weight' in a .*, expected \['conv_out"):
-        AdaptiveSparseAttention.from_upstream({"conv.weight": torch.zeros(1)})
+KEYS = {"asa": r"\['conv_out", "criss_cross": r"\['gamma.*'key_conv"}  # of published checkpoints
+
+
+@pytest.mark.parametrize("name", nn.available())
+def test_wrong_module_inputs(name):
+    block = nn.build(name, 16)
+    for x, message in (
+        (torch.randn(1, 8, 9, 9), r"x must have C = in_channels = 16 channels, got .*\[1, 8, 9, 9\]"),
+        (torch.randn(16, 9, 9), r"x must have the 4 dimensions \[B, C, H, W\]"),
+        (torch.randn(1, 16, 0, 9), r"x must have H, W >= 1, got .*\[1, 16, 0, 9\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block(x)
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        block([1.0])
+    with pytest.raises(ValueError, match="in_channels must be >= 1, got in_channels=0"):
+        nn.build(name, 0)
+    message = rf"unknown key 'head.weight' in a .*, expected {KEYS.get(name, '')}.*without their prefix"
+    with pytest.raises(ValueError, match=message):
+        type(block).from_upstream({"head.weight": torch.zeros(1)})
+
+
+def test_maps_that_are_too_small():
+    with pytest.raises(ValueError, match=r"factors must be at most \(H, W\) = \(4, 9\), got factors=\(8, 8\)"):
+        nn.InterlacedSparseAttention(16)(torch.randn(1, 16, 4, 9))
+    with pytest.raises(ValueError, match="topk must be at most the number of positions N = 6, got topk=8"):
+        nn.SalientPositionsAttention(16)(torch.randn(1, 16, 2, 3))
+    with pytest.raises(ValueError, match=r"sub_sample needs H, W >= 2 with published=True, got .*\[1, 16, 1, 3\]"):
+        nn.NonLocal(16, sub_sample=True, published=True)(torch.randn(1, 16, 1, 3))

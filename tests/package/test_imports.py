@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
 
@@ -16,27 +17,45 @@ LAYERS = [["asa_ops.nn"], ["asa_ops.asa", "asa_ops.criss_cross", "asa_ops.blocks
 TRITON = ["asa_ops.asa.triton", "asa_ops.criss_cross.triton", "asa_ops.core.triton_launch", "asa_ops.core.devices"]
 
 
+# Beside asa_ops and its own folder: what files of bench, examples and tests import of the others.
+ACROSS = {
+    "bench": ["examples.files"],  # how files are written there and here
+    "tests.bench": ["bench"],
+    "tests.examples": ["examples"],
+    "tests.segmentation_cases": ["examples"],
+    "tests.segmentation_ranks": ["examples"],
+}
+FOLDERS = ("asa_ops", "bench", "examples", "tests")
+
+
 def name_of(path: Path) -> str:
     parts = path.relative_to(ROOT).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-FILES = {name_of(path): path for path in sorted((ROOT / "asa_ops").rglob("*.py"))}
+FILES = {name_of(path): path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*.py"))}
+PACKAGE = [name for name in FILES if name.startswith("asa_ops")]
 
 
 def imports(name: str) -> set[str]:
     """Return the modules that a file imports: those of ours as files, of others the package."""
     path = FILES[name]
     package = name.split(".") if path.stem == "__init__" else name.split(".")[:-1]
+    top = name.split(".")[0]
     found = set()
+
+    def add(module: str, *names: str) -> None:
+        if f"{top}.{module}" in FILES and top != "asa_ops":  # beside a script, or of pytest's pythonpath
+            module = f"{top}.{module}"
+        found.update(f"{module}.{x}" if f"{module}.{x}" in FILES else module for x in names or [""])
+
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = [*package[: len(package) - node.level + 1]] if node.level else []
-            base = ".".join([*base, *([node.module] if node.module else [])])
             for alias in node.names:
-                found.add(f"{base}.{alias.name}" if f"{base}.{alias.name}" in FILES else base)
+                add(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            add(".".join([*base, *([node.module] if node.module else [])]), *(alias.name for alias in node.names))
     return {module if module in FILES else module.split(".")[0] for module in found} - {name}
 
 
@@ -51,7 +70,7 @@ def test_there_is_no_circle():
     TopologicalSorter({name: found & set(FILES) for name, found in GRAPH.items()}).prepare()  # raises CycleError
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", PACKAGE)
 def test_imports_point_down(name):
     level = next((i for i, packages in enumerate(LAYERS) if within(name, packages)), None)
     for module in GRAPH[name] & set(FILES):
@@ -61,12 +80,34 @@ def test_imports_point_down(name):
         assert within(module, [own, *itertools.chain(*LAYERS[level + 1 :])]), f"{name} imports {module}"
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", PACKAGE)
 def test_the_package_needs_torch_alone(name):
     others = GRAPH[name] - set(FILES)
     assert within(name, TRITON) or "triton" not in others
     for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage"):
         assert optional not in others
+
+
+def test_what_is_around_the_package_imports_the_package_and_what_the_table_says():
+    for name, modules in GRAPH.items():
+        allowed = ["asa_ops", name.split(".")[0]] * (name not in PACKAGE)
+        allowed += [module for importer, across in ACROSS.items() if within(name, [importer]) for module in across]
+        for module in modules & set(FILES):
+            assert name in PACKAGE or within(module, allowed), f"{name} imports {module}"
+
+
+def test_tests_import_no_test_file():
+    for name, modules in GRAPH.items():
+        assert not [module for module in modules if module.rpartition(".")[2].startswith("test_")], name
+
+
+@pytest.mark.parametrize(
+    "folder", sorted({path.parent for path in (ROOT / "tests").rglob("test_*.py")}), ids=lambda path: path.name
+)
+def test_no_test_name_stands_twice_in_a_folder(folder):
+    nodes = itertools.chain(*(ast.walk(ast.parse(path.read_text())) for path in folder.glob("test_*.py")))
+    names = Counter(node.name for node in nodes if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 def test_blocked_is_written_without_the_reference():

@@ -6,11 +6,11 @@ import block_cases
 import cases
 import pytest
 import torch
+from implementations import each_fast
 
 from asa_ops import asa_attention, criss_cross_attention, nn, reciprocal_neighbors
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
-each_impl = pytest.mark.parametrize("impl", ["reference", "blocked", "cpu"])
 
 BLOCKS = [  # name, options: every way of forward
     ("asa", {}),
@@ -78,13 +78,13 @@ def test_functions_of_the_blocks(case):
     check(lambda *tensors: case.op(**block_cases.unflat(case, tensors), **case.options), example, other)
 
 
-@each_impl
+@each_fast
 def test_criss_cross_attention(impl):
     example, other = torch.randn(2, 3, 1, 4, 3, 2, dtype=torch.float64)
     check(lambda *maps: criss_cross_attention(*maps, scale=0.5, impl=impl), example, other)
 
 
-@each_impl
+@each_fast
 @pytest.mark.parametrize("name", ["plain", "topk", "padding", "more_keys"])
 def test_adaptive_sparse_attention(name, impl):
     (inputs, options), (others, _) = (cases.make(cases.named(name), seed=seed) for seed in (0, 1))

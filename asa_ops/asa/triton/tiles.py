@@ -1,28 +1,101 @@
-"""What the Triton kernels of adaptive sparse attention share: tiles of tokens, their products, one bit a pair.
+"""What the kernels of adaptive sparse attention share: tiles of tokens, their products, one bit a pair, the window.
 
-Tokens are arranged (``arrange``): [Z * padded, WIDTH], Z = B * heads, rows in 8 x 8 spatial tiles, padded with
-zeros to whole blocks, so tiles need no masks. Pairs are words[column // 32, row]: bit column % 32 of an int32.
+Tokens are arranged (``arrange``): [n_heads * padded, WIDTH], rows in 8 x 8 spatial tiles, padded with zeros to whole
+blocks, so tiles need no masks. Pairs are words[column // 32, row]: bit column % 32 of an int32.
 
 ``BY_ROWS`` and ``BY_COLUMNS`` say how a tile of pairs is read: by the words of its rows, by those of its columns (whose
 bits are rows then), or by both, a pair counting if both say so. Mutual neighbours stored as such, M_ij = M_ji, are read
 by rows; one-way neighbours A by rows where rows are queries and by columns where rows are keys; A_ij and A_ji by both.
+
+Kernels take structs: NamedTuples of what belongs together. Triton compiles a kernel anew for an integer field that is 1
+or a multiple of 16, because ``do_not_specialize`` reaches top-level arguments only. So a struct holds pointers, floats,
+compile-time constants (``tl.constexpr``), and only those integers that are multiples of 16 in every call. Sizes that
+may be anything are arguments of their own (``SCALARS``), and so are tensor descriptors, which Triton 3.6 does not find
+in structs. A field that is None is known at compile time: the kernel does without it.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from ...core import triton_launch
+from .problem import MAX_SPLITS, Problem, Tokens
+
+LN_2 = tl.constexpr(0.6931471805599453)
+UNROLL = tl.constexpr(3)  # offsets of the window at a time, so that their loads are under way together
 
 # Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
 SCALARS = [
-    "heads", "zs", "per_image", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach", "splits",
-    "tiles", "other_tiles", "blocks", "others", "row_blocks", "column_blocks", "key_blocks", "words_stride",
-    "peaks_stride", "alpha_stride_b", "alpha_stride_h", "alpha_stride_n", "beta_stride_b", "beta_stride_h",
-    "beta_stride_n",
+    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach", "blocks",
+    "others", "row_blocks", "key_blocks", "tiles", "other_tiles", "alpha_stride_b", "alpha_stride_h", "alpha_stride_n",
+    "beta_stride_b", "beta_stride_h", "beta_stride_n",
 ]  # fmt: skip
+
+
+class Tile(NamedTuple):
+    """How a kernel loads and multiplies tiles of two matrices of the same width; compile-time constants."""
+
+    BLOCK_M: int  # rows of the side that a program owns
+    BLOCK_N: int  # rows of the other side at a time
+    DIM: int  # width of both matrices
+    CHUNK: int  # columns at a time; DIM: whole rows stay on chip
+    PRECISION: str  # of products of float32
+    TMA: bool  # load by tensor descriptors
+
+
+def constants(struct):
+    """Return a struct whose fields are compile-time constants of a kernel."""
+    return type(struct)(*(tl.constexpr(x) for x in struct))
+
+
+class TileKernel:
+    """A kernel over tiles of tokens: its row of the table, how its work is cut, its operands as it loads them.
+
+    A program owns a block of ``own`` and goes through blocks of the other side: rows and keys, or keys and rows.
+    """
+
+    def __init__(self, problem: Problem, tokens: Tokens, name: str, of_keys: bool = False):
+        self.problem, self.tokens, self.of_keys = problem, tokens, of_keys
+        self.config = config = problem.config(name)
+        self.own = tokens.keys if of_keys else tokens.rows
+        self.programs = problem.n_heads * self.own.padded // config.block_m
+        self.columns, self.columns_v = (min(config.columns, width) for width in (problem.width, problem.width_v))
+        shape = config.block_m, config.block_n
+        chunk_v = config.columns if name == "aggregate" else config.chunk  # which sums values, chunk by chunk
+        self.scores, self.values = (
+            Tile(*shape, width, min(chunk, width), problem.precision, config.tma)
+            for width, chunk in ((problem.width, config.chunk), (problem.width_v, chunk_v))
+        )
+
+    def splits(self, chunks: int = 1, limit: int = MAX_SPLITS) -> int:
+        """Return into how many parts to cut the other side; ``chunks``: of the columns of the result."""
+        return self.problem.splits(self.programs * chunks, limit)
+
+    def launch(self, kernel, grid: tuple[int, ...], operands: str, *args, **constexprs) -> None:
+        """Launch ``kernel``: operands come first, as its tiles ask for them, then the other arguments."""
+        tiles = {"SCORES": constants(self.scores)}
+        if "v" in operands:
+            tiles["VALUES"] = constants(self.values)
+        triton_launch.launch(
+            kernel, grid, *map(self._operand, operands.split()), *args, **tiles, **constexprs,
+            warps=self.config.warps, stages=self.config.stages, registers=self.config.registers,
+        )  # fmt: skip
+
+    def _operand(self, name: str) -> Tensor | TensorDescriptor:
+        tensor = getattr(self.tokens, name)
+        tile = self.scores if name in ("q", "k") else self.values
+        if not tile.TMA:
+            return tensor
+        is_own = self.of_keys == (name in ("k", "v"))
+        return TensorDescriptor.from_tensor(tensor, [tile.BLOCK_M if is_own else tile.BLOCK_N, tile.CHUNK])
 
 
 @triton.jit
 def operand(x, PRECISION: tl.constexpr):
-    """x as a product of tiles is to have it: rounded to TF32, which tensor cores would cut off."""
+    """x in the form that products of tiles take: rounded to TF32, which tensor cores would cut off."""
     if PRECISION == "tf32":
         rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         x = tl.where(tl.abs(x) < float("inf"), rounded, x)
@@ -30,60 +103,85 @@ def operand(x, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, TMA: tl.constexpr):
+def load_tile(x, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE):
     """x[row : row + ROWS, column : column + COLUMNS]; x is a pointer, or a descriptor of such blocks."""
-    if TMA:
+    if TILE.TMA:
         tile = x.load([row, column])
     else:
         rows = tl.cast(row, tl.int64) + tl.arange(0, ROWS)
-        tile = tl.load(x + rows[:, None] * WIDTH + (column + tl.arange(0, COLUMNS))[None, :])
+        tile = tl.load(x + rows[:, None] * TILE.DIM + (column + tl.arange(0, COLUMNS))[None, :])
     return tile
 
 
 @triton.jit
-def load_whole(x, row, ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, TMA: tl.constexpr):
+def load_whole(x, row, ROWS: tl.constexpr, TILE):
     """Whole rows for :func:`product` to use as often as it likes; nothing if products go chunk by chunk."""
-    if CHUNK == WIDTH:
-        tile = load_tile(x, row, 0, ROWS, WIDTH, WIDTH, TMA)
+    if TILE.CHUNK == TILE.DIM:
+        tile = load_tile(x, row, 0, ROWS, TILE.DIM, TILE)
     else:
         tile = 0
     return tile
 
 
 @triton.jit
-def product(
-    a, a_whole, a_row, b, b_whole, b_row,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr,
-    PRECISION: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
-    """<a_i, b_j> for ROWS rows of a and COLUMNS rows of b, float32."""
-    if CHUNK == WIDTH:
-        s = tl.dot(a_whole, b_whole.T, input_precision=PRECISION)
+def product(a, a_whole, a_row, b, b_whole, b_row, TILE):
+    """<a_i, b_j> for BLOCK_M rows of a and BLOCK_N rows of b, float32."""
+    if TILE.CHUNK == TILE.DIM:
+        s = tl.dot(a_whole, b_whole.T, input_precision=TILE.PRECISION)
     else:
-        s = tl.zeros([ROWS, COLUMNS], tl.float32)
-        for c in range(0, WIDTH, CHUNK):
-            x = load_tile(a, a_row, c, ROWS, CHUNK, WIDTH, TMA)
-            s = tl.dot(x, load_tile(b, b_row, c, COLUMNS, CHUNK, WIDTH, TMA).T, s, input_precision=PRECISION)
+        s = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_N], tl.float32)
+        for c in range(0, TILE.DIM, TILE.CHUNK):
+            x = load_tile(a, a_row, c, TILE.BLOCK_M, TILE.CHUNK, TILE)
+            y = load_tile(b, b_row, c, TILE.BLOCK_N, TILE.CHUNK, TILE)
+            s = tl.dot(x, y.T, s, input_precision=TILE.PRECISION)
     return s
 
 
 @triton.jit
-def some_columns(
-    x, whole, row, column,
-    ROWS: tl.constexpr, WIDTH: tl.constexpr, CHUNK: tl.constexpr, COLUMNS: tl.constexpr, TMA: tl.constexpr,
-):  # fmt: skip
+def products_both_ways(a, b, i_row, j_row, BOTH: tl.constexpr, TILE):
+    """<a_i, b_j> and, if BOTH, <b_i, a_j>, both laid out [i, j], chunk by chunk."""
+    there = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_N], tl.float32)
+    back = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_N], tl.float32)
+    for c in range(0, TILE.DIM, TILE.CHUNK):
+        a_i = load_tile(a, i_row, c, TILE.BLOCK_M, TILE.CHUNK, TILE)
+        b_j = load_tile(b, j_row, c, TILE.BLOCK_N, TILE.CHUNK, TILE)
+        there = tl.dot(a_i, b_j.T, there, input_precision=TILE.PRECISION)
+        if BOTH:
+            b_i = load_tile(b, i_row, c, TILE.BLOCK_M, TILE.CHUNK, TILE)
+            a_j = load_tile(a, j_row, c, TILE.BLOCK_N, TILE.CHUNK, TILE)
+            back = tl.dot(b_i, a_j.T, back, input_precision=TILE.PRECISION)
+    return there, back
+
+
+@triton.jit
+def some_columns(x, whole, row, column, ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE):
     """COLUMNS columns of rows that :func:`load_whole` may have loaded already."""
-    if CHUNK == WIDTH and COLUMNS == WIDTH:
+    if TILE.CHUNK == TILE.DIM and COLUMNS == TILE.DIM:
         tile = whole
     else:
-        tile = load_tile(x, row, column, ROWS, COLUMNS, WIDTH, TMA)
+        tile = load_tile(x, row, column, ROWS, COLUMNS, TILE)
     return tile
 
 
 @triton.jit
-def image_of(z, heads, per_image):
-    """Index of a head's image in what may be shared by all images (``per_image`` 0)."""
-    return z // heads * per_image
+def own_block(padded, BLOCK: tl.constexpr):
+    """The head of a program, and the first of the BLOCK positions that it owns."""
+    blocks = padded // BLOCK
+    return tl.program_id(0) // blocks, tl.program_id(0) % blocks * BLOCK
+
+
+@triton.jit
+def own_rows(padded, BLOCK: tl.constexpr):
+    """The head of a program, in 64 bits, and the BLOCK positions that it owns."""
+    z, first = own_block(padded, BLOCK)
+    return tl.cast(z, tl.int64), first + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def multiplier_of(x, z, token, real, heads, stride_b, stride_h, stride_n):
+    """alpha or beta of tokens, float32; 0 where they are not ``real``."""
+    row = x + z // heads * stride_b + z % heads * stride_h
+    return tl.load(row + token.to(tl.int64) * stride_n, mask=real, other=0).to(tl.float32)
 
 
 @triton.jit
@@ -165,11 +263,18 @@ def count_bits(x):
 
 
 @triton.jit
-def window_neighbour(token, offset, height, width, WINDOW: tl.constexpr):
-    """The ``offset``-th token of the window around ``token`` (raster order), and whether it lies on the grid."""
-    r = token // width + offset // WINDOW - WINDOW // 2
-    c = token % width + offset % WINDOW - WINDOW // 2
-    return r * width + c, (r >= 0) & (r < height) & (c >= 0) & (c < width)
+def in_window(place, token, offset, n, width, WINDOW: tl.constexpr):
+    """The ``offset``-th token of the windows around tokens (raster order), its position, and whether it is a real one.
+
+    ``place``: positions of the n tokens of an image. Tokens below 0 have no window.
+    """
+    offset = tl.cast(offset, tl.int32)  # in the interpreter it is an integer of Python
+    row = token // width + offset // WINDOW - WINDOW // 2
+    column = token % width + offset % WINDOW - WINDOW // 2
+    other = row * width + column
+    on_grid = (row >= 0) & (other < n) & (column >= 0) & (column < width)
+    at = tl.load(place + other, mask=(token >= 0) & on_grid, other=-1)
+    return other, tl.maximum(at, 0), at >= 0
 
 
 @triton.jit
@@ -179,14 +284,14 @@ def note_largest(bounds, x):
 
 
 @triton.jit
-def shrink_of(bounds, z, zs, SHRINK: tl.constexpr):
-    """A power of two by which gradients of a head's scores fit into float16, 1 unless SHRINK.
+def shrink_of(bounds, z):
+    """A power of two by which gradients of a head's scores fit into float16, 1 without ``bounds``.
 
     They are at most twice the largest sum of |do| of a query times the largest |v|, both in ``bounds``.
     """
-    if SHRINK:
-        value = tl.load(bounds + z).to(tl.float32, bitcast=True)
-        gradient = tl.load(bounds + zs + z).to(tl.float32, bitcast=True)
+    if bounds is not None:
+        value = tl.load(bounds + 2 * z).to(tl.float32, bitcast=True)
+        gradient = tl.load(bounds + 2 * z + 1).to(tl.float32, bitcast=True)
         beyond = tl.ceil(tl.log2(value * gradient)) + (1 - 15)
         shrink = tl.exp2(-tl.minimum(tl.maximum(beyond, 0), 27))  # 27: what float16 can reach at head dim 256
     else:

@@ -1,0 +1,483 @@
+"""Rows and columns come to their end: parts of sums added up, local survivors beside them, results in raster order.
+
+The one visitor of the window is here, :func:`_visit`. Gradients of a head in which an output row is NaN are NaN.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ...core import triton_launch
+from ..types import Saved
+from .arrange import RowGradients
+from .problem import Bits, Problem, Tokens
+from .select import RowStats, Thresholds
+from .sums import Sums
+from .tiles import (
+    LN_2,
+    SCALARS,
+    UNROLL,
+    admission_weight,
+    bit_at,
+    constants,
+    exponential,
+    in_window,
+    multiplier_of,
+    own_rows,
+    shrink_of,
+    step_derivative,
+)
+
+
+class Rows(NamedTuple):
+    """What the kernels here are compiled for: BLOCK rows a program, widths of tokens, the window; constants."""
+
+    BLOCK: int
+    DIM: int
+    DIM_V: int
+    WINDOW: int  # 0: no local block
+    ONE_WAY_BITS: bool
+
+
+def _rows(problem: Problem) -> Rows:
+    return constants(Rows(problem.block, problem.width, problem.width_v, problem.window, problem.one_way_bits))
+
+
+class Multipliers(NamedTuple):
+    alpha: Tensor | None
+    beta: Tensor | None
+
+
+class Factors(NamedTuple):
+    """What scores and their gradients are multiplied by, and the half width of a threshold's slope."""
+
+    scale: float
+    scale2: float
+    band: float
+
+
+class Outputs(NamedTuple):
+    """What a forward writes of rows, in raster order."""
+
+    out: Tensor
+    residual: Tensor | None  # what rounding takes from out, so that the backward has it to more digits
+    lse: Tensor  # read
+    lse_kept: Tensor
+    base2: Tensor | None  # for the backward
+    survivors: Tensor
+
+
+class Gradients(NamedTuple):
+    dq: Tensor
+    dalpha: Tensor | None
+    dbeta: Tensor | None
+
+
+class Window(NamedTuple):
+    """What a visitor of the window knows of an image and head; made within kernels."""
+
+    local: object  # uint8 [n_heads, n, WINDOW**2] local survivors
+    words: object  # bits of neighbours, None without any
+    place: object  # positions of tokens
+    n: object
+    width: object
+    padded: object
+
+
+@triton.jit
+def _load_rows(x, at, valid, WIDTH: tl.constexpr):
+    """Rows at ``at`` of arranged tokens, float32; 0 where they are not ``valid``, None: all are."""
+    rows = x + at[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+    if valid is None:
+        tile = tl.load(rows)
+    else:
+        tile = tl.load(rows, mask=valid[:, None], other=0)
+    return tile.to(tl.float32)
+
+
+@triton.jit
+def _sum_of_parts(partial, rows, at, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sum of the parts of one number a row."""
+    acc = tl.zeros([BLOCK], tl.float32)
+    if SPLITS > 0:
+        for split in range(SPLITS):
+            acc += tl.load(partial + split * tl.cast(rows, tl.int64) + at)
+    return acc
+
+
+@triton.jit
+def _sum_of_wide_parts(partial, rows, at, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """The sums of the parts of WIDTH numbers a row."""
+    d = tl.arange(0, WIDTH)
+    acc = tl.zeros([BLOCK, WIDTH], tl.float32)
+    if SPLITS > 0:
+        for split in range(SPLITS):
+            acc += tl.load(partial + (split * tl.cast(rows, tl.int64) + at)[:, None] * WIDTH + d[None, :])
+    return acc
+
+
+@triton.jit
+def _words_of(bits, z):
+    """The bits of a head, None without any."""
+    words = bits.words
+    if words is not None:
+        words += z * bits.stride
+    return words
+
+
+@triton.jit
+def _visit(window, z, p, token, offset, OF_KEYS: tl.constexpr, ALL: tl.constexpr, ROWS):
+    """The pairs of the tokens at positions p with the ``offset``-th tokens of their windows.
+
+    The tokens at p are rows and the others keys, or keys and rows if OF_KEYS. Returned are the others and their
+    positions, whether there is one, whether the pair survives locally, and its neighbour bits there and back (the same
+    where mutual neighbours are stored as such). Bits are read of pairs that survive locally; if ALL, of all.
+    """
+    SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
+    other, at, there = in_window(window.place, token, offset, window.n, window.width, ROWS.WINDOW)
+    if OF_KEYS:
+        flag = window.local + (z * window.n + other) * SIZE + (SIZE - 1 - offset)
+    else:
+        flag = window.local + (z * window.n + token) * SIZE + offset
+    survives = tl.load(flag, mask=there, other=0) != 0
+    one_way = there & False
+    if window.words is not None:
+        row, column = p, at
+        if OF_KEYS:
+            row, column = at, p
+        read = there if ALL else survives
+        one_way = bit_at(window.words, row, column, window.padded, read)
+    other_way = one_way
+    if ROWS.ONE_WAY_BITS:
+        other_way = bit_at(window.words, column, row, window.padded, read)
+    return other, at, there, survives, one_way, other_way
+
+
+@triton.jit
+def _visit_new(window, z, p, token, offset, OF_KEYS: tl.constexpr, ROWS):
+    """Positions of the ``offset``-th tokens of windows, and whether the pairs survive locally only."""
+    _, at, _, survives, one_way, other_way = _visit(window, z, p, token, offset, OF_KEYS, False, ROWS)
+    return at, survives & ((one_way & other_way) == 0)
+
+
+@triton.jit
+def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS):
+    """Add the pairs that survive locally only to a row's sums of values and weights, largest score and count."""
+    q_i = _load_rows(tokens.q, z * window.padded + p, None, ROWS.DIM)
+    for offset in range(ROWS.WINDOW * ROWS.WINDOW):  # unrolled it needs so many registers that it is slower
+        at, new = _visit_new(window, z, p, token, offset, False, ROWS)
+        at_key = z * window.padded + at
+        s = tl.sum(q_i * _load_rows(tokens.k, at_key, new, ROWS.DIM), 1) * scale2
+        s = tl.where(new, s, -float("inf"))
+        m_new = tl.maximum(m, s)
+        base = tl.where(m_new == -float("inf"), 0, m_new)
+        shrink, weight = tl.exp2(m - base), tl.exp2(s - base)
+        acc = acc * shrink[:, None] + weight[:, None] * _load_rows(tokens.v, at_key, new, ROWS.DIM_V)
+        summed = summed * shrink + weight
+        not_finite = tl.load(tokens.not_finite + z * (window.padded // 32) + at // 32, mask=new, other=0)
+        nan_row |= ((not_finite >> (at % 32)) & 1) != 0
+        count += new.to(tl.int32)
+        m = m_new
+    return acc, summed, m, count, nan_row
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_finish_out_kernel(
+    sums, stats, bits, tokens, local, outputs, multipliers, alpha_stride_b, alpha_stride_h, alpha_stride_n,
+    beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, dim_v, SPLITS: tl.constexpr, ROWS,
+):  # fmt: skip
+    """Finish rows: the parts of the sum over neighbours, the local survivors beside them, output and statistics.
+
+    Rows that are padding are not touched.
+    """
+    padded = tokens.rows.padded
+    z, p = own_rows(padded, ROWS.BLOCK)
+    image = z // sharing
+    token = tl.load(tokens.rows.order + image * padded + p)
+    real = token >= 0
+    at_row = z * padded + p
+    acc = _sum_of_wide_parts(sums.partial, sums.rows, at_row, ROWS.DIM_V, SPLITS, ROWS.BLOCK)
+    summed = _sum_of_parts(sums.total, sums.rows, at_row, SPLITS, ROWS.BLOCK)
+    m = tl.load(stats.largest + at_row)
+    count = tl.load(stats.counts + at_row)
+    nan_row = tl.load(stats.not_finite + at_row) != 0
+    if ROWS.WINDOW > 0:
+        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        acc, summed, m, count, nan_row = _add_local_survivors(
+            acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
+        )
+    row = z * n + token
+    row_lse = tl.load(outputs.lse + row, mask=real, other=0)
+    empty = count == 0
+    summed = tl.where(empty, 1, summed)
+    acc = tl.where(empty[:, None], 0, acc / summed[:, None])
+    # A row of scores with NaN or +inf has no softmax, a negative threshold no logarithm.
+    finite = tl.abs(row_lse) < float("inf")
+    undefined = finite == 0
+    if multipliers.alpha is not None:
+        alpha = multiplier_of(multipliers.alpha, z, token, real, heads, alpha_stride_b, alpha_stride_h, alpha_stride_n)
+        undefined |= (alpha >= 0) == 0
+    if multipliers.beta is not None:
+        beta = multiplier_of(multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
+        undefined |= (beta >= 0) == 0
+    undefined &= tl.load(tokens.keys.counts + image) > 0
+    acc = tl.where((nan_row | undefined)[:, None], float("nan"), acc)
+    tl.store(outputs.lse_kept + row, tl.where(finite, (m + tl.log2(summed)) * LN_2, row_lse), mask=real)
+    tl.store(outputs.survivors + row, count, mask=real)
+    rounded = acc.to(outputs.out.dtype.element_ty)
+    d_v = tl.arange(0, ROWS.DIM_V)
+    at_out = row[:, None] * dim_v + d_v[None, :]
+    there = real[:, None] & (d_v < dim_v)[None, :]
+    tl.store(outputs.out + at_out, rounded, mask=there)
+    if outputs.base2 is not None:
+        tl.store(outputs.base2 + (3 * z + 1) * n + token, m, mask=real)
+        tl.store(outputs.base2 + (3 * z + 2) * n + token, summed, mask=real)
+    if outputs.residual is not None:
+        residual = (acc - rounded.to(tl.float32)).to(outputs.residual.dtype.element_ty)
+        tl.store(outputs.residual + at_out, residual, mask=there)
+
+
+def finish_out(problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, stats: RowStats, sums: Sums) -> None:
+    """Write the output and its statistics to ``saved``."""
+    alpha, beta = problem.inputs[3:5]
+    residual, base2 = (x if x.shape[-1] else None for x in (saved.rest, saved.base2))
+    outputs = Outputs(saved.out, residual, saved.lse, saved.lse_kept, base2, saved.survivors)
+    triton_launch.launch(
+        _asa_finish_out_kernel, problem.row_programs, sums, stats, bits, tokens, saved.local.view(torch.uint8),
+        outputs, Multipliers(alpha, beta), *problem.strides(alpha), *problem.strides(beta), problem.scale2,
+        problem.heads, problem.sharing, problem.n, problem.grid_width, problem.dim_v, SPLITS=sums.splits,
+        ROWS=_rows(problem), warps=problem.warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2):
+    """Weights of pairs that survive locally only, and the gradients of their scores; 0 of other pairs."""
+    weight = exponential(tl.sum(q_i * k_j, 1) * scale2 - top_i, new) * share_i
+    return weight, tl.where(new, weight * (tl.sum(do_i * v_j, 1) - delta_i), 0)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_settle_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, width, SPLITS: tl.constexpr, ROWS):
+    """Add to delta what is missing until sum_j p_ij (<do_i, v_j> - delta_i) is 0, neighbours' parts given.
+
+    delta comes from the output; its rounding reaches every pair of a row with the same sign. In float32 that is the
+    largest error of the gradients where many survive, in half precisions it is below the rounding of the weights.
+    """
+    padded = tokens.rows.padded
+    z, p = own_rows(padded, ROWS.BLOCK)
+    at_row = z * padded + p
+    delta_i = tl.load(row.delta + at_row)
+    missing = _sum_of_parts(sums.partial, sums.rows, at_row, SPLITS, ROWS.BLOCK)
+    if ROWS.WINDOW > 0:
+        token = tl.load(tokens.rows.order + z // sharing * padded + p)
+        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        q_i = _load_rows(tokens.q, at_row, None, ROWS.DIM)
+        do_i = _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
+        top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
+        for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=UNROLL):
+            at, new = _visit_new(window, z, p, token, offset, False, ROWS)
+            k_j = _load_rows(tokens.k, z * padded + at, new, ROWS.DIM)
+            v_j = _load_rows(tokens.v, z * padded + at, new, ROWS.DIM_V)
+            _, ds = _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2)
+            missing += ds
+    tl.store(row.delta + at_row, delta_i + missing)
+
+
+def settle_delta(
+    problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, delta_error: Sums
+) -> None:
+    """Correct delta in place by what it misses over neighbours, ``delta_error``, and over local survivors."""
+    triton_launch.launch(
+        _asa_settle_delta_kernel, problem.row_programs, delta_error, bits, tokens, saved.local.view(torch.uint8), row,
+        problem.scale2, problem.sharing, problem.n, problem.grid_width, SPLITS=delta_error.splits,
+        ROWS=_rows(problem), warps=problem.warps,
+    )  # fmt: skip
+
+
+@triton.jit
+def _alpha_term(
+    offer, s2, other, offset, at_row, at_key, there, survives, one_way, other_way,
+    tokens, thresholds, row, window, z, factors, ROWS,
+):  # fmt: skip
+    """What a pair of the window adds to -dl/dt; ``offer``: what admitting it would change."""
+    lse_i, cut_i = tl.load(thresholds.lse2 + at_row), tl.load(thresholds.cut2 + at_row)
+    step = step_derivative(((s2 - lse_i) - cut_i) * LN_2, factors.band)
+    counts = there & (step > 0)
+    if thresholds.kappa2 is not None:
+        counts &= s2 >= tl.load(thresholds.kappa2 + at_row)
+    offer = tl.where(survives, 0, offer)
+    if ROWS.ONE_WAY_BITS:  # as they are where neighbours must be mutual and alpha learns
+        counts &= other_way
+        SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
+        back_survives = (
+            tl.load(window.local + (z * window.n + other) * SIZE + (SIZE - 1 - offset), mask=there, other=0) != 0
+        )
+        k_i, q_j = _load_rows(tokens.k, at_row, None, ROWS.DIM), _load_rows(tokens.q, at_key, there, ROWS.DIM)
+        back2 = tl.sum(k_i * q_j, 1) * factors.scale2
+        v_i, do_j = _load_rows(tokens.v, at_row, None, ROWS.DIM_V), _load_rows(tokens.do, at_key, there, ROWS.DIM_V)
+        dp_back = tl.sum(v_i * do_j, 1) - tl.load(row.delta + at_key)
+        kept_j = tl.load(row.lse_kept2 + at_key)
+        weight = admission_weight(back2 - kept_j, one_way & other_way, kept_j == -float("inf"))
+        offer += tl.where(back_survives, 0, weight * dp_back)
+    return tl.where(counts, step * offer, 0)
+
+
+@triton.jit
+def _add_window_gradients(
+    acc, dt, du, tokens, thresholds, row, window, log_mean2, log_beta2, z, p, token, factors,
+    LEARN_ALPHA: tl.constexpr, LEARN_BETA: tl.constexpr, ROWS,
+):  # fmt: skip
+    """Add the pairs of the window to dq / scale, -dl/dt and -dl/du."""
+    scale2 = factors.scale2
+    at_row = z * window.padded + p
+    LEARN: tl.constexpr = LEARN_ALPHA or LEARN_BETA
+    q_i, do_i = _load_rows(tokens.q, at_row, None, ROWS.DIM), _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
+    top_i, share_i, delta_i = tl.load(row.top + at_row), tl.load(row.share + at_row), tl.load(row.delta + at_row)
+    if LEARN_BETA:
+        mean_i = tl.load(log_mean2 + z * window.n + token, mask=token >= 0, other=0)
+    for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=UNROLL):
+        other, at, there, survives, one_way, other_way = _visit(window, z, p, token, offset, False, LEARN, ROWS)
+        neighbour = one_way & other_way
+        new = survives & (neighbour == 0)
+        used = there if LEARN else new
+        at_key = z * window.padded + at
+        k_j, v_j = _load_rows(tokens.k, at_key, used, ROWS.DIM), _load_rows(tokens.v, at_key, used, ROWS.DIM_V)
+        s2 = tl.sum(q_i * k_j, 1) * scale2
+        dp = tl.sum(do_i * v_j, 1) - delta_i
+        ds = tl.where(new, exponential(s2 - top_i, new) * share_i * dp, 0)
+        acc += ds[:, None] * k_j
+        if LEARN:
+            kept_i = tl.load(row.lse_kept2 + at_row)
+            offer = admission_weight(s2 - kept_i, survives | neighbour, kept_i == -float("inf")) * dp
+        if LEARN_BETA:
+            # In the forward's terms: a score that is its window's mean is so here too, to the last bit.
+            step = step_derivative(((s2 - mean_i) - log_beta2) * LN_2, factors.band)
+            du += tl.where(there & (neighbour == 0) & (step > 0), step * offer, 0)
+        if LEARN_ALPHA:
+            dt += _alpha_term(
+                offer, s2, other, offset, at_row, at_key, there, survives, one_way, other_way, tokens, thresholds, row,
+                window, z, factors, ROWS,
+            )  # fmt: skip
+    return acc, dt, du
+
+
+@triton.jit
+def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real):
+    """Store dl/dalpha from -dl/dt, or dl/dbeta from -dl/du; 0 where the multiplier is 0."""
+    gradient = tl.where(multiplier == 0, 0, -negative / tl.where(multiplier == 0, 1, multiplier))
+    tl.store(out + at, tl.where(not_finite, float("nan"), gradient), mask=real)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_finish_dq_kernel(
+    sums, sums_t, bits, tokens, thresholds, row, local, log_mean2, multipliers, gradients, factors,
+    alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
+    heads, sharing, n, width, dim, SPLITS: tl.constexpr, T_SPLITS: tl.constexpr, ROWS,
+):  # fmt: skip
+    """dq, dalpha and dbeta of BLOCK rows."""
+    padded = tokens.rows.padded
+    z, p = own_rows(padded, ROWS.BLOCK)
+    token = tl.load(tokens.rows.order + z // sharing * padded + p)
+    real = token >= 0
+    at_row = z * padded + p
+    LEARN_ALPHA: tl.constexpr = gradients.dalpha is not None
+    LEARN_BETA: tl.constexpr = gradients.dbeta is not None
+    acc = _sum_of_wide_parts(sums.partial, sums.rows, at_row, ROWS.DIM, SPLITS, ROWS.BLOCK)
+    acc /= shrink_of(tokens.bounds, z)
+    dt = _sum_of_parts(sums_t.partial, sums_t.rows, at_row, T_SPLITS, ROWS.BLOCK)  # -dl/dt
+    du = tl.zeros([ROWS.BLOCK], tl.float32)  # -dl/du
+    if ROWS.WINDOW > 0:
+        log_beta2 = du
+        if LEARN_BETA:
+            log_beta2 = tl.log2(multiplier_of(
+                multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
+            ))  # fmt: skip
+        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        acc, dt, du = _add_window_gradients(
+            acc, dt, du, tokens, thresholds, row, window, log_mean2, log_beta2, z, p, token, factors,
+            LEARN_ALPHA, LEARN_BETA, ROWS,
+        )  # fmt: skip
+    not_finite = tl.load(row.not_finite + z) != 0
+    acc = tl.where(not_finite, float("nan"), acc * factors.scale)
+    d = tl.arange(0, ROWS.DIM)
+    at = z * n + token
+    there = real[:, None] & (d < dim)[None, :]
+    tl.store(gradients.dq + at[:, None] * dim + d[None, :], acc.to(gradients.dq.dtype.element_ty), mask=there)
+    if LEARN_ALPHA:
+        alpha = multiplier_of(multipliers.alpha, z, token, real, heads, alpha_stride_b, alpha_stride_h, alpha_stride_n)
+        _store_threshold_gradient(gradients.dalpha, at, dt, alpha, not_finite, real)
+    if LEARN_BETA:
+        beta = multiplier_of(multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
+        _store_threshold_gradient(gradients.dbeta, at, du, beta, not_finite, real)
+
+
+def finish_dq(
+    problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, thresholds: Thresholds,
+    band: float | None, sums: Sums, sums_t: Sums, gradients: Gradients,
+) -> None:  # fmt: skip
+    """Write dq, and dalpha and dbeta where they are asked for."""
+    alpha, beta = problem.inputs[3:5]
+    factors = Factors(problem.scale, problem.scale2, band or 1.0)
+    triton_launch.launch(
+        _asa_finish_dq_kernel, problem.row_programs, sums, sums_t, bits, tokens, thresholds, row,
+        saved.local.view(torch.uint8), saved.log_mean, Multipliers(alpha, beta), gradients, factors,
+        *problem.strides(alpha), *problem.strides(beta), problem.heads, problem.sharing, problem.n, problem.grid_width,
+        problem.dim, SPLITS=sums.splits, T_SPLITS=sums_t.splits, ROWS=_rows(problem), warps=problem.warps,
+        registers=255,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_finish_dkv_kernel(
+    sums_k, sums_v, bits, tokens, local, row, dk, dv, scale, scale2, sharing, n, width, dim, dim_v,
+    SPLITS_K: tl.constexpr, SPLITS_V: tl.constexpr, ROWS,
+):  # fmt: skip
+    """dk and dv of BLOCK keys; in the window of a key are the queries whose windows hold it."""
+    padded = tokens.keys.padded
+    z, p = own_rows(padded, ROWS.BLOCK)
+    token = tl.load(tokens.keys.order + z // sharing * padded + p)
+    real = token >= 0
+    at_key = z * padded + p
+    acc_k = _sum_of_wide_parts(sums_k.partial, sums_k.rows, at_key, ROWS.DIM, SPLITS_K, ROWS.BLOCK)
+    acc_k /= shrink_of(tokens.bounds, z)
+    acc_v = _sum_of_wide_parts(sums_v.partial, sums_v.rows, at_key, ROWS.DIM_V, SPLITS_V, ROWS.BLOCK)
+    if ROWS.WINDOW > 0:
+        window = Window(local, _words_of(bits, z), tokens.keys.place + z // sharing * n, n, width, padded)
+        k_j = _load_rows(tokens.k, at_key, None, ROWS.DIM)
+        v_j = _load_rows(tokens.v, at_key, None, ROWS.DIM_V)
+        for offset in range(ROWS.WINDOW * ROWS.WINDOW):
+            at, new = _visit_new(window, z, p, token, offset, True, ROWS)
+            at_row = z * padded + at
+            q_i = _load_rows(tokens.q, at_row, new, ROWS.DIM)
+            do_i = _load_rows(tokens.do, at_row, new, ROWS.DIM_V)
+            top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
+            delta_i = tl.load(row.delta + at_row)
+            weight, ds = _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2)
+            acc_k += ds[:, None] * q_i
+            acc_v += weight[:, None] * do_i
+    not_finite = tl.load(row.not_finite + z) != 0
+    acc_k = tl.where(not_finite, float("nan"), acc_k * scale)
+    acc_v = tl.where(not_finite, float("nan"), acc_v)
+    at = z * n + token
+    d, d_v = tl.arange(0, ROWS.DIM), tl.arange(0, ROWS.DIM_V)
+    there = real[:, None] & (d < dim)[None, :]
+    tl.store(dk + at[:, None] * dim + d[None, :], acc_k.to(dk.dtype.element_ty), mask=there)
+    there = real[:, None] & (d_v < dim_v)[None, :]
+    tl.store(dv + at[:, None] * dim_v + d_v[None, :], acc_v.to(dv.dtype.element_ty), mask=there)
+
+
+def finish_dkv(
+    problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, sums_k: Sums, sums_v: Sums,
+    dk: Tensor, dv: Tensor,
+) -> None:  # fmt: skip
+    """Write dk and dv."""
+    triton_launch.launch(
+        _asa_finish_dkv_kernel, (problem.n_heads * tokens.keys.padded // problem.block,), sums_k, sums_v, bits, tokens,
+        saved.local.view(torch.uint8), row, dk, dv, problem.scale, problem.scale2, problem.sharing, problem.n_keys,
+        problem.grid_width, problem.dim, problem.dim_v, SPLITS_K=sums_k.splits, SPLITS_V=sums_v.splits,
+        ROWS=_rows(problem), warps=problem.warps, registers=255 if problem.one_way_bits else None,
+    )  # fmt: skip

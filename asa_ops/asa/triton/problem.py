@@ -1,0 +1,126 @@
+"""What a call knows before any kernel runs. Nothing here launches a kernel or allocates more than it is asked for."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...core import triton_launch
+from ..types import Inputs, Options, bits_shape
+from . import configs
+
+LOG2_E = math.log2(math.e)
+MAX_SPLITS = 4  # parts of a sum, each of which takes memory
+
+
+class Problem:
+    """The sizes and options of a call, and which steps it takes."""
+
+    def __init__(self, inputs: Inputs, options: Options, learn_thresholds: bool):
+        query, _, value, alpha, beta, key_padding_mask = inputs
+        self.inputs, self.options = inputs, options
+        self.dtype, self.device = query.dtype, query.device
+        batch, self.heads, self.n, self.dim = query.shape
+        self.n_keys, self.dim_v = value.shape[2:]
+        self.n_heads = batch * self.heads  # of all images
+        self.sharing = self.n_heads if key_padding_mask is None else self.heads  # heads whose tokens stand in one order
+        self.padded, self.key_padded = (configs.padded_length(n) for n in (self.n, self.n_keys))
+        self.width, self.width_v = (max(16, 1 << max(d - 1, 0).bit_length()) for d in (self.dim, self.dim_v))
+        self.scale, self.scale2 = options.scale, options.scale * LOG2_E
+        self.grid_width = max(options.grid[1], 1)
+
+        self.has_bits = alpha is not None or options.topk > 0
+        self.dense = not self.has_bits and beta is None
+        self.has_tiles = self.has_bits or self.dense  # pairs are kept as bits, in tiles
+        self.mutual = options.reciprocal
+        self.window = 0 if beta is None else options.window
+        self.has_topk = 0 < options.topk < self.n_keys
+        # Threshold gradients ask for A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
+        self.one_way_bits = learn_thresholds and self.mutual and alpha is not None
+
+        self.architecture = triton_launch.architecture(self.device)
+        self.precision = triton_launch.precision(self.dtype)
+        self.block, self.warps = configs.rows_at_a_time(max(self.width, self.width_v), self.architecture)
+
+    def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.inputs.query.new_empty(shape, dtype=dtype)
+
+    def new_bits(self) -> Tensor:
+        """Allocate the bits of all heads where they are not to be kept."""
+        return self.new(self.n_heads, *bits_shape("triton", self.n, self.n_keys), dtype=torch.uint8)
+
+    def bits(self, buffer: Tensor) -> "Bits":
+        """Return the first part of a buffer [n_heads or B, heads, ...], if there are bits."""
+        if not self.has_tiles:
+            return Bits(None, 0)
+        words = buffer.view(self.n_heads, -1).view(torch.int32)
+        return Bits(words[:, : self.key_padded // 32 * self.padded], words.stride(0))
+
+    def peaks(self, buffer: Tensor) -> "Peaks":
+        """Return the other part of the buffer, if thresholds ask for it."""
+        if not self.has_bits:
+            return Peaks(None, 0)
+        peaks = buffer.view(self.n_heads, -1).view(torch.float16)
+        return Peaks(peaks[:, self.key_padded // 16 * self.padded :], peaks.stride(0))
+
+    @property
+    def row_programs(self) -> tuple[int]:
+        """The grid of a kernel that takes ``block`` rows a program."""
+        return (self.n_heads * self.padded // self.block,)
+
+    def config(self, kernel: str) -> configs.Config | None:
+        both = self.one_way_bits or (kernel == "mask" and self.has_topk)
+        return configs.find(kernel, max(self.width, self.width_v), self.dtype, self.architecture, both)
+
+    def splits(self, programs: int, limit: int) -> int:
+        """Return into how many parts to cut each program's work so that waves of programs fill the device."""
+        slots = triton_launch.processors(self.device)
+
+        def time(parts: int) -> float:
+            return math.ceil(programs * parts / slots) / parts + 0.02 * parts
+
+        return min(range(1, limit + 1), key=time)
+
+    def strides(self, multiplier: Tensor | None) -> tuple[int, int, int]:
+        """Return the strides of alpha or beta: of images, heads and tokens."""
+        if multiplier is None:
+            return 0, 0, 0
+        return multiplier.stride(0), multiplier.stride(1) if multiplier.shape[1] > 1 else 0, multiplier.stride(2)
+
+
+class Order(NamedTuple):
+    """In which order the tokens of every image stand; the same for all images where there is no padding."""
+
+    order: Tensor  # int32 [images, padded] token at a position, -1 where there is none
+    place: Tensor  # int32 [images, n] position of a token, -1 for padding
+    counts: Tensor  # int32 [images] real tokens
+    padded: int  # a multiple of 128
+
+
+class Tokens(NamedTuple):
+    """Tokens as the kernels read them: [n_heads * padded, width]."""
+
+    rows: Order  # of query and do
+    keys: Order  # of key and value
+    q: Tensor
+    k: Tensor
+    v: Tensor  # 0 where it is not finite
+    do: Tensor | None  # the gradient of the output, in a backward
+    not_finite: Tensor  # int32 [n_heads, key_padded / 32]: bits of the keys whose value is not finite
+    # Of every head the largest |v| and the largest sum of |do| of a query, where gradients of scores may overflow.
+    bounds: Tensor | None  # float32 as int32 [n_heads, 2]
+
+
+class Bits(NamedTuple):
+    """Pairs as bits."""
+
+    words: Tensor | None  # int32 [n_heads, key_padded / 32 * padded]
+    stride: int  # from head to head, a multiple of 128
+
+
+class Peaks(NamedTuple):
+    """Block maxima of the scores."""
+
+    peaks: Tensor | None  # float16 [n_heads, key_padded / 64 * padded]
+    stride: int  # from head to head, a multiple of 128

@@ -1,0 +1,185 @@
+// Survivors as bits, 64 pairs a word: bit c of m[r][J] says whether query r of a block keeps key 64 J + c.
+
+ASA_INLINE bool real(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
+
+// Calls f(j, o) for every token j on the map in the window around token i, o being its offset there.
+template <class T, class F>
+void for_window(const Problem<T>& p, int64_t i, const F& f) {
+  const int64_t reach = p.window / 2, row = i / p.width, column = i % p.width;
+  for (int64_t a = -reach; a <= reach; ++a) {
+    if (row + a < 0 || row + a >= p.height) continue;
+    for (int64_t b = -reach; b <= reach; ++b) {
+      if (column + b < 0 || column + b >= p.width) continue;
+      f((row + a) * p.width + column + b, (a + reach) * p.window + b + reach);
+    }
+  }
+}
+
+// Exchange the high half of the words at the even multiples of kHalf with the low half of those at the odd ones.
+template <int kHalf>
+ASA_INLINE void exchange(uint64_t* x, uint64_t low) {
+  for (int base = 0; base < 64; base += 2 * kHalf)
+    for (int i = base; i < base + kHalf; ++i) {
+      const uint64_t y = (x[i] >> kHalf ^ x[i + kHalf]) & low;
+      x[i] ^= y << kHalf;
+      x[i + kHalf] ^= y;
+    }
+}
+
+// Transpose a 64 x 64 bit matrix: bit c of word r to bit r of word c.
+static void transpose64(uint64_t* x) {
+  exchange<32>(x, 0x00000000FFFFFFFFull);
+  exchange<16>(x, 0x0000FFFF0000FFFFull);
+  exchange<8>(x, 0x00FF00FF00FF00FFull);
+  exchange<4>(x, 0x0F0F0F0F0F0F0F0Full);
+  exchange<2>(x, 0x3333333333333333ull);
+  exchange<1>(x, 0x5555555555555555ull);
+}
+
+// A^T of a block: the queries that have its tokens as adaptive neighbours. Only where N_q = N_k.
+template <class T>
+void neighbors_back(const Problem<T>& p, int64_t block, uint64_t* back) {
+  alignas(64) uint64_t tile[64];
+  for (int64_t j = 0; j < p.blocks_k; ++j) {
+    __builtin_memcpy(tile, p.bits + (j * p.blocks_k + block) * kBlock, sizeof(tile));
+    transpose64(tile);
+    for (int64_t r = 0; r < kBlock; ++r) back[r * p.blocks_k + j] = tile[r];
+  }
+}
+
+// M of a block of queries.
+template <class T>
+void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
+  alignas(64) uint64_t tile[64];
+  for (int64_t j = 0; j < p.blocks_k; ++j) {
+    if (p.thresholded) {
+      const uint64_t* const own = p.bits + (block * p.blocks_k + j) * kBlock;
+      uint64_t any = 0;
+      for (int64_t r = 0; r < kBlock; ++r) any |= own[r];
+      if (any != 0 && p.reciprocal) {
+        __builtin_memcpy(tile, p.bits + (j * p.blocks_k + block) * kBlock, sizeof(tile));
+        transpose64(tile);
+        for (int64_t r = 0; r < kBlock; ++r) tile[r] &= own[r];
+      } else {
+        __builtin_memcpy(tile, own, sizeof(tile));
+      }
+    } else {
+      uint64_t keys = 0;
+      for (int64_t c = j * kBlock; c < smaller(p.n_k, (j + 1) * kBlock); ++c)
+        keys |= static_cast<uint64_t>(real(p.real_k, c)) << c % kBlock;
+      for (int64_t r = 0; r < kBlock; ++r) {
+        const int64_t i = block * kBlock + r;
+        tile[r] = p.beta == nullptr && i < p.n_q && real(p.real_q, i) ? keys : 0;
+      }
+    }
+    for (int64_t r = 0; r < kBlock; ++r) m[r * p.blocks_k + j] = tile[r];
+  }
+}
+
+// Adds L of a block of queries to l, or L^T.
+template <class T>
+void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l) {
+  if (p.beta == nullptr) return;
+  const int64_t size = p.window * p.window;
+  for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
+    const int64_t i = block * kBlock + r;
+    for_window(p, i, [&](int64_t j, int64_t o) {
+      const bool flag = transposed ? p.local[j * size + size - 1 - o] : p.local[i * size + o];
+      l[r * p.blocks_k + j / kBlock] |= static_cast<uint64_t>(flag) << j % kBlock;
+    });
+  }
+}
+
+ASA_INLINE int64_t count_bits(const uint64_t* words, int64_t size) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < size; ++j) count += __builtin_popcountll(words[j]);
+  return count;
+}
+
+// Calls f(j) for the bits set, ascending.
+template <class F>
+ASA_INLINE void for_bits(const uint64_t* words, int64_t size, const F& f) {
+  for (int64_t w = 0; w < size; ++w)
+    for (uint64_t word = words[w]; word != 0; word &= word - 1) f(w * kBlock + __builtin_ctzll(word));
+}
+
+// Writes the bits set to a list, ascending, each plus `first`, and up to kPad numbers more; returns where the list
+// ends.
+ASA_INLINE int32_t* list_bits(const uint64_t* words, int64_t size, int64_t first, int32_t* list) {
+#if defined(ASA_AVX512)
+  const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (int64_t w = 0; w < size; ++w) {
+    if (words[w] == 0) continue;
+    for (int64_t bit = 0; bit < kBlock; bit += 16) {
+      const auto bits = static_cast<__mmask16>(words[w] >> bit);
+      const __m512i columns =
+          _mm512_add_epi32(lanes, _mm512_set1_epi32(static_cast<int32_t>(first + w * kBlock + bit)));
+      _mm512_storeu_si512(list, _mm512_maskz_compress_epi32(bits, columns));
+      list += __builtin_popcount(bits);
+    }
+  }
+#else
+  for_bits(words, size, [&](int64_t j) { *list++ = static_cast<int32_t>(first + j); });
+#endif
+  return list;
+}
+
+// How much room a list needs that is written and read by whole vectors: at most count + 2 kPad numbers.
+ASA_INLINE int64_t list_room(int64_t count) { return rounded_up(count, kPad) + kPad; }
+
+// The lanes of a vector at column j, a multiple of its length.
+template <class T>
+ASA_INLINE uint64_t lane_bits(const uint64_t* words, int64_t j) {
+  return words[j / kBlock] >> j % kBlock;
+}
+
+// The survivors of some consecutive queries, and which strips of rows have so many that whole rows are computed.
+template <class T>
+struct Survivors {
+  int64_t first, rows;
+  uint64_t* m;
+  int64_t count[kMostRows];
+  bool dense[kMostRows / kRows];
+
+  Survivors(Arena& arena, const Problem<T>& p) : m(arena.take<uint64_t>(p.q_at_a_time * p.blocks_k)) {}
+
+  // Takes the next rows from a queue.
+  bool take(const Problem<T>& p, Queue& queue) {
+    int64_t taken;
+    if (!queue.take(taken)) return false;
+    first = taken * p.q_at_a_time;
+    rows = smaller(p.q_at_a_time, p.n_q - first);
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      uint64_t* const words = m + r * p.blocks_k;
+      non_local(p, (first + r) / kBlock, words);
+      add_local(p, (first + r) / kBlock, false, words);
+    }
+    for (int64_t r = 0; r < rows; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
+    for (int64_t r = 0; r < rows; r += kRows) dense[r / kRows] = is_dense(p, count + r, smaller(kRows, rows - r));
+    return true;
+  }
+
+  const uint64_t* row(const Problem<T>& p, int64_t r) const { return m + r * p.blocks_k; }
+
+  // Products with lists take about four times as long a pair as products of whole rows.
+  template <class Count>
+  static bool is_dense(const Problem<T>& p, const Count* count, int64_t rows) {
+    int64_t sum = 0;
+    for (int64_t r = 0; r < rows; ++r) sum += count[r];
+    return 4 * sum > kRows * p.n_k;
+  }
+
+  // Calls f(r) for the rows that have lists.
+  template <class F>
+  void for_listed(const F& f) const {
+    for (int64_t r = 0; r < rows; ++r)
+      if (!dense[r / kRows]) f(r);
+  }
+
+  // Calls f(first row, rows) for the strips of which whole rows are computed.
+  template <class F>
+  void for_dense(const F& f) const {
+    for (int64_t r = 0; r < rows; r += kRows)
+      if (dense[r / kRows]) f(r, smaller(kRows, rows - r));
+  }
+};

@@ -1,0 +1,63 @@
+// Adaptive sparse attention on a CPU, for one instruction set (the including file's namespace ASA_ISA).
+//
+//   simd         vectors
+//   memory       scratch, caches
+//   gemm         products of whole rows
+//   gather       products with a list of rows
+//   bits         who survives: M = A and A^T from bits alone, lists
+//   scan         scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits
+//   aggregate    scores of the pairs that survive; softmax; times v
+//   backward     rows give dq, columns dk and dv, no atomics
+//   thresholds   straight-through gradients of alpha and beta
+//
+// Where few pairs survive, a row visits them by a list; where many do, a strip of rows visits all keys and masks.
+
+#include "problem.h"
+
+namespace asa_ops::cpu::ASA_ISA {
+namespace {
+
+#include "../simd.h"
+
+#include "../memory.h"
+
+#include "../gemm.h"
+
+#include "../gather.h"
+
+#include "bits.h"
+
+#include "scan.h"
+
+#include "aggregate.h"
+
+#include "backward.h"
+
+#include "thresholds.h"
+
+template <class T>
+constexpr Kernels<T> kernels() {
+  return {panels_of<T>,
+          panel_size<T>,
+          pack_panels<T>,
+          scan_bytes<T>,
+          scan<T>,
+          aggregate_bytes<T>,
+          aggregate<T>,
+          list_survivors_bytes<T>,
+          list_survivors<T>,
+          lay_out<T>,
+          backward_rows_bytes<T>,
+          backward_rows<T>,
+          backward_columns_bytes<T>,
+          backward_columns<T>,
+          backward_thresholds_bytes<T>,
+          backward_thresholds<T>};
+}
+
+}  // namespace
+
+const Kernels<float> kFloat = kernels<float>();
+const Kernels<double> kDouble = kernels<double>();
+
+}  // namespace asa_ops::cpu::ASA_ISA

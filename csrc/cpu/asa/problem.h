@@ -1,0 +1,107 @@
+// What call.cpp and the kernels (kernels.h, compiled once per instruction set) share.
+#pragma once
+
+#include <cstdint>
+
+namespace asa_ops::cpu {
+
+constexpr int64_t kBlock = 64;  // the bits of a word
+constexpr int64_t kMostRows = 4 * kBlock;  // taken at a time, which share what the cache holds of the other side
+constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
+
+// One head of one image.
+template <class T>
+struct Problem {
+  int64_t n_q, n_k, dim, dim_v;
+  int64_t blocks_q, blocks_k;
+  int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
+  int64_t height, width, window, topk;
+  bool reciprocal;
+  bool thresholded;  // there are adaptive neighbours; otherwise all keys are neighbours, or none if there is a beta
+  int64_t n_real;
+
+  T scale;
+
+  const T *q, *k, *v;  // [n][dim]; padding and values that are not finite set to 0
+  const T *alpha, *beta;  // [n_q], or null
+  const bool *real_q, *real_k;  // or null: all
+  const bool* not_finite;  // [n_k] keys whose value is not finite, or null: none
+
+  T *out, *lse, *lse_kept, *kappa, *log_mean;
+  int32_t* survivors;
+  // If thresholded, [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as
+  // adaptive neighbour.
+  uint64_t* bits;
+  bool* local;  // [n_q][window^2], with a beta
+  T *k_panels, *v_panels;  // keys and values packed for products of whole rows (gemm.h), where there are any
+
+  // backward
+  const T* d_out;
+  T *dq, *dk, *dv, *dalpha, *dbeta;
+  T band;
+  T* delta;  // [n_q] <do_i, out_i>
+
+  bool scanned() const { return thresholded || beta != nullptr; }
+};
+
+// The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities
+// p_ij and gradients ds_ij, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) -
+// offsets[begin]: its survivors in ascending order, or, in dense rows, all keys.
+template <class T>
+struct Slab {
+  int64_t begin, end;  // rows; begin is a multiple of kMostRows
+  const int64_t* offsets;  // [n_q + 1]
+  const bool* dense;  // [n_q]
+  T *p, *ds;
+  int32_t* columns;
+  int32_t* starts;  // [blocks_k + 1][end - begin]: where the entries of a column block start in a row, 0 in dense ones
+};
+
+// Hands out the blocks of one pass to threads. Results do not depend on which thread takes a block.
+struct Queue {
+  int64_t next, end;
+  bool failed = false;  // the numbers of survivors are not those of the bits
+  bool take(int64_t& block) {
+    block = __atomic_fetch_add(&next, 1, __ATOMIC_RELAXED);
+    return block < end;
+  }
+};
+
+// Each pass takes blocks from a queue and writes nothing outside them. `scratch` is memory of one thread, of the size
+// that the function named *_bytes returns.
+template <class T>
+struct Kernels {
+  int64_t (*panels)(int64_t n);  // how many panels n keys make
+  int64_t (*panel_size)(int64_t dim);  // numbers in one
+  void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);
+
+  int64_t (*scan_bytes)(const Problem<T>&);
+  void (*scan)(const Problem<T>&, Queue&, void* scratch);
+  int64_t (*aggregate_bytes)(const Problem<T>&);
+  void (*aggregate)(const Problem<T>&, Queue&, void* scratch);
+  int64_t (*list_survivors_bytes)(const Problem<T>&);
+  void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, Queue&, void* scratch);
+
+  bool (*lay_out)(const Problem<T>&, int64_t* offsets, bool* dense);  // for a Slab; returns whether any row is dense
+  int64_t (*backward_rows_bytes)(const Problem<T>&);
+  void (*backward_rows)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
+  int64_t (*backward_columns_bytes)(const Problem<T>&, int64_t rows, int64_t entries);  // of a slab
+  void (*backward_columns)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
+  int64_t (*backward_thresholds_bytes)(const Problem<T>&);
+  void (*backward_thresholds)(const Problem<T>&, Queue&, void* scratch);
+};
+
+// The k-th largest of n numbers (NaN counts as -inf); reorders `scratch` [n].
+template <class T>
+T kth_largest(const T* x, int64_t n, int64_t k, T* scratch);
+
+#define ASA_DECLARE(isa)                \
+  namespace isa {                       \
+  extern const Kernels<float> kFloat;   \
+  extern const Kernels<double> kDouble; \
+  }
+ASA_DECLARE(avx512)
+ASA_DECLARE(avx2)
+ASA_DECLARE(portable)
+
+}  // namespace asa_ops::cpu

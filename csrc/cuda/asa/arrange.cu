@@ -1,0 +1,161 @@
+// Tokens into the order and form that the other kernels read.
+//
+// Attention does not depend on the order of tokens, but which tiles are skipped does: neighbours on the map are
+// neighbours in memory if the map is cut into tiles of 8 x 8. Real positions come first and zeros follow; padding is
+// left out.
+
+#include "rows.h"
+
+namespace asa_ops::cuda {
+namespace {
+
+// The token at a position of the 8 x 8 order; tiles at the borders are smaller, no position is empty.
+__device__ __forceinline__ int token_at(int position, int height, int width) {
+  const int band = position / (8 * width), in_band = position % (8 * width);
+  const int tall = min(8, height - 8 * band);
+  const int tile = in_band / (8 * tall), in_tile = in_band % (8 * tall);
+  const int wide = min(8, width - 8 * tile);
+  return (8 * band + in_tile / wide) * width + 8 * tile + in_tile % wide;
+}
+
+// order[p]: the token at position p, -1 where there is none; place[token]: its position, or -1. One program an image.
+__global__ void __launch_bounds__(kThreads) asa_order_kernel(const bool* real, int n, int height, int width, int padded,
+                                                             int32_t* order, int32_t* place, int32_t* counts) {
+  const int image = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  order += int64_t(image) * padded, place += int64_t(image) * n;
+  if (real != nullptr) real += int64_t(image) * n;
+  int* const in_warps = reinterpret_cast<int*>(shared_memory());  // [2][kWarps], in turn
+  int placed = 0, turn = 0;
+  for (int start = 0; start < n; start += kThreads, turn ^= 1) {
+    const int p = start + int(threadIdx.x);
+    const int token = p < n ? token_at(p, height, width) : 0;
+    const bool is_real = p < n && (real == nullptr || real[token]);
+    const unsigned votes = __ballot_sync(~0u, is_real);
+    if (lane == 0) in_warps[turn * kWarps + warp] = __popc(votes);
+    __syncthreads();
+    int before = placed;
+    for (int w = 0; w < kWarps; ++w) {
+      const int here = in_warps[turn * kWarps + w];
+      before += w < warp ? here : 0;
+      placed += here;
+    }
+    const int position = before + __popc(votes & first_bits(lane));
+    if (is_real) order[position] = token;
+    if (p < n) place[token] = is_real ? position : -1;
+  }
+  for (int p = placed + int(threadIdx.x); p < padded; p += kThreads) order[p] = -1;
+  if (threadIdx.x == 0) counts[image] = placed;
+}
+
+// out[z, p] = x[token at p], zeros up to `width`. With `not_finite`, numbers that are not finite become 0 and the bit
+// of their token is set there; with `bounds`, the head's largest number is kept there. A row a warp.
+template <class T>
+__global__ void __launch_bounds__(kThreads)
+    asa_arrange_kernel(const T* x, Strides strides, int heads, int per_image, Order order, int dim, int width, T* out,
+                       uint32_t* not_finite, uint32_t* bounds) {
+  const WarpRow at(order, heads, per_image);
+  const T* const from = x + at.z / heads * strides.b + at.z % heads * strides.h + max(at.token, 0) * strides.n;
+  bool finite = true;
+  float largest = 0;
+  each_number(width, [&](int, int d) {
+    T number = at.token >= 0 && d < dim ? from[d * strides.d] : from_float<T>(0);
+    if (not_finite != nullptr && !(fabsf(to_float(number)) < INFINITY)) finite = false, number = from_float<T>(0);
+    out[at.index * width + d] = number;
+    largest = fmaxf(largest, fabsf(to_float(number)));
+  });
+  if (bounds != nullptr) {
+    largest = max_over_warp(largest);
+    if (threadIdx.x % 32 == 0) note_largest(bounds + at.z, largest);
+  }
+  if (__any_sync(~0u, !finite) && threadIdx.x % 32 == 0) atomicOr(not_finite + at.index / 32, 1u << at.index % 32);
+}
+
+// arranged = do in order, delta_i = <do_i, out_i>, and the other fields of RowGradients. A row a warp.
+//
+// The output of a row without survivors is constant, so a gradient that reaches it, even NaN, goes to the row's
+// thresholds only: arranged is 0 and delta NaN then. A row whose output is NaN makes the gradients of its image and
+// head NaN.
+template <class T>
+__global__ void __launch_bounds__(kThreads, kPrograms)
+    asa_arrange_gradient_kernel(Problem<T> p, const T* d_out, Strides strides, Saved<T> saved, T* arranged,
+                                RowGradients row) {
+  const WarpRow at(p.rows, p.heads, p.per_image);
+  const int lane = threadIdx.x % 32;
+  if (at.token < 0) {
+    each_number(p.width_v, [&](int, int d) { arranged[at.index * p.width_v + d] = from_float<T>(0); });
+    if (lane != 0) return;
+    row.delta[at.index] = 0, row.share[at.index] = 1;
+    row.top[at.index] = row.grad_top[at.index] = row.kept2[at.index] = INFINITY;
+    return;
+  }
+  const int64_t saved_row = row_at(at.z, p.rows.n, at.token), base = int64_t(3 * at.z) * p.rows.n + at.token;
+  const T* const from = d_out + at.z / p.heads * strides.b + at.z % p.heads * strides.h + at.token * strides.n;
+  Vector gradient{}, out{}, residual{};
+  bool finite = true, nan_row = false;
+  each_number(p.dim_v, [&](int r, int d) {
+    gradient.x[r] = to_float(from[d * strides.d]);
+    finite = finite && fabsf(gradient.x[r]) < INFINITY;
+    out.x[r] = to_float(saved.out[saved_row * p.dim_v + d]);
+    nan_row = nan_row || out.x[r] != out.x[r];
+    if (saved.residual != nullptr) residual.x[r] = to_float(saved.residual[saved_row * p.dim_v + d]);
+  });
+  nan_row = __any_sync(~0u, nan_row);
+  const int survivors = saved.survivors[saved_row];
+  const bool ended = (survivors == 0 || nan_row) && __any_sync(~0u, !finite);
+  each_number(p.width_v, [&](int r, int d) {
+    const bool ends = (survivors == 0 || nan_row) && !(fabsf(gradient.x[r]) < INFINITY);
+    gradient.x[r] = ends ? 0 : gradient.x[r];
+    if (out.x[r] != out.x[r]) out.x[r] = 0;
+    if (residual.x[r] != residual.x[r]) residual.x[r] = 0;
+    arranged[at.index * p.width_v + d] = from_float<T>(gradient.x[r]);
+  });
+  const float delta = dot(gradient, out) + dot(gradient, residual);
+  float size = 0;
+  if (p.bounds != nullptr) {
+    for (const float x : gradient.x) size += fabsf(x);
+    size = sum_over_warp(size);
+  }
+  if (lane != 0) return;
+  if (p.bounds != nullptr && size < INFINITY) note_largest(p.bounds + p.n_heads + at.z, size);
+  const float largest = saved.base2[base + p.rows.n], total = saved.base2[base + 2 * int64_t(p.rows.n)];
+  const float top = top_of(largest);
+  row.delta[at.index] = ended ? NAN : delta;
+  row.top[at.index] = top;
+  row.grad_top[at.index] = survivors == 1 ? INFINITY : top;
+  row.share[at.index] = 1 / total;
+  row.kept2[at.index] = largest + log2f(total);
+  if (nan_row) atomicOr(row.not_finite_head + at.z, 1u);
+}
+
+}  // namespace
+
+void find_order(const bool* real, int images, int n, int height, int width, int padded, int32_t* order, int32_t* place,
+                int32_t* counts, cudaStream_t stream) {
+  launch("asa_order_kernel", &asa_order_kernel, dim3(images), kThreads, 2 * kWarps * sizeof(int), stream, real, n,
+         height, width, padded, order, place, counts);
+}
+
+template <class T>
+void arrange(const T* x, Strides strides, int n_heads, int heads, int per_image, const Order& order, int dim, int width,
+             T* out, uint32_t* not_finite, uint32_t* bounds, cudaStream_t stream) {
+  launch("asa_arrange_kernel", &asa_arrange_kernel<T>, row_programs(n_heads, order), kThreads, 0, stream, x, strides,
+         heads, per_image, order, dim, width, out, not_finite, bounds);
+}
+
+template <class T>
+void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides, const Saved<T>& saved, T* arranged,
+                      const RowGradients& row, cudaStream_t stream) {
+  launch("asa_arrange_gradient_kernel", &asa_arrange_gradient_kernel<T>, row_programs(problem.n_heads, problem.rows),
+         kThreads, 0, stream, problem, d_out, strides, saved, arranged, row);
+}
+
+#define INSTANTIATE(T)                                                                                           \
+  template void arrange(const T*, Strides, int, int, int, const Order&, int, int, T*, uint32_t*, uint32_t*,      \
+                        cudaStream_t);                                                                           \
+  template void arrange_gradient(const Problem<T>&, const T*, Strides, const Saved<T>&, T*, const RowGradients&, \
+                                 cudaStream_t);
+INSTANTIATE(Half)
+INSTANTIATE(BFloat16)
+INSTANTIATE(float)
+
+}  // namespace asa_ops::cuda

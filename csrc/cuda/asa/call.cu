@@ -1,0 +1,404 @@
+// asa_ops::asa_cuda_fwd, asa_cuda_bwd, asa_cuda_neighbors: checks, buffers, and the launches of a call in their order.
+
+#include "../../asa.h"
+#include "problem.h"
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#if defined(__CUDACC__)
+// Exists only in torch's builds with CUDA; weak, so that the library loads with the others too.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device, void** stream);
+#endif
+
+namespace asa_ops::cuda {
+namespace {
+
+cudaStream_t current_stream(const Tensor& x) {
+#if defined(__CUDACC__)
+  check(aoti_torch_get_current_cuda_stream != nullptr, "torch", "a build with CUDA");
+  void* stream = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return static_cast<cudaStream_t>(stream);
+#else
+  return nullptr;
+#endif
+}
+
+template <class U>
+constexpr ScalarType type_of() {
+  if constexpr (std::is_same_v<U, Half>) return ScalarType::Half;
+  if constexpr (std::is_same_v<U, BFloat16>) return ScalarType::BFloat16;
+  if constexpr (std::is_same_v<U, uint8_t>) return ScalarType::Byte;
+  if constexpr (std::is_same_v<U, int32_t> || std::is_same_v<U, uint32_t>) return ScalarType::Int;
+  return ScalarType::Float;
+}
+
+// Buffers on the device of a tensor. When it ends, work that comes later in the stream may use their memory.
+class Scratch {
+ public:
+  explicit Scratch(const Tensor& like) : like_(like) {}
+
+  template <class U>
+  U* get(int64_t count) {
+    kept_.push_back(torch::stable::new_empty(like_, {count}, type_of<U>()));
+    return data<U>(kept_.back());
+  }
+
+ private:
+  Tensor like_;
+  std::vector<Tensor> kept_;
+};
+
+int padded(int64_t n) { return static_cast<int>((n + kBlock - 1) / kBlock * kBlock); }
+
+int padded_width(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
+
+Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.dim() > 3 ? x.stride(3) : 0}; }
+
+Multiplier multiplier(const Optional& x) {
+  if (!x) return {};
+  return {data<const float>(*x), {x->stride(0), x->size(1) > 1 ? x->stride(1) : 0, x->stride(2), 0}};
+}
+
+// Whether two tensors are the same numbers in memory.
+bool is_same(const Tensor& x, const Tensor& y) {
+  for (int i = 0; i < 4; ++i)
+    if (x.size(i) != y.size(i) || x.stride(i) != y.stride(i)) return false;
+  return x.data_ptr() == y.data_ptr();
+}
+
+// How many parts to cut each program's work into, so that waves of programs fill the device; every part takes memory.
+int parts_of(int64_t programs, int limit) {
+  const double slots = 2.0 * processors();
+  int best = 1;
+  const auto time = [&](int parts) { return std::ceil(programs * parts / slots) / parts + 0.02 * parts; };
+  for (int parts = 2; parts <= limit; ++parts)
+    if (time(parts) < time(best)) best = parts;
+  return best;
+}
+
+constexpr int kMaxParts = 4;
+
+void check_all(const Arguments& x) {
+  x.check_all(ScalarType::Float);
+  const Tensor& query = x.query;
+  const SavedTensors& saved = x.saved;
+  const int64_t b = x.batch(), heads = x.heads(), n = x.n_q(), n_keys = x.n_k();
+  check(x.dim() <= 256 && x.dim_v() <= 256, "D", "at most 256");
+  check(n < 1 << 28 && n_keys < 1 << 28, "N", "below 2^28");  // eight rows of a map in an int
+  for (const auto& [multiplier, name] : {std::pair{&x.alpha, "alpha"}, {&x.beta, "beta"}}) {
+    if (!*multiplier) continue;
+    const Tensor& y = **multiplier;
+    check(y.dim() == 3 && (y.size(1) == 1 || y.size(1) == heads), name, "[B, heads or 1, N]");
+    check(y, name, query, ScalarType::Float, {b, y.size(1), n});
+  }
+  check_contiguous(saved.out, "out", query, x.type(), {b, heads, n, x.dim_v()});
+  const int64_t bytes = x.keeps_bits() ? padded(n) * kRowBytes : 0;
+  check_contiguous(saved.bits, "bits", query, ScalarType::Byte, {b, heads, padded(n_keys) / kBlock, bytes});
+  const bool more = saved.base2.dim() == 4 && saved.base2.size(3) > 0, halves = x.type() != ScalarType::Float;
+  check_contiguous(saved.base2, "base2", query, ScalarType::Float, {b, heads, 3, more ? n : 0});
+  check_contiguous(saved.residual, "residual", query, x.type(), {b, heads, n, more && halves ? x.dim_v() : 0});
+}
+
+template <class T>
+class Call {
+ public:
+  explicit Call(const Arguments& arguments)
+      : arguments_(arguments), scratch_(arguments.query), stream_(current_stream(arguments.query)) {
+    const Arguments& x = arguments;
+    const Options& options = x.options;
+    p_.heads = static_cast<int>(x.heads()), p_.n_heads = static_cast<int>(x.batch() * x.heads());
+    p_.dim = static_cast<int>(x.dim()), p_.dim_v = static_cast<int>(x.dim_v());
+    p_.width = padded_width(p_.dim), p_.width_v = padded_width(p_.dim_v);
+    p_.per_image = x.real ? 1 : 0;
+    p_.window = x.beta ? static_cast<int>(options.window) : 0;
+    p_.topk = options.topk < x.n_k() ? static_cast<int>(options.topk) : 0;
+    p_.has_bits = x.has_neighbours();
+    p_.mutual = options.reciprocal && p_.has_bits;
+    p_.few = p_.mutual && p_.topk > 0 && p_.topk <= kFew;
+    // Threshold gradients read A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
+    p_.one_way_bits = options.band > 0 && p_.mutual && x.alpha;
+    p_.scale = static_cast<float>(options.scale), p_.scale2 = static_cast<float>(options.scale * kLog2E);
+    p_.alpha = multiplier(x.alpha), p_.beta = multiplier(x.beta);
+    const bool map = x.is_map();
+    p_.grid_height = static_cast<int>(map ? options.height : 1);
+    p_.grid_width = static_cast<int>(map ? options.width : x.n_k());
+    p_.keys = order(x.key, x.real, p_.grid_height, p_.grid_width);
+    // One order for each image if keys have padding, as kernels expect.
+    p_.rows = x.n_q() == x.n_k() ? p_.keys
+                                 : order(x.query, std::nullopt, 1, static_cast<int>(x.n_q()), x.real ? x.batch() : 1);
+
+    const SavedTensors& tensors = x.saved;
+    const bool more = tensors.base2.numel() > 0;
+    saved_.out = data<T>(tensors.out), saved_.local = data<uint8_t>(tensors.local);
+    saved_.lse = data<float>(tensors.lse), saved_.lse_kept = data<float>(tensors.lse_kept);
+    saved_.survivors = data<int32_t>(tensors.survivors);
+    saved_.kappa2 = data<float>(tensors.kappa), saved_.log_mean2 = data<float>(tensors.log_mean);
+    saved_.residual = more && sizeof(T) == 2 ? data<T>(tensors.residual) : nullptr;
+    saved_.base2 = more ? data<float>(tensors.base2) : nullptr;
+    is_dense_ = !p_.has_bits && !x.beta;
+    if (tensors.bits.numel() > 0)
+      set_bits(data<char>(tensors.bits));
+    else if (p_.has_bits || is_dense_)
+      set_bits(reinterpret_cast<char*>(scratch_.template get<uint8_t>(p_.n_heads * head_bytes())));
+  }
+
+  void forward() {
+    arrange_tokens();
+    const int row_blocks = p_.rows.blocks(), key_blocks = p_.keys.blocks();
+    const int64_t rows = all_rows();
+    const int splits = parts_of(int64_t(p_.n_heads) * row_blocks, std::min(8, key_blocks));
+    Scratch scratch(arguments_.query);
+    auto* const largest = scratch.get<float>(splits * rows);
+    auto* const total = scratch.get<float>(splits * rows);
+    // This clears the peaks too: those of blocks without keys are never written.
+    if (p_.has_bits) clear_memory(p_.words, p_.n_heads * head_bytes(), stream_);
+    find_statistics(p_, splits, largest, total, stream_);
+    if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
+    // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i: in these tiles too.
+    const float band2 = p_.one_way_bits ? band() * static_cast<float>(kLog2E) : 0;
+    const Thresholds thresholds = new_thresholds(scratch);
+    find_thresholds(p_, splits, largest, total, saved_, band2, thresholds, stream_);
+    if (p_.has_bits) {
+      const uint8_t* const flags = thresholds.flags;
+      find_neighbours(p_, thresholds, list(scratch, flags, p_.mutual ? flags : nullptr, p_.mutual, true), stream_);
+    } else if (is_dense_) {
+      keep_everybody(p_, stream_);
+    }
+    if (p_.window > 0) find_local_survivors(p_, saved_, stream_);
+    Parts values;
+    Totals totals{};
+    if (has_tiles()) {
+      values = new_parts(scratch, true, p_.width_v);
+      const int64_t numbers = values.splits * rows;
+      totals = {scratch.get<float>(numbers), scratch.get<float>(numbers), scratch.get<int32_t>(numbers)};
+      const Lists lists = list_occupied(scratch, find_occupied_tiles(scratch), true);
+      sum_neighbours(Sum::kValues, p_, lists, {}, values, totals, stream_);
+    }
+    finish_output(p_, values, totals, saved_, stream_);
+  }
+
+  void backward(const Tensor& d_out, const Gradients& gradients) {
+    if (std::is_same_v<T, Half>) {
+      p_.bounds = scratch_.template get<uint32_t>(2 * p_.n_heads);
+      clear_memory(p_.bounds, 2 * p_.n_heads * sizeof(uint32_t), stream_);
+    }
+    arrange_tokens();
+    const RowGradients row = arrange_d_out(d_out);
+    if (is_dense_) keep_everybody(p_, stream_);
+    float *const dalpha = data<float>(gradients.dalpha), *const dbeta = data<float>(gradients.dbeta);
+    const bool learns_mutual = dalpha != nullptr && p_.mutual;
+    const uint8_t* const occupied = has_tiles() || learns_mutual ? find_occupied_tiles(scratch_) : nullptr;
+    {
+      Scratch scratch(arguments_.query);
+      Lists lists{};
+      if (has_tiles()) lists = list_occupied(scratch, occupied, true);
+      if constexpr (std::is_same_v<T, float>) {
+        Parts errors;
+        if (has_tiles()) sum_neighbours(Sum::kDelta, p_, lists, row, errors = new_parts(scratch, true, 1), {}, stream_);
+        correct_delta(p_, saved_, row, errors, stream_);
+      }
+      Parts sums_q, sums_t;
+      if (has_tiles())
+        sum_neighbours(Sum::kDq, p_, lists, row, sums_q = new_parts(scratch, true, p_.width), {}, stream_);
+      Thresholds thresholds{};
+      if (dalpha != nullptr) {
+        // Tiles with a score in the band around their rows' thresholds and, if mutual, a neighbour the other way.
+        thresholds = new_thresholds(scratch);
+        find_thresholds(p_, 0, nullptr, nullptr, saved_, band() * static_cast<float>(kLog2E), thresholds, stream_);
+        const Lists in_band = list(scratch, thresholds.flags, p_.mutual ? occupied : nullptr, false, true);
+        sum_thresholds(p_, thresholds, in_band, row, band(), sums_t = new_parts(scratch, true, 1), stream_);
+      }
+      finish_row_gradients(p_, saved_, row, thresholds, band(), sums_q, sums_t, data<T>(gradients.dq), dalpha, dbeta,
+                           stream_);
+    }
+    Scratch scratch(arguments_.query);
+    Parts sums_k, sums_v;
+    if (has_tiles()) {
+      const Lists lists = list_occupied(scratch, occupied, false);
+      sum_neighbours(Sum::kDk, p_, lists, row, sums_k = new_parts(scratch, false, p_.width), {}, stream_);
+      sum_neighbours(Sum::kDv, p_, lists, row, sums_v = new_parts(scratch, false, p_.width_v), {}, stream_);
+    }
+    finish_column_gradients(p_, saved_, row, sums_k, sums_v, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
+  }
+
+  void graph(const int64_t* row_offsets, int32_t* col_indices) {
+    if (is_dense_) keep_everybody(p_, stream_);
+    write_columns(p_, saved_, row_offsets, col_indices, stream_);
+  }
+
+ private:
+  Order order(const Tensor& x, const Optional& real, int height, int width, int64_t images = 1) {
+    if (real) images = real->size(0);
+    const int n = static_cast<int>(x.size(2)), room = padded(n);
+    auto* const order = scratch_.template get<int32_t>(images * room);
+    auto* const place = scratch_.template get<int32_t>(images * n);
+    auto* const counts = scratch_.template get<int32_t>(images);
+    find_order(data<const bool>(real), static_cast<int>(images), n, height, width, room, order, place, counts, stream_);
+    return {n, room, order, place, counts};
+  }
+
+  const T* tokens(const Tensor& x, const Order& order, int width, uint32_t* not_finite = nullptr,
+                  uint32_t* bounds = nullptr) {
+    T* const out = scratch_.template get<T>(int64_t(p_.n_heads) * order.padded * width);
+    arrange(data<const T>(x), strides_of(x), p_.n_heads, p_.heads, p_.per_image, order, static_cast<int>(x.size(3)),
+            width, out, not_finite, bounds, stream_);
+    return out;
+  }
+
+  void arrange_tokens() {
+    const int64_t words = int64_t(p_.n_heads) * p_.keys.padded / 32;
+    auto* const not_finite = scratch_.template get<uint32_t>(words);
+    clear_memory(not_finite, words * sizeof(uint32_t), stream_);
+    p_.symmetric = is_same(arguments_.query, arguments_.key);
+    p_.q = tokens(arguments_.query, p_.rows, p_.width);
+    p_.k = p_.symmetric ? p_.q : tokens(arguments_.key, p_.keys, p_.width);
+    p_.v = tokens(arguments_.value, p_.keys, p_.width_v, not_finite, p_.bounds);
+    p_.not_finite = not_finite;
+  }
+
+  // Arranges the gradient of the output; returns what the backward knows of rows.
+  RowGradients arrange_d_out(const Tensor& d_out) {
+    const int64_t rows = all_rows();
+    const auto numbers = [&] { return scratch_.template get<float>(rows); };
+    T* const arranged = scratch_.template get<T>(rows * p_.width_v);
+    const RowGradients row{numbers(), numbers(), numbers(),
+                           numbers(), numbers(), scratch_.template get<uint32_t>(p_.n_heads)};
+    clear_memory(row.not_finite_head, p_.n_heads * sizeof(uint32_t), stream_);
+    arrange_gradient(p_, data<const T>(d_out), strides_of(d_out), saved_, arranged, row, stream_);
+    p_.d_out = arranged;
+    return row;
+  }
+
+  // A head's bits are followed by its peaks.
+  size_t words_bytes() const { return size_t(p_.keys.padded) / 8 * p_.rows.padded; }
+  size_t head_bytes() const { return size_t(p_.keys.blocks()) * p_.rows.padded * kRowBytes; }
+
+  void set_bits(char* buffer) {
+    p_.words = reinterpret_cast<uint32_t*>(buffer), p_.words_stride = int64_t(head_bytes()) / 4;
+    p_.peaks = reinterpret_cast<Half*>(buffer + words_bytes()), p_.peaks_stride = int64_t(head_bytes()) / 2;
+  }
+
+  float band() const { return static_cast<float>(arguments_.options.band); }
+
+  int64_t all_rows() const { return int64_t(p_.n_heads) * p_.rows.padded; }
+
+  // Whether there are neighbours, and tiles sum them.
+  bool has_tiles() const { return p_.words != nullptr && !p_.few; }
+
+  int64_t tiles() const { return int64_t(p_.n_heads) * p_.rows.blocks() * p_.keys.blocks(); }
+
+  Thresholds new_thresholds(Scratch& scratch) const {
+    if (!p_.has_bits) return {};
+    const int64_t rows = all_rows();
+    return {scratch.get<float>(rows), scratch.get<float>(rows), p_.topk > 0 ? scratch.get<float>(rows) : nullptr,
+            scratch.get<uint8_t>(tiles())};
+  }
+
+  Parts new_parts(Scratch& scratch, bool of_rows, int width) const {
+    const Order& own = of_rows ? p_.rows : p_.keys;
+    const int splits = parts_of(int64_t(p_.n_heads) * own.blocks(), kMaxParts);
+    return {scratch.get<float>(int64_t(splits) * p_.n_heads * own.padded * width), splits};
+  }
+
+  Lists list(Scratch& scratch, const uint8_t* by_rows, const uint8_t* by_columns, bool upper, bool of_rows) const {
+    const int blocks = (of_rows ? p_.rows : p_.keys).blocks(), others = (of_rows ? p_.keys : p_.rows).blocks();
+    const Lists lists{scratch.get<int32_t>(int64_t(p_.n_heads) * blocks * others),
+                      scratch.get<int32_t>(int64_t(p_.n_heads) * blocks), others};
+    list_blocks(by_rows, by_columns, upper, p_.n_heads, blocks, lists, stream_);
+    return lists;
+  }
+
+  // A flag for every tile: whether it holds a neighbour.
+  const uint8_t* find_occupied_tiles(Scratch& scratch) const {
+    auto* const flags = scratch.get<uint8_t>(tiles());
+    find_occupied(p_, flags, stream_);
+    return flags;
+  }
+
+  // For every block of queries, or of keys, the blocks of the other side with neighbours.
+  Lists list_occupied(Scratch& scratch, const uint8_t* occupied, bool of_rows) const {
+    return list(scratch, of_rows || p_.mutual ? occupied : nullptr, !of_rows || p_.mutual ? occupied : nullptr, false,
+                of_rows);
+  }
+
+  const Arguments& arguments_;
+  Problem<T> p_{};
+  Saved<T> saved_{};
+  bool is_dense_ = false;  // neither alpha, beta nor topk: all keys are neighbours
+  Scratch scratch_;
+  cudaStream_t stream_;
+};
+
+// Calls run(T{}) for the numbers that x is made of, on its device.
+template <class Run>
+void for_type(const Tensor& x, Run run) {
+#if defined(__CUDACC__)
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+#endif
+  switch (x.scalar_type()) {
+    case ScalarType::Half: return run(Half{});
+    case ScalarType::BFloat16: return run(BFloat16{});
+    case ScalarType::Float: return run(0.0f);
+    default: check(false, "query", "float16, bfloat16 or float32");
+  }
+}
+
+void asa_cuda_fwd(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real,
+                  std::vector<double> options, std::vector<Tensor> saved) {
+  const Arguments x{query, key, value, alpha, beta, real, Options(options), SavedTensors::from(saved)};
+  check_all(x);
+  if (x.saved.lse.numel() == 0 || x.n_k() == 0) return;
+  for_type(query, [&](auto zero) { Call<decltype(zero)>(x).forward(); });
+}
+
+void asa_cuda_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real,
+                  std::vector<double> options, std::vector<Tensor> saved, Tensor dq, Tensor dk, Tensor dv,
+                  Optional dalpha, Optional dbeta) {
+  const Arguments x{query, key, value, alpha, beta, real, Options(options), SavedTensors::from(saved)};
+  const Gradients gradients{dq, dk, dv, dalpha, dbeta};
+  check_all(x);
+  check(d_out, "d_out", query, x.type(), {x.batch(), x.heads(), x.n_q(), x.dim_v()});
+  gradients.check_all(x, ScalarType::Float);
+  if (x.saved.lse.numel() == 0 || x.n_k() == 0) return;
+  x.check_bits_kept();
+  check(x.saved.base2.numel() > 0, "base2", "kept by the forward pass");
+  for_type(query, [&](auto zero) { Call<decltype(zero)>(x).backward(d_out, gradients); });
+}
+
+void asa_cuda_neighbors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real,
+                        std::vector<double> options, std::vector<Tensor> saved, Tensor row_offsets,
+                        Tensor col_indices) {
+  const Arguments x{query, key, value, alpha, beta, real, Options(options), SavedTensors::from(saved)};
+  check_all(x);
+  check_contiguous(row_offsets, "row_offsets", query, ScalarType::Long, {x.saved.lse.numel() + 1});
+  check_contiguous(col_indices, "col_indices", query, ScalarType::Int, {col_indices.numel()});
+  if (col_indices.numel() == 0) return;
+  x.check_bits_kept();
+  for_type(query, [&](auto zero) {
+    Call<decltype(zero)>(x).graph(data<const int64_t>(row_offsets), data<int32_t>(col_indices));
+  });
+}
+
+}  // namespace
+}  // namespace asa_ops::cuda
+
+#if defined(__CUDACC__)
+#define ASA_OPS_DEVICE CUDA
+#else
+#define ASA_OPS_DEVICE CPU
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(asa_ops, ASA_OPS_DEVICE, m) {
+  m.impl("asa_cuda_fwd", TORCH_BOX(&asa_ops::cuda::asa_cuda_fwd));
+  m.impl("asa_cuda_bwd", TORCH_BOX(&asa_ops::cuda::asa_cuda_bwd));
+  m.impl("asa_cuda_neighbors", TORCH_BOX(&asa_ops::cuda::asa_cuda_neighbors));
+}
