@@ -37,7 +37,7 @@ test-all: $(READY)  ## also what is slow
 
 kernels:  ## compile every Triton kernel without a GPU and hold it to its budget, with PYTHON's triton (default: .venv's)
 	@$(if $(filter file,$(origin PYTHON)),$(MAKE) --no-print-directory $(READY))
-	PYTHONPATH=. $(if $(filter file,$(origin PYTHON)),$(RUN),$(PYTHON)) bench/kernels.py $(ARGS)
+	$(if $(filter file,$(origin PYTHON)),$(RUN),$(PYTHON)) -m bench.triton.budget $(ARGS)
 
 sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize
@@ -50,24 +50,24 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 
 bench: $(READY)  ## what ASA costs beside dense attention and other peers, a page in build/bench, minutes; ARGS="--size 97x97"
 	@mkdir -p build/bench
-	$(RUN) bench/run.py --out build/bench/results.json $(ARGS)
-	$(RUN) bench/report.py build/bench/results.json --folder build/bench
+	$(RUN) -m bench.run --out build/bench/results.json $(ARGS)
+	$(RUN) -m bench.report build/bench/results.json --folder build/bench
 
 bench-page: $(READY)  ## the page of this machine in bench/results, scaling and the other blocks included, most of an hour
 	@mkdir -p build/bench
 	rm -f $(PAGE)
-	$(RUN) bench/scaling.py --add --out $(PAGE)
-	$(RUN) bench/run.py --add --out $(PAGE) --dim 64 256
-	$(RUN) bench/run.py --add --out $(PAGE) --size 97x97 --dim 64 256 --inputs photo labels near-dense \
+	$(RUN) -m bench.run --add --out $(PAGE) --sweep tokens survivors dim
+	$(RUN) -m bench.run --add --out $(PAGE) --dim 64 256
+	$(RUN) -m bench.run --add --out $(PAGE) --size 97x97 --dim 64 256 --inputs photo labels near-dense \
 		--peers "sdpa flash" eager --rounds 5
-	$(RUN) bench/run.py --add --out $(PAGE) --op $(BLOCKS) --dim 512 --rounds 5
-	$(RUN) bench/report.py $(PAGE)
+	$(RUN) -m bench.run --add --out $(PAGE) --op $(BLOCKS) --dim 512 --rounds 5
+	$(RUN) -m bench.report $(PAGE)
 
 bench-check: $(READY)  ## a minute: has a ratio to dense attention moved by more than its spread since the page was made?
-	$(RUN) bench/check.py $(ARGS)
+	$(RUN) -m bench.check $(ARGS)
 
 gpu:  ## on a CUDA machine, with its own Python: tests, checks and timings, in minutes; OUT=folder, KEEP=1 keeps the summary
-	$(PYTHON) bench/gpu.py --out $(OUT) $(if $(KEEP),--keep) $(ARGS)
+	$(PYTHON) -m bench.gpu --out $(OUT) $(if $(KEEP),--keep) $(ARGS)
 
 wheel: $(READY)  ## one wheel for CPU and GPU, every Python and torch that pyproject.toml allows, in dist, and its audit
 	rm -rf dist build/lib* build/wheel

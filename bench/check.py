@@ -1,7 +1,7 @@
 """Did something get slower? A short run against the ratios of a committed page; never absolute times.
 
     make bench-check                                          # a minute on two cores
-    python bench/check.py --against bench/results/some-machine.json
+    python -m bench.check --against bench/results/some-machine.json
 
 A case has moved where the quartiles of ours / peer and those on file are more than MARGIN apart, and are so again when
 it is measured once more. Exit status 1 if a case got slower on the kind of processor that the file is from; on another,
@@ -12,13 +12,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import measure
-import record
-import report
-import run
-from record import Case, Record, files
-from tqdm import tqdm
-from workloads import Spec
+from examples import files
+
+from . import measure, record, report, run
+from .record import Case, Record
 
 SUBSET = {"op": "asa", "size": "64x64", "dim": 64, "heads": 1, "batch": 1, "dtype": "float32", "sweep": ""}
 PEER = "sdpa flash"
@@ -29,20 +26,40 @@ MARGIN = 1.3
 
 def subset(results: Record) -> list[Case]:
     """Return the cases of a file that a check runs again: those of SUBSET with a time of ours and of PEER."""
-    return [
-        case
-        for case in results.cases
-        if all(getattr(case, name) == value for name, value in SUBSET.items())
-        and case.mode != "mem"
-        and case.ratio(report.ours(case), PEER)
-    ]
+    fits = (c for c in results.cases if all(getattr(c, name) == value for name, value in SUBSET.items()))
+    return [c for c in fits if c.mode != "mem" and c.ratio(c.ours[0], PEER)]
 
 
 def verdict(before: list[float], now: list[float]) -> str:
     """Compare quartiles of ratios: "slower", "faster", or "" where they are not further than MARGIN apart."""
-    if now[0] > MARGIN * before[2]:
-        return "slower"
-    return "faster" if MARGIN * now[2] < before[0] else ""
+    return "slower" if now[0] > MARGIN * before[2] else "faster" if MARGIN * now[2] < before[0] else ""
+
+
+def compare(case: Case, rounds: int) -> tuple[list[float] | None, str]:
+    """Measure a case anew, and once more if it has moved: it counts if it moves twice.
+
+    Returns:
+        The quartiles of the ratios, None if PEER failed; and a :func:`verdict`, or what PEER raised.
+    """
+    ours, first = case.ours[0], ""
+    for _ in range(2):
+        now = run.measured(case.spec, case.mode, "cpu", [ours.removeprefix("asa ")], [PEER], rounds)
+        if wrong := run.failed(now):
+            sys.exit("\n".join(wrong))
+        if (after := now.ratio(ours, PEER)) is None:
+            return None, f"{PEER}: {now.methods[PEER].error or now.methods[PEER].skipped}"
+        moved = verdict(case.ratio(ours, PEER), after)
+        if not moved or moved == first:
+            return after, moved
+        first = moved
+    return after, ""
+
+
+def on_file(folder: Path, device: str) -> Path | None:
+    """Return this machine's results, or those of another that have the cases of a check."""
+    own = folder / f"{record.slug(device)}.json"
+    found = [own, *sorted(folder.glob("*.json"))]
+    return next((path for path in found if path.exists() and subset(record.read(path))), None)
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -51,73 +68,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=run.positive, default=15)
     options = parser.parse_args(arguments)
     environment = measure.environment("cpu")
-    against = options.against or on_file(report.FOLDER, str(environment["device"]))
-    if against is None:
-        parser.error(f"no page in {report.FOLDER}: bench/report.py makes one")
     try:
+        against = options.against or on_file(report.FOLDER, str(environment["device"]))
+        if against is None:
+            parser.error(f"no page in {report.FOLDER}: bench.report makes one")
         known = record.read(against)
     except (OSError, ValueError) as error:
         parser.error(f"--against: {error}")
     cases = subset(known)
     if not cases:
         parser.error(f"--against: {against} has no case with {SUBSET} and a time of {PEER}")
-    differs = [
-        f"{name} {known.environment.get(name)} there, {environment.get(name)} here"
-        for name in ("device", "instruction set", "threads", "torch")
-        if known.environment.get(name) != environment.get(name)
-    ]
-    rows, slower = [], 0
-    with tqdm(cases, desc="cases", unit="case", file=sys.stdout) as bar:
-        for case in bar:
-            now, moved = compare(case, options.rounds, bar.set_postfix_str)
-            slower += moved == "slower"
-            told = [report.with_quartiles(x) for x in (case.ratio(report.ours(case), PEER), now)]
-            rows.append([case.label, *told, moved or "within the spread"])
-    print(f"\n{run.table(('case, ours / ' + PEER, 'on file', 'now', ''), rows)}\n")
+    names = ("device", "instruction set", "threads", "torch")
+    pairs = {name: (known.environment.get(name), environment.get(name)) for name in names}
+    differs = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
+    rows, verdicts = [], []
+    for case in run.progress(cases):
+        now, moved = compare(case, options.rounds)
+        verdicts.append(moved)
+        told = [report.with_quartiles(x) for x in (case.ratio(case.ours[0], PEER), now)]
+        rows.append([case.label, *told, moved or "within the spread"])
+    print(f"\n{report.table(('case, ours / ' + PEER, 'on file', 'now', ''), rows, even=True)}\n")
     print(f"on file: {against.name}, commit {known.environment.get('commit')}; now {environment['commit']}")
     if differs:
         print(f"not the same: {'; '.join(differs)}. Ratios may differ for that alone.")
-    sys.exit(int(slower > 0 and not differs))
-
-
-def compare(case: Case, rounds: int, tell) -> tuple[list[float] | None, str]:
-    """Measure a case anew, and once more if it has moved: it counts if it moves twice.
-
-    Returns:
-        The quartiles of the ratios, None if PEER failed; and a :func:`verdict`, or what PEER raised.
-    """
-    before, first = case.ratio(report.ours(case), PEER), ""
-    for _ in range(2):
-        now = again(case, rounds, tell)
-        if error := now.methods[report.ours(now)].error:
-            sys.exit(f"{now.label}: {error}")
-        if (after := now.ratio(report.ours(now), PEER)) is None:
-            return None, f"{PEER}: {now.methods[PEER].error or now.methods[PEER].skipped}"
-        moved = verdict(before, after)
-        if not moved or moved == first:
-            return after, moved
-        first = moved
-    return after, ""
-
-
-def again(case: Case, rounds: int, tell) -> Case:
-    """Measure a case anew."""
-    fields = (case.op, case.size, case.dim, case.heads, case.batch, case.dtype, case.inputs, case.alpha)
-    impl = report.ours(case).removeprefix("asa ")
-    return run.measured(Spec(*fields, "cpu"), case.mode, [impl], [PEER], rounds, tell)
-
-
-def on_file(folder: Path, device: str) -> Path | None:
-    """Return this machine's results, or those of another that have the cases of a check."""
-
-    def holds_cases(path: Path) -> bool:
-        try:
-            return bool(subset(record.read(path)))
-        except (OSError, ValueError):  # of another program
-            return False
-
-    own = folder / f"{record.slug(device)}.json"
-    return next((path for path in (own, *sorted(folder.glob("*.json"))) if path.exists() and holds_cases(path)), None)
+    sys.exit(int("slower" in verdicts and not differs))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The blocks in the style in which they were published, in eager PyTorch, with a block's own parameters.
 
-Each function maps (block, x) to the block's output; they are what bench/run.py compares with. Written from the
+Each function maps (block, x) to the block's output; they are what ``run`` compares with. Written from the
 formulas, with the intermediate tensors that published code forms.
 """
 

@@ -7,13 +7,17 @@ import math
 from collections.abc import Callable
 
 import numpy as np
-import skimage
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from asa_ops.core.layout import to_tokens
 from asa_ops.nn import AdaptiveSparseAttention
+
+try:
+    import skimage
+except ImportError:  # a GPU machine has torch, Triton and NumPy
+    skimage = None
 
 
 def make(
@@ -38,9 +42,21 @@ def thresholds(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def photograph(grid: tuple[int, int]) -> Tensor:
-    """Return a photograph [1, 3, H, W], colours in [0, 1]."""
+    """Return a photograph [1, 3, H, W], colours in [0, 1]; without scikit-image a synthetic picture."""
+    if skimage is None:
+        return F.interpolate(synthetic_picture(), grid, mode="bilinear", antialias=True)
     image = skimage.transform.resize(skimage.data.astronaut() / 255, grid, anti_aliasing=True)
     return torch.from_numpy(image).float().permute(2, 0, 1)[None]
+
+
+def synthetic_picture(side: int = 512) -> Tensor:
+    """Return a picture [1, 3, side, side] in [0, 1], from large soft shapes to texture, as in nature."""
+    generator = torch.Generator().manual_seed(0)
+    picture = torch.zeros(1, 3, side, side)
+    for cells in (4, 8, 16, 32, 64, 128):
+        layer = torch.randn(1, 3, cells, cells, generator=generator) / cells**0.7
+        picture += F.interpolate(layer, (side, side), mode="bicubic")
+    return (picture - picture.amin()) / (picture.amax() - picture.amin())
 
 
 def label_map(grid: tuple[int, int], regions: int, generator: torch.Generator) -> Tensor:

@@ -1,11 +1,20 @@
-"""Seconds and bytes of calls, the machine they ran on, and what it can do at most."""
+"""Seconds and bytes of calls, the machine they ran on, and what it can do at most.
 
+As a program, for ``bytes_in_fresh_process``, it prints the bytes that one call adds to the peak:
+
+    python -m bench.measure '{"op": "asa", "size": "64x64", ...}' '"cpu"' '"sdpa flash"' true
+"""
+
+import contextlib
 import ctypes
+import dataclasses
 import gc
 import importlib.metadata
+import itertools
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -15,36 +24,43 @@ from pathlib import Path
 
 import torch
 
+from asa_ops import asa_attention
+from asa_ops.core import extension
+
+from . import inputs, workloads
+from .workloads import Spec
+
 ROOT = Path(__file__).resolve().parents[1]
+WARM_UP = 2
 SLOW = 10  # times the fastest method: such a one is timed in few rounds
 SLOW_ROUNDS = 2
+REPLAYS = 5  # of a CUDA graph, back to back
 PEERS = ("xformers", "natten", "adasplash")
 
 
-def commit() -> str:
-    """Return the commit of this source tree, "unknown" where there is no git or no repository.
-
-    ASA_OPS_COMMIT names the commit where the tree is a copy without a repository.
-    """
-    if named := os.environ.get("ASA_OPS_COMMIT"):
-        return named
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, None where it is not there or fails."""
     try:
-        describe = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
-        return subprocess.run(describe, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
+
+
+def commit() -> str:
+    """Return the commit of this tree; ASA_OPS_COMMIT names it where the tree is a copy without a repository."""
+    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=12")
+    return os.environ.get("ASA_OPS_COMMIT") or found or "unknown"
 
 
 def processor() -> str:
     """Return the processor's name, with its family and model where Linux tells: names of virtual ones say little."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text()
     except OSError:
         return platform.processor()
-    info = dict(line.split(":", 1) for line in lines if ":" in line)
-    info = {key.strip(): value.strip() for key, value in info.items()}
-    name, *numbers = (info.get(key, "?") for key in ("model name", "cpu family", "model"))
-    return f"{name} (family {numbers[0]}, model {numbers[1]})"
+    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", lines, re.M))
+    name, family, model = (found.get(key, "?") for key in ("model name", "cpu family", "model"))
+    return f"{name} (family {family}, model {model})"
 
 
 def version(package: str) -> str | None:
@@ -58,75 +74,84 @@ def environment(device: str) -> dict[str, object]:
     """Return what results depend on; runs may be put into one file, with all commits, where all else agrees."""
     result: dict[str, object] = {"commit": commit()}
     if device == "cpu":
-        isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if _has_extension() else "none"
+        isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if not extension.WHY_MISSING else "none"
         result |= {"device": processor(), "instruction set": isa, "threads": torch.get_num_threads()}
     else:
         properties = torch.cuda.get_device_properties(0)
         result |= {"device": properties.name, "memory": f"{properties.total_memory / 2**30:.0f} GiB"}
-        result |= {"cuda": torch.version.cuda, "triton": version("triton")}
+        result["compute capability"] = f"{properties.major}.{properties.minor}"
+        result["multiprocessors"] = properties.multi_processor_count
+        query = ("--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
+        result |= {"driver": output_of("nvidia-smi", *query), "cuda": torch.version.cuda, "triton": version("triton")}
     result |= {"torch": torch.__version__, "python": platform.python_version()}
+    if not inputs.skimage:
+        result["photo"] = "a synthetic picture: scikit-image is not installed"
     return result | {name: found for name in PEERS if (found := version(name))}
 
 
-def _has_extension() -> bool:
-    from asa_ops.core import extension
-
-    return not extension.WHY_MISSING
-
-
-def synchronize(device: str) -> None:
-    if device != "cpu":
-        torch.accelerator.synchronize()
-
-
-def seconds_of(call: Callable, device: str) -> float:
-    """Return the seconds of a call, from an idle device until it is idle again."""
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
+def seconds_of(call: Callable, device: str, calls: int = 1) -> float:
+    """Return the seconds of a call, from an idle device until it is idle again; of several back to back, their mean."""
+    if device == "cpu":
+        start = time.perf_counter()
+        for _ in range(calls):
+            call()
+        return (time.perf_counter() - start) / calls
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / calls / 1e3
 
 
 def interleaved(
-    calls: dict[str, Callable], rounds: int, device: str, tell: Callable[[str], None] = lambda name: None
+    calls: dict[str, Callable], rounds: int, device: str, repeats: int = 1
 ) -> tuple[dict[str, list[float]], dict[str, str]]:
-    """Time every call once a round, one after the other, so that a slow moment of the machine meets all of them.
+    """Time every call, ``repeats`` times, once a round, so that a slow moment of the machine meets all of them.
 
-    Two rounds warm up, the first one for what compiles. A call that the second finds slower than SLOW times the fastest
-    is timed in SLOW_ROUNDS rounds only, enough for its ratio.
-
-    Args:
-        calls: by name.
-        rounds: that count.
-        device: "cpu" or "cuda".
-        tell: is told the name of a call before it is made.
+    Two more rounds warm up, the first one for what compiles. A call that the second finds slower than SLOW times the
+    fastest is timed in SLOW_ROUNDS rounds only, enough for its ratio.
 
     Returns:
         The seconds of every round and, by name, what the calls that failed raised; these have no seconds.
     """
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    errors: dict[str, str] = {}
-    warm: dict[str, float] = {}
-    for i in range(rounds + 2):
-        for name, call in calls.items():
-            if name in errors:
-                continue
-            if i >= SLOW_ROUNDS + 2 and warm[name] > SLOW * min(warm.values()):
-                continue
-            tell(name)
-            try:
-                taken = seconds_of(call, device)
-            except Exception as error:  # whatever a method raises is the finding
-                errors[name] = describe(error)
-                warm.pop(name, None)
-                times[name] = []
-                continue
-            if i < 2:
-                warm[name] = taken
-            else:
-                times[name].append(taken)
+    times, errors, warm = {name: [] for name in calls}, {}, {}
+    for i, (name, call) in itertools.product(range(WARM_UP + rounds), calls.items()):
+        if name in errors or (i >= WARM_UP + SLOW_ROUNDS and warm[name] > SLOW * min(warm.values())):
+            continue
+        try:
+            taken = seconds_of(call, device, repeats)
+        except Exception as error:  # whatever a method raises is the finding
+            errors[name], times[name] = describe(error), []
+            warm.pop(name, None)
+            continue
+        if i < WARM_UP:
+            warm[name] = taken
+        else:
+            times[name].append(taken)
     return times, errors
+
+
+def in_graphs(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]:
+    """Time replays of every call captured in a CUDA graph, without what launching costs; none of what has no graph."""
+    replays, stream = {}, torch.cuda.Stream()
+    for name, call in calls.items():
+        with contextlib.suppress(Exception):  # a peer that synchronises, for one, cannot be captured
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UP):
+                    call()
+            torch.cuda.current_stream().wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                call()
+            replays[name] = graph.replay
+    times, _ = interleaved(replays, rounds, "cuda", REPLAYS)
+    replays.clear()
+    torch.cuda.empty_cache()  # what the graphs held
+    return times
 
 
 def describe(error: BaseException) -> str:
@@ -160,26 +185,30 @@ def bytes_added(call: Callable, device: str) -> int:
     return max(resident("VmHWM") - before, 0)
 
 
-def bytes_in_fresh_process(*arguments: object) -> int:
-    """Return what ``bench/workloads.py`` prints for JSON arguments, the bytes of one call.
+def bytes_of(spec: Spec, device: str, name: str, backward: bool) -> int:
+    """Return the bytes that a call of a method adds to the peak.
 
-    Raises:
-        RuntimeError: the process failed; the message is the last line it printed.
+    A small call loads code before; what compiles for a shape, and takes more than the call, is called once as it is.
     """
-    command = [sys.executable, str(Path(__file__).with_name("workloads.py")), *(json.dumps(x) for x in arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ)
+    first, _, impl = name.partition(" ")
+    impls, peers = ([impl or "auto"], []) if first in ("asa", workloads.OURS) else (["auto"], [name])
+    if first != "flex":
+        small = dataclasses.replace(spec, size="x".join(str(min(side, 16)) for side in spec.grid))
+        workloads.build(small, device, impls, peers).call(name, backward)()
+    call = workloads.build(spec, device, impls, peers).call(name, backward)
+    if first == "flex":
+        call()
+    return bytes_added(call, device)
+
+
+def bytes_in_fresh_process(spec: Spec, device: str, name: str, backward: bool) -> int:
+    """Return what :func:`bytes_of` returns in a process of its own; if that fails, raise the last line it printed."""
+    arguments = (json.dumps(x) for x in (dataclasses.asdict(spec), device, name, backward))
+    command = [sys.executable, "-m", "bench.measure", *arguments]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError((result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1])
     return int(result.stdout.split()[-1])
-
-
-def free_bytes(device: str) -> int:
-    if device != "cpu":  # what torch keeps and does not use is free too
-        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    try:
-        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
-    except OSError:
-        return 2**62
 
 
 def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, float]:
@@ -193,9 +222,7 @@ def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, flo
     source = torch.empty(side * side * 16, device=device, dtype=torch.float32).normal_()
     target = torch.empty_like(source)
     calls = {"torch.mm": lambda: a @ b, "copy": lambda: target.copy_(source)}
-    if device == "cpu" and _has_extension():
-        from asa_ops import asa_attention
-
+    if device == "cpu" and not extension.WHY_MISSING:
         for dim in (256, 512):
             query, nobody = torch.randn(1, 1, side, dim, dtype=dtype), torch.full((1, 1, side), torch.inf)
             calls[f"pass 1, {dim}"] = lambda q=query, t=nobody: asa_attention(q, q.clone(), q, t, impl="cpu")
@@ -211,3 +238,8 @@ def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, flo
         more = middle["pass 1, 512"] - middle["pass 1, 256"]
         result["asa_ops product GFLOP/s"] = 2 * side**2 * 256 / more / 1e9
     return result
+
+
+if __name__ == "__main__":
+    spec, *arguments = (json.loads(x) for x in sys.argv[1:])
+    print(bytes_of(Spec(**spec), *arguments))

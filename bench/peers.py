@@ -1,14 +1,15 @@
 """What else computes attention: imported where it is installed, one function a peer.
 
-A peer takes query, key, value [B, heads, N, D] and returns [B, heads, N, D]. PEERS maps its name to why it cannot run
-here, None if it can, and to what makes it ready for a call. None of them computes adaptive sparse attention but "eager"
-and, given the survivors, "flex".
+A peer, made ready for a call, takes query, key, value [B, heads, N, D] and returns [B, heads, N, D]. None of them
+computes adaptive sparse attention but "eager" and, given the survivors, "flex".
 """
 
+import contextlib
+import functools
 import importlib
 import importlib.util
-from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -39,26 +40,19 @@ class Problem(NamedTuple):
 
 
 class Peer(NamedTuple):
-    why_not: Callable[[Problem], str | None]
     prepare: Callable[[Problem], Attention]
     about: str
     matrices: int = 0  # N x N float32 matrices that are alive together in a forward and backward call
+    package: str = "torch"  # that it is in
+    gpu: bool = False  # runs on a GPU only
     backward_on_cpu: bool = True
+    graph: bool = True  # timed in a CUDA graph too
 
-
-def _everywhere(problem: Problem) -> str | None:
-    return None
-
-
-def _gpu(problem: Problem) -> str | None:
-    return None if problem.device == "cuda" else "needs a CUDA device"
-
-
-def _installed(package: str, also: Callable[[Problem], str | None] = _everywhere):
-    def why_not(problem: Problem) -> str | None:
-        return also(problem) if importlib.util.find_spec(package) else "not installed"
-
-    return why_not
+    def why_not(self, problem: Problem) -> str | None:
+        """Return why it cannot run a call here, None if it can."""
+        if not importlib.util.find_spec(self.package):
+            return "not installed"
+        return "needs a CUDA device" if self.gpu and problem.device != "cuda" else None
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Problem], Attention]:
@@ -72,60 +66,56 @@ def _sdpa(backend: SDPBackend) -> Callable[[Problem], Attention]:
     return prepare
 
 
+@contextlib.contextmanager
+def _tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _eager(problem: Problem) -> Attention:
-    *_, alpha, beta = problem.tensors
+    """The published formula, scores in float32; of half precision on a GPU with TF32 allowed, which is faster."""
+    query, *_, alpha, beta = problem.tensors
+    precision = _tf32 if problem.device == "cuda" and query.dtype != torch.float32 else contextlib.nullcontext
 
     def attention(query, key, value):
-        return reference.asa_attention(query, key, value, alpha, beta, grid=problem.grid, published=True)
+        with precision():
+            return reference.asa_attention(query, key, value, alpha, beta, grid=problem.grid, published=True)
 
     return attention
 
 
-class _Flex:
-    """FlexAttention over survivors, which it is given as a dense mask, compiled once for a shape."""
+@functools.lru_cache(maxsize=1)  # a mask of N x N is enough
+def _compiled_flex(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor, Callable, Callable]:
+    """Return a dense mask, FlexAttention, and what makes a block mask of the dense one, compiled for a shape."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    _of_shape: ClassVar[dict[tuple, "_Flex"]] = {}
+    dense = torch.zeros(*shape, shape[-1], dtype=torch.bool, device=device)
+    create = torch.compile(create_block_mask, dynamic=False)
 
-    def __init__(self, shape: tuple[int, ...], device: torch.device):
-        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    def survives(b, h, i, j):  # one function for all masks: another would be compiled again
+        return dense[b, h, i, j]
 
-        self.dense = dense = torch.zeros(*shape, shape[-1], dtype=torch.bool, device=device)
-        self.attention = torch.compile(flex_attention, dynamic=False)
-        self.create = torch.compile(create_block_mask, dynamic=False)
-
-        def survives(b, h, i, j):
-            return dense[b, h, i, j]
-
-        self.survives = survives  # one function for all masks: another would be compiled again
-
-    @classmethod
-    def of(cls, problem: Problem) -> "_Flex":
-        """Return it with the survivors of a problem in its mask."""
-        query, key, _, alpha, beta = problem.tensors
-        shape = (*query.shape[:3],)
-        if (shape, query.device) not in cls._of_shape:
-            cls._of_shape.clear()  # a mask of N x N is enough
-            cls._of_shape[shape, query.device] = cls(shape, query.device)
-        flex = cls._of_shape[shape, query.device]
-        graph = reciprocal_neighbors(query, key, alpha, beta, grid=problem.grid)
-        rows = torch.arange(len(graph.row_offsets) - 1, device=query.device)
-        dense = flex.dense.zero_().flatten(0, 2)
-        dense[rows.repeat_interleave(graph.row_offsets.diff()), graph.col_indices.long()] = True
-        return flex
-
-    def block_mask(self):
-        return self.create(self.survives, *self.dense.shape, device=self.dense.device.type)
+    return (
+        dense,
+        torch.compile(flex_attention, dynamic=False),
+        lambda: create(survives, *dense.shape, device=device.type),
+    )
 
 
-def _flex(problem: Problem) -> Attention:
-    flex = _Flex.of(problem)
-    block_mask = flex.block_mask()
-    return lambda query, key, value: flex.attention(query, key, value, block_mask=block_mask)
-
-
-def _flex_and_mask(problem: Problem) -> Attention:
-    flex = _Flex.of(problem)
-    return lambda query, key, value: flex.attention(query, key, value, block_mask=flex.block_mask())
+def _flex(problem: Problem, mask_in_call: bool = False) -> Attention:
+    """FlexAttention over survivors."""
+    query, key, _, alpha, beta = problem.tensors
+    dense, attention, block_mask = _compiled_flex(tuple(query.shape[:3]), query.device)
+    graph = reciprocal_neighbors(query, key, alpha, beta, grid=problem.grid)
+    rows = torch.arange(len(graph.row_offsets) - 1, device=query.device).repeat_interleave(graph.row_offsets.diff())
+    dense.zero_().flatten(0, 2)[rows, graph.col_indices.long()] = True
+    if mask_in_call:
+        return lambda query, key, value: attention(query, key, value, block_mask=block_mask())
+    return functools.partial(attention, block_mask=block_mask())
 
 
 def _adasplash(problem: Problem) -> Attention:
@@ -156,25 +146,22 @@ def _natten(problem: Problem) -> Attention:
     return run
 
 
+_NATTEN = f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"
+_FLEX = "FlexAttention given our survivors in an N x N mask, neither counted"
+_FLEX_AND_MASK = "the same with its block mask built in the call"
 PEERS: dict[str, Peer] = {
-    "sdpa flash": Peer(_everywhere, _sdpa(SDPBackend.FLASH_ATTENTION), "dense, PyTorch"),
-    "sdpa cudnn": Peer(_gpu, _sdpa(SDPBackend.CUDNN_ATTENTION), "dense, PyTorch"),
-    "sdpa efficient": Peer(_gpu, _sdpa(SDPBackend.EFFICIENT_ATTENTION), "dense, PyTorch"),
-    "sdpa math": Peer(_everywhere, _sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
-    "eager": Peer(_everywhere, _eager, "the published formula in eager PyTorch", matrices=14),
-    "flex": Peer(
-        _everywhere,
-        _flex,
-        "FlexAttention given our survivors in an N x N mask, neither counted",
-        1,
-        backward_on_cpu=False,
-    ),
+    "sdpa flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "dense, PyTorch"),
+    "sdpa cudnn": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), "dense, PyTorch", gpu=True),
+    "sdpa efficient": Peer(_sdpa(SDPBackend.EFFICIENT_ATTENTION), "dense, PyTorch", gpu=True),
+    "sdpa math": Peer(_sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
+    "eager": Peer(_eager, "the published formula in eager PyTorch", matrices=14, graph=False),
+    "flex": Peer(_flex, _FLEX, 1, backward_on_cpu=False),
     "flex + mask": Peer(
-        _everywhere, _flex_and_mask, "the same with its block mask built in the call", 1, backward_on_cpu=False
+        functools.partial(_flex, mask_in_call=True), _FLEX_AND_MASK, 1, backward_on_cpu=False, graph=False
     ),
-    "adasplash": Peer(_installed("adasplash", _gpu), _adasplash, "entmax attention with a sparsity of its own"),
-    "xformers": Peer(_installed("xformers", _gpu), _xformers, "dense, memory-efficient attention"),
-    "natten": Peer(_installed("natten"), _natten, f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"),
+    "adasplash": Peer(_adasplash, "entmax attention with a sparsity of its own", package="adasplash", gpu=True),
+    "xformers": Peer(_xformers, "dense, memory-efficient attention", package="xformers", gpu=True),
+    "natten": Peer(_natten, _NATTEN, package="natten"),
 }
 DENSE = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "xformers")
 INDIFFERENT = (*DENSE, "sdpa math", "eager", "natten")  # cost the same on every input

@@ -1,22 +1,24 @@
-"""What the benchmarks write and read: one JSON file of an environment and cases. No torch.
+"""What the benchmarks write and read: one JSON file of an environment and cases.
 
-    {"environment": {name: value}, "ceilings": {name: value}, "cases": [case]}
+    {"environment": {name: value}, "ceilings": {name: value}, "cases": [case], ...}
 
-A case is one call of one op on one input; its methods are ours and the peers beside it (``Case``, ``Method``). Files
-are checked when they are read, and every error names the file and the field.
+A case is one call of one op on one input; its methods are ours and the peers beside it. The fields are those of Record,
+Case and Method. Files are checked when they are read, and every error names the file and the field.
 """
 
 import dataclasses
 import json
-import math
 import re
 import statistics
-import sys
+import types
+import typing
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "examples"))  # how files are written there and here
-import files
+from examples import files
+
+from .workloads import Spec
 
 MODES = ("fwd", "fwd+bwd", "mem")
 
@@ -33,99 +35,123 @@ def slug(name: str) -> str:
 
 @dataclass
 class Method:
-    """What one method did in a case: seconds of every round, or bytes; or why there are none.
+    """What one method did in a case: seconds of every round, or bytes; or why there are none."""
 
-    Attributes:
-        seconds: of every round, in the order of the rounds, which are those of the other methods too.
-        memory: bytes added to the peak, {"fwd": .., "fwd+bwd": ..}; in mode "mem" only.
-        flops: what FlopCounterMode counted in one call, by the formula that the operators are registered with.
-        error: what a call raised.
-        skipped: why it was not tried.
-    """
-
-    seconds: list[float] = field(default_factory=list)
-    memory: dict[str, int] = field(default_factory=dict)
-    flops: int | None = None
-    error: str | None = None
-    skipped: str | None = None
+    seconds: list[float] = field(default_factory=list)  # in the order of the rounds, those of the other methods too
+    memory: dict[str, int] = field(default_factory=dict)  # bytes added to the peak, by "fwd" and "fwd+bwd"
+    flops: int | None = None  # what FlopCounterMode counted, by the formulas that operators are registered with
+    error: str | None = None  # what a call raised
+    skipped: str | None = None  # why it was not tried
+    graph: list[float] = field(default_factory=list)  # as seconds, of replays in a CUDA graph
 
 
 @dataclass
-class Case:
-    """One call: op, input, mode, and what every method did.
+class Kernel:
+    """One of the Triton kernels of a call."""
 
-    Attributes:
-        op: "asa", "criss_cross_attention" or a block, "non_local", "non_local,mode=gaussian".
-        size: "HxW".
-        dim: head dim; channels of a block.
-        heads, batch: as they say.
-        dtype: "float32".
-        inputs: a name of ``bench/inputs.py``.
-        alpha: what thresholds were set to, None: the input's own.
-        mode: one of MODES.
-        sweep: what a row of ``bench/scaling.py`` varies, "" elsewhere.
-        sparsity: of "asa", what ``accounting.sparsity`` found.
-        ours: the methods that are this library's.
-        methods: by name.
-    """
+    seconds: float  # of its launches together
+    launches: int
+    flops: int | None = None
 
-    op: str
-    size: str
-    dim: int
-    heads: int
-    batch: int
-    dtype: str
-    inputs: str
-    alpha: float | None
-    mode: str
-    sweep: str
-    sparsity: dict[str, float]
-    ours: list[str]
+
+@dataclass(frozen=True)
+class Case(Spec):
+    """One call: op and input, mode, and what every method did."""
+
+    mode: str  # one of MODES
+    sweep: str  # "tokens", "survivors" or "dim" in a sweep, "" elsewhere
+    sparsity: dict[str, float]  # of "asa", what accounting.sparsity found
+    ours: list[str]  # the methods that are this library's
     methods: dict[str, Method]
+    kernels: dict[str, Kernel] = field(default_factory=dict)  # of ours in Triton on a GPU
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.mode not in MODES:
+            raise ValueError(f"mode: expected one of {', '.join(MODES)}, got {self.mode!r}")
+        if missing := set(self.ours) - set(self.methods):
+            raise ValueError(f"ours: {', '.join(sorted(missing))} not among the methods {', '.join(self.methods)}")
+
+    @property
+    def spec(self) -> Spec:
+        return Spec(*(getattr(self, each.name) for each in dataclasses.fields(Spec)))
 
     @property
     def key(self) -> tuple:
         """What tells cases of a file apart."""
-        named = self.op, self.size, self.dim, self.heads, self.batch, self.dtype, self.inputs
-        return *named, self.alpha, self.mode, self.sweep
+        return self.spec, self.mode, self.sweep
 
     @property
-    def grid(self) -> tuple[int, int]:
-        height, width = self.size.split("x")
-        return int(height), int(width)
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.grid)
+    def shape(self) -> str:
+        """The head dim, and heads and batch where there are more than one."""
+        heads = f" x {self.heads} heads" if self.heads > 1 else ""
+        return f"{self.dim}{heads}" + (f" x batch {self.batch}" if self.batch > 1 else "")
 
     @property
     def label(self) -> str:
         """The case in a few words."""
-        heads = f" x {self.heads} heads" if self.heads > 1 else ""
-        heads += f" x batch {self.batch}" if self.batch > 1 else ""
         alpha = "" if self.alpha is None else f" alpha={self.alpha:g}"
-        return f"{self.op} {self.inputs}{alpha} {self.size}, {self.dim}{heads}, {self.mode}"
+        return f"{self.op} {self.inputs}{alpha} {self.size}, {self.shape}, {self.mode}"
 
-    def median(self, method: str) -> float | None:
-        """Return a method's median of seconds, None where it has none."""
-        seconds = self.methods[method].seconds if method in self.methods else []
-        return statistics.median(seconds) if seconds else None
+    def times(self, method: str, how: str = "seconds") -> list[float]:
+        """Return the "seconds" of a method's rounds, as called, or those in a "graph"; none if it was not timed."""
+        return getattr(self.methods[method], how) if method in self.methods else []
 
-    def ratio(self, ours: str, peer: str) -> list[float] | None:
-        """Return the quartiles of the rounds' ratios, ours / peer; None where one of them was not timed."""
-        times = [self.methods[name].seconds for name in (ours, peer) if name in self.methods]
-        if len(times) < 2 or not all(times):
-            return None
-        return quartiles([a / b for a, b in zip(*times, strict=False)])  # slow methods have fewer rounds
+    def bytes(self, method: str, mode: str) -> int | None:
+        """Return what a method added to the peak, "fwd" or "fwd+bwd", None if it was not measured."""
+        return self.methods[method].memory.get(mode) if method in self.methods else None
+
+    def median(self, method: str, how: str = "seconds") -> float | None:
+        times = self.times(method, how)
+        return statistics.median(times) if times else None
+
+    def fastest(self, methods: Iterable[str], how: str = "seconds") -> str | None:
+        """Return which of some methods takes the least time, None if none was timed."""
+        times = {name: time for name in methods if (time := self.median(name, how))}
+        return min(times, key=times.get) if times else None
+
+    def ratio(self, method: str, other: str, how: str = "seconds") -> list[float] | None:
+        """Return the quartiles of the rounds' ratios, method / other; None where one of them was not timed."""
+        pairs = zip(self.times(method, how), self.times(other, how), strict=False)  # slow methods have fewer rounds
+        return quartiles([a / b for a, b in pairs]) or None
+
+
+@dataclass
+class Tally:
+    """How tests went."""
+
+    selected: int
+    passed: int
+    failed: int
+    error: int
+    skipped: int
+    failures: list[dict]
+    unfinished: list[str]  # the tests that never ended
+    skips: list[str]  # why tests were skipped
+    slowest: list[dict]
+
+
+@dataclass
+class Step:
+    """A step of the GPU suite."""
+
+    step: str
+    status: str  # "passed", "failed", "timed out" or "skipped"
+    seconds: float
+    note: str
 
 
 @dataclass
 class Record:
     """A file of results."""
 
-    environment: dict[str, object]
-    ceilings: dict[str, float]
-    cases: list[Case]
+    environment: dict[str, object]  # the machine, versions, the commit
+    ceilings: dict[str, float]  # what the machine does at most
+    cases: list[Case]  # in the order in which they were measured
+    notes: list[str] = field(default_factory=list)  # how it was measured, what is missing
+    first_call: dict[str, float] = field(default_factory=dict)  # seconds of the first calls in a fresh process
+    steps: list[Step] = field(default_factory=list)  # of the GPU suite
+    tests: dict[str, Tally] = field(default_factory=dict)  # by its step
 
     def add(self, case: Case) -> None:
         """Add a case; one of the same key gives way."""
@@ -149,51 +175,71 @@ def read(path: Path) -> Record:
         content = json.loads(files.read(path))
     except ValueError as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    fields = _checked(content, Record, str(path))
-    if not all(isinstance(x, int | float) for x in fields["ceilings"].values()):
-        raise ValueError(f"{path}: ceilings must be numbers, got {fields['ceilings']}")
-    return Record(**fields | {"cases": [_case(x, f"{path}: cases[{i}]") for i, x in enumerate(fields["cases"])]})
+    try:
+        return _load(Record, _of_first_suite(content) if "timings" in content else content, "")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
-def _case(content: object, where: str) -> Case:
-    fields = _checked(content, Case, where)
-    if fields["mode"] not in MODES:
-        raise ValueError(f"{where}.mode: expected one of {', '.join(MODES)}, got {fields['mode']!r}")
-    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", fields["size"]):
-        raise ValueError(f"{where}.size: expected HxW, got {fields['size']!r}")
-    methods = {}
-    for name, method in fields["methods"].items():
-        told = _checked(method, Method, f"{where}.methods[{name!r}]")
-        numbers = [*told["seconds"], *told["memory"].values()]
-        if not all(isinstance(x, int | float) and not isinstance(x, bool) and x >= 0 for x in numbers):
-            raise ValueError(f"{where}.methods[{name!r}]: seconds and bytes must be numbers >= 0, got {numbers}")
-        methods[name] = Method(**told)
-    if missing := set(fields["ours"]) - set(methods):
-        raise ValueError(f"{where}.ours: {', '.join(sorted(missing))} not among the methods {', '.join(methods)}")
-    return Case(**fields | {"methods": methods})
+def _load(form: object, content: object, where: str) -> object:
+    """Return a value of JSON as what an annotation says: dataclasses, containers, numbers that are not negative."""
+    of = typing.get_args(form)
+    if isinstance(form, types.UnionType):
+        return None if content is None and types.NoneType in of else _load(of[0], content, where)
+    outer = {float: (int, float)}.get(form) or typing.get_origin(form) or form
+    if dataclasses.is_dataclass(form):
+        return _load_fields(form, content, where)
+    if not isinstance(content, outer) or (isinstance(content, bool) and form is not object):
+        raise ValueError(f"{where}: expected {form if of else form.__name__}, got {content!r:.80}")
+    if form in (int, float) and not 0 <= content < float("inf"):
+        raise ValueError(f"{where}: expected a number >= 0, got {content}")
+    if outer is dict and of:
+        return {name: _load(of[1], x, f"{where}[{name!r}]") for name, x in content.items()}
+    return [_load(of[0], x, f"{where}[{i}]") for i, x in enumerate(content)] if outer is list else content
 
 
-def _checked(content: object, form: type, where: str) -> dict:
-    """Return the fields of ``content``, an object with the fields of a dataclass, with their JSON types."""
+def _load_fields(form: type, content: object, where: str) -> object:
     if not isinstance(content, dict):
-        raise ValueError(f"{where}: expected an object, got {type(content).__name__}")
-    expected = {each.name: each for each in dataclasses.fields(form)}
-    if set(content) != set(expected):
-        missing, unknown = sorted(set(expected) - set(content)), sorted(set(content) - set(expected))
-        raise ValueError(f"{where}: missing fields {missing}, unknown fields {unknown}")
-    for name, each in expected.items():
-        allowed = _json_types(each.type)
-        value = content[name]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in allowed):
-            raise ValueError(f"{where}.{name}: expected {each.type}, got {value!r:.80}")
-    return content
+        raise ValueError(f"{where or 'all of it'}: expected an object, got {content!r:.80}")
+    hints = typing.get_type_hints(form)
+    needed = {x.name for x in dataclasses.fields(form) if x.default is x.default_factory is dataclasses.MISSING}
+    missing, unknown = sorted(needed - set(content)), sorted(set(content) - set(hints))
+    if missing or unknown:
+        raise ValueError(f"{where or 'all of it'}: missing fields {missing}, unknown fields {unknown}")
+    dot = where and f"{where}."
+    fields = {name: _load(hints[name], x, f"{dot}{name}") for name, x in content.items()}
+    try:
+        return form(**fields)
+    except ValueError as error:
+        raise ValueError(f"{dot}{error}") from error
 
 
-def _json_types(annotation: object) -> tuple[type, ...]:
-    """Return what JSON gives for an annotation: float also an int, a container its outermost type."""
-    parts = getattr(annotation, "__args__", ()) if "|" in str(annotation) and "[" not in str(annotation) else ()
-    types = []
-    for part in parts or (annotation,):
-        part = getattr(part, "__origin__", part)
-        types += [int, float] if part is float else [part]
-    return tuple(types)
+def _of_first_suite(content: dict) -> dict:
+    """Return in this form what the GPU suite wrote at first, bench/results/nvidia-h200-summary.json."""
+
+    def method(told: dict) -> dict:
+        calls, replays = ([x / 1e3 for x in told.get(name, [])] for name in ("call_ms", "graph_ms"))
+        return {"seconds": calls, "graph": replays, "error": told.get("error")}
+
+    cases = []
+    for case in content["timings"]["cases"]:
+        n, kind = case["N"], case["inputs"]
+        methods = {"asa triton" if name == "asa" else name: method(x) for name, x in case["methods"].items()}
+        active = {"active": case["active"]} if "active" in case else {}
+        cases.append(
+            {"op": "asa", "size": "x".join(map(str, case["grid"])), "dim": case["D"], "heads": 1, "batch": 1}
+            | {"dtype": "bfloat16", "inputs": kind, "alpha": 1.0 if kind == "iid" else None, "mode": case["mode"]}
+            | {"sweep": "", "ours": [name for name in methods if name.startswith("asa ")], "methods": methods}
+            | {"sparsity": {"survivors": case["survivors"] * n, "density": case["survivors"]} | active}
+            | {"kernels": {name: {"seconds": x.pop("ms") / 1e3} | x for name, x in case["kernels"].items()}}
+        )
+    new_names = {"gpu": "device", "gpu memory": "memory", "gemm_tflops": "torch.mm GFLOP/s", "copy_tbs": "copy GB/s"}
+    return {
+        "environment": {new_names.get(name, name): x for name, x in content["environment"].items()},
+        "ceilings": {new_names[name]: 1e3 * x for name, x in content["timings"]["ceilings"].items()},
+        "cases": cases,
+        "notes": content["timings"]["notes"],
+        "first_call": content["timings"]["first_call"],
+        "steps": content["steps"],
+        "tests": {step: content[step] for step in ("tests", "configs")},
+    }

@@ -1,61 +1,46 @@
 """One page of what was measured: tables, and plots beside it.
 
-    python bench/report.py results.json                       # bench/results/<machine>.md, .json and pictures
-    python bench/report.py results.json --folder build/bench
+    python -m bench.report results.json                       # bench/results/<machine>.md, .json and pictures
+    python -m bench.report results.json --folder build/bench
 
-The file is what ``bench/run.py`` and ``bench/scaling.py`` wrote, with --add into one. Nothing is measured here.
+The file is what ``bench.run`` wrote, with --add into one. Nothing is measured here. Tables are written by a function of
+eight lines: a GPU machine, which makes pages too, need not have a library for them.
 """
 
 import argparse
 import collections
-import dataclasses
 import itertools
 import math
-import statistics
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
+from string import Template
 
-import accounting
-import matplotlib
-import record
-from peers import DENSE, PEERS
-from record import Case, Record, files
+import numpy as np
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
+from examples import files
+
+from . import accounting, record
+from .peers import DENSE, PEERS
+from .record import MODES, Case, Record
 
 FOLDER = Path(__file__).with_name("results")
+PAGE = Path(__file__).with_name("page.md")
 SWEEPS = {"tokens": "tokens", "survivors": "survivors a row", "dim": "head dim D"}
 LAUNCHES = (
     " From an idle device to an idle device: what launching kernels costs the host is in all of them, and most of what "
     "small calls take. `make gpu` also times replays of CUDA graphs, without it: the page named -summary."
 )
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
-
-
-# Numbers.
-
-
-def ours(case: Case) -> str:
-    """Return the name of our method, the first where several were measured."""
-    return case.ours[0]
-
-
-def dense(case: Case) -> str | None:
-    """Return the fastest dense method that was timed, None if none was."""
-    times = {name: case.median(name) for name in DENSE if case.median(name)}
-    return min(times, key=times.get) if times else None
+Curves = dict[str, list[tuple[float, float]]]  # by method, (what a sweep varies, value)
 
 
 def fit(xs: list[float], ys: list[float]) -> tuple[float, float]:
     """Return the exponent e of y ~ x^e by least squares of the logarithms, and its standard error."""
-    xs, ys = [math.log(x) for x in xs], [math.log(y) for y in ys]
-    slope, intercept = statistics.linear_regression(xs, ys)
     if len(xs) < 3:
-        return slope, math.nan
-    left = sum((y - slope * x - intercept) ** 2 for x, y in zip(xs, ys, strict=True))
-    spread = sum((x - statistics.fmean(xs)) ** 2 for x in xs)
-    return slope, math.sqrt(left / (len(xs) - 2) / spread)
+        return np.polyfit(np.log(xs), np.log(ys), 1)[0], math.nan
+    (slope, _), covariance = np.polyfit(np.log(xs), np.log(ys), 1, cov=True)
+    return slope, math.sqrt(covariance[0, 0])
 
 
 def of(cases: Iterable[Case], sweep: str, mode: str) -> list[Case]:
@@ -68,30 +53,32 @@ def position(case: Case) -> float:
     return {"tokens": case.tokens, "dim": case.dim}.get(case.sweep, case.sparsity.get("survivors", 0))
 
 
-def curves(cases: list[Case], value: Callable[[Case, str], float | None]) -> dict[str, list[tuple[float, float]]]:
+def curves(cases: list[Case], value: Callable[[Case, str], float | None]) -> Curves:
     """Return by method the points (what is varied, value)."""
-    found: dict[str, list[tuple[float, float]]] = {}
+    found: Curves = {}
     for case in cases:
         for name in case.methods:
-            if (y := value(case, name)) is not None:
+            if y := value(case, name):
                 found.setdefault(name, []).append((position(case), y))
     return found
 
 
-def _seconds(case: Case, name: str) -> float | None:
-    return case.median(name)
+def ratio_to_dense(case: Case) -> list[float] | None:
+    """Return the quartiles of the rounds' ratios, ours to the fastest dense method."""
+    peer = case.fastest(DENSE)
+    return case.ratio(case.ours[0], peer) if peer else None
 
 
-def _bytes(mode: str) -> Callable[[Case, str], float | None]:
-    return lambda case, name: case.methods[name].memory.get(mode) or None
+def _ratios(cases: list[Case]) -> list[tuple[float, float]]:
+    return [(position(c), r[1]) for c in cases if (r := ratio_to_dense(c))]
 
 
 def exponents(cases: list[Case]) -> str:
     """Return the table of exponents, fitted to the upper half of the sweeps over tokens and head dims."""
     lines = []
     for sweep in ("tokens", "dim"):
-        sources = [(f"seconds, {mode}", of(cases, sweep, mode), _seconds) for mode in record.MODES[:2]]
-        sources += [(f"bytes, {mode}", of(cases, sweep, "mem"), _bytes(mode)) for mode in record.MODES[:2]]
+        sources = [(f"seconds, {mode}", of(cases, sweep, mode), Case.median) for mode in MODES[:2]]
+        sources += [(f"bytes, {mode}", of(cases, sweep, "mem"), partial(Case.bytes, mode=mode)) for mode in MODES[:2]]
         for label, chosen, value in sources:
             for name, points in curves(chosen, value).items():
                 upper = points[len(points) // 2 :]
@@ -99,7 +86,7 @@ def exponents(cases: list[Case]) -> str:
                     slope, error = fit(*map(list, zip(*upper, strict=True)))
                     told = f"{slope:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
                     lines.append([SWEEPS[sweep], label, name, told, f"{upper[0][0]:g} to {upper[-1][0]:g}"])
-    return table(["cost against", "of", "method", "exponent", "fitted from"], lines) if lines else ""
+    return table(["cost against", "of", "method", "exponent", "fitted from"], lines)
 
 
 def crossing(points: list[tuple[float, float]]) -> list[tuple[float, str]]:
@@ -116,56 +103,28 @@ def crossing(points: list[tuple[float, float]]) -> list[tuple[float, str]]:
 def crossings(cases: list[Case]) -> str:
     """Say for every sweep where ours overtakes the fastest dense method."""
     lines = []
-    for sweep, label in SWEEPS.items():
-        for mode in record.MODES[:2]:
-            points = [(position(c), r[1]) for c in of(cases, sweep, mode) if (r := ratio_to_dense(c))]
-            if not points:
-                continue
-            ratios = [y for _, y in points]
-            told = f"{label}, {mode}: {min(ratios):.2f} to {max(ratios):.2f} of dense"
-            where = [f"ASA {verdict} {place:.0f}" for place, verdict in crossing(points)]
-            if not where:
-                where = [f"{'below' if max(ratios) < 1 else 'above'} it from {points[0][0]:.0f} to {points[-1][0]:.0f}"]
-            lines.append(f"- {told}; {', '.join(where)}.")
+    for (sweep, label), mode in itertools.product(SWEEPS.items(), MODES[:2]):
+        points = _ratios(of(cases, sweep, mode))
+        if not points:
+            continue
+        ratios = [y for _, y in points]
+        told = f"{label}, {mode}: {min(ratios):.2f} to {max(ratios):.2f} of dense"
+        where = [f"ASA {verdict} {place:.0f}" for place, verdict in crossing(points)]
+        if not where:
+            where = [f"{'below' if max(ratios) < 1 else 'above'} it from {points[0][0]:.0f} to {points[-1][0]:.0f}"]
+        lines.append(f"- {told}; {', '.join(where)}.")
     return "\n".join(lines)
 
 
-def ratio_to_dense(case: Case) -> list[float] | None:
-    """Return the quartiles of the rounds' ratios to the fastest dense method."""
-    peer = dense(case)
-    return case.ratio(ours(case), peer) if peer else None
-
-
-@dataclasses.dataclass
-class Roof:
-    """One call against the ceilings of the machine: what it computes, how fast, and what the floor would be."""
-
-    units: float
-    rate: float  # GFLOP/s
-    floor: float  # seconds: operations at the best rate of products, or bytes at that of copies, whichever is longer
-    seconds: float
-
-
-def roof(case: Case, name: str, ceilings: dict[str, float]) -> Roof | None:
-    """Return it for one method that was timed; None of methods whose operations are not known."""
-    seconds, operations = case.median(name), accounting.operations_of(case, name)
-    products = [value for key, value in ceilings.items() if key.endswith("GFLOP/s")]
-    if not seconds or operations is None or not products:
-        return None
-    heads = case.heads * case.batch
-    moved = accounting.traffic(case.tokens, case.dim, heads, ITEMSIZE[case.dtype], case.mode == "fwd+bwd")
-    floor = max(operations / max(products), moved / ceilings["copy GB/s"]) / 1e9
-    one = accounting.operations(1, case.tokens, case.dim, heads)
-    return Roof(operations / one, operations / seconds / 1e9, floor, seconds)
-
-
-# The page.
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[object]]) -> str:
-    lines = [list(header)]
-    lines += [["---"] * len(lines[0]), *([str(cell).replace("|", "/") for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def table(header: Iterable[str], rows: Iterable[Iterable[object]], even: bool = False) -> str:
+    """Return a Markdown table, with columns ``even`` to be read as text; "" if there are no rows."""
+    rows = [[str(cell).replace("|", "/") for cell in row] for row in rows]
+    if not rows:
+        return ""
+    lines = [list(header), *rows]
+    widths = [max(3, *map(len, column)) if even else 0 for column in zip(*lines, strict=True)]
+    lines.insert(1, ["-" * max(3, width) for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def with_quartiles(values: list[float] | None) -> str:
@@ -173,105 +132,132 @@ def with_quartiles(values: list[float] | None) -> str:
     return f"{values[1]:.2f} ({values[0]:.2f}-{values[2]:.2f})" if values else "-"
 
 
+def number(value: float | None, factor: float = 1e3, digits: int = 1, missing: str = "-") -> str:
+    """Return a number times a factor, seconds in milliseconds, or ``missing`` if it was not measured."""
+    return missing if value is None else f"{factor * value:.{digits}f}"
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{100 * value:.{digits}f} %"
+
+
 def _inputs(case: Case) -> str:
     return case.inputs if case.alpha is None else f"{case.inputs}, alpha {case.alpha:g}"
 
 
-def _shape(case: Case) -> str:
-    """Return the head dim, and heads and batch where there are more than one."""
-    heads = f" x {case.heads} heads" if case.heads > 1 else ""
-    return f"{case.dim}{heads}" + (f" x batch {case.batch}" if case.batch > 1 else "")
+def _name(case: Case) -> list[str]:
+    """Return the first cells of a row."""
+    return [_inputs(case), case.size, case.shape]
 
 
-def inputs_table(cases: list[Case]) -> str:
-    seen = {(_inputs(c), c.size, _shape(c)): c.sparsity for c in cases if c.sparsity}
-    rows = [
-        [*key, f"{x['survivors']:.0f}", *(f"{100 * x[name]:.1f} %" for name in ("density", "active", "candidates"))]
-        for key, x in seen.items()
-    ]
-    header = ["inputs", "map", "D", "survivors a row", "of all pairs", "active tiles", "candidates"]
-    return table(header, rows) if rows else ""
-
-
-def times_table(cases: list[Case]) -> str:
-    """Return ours in milliseconds, and ours over every peer."""
-    timed = [c for c in cases if c.mode != "mem"]
-    peers = [name for name in PEERS if any(c.median(name) for c in timed)]
+def inputs_table(cases: list[Case], even: bool = False) -> str:
+    seen: dict[tuple, dict[str, float]] = {}
+    for c in cases:
+        if c.sparsity:
+            seen.setdefault(tuple(_name(c)), {}).update(c.sparsity)
     rows = []
-    for c, name in ((case, name) for case in timed for name in case.ours):
-        middle = c.median(name)
-        cells = [with_quartiles(c.ratio(name, peer)) for peer in peers]
+    for key, x in seen.items():
+        fractions = (percent(x.get(name)) for name in ("density", "active", "candidates"))
+        rows.append([*key, f"{x['survivors']:.0f}", *fractions])
+    return table(["inputs", "map", "D", "survivors a row", "of all pairs", "active tiles", "candidates"], rows, even)
+
+
+def methods_table(cases: list[Case]) -> str:
+    """Return a row for every method of every case: what a run prints."""
+    rows, before = [], None
+    for c, name in [(x, name) for x in cases for name, method in x.methods.items() if not method.skipped]:
+        middle, operations = c.median(name), accounting.operations_of(c, name)
+        cells = [number(middle), number(c.median(name, "graph"), digits=3)]
+        cells.append("-" if name in c.ours else with_quartiles(c.ratio(c.ours[0], name)))
+        cells += [number(c.bytes(name, mode), 1e-6) for mode in MODES[:2]]
+        cells.append(f"{operations / middle / 1e9:.0f}" if middle and operations else "-")
+        rows.append([c.label if c.label != before else "", name, *cells, c.methods[name].error or ""])
+        before = c.label
+    header = ["case", "method", "ms", "in a graph", "ours / it (quartiles)", "MB", "MB with backward", "GFLOP/s", ""]
+    return table(header, rows, even=True)
+
+
+def times_table(cases: list[Case], how: str = "seconds") -> str:
+    """Return ours in milliseconds, and ours over every peer; as called, or in a CUDA "graph"."""
+    timed = [c for c in cases if c.mode != "mem" and (how == "seconds" or any(c.times(m, how) for m in c.methods))]
+    peers = [name for name in PEERS if any(c.times(name, how) for c in timed)]
+    digits = 3 if any(c.times(name, "graph") for c in timed for name in c.ours) else 1
+    rows = []
+    for c, name in [(x, name) for x in timed for name in x.ours]:
         mode = c.mode if len(c.ours) == 1 else f"{c.mode}, {name.removeprefix('asa ')}"
-        rows.append([_inputs(c), c.size, _shape(c), mode, f"{1e3 * middle:.1f}" if middle else "failed", *cells])
-    return table(["inputs", "map", "D", "mode", "ASA, ms", *peers], rows) if rows else ""
+        cells = [with_quartiles(c.ratio(name, peer, how)) for peer in peers]
+        rows.append([*_name(c), mode, number(c.median(name, how), 1e3, digits, "failed"), *cells])
+    return table(["inputs", "map", "D", "mode", "ASA, ms", *peers], rows)
 
 
 def bytes_table(cases: list[Case]) -> str:
     measured = [c for c in cases if c.mode == "mem"]
     names = list(dict.fromkeys(name for c in measured for name, m in c.methods.items() if m.memory))
     rows = []
-    for c in measured:
-        for mode in record.MODES[:2]:
-            used = [c.methods[name].memory.get(mode) if name in c.methods else None for name in names]
-            cells = ["-" if x is None else f"{x / 1e6:.1f}" for x in used]
-            rows.append([_inputs(c), c.size, _shape(c), mode, *cells])
-    return table(["inputs", "map", "D", "mode", *names], rows) if rows else ""
+    for c, mode in itertools.product(measured, MODES[:2]):
+        rows.append([*_name(c), mode, *(number(c.bytes(name, mode), 1e-6) for name in names)])
+    return table(["inputs", "map", "D", "mode", *names], rows)
 
 
 def roof_table(cases: list[Case], ceilings: dict[str, float]) -> str:
+    """Return ours and the fastest dense method against what the machine can do at most.
+
+    The floor: operations at the best rate of products, or bytes at that of copies, whichever takes longer.
+    """
     rows = []
-    for c in cases:
-        for name in (*c.ours, dense(c)):
-            found = roof(c, name, ceilings) if name else None
-            if found:
-                cells = f"{found.units:.2f}", f"{found.rate:.0f}", f"{1e3 * found.floor:.1f}"
-                rows.append(
-                    [_inputs(c), c.size, _shape(c), c.mode, name, *cells, f"{100 * found.floor / found.seconds:.0f} %"]
-                )
+    products = max((value for key, value in ceilings.items() if key.endswith("GFLOP/s")), default=0)
+    for c, name in [(x, name) for x in cases for name in (*x.ours, x.fastest(DENSE)) if name]:
+        seconds, operations = c.median(name), accounting.operations_of(c, name)
+        if not seconds or operations is None or not products:
+            continue
+        heads = c.heads * c.batch
+        moved = accounting.traffic(c.tokens, c.dim, heads, ITEMSIZE[c.dtype], c.mode == "fwd+bwd")
+        floor = max(operations / products, moved / ceilings["copy GB/s"]) / 1e9
+        units = operations / accounting.operations(1, c.tokens, c.dim, heads)
+        cells = f"{units:.2f}", f"{operations / seconds / 1e9:.0f}", number(floor), percent(floor / seconds, 0)
+        rows.append([*_name(c), c.mode, name, *cells])
     header = ["inputs", "map", "D", "mode", "method", "units", "GFLOP/s", "floor, ms", "floor / time"]
-    return table(header, rows) if rows else ""
+    return table(header, rows)
 
 
-def _same_block(a: Case, b: Case) -> bool:
-    return all(getattr(a, name) == getattr(b, name) for name in ("op", "size", "dim", "batch"))
+def kernels_table(cases: list[Case]) -> str:
+    rows = []
+    for c, name, kernel in [(x, *item) for x in cases for item in x.kernels.items()]:
+        rate = kernel.flops and kernel.flops / kernel.seconds
+        rows.append([*_name(c), c.mode, name, kernel.launches, number(kernel.seconds, 1e6), number(rate, 1e-12, 0)])
+    return table(["inputs", "map", "D", "mode", "kernel", "launches", "microseconds", "TFLOP/s"], rows)
 
 
 def blocks_table(cases: list[Case]) -> str:
     rows = []
-    for c in cases:
-        if c.mode == "mem":
-            continue
-        name, middle, eager = ours(c), c.median(ours(c)), c.median("eager")
-        memory = next((x for x in cases if x.mode == "mem" and _same_block(x, c)), None)
-        used = [
-            memory.methods[m].memory.get(c.mode) if memory and m in memory.methods else None for m in (name, "eager")
-        ]
+    memory = {(c.op, c.size, c.dim, c.batch): c for c in reversed(cases) if c.mode == "mem"}
+    for c in (c for c in cases if c.mode != "mem"):
+        name, measured = c.ours[0], memory.get((c.op, c.size, c.dim, c.batch), c)
+        times = number(c.median(name), missing="failed"), number(c.median("eager"))
+        used = [measured.bytes(method, c.mode) for method in (name, "eager")]
+        ratio = f"{used[0] / used[1]:.2f}" if used[0] is not None and used[1] else "-"
+        told = (number(x, 1e-6) for x in used)
         rows.append(
             [
                 c.op.replace(",", ", "),
-                f"{c.size}x{_shape(c)}",
+                f"{c.size}x{c.shape}",
                 c.mode,
-                f"{1e3 * middle:.1f}" if middle else "failed",
-                f"{1e3 * eager:.1f}" if eager else "-",
+                *times,
                 with_quartiles(c.ratio(name, "eager")),
-                *("-" if x is None else f"{x / 1e6:.1f}" for x in used),
-                f"{used[0] / used[1]:.2f}" if used[0] is not None and used[1] else "-",
+                *told,
+                ratio,
             ]
         )
-    header = ["block", "map", "mode", "ms", "eager ms", "ours / eager", "MB", "eager MB", "ours / eager"]
-    return table(header, rows) if rows else ""
+    return table(["block", "map", "mode", "ms", "eager ms", "ours / eager", "MB", "eager MB", "ours / eager"], rows)
 
 
 def absent(cases: list[Case]) -> str:
     """Say which methods were skipped or failed, and why."""
-    told = {}
-    for c in cases:
-        for name, method in c.methods.items():
-            if method.error:
-                told[f"- {name} failed: {method.error}"] = None
-            elif method.skipped:
-                told[f"- {name} was skipped: {method.skipped}"] = None
-    return "\n".join(told)
+    told = []
+    for name, method in (item for c in cases for item in c.methods.items()):
+        told += [f"- {name} failed: {method.error}"] if method.error else []
+        told += [f"- {name} was skipped: {method.skipped}"] if method.skipped else []
+    return "\n".join(dict.fromkeys(told))
 
 
 def headline(cases: list[Case]) -> str:
@@ -294,118 +280,76 @@ def headline(cases: list[Case]) -> str:
     return f"{told}. It is slower in {lost.total()} of them: {where}."
 
 
-def plot(path: Path, panels: list[tuple[str, str, str, dict[str, list[tuple[float, float]]]]]) -> bool:
-    """Draw panels (title, x label, y label, curves) side by side on logarithmic axes; return whether there are any."""
-    panels = [panel for panel in panels if any(len(points) > 1 for points in panel[3].values())]
-    if not panels:
-        return False
-    figure, axes = plt.subplots(1, len(panels), figsize=(5 * len(panels), 4), layout="constrained", squeeze=False)
-    for axis, (title, x_label, y_label, found) in zip(axes[0], panels, strict=True):
-        for name, points in found.items():
-            axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
-        axis.set(title=title, xlabel=x_label, ylabel=y_label, xscale="log", yscale="log")
-        if "/ dense" in y_label:
-            axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
-        axis.grid(which="both", alpha=0.25)
-        axis.legend(fontsize=8)
-    files.save(figure, path, dpi=100)
-    plt.close(figure)
-    return True
+def joined(*parts: str) -> str:
+    """Return the parts that are not empty, as paragraphs."""
+    return "\n\n".join(filter(None, parts))
 
 
-def plots(results: Record, folder: Path, stem: str) -> list[str]:
-    """Draw every sweep; return the names of the files."""
-    written = []
-
-    def ratios(chosen: list[Case]) -> list[tuple[float, float]]:
-        return [(position(c), r[1]) for c in chosen if (r := ratio_to_dense(c))]
-
-    for sweep, label in SWEEPS.items():
-        panels = [
-            (f"time, {mode}", label, "seconds", curves(of(results.cases, sweep, mode), _seconds))
-            for mode in record.MODES[:2]
-        ]
-        panels.append(
-            (
-                "time against dense",
-                label,
-                "ASA / dense",
-                {mode: ratios(of(results.cases, sweep, mode)) for mode in record.MODES[:2]},
-            )
-        )
-        memory = of(results.cases, sweep, "mem")
-        panels += [
-            (f"memory, {mode}", label, "bytes added", curves(memory, _bytes(mode)))
-            for mode in record.MODES[1:2]
-            if memory
-        ]
-        name = f"{stem}-{sweep}.png"
-        if plot(folder / name, panels):
-            written.append(name)
-    return written
-
-
-def render(results: Record, pictures: list[str]) -> str:
-    """Return the page as Markdown."""
+def sections(results: Record, pictures: Iterable[str] = ()) -> str:
+    """Return the sections of bench/page.md that have something to show of a file of results."""
     asa = [c for c in results.cases if c.op == "asa"]
     single = [c for c in asa if not c.sweep]
-    lines = [f"# asa_ops on {results.environment.get('device')}", f"**{headline(asa)}**"]
+    ran = [name for name in PEERS if any(c.median(name) for c in results.cases)]
+    values = {
+        "inputs": inputs_table(single),
+        "times": times_table(single),
+        "launches": LAUNCHES if "cuda" in results.environment else "",
+        "graphs": times_table(single, "graph"),
+        "kernels": kernels_table(single),
+        "bytes": bytes_table(single),
+        "scaling": joined(*(f"![{name}]({name})" for name in pictures), crossings(asa), exponents(asa)),
+        "ceilings": ", ".join(f"{name} {value:.0f}" for name, value in results.ceilings.items()),
+        "roofline": roof_table([c for c in asa if c.mode != "mem"], results.ceilings),
+        "blocks": blocks_table([c for c in results.cases if c.op != "asa"]),
+        "peers": joined(absent(results.cases), "\n".join(f"- {name}: {PEERS[name].about}" for name in ran)),
+    }
+    parts = [part.strip() for part in files.read(PAGE).split("## ")[1:]]
+    return joined(*(Template(f"## {part}").substitute(values) for part in parts if values[part.split("$")[-1]]))
+
+
+def render(results: Record, pictures: Iterable[str] = ()) -> str:
+    """Return the page as Markdown."""
+    asa = [c for c in results.cases if c.op == "asa"]
     facts = results.environment | {
         "dtype": ", ".join(sorted({c.dtype for c in results.cases})),
         "ASA": ", ".join(sorted({name.removeprefix("asa ") for c in asa for name in c.ours})),
     }
-    lines.append("\n".join(f"- {name}: {value}" for name, value in facts.items() if value))
-    sections = {
-        "Inputs": (
-            inputs_table(single),
-            "Fractions of all pairs: survivors; those in tiles of 64 x 64, in the order of 8 x 8 pixels, with a "
-            "survivor; candidates, those of a column and 64 rows one of which it keeps (`bench/inputs.py`).",
-        ),
-        "Time": (
-            times_table(single),
-            "ASA's time over that of each peer: medians of the ratios of interleaved rounds, with quartiles; of two "
-            "rounds where a method takes more than ten times as long as the fastest. fwd runs without autograd, "
-            "fwd+bwd returns the gradients of query, key and value."
-            + (LAUNCHES if "cuda" in results.environment else ""),
-        ),
-        "Memory": (bytes_table(single), "Megabytes that one call adds to the peak, inputs not included."),
-        "Scaling": (
-            "\n\n".join(filter(None, [*(f"![{name}]({name})" for name in pictures), crossings(asa), exponents(asa)])),
-            "tokens: label maps, D = 64. survivors: independent normal inputs, 64 x 64, one threshold for all, D = 64. "
-            "head dim: label maps, 64 x 64. From 20,000 tokens on, one round.",
-        ),
-        "Roofline": (
-            roof_table([c for c in asa if c.mode != "mem"], results.ceilings),
-            "A unit is a product of all queries with all keys, 2 N^2 D operations; units are what an implementation "
-            "computes by its plan (`asa_ops/asa/__init__.py`), of dense attention 2 and 7. The floor is that many "
-            "operations at the best rate of products measured here, or each input and output moved once at the rate of "
-            "a copy, whichever is longer: "
-            + ", ".join(f"{name} {value:.0f}" for name, value in results.ceilings.items())
-            + ".",
-        ),
-        "Other blocks": (
-            blocks_table([c for c in results.cases if c.op != "asa"]),
-            "Each beside the same block in its published style (`bench/eager.py`), in training mode; map is HxWxC.",
-        ),
-        "Peers": (
-            "\n\n".join(filter(None, [absent(results.cases), _peers(results.cases)])),
-            "",
-        ),
-    }
-    for title, (text, note) in sections.items():
-        if text:
-            lines += [f"## {title}", *filter(None, [note, text])]
-    return "\n\n".join(lines) + "\n"
+    told = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    title = f"# asa_ops on {results.environment.get('device')}"
+    return joined(title, f"**{headline(asa)}**", told, sections(results, pictures)) + "\n"
 
 
-def _peers(cases: list[Case]) -> str:
-    ran = [name for name in PEERS if any(c.median(name) for c in cases)]
-    return "\n".join(f"- {name}: {PEERS[name].about}" for name in ran)
+def plots(results: Record, folder: Path, stem: str) -> list[str]:
+    """Draw every sweep, panels side by side on logarithmic axes; return the names of the files."""
+    from matplotlib.figure import Figure  # a GPU machine may lack it, and measures without
+
+    written = []
+    for sweep, label in SWEEPS.items():
+        cases = {mode: of(results.cases, sweep, mode) for mode in MODES}
+        panels = [(f"time, {mode}", "seconds", curves(cases[mode], Case.median)) for mode in MODES[:2]]
+        panels.append(("time against dense", "ASA / dense", {mode: _ratios(cases[mode]) for mode in MODES[:2]}))
+        panels.append(("memory, fwd+bwd", "bytes added", curves(cases["mem"], partial(Case.bytes, mode="fwd+bwd"))))
+        panels = [panel for panel in panels if any(len(points) > 1 for points in panel[2].values())]
+        if not panels:
+            continue
+        figure = Figure(figsize=(5 * len(panels), 4), layout="constrained")
+        axes = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axis, (title, y_label, found) in zip(axes, panels, strict=True):
+            for name, points in found.items():
+                axis.plot(*zip(*points, strict=True), "o-", label=name, markersize=4)
+            axis.set(title=title, xlabel=label, ylabel=y_label, xscale="log", yscale="log")
+            if y_label == "ASA / dense":
+                axis.axhline(1, color="black", linewidth=0.8, linestyle=":")
+            axis.grid(which="both", alpha=0.25)
+            axis.legend(fontsize=8)
+        written.append(f"{stem}-{sweep}.png")
+        files.save(figure, folder / written[-1], dpi=100)
+    return written
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what bench/run.py --out wrote")
+    parser.add_argument("results", type=Path, help="what bench.run --out wrote")
     parser.add_argument("--folder", type=Path, default=FOLDER, help="where the page goes (bench/results)")
     options = parser.parse_args(arguments)
     try:

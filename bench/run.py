@@ -1,18 +1,25 @@
 """asa_attention, or another block, beside what else could be used: seconds, bytes, operations; one interleaved run.
 
-    python bench/run.py                                     # a few minutes on two cores
-    python bench/run.py --size 97x97 --dim 64 256 --inputs photo labels --mode fwd fwd+bwd --out results.json
-    python bench/run.py --op non_local,mode=gaussian criss_cross --size 64x64 --dim 512
-    python bench/run.py --device cuda --dtype bfloat16 --size 128x128 --dim 256
+    python -m bench.run                                     # a few minutes on two cores
+    python -m bench.run --size 97x97 --dim 64 256 --inputs photo labels --mode fwd fwd+bwd --out results.json
+    python -m bench.run --op non_local,mode=gaussian criss_cross --size 64x64 --dim 512
+    python -m bench.run --device cuda --dtype bfloat16 --size 128x128 --dim 256
+    python -m bench.run --sweep tokens survivors dim        # how cost grows; half an hour
 
 Every combination of what is given is a case. In modes "fwd" and "fwd+bwd" every round times every method once, one
 after the other, so that a slow moment of the machine meets all of them: what counts are the medians of the rounds'
-ratios. Methods more than ten times slower than the fastest take part in two rounds. Forward runs without autograd. In
-mode "mem" the figures are the bytes that a call adds to the peak, forward and with the backward: of a fresh process on
-a CPU, of torch's allocator on a GPU.
+ratios. Methods more than ten times slower than the fastest take part in two rounds. Forward runs without autograd. On
+a GPU every method is timed in a CUDA graph too, and ASA's Triton kernels one by one. In mode "mem" the figures are the
+bytes that a call adds to the peak: of a fresh process on a CPU, of torch's allocator on a GPU. GFLOP/s are of the
+operations that a method computes: what of all pairs ASA and dense attention visit, else what FlopCounterMode counts.
 
-GFLOP/s are of the operations that a method computes, where that is known: what of all pairs it visits
-(``accounting.units``) for ASA and dense attention, else what FlopCounterMode counts.
+Sweeps, each with everything else fixed, and after them the exponents of cost ~ tokens^e and cost ~ D^e:
+
+    tokens      label maps, D = 64, sizes (--size) to 256x256 (65,536 tokens): the fraction of survivors stays about the
+                same; from 20,000 tokens on, one round
+    survivors   independent normal inputs at 64x64 and one threshold for all, from 0 (everybody survives) up; there is
+                no structure to find, every tile of pairs has survivors until few are left
+    dim         label maps at 64x64, D = 16 to 512
 
 Peers that are not installed are skipped, with a line that says so; of a method that fails the table says what it
 raised. The exit status is 1 if one of ours failed. Each result is written as soon as it is there.
@@ -24,99 +31,106 @@ import dataclasses
 import functools
 import itertools
 import math
-import re
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import accounting
-import measure
-import record
 import torch
-import workloads
-from inputs import INPUTS
-from peers import INDIFFERENT, PEERS
-from record import MODES, Case, Method, Record, files
-from tqdm import tqdm
-from workloads import Spec
 
 from asa_ops.core import dispatch
+from examples import files
+
+from . import accounting, measure, record, report, workloads
+from .inputs import INPUTS
+from .peers import INDIFFERENT, PEERS
+from .record import MODES, Case, Kernel, Method, Record
+from .triton import launches
+from .workloads import Spec
+
+try:
+    from tqdm import tqdm
+
+    progress = functools.partial(tqdm, desc="cases", unit="case", file=sys.stdout)
+except ImportError:  # a GPU machine has torch, Triton and NumPy
+    progress = iter
 
 NO_BACKWARD = "has no backward on a CPU"
+SIZES = ["32x32", "48x48", "64x64", "96x96", "128x128", "192x192", "256x256"]
+ALPHAS = [0.0, 0.1, 0.25, 0.4, 0.5, 0.65, 0.8, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0]
+DIMS = [16, 32, 64, 128, 256, 512]
+LARGE = 20000  # tokens from which one round of a sweep is timed in place of --rounds; such calls take seconds
 
 
 def measured(
-    spec: Spec, mode: str, impls: list[str], peers: list[str], rounds: int, tell=lambda name: None, sweep: str = ""
+    spec: Spec, mode: str, device: str, impls: list[str], peers: list[str], rounds: int, sweep: str = ""
 ) -> Case:
-    """Measure one case.
-
-    Args:
-        spec: op and input.
-        mode: one of ``record.MODES``.
-        impls: implementations of "asa".
-        peers: what to compare with.
-        rounds: to time; more come before to warm up.
-        tell: is told what is being measured.
-        sweep: see ``record.Case``.
-    """
-    tell("inputs")
-    workload = workloads.build(spec, impls, peers)
+    """Measure one case of ``record``: implementations of ours and peers in rounds, after some that warm up."""
+    workload = workloads.build(spec, device, impls, peers)
     methods = {name: Method() for name in workload.prepare}
     methods |= {name: Method(skipped=reason) for name, reason in workload.skipped.items()}
+    kernels, sparsity = {}, {}
     if mode == "mem":
-        _measure_bytes(spec, workload, methods, tell)
+        _measure_bytes(spec, device, workload, methods)
     else:
-        _measure_seconds(spec, workload, methods, mode == "fwd+bwd", rounds, tell)
-    sparsity = {}
-    if workload.tensors:
-        tell("survivors")
-        try:
+        _measure_seconds(device, workload, methods, mode == "fwd+bwd", rounds)
+    with _told(methods[workload.ours[0]]):  # what is measured of ours alone
+        if device == "cuda" and mode != "mem" and methods.get("asa triton", Method()).seconds:
+            kernels = _kernels(workload.call("asa triton", mode == "fwd+bwd"), spec.tokens)
+        if workload.tensors:
             sparsity = accounting.sparsity(workload.tensors, spec.grid)._asdict()
-        except Exception as error:  # ours, whose survivors are counted
-            methods[workload.ours[0]].error = methods[workload.ours[0]].error or measure.describe(error)
-    fields = {name: value for name, value in dataclasses.asdict(spec).items() if name != "device"}
-    return Case(**fields, mode=mode, sweep=sweep, sparsity=sparsity, ours=workload.ours, methods=methods)
+    return Case(*dataclasses.astuple(spec), mode, sweep, sparsity, workload.ours, methods, kernels)
 
 
-def _measure_seconds(spec, workload, methods, backward, rounds, tell) -> None:
+@contextlib.contextmanager
+def _told(method: Method) -> Iterator[None]:
+    """Let a method tell what was raised, unless it has told before: that is the finding."""
+    try:
+        yield
+    except Exception as error:
+        method.error = method.error or measure.describe(error)
+
+
+def _measure_seconds(device, workload, methods, backward, rounds) -> None:
     calls = {}
     for name in workload.prepare:
-        tell(name)
-        if backward and not _has_backward(name, spec.device):
+        if backward and not _has_backward(name, device):
             methods[name].skipped = NO_BACKWARD
             continue
-        try:
+        with _told(methods[name]):
             calls[name] = workload.call(name, backward)
-        except Exception as error:  # whatever a method raises is the finding
-            methods[name].error = measure.describe(error)
-            continue
-        # A compiled function is no operator that is counted. Where else counting fails, timing tells why.
-        if not name.startswith("flex"):
-            with contextlib.suppress(Exception):
-                methods[name].flops = accounting.registered_flops(calls[name]) or None
-    seconds, errors = measure.interleaved(calls, rounds, spec.device, tell)
+            # A compiled function is no operator that is counted. Where else counting fails, timing tells why.
+            if not name.startswith("flex"):
+                with contextlib.suppress(Exception):
+                    methods[name].flops = accounting.registered_flops(calls[name]) or None
+    seconds, errors = measure.interleaved(calls, rounds, device)
     for name in calls:
         methods[name].seconds, methods[name].error = seconds[name], errors.get(name)
+    if device == "cuda":
+        ran = {name: x for name, x in calls.items() if seconds[name] and (name not in PEERS or PEERS[name].graph)}
+        for name, times in measure.in_graphs(ran, rounds).items():
+            methods[name].graph = times
 
 
-def _measure_bytes(spec, workload, methods, tell) -> None:
+def _kernels(call: Callable, tokens: int) -> dict[str, Kernel]:
+    flops = launches.operations(call, tokens)
+    return {name: Kernel(*told, flops.get(name)) for name, told in launches.kernel_seconds(call).items()}
+
+
+def _measure_bytes(spec, device, workload, methods) -> None:
     workload.leaves, workload.parameters = [], []  # a process of its own makes them again
-    for name, mode in itertools.product(workload.prepare, ("fwd", "fwd+bwd")):
-        tell(f"{name}, bytes")
-        if mode == "fwd+bwd" and not _has_backward(name, spec.device):
+    for name, mode in itertools.product(workload.prepare, MODES[:2]):
+        if mode == "fwd+bwd" and not _has_backward(name, device):
             continue
         # What dense attention takes does not depend on the input: it is measured once.
         same = dataclasses.replace(spec, inputs="iid", alpha=None) if name in INDIFFERENT else spec
-        try:
-            methods[name].memory[mode] = _bytes(same, name, mode == "fwd+bwd")
-        except Exception as error:
-            methods[name].error = measure.describe(error)
+        with _told(methods[name]):
+            methods[name].memory[mode] = _bytes(same, device, name, mode == "fwd+bwd")
 
 
 @functools.cache
-def _bytes(spec: Spec, name: str, backward: bool) -> int:
-    if spec.device == "cpu":
-        return measure.bytes_in_fresh_process(dataclasses.asdict(spec), name, backward)
-    return workloads.bytes_of(spec, name, backward)
+def _bytes(spec: Spec, device: str, name: str, backward: bool) -> int:
+    count = measure.bytes_in_fresh_process if device == "cpu" else measure.bytes_of
+    return count(spec, device, name, backward)
 
 
 def _has_backward(name: str, device: str) -> bool:
@@ -128,79 +142,12 @@ def failed(case: Case) -> list[str]:
     return [f"{case.label}: {name}: {case.methods[name].error}" for name in case.ours if case.methods[name].error]
 
 
-# The table.
-
-FRACTIONS = ("density", "active", "candidates")
-TITLE = ("case", "survivors", "method", "ms", "ours / it (quartiles)", "MB", "MB with backward", "GFLOP/s", "")
-
-
-def rows(case: Case) -> list[list[str]]:
-    """Return the lines of the table for one case, ours first; what was skipped has none."""
-    ours = case.ours[0]
-    lines = []
-    for name, method in case.methods.items():
-        middle, ratio = case.median(name), case.ratio(ours, name)
-        operations = accounting.operations_of(case, name) or method.flops
-        if method.skipped:
-            continue
-        lines.append(
-            [
-                case.label,
-                f"{100 * case.sparsity['density']:.1f} %" if case.sparsity else "-",
-                name,
-                f"{1e3 * middle:.1f}" if middle else "-",
-                f"{ratio[1]:.2f} ({ratio[0]:.2f}-{ratio[2]:.2f})" if ratio and name not in case.ours else "-",
-                *(f"{method.memory[mode] / 1e6:.1f}" if mode in method.memory else "-" for mode in MODES[:2]),
-                f"{operations / middle / 1e9:.0f}" if middle and operations else "-",
-                method.error or "",
-            ]
-        )
-    return lines
-
-
-def skips(cases: list[Case]) -> str:
-    """Return a line for every method that was not tried, and why."""
-    found = {(name, m.skipped): None for case in cases for name, m in case.methods.items() if m.skipped}
-    return "\n".join(f"skipped {name}: {reason}" for name, reason in found)
-
-
-def table(header: tuple[str, ...], lines: list[list[str]]) -> str:
-    """Return a Markdown table with even columns."""
-    cells = [list(header), *lines]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(header))]
-    told = [" | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) for line in cells]
-    told.insert(1, " | ".join("-" * max(width, 3) for width in widths))
-    return "\n".join(f"| {line} |" for line in told)
-
-
-def summary(cases: list[Case]) -> str:
-    """Return every row, without repeating the case, and what the input looks like."""
-    lines, before = [], None
-    for line in itertools.chain.from_iterable(map(rows, cases)):
-        lines.append(["", "", *line[2:]] if line[0] == before else line)
-        before = line[0]
-    text = table(TITLE, lines)
-    seen = {}
-    for case in cases:
-        if case.sparsity:
-            alpha = "" if case.alpha is None else f" alpha={case.alpha:g}"
-            seen[f"{case.inputs}{alpha} {case.size}, {case.dim}"] = case.sparsity
-    if seen:
-        told = [
-            [label, f"{x['survivors']:.1f}", *(f"{100 * x[name]:.1f} %" for name in FRACTIONS)]
-            for label, x in seen.items()
-        ]
-        header = ("input", "survivors a row", "of all pairs", "active tiles 64 x 64", "candidates")
-        text = f"{table(header, told)}\n\n{text}"
-    return "\n\n".join(filter(None, [text, skips(cases)]))
-
-
-# The command line.
-
-
-def size(text: str) -> str:
-    if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", text):
-        raise argparse.ArgumentTypeError(f"expected HxW, as 64x64, got {text!r}")
+def parsed(parse: Callable[[str], object], text: str) -> str:
+    """Return the text, if ``parse`` takes it; what it raises is shown as every wrong argument."""
+    try:
+        parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return text
 
 
@@ -211,51 +158,59 @@ def positive(text: str) -> int:
 
 
 def threshold(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value < math.inf:
-        raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text!r}")
-    return value
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text!r}")
 
 
-def op(text: str) -> str:
-    try:
-        workloads.parse_op(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
-    return text
+def swept(sweep: str, sizes: list[str], dtype: str) -> list[tuple[str, Spec, str]]:
+    """Return what there is to measure for one sweep, (sweep, spec, mode)."""
+
+    def spec(size="64x64", dim=64, inputs="labels", alpha=None):
+        return Spec("asa", size, dim, 1, 1, dtype, inputs, alpha)
+
+    specs = {
+        "tokens": [spec(size=size) for size in sizes],
+        "survivors": [spec(inputs="iid", alpha=alpha) for alpha in ALPHAS],
+        "dim": [spec(dim=dim) for dim in DIMS],
+    }[sweep]
+    return list(itertools.product([sweep], specs, MODES if sweep == "tokens" else MODES[:2]))
 
 
-def add_common(parser: argparse.ArgumentParser) -> None:
-    """Add what the benchmarks have in common."""
-    parser.add_argument(
-        "--impl", nargs="+", choices=dispatch.NAMES, default=["auto"], help="of asa and criss_cross_attention (auto)"
-    )
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="default: all; none: no name")
-    parser.add_argument("--dtype", choices=workloads.DTYPES, default="float32")
-    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
-    parser.add_argument("--rounds", type=positive, default=7)
-    parser.add_argument("--out", type=Path, help="write the seconds and bytes as JSON")
-    parser.add_argument("--add", action="store_true", help="to what --out holds; of equal cases the new one stays")
+def to_do(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, Spec, str]]:
+    """Return what the options ask for, (sweep, spec, mode)."""
+    if options.sweep:
+        for name in ("op", "dim", "heads", "batch", "inputs", "alpha", "mode"):
+            if getattr(options, name):
+                parser.error(f"--sweep fixes --{name}")
+        return [x for sweep in options.sweep for x in swept(sweep, options.size or SIZES, options.dtype)]
+    ops = options.op or ["asa"]
+    kinds = options.inputs or ([name for name in INPUTS if name != "dense"] if ops == ["asa"] else ["iid"])
+    heads, batch = options.heads or 1, options.batch or 1
+    if ops != ["asa"] and (kinds != ["iid"] or heads > 1 or options.alpha):
+        parser.error("blocks take --inputs iid, --heads 1 and no --alpha: their cost depends on none of these")
+    every = ops, options.size or ["64x64"], options.dim or [64], kinds, options.alpha or [None], options.mode or MODES
+    return [
+        ("", Spec(op, size, dim, heads, batch, options.dtype, kind, alpha), mode)
+        for op, size, dim, kind, alpha, mode in itertools.product(*every)
+    ]
 
 
-def start(parser: argparse.ArgumentParser, options: argparse.Namespace, todo: list[tuple[Spec, str]]) -> Record:
-    """Check what the options ask for, and return the record that results of ``todo``, (spec, mode), go to."""
+def start(parser: argparse.ArgumentParser, options: argparse.Namespace, specs: list[Spec]) -> Record:
+    """Check what the options ask for, and return the record that results of ``specs`` go to."""
     if options.device == "cuda" and not torch.cuda.is_available():
         parser.error(f"--device cuda: torch {torch.__version__} finds no CUDA device")
     if options.out:
         files.check_out(parser, options.out)
         files.check([options.out])
-    try:
-        for impl, (spec, _) in itertools.product(options.impl, todo):
-            if call := workloads.dispatched(spec):
-                dispatch.resolve(call, impl)
-    except RuntimeError as error:
-        parser.error(f"--impl {impl}: {error}")
-    if options.impl != ["auto"] and (without := [spec.op for spec, _ in todo if not workloads.dispatched(spec)]):
-        parser.error(f"--impl: {without[0]} has one implementation")
+    for spec in specs:
+        try:
+            found, why_not = workloads.runnable(spec, options.device, options.impl)
+        except ValueError as error:
+            parser.error(f"--impl: {error}")
+        if not found:
+            parser.error("; ".join(f"--impl {impl}: {reason}" for impl, reason in why_not.items()))
     environment = measure.environment(options.device)
     if options.add and options.out and options.out.exists():
         try:
@@ -274,42 +229,47 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace, todo: li
     return Record(environment, measure.ceilings(options.device, getattr(torch, options.dtype)), [])
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--op", nargs="+", type=op, default=["asa"], help=f"{', '.join(workloads.OPS)}")
-    parser.add_argument("--size", nargs="+", type=size, default=["64x64"], metavar="HxW")
-    parser.add_argument("--dim", nargs="+", type=positive, default=[64], help="head dim; channels of a block")
-    parser.add_argument("--heads", type=positive, default=1)
-    parser.add_argument("--batch", type=positive, default=1)
+def arguments_of(parser: argparse.ArgumentParser) -> None:
+    size = functools.partial(parsed, lambda text: Spec("asa", text, 1, 1, 1, "float32", "iid", None))
+    op = functools.partial(parsed, workloads.parse_op)
+    parser.add_argument("--op", nargs="+", type=op, help=f"default: asa; {', '.join(workloads.OPS)}")
+    parser.add_argument("--size", nargs="+", type=size, metavar="HxW", help="default: 64x64")
+    parser.add_argument("--dim", nargs="+", type=positive, help="head dim; channels of a block (64)")
+    parser.add_argument("--heads", type=positive)
+    parser.add_argument("--batch", type=positive)
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, help="default: all but dense; iid where op is a block")
     parser.add_argument("--alpha", nargs="+", type=threshold, help="one threshold for all pixels, not the input's")
-    parser.add_argument("--mode", nargs="+", choices=MODES, default=list(MODES))
-    add_common(parser)
+    parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all")
+    parser.add_argument("--sweep", nargs="+", choices=list(report.SWEEPS), help="how cost grows, see above")
+    parser.add_argument("--impl", nargs="+", choices=dispatch.NAMES, default=["auto"], help="of attention (auto)")
+    parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all; in a sweep sdpa flash and eager")
+    parser.add_argument("--dtype", choices=workloads.DTYPES, default="float32")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--rounds", type=positive, default=7)
+    parser.add_argument("--out", type=Path, help="write the seconds and bytes as JSON")
+    parser.add_argument("--add", action="store_true", help="to what --out holds; of equal cases the new one stays")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments_of(parser)
     options = parser.parse_args(arguments)
-    kinds = options.inputs or ([name for name in INPUTS if name != "dense"] if options.op == ["asa"] else ["iid"])
-    if options.op != ["asa"] and (kinds != ["iid"] or options.heads > 1 or options.alpha):
-        parser.error("blocks take --inputs iid, --heads 1 and no --alpha: their cost depends on none of these")
-    todo = [
-        (Spec(op, size, dim, options.heads, options.batch, options.dtype, kind, alpha, options.device), mode)
-        for op in options.op
-        for size in options.size
-        for dim in options.dim
-        for kind in kinds
-        for alpha in options.alpha or [None]
-        for mode in options.mode
-    ]
-    results = start(parser, options, todo)
+    todo = to_do(parser, options)
+    if options.peers is None:
+        options.peers = ["sdpa flash", "eager"] if options.sweep else list(PEERS)
+    results = start(parser, options, [spec for _, spec, _ in todo])
     print("\n".join(f"{name}: {value}" for name, value in (results.environment | results.ceilings).items()), flush=True)
     mine, wrong = [], []
-    with tqdm(todo, desc="cases", unit="case", file=sys.stdout) as bar:
-        for spec, mode in bar:
-            case = measured(spec, mode, options.impl, options.peers, options.rounds, bar.set_postfix_str)
-            mine.append(case)
-            wrong += failed(case)
-            results.add(case)
-            if options.out:
-                results.write(options.out)
-    print(f"\n{summary(mine)}")
+    for sweep, spec, mode in progress(todo):
+        rounds = 1 if sweep and spec.tokens > LARGE else options.rounds
+        case = measured(spec, mode, options.device, options.impl, options.peers, rounds, sweep)
+        mine.append(case)
+        wrong += failed(case)
+        results.add(case)
+        if options.out:
+            results.write(options.out)
+    tables = report.inputs_table(mine, even=True), report.methods_table(mine), report.absent(mine)
+    print(f"\n{report.joined(*tables, report.exponents(mine), report.crossings(mine))}")
     if wrong:
         sys.exit("\n".join(["", "ours failed:", *wrong]))
 

@@ -1,26 +1,22 @@
-"""What is measured: an op on an input, ours and what it is compared with.
-
-As a program, for ``measure.bytes_in_fresh_process``, it prints the bytes that one call adds to the peak:
-
-    python bench/workloads.py '{"op": "asa", "size": "64x64", ...}' '"sdpa flash"' true
-"""
+"""What is measured: an op on an input, ours and what it is compared with."""
 
 import ast
+import contextlib
 import functools
-import json
-import sys
+import math
+import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from pathlib import Path
 
-import eager
-import inputs
-import measure
 import torch
-from peers import PEERS, Problem
 from torch import Tensor
 
 from asa_ops import asa_attention, criss_cross_attention, nn
 from asa_ops.core import dispatch
+
+from . import eager, inputs
+from .peers import PEERS, Problem
 
 DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = [name for name in nn.available() if name != "asa"]
@@ -30,22 +26,29 @@ OURS = "asa_ops"  # the name of our method where there is one
 
 @dataclass(frozen=True)
 class Spec:
-    """One op on one input; ``op`` may carry options of a block, "non_local,mode=gaussian"."""
+    """One op on one input."""
 
-    op: str
-    size: str
-    dim: int
+    op: str  # "asa", "criss_cross_attention" or a block, "non_local", "non_local,mode=gaussian"
+    size: str  # "HxW"
+    dim: int  # head dim; channels of a block
     heads: int
     batch: int
-    dtype: str
-    inputs: str
-    alpha: float | None
-    device: str
+    dtype: str  # one of DTYPES
+    inputs: str  # a name of inputs.INPUTS
+    alpha: float | None  # what thresholds were set to, None: the input's own
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.size):
+            raise ValueError(f"size: expected HxW, as 64x64, got {self.size!r}")
 
     @property
     def grid(self) -> tuple[int, int]:
         height, width = self.size.split("x")
         return int(height), int(width)
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.grid)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -54,25 +57,15 @@ class Spec:
 
 @dataclass
 class Workload:
-    """Tensors, and by name what makes a method ready: a function of the leaves.
+    """Tensors, and by name what makes a method ready: a function of the leaves."""
 
-    Attributes:
-        leaves: get gradients.
-        grad_out: of the output.
-        prepare: by name; may raise.
-        ours: the names that are this library's.
-        skipped: why a peer cannot be tried.
-        parameters: get gradients too.
-        tensors: of "asa", query, key, value, alpha, beta.
-    """
-
-    leaves: list[Tensor]
-    grad_out: Tensor
-    prepare: dict[str, Callable[[], Callable]]
-    ours: list[str]
-    skipped: dict[str, str] = field(default_factory=dict)
-    parameters: list[Tensor] = field(default_factory=list)
-    tensors: list[Tensor] = field(default_factory=list)
+    leaves: list[Tensor]  # get gradients
+    grad_out: Tensor  # of the output
+    prepare: dict[str, Callable[[], Callable]]  # by name; may raise
+    ours: list[str]  # the names that are this library's
+    skipped: dict[str, str] = field(default_factory=dict)  # why a peer cannot be tried
+    parameters: list[Tensor] = field(default_factory=list)  # get gradients too
+    tensors: list[Tensor] = field(default_factory=list)  # of "asa", query, key, value, alpha, beta
 
     def call(self, name: str, backward: bool) -> Callable[[], object]:
         """Return a function that runs a method once, with the gradients of everything or without autograd."""
@@ -104,10 +97,9 @@ def parse_op(text: str) -> tuple[str, dict]:
         key, equals, value = each.partition("=")
         if not equals or name not in BLOCKS:
             raise ValueError(f"op {text!r}: expected options of a block as name,key=value,.., got {each!r}")
-        try:
+        options[key] = value
+        with contextlib.suppress(ValueError, SyntaxError):
             options[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            options[key] = value
     if options:
         try:
             nn.build(name, 64, **options)
@@ -116,70 +108,92 @@ def parse_op(text: str) -> tuple[str, dict]:
     return name, options
 
 
-def build(spec: Spec, impls: list[str], peers: list[str]) -> Workload:
-    """Return what is to be measured.
-
-    Args:
-        spec: op and input.
-        impls: implementations of "asa" and "criss_cross_attention", "auto" among them.
-        peers: names of ``peers.PEERS``; of other ops "eager" alone.
-    """
+def build(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workload:
+    """Return what is to be measured: of ours ``impls``, "auto" among them; of other ops than "asa" the peer "eager"."""
     name, options = parse_op(spec.op)
     if name == "asa":
-        return _asa(spec, impls, peers)
-    workload = _criss_cross_attention(spec, impls) if name == "criss_cross_attention" else _block(spec, name, options)
+        return _asa(spec, device, impls, peers)
+    if name == "criss_cross_attention":
+        workload = _criss_cross_attention(spec, device, impls)
+    else:
+        workload = _block(spec, device, name, options)
     if "eager" not in peers:
         workload.prepare.pop("eager", None)
         workload.skipped.pop("eager", None)
     return workload
 
 
-def dispatched(spec: Spec) -> dispatch.Call | None:
-    """Return what chooses among the implementations of an op, None if it has one only."""
+def runnable(spec: Spec, device: str, impls: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Return which implementations of an op run a call, "auto" by its name, and why the others do not.
+
+    Raises:
+        ValueError: the op has one implementation only, and others than "auto" are asked for.
+    """
     functions = {
         "asa": ("asa_attention", "asa", spec.dim),
         "criss_cross_attention": ("criss_cross_attention", "criss_cross", _less(spec.dim)),
     }
     if spec.op not in functions:
-        return None
+        if set(impls) != {"auto"}:
+            raise ValueError(f"{spec.op} has one implementation")
+        return impls, {}
     op, stem, dim = functions[spec.op]
-    return dispatch.Call(op, stem, torch.device(spec.device), spec.torch_dtype, dim)
+    call = dispatch.Call(op, stem, torch.device(device), spec.torch_dtype, dim)
+
+    def resolved(impl: str) -> tuple[str | None, str | None]:
+        try:
+            return dispatch.resolve(call, impl), None
+        except RuntimeError as error:
+            return None, str(error)
+
+    found = {impl: resolved(impl) for impl in impls}
+    why_not = {impl: reason for impl, (_, reason) in found.items() if reason}
+    return list(dict.fromkeys(name for name, _ in found.values() if name)), why_not
 
 
-def _asa(spec: Spec, impls: list[str], peers: list[str]) -> Workload:
+def free_bytes(device: str) -> int:
+    if device != "cpu":  # what torch keeps and does not use is free too
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
+    try:
+        return 1024 * int(Path("/proc/meminfo").read_text().split("MemAvailable:")[1].split()[0])
+    except OSError:
+        return 2**62
+
+
+def _too_large(needed: int, device: str) -> str | None:
+    """Return None if there is room for twice as many bytes, otherwise why a method is skipped."""
+    free = free_bytes(device)
+    told = f"would need {needed / 1e9:.0f} GB, more than half of the {free / 1e9:.0f} GB that are free"
+    return told if 2 * needed > free else None
+
+
+def _asa(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workload:
     tensors = inputs.make(spec.inputs, spec.grid, spec.dim, spec.heads, spec.batch, spec.alpha)
-    tensors = [x.to(spec.device, spec.torch_dtype if i < 3 else torch.float32) for i, x in enumerate(tensors)]
+    tensors = [x.to(device, spec.torch_dtype if i < 3 else torch.float32) for i, x in enumerate(tensors)]
     *leaves, alpha, beta = tensors
-    call = dispatched(spec)
 
     def ours(impl: str) -> Callable:
         return lambda: lambda q, k, v: asa_attention(q, k, v, alpha, beta, grid=spec.grid, impl=impl)
 
-    names = list(dict.fromkeys(dispatch.resolve(call, impl) for impl in impls))
-    prepare = {f"asa {impl}": ours(impl) for impl in names}
-    problem, skipped = Problem(tensors, spec.grid), {}
+    found, why_not = runnable(spec, device, impls)
+    prepare = {f"asa {impl}": ours(impl) for impl in found}
+    skipped = {f"asa {impl}": reason for impl, reason in why_not.items()}
+    names, problem = list(prepare), Problem(tensors, spec.grid)
     for name in peers:
         peer = PEERS[name]
-        needed, free = peer.matrices * problem.matrix, measure.free_bytes(spec.device)
-        if reason := peer.why_not(problem):
+        if reason := peer.why_not(problem) or _too_large(peer.matrices * problem.matrix, device):
             skipped[name] = reason
-        elif 2 * needed > free:
-            skipped[name] = _too_large(needed, free)
         else:
-            prepare[name] = lambda peer=peer: peer.prepare(problem)
+            prepare[name] = functools.partial(peer.prepare, problem)
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(leaves[2].shape, generator=generator).to(leaves[2])
-    return Workload(leaves, grad_out, prepare, [f"asa {impl}" for impl in names], skipped, tensors=tensors)
+    return Workload(leaves, grad_out, prepare, names, skipped, tensors=tensors)
 
 
-def _too_large(needed: int, free: int) -> str:
-    return f"would need {needed / 1e9:.0f} GB, more than half of the {free / 1e9:.0f} GB that are free"
-
-
-def _maps(spec: Spec, *channels: int) -> list[Tensor]:
+def _maps(spec: Spec, device: str, *channels: int) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     maps = (torch.randn(spec.batch, size, *spec.grid, generator=generator) for size in channels)
-    return [x.to(spec.device, spec.torch_dtype) for x in maps]
+    return [x.to(device, spec.torch_dtype) for x in maps]
 
 
 def _less(dim: int) -> int:
@@ -187,9 +201,9 @@ def _less(dim: int) -> int:
     return max(dim // 8, 1)
 
 
-def _criss_cross_attention(spec: Spec, impls: list[str]) -> Workload:
+def _criss_cross_attention(spec: Spec, device: str, impls: list[str]) -> Workload:
     less = _less(spec.dim)
-    *leaves, grad_out = _maps(spec, less, less, spec.dim, spec.dim)
+    *leaves, grad_out = _maps(spec, device, less, less, spec.dim, spec.dim)
 
     def ours(impl: str) -> Callable:
         return lambda: functools.partial(criss_cross_attention, impl=impl)
@@ -198,41 +212,20 @@ def _criss_cross_attention(spec: Spec, impls: list[str]) -> Workload:
     return Workload(leaves, grad_out, names | {"eager": lambda: eager.criss_cross_attention}, list(names))
 
 
-def _block(spec: Spec, name: str, options: dict) -> Workload:
+def _block(spec: Spec, device: str, name: str, options: dict) -> Workload:
     """A block in training mode, and its published-style form with the same parameters."""
     torch.manual_seed(0)
-    block = nn.build(name, spec.dim, **options).to(spec.device, spec.torch_dtype)
+    block = nn.build(name, spec.dim, **options).to(device, spec.torch_dtype)
     for parameter in block.parameters():
         if not parameter.any():  # a block that is the identity would compare nothing
             torch.nn.init.normal_(parameter, std=0.1)
-    x, grad_out = _maps(spec, spec.dim, spec.dim)
+    x, grad_out = _maps(spec, device, spec.dim, spec.dim)
     form = getattr(eager, name)
     workload = Workload([x], grad_out, {OURS: lambda: block, "eager": lambda: lambda x: form(block, x)}, [OURS])
     workload.parameters = list(block.parameters())
     # About four tensors of the largest kind are alive in the backward.
     needed = 4 * x.element_size() * spec.batch * eager.largest_tensor(name, options, spec.dim, *spec.grid)
-    if 2 * needed > (free := measure.free_bytes(spec.device)):
-        workload.skipped["eager"] = _too_large(needed, free)
+    if reason := _too_large(needed, device):
+        workload.skipped["eager"] = reason
         del workload.prepare["eager"]
     return workload
-
-
-def bytes_of(spec: Spec, name: str, backward: bool) -> int:
-    """Return the bytes that a call of a method adds to the peak.
-
-    A small call loads code before; what compiles for a shape, and takes more than the call, is called once as it is.
-    """
-    first, _, impl = name.partition(" ")
-    impls, peers = ([impl or "auto"], []) if first in ("asa", OURS) else (["auto"], [name])
-    if first != "flex":
-        small = replace(spec, size="x".join(str(min(side, 16)) for side in spec.grid))
-        build(small, impls, peers).call(name, backward)()
-    call = build(spec, impls, peers).call(name, backward)
-    if first == "flex":
-        call()
-    return measure.bytes_added(call, spec.device)
-
-
-if __name__ == "__main__":
-    spec, name, backward = (json.loads(x) for x in sys.argv[1:])
-    print(bytes_of(Spec(**spec), name, backward))

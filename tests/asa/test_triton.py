@@ -415,17 +415,14 @@ def test_nothing_is_found_or_listed_twice():
     assert names.count("occupied") == 1 and names.count("lists") == 2, "of rows as of keys, and of the thresholds"
 
 
-KERNELS_SCRIPT = Path(__file__).parents[2] / "bench" / "kernels.py"
-
-
 def compile_kernels(*options: str) -> str:
-    """Run bench/kernels.py as `make kernels` does, outside the interpreter; return its output."""
+    """Run what `make kernels` does, outside the interpreter; return its output."""
     import os
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(
-        [sys.executable, KERNELS_SCRIPT, *options], capture_output=True, text=True, env=environment, check=False
-    )
+    command = [sys.executable, "-m", "bench.triton.budget", *options]
+    root = Path(__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
     return run.stdout
 

@@ -1,7 +1,7 @@
 """Other rows for the table of Triton configurations (``asa_ops/asa/triton/configs.py``), timed on this GPU.
 
-    PYTHONPATH=. python bench/tune.py                                   # the kernels of a call with head dim 256
-    PYTHONPATH=. python bench/tune.py --dim 64 --heads 4 --kernels statistics mask --grid 64x64
+    python -m bench.triton.tune                                   # the kernels of a call with head dim 256
+    python -m bench.triton.tune --dim 64 --heads 4 --kernels statistics mask --grid 64x64
 
 Every candidate takes the place of its kernel's row in whole calls, forward and backward; told are the microseconds of
 that kernel and of all kernels together, and by how much the output differs from that of the table as it is. Candidates
@@ -15,15 +15,12 @@ import os
 import subprocess
 import sys
 from typing import NamedTuple
-from unittest import mock
 
-import gpu_timings
-import inputs
 import torch
 
-from asa_ops.asa.triton import configs as triton_configs
-from asa_ops.asa.triton import problem as triton_problem
-from asa_ops.asa.triton.configs import HALF, Config
+from .. import measure, workloads
+from ..inputs import INPUTS
+from . import launches
 
 FORWARD = ("statistics", "mask", "aggregate")
 KERNELS = (*FORWARD, "dq", "dk", "dv", "dkv")
@@ -33,7 +30,7 @@ PROCESSES = 14
 
 class Candidate(NamedTuple):
     kernel: str
-    config: Config
+    config: tuple  # a row of the table
     splits: int | None = None  # parts, None: as the library chooses
 
     def __str__(self) -> str:
@@ -43,7 +40,7 @@ class Candidate(NamedTuple):
         return text if self.splits is None else f"{text}, {self.splits} parts"
 
 
-def candidates(kernel: str, dim: int, row: Config, room: int) -> list[Candidate]:
+def candidates(kernel: str, dim: int, row, room: int) -> list[Candidate]:
     """Return what to try in place of ``row``: first it, then other blocks that fit into ``room``, then other parts."""
     if kernel == "mask":
         found = [
@@ -61,7 +58,7 @@ def candidates(kernel: str, dim: int, row: Config, room: int) -> list[Candidate]
     return [Candidate(kernel, config) for config in (row, *found)] + parts
 
 
-def shared(kernel: str, config: Config, dim: int) -> int:
+def shared(kernel: str, config, dim: int) -> int:
     """Return the bytes of the tiles in shared memory, half precision: what is held, and what streams past in stages."""
     m, n, chunk = config.block_m, config.block_n, min(config.chunk, dim)
     held = {"mask": 0, "statistics": 1, "aggregate": 1, "dv": 1}.get(kernel, 2) * m * dim
@@ -69,60 +66,20 @@ def shared(kernel: str, config: Config, dim: int) -> int:
     return 2 * (held + config.stages * stream)
 
 
-class Bench:
-    """Whole calls on one input."""
+class Calls:
+    """A call on one input, forward alone and with its backward, by the kernels that are timed in it."""
 
-    def __init__(self, kind: str, grid: tuple[int, int], dim: int, heads: int):
-        tensors = [x.cuda() for x in inputs.make(kind, grid, dim, heads)]
-        tensors[:3] = [x.bfloat16() for x in tensors[:3]]
-        self.forward = gpu_timings.runner("asa", tensors, grid, False, None)
-        self.both = gpu_timings.runner("asa", tensors, grid, True, None)
+    def __init__(self, spec: workloads.Spec):
+        workload = workloads.build(spec, "cuda", ["triton"], [])
+        self.of_kernel = {name: workload.call("asa triton", name not in FORWARD) for name in KERNELS}
 
-    def run(self, kernel: str):
-        return (self.forward if kernel in FORWARD else self.both)()
+    def run(self, kernel: str) -> tuple:
+        result = self.of_kernel[kernel]()
+        return result if isinstance(result, tuple) else (result,)
 
     def times(self, kernel: str) -> dict[str, float]:
         """Return the microseconds of every kernel."""
-        run = self.forward if kernel in FORWARD else self.both
-        return {name: 1e3 * x["ms"] for name, x in gpu_timings.kernel_times(run).items()}
-
-
-def placed(candidate: Candidate, dim: int, architecture: int):
-    """Return a context in which a candidate is its kernel's row."""
-    key = (candidate.kernel, max(64, dim), HALF, architecture)
-    table = mock.patch.dict(triton_configs._TABLE, {key: candidate.config})
-    if candidate.splits is None:
-        return table
-    library = triton_problem.Problem.splits
-
-    def splits(problem, programs, limit):
-        return candidate.splits if limit == triton_problem.MAX_SPLITS else library(problem, programs, limit)
-
-    return _both(table, mock.patch.object(triton_problem.Problem, "splits", splits))
-
-
-class _both:
-    def __init__(self, *contexts):
-        self.contexts = contexts
-
-    def __enter__(self):
-        for context in self.contexts:
-            context.__enter__()
-
-    def __exit__(self, *error):
-        for context in reversed(self.contexts):
-            context.__exit__(*error)
-
-
-def attempt(bench: Bench, candidate: Candidate, dim: int, architecture: int):
-    """Return the results of a call with a candidate, or what went wrong."""
-    try:
-        with placed(candidate, dim, architecture):
-            result = bench.run(candidate.kernel)
-            torch.cuda.synchronize()
-    except Exception as error:  # too much shared memory, too many registers: a finding
-        return f"{type(error).__name__}: {(str(error).strip().splitlines() or ['?'])[0][:80]}"
-    return result
+        return {name: 1e6 * x for name, (x, _) in launches.kernel_seconds(self.of_kernel[kernel]).items()}
 
 
 def difference(result: tuple, expected: tuple) -> float:
@@ -137,45 +94,57 @@ def main() -> None:
     parser.add_argument("--dim", type=int, choices=[64, 128, 256], default=256)
     parser.add_argument("--heads", type=int, default=1)
     parser.add_argument("--grid", default="64x128", help="HxW (64x128)")
-    parser.add_argument("--inputs", nargs="+", choices=inputs.INPUTS, default=["labels", "near-dense"])
+    parser.add_argument("--inputs", nargs="+", choices=INPUTS, default=["labels", "near-dense"])
     parser.add_argument("--compile", metavar="k/n", help="compile the k-th of n shares of the candidates, no more")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("bench/tune.py needs a CUDA device")
+        sys.exit("bench.triton.tune needs a CUDA device")
     device = torch.cuda.get_device_properties(0)
     architecture = 90 if device.major >= 9 else 80
-    grid = tuple(int(side) for side in options.grid.split("x"))
-    rows = {name: triton_configs.find(name, options.dim, torch.bfloat16, architecture) for name in options.kernels}
+    rows = {name: launches.configuration(name, options.dim, architecture) for name in options.kernels}
     room = device.shared_memory_per_block_optin
     todo = [x for name, row in rows.items() if row for x in candidates(name, options.dim, row, room)]
-    benches = {kind: Bench(kind, grid, options.dim, options.heads) for kind in options.inputs}
-    first = benches[options.inputs[0]]
+
+    def spec(kind: str) -> workloads.Spec:
+        return workloads.Spec("asa", options.grid, options.dim, options.heads, 1, "bfloat16", kind, None)
+
+    def placed(candidate: Candidate):
+        return launches.configured(candidate.kernel, options.dim, architecture, candidate.config, candidate.splits)
+
+    def attempt(calls: Calls, candidate: Candidate):
+        try:
+            with placed(candidate):
+                result = calls.run(candidate.kernel)
+                torch.cuda.synchronize()
+        except Exception as error:  # too much shared memory, too many registers: a finding
+            return None, measure.describe(error)
+        return result, None
+
+    calls = {kind: Calls(spec(kind)) for kind in options.inputs}
     if options.compile:
         share, shares = (int(part) for part in options.compile.split("/"))
         for candidate in todo[share::shares]:
-            attempt(first, candidate, options.dim, architecture)
+            attempt(calls[options.inputs[0]], candidate)
         return
-    expected = {
-        kind: {True: bench.forward(), False: bench.both()} for kind, bench in benches.items()
-    }  # compiles the rest
-    shares = min(PROCESSES, max(1, (os.cpu_count() or 1) - 1))
-    again = [sys.executable, __file__, *sys.argv[1:], "--compile"]
-    for process in [subprocess.Popen([*again, f"{k}/{shares}"]) for k in range(shares)]:
+    expected = {(kind, name): x.run(name) for kind, x in calls.items() for name in (FORWARD[0], KERNELS[-1])}
+    shares = min(PROCESSES, max(1, (os.cpu_count() or 1) - 1))  # the rest is compiled by processes side by side
+    again = [sys.executable, "-m", "bench.triton.tune", *sys.argv[1:], "--compile"]
+    for process in [subprocess.Popen([*again, f"{k}/{shares}"], cwd=measure.ROOT) for k in range(shares)]:
         process.wait()
-    for kind, bench in benches.items():
+    for kind, x in calls.items():
         for title, kernel in (("forward", FORWARD[0]), ("forward and backward", KERNELS[-1])):
-            told = ", ".join(f"{name} {us:.1f}" for name, us in bench.times(kernel).items())
+            told = ", ".join(f"{name} {us:.1f}" for name, us in x.times(kernel).items())
             print(f"{kind}, {title}, us: {told}")
     print(f"{'kernel':10} {'inputs':10} {'us':>7} {'all':>7} {'difference':>10}")
     for candidate in todo:
-        for kind, bench in benches.items():
-            result = attempt(bench, candidate, options.dim, architecture)
-            if isinstance(result, str):
-                print(f"{candidate.kernel:10} {kind:10} {'-':>7} {'-':>7} {'-':>10}  {candidate}: {result}", flush=True)
+        for kind, x in calls.items():
+            result, error = attempt(x, candidate)
+            if error:
+                print(f"{candidate.kernel:10} {kind:10} {'-':>7} {'-':>7} {'-':>10}  {candidate}: {error}", flush=True)
                 break
-            with placed(candidate, options.dim, architecture):
-                times = bench.times(candidate.kernel)
-            off = difference(result, expected[kind][candidate.kernel in FORWARD])
+            with placed(candidate):
+                times = x.times(candidate.kernel)
+            off = difference(result, expected[kind, FORWARD[0] if candidate.kernel in FORWARD else KERNELS[-1]])
             told = f"{times[candidate.kernel]:7.1f} {sum(times.values()):7.1f} {off:10.1e}"
             print(f"{candidate.kernel:10} {kind:10} {told}  {candidate}", flush=True)
 

@@ -1,7 +1,7 @@
 """A pytest plugin: run every n-th test only, and write outcomes as they come, so that a killed run has told something.
 
-``pytest -p gpu_shard --shard 3/12 --outcomes FILE``; FILE gets JSON lines, which ``gpu_report.tally`` reads. After an
-error that a process's GPU does not survive pytest ends with the status LOST; run again, it goes on behind that test.
+``pytest -p bench.shard --shard 3/12 --outcomes FILE``; FILE gets JSON lines, which ``gpu.tally`` reads. After an error
+that a process's GPU does not survive pytest ends with the status LOST; run again, it goes on behind that test.
 """
 
 import json
@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+OUTCOMES = ("passed", "failed", "error", "skipped")
 LOST = 77
 # What CUDA says when everything after it fails as well.
 FATAL = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")

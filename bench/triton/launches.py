@@ -1,0 +1,201 @@
+"""How asa_ops launches its Triton kernels: the one file of the benchmarks that knows.
+
+Everything goes through ``intercepted``, which puts a function in the place of ``asa_ops.core.triton_launch.launch``.
+asa_ops' Triton files are imported within functions: this file can be imported where there is no Triton.
+"""
+
+import contextlib
+import statistics
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+from unittest import mock
+
+import torch
+from torch import Tensor
+
+from ..accounting import kernel_operations
+
+MAX_CYCLES = 1e9  # that the device is kept busy for while launches are queued
+
+
+class Launch(NamedTuple):
+    """One launch: the kernel, its grid, its arguments by position, compiler options and constants by name."""
+
+    kernel: object  # the @triton.jit function
+    grid: tuple
+    arguments: tuple
+    options: dict
+
+    @property
+    def given(self) -> dict[str, object]:
+        """All arguments by name; the fields of structs as "struct.field"."""
+        given = dict(zip(self.kernel.arg_names, self.arguments, strict=False)) | self.options
+        while structs := {name: x for name, x in given.items() if isinstance(x, tuple)}:
+            for name, x in structs.items():
+                del given[name]
+                given |= {f"{name}.{field}": value for field, value in x._asdict().items()}
+        return {name: getattr(x, "value", x) for name, x in given.items()}  # of compile-time constants
+
+    @property
+    def named(self) -> dict[str, object]:
+        """The arguments by name that Triton's own launcher takes, compiler options among them."""
+        from asa_ops.core import triton_launch
+
+        own = ("warps", "stages", "registers")
+        compiler = triton_launch.compile_options(**{name: x for name, x in self.options.items() if name in own})
+        return {name: x for name, x in self.options.items() if name not in own} | compiler
+
+    @property
+    def label(self) -> str:
+        """The short name of the kernel; one kernel makes dk, dv or both."""
+        label = self.kernel.__name__.removeprefix("_").removeprefix("asa_").removesuffix("_kernel")
+        if label == "dkv" and not (self.options["WANT_DK"] and self.options["WANT_DV"]):
+            label = "dk" if self.options["WANT_DK"] else "dv"
+        return label
+
+
+@contextlib.contextmanager
+def intercepted(
+    instead: Callable[[Launch, Callable[[], None]], None], architecture: int | None = None, processors: int = 132
+) -> Iterator[None]:
+    """Let ``instead(launch, run)`` take the place of every launch; ``run`` makes it.
+
+    With ``architecture``, every device counts as one of it with that many multiprocessors.
+    """
+    from asa_ops.core import triton_launch
+
+    real = triton_launch.launch
+
+    def launch(kernel, grid, *arguments, **options):
+        instead(Launch(kernel, grid, arguments, options), lambda: real(kernel, grid, *arguments, **options))
+
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(triton_launch, "launch", launch))
+        if architecture is not None:
+            for name, value in (("architecture", architecture), ("processors", processors)):
+                stack.enter_context(mock.patch.object(triton_launch, name, lambda device, value=value: value))
+        yield
+
+
+def go_through(tensors: list, options: dict, band: float | None = None, mask: Tensor | None = None) -> None:
+    """Make every launch of a forward and a backward call on query, key, value, alpha, beta without memory.
+
+    With the call's ``options`` grid, topk and reciprocal; thresholds learn within a ``band`` around each.
+    """
+    from asa_ops.asa import triton as asa
+    from asa_ops.asa.types import Inputs, Options, Saved
+
+    inputs = Inputs(*tensors, mask)
+    settings = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
+    saved = Saved.new(inputs, settings, "triton", keep_bits=True)
+    asa.fwd(inputs, settings, saved, band)
+    asa.bwd(torch.empty_like(saved.out), inputs, saved, settings, band)
+
+
+def go_through_criss_cross(query: Tensor, value: Tensor) -> None:
+    """The same for criss_cross_attention, maps [B, C, H, W]."""
+    from asa_ops.criss_cross import ops, triton
+
+    saved = ops.criss_cross_fwd(query, query, value, 1.0, "triton")
+    triton.fwd(query, query, value, 1.0, *saved)
+    triton.bwd(value, query, query, value, saved[1], 1.0)
+
+
+def matrix_kernels() -> tuple[str, ...]:
+    """Return the kernels with products on tensor cores, in the order of a call."""
+    from asa_ops.asa.triton import configs
+
+    return (*configs.KERNELS, "criss_cross_fwd", "criss_cross_dqk", "criss_cross_dv")
+
+
+def configuration(kernel: str, dim: int, architecture: int):
+    """Return the row of a kernel for half precision, None if there is none."""
+    from asa_ops.asa.triton import configs
+
+    return configs.find(kernel, dim, torch.bfloat16, architecture)
+
+
+@contextlib.contextmanager
+def configured(kernel: str, dim: int, architecture: int, row, splits: int | None = None) -> Iterator[None]:
+    """Let ``row`` be that of a kernel for half precision, and ``splits`` into how many parts its work is cut."""
+    from asa_ops.asa.triton import configs, problem
+
+    library = problem.Problem.splits
+
+    def parts(call, programs, limit):
+        return splits if limit == problem.MAX_SPLITS else library(call, programs, limit)
+
+    key = (kernel, max(64, dim), configs.HALF, architecture)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.dict(configs._TABLE, {key: row}))
+        if splits is not None:
+            stack.enter_context(mock.patch.object(problem.Problem, "splits", parts))
+        yield
+
+
+def pairs_visited(label: str, given: dict, tokens: int) -> int | None:
+    """Return how many pairs of tokens, or of tiles, a launch visits; None of kernels without products of tiles."""
+    if label == "statistics":  # by tokens, not by what they are padded to
+        return given["statistics.largest"].shape[1] * tokens**2
+    if label == "mask":
+        return given["count"].sum().item() * given["SCORES.BLOCK_M"] ** 2
+    if label in ("aggregate", "dq", "dk", "dv", "dkv", "dt"):
+        return given["lists.lengths"].sum().item() * given["SCORES.BLOCK_M"] * max(given["SCORES.BLOCK_N"], 64)
+    return None
+
+
+def operations(call: Callable, tokens: int) -> dict[str, int]:
+    """Return the floating point operations of every kernel of a call that multiplies tiles."""
+    flops: dict[str, int] = {}
+
+    def count(launch: Launch, run: Callable) -> None:
+        run()
+        label, given = launch.label, launch.given
+        pairs = pairs_visited(label, given, tokens)
+        if pairs is None:
+            return
+        kind = {"mutual": given.get("MUTUAL", True), "symmetric": given.get("SYMMETRIC", False)}
+        dim = given["SCORES.DIM"]
+        flops[label] = flops.get(label, 0) + kernel_operations(label, pairs, dim, given.get("VALUES.DIM", dim), **kind)
+
+    with intercepted(count):
+        call()
+    return flops
+
+
+def kernel_seconds(call: Callable, repeats: int = 5) -> dict[str, tuple[float, int]]:
+    """Return the median seconds of every kernel in a call on a GPU, and how often it is launched.
+
+    Between events around every launch, queued behind a spinning kernel so that the device does not wait for the host.
+    """
+    events: list[tuple] = []
+
+    def timed(launch: Launch, run: Callable) -> None:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        events.append((launch.label, start, end))
+
+    seconds: dict[str, list[float]] = {}
+    cycles = 40_000_000  # about 20 ms
+    with intercepted(timed):
+        for _ in range(repeats):
+            while True:
+                events.clear()
+                queued = torch.cuda.Event()
+                torch.cuda._sleep(cycles)
+                queued.record()
+                call()
+                device_waited = queued.query()
+                torch.cuda.synchronize()
+                if not device_waited or cycles > MAX_CYCLES:
+                    break
+                cycles *= 2
+            total: dict[str, float] = {}
+            for label, start, end in events:
+                total[label] = total.get(label, 0) + start.elapsed_time(end) / 1e3
+            for label, x in total.items():
+                seconds.setdefault(label, []).append(x)
+    count = [label for label, *_ in events]
+    return {label: (statistics.median(x), count.count(label)) for label, x in seconds.items()}

@@ -1,0 +1,173 @@
+"""Seconds, bytes, who survives and how many operations that takes."""
+
+import itertools
+import json
+import subprocess
+import time
+
+import pytest
+import torch
+from bench_cases import stand_in_for_cuda
+
+from asa_ops.asa import reference
+from bench import accounting, inputs, measure, workloads
+
+
+def test_dense_operations_are_those_of_the_formula():
+    """4 N^2 D forward, 10 N^2 D backward, and 7 units in all."""
+    n, dim = 144, 16
+    spec = workloads.Spec("asa", "12x12", dim, 1, 1, "float32", "dense", None)
+    workload = workloads.build(spec, "cpu", ["auto"], ["sdpa math"])
+    ours = workload.ours[0]
+    assert accounting.registered_flops(workload.call(ours, False)) == 4 * n**2 * dim
+    assert accounting.registered_flops(workload.call(ours, True)) == 14 * n**2 * dim
+    assert accounting.registered_flops(workload.call("sdpa math", False)) == 4 * n**2 * dim
+    everybody = accounting.sparsity(workload.tensors, (12, 12))
+    assert everybody == accounting.Sparsity(n, 1, 1, 1, 1, 1)
+    dense = [accounting.operations(accounting.units("reference", back, everybody), n, dim) for back in (False, True)]
+    assert dense == [4 * n**2 * dim, 14 * n**2 * dim]
+
+
+@pytest.mark.parametrize("kind", inputs.INPUTS)
+@pytest.mark.parametrize("grid", [(16, 16), (9, 21), (8, 40)])
+def test_sparsity_equals_a_count_made_from_the_mask(kind, grid, monkeypatch):
+    monkeypatch.setattr(accounting, "CHUNK", 1000)
+    tensors = inputs.make(kind, grid, 16, heads=2)
+    order = accounting.tile_order(grid)
+    if grid == (8, 40):  # a tile that keeps nobody, which others keep: it is in sight of its neighbours only
+        tensors[3][..., order[:64]] = torch.inf
+    query, key, _, alpha, beta = (x.double() for x in tensors)
+    assert query.shape == (1, 2, grid[0] * grid[1], 16) and alpha.shape == (1, 2, grid[0] * grid[1])
+    n = query.shape[2]
+    real = reference.real_positions(query, key, None)
+    s = reference.scores(query, key, None, *real)
+    all_of = reference.find_survivors(s, alpha, beta, grid, 3, None, True, *real)
+    mask, neighbours, window = all_of.kept[0], all_of.adaptive[0], all_of.in_window[0, 0]
+    found = accounting.sparsity(tensors, grid)
+    # float32 scores: a pair or two may lie within rounding of a threshold
+    assert found.density == pytest.approx(mask.double().mean().item(), abs=4 / n**2)
+    assert found.survivors == pytest.approx(found.density * n)
+    assert order.sort().values.equal(torch.arange(n))
+    active, plausible, candidates = 0, 0, 0
+    for kept, chosen in zip(mask, neighbours, strict=True):
+        kept, chosen, around = (x[order][:, order] for x in (kept, chosen, window))
+        for i, j in itertools.product(range(0, n, 64), repeat=2):
+            rows, columns = slice(i, i + 64), slice(j, j + 64)
+            pairs = kept[rows, columns].numel()
+            active += pairs * bool(kept[rows, columns].any())
+            seen = chosen[rows, columns].any() and chosen[columns, rows].any()
+            plausible += pairs * bool(seen or around[rows, columns].any())
+            candidates += chosen[columns, rows].any(1).sum().item()
+    assert found.active == active / (2 * n**2)
+    assert found.plausible == plausible / (2 * n**2)
+    blocks = -(-n // 64)
+    assert found.candidates == pytest.approx(candidates / (2 * blocks * n), abs=4 / (2 * blocks * n))
+    assert found.density <= found.active <= found.plausible <= 1 and found.density <= found.strips <= 1
+
+
+def test_traffic_counts_every_tensor_once():
+    assert accounting.traffic(100, 64, 2, 4, False) == 4 * (100 * 64 * 2 * 4), "q, k, v, out"
+    assert accounting.traffic(100, 64, 2, 4, True) == 8 * (100 * 64 * 2 * 4), "and do, dq, dk, dv"
+
+
+def test_strips_are_dense_above_a_quarter():
+    counts = torch.tensor([8.0] * 8 + [9.0] + [8.0] * 7 + [1, 0, 0, 0])
+    assert accounting.strips(counts, 32) == 64 + 8 * 32 + 1
+
+
+def test_units_are_those_of_the_formulas():
+    x = accounting.Sparsity(10, 0.1, 0.3, 0.4, 0.2, 0.15)
+    assert accounting.units("cpu", False, x) == pytest.approx(1.3)
+    assert accounting.units("cpu", True, x) == pytest.approx(1.3 + 0.75)
+    assert accounting.units("triton", True, x, 128, half=True) == pytest.approx(1 + 0.4 + 0.6 + 2.1)
+    assert accounting.units("cuda", True, x, 128, half=True) == pytest.approx(1 + 0.4 + 0.6 + 2.4)
+    assert accounting.units("triton", True, x) == pytest.approx(1 + 0.4 + 0.6 + 3)
+    assert accounting.units("blocked", True, x) == 8
+
+
+def test_operations_of_kernels():
+    flops = accounting.kernel_operations
+    assert flops("statistics", 100, 64, 32) == 2 * 100 * 64
+    assert flops("mask", 100, 64, 32) == 2 * 100 * 128
+    assert flops("mask", 100, 64, 32, symmetric=True) == flops("mask", 100, 64, 32, mutual=False) == 2 * 100 * 64
+    assert flops("aggregate", 100, 64, 32) == flops("dv", 100, 64, 32) == 2 * 100 * 96
+    assert flops("dq", 100, 64, 32) == flops("dk", 100, 64, 32) == 2 * 100 * 160
+    assert flops("dkv", 100, 64, 32) == 2 * 100 * 192  # scores once for both
+    assert flops("dt", 100, 64, 32) == 2 * flops("dt", 100, 64, 32, mutual=False) == 2 * 100 * 192
+
+
+def test_bytes_added_are_those_allocated():
+    """Of 64 MB at the same time, whatever was freed before."""
+    torch.ones(2**25)
+
+    def allocate():
+        first = torch.ones(2**23)
+        del first
+        return torch.ones(2**23) + torch.ones(1)  # 32 MB twice
+
+    assert measure.bytes_added(allocate, "cpu") == pytest.approx(2**26, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["asa cpu", "eager", "flex"])
+def test_bytes_of_a_call(name):
+    """Two matrices of N x N float32 at least of the published formula, far less of ours."""
+    spec = workloads.Spec("asa", "32x32", 8, 1, 1, "float32", "iid", None)
+    found = measure.bytes_of(spec, "cpu", name, False)
+    assert found > 2 * 4 * 1024**2 if name == "eager" else found < 4 * 1024**2
+
+
+def test_rounds_are_interleaved_and_slow_calls_get_few():
+    calls = []
+
+    def slow():
+        calls.append("slow")
+        time.sleep(0.02)
+
+    times, errors = measure.interleaved({"fast": lambda: calls.append("fast"), "slow": slow}, 5, "cpu")
+    assert len(times["fast"]) == 5 and len(times["slow"]) == measure.SLOW_ROUNDS and not errors
+    assert calls[:3] == ["fast", "slow", "fast"] and calls.count("slow") == measure.SLOW_ROUNDS + 2
+    times, _ = measure.interleaved({"repeated": lambda: calls.append("again")}, 2, "cpu", repeats=5)
+    assert len(times["repeated"]) == 2 and calls.count("again") == 5 * 4
+
+
+def test_a_first_call_that_compiles_makes_no_method_slow():
+    calls = []
+
+    def compiled():
+        if not calls:
+            time.sleep(0.05)
+        calls.append(time.sleep(0.001))
+
+    times, _ = measure.interleaved({"fast": lambda: time.sleep(0.001), "compiled": compiled}, 5, "cpu")
+    assert len(times["compiled"]) == 5
+
+
+def test_calls_on_a_gpu_are_timed_as_called_and_in_graphs(monkeypatch):
+    """With what stands for torch.cuda; of a call that cannot be captured there is no time in a graph."""
+    replays = stand_in_for_cuda(monkeypatch)
+    assert measure.seconds_of(lambda: time.sleep(0.01), "cuda", 2) == pytest.approx(0.01, rel=0.5)
+    calls = []
+    times = measure.in_graphs({"fast": lambda: calls.append(1), "synchronises": lambda: 1 / 0}, 3)
+    assert set(times) == {"fast"} and len(times["fast"]) == 3
+    assert len(calls) == measure.WARM_UP + 1 and len(replays) == (measure.WARM_UP + 3) * measure.REPLAYS
+
+
+def test_what_the_machine_does_at_most_is_measured():
+    found = measure.ceilings("cpu", torch.float32, side=64)
+    assert set(found) >= {"torch.mm GFLOP/s", "copy GB/s"} and found["torch.mm GFLOP/s"] > 0
+
+
+def test_environment_is_told_without_git_driver_or_scikit_image(monkeypatch):
+    found = measure.environment("cpu")
+    assert found["torch"] == torch.__version__ and found["python"] and "photo" not in found
+    json.dumps(found)
+
+    def missing(*args, **options):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    monkeypatch.setattr(inputs, "skimage", None)
+    found = measure.environment("cpu")
+    assert found["commit"] == "unknown" and "synthetic" in found["photo"]
+    monkeypatch.setenv("ASA_OPS_COMMIT", "abc")
+    assert measure.commit() == "abc"

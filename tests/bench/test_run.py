@@ -1,0 +1,209 @@
+"""Runs, and checks of what got slower."""
+
+import pytest
+import torch
+from bench_cases import stored
+
+from bench import accounting, check, measure, peers, record, report, run, workloads
+from bench.inputs import INPUTS
+from examples import files
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Leave out the second that the machine's ceilings take."""
+    monkeypatch.setattr(measure, "ceilings", lambda device, dtype: {"torch.mm GFLOP/s": 100.0, "copy GB/s": 10.0})
+
+
+@pytest.mark.slow
+def test_run_measures_every_input(tmp_path, capsys, quick):
+    out = tmp_path / "out.json"
+    arguments = ["--size", "8x8", "--dim", "16", "--inputs", *INPUTS, "--mode", "fwd", "fwd+bwd"]
+    run.main([*arguments, "--rounds", "2", "--peers", "sdpa flash", "eager", "adasplash", "--out", str(out)])
+    results = record.read(out)
+    assert [(c.inputs, c.mode) for c in results.cases] == [(x, m) for x in INPUTS for m in ("fwd", "fwd+bwd")]
+    for case in results.cases:
+        assert set(case.methods) == {case.ours[0], "sdpa flash", "eager", "adasplash"}
+        assert case.methods["adasplash"].skipped in ("not installed", "needs a CUDA device")
+        assert 1 <= len(case.methods[case.ours[0]].seconds) <= 2 and case.ratio(case.ours[0], "sdpa flash")[1] > 0
+    shown = capsys.readouterr().out
+    assert all(f"{kind} 8x8, 16, fwd" in shown for kind in INPUTS)
+    assert "candidates" in shown and "- adasplash was skipped: " in shown
+
+
+@pytest.mark.slow
+def test_run_measures_bytes(tmp_path, quick):
+    out = tmp_path / "out.json"
+    run.main(["--size", "32x32", "--inputs", "iid", "--mode", "mem", "--peers", "eager", "--out", str(out)])
+    (case,) = record.read(out).cases
+    for name in (case.ours[0], "eager"):
+        assert set(case.methods[name].memory) == {"fwd", "fwd+bwd"}
+    assert case.bytes("eager", "fwd") > 2 * 4 * 1024**2, "at least two matrices of N x N float32"
+
+
+def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
+    monkeypatch.setattr(measure, "bytes_in_fresh_process", fail)
+    out = tmp_path / "out.json"
+    arguments = ["--size", "16x16", "--dim", "32", "--rounds", "1", "--add", "--out", str(out)]
+    run.main(["--op", "efficient_attention,heads=2", "criss_cross_attention", *arguments, "--mode", "fwd+bwd"])
+    flex = ["--peers", "flex", "sdpa math", "--inputs", "labels", "iid", "--alpha", "2", "--mode", "fwd+bwd"]
+    run.main([*arguments, *flex])
+    cases = record.read(out).cases
+    assert [case.op for case in cases] == ["efficient_attention,heads=2", "criss_cross_attention", "asa", "asa"]
+    assert all(case.ratio("asa_ops", "eager") for case in cases[:2])
+    assert {case.alpha for case in cases[2:]} == {2.0}
+    assert torch.cuda.is_available() or cases[2].methods["flex"].skipped == run.NO_BACKWARD
+    with pytest.raises(SystemExit, match=r"ours failed:\s.*out of luck"):
+        run.main([*arguments, "--inputs", "iid", "--mode", "mem", "--peers", "flex"])
+    assert "RuntimeError: out of luck" in record.read(out).cases[-1].methods["flex"].error
+
+
+def fail(*arguments, **options):
+    raise RuntimeError("out of luck\nand more")
+
+
+def test_a_peer_that_fails_gets_a_row_and_the_run_goes_on(monkeypatch, capsys, quick):
+    for name, prepare in (("sdpa math", lambda problem: fail), ("eager", fail)):
+        monkeypatch.setitem(peers.PEERS, name, peers.PEERS[name]._replace(prepare=prepare))
+    arguments = ["--size", "8x8", "--dim", "16", "--inputs", "iid", "--mode", "fwd", "--rounds", "1"]
+    run.main([*arguments, "--peers", "sdpa math", "eager", "sdpa flash"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert sum("RuntimeError: out of luck" in line for line in lines) == 2
+    assert any("sdpa flash" in line for line in lines)
+
+
+@pytest.mark.parametrize(("module", "name"), [(workloads, "asa_attention"), (accounting, "reciprocal_neighbors")])
+def test_ours_failing_is_an_error(module, name, monkeypatch, capsys, quick):
+    """In a row of its own, the other cases go on; whether the call fails or counting who survives."""
+    monkeypatch.setattr(module, name, fail)
+    message = r"ours failed:\nasa iid 8x8, 16, fwd: asa .*: RuntimeError: out of luck\nasa labels 8x8"
+    with pytest.raises(SystemExit, match=message):
+        run.main(["--size", "8x8", "--dim", "16", "--inputs", "iid", "labels", "--mode", "fwd", "--peers"])
+    assert "RuntimeError: out of luck" in capsys.readouterr().out
+
+
+def test_dtypes_and_implementations(tmp_path, capsys, quick):
+    """What is of one dtype stays so; what has one implementation takes no --impl."""
+    out = str(tmp_path / "out.json")
+    small = ["--size", "8x8", "--dim", "16", "--mode", "fwd", "--rounds", "1", "--out", out, "--add"]
+    run.main([*small, "--op", "criss_cross_attention", "--impl", "reference", "cpu", "--peers"])
+    run.main([*small, "--impl", "blocked", "cpu", "--inputs", "iid", "--peers", "--batch", "2"])
+    results = record.read(tmp_path / "out.json")
+    results.environment["commit"] = "an earlier one"
+    results.write(tmp_path / "out.json")
+    run.main([*small, "--op", "criss_cross_attention", "--impl", "reference", "cpu", "--peers"])
+    results = record.read(tmp_path / "out.json")
+    assert results.environment["commit"] == f"an earlier one, {measure.commit()}"
+    asa, cross = results.cases
+    assert cross.ours == ["asa_ops reference", "asa_ops cpu"] and asa.ours == ["asa blocked", "asa cpu"]
+    page = report.render(results)
+    assert "- dtype: float32\n- ASA: blocked, cpu\n" in page
+    assert "| iid | 8x8 | 16 x batch 2 | fwd, blocked | " in page
+    results.environment["threads"] = 999
+    results.write(tmp_path / "other.json")
+    (tmp_path / "none.json").write_text("{")
+    for arguments, message in (
+        (["--dtype", "bfloat16"], f"--add: {out} is of float32, got --dtype bfloat16"),
+        (["--op", "efficient_attention", "--impl", "cpu"], "--impl: efficient_attention has one implementation"),
+        (["--dim", "64", "512", "--impl", "triton"], "--impl triton: impl='triton' cannot run this asa_attention"),
+        (["--out", str(tmp_path / "other.json")], "has threads = 999, here it is "),
+        (["--out", str(tmp_path / "none.json")], "not JSON"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run.main([*small, *arguments])
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "nonlocal"], "unknown op 'nonlocal', expected one of asa, "),
+        (["--op", "non_local,mode=sharp"], "op 'non_local,mode=sharp': mode must be"),
+        (["--op", "asa,topk=3"], "expected options of a block as name,key=value,.., got 'topk=3'"),
+        (["--op", "criss_cross", "--inputs", "photo"], "blocks take --inputs iid"),
+        (["--size", "64"], "expected HxW, as 64x64, got '64'"),
+        (["--size", "0x4"], "expected HxW, as 64x64, got '0x4'"),
+        (["--dim", "-3"], "expected a whole number >= 1, got '-3'"),
+        (["--rounds", "many"], "expected a whole number >= 1, got 'many'"),
+        (["--alpha", "nan"], "expected a finite number >= 0, got 'nan'"),
+        (["--alpha", "inf"], "expected a finite number >= 0, got 'inf'"),
+        (["--alpha", "high"], "expected a finite number >= 0, got 'high'"),
+        (["--inputs", "noise"], "invalid choice: 'noise'"),
+        (["--mode", "bwd"], "invalid choice: 'bwd'"),
+        (["--sweep", "dim", "--inputs", "iid"], "--sweep fixes --inputs"),
+        (["--out", "missing/out.json"], "--out: there is no folder 'missing'"),
+        (["--out", "/dev/null"], "/dev/null cannot be written: it is there and no file"),
+    ],
+)
+def test_bad_arguments_are_told_before_any_work(arguments, message, capsys):
+    with pytest.raises(SystemExit) as end:
+        files.run(lambda: run.main(arguments))
+    assert message in f"{end.value} {capsys.readouterr().err}"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_a_device_that_is_not_there_is_told(capsys):
+    for arguments, message in (
+        (["--device", "cuda"], "--device cuda: torch"),
+        (["--impl", "cuda"], "--impl cuda: impl='cuda' cannot run"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            run.main(arguments)
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_sweeps_vary_what_they_say(tmp_path, capsys, monkeypatch, quick):
+    monkeypatch.setattr(run, "DIMS", [8, 16])
+    monkeypatch.setattr(run, "ALPHAS", [0.0, 4.0])
+    monkeypatch.setattr(run, "LARGE", 100)
+    monkeypatch.setattr(run, "_bytes", lambda *args: 1000)
+    out = tmp_path / "out.json"
+    sweeps = ["--sweep", "tokens", "survivors", "dim", "--size", "8x8", "16x16"]
+    run.main([*sweeps, "--rounds", "2", "--peers", "sdpa flash", "--out", str(out)])
+    cases = record.read(out).cases
+    assert {(c.sweep, report.position(c)) for c in cases} >= {("tokens", 64), ("tokens", 256), ("dim", 8), ("dim", 16)}
+    dense, sparse = (c.sparsity["survivors"] for c in report.of(cases, "survivors", "fwd")[::-1])
+    assert dense == 4096 and sparse < 400
+    assert [len(c.times("sdpa flash")) for c in report.of(cases, "tokens", "fwd")] == [2, 1]
+    assert "- tokens, fwd: " in capsys.readouterr().out
+
+
+def test_a_check_tells_what_moved(tmp_path, capsys, monkeypatch):
+    assert check.verdict([0.4, 0.5, 0.6], [0.79, 0.8, 0.9]) == "slower"
+    assert check.verdict([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]) == "faster"
+    assert check.verdict([0.4, 0.5, 0.6], [0.77, 0.8, 0.9]) == check.verdict([0.4, 0.5, 0.6], [0.2, 0.3, 0.32]) == ""
+    path = tmp_path / "a-machine.json"
+    results = stored()
+    results.environment = measure.environment("cpu")
+    results.cases = results.cases[:1]  # half the time of dense attention
+
+    def checked(status: int, *arguments: str) -> str:
+        results.write(path)
+        with pytest.raises(SystemExit, match=str(status)):
+            check.main([*arguments, "--rounds", "3"])
+        return "".join(capsys.readouterr())
+
+    results.cases[0].methods["sdpa flash"].seconds = [1000.0] * 3
+    assert "slower" in checked(1, "--against", str(path))
+    monkeypatch.setattr(report, "FOLDER", tmp_path)
+    results.environment["threads"] = 999
+    assert "threads 999 there" in checked(0)
+    monkeypatch.setitem(peers.PEERS, check.PEER, peers.PEERS[check.PEER]._replace(package="not_here"))
+    assert f"{check.PEER}: not installed" in checked(0)
+    monkeypatch.setattr(workloads, "asa_attention", fail)
+    assert checked("asa labels 64x64.*out of luck", "--against", str(path)) is not None
+    results.cases = []
+    assert "has no case with" in checked(2, "--against", str(path))
+    assert "no page in" in checked(2)
+    assert "--against: " in checked(2, "--against", str(tmp_path / "missing.json"))
+
+
+def test_what_moves_once_has_not_moved(monkeypatch):
+    """Measured twice: "slower" and then as before."""
+    case = stored().cases[0]
+    slow, same = (stored().cases[0] for _ in range(2))
+    slow.methods["asa cpu"].seconds = [1.0] * 3
+    again = iter([slow, same])
+    monkeypatch.setattr(run, "measured", lambda *args: next(again))
+    assert check.compare(case, 3) == (same.ratio("asa cpu", check.PEER), "")
