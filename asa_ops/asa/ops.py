@@ -77,7 +77,7 @@ def asa_bwd(
     log_mean: Tensor,
     bits: Tensor,
     local: Tensor,
-    rest: Tensor,
+    residual: Tensor,
     base2: Tensor,
     grid_height: int,
     grid_width: int,
@@ -98,7 +98,7 @@ def asa_bwd(
     if impl in PADDED_TO and 0 in base2.shape[3:] and out.numel() and key.shape[2]:
         raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
     inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
-    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, rest, base2)
+    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, residual, base2)
     options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
     grads = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
     dq, dk, dv, dalpha, dbeta = (_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))
@@ -221,9 +221,9 @@ def neighbors(inputs: Inputs, options: Options, impl: str) -> NeighborGraph:
     if impl == "reference":  # plain torch, no op around it
         with outside_autocast(inputs.query.device.type):
             return reference.neighbor_graph(inputs, options)
-    query, key, _, *rest = inputs
+    query, key, _, alpha, beta, mask = inputs
     (height, width), *others = options
-    return NeighborGraph(*asa_neighbors(query, key, *rest, height, width, *others, impl))
+    return NeighborGraph(*asa_neighbors(query, key, alpha, beta, mask, height, width, *others, impl))
 
 
 def attend(
@@ -244,7 +244,7 @@ def attend(
             threshold_band=threshold_band,
             return_stats=True,
         )
-    (height, width), *rest = options
+    (height, width), *others = options
     compiling = torch.compiler.is_compiling()
     tracing = not compiling and torch.jit.is_tracing()  # type: ignore[attr-defined]  # not in torch's list of public names
     # Inside a vmap of a grad, requires_grad does not show, and a trace may run with gradients or without: keep what a
@@ -254,7 +254,7 @@ def attend(
     # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
     # makes of one cannot be saved; the op has its gradient.
     run = asa_fwd if compiling or tracing else _AsaAttention.apply
-    outputs = run(*inputs, height, width, *rest, threshold_grad is not None, threshold_band, keep_bits, impl)
+    outputs = run(*inputs, height, width, *others, threshold_grad is not None, threshold_band, keep_bits, impl)
     return outputs[0], AsaStats(*outputs[1:4])
 
 

@@ -125,7 +125,7 @@ class Saved(NamedTuple):
     bits: Tensor  # uint8 [.., *bits_shape] adaptive neighbours A, one bit a pair; last dimension 0: not kept
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.
-    rest: Tensor  # [.., N_q, Dv] what rounding took from out
+    residual: Tensor  # [.., N_q, Dv] what rounding took from out
     base2: Tensor  # [.., 3, N_q] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 
     @classmethod
@@ -146,7 +146,7 @@ class Saved(NamedTuple):
             log_mean=query.new_full(rows, -torch.inf, dtype=inputs.precision),
             bits=query.new_empty(*rows[:2], strips, columns if keep_bits else 0, dtype=torch.uint8),
             local=query.new_empty(*rows, window, dtype=torch.bool),
-            rest=query.new_empty(*rows, value.shape[3] if keep_more and query.dtype != inputs.precision else 0),
+            residual=query.new_empty(*rows, value.shape[3] if keep_more and query.dtype != inputs.precision else 0),
             base2=query.new_empty(*rows[:2], 3, rows[2] if keep_more else 0, dtype=inputs.precision),
         )
 
@@ -159,7 +159,7 @@ def prepare_outputs(inputs: Inputs, saved: Saved) -> bool:
         for x, value in zip(saved[:4], empty, strict=True):
             x.fill_(value)
     elif inputs.key_padding_mask is not None and rows == keys:  # rows that are padding
-        for x, value in zip((*saved[:4], saved.local, saved.rest, saved.base2), (*empty, False, 0, 0), strict=True):
+        for x, value in zip((*saved[:4], saved.local, saved.residual, saved.base2), (*empty, False, 0, 0), strict=True):
             x.fill_(value)
     return saved.lse.numel() > 0 and keys > 0
 

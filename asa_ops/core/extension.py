@@ -47,8 +47,8 @@ def cuda_architectures() -> tuple[int, ...]:
 
     Of the last it also holds PTX, which newer GPUs compile. Empty: it was built without CUDA, or cannot be loaded.
     """
-    told = "" if WHY_MISSING else torch.ops.asa_ops.cuda_architectures()
-    return tuple(int(arch) for arch in told.split(";") if arch)
+    listed = "" if WHY_MISSING else torch.ops.asa_ops.cuda_architectures()
+    return tuple(int(arch) for arch in listed.split(";") if arch)
 
 
 def cuda_versions() -> tuple[tuple[int, int], tuple[int, int]]:

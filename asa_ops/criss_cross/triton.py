@@ -43,7 +43,7 @@ def config(dim: int, dtype: torch.dtype, device: torch.device) -> Config:
 
 @triton.jit
 def line_of(blocks, height, width, COLUMN: tl.constexpr):
-    """Of this program: its block within the line, the line's first pixel, and its image, whose first pixel is last."""
+    """Return this program's block within its line, the first pixel of the line, and its image."""
     if COLUMN:
         line = tl.program_id(0) // blocks % width
         image = tl.program_id(0) // blocks // width
@@ -322,9 +322,9 @@ def bwd(
     delta, partial = lines.new_partial(1), lines.new_partial(lines.dim)
     mine, others = (lines.q, lines.k), (do, lines.v)
     for delta_first in (True, False):
-        rest = stats, delta, partial, dq
-        lines.launch(_criss_cross_dqk_kernel, 1, *mine, *others, *rest, OF_KEYS=False, DELTA=delta_first)
-    rest = stats, delta, partial, dk
-    lines.launch(_criss_cross_dqk_kernel, 1, *mine[::-1], *others[::-1], *rest, OF_KEYS=True, DELTA=False)
+        written = stats, delta, partial, dq
+        lines.launch(_criss_cross_dqk_kernel, 1, *mine, *others, *written, OF_KEYS=False, DELTA=delta_first)
+    written = stats, delta, partial, dk
+    lines.launch(_criss_cross_dqk_kernel, 1, *mine[::-1], *others[::-1], *written, OF_KEYS=True, DELTA=False)
     lines.launch(_criss_cross_dv_kernel, lines.chunks, lines.q, lines.k, do, stats, lines.new_partial(lines.dim_v), dv)
     return dq, dk, dv

@@ -300,7 +300,10 @@ def test_inference_keeps_no_bits():
     sizes = {"blocked": 8, "triton": 1280, "cuda": 640}
     for impl, columns in ((name, sizes[name]) for name in KERNELS if name in sizes):
         saved = Saved(*ops.asa_fwd(*op_arguments(inputs, options, keep_bits=False, impl=impl)))
-        assert saved.bits.shape[-1] == saved.rest.shape[-1] == saved.base2.shape[-1] == 0 and saved.local.shape[-1] == 9
+        assert (
+            saved.bits.shape[-1] == saved.residual.shape[-1] == saved.base2.shape[-1] == 0
+            and saved.local.shape[-1] == 9
+        )
         assert Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl=impl))).bits.shape[-1] == columns
 
 

@@ -230,7 +230,7 @@ def arrange_gradient(problem: Problem, tokens: Tokens, do: Tensor, saved: Saved)
     rows = RowGradients(delta, top, share, lse_kept2, not_finite)
     triton_launch.launch(
         _asa_arrange_gradient_kernel, (problem.n_heads * tokens.rows.padded // problem.block,), do, saved.out,
-        saved.rest if saved.rest.shape[-1] else None, saved.base2, saved.survivors, tokens, rows, *do.stride(),
+        saved.residual if saved.residual.shape[-1] else None, saved.base2, saved.survivors, tokens, rows, *do.stride(),
         problem.heads, problem.sharing, problem.n, problem.dim_v, DIM=problem.width_v, BLOCK=problem.block,
         PRECISION=problem.precision, warps=problem.warps,
     )  # fmt: skip

@@ -243,7 +243,7 @@ def _asa_finish_out_kernel(
 def finish_out(problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, stats: RowStats, sums: Sums) -> None:
     """Write the output and its statistics to ``saved``."""
     alpha, beta = problem.inputs[3:5]
-    residual, base2 = (x if x.shape[-1] else None for x in (saved.rest, saved.base2))
+    residual, base2 = (x if x.shape[-1] else None for x in (saved.residual, saved.base2))
     outputs = Outputs(saved.out, residual, saved.lse, saved.lse_kept, base2, saved.survivors)
     triton_launch.launch(
         _asa_finish_out_kernel, problem.row_programs, sums, stats, bits, tokens, saved.local.view(torch.uint8),
