@@ -348,7 +348,7 @@ def test_a_missing_or_old_triton_is_named(monkeypatch, state):
         monkeypatch.setattr(triton, "__version__", "3.4.0")
         expected = "Triton >= 3.6 is needed, this is 3.4.0"
     for cached in (devices.why_no_triton, devices.triton_is_interpreted, devices._why_no_triton_on):
-        monkeypatch.setattr(triton_launch, cached.__name__, cached.__wrapped__)
+        monkeypatch.setattr(devices, cached.__name__, cached.__wrapped__)
     call = dispatch.Call("asa_attention", "asa", torch.device("cuda"), torch.bfloat16, 64)
     with pytest.raises(RuntimeError, match=expected):
         dispatch.resolve(call, "triton")

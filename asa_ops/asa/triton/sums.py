@@ -320,8 +320,6 @@ def _asa_dt_kernel(
             other_way = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, False, True)
             counts &= other_way
             neighbour &= other_way
-        if thresholds.kappa2 is not None:
-            counts &= s * scale2 >= tl.load(thresholds.kappa2 + rows)[:, None]
         if HAS_WINDOW:
             counts &= _outside_window(order, i0 + tl.arange(0, BLOCK_M), j, width, reach)
         empty_i = (kept_i == -float("inf"))[:, None]
@@ -331,6 +329,8 @@ def _asa_dt_kernel(
             kept_j = tl.load(row.lse_kept2 + columns)[None, :]
             weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
             offer += weight * (dp_back - tl.load(row.delta + columns)[None, :])
+        if thresholds.kappa2 is not None:
+            counts &= s * scale2 >= tl.load(thresholds.kappa2 + rows)[:, None]
         step = step_derivative(((s * scale2 - lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
         acc += tl.sum(tl.where(counts & (step > 0), step * offer, 0), 1)
     tl.store(sums.partial + tl.cast(tl.program_id(1), tl.int64) * sums.rows + rows, acc)
