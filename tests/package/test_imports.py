@@ -20,7 +20,8 @@ TRITON = ["asa_ops.asa.triton", "asa_ops.criss_cross.triton", "asa_ops.core.trit
 # Beside asa_ops and its own folder: what files of bench, examples and tests import of the others.
 ACROSS = {
     "bench": ["examples.files"],  # how files are written there and here
-    "tests.bench": ["bench"],
+    "tests.bench": ["bench", "examples.files"],
+    "tests.bench_cases": ["bench"],
     "tests.examples": ["examples"],
     "tests.segmentation_cases": ["examples"],
     "tests.segmentation_ranks": ["examples"],
