@@ -40,7 +40,7 @@ _TABLE = {
     ("topk", 64, HALF, 90): Config(128, 64, 8, 3, tma=True),
     ("mask", 256, HALF, 90): Config(64, 64, 4, 3, tma=True, chunk=64),
     ("mask", 128, HALF, 90): Config(128, 128, 8, 3, tma=True, chunk=64),
-    ("mask", 64, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=32, registers=128),
+    ("mask", 64, HALF, 90): Config(64, 64, 4, 2, tma=True, chunk=32),
     ("aggregate", 256, HALF, 90): Config(128, 64, 8, 2, tma=True),
     ("aggregate", 128, HALF, 90): Config(128, 64, 8, 3, tma=True),
     ("aggregate", 64, HALF, 90): Config(64, 64, 4, 5, tma=True),

@@ -300,8 +300,7 @@ def _asa_mask_kernel(
     the rows j. Stored is M, or A if ONE_WAY_BITS.
     """
     n_listed = tl.load(count)
-    # What tiles have in common is formed again for each: held from tile to tile, it would take registers.
-    for t in tl.range(tl.program_id(0), n_listed, tl.num_programs(0), disable_licm=True):
+    for t in tl.range(tl.program_id(0), n_listed, tl.num_programs(0)):
         code = tl.load(pairs + t)
         j_tile = (code % other_tiles).to(tl.int32)
         i_tile = (code // other_tiles % tiles).to(tl.int32)
