@@ -129,26 +129,26 @@ def runnable(spec: Spec, device: str, impls: list[str]) -> tuple[list[str], dict
     Raises:
         ValueError: the op has one implementation only, and others than "auto" are asked for.
     """
-    functions = {
-        "asa": ("asa_attention", "asa", spec.dim),
-        "criss_cross_attention": ("criss_cross_attention", "criss_cross", _less(spec.dim)),
-    }
-    if spec.op not in functions:
-        if set(impls) != {"auto"}:
-            raise ValueError(f"{spec.op} has one implementation")
+    kind = torch.device(device), spec.torch_dtype
+    if spec.op == "asa":
+        call = dispatch.Call("asa_attention", "asa", *kind, spec.dim)
+    elif spec.op == "criss_cross_attention":
+        call = dispatch.Call("criss_cross_attention", "criss_cross", *kind, _less(spec.dim))
+    elif set(impls) != {"auto"}:
+        raise ValueError(f"{spec.op} has one implementation")
+    else:
         return impls, {}
-    op, stem, dim = functions[spec.op]
-    call = dispatch.Call(op, stem, torch.device(device), spec.torch_dtype, dim)
+    found, why_not = {}, {}  # names, in order
 
-    def resolved(impl: str) -> tuple[str | None, str | None]:
+    def resolve(impl: str) -> None:
         try:
-            return dispatch.resolve(call, impl), None
+            found[dispatch.resolve(call, impl)] = None
         except RuntimeError as error:
-            return None, str(error)
+            why_not[impl] = str(error)
 
-    found = {impl: resolved(impl) for impl in impls}
-    why_not = {impl: reason for impl, (_, reason) in found.items() if reason}
-    return list(dict.fromkeys(name for name, _ in found.values() if name)), why_not
+    for impl in impls:
+        resolve(impl)
+    return list(found), why_not
 
 
 def free_bytes(device: str) -> int:

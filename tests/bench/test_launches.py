@@ -33,7 +33,7 @@ def test_operations_of_a_call_are_counted(monkeypatch):
         torch.autograd.grad(out.sum(), leaves)
 
     flops = launches.operations(call, n)
-    assert {"statistics", "mask", "aggregate", "dq"} < set(flops) <= {*launches.matrix_kernels(), "dkv"}
+    assert {"statistics", "mask", "aggregate", "dq"} < set(flops) <= {*launches.MATRIX_KERNELS, "dkv"}
     assert "dkv" in flops or ("dk" in flops and "dv" in flops)
     assert flops["statistics"] == 2 * n * n * 16
     stand_in_for_cuda(monkeypatch)
@@ -118,8 +118,8 @@ def test_calls_of_the_tuner(monkeypatch):
 
     build = workloads.build
     monkeypatch.setattr(workloads, "build", lambda spec, device, *others: build(spec, "cpu", *others))
-    calls = tune.Calls(workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None))
-    assert [len(calls.run(kernel)) for kernel in ("mask", "dq")] == [1, 3]
+    calls = tune.calls_on(workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None))
+    assert [len(calls[kernel]()) for kernel in ("mask", "dq")] == [1, 3]
 
 
 def test_without_a_device_the_tuner_says_so():
