@@ -4,7 +4,6 @@ Each factory returns query, key, value [N, D] and alpha, beta [N], float32, for 
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -41,21 +40,20 @@ def thresholds(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def photograph(grid: tuple[int, int]) -> Tensor:
-    """Return a photograph [1, 3, H, W], colours in [0, 1]; without scikit-image a synthetic picture."""
-    if skimage is None:
-        return F.interpolate(synthetic_picture(), grid, mode="bilinear", antialias=True)
-    image = skimage.transform.resize(skimage.data.astronaut() / 255, grid, anti_aliasing=True)
-    return torch.from_numpy(image).float().permute(2, 0, 1)[None]
+    """Return a photograph [1, 3, H, W], colours in [0, 1].
 
-
-def synthetic_picture() -> Tensor:
-    """Return a picture [1, 3, 512, 512] in [0, 1], from large soft shapes to texture, as in nature."""
+    Without scikit-image it is a synthetic picture, from large soft shapes to texture, as in nature.
+    """
+    if skimage:
+        image = skimage.transform.resize(skimage.data.astronaut() / 255, grid, anti_aliasing=True)
+        return torch.from_numpy(image).float().permute(2, 0, 1)[None]
     generator = torch.Generator().manual_seed(0)
     picture = torch.zeros(1, 3, 512, 512)
     for cells in (4, 8, 16, 32, 64, 128):
         layer = torch.randn(1, 3, cells, cells, generator=generator) / cells**0.7
         picture += F.interpolate(layer, (512, 512), mode="bicubic")
-    return (picture - picture.amin()) / (picture.amax() - picture.amin())
+    picture = (picture - picture.amin()) / (picture.amax() - picture.amin())
+    return F.interpolate(picture, grid, mode="bilinear", antialias=True)
 
 
 def labels(grid: tuple[int, int], dim: int, generator: torch.Generator) -> list[Tensor]:
@@ -135,11 +133,4 @@ def all_dense(grid: tuple[int, int], dim: int, generator: torch.Generator) -> li
     return [x if i < 3 else torch.zeros_like(x) for i, x in enumerate(iid(grid, dim, generator))]
 
 
-INPUTS: dict[str, Callable[..., list[Tensor]]] = {
-    "photo": photo,
-    "labels": labels,
-    "conv": conv,
-    "iid": iid,
-    "near-dense": near_dense,
-    "dense": all_dense,
-}
+INPUTS = {"photo": photo, "labels": labels, "conv": conv, "iid": iid, "near-dense": near_dense, "dense": all_dense}

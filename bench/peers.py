@@ -28,16 +28,6 @@ class Problem(NamedTuple):
     tensors: list[Tensor]  # query, key, value, alpha, beta
     grid: tuple[int, int]
 
-    @property
-    def device(self) -> str:
-        return self.tensors[0].device.type
-
-    @property
-    def matrix(self) -> int:
-        """Bytes of one N x N matrix of all heads, float32."""
-        batch, heads, n, _ = self.tensors[0].shape
-        return 4 * batch * heads * n * n
-
 
 class Peer(NamedTuple):
     prepare: Callable[[Problem], Attention]
@@ -52,18 +42,15 @@ class Peer(NamedTuple):
         """Return why it cannot run a call here, None if it can."""
         if not importlib.util.find_spec(self.package):
             return "not installed"
-        return "needs a CUDA device" if self.gpu and problem.device != "cuda" else None
+        return "needs a CUDA device" if self.gpu and not problem.tensors[0].is_cuda else None
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Problem], Attention]:
-    def prepare(problem: Problem) -> Attention:
-        def attention(query, key, value):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value)
+    def attention(query, key, value):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
 
-        return attention
-
-    return prepare
+    return lambda problem: attention
 
 
 @contextlib.contextmanager
@@ -80,7 +67,7 @@ def matmul_precision(precision: str) -> Iterator[None]:
 def _eager(problem: Problem) -> Attention:
     """The published formula, scores in float32; of half precision on a GPU with TF32 allowed, which is faster."""
     query, *_, alpha, beta = problem.tensors
-    tf32 = problem.device == "cuda" and query.dtype != torch.float32
+    tf32 = query.is_cuda and query.dtype != torch.float32
 
     def attention(query, key, value):
         with matmul_precision("high") if tf32 else contextlib.nullcontext():
@@ -144,7 +131,6 @@ def _natten(problem: Problem) -> Attention:
     return run
 
 
-_NATTEN = f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"
 _FLEX = Peer(_flex, "FlexAttention given our survivors in an N x N mask, neither counted", 1, backward_on_cpu=False)
 PEERS: dict[str, Peer] = {
     "sdpa flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "dense, PyTorch"),
@@ -160,7 +146,7 @@ PEERS: dict[str, Peer] = {
     ),
     "adasplash": Peer(_adasplash, "entmax attention with a sparsity of its own", package="adasplash", gpu=True),
     "xformers": Peer(_xformers, "dense, memory-efficient attention", package="xformers", gpu=True),
-    "natten": Peer(_natten, _NATTEN, package="natten"),
+    "natten": Peer(_natten, f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each", package="natten"),
 }
 DENSE = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "xformers")
 INDIFFERENT = (*DENSE, "sdpa math", "eager", "natten")  # cost the same on every input

@@ -158,27 +158,20 @@ def threshold(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text!r}")
 
 
-def swept(sweep: str, sizes: list[str], dtype: str) -> list[tuple[str, Spec, str]]:
-    """Return what there is to measure for one sweep, (sweep, spec, mode)."""
-
-    def spec(size="64x64", dim=64, inputs="labels", alpha=None):
-        return Spec("asa", size, dim, 1, 1, dtype, inputs, alpha)
-
-    specs = {
-        "tokens": [spec(size=size) for size in sizes],
-        "survivors": [spec(inputs="iid", alpha=alpha) for alpha in ALPHAS],
-        "dim": [spec(dim=dim) for dim in DIMS],
-    }[sweep]
-    return list(itertools.product([sweep], specs, MODES if sweep == "tokens" else MODES[:2]))
-
-
 def to_do(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, Spec, str]]:
     """Return what the options ask for, (sweep, spec, mode)."""
     if options.sweep:
         for name in ("op", "dim", "heads", "batch", "inputs", "alpha", "mode"):
             if getattr(options, name):
                 parser.error(f"--sweep fixes --{name}")
-        return [x for sweep in options.sweep for x in swept(sweep, options.size or SIZES, options.dtype)]
+        spec = Spec("asa", "64x64", 64, 1, 1, options.dtype, "labels", None)
+        varied = {
+            "tokens": [{"size": size} for size in options.size or SIZES],
+            "survivors": [{"inputs": "iid", "alpha": alpha} for alpha in ALPHAS],
+            "dim": [{"dim": dim} for dim in DIMS],
+        }
+        found = [(sweep, dataclasses.replace(spec, **each)) for sweep in options.sweep for each in varied[sweep]]
+        return [(*x, mode) for x in found for mode in MODES if mode != "mem" or x[0] == "tokens"]
     ops = options.op or ["asa"]
     kinds = options.inputs or ([name for name in INPUTS if name != "dense"] if ops == ["asa"] else ["iid"])
     heads, batch = options.heads or 1, options.batch or 1

@@ -179,9 +179,10 @@ def _asa(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workloa
     prepare = {f"asa {impl}": ours(impl) for impl in found}
     skipped = {f"asa {impl}": reason for impl, reason in why_not.items()}
     names, problem = list(prepare), Problem(tensors, spec.grid)
+    matrix = 4 * spec.batch * spec.heads * spec.tokens**2  # bytes of one of N x N, float32
     for name in peers:
         peer = PEERS[name]
-        if reason := peer.why_not(problem) or _too_large(peer.matrices * problem.matrix, device):
+        if reason := peer.why_not(problem) or _too_large(peer.matrices * matrix, device):
             skipped[name] = reason
         else:
             prepare[name] = functools.partial(peer.prepare, problem)
@@ -205,11 +206,9 @@ def _criss_cross_attention(spec: Spec, device: str, impls: list[str]) -> Workloa
     less = _less(spec.dim)
     *leaves, grad_out = _maps(spec, device, less, less, spec.dim, spec.dim)
 
-    def ours(impl: str) -> Callable:
-        return lambda: functools.partial(criss_cross_attention, impl=impl)
-
-    names = {OURS if impl == "auto" else f"{OURS} {impl}": ours(impl) for impl in impls}
-    return Workload(leaves, grad_out, names | {"eager": lambda: eager.criss_cross_attention}, list(names))
+    methods = {impl: functools.partial(criss_cross_attention, impl=impl) for impl in impls}
+    ours = {f"{OURS} {impl}".removesuffix(" auto"): lambda x=method: x for impl, method in methods.items()}
+    return Workload(leaves, grad_out, ours | {"eager": lambda: eager.criss_cross_attention}, list(ours))
 
 
 def _block(spec: Spec, device: str, name: str, options: dict) -> Workload:

@@ -79,7 +79,7 @@ class Compiled(NamedTuple):
     tensor_cores: int
     async_copies: int
     seconds: float
-    error: str
+    error: str = ""
 
 
 def source_of(launch: launches.Launch, dim: int, dtype: str, arch: int) -> Source:
@@ -148,7 +148,6 @@ def compiled(source: Source) -> Compiled:
         tensor_cores=len(re.findall(TENSOR_CORES, sass)),
         async_copies=len(re.findall(ASYNC_COPIES, sass)),
         seconds=seconds,
-        error="",
     )
 
 

@@ -67,11 +67,11 @@ def shared(kernel: str, config, dim: int) -> int:
     return 2 * (held + config.stages * stream)
 
 
-def calls_on(spec: workloads.Spec) -> dict[str, Callable[[], tuple]]:
-    """Return by kernel the call that it is timed in: forward alone, or with its backward."""
+def calls_on(spec: workloads.Spec) -> tuple[Callable[[], tuple], Callable[[], tuple]]:
+    """Return a call, forward alone and with its backward: kernels of FORWARD are timed in the first."""
     workload = workloads.build(spec, "cuda", ["triton"], [])
     forward, both = (workload.call("asa triton", backward) for backward in (False, True))
-    return {name: (lambda: (forward(),)) if name in FORWARD else both for name in KERNELS}
+    return lambda: (forward(),), both
 
 
 def microseconds(call: Callable) -> dict[str, float]:
@@ -105,41 +105,42 @@ def main() -> None:
     def placed(candidate: Candidate):
         return launches.configured(candidate.kernel, options.dim, architecture, candidate.config, candidate.splits)
 
-    def attempt(calls: dict[str, Callable[[], tuple]], candidate: Candidate):
+    def attempt(kind: str, candidate: Candidate) -> tuple | str:
         try:
             with placed(candidate):
-                result = calls[candidate.kernel]()
+                result = calls[kind][candidate.kernel not in FORWARD]()
                 torch.cuda.synchronize()
         except Exception as error:  # too much shared memory, too many registers: a finding
-            return None, measure.describe(error)
-        return result, None
+            return measure.describe(error)
+        return result
 
     shape = options.grid, options.dim, options.heads, 1, "bfloat16"
     calls = {kind: calls_on(workloads.Spec("asa", *shape, kind, None)) for kind in options.inputs}
     if options.compile:
         share, shares = (int(part) for part in options.compile.split("/"))
         for candidate in todo[share::shares]:
-            attempt(calls[options.inputs[0]], candidate)
+            attempt(options.inputs[0], candidate)
         return
-    expected = {(kind, name): x[name]() for kind, x in calls.items() for name in (FORWARD[0], KERNELS[-1])}
+    expected = {kind: [call() for call in pair] for kind, pair in calls.items()}
     shares = min(PROCESSES, max(1, (os.cpu_count() or 1) - 1))  # the rest is compiled by processes side by side
     again = [sys.executable, "-m", "bench.triton.tune", *sys.argv[1:], "--compile"]
     for process in [subprocess.Popen([*again, f"{k}/{shares}"], cwd=measure.ROOT) for k in range(shares)]:
         process.wait()
-    for kind, x in calls.items():
-        for title, kernel in (("forward", FORWARD[0]), ("forward and backward", KERNELS[-1])):
-            told = ", ".join(f"{name} {us:.1f}" for name, us in microseconds(x[kernel]).items())
+    for kind, pair in calls.items():
+        for title, call in zip(("forward", "forward and backward"), pair, strict=True):
+            told = ", ".join(f"{name} {us:.1f}" for name, us in microseconds(call).items())
             print(f"{kind}, {title}, us: {told}")
     print(f"{'kernel':10} {'inputs':10} {'us':>7} {'all':>7} {'difference':>10}")
     for candidate in todo:
-        for kind, x in calls.items():
-            result, error = attempt(x, candidate)
-            if error:
-                print(f"{candidate.kernel:10} {kind:10} {'-':>7} {'-':>7} {'-':>10}  {candidate}: {error}", flush=True)
+        backward = candidate.kernel not in FORWARD
+        for kind, pair in calls.items():
+            result = attempt(kind, candidate)
+            if isinstance(result, str):
+                print(f"{candidate.kernel:10} {kind:10} {'-':>7} {'-':>7} {'-':>10}  {candidate}: {result}", flush=True)
                 break
             with placed(candidate):
-                times = microseconds(x[candidate.kernel])
-            off = difference(result, expected[kind, FORWARD[0] if candidate.kernel in FORWARD else KERNELS[-1]])
+                times = microseconds(pair[backward])
+            off = difference(result, expected[kind][backward])
             told = f"{times[candidate.kernel]:7.1f} {sum(times.values()):7.1f} {off:10.1e}"
             print(f"{candidate.kernel:10} {kind:10} {told}  {candidate}", flush=True)
 
