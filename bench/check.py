@@ -57,8 +57,7 @@ def compare(case: Case, rounds: int) -> tuple[list[float] | None, str]:
 
 def on_file(folder: Path, device: str) -> Path | None:
     """Return this machine's results, or those of another that have the cases of a check."""
-    own = folder / f"{record.slug(device)}.json"
-    found = [own, *sorted(folder.glob("*.json"))]
+    found = [folder / f"{record.slug(device)}.json", *sorted(folder.glob("*.json"))]
     return next((path for path in found if path.exists() and subset(record.read(path))), None)
 
 
@@ -79,8 +78,8 @@ def main(arguments: list[str] | None = None) -> None:
     if not cases:
         parser.error(f"--against: {against} has no case with {SUBSET} and a time of {PEER}")
     names = ("device", "instruction set", "threads", "torch")
-    pairs = {name: (known.environment.get(name), environment.get(name)) for name in names}
-    differs = [f"{name} {there} there, {here} here" for name, (there, here) in pairs.items() if there != here]
+    pairs = ((name, known.environment.get(name), environment.get(name)) for name in names)
+    differs = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
     rows, verdicts = [], []
     for case in run.progress(cases):
         now, moved = compare(case, options.rounds)

@@ -1,5 +1,7 @@
 """What the GPU suite makes of its results: goals judged, and the summary. Nothing is measured here."""
 
+import collections
+import re
 from typing import NamedTuple
 
 from . import report
@@ -77,14 +79,12 @@ def judge(goal: Goal, cases: list[Case]) -> Verdict:
     case = next((c for c in found if any(peer in c.methods for peer in goal.peers)), None)
     if case is None:
         return Verdict(name, bound, "-", "not measured")
-    ours, peer = case.ours[0], case.fastest(goal.peers)
-    called = case.ratio(peer, ours) if peer else None
+    ours = case.ours[0]
+    called, graph = (case.ratio(case.fastest(goal.peers, how), ours, how) for how in ("seconds", "graph"))
     if called is None:
         methods = {x: case.methods[x] for x in (ours, *goal.peers) if x in case.methods and not case.times(x)}
         why = "; ".join(dict.fromkeys(f"{x}: {m.error or m.skipped or 'not run'}" for x, m in methods.items()))
         return Verdict(name, bound, "-", f"not measured ({why})")
-    replayed = case.fastest(goal.peers, "graph")
-    graph = case.ratio(replayed, ours, "graph") if replayed else None
     measured = f"{called[1]:.2f} x" + (f", graph {graph[1]:.2f} x" if graph else "")
     active = case.sparsity.get("active", 1)
     if goal.structured and active > ACTIVE_LIMIT:
@@ -99,10 +99,9 @@ def headline(steps: list[Step], judged: list[Verdict]) -> str:
     parts = [f"{x.step} {x.status}" + (f" ({x.note})" if x.note else "") for x in steps if x.status != "passed"]
     if steps and not parts:
         parts.append("every step passed")
-    kinds = (MET, MET), (IN_GRAPH, IN_GRAPH), (MISSED, MISSED), ("not measured", "not measured")
-    counts = {name: sum(x.verdict.split(" (")[0] == verdict for x in judged) for name, verdict in kinds}
-    counts["do not apply"] = sum(x.verdict.startswith("does not apply") for x in judged)
-    told = ", ".join(f"{count} {name}" for name, count in counts.items() if count)
+    counts = collections.Counter(re.split(r" \(|:", x.verdict)[0] for x in judged)  # without what is told of one
+    kinds = MET, IN_GRAPH, MISSED, "not measured", "does not apply"
+    told = ", ".join(f"{counts[kind]} {kind.replace('does', 'do')}" for kind in kinds if counts[kind])
     return "; ".join([*parts, f"goals: {told}" if judged else "no goal was measured"])
 
 
@@ -139,8 +138,5 @@ def render(results: Record) -> str:
     }
     title = f"# asa_ops on {results.environment.get('device') or 'no GPU'}"
     told = "\n".join(f"- {name}: {value}" for name, value in facts.items())
-    sections = (f"## {name}\n\n{text}" for name, text in parts.items() if text)
-    return (
-        report.joined(title, f"**{headline(results.steps, judged)}.**", told, *sections, report.sections(results))
-        + "\n"
-    )
+    sections = [f"## {name}\n\n{text}" for name, text in parts.items() if text] + [report.sections(results)]
+    return report.joined(title, f"**{headline(results.steps, judged)}.**", told, *sections) + "\n"

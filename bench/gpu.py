@@ -29,7 +29,7 @@ import torch
 
 from examples import files
 
-from . import goals, measure, record, shard, workloads
+from . import goals, measure, record, report, shard, workloads
 from .measure import ROOT
 from .record import Record, Step, Tally
 
@@ -147,12 +147,11 @@ def tally(lines: Iterable[str]) -> Tally:
     """Sum up what ``shard`` wrote."""
     selected, outcomes = set(), {}
     for event in map(json.loads, lines):
-        if event["event"] == "selected":
+        kind, test = event.pop("event"), event.get("test")
+        if kind == "selected":
             selected.update(event["tests"])
-        elif event["event"] == "outcome":
-            before = outcomes.get(event["test"])
-            if before is None or before["outcome"] in ("passed", "skipped"):  # an error in teardown counts
-                outcomes[event["test"]] = {name: x for name, x in event.items() if name != "event"}
+        elif kind == "outcome" and (test not in outcomes or outcomes[test]["outcome"] in ("passed", "skipped")):
+            outcomes[test] = event  # an error in teardown counts
     kinds = {kind: [x for x in outcomes.values() if x["outcome"] == kind] for kind in shard.OUTCOMES}
     slowest = sorted(outcomes.values(), key=lambda x: -x["seconds"])[:5]
     return Tally(
@@ -265,25 +264,12 @@ RUN = {
 }
 
 
-def seconds_for(step: str, later: Iterable[str], remaining: float) -> float:
-    """Return how long a step may take, so that the later ones keep their shares; what it leaves, they get."""
-    return remaining * SECONDS[step] / (SECONDS[step] + sum(SECONDS[name] for name in later))
-
-
 def exit_status(steps: list[Step]) -> int:
     """Return 0 only if a step beyond the build passed, none failed, and no tests were left unfinished."""
     failed = any(x.status == "failed" for x in steps)
     unfinished = any(x.status == "timed out" and x.step in ("tests", "configs") for x in steps)
     ran = any(x.status == "passed" and x.step != "build" for x in steps)
     return int(failed or unfinished or not ran)
-
-
-def keep(out: Path, device: str) -> None:
-    """Copy the summary and the results to bench/results, named after the card."""
-    for name, suffix in (("summary.md", "-summary.md"), ("results.json", "-summary.json")):
-        kept = ROOT / "bench" / "results" / (record.slug(device) + suffix)
-        files.write(kept, files.read(out / name))
-        print(f"kept as {kept.relative_to(ROOT)}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -313,7 +299,8 @@ def main(arguments: list[str] | None = None) -> None:
     print(json.dumps(results.environment, indent=1), flush=True)
     todo = [step for step in SECONDS if step in wanted]
     for i, step in enumerate(todo):
-        limit = seconds_for(step, todo[i + 1 :], max(deadline - time.monotonic(), 1))
+        # Later steps keep their shares of what is left, and get what this one leaves.
+        limit = max(deadline - time.monotonic(), 1) * SECONDS[step] / sum(SECONDS[name] for name in todo[i:])
         print(f"\n=== {step}, at most {limit:.0f} s", flush=True)
         log = out / f"{step}.log"
         log.unlink(missing_ok=True)
@@ -325,8 +312,10 @@ def main(arguments: list[str] | None = None) -> None:
         results.write(out / "results.json")
         files.write(out / "summary.md", goals.render(results))
     print(f"\n{files.read(out / 'summary.md')}\nin {out}", flush=True)
-    if options.keep:
-        keep(out, str(results.environment["device"]))
+    for name in ("summary.md", "results.json") if options.keep else ():
+        kept = report.FOLDER / f"{record.slug(str(results.environment['device']))}-summary{Path(name).suffix}"
+        files.write(kept, files.read(out / name))
+        print(f"kept as {kept}")
     sys.exit(exit_status(results.steps))
 
 

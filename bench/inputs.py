@@ -1,10 +1,9 @@
 """Inputs that look like those of users, and ones that do not: the same for every benchmark, and for the tests.
 
-Each factory returns query, key, value [1, 1, N, D] and alpha, beta [1, 1, N], float32, for an H x W grid.
+Each factory returns query, key, value [N, D] and alpha, beta [N], float32, for an H x W grid and a generator.
 """
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -27,8 +26,8 @@ def make(
 
     Every head of every image has a seed of its own. ``alpha`` replaces the thresholds of all pixels.
     """
-    parts = [INPUTS[kind](grid, dim, seed) for seed in range(batch * heads)]
-    tensors = [torch.cat(each).unflatten(0, (batch, heads)).squeeze(2) for each in zip(*parts, strict=True)]
+    parts = [INPUTS[kind](grid, dim, torch.Generator().manual_seed(seed)) for seed in range(batch * heads)]
+    tensors = [torch.stack(each).unflatten(0, (batch, heads)) for each in zip(*parts, strict=True)]
     if alpha is not None:
         tensors[3] = torch.full_like(tensors[3], alpha)
     return tensors
@@ -36,61 +35,52 @@ def make(
 
 def thresholds(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Return alpha in [0.8, 2] and beta in [0.5, 1.5]."""
-    alpha = torch.empty(1, 1, n).uniform_(0.8, 2, generator=generator)
-    beta = torch.empty(1, 1, n).uniform_(0.5, 1.5, generator=generator)
-    return alpha, beta
+    alpha = torch.empty(n).uniform_(0.8, 2, generator=generator)
+    return alpha, torch.empty(n).uniform_(0.5, 1.5, generator=generator)
 
 
 def photograph(grid: tuple[int, int]) -> Tensor:
-    """Return a photograph [1, 3, H, W], colours in [0, 1]; without scikit-image a synthetic picture."""
-    if skimage is None:
-        return F.interpolate(synthetic_picture(), grid, mode="bilinear", antialias=True)
-    image = skimage.transform.resize(skimage.data.astronaut() / 255, grid, anti_aliasing=True)
-    return torch.from_numpy(image).float().permute(2, 0, 1)[None]
+    """Return a photograph [1, 3, H, W], colours in [0, 1].
 
-
-def synthetic_picture(side: int = 512) -> Tensor:
-    """Return a picture [1, 3, side, side] in [0, 1], from large soft shapes to texture, as in nature."""
+    Without scikit-image it is a synthetic picture, from large soft shapes to texture, as in nature.
+    """
+    if skimage:
+        image = skimage.transform.resize(skimage.data.astronaut() / 255, grid, anti_aliasing=True)
+        return torch.from_numpy(image).float().permute(2, 0, 1)[None]
     generator = torch.Generator().manual_seed(0)
-    picture = torch.zeros(1, 3, side, side)
+    picture = torch.zeros(1, 3, 512, 512)
     for cells in (4, 8, 16, 32, 64, 128):
         layer = torch.randn(1, 3, cells, cells, generator=generator) / cells**0.7
-        picture += F.interpolate(layer, (side, side), mode="bicubic")
-    return (picture - picture.amin()) / (picture.amax() - picture.amin())
+        picture += F.interpolate(layer, (512, 512), mode="bicubic")
+    picture = (picture - picture.amin()) / (picture.amax() - picture.amin())
+    return F.interpolate(picture, grid, mode="bilinear", antialias=True)
 
 
-def label_map(grid: tuple[int, int], regions: int, generator: torch.Generator) -> Tensor:
-    """Return labels [H * W] of a Voronoi map with wobbling borders."""
-    centres = torch.rand(regions, 2, generator=generator) * torch.tensor(grid)
-    r, c = torch.meshgrid(*map(torch.arange, grid), indexing="ij")
-    pixels = torch.stack([r, c], -1).reshape(-1, 2) + torch.randn(math.prod(grid), 2, generator=generator) * 0.6
-    return torch.cdist(pixels.float(), centres).argmin(-1)
+def labels(grid: tuple[int, int], dim: int, generator: torch.Generator) -> list[Tensor]:
+    """Features of 19 regions, one direction a region and noise on top: 3 to 5 % of all pairs survive.
 
-
-def labels(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
-    """Features of 19 regions, one direction a region and noise on top: 3 to 5 % of all pairs survive."""
-    generator = torch.Generator().manual_seed(seed)
-    n, label = math.prod(grid), label_map(grid, 19, generator)
+    The regions are those of a Voronoi map with wobbling borders.
+    """
+    n, centres = math.prod(grid), torch.rand(19, 2, generator=generator) * torch.tensor(grid)
+    pixels = torch.cartesian_prod(*map(torch.arange, grid)) + torch.randn(n, 2, generator=generator) * 0.6
+    label = torch.cdist(pixels, centres).argmin(-1)
     directions = torch.randn(2, 19, dim, generator=generator) * 0.25
     directions += F.normalize(torch.randn(19, dim, generator=generator), dim=-1) * dim**0.5
     noise = torch.randn(2, n, dim, generator=generator)
-    query, key = (directions[i][label] * 1.35 + noise[i] * 0.95 for i in range(2))
-    value = torch.randn(n, dim, generator=generator)
-    return [query[None, None], key[None, None], value[None, None], *thresholds(n, generator)]
+    query, key = directions[:, label] * 1.35 + noise * 0.95
+    return [query, key, torch.randn(n, dim, generator=generator), *thresholds(n, generator)]
 
 
-def photo(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+def photo(grid: tuple[int, int], dim: int, generator: torch.Generator) -> list[Tensor]:
     """Patches of a noisy photograph as queries and keys (non-local means), 5 x 5 with enough channels.
 
     s_ij = -||p_i - p_j||^2 / h^2 takes two channels besides the patch; of patches that do not fit the principal
     components are taken.
     """
-    generator = torch.Generator().manual_seed(seed)
-    n = math.prod(grid)
-    image = photograph(grid)
-    image = image + torch.from_numpy(np.random.default_rng(seed).normal(0, 0.1, image.shape)).float()
+    n, image = math.prod(grid), photograph(grid)
+    noise = np.random.default_rng(generator.initial_seed()).normal(0, 0.1, image.shape)
     side = 5 if min(grid) > 2 else 1  # reflected borders need pixels
-    padded = F.pad(image, [side // 2] * 4, mode="reflect")
+    padded = F.pad(image + torch.from_numpy(noise).float(), [side // 2] * 4, mode="reflect")
     patch = F.unfold(padded, side)[0].mT / (0.9 * 0.1 * (3 * side**2) ** 0.5)
     patch = patch - patch.mean(0)
     if dim < patch.shape[1] + 2:
@@ -99,8 +89,7 @@ def photo(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
     square, one = patch.square().sum(-1, keepdim=True), torch.ones(n, 1)
     query, key = torch.cat([2 * patch, -square, one], -1), torch.cat([patch, one, -square], -1)
     query, key = (F.pad(x, (0, dim - x.shape[1])) for x in (query, key))  # of dim 1, cuts one off
-    value = torch.randn(n, dim, generator=generator)
-    return [query[None, None] * dim**0.5, key[None, None], value[None, None], *thresholds(n, generator)]
+    return [query * dim**0.5, key, torch.randn(n, dim, generator=generator), *thresholds(n, generator)]
 
 
 def features(grid: tuple[int, int], channels: int, generator: torch.Generator) -> Tensor:
@@ -114,44 +103,34 @@ def features(grid: tuple[int, int], channels: int, generator: torch.Generator) -
     return x
 
 
-def conv(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+def conv(grid: tuple[int, int], dim: int, generator: torch.Generator) -> list[Tensor]:
     """Random-convolution features of a photograph, scores of standard deviation 4, alpha = beta = 1: 2 % survive."""
-    generator = torch.Generator().manual_seed(seed)
     x = to_tokens(features(grid, dim, generator))
     first, second, third = torch.randn(3, dim, dim, generator=generator) / dim**0.5
     query, key, value = x @ first, x @ (first + 0.5 * second), x @ third  # alike, as those that match alike things
     sample = query[:, :, :: max(1, query.shape[2] // 512)] @ key.mT * dim**-0.5
     query = query * (4 / (sample.std(correction=0) + 1e-6))
-    return [query, key, value, *torch.ones(2, 1, 1, query.shape[2])]
+    return [query[0, 0], key[0, 0], value[0, 0], *torch.ones(2, query.shape[2])]
 
 
-def iid(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+def iid(grid: tuple[int, int], dim: int, generator: torch.Generator) -> list[Tensor]:
     """Independent normal queries and keys: no structure to find, survivors everywhere."""
-    generator = torch.Generator().manual_seed(seed)
     n = math.prod(grid)
-    return [*torch.randn(3, 1, 1, n, dim, generator=generator), *thresholds(n, generator)]
+    return [*torch.randn(3, n, dim, generator=generator), *thresholds(n, generator)]
 
 
-def near_dense(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+def near_dense(grid: tuple[int, int], dim: int, generator: torch.Generator) -> list[Tensor]:
     """What a module at its default initialisation makes of convolution features: nearly every pair survives."""
-    generator = torch.Generator().manual_seed(seed)
     x = features(grid, 2 * dim, generator)
     with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
+        torch.manual_seed(generator.initial_seed())
         tokens = AdaptiveSparseAttention(2 * dim).tokens(x)
-    return [tokens[name].contiguous() for name in ("query", "key", "value", "alpha", "beta")]
+    return [tokens[name][0, 0] for name in ("query", "key", "value", "alpha", "beta")]
 
 
-def all_dense(grid: tuple[int, int], dim: int, seed: int = 0) -> list[Tensor]:
+def all_dense(grid: tuple[int, int], dim: int, generator: torch.Generator) -> list[Tensor]:
     """Thresholds of 0: every pair survives."""
-    return [x if i < 3 else torch.zeros_like(x) for i, x in enumerate(iid(grid, dim, seed))]
+    return [x if i < 3 else torch.zeros_like(x) for i, x in enumerate(iid(grid, dim, generator))]
 
 
-INPUTS: dict[str, Callable[..., list[Tensor]]] = {
-    "photo": photo,
-    "labels": labels,
-    "conv": conv,
-    "iid": iid,
-    "near-dense": near_dense,
-    "dense": all_dense,
-}
+INPUTS = {"photo": photo, "labels": labels, "conv": conv, "iid": iid, "near-dense": near_dense, "dense": all_dense}

@@ -1,9 +1,4 @@
-"""Seconds and bytes of calls, the machine they ran on, and what it can do at most.
-
-As a program, for ``bytes_in_fresh_process``, it prints the bytes that one call adds to the peak:
-
-    python -m bench.measure '{"op": "asa", "size": "64x64", ...}' '"cpu"' '"sdpa flash"' true
-"""
+"""Seconds and bytes of calls, the machine they ran on, and what it can do at most."""
 
 import contextlib
 import ctypes
@@ -11,15 +6,15 @@ import dataclasses
 import gc
 import importlib.metadata
 import itertools
-import json
+import multiprocessing
 import os
 import platform
 import re
 import statistics
 import subprocess
-import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import torch
@@ -202,13 +197,9 @@ def bytes_of(spec: Spec, device: str, name: str, backward: bool) -> int:
 
 
 def bytes_in_fresh_process(spec: Spec, device: str, name: str, backward: bool) -> int:
-    """Return what :func:`bytes_of` returns in a process of its own; if that fails, raise the last line it printed."""
-    arguments = (json.dumps(x) for x in (dataclasses.asdict(spec), device, name, backward))
-    command = [sys.executable, "-m", "bench.measure", *arguments]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    if result.returncode:
-        raise RuntimeError((result.stderr.strip().splitlines() or [f"exit status {result.returncode}"])[-1])
-    return int(result.stdout.split()[-1])
+    """Return what :func:`bytes_of` returns in a process of its own, or raise what it raises there."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(bytes_of, spec, device, name, backward).result()
 
 
 def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, float]:
@@ -238,8 +229,3 @@ def ceilings(device: str, dtype: torch.dtype, side: int = 2048) -> dict[str, flo
         more = middle["pass 1, 512"] - middle["pass 1, 256"]
         result["asa_ops product GFLOP/s"] = 2 * side**2 * 256 / more / 1e9
     return result
-
-
-if __name__ == "__main__":
-    spec, *arguments = (json.loads(x) for x in sys.argv[1:])
-    print(bytes_of(Spec(**spec), *arguments))

@@ -28,16 +28,6 @@ class Problem(NamedTuple):
     tensors: list[Tensor]  # query, key, value, alpha, beta
     grid: tuple[int, int]
 
-    @property
-    def device(self) -> str:
-        return self.tensors[0].device.type
-
-    @property
-    def matrix(self) -> int:
-        """Bytes of one N x N matrix of all heads, float32."""
-        batch, heads, n, _ = self.tensors[0].shape
-        return 4 * batch * heads * n * n
-
 
 class Peer(NamedTuple):
     prepare: Callable[[Problem], Attention]
@@ -52,24 +42,22 @@ class Peer(NamedTuple):
         """Return why it cannot run a call here, None if it can."""
         if not importlib.util.find_spec(self.package):
             return "not installed"
-        return "needs a CUDA device" if self.gpu and problem.device != "cuda" else None
+        return "needs a CUDA device" if self.gpu and not problem.tensors[0].is_cuda else None
 
 
 def _sdpa(backend: SDPBackend) -> Callable[[Problem], Attention]:
-    def prepare(problem: Problem) -> Attention:
-        def attention(query, key, value):
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(query, key, value)
+    def attention(query, key, value):
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(query, key, value)
 
-        return attention
-
-    return prepare
+    return lambda problem: attention
 
 
 @contextlib.contextmanager
-def _tf32() -> Iterator[None]:
+def matmul_precision(precision: str) -> Iterator[None]:
+    """Let products of float32 matrices be of another precision: "high" allows TF32."""
     before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+    torch.set_float32_matmul_precision(precision)
     try:
         yield
     finally:
@@ -79,10 +67,10 @@ def _tf32() -> Iterator[None]:
 def _eager(problem: Problem) -> Attention:
     """The published formula, scores in float32; of half precision on a GPU with TF32 allowed, which is faster."""
     query, *_, alpha, beta = problem.tensors
-    precision = _tf32 if problem.device == "cuda" and query.dtype != torch.float32 else contextlib.nullcontext
+    tf32 = query.is_cuda and query.dtype != torch.float32
 
     def attention(query, key, value):
-        with precision():
+        with matmul_precision("high") if tf32 else contextlib.nullcontext():
             return reference.asa_attention(query, key, value, alpha, beta, grid=problem.grid, published=True)
 
     return attention
@@ -99,11 +87,8 @@ def _compiled_flex(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor
     def survives(b, h, i, j):  # one function for all masks: another would be compiled again
         return dense[b, h, i, j]
 
-    return (
-        dense,
-        torch.compile(flex_attention, dynamic=False),
-        lambda: create(survives, *dense.shape, device=device.type),
-    )
+    attention = torch.compile(flex_attention, dynamic=False)
+    return dense, attention, lambda: create(survives, *dense.shape, device=device.type)
 
 
 def _flex(problem: Problem, mask_in_call: bool = False) -> Attention:
@@ -146,22 +131,22 @@ def _natten(problem: Problem) -> Attention:
     return run
 
 
-_NATTEN = f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each"
-_FLEX = "FlexAttention given our survivors in an N x N mask, neither counted"
-_FLEX_AND_MASK = "the same with its block mask built in the call"
+_FLEX = Peer(_flex, "FlexAttention given our survivors in an N x N mask, neither counted", 1, backward_on_cpu=False)
 PEERS: dict[str, Peer] = {
     "sdpa flash": Peer(_sdpa(SDPBackend.FLASH_ATTENTION), "dense, PyTorch"),
     "sdpa cudnn": Peer(_sdpa(SDPBackend.CUDNN_ATTENTION), "dense, PyTorch", gpu=True),
     "sdpa efficient": Peer(_sdpa(SDPBackend.EFFICIENT_ATTENTION), "dense, PyTorch", gpu=True),
     "sdpa math": Peer(_sdpa(SDPBackend.MATH), "dense, PyTorch, stores N x N matrices", matrices=4),
     "eager": Peer(_eager, "the published formula in eager PyTorch", matrices=14, graph=False),
-    "flex": Peer(_flex, _FLEX, 1, backward_on_cpu=False),
-    "flex + mask": Peer(
-        functools.partial(_flex, mask_in_call=True), _FLEX_AND_MASK, 1, backward_on_cpu=False, graph=False
+    "flex": _FLEX,
+    "flex + mask": _FLEX._replace(
+        prepare=functools.partial(_flex, mask_in_call=True),
+        about="the same with its block mask built in the call",
+        graph=False,
     ),
     "adasplash": Peer(_adasplash, "entmax attention with a sparsity of its own", package="adasplash", gpu=True),
     "xformers": Peer(_xformers, "dense, memory-efficient attention", package="xformers", gpu=True),
-    "natten": Peer(_natten, _NATTEN, package="natten"),
+    "natten": Peer(_natten, f"the {NEIGHBOURHOOD} x {NEIGHBOURHOOD} pixels around each", package="natten"),
 }
 DENSE = ("sdpa flash", "sdpa cudnn", "sdpa efficient", "xformers")
 INDIFFERENT = (*DENSE, "sdpa math", "eager", "natten")  # cost the same on every input

@@ -93,7 +93,7 @@ class Case(Spec):
         alpha = "" if self.alpha is None else f" alpha={self.alpha:g}"
         return f"{self.op} {self.inputs}{alpha} {self.size}, {self.shape}, {self.mode}"
 
-    def times(self, method: str, how: str = "seconds") -> list[float]:
+    def times(self, method: str | None, how: str = "seconds") -> list[float]:
         """Return the "seconds" of a method's rounds, as called, or those in a "graph"; none if it was not timed."""
         return getattr(self.methods[method], how) if method in self.methods else []
 
@@ -110,7 +110,7 @@ class Case(Spec):
         times = {name: time for name in methods if (time := self.median(name, how))}
         return min(times, key=times.get) if times else None
 
-    def ratio(self, method: str, other: str, how: str = "seconds") -> list[float] | None:
+    def ratio(self, method: str | None, other: str | None, how: str = "seconds") -> list[float] | None:
         """Return the quartiles of the rounds' ratios, method / other; None where one of them was not timed."""
         pairs = zip(self.times(method, how), self.times(other, how), strict=False)  # slow methods have fewer rounds
         return quartiles([a / b for a, b in pairs]) or None
@@ -172,11 +172,9 @@ def read(path: Path) -> Record:
         OSError: it cannot be read.
     """
     try:
-        content = json.loads(files.read(path))
-    except ValueError as error:
+        return _load(Record, json.loads(files.read(path)), "")
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not JSON: {error}") from error
-    try:
-        return _load(Record, _of_first_suite(content) if "timings" in content else content, "")
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
@@ -184,8 +182,8 @@ def read(path: Path) -> Record:
 def _load(form: object, content: object, where: str) -> object:
     """Return a value of JSON as what an annotation says: dataclasses, containers, numbers that are not negative."""
     of = typing.get_args(form)
-    if isinstance(form, types.UnionType):
-        return None if content is None and types.NoneType in of else _load(of[0], content, where)
+    if isinstance(form, types.UnionType):  # with None
+        return None if content is None else _load(of[0], content, where)
     outer = {float: (int, float)}.get(form) or typing.get_origin(form) or form
     if dataclasses.is_dataclass(form):
         return _load_fields(form, content, where)
@@ -212,34 +210,3 @@ def _load_fields(form: type, content: object, where: str) -> object:
         return form(**fields)
     except ValueError as error:
         raise ValueError(f"{dot}{error}") from error
-
-
-def _of_first_suite(content: dict) -> dict:
-    """Return in this form what the GPU suite wrote at first, bench/results/nvidia-h200-summary.json."""
-
-    def method(told: dict) -> dict:
-        calls, replays = ([x / 1e3 for x in told.get(name, [])] for name in ("call_ms", "graph_ms"))
-        return {"seconds": calls, "graph": replays, "error": told.get("error")}
-
-    cases = []
-    for case in content["timings"]["cases"]:
-        n, kind = case["N"], case["inputs"]
-        methods = {"asa triton" if name == "asa" else name: method(x) for name, x in case["methods"].items()}
-        active = {"active": case["active"]} if "active" in case else {}
-        cases.append(
-            {"op": "asa", "size": "x".join(map(str, case["grid"])), "dim": case["D"], "heads": 1, "batch": 1}
-            | {"dtype": "bfloat16", "inputs": kind, "alpha": 1.0 if kind == "iid" else None, "mode": case["mode"]}
-            | {"sweep": "", "ours": [name for name in methods if name.startswith("asa ")], "methods": methods}
-            | {"sparsity": {"survivors": case["survivors"] * n, "density": case["survivors"]} | active}
-            | {"kernels": {name: {"seconds": x.pop("ms") / 1e3} | x for name, x in case["kernels"].items()}}
-        )
-    new_names = {"gpu": "device", "gpu memory": "memory", "gemm_tflops": "torch.mm GFLOP/s", "copy_tbs": "copy GB/s"}
-    return {
-        "environment": {new_names.get(name, name): x for name, x in content["environment"].items()},
-        "ceilings": {new_names[name]: 1e3 * x for name, x in content["timings"]["ceilings"].items()},
-        "cases": cases,
-        "notes": content["timings"]["notes"],
-        "first_call": content["timings"]["first_call"],
-        "steps": content["steps"],
-        "tests": {step: content[step] for step in ("tests", "configs")},
-    }

@@ -3,8 +3,8 @@
     python -m bench.report results.json                       # bench/results/<machine>.md, .json and pictures
     python -m bench.report results.json --folder build/bench
 
-The file is what ``bench.run`` wrote, with --add into one. Nothing is measured here. Tables are written by a function of
-eight lines: a GPU machine, which makes pages too, need not have a library for them.
+The file is what ``bench.run`` wrote. Nothing is measured here. ``table`` writes the tables: a GPU machine, which makes
+pages too, need not have a library for them.
 """
 
 import argparse
@@ -31,7 +31,6 @@ LAUNCHES = (
     " From an idle device to an idle device: what launching kernels costs the host is in all of them, and most of what "
     "small calls take. `make gpu` also times replays of CUDA graphs, without it: the page named -summary."
 )
-ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 Curves = dict[str, list[tuple[float, float]]]  # by method, (what a sweep varies, value)
 
 
@@ -65,8 +64,7 @@ def curves(cases: list[Case], value: Callable[[Case, str], float | None]) -> Cur
 
 def ratio_to_dense(case: Case) -> list[float] | None:
     """Return the quartiles of the rounds' ratios, ours to the fastest dense method."""
-    peer = case.fastest(DENSE)
-    return case.ratio(case.ours[0], peer) if peer else None
+    return case.ratio(case.ours[0], case.fastest(DENSE))
 
 
 def _ratios(cases: list[Case]) -> list[tuple[float, float]]:
@@ -104,15 +102,11 @@ def crossings(cases: list[Case]) -> str:
     """Say for every sweep where ours overtakes the fastest dense method."""
     lines = []
     for (sweep, label), mode in itertools.product(SWEEPS.items(), MODES[:2]):
-        points = _ratios(of(cases, sweep, mode))
-        if not points:
-            continue
-        ratios = [y for _, y in points]
-        told = f"{label}, {mode}: {min(ratios):.2f} to {max(ratios):.2f} of dense"
-        where = [f"ASA {verdict} {place:.0f}" for place, verdict in crossing(points)]
-        if not where:
-            where = [f"{'below' if max(ratios) < 1 else 'above'} it from {points[0][0]:.0f} to {points[-1][0]:.0f}"]
-        lines.append(f"- {told}; {', '.join(where)}.")
+        if points := _ratios(of(cases, sweep, mode)):
+            ratios = [y for _, y in points]
+            always = f"{'below' if max(ratios) < 1 else 'above'} it from {points[0][0]:.0f} to {points[-1][0]:.0f}"
+            where = ", ".join(f"ASA {verdict} {place:.0f}" for place, verdict in crossing(points)) or always
+            lines.append(f"- {label}, {mode}: {min(ratios):.2f} to {max(ratios):.2f} of dense; {where}.")
     return "\n".join(lines)
 
 
@@ -155,10 +149,8 @@ def inputs_table(cases: list[Case], even: bool = False) -> str:
     for c in cases:
         if c.sparsity:
             seen.setdefault(tuple(_name(c)), {}).update(c.sparsity)
-    rows = []
-    for key, x in seen.items():
-        fractions = (percent(x.get(name)) for name in ("density", "active", "candidates"))
-        rows.append([*key, f"{x['survivors']:.0f}", *fractions])
+    fractions = "density", "active", "candidates"
+    rows = [[*key, f"{x['survivors']:.0f}", *(percent(x.get(name)) for name in fractions)] for key, x in seen.items()]
     return table(["inputs", "map", "D", "survivors a row", "of all pairs", "active tiles", "candidates"], rows, even)
 
 
@@ -193,9 +185,8 @@ def times_table(cases: list[Case], how: str = "seconds") -> str:
 def bytes_table(cases: list[Case]) -> str:
     measured = [c for c in cases if c.mode == "mem"]
     names = list(dict.fromkeys(name for c in measured for name, m in c.methods.items() if m.memory))
-    rows = []
-    for c, mode in itertools.product(measured, MODES[:2]):
-        rows.append([*_name(c), mode, *(number(c.bytes(name, mode), 1e-6) for name in names)])
+    every = itertools.product(measured, MODES[:2])
+    rows = [[*_name(c), mode, *(number(c.bytes(name, mode), 1e-6) for name in names)] for c, mode in every]
     return table(["inputs", "map", "D", "mode", *names], rows)
 
 
@@ -211,7 +202,7 @@ def roof_table(cases: list[Case], ceilings: dict[str, float]) -> str:
         if not seconds or operations is None or not products:
             continue
         heads = c.heads * c.batch
-        moved = accounting.traffic(c.tokens, c.dim, heads, ITEMSIZE[c.dtype], c.mode == "fwd+bwd")
+        moved = accounting.traffic(c.tokens, c.dim, heads, c.torch_dtype.itemsize, c.mode == "fwd+bwd")
         floor = max(operations / products, moved / ceilings["copy GB/s"]) / 1e9
         units = operations / accounting.operations(1, c.tokens, c.dim, heads)
         cells = f"{units:.2f}", f"{operations / seconds / 1e9:.0f}", number(floor), percent(floor / seconds, 0)
@@ -233,21 +224,11 @@ def blocks_table(cases: list[Case]) -> str:
     memory = {(c.op, c.size, c.dim, c.batch): c for c in reversed(cases) if c.mode == "mem"}
     for c in (c for c in cases if c.mode != "mem"):
         name, measured = c.ours[0], memory.get((c.op, c.size, c.dim, c.batch), c)
-        times = number(c.median(name), missing="failed"), number(c.median("eager"))
         used = [measured.bytes(method, c.mode) for method in (name, "eager")]
-        ratio = f"{used[0] / used[1]:.2f}" if used[0] is not None and used[1] else "-"
-        told = (number(x, 1e-6) for x in used)
-        rows.append(
-            [
-                c.op.replace(",", ", "),
-                f"{c.size}x{c.shape}",
-                c.mode,
-                *times,
-                with_quartiles(c.ratio(name, "eager")),
-                *told,
-                ratio,
-            ]
-        )
+        cells = [number(c.median(name), missing="failed"), number(c.median("eager"))]
+        cells += [with_quartiles(c.ratio(name, "eager")), *(number(x, 1e-6) for x in used)]
+        cells.append(f"{used[0] / used[1]:.2f}" if used[0] is not None and used[1] else "-")
+        rows.append([c.op.replace(",", ", "), f"{c.size}x{c.shape}", c.mode, *cells])
     return table(["block", "map", "mode", "ms", "eager ms", "ours / eager", "MB", "eager MB", "ours / eager"], rows)
 
 
@@ -267,9 +248,9 @@ def headline(cases: list[Case]) -> str:
         return "ASA was not timed beside dense attention."
     (low, best), (high, worst) = min(found, key=lambda x: x[0]), max(found, key=lambda x: x[0])
     told = (
-        f"ASA takes {low:.2f} ({best.label}) to {high:.2f} ({worst.label}) of the time of the fastest dense attention "
-        f"here, over {len(found)} cases"
+        f"ASA takes {low:.2f} ({best.label}) to {high:.2f} ({worst.label}) of the time of the fastest dense attention"
     )
+    told += f" here, over {len(found)} cases"
     all_of = collections.Counter(_inputs(c) for _, c in found)
     lost = collections.Counter(_inputs(c) for ratio, c in found if ratio > 1)
     if not lost:

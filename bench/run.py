@@ -6,19 +6,15 @@
     python -m bench.run --device cuda --dtype bfloat16 --size 128x128 --dim 256
     python -m bench.run --sweep tokens survivors dim        # how cost grows; half an hour
 
-Every combination of what is given is a case. In modes "fwd" and "fwd+bwd" every round times every method once, one
-after the other, so that a slow moment of the machine meets all of them: what counts are the medians of the rounds'
-ratios. Methods more than ten times slower than the fastest take part in two rounds. Forward runs without autograd. On
-a GPU every method is timed in a CUDA graph too, and ASA's Triton kernels one by one. In mode "mem" the figures are the
-bytes that a call adds to the peak: of a fresh process on a CPU, of torch's allocator on a GPU. GFLOP/s are of the
-operations that a method computes: what of all pairs ASA and dense attention visit, else what FlopCounterMode counts.
+Every combination of what is given is a case. Modes "fwd", without autograd, and "fwd+bwd" time every method once a
+round, those more than ten times slower than the fastest in two rounds; on a GPU in a CUDA graph too, and ASA's Triton
+kernels one by one. Mode "mem" counts the bytes that a call adds to the peak, of a fresh process on a CPU, of torch's
+allocator on a GPU. GFLOP/s are of the operations that a method computes. docs/speed.md says how it is measured.
 
 Sweeps, each with everything else fixed, and after them the exponents of cost ~ tokens^e and cost ~ D^e:
 
-    tokens      label maps, D = 64, sizes (--size) to 256x256 (65,536 tokens): the fraction of survivors stays about the
-                same; from 20,000 tokens on, one round
-    survivors   independent normal inputs at 64x64 and one threshold for all, from 0 (everybody survives) up; there is
-                no structure to find, every tile of pairs has survivors until few are left
+    tokens      label maps, D = 64, sizes (--size) to 256x256 (65,536 tokens); from 20,000 tokens on, one round
+    survivors   independent normal inputs at 64x64 and one threshold for all, from 0 (everybody survives) up
     dim         label maps at 64x64, D = 16 to 512
 
 Peers that are not installed are skipped, with a line that says so; of a method that fails the table says what it
@@ -44,7 +40,6 @@ from . import accounting, measure, record, report, workloads
 from .inputs import INPUTS
 from .peers import INDIFFERENT, PEERS
 from .record import MODES, Case, Kernel, Method, Record
-from .triton import launches
 from .workloads import Spec
 
 try:
@@ -75,7 +70,12 @@ def measured(
         _measure_seconds(device, workload, methods, mode == "fwd+bwd", rounds)
     with _told(methods[workload.ours[0]]):  # what is measured of ours alone
         if device == "cuda" and mode != "mem" and methods.get("asa triton", Method()).seconds:
-            kernels = _kernels(workload.call("asa triton", mode == "fwd+bwd"), spec.tokens)
+            from .triton import launches  # where there is Triton
+
+            call = workload.call("asa triton", mode == "fwd+bwd")
+            flops = launches.operations(call, spec.tokens)
+            timed = launches.kernel_seconds(call)
+            kernels = {name: Kernel(*told, flops.get(name)) for name, told in timed.items()}
         if workload.tensors:
             sparsity = accounting.sparsity(workload.tensors, spec.grid)._asdict()
     return Case(*dataclasses.astuple(spec), mode, sweep, sparsity, workload.ours, methods, kernels)
@@ -111,13 +111,7 @@ def _measure_seconds(device, workload, methods, backward, rounds) -> None:
             methods[name].graph = times
 
 
-def _kernels(call: Callable, tokens: int) -> dict[str, Kernel]:
-    flops = launches.operations(call, tokens)
-    return {name: Kernel(*told, flops.get(name)) for name, told in launches.kernel_seconds(call).items()}
-
-
 def _measure_bytes(spec, device, workload, methods) -> None:
-    workload.leaves, workload.parameters = [], []  # a process of its own makes them again
     for name, mode in itertools.product(workload.prepare, MODES[:2]):
         if mode == "fwd+bwd" and not _has_backward(name, device):
             continue
@@ -164,27 +158,20 @@ def threshold(text: str) -> float:
     raise argparse.ArgumentTypeError(f"expected a finite number >= 0, got {text!r}")
 
 
-def swept(sweep: str, sizes: list[str], dtype: str) -> list[tuple[str, Spec, str]]:
-    """Return what there is to measure for one sweep, (sweep, spec, mode)."""
-
-    def spec(size="64x64", dim=64, inputs="labels", alpha=None):
-        return Spec("asa", size, dim, 1, 1, dtype, inputs, alpha)
-
-    specs = {
-        "tokens": [spec(size=size) for size in sizes],
-        "survivors": [spec(inputs="iid", alpha=alpha) for alpha in ALPHAS],
-        "dim": [spec(dim=dim) for dim in DIMS],
-    }[sweep]
-    return list(itertools.product([sweep], specs, MODES if sweep == "tokens" else MODES[:2]))
-
-
 def to_do(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[tuple[str, Spec, str]]:
     """Return what the options ask for, (sweep, spec, mode)."""
     if options.sweep:
         for name in ("op", "dim", "heads", "batch", "inputs", "alpha", "mode"):
             if getattr(options, name):
                 parser.error(f"--sweep fixes --{name}")
-        return [x for sweep in options.sweep for x in swept(sweep, options.size or SIZES, options.dtype)]
+        spec = Spec("asa", "64x64", 64, 1, 1, options.dtype, "labels", None)
+        varied = {
+            "tokens": [{"size": size} for size in options.size or SIZES],
+            "survivors": [{"inputs": "iid", "alpha": alpha} for alpha in ALPHAS],
+            "dim": [{"dim": dim} for dim in DIMS],
+        }
+        found = [(sweep, dataclasses.replace(spec, **each)) for sweep in options.sweep for each in varied[sweep]]
+        return [(*x, mode) for x in found for mode in MODES if mode != "mem" or x[0] == "tokens"]
     ops = options.op or ["asa"]
     kinds = options.inputs or ([name for name in INPUTS if name != "dense"] if ops == ["asa"] else ["iid"])
     heads, batch = options.heads or 1, options.batch or 1
@@ -229,7 +216,8 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace, specs: l
     return Record(environment, measure.ceilings(options.device, getattr(torch, options.dtype)), [])
 
 
-def arguments_of(parser: argparse.ArgumentParser) -> None:
+def arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     size = functools.partial(parsed, lambda text: Spec("asa", text, 1, 1, 1, "float32", "iid", None))
     op = functools.partial(parsed, workloads.parse_op)
     parser.add_argument("--op", nargs="+", type=op, help=f"default: asa; {', '.join(workloads.OPS)}")
@@ -248,12 +236,12 @@ def arguments_of(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--out", type=Path, help="write the seconds and bytes as JSON")
     parser.add_argument("--add", action="store_true", help="to what --out holds; of equal cases the new one stays")
+    return parser
 
 
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments_of(parser)
-    options = parser.parse_args(arguments)
+def main(given: list[str] | None = None) -> None:
+    parser = arguments()
+    options = parser.parse_args(given)
     todo = to_do(parser, options)
     if options.peers is None:
         options.peers = ["sdpa flash", "eager"] if options.sweep else list(PEERS)

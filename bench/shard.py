@@ -66,9 +66,8 @@ class _Recorder:
         message = "" if report.passed else _first_error(report)
         if report.failed and any(words in report.longreprtext for words in FATAL):
             self.lost = message
-        self.write(
-            event="outcome", test=report.nodeid, outcome=outcome, seconds=round(report.duration, 3), message=message
-        )
+        seconds = round(report.duration, 3)
+        self.write(event="outcome", test=report.nodeid, outcome=outcome, seconds=seconds, message=message)
 
 
 def _first_error(report) -> str:

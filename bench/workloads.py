@@ -129,26 +129,26 @@ def runnable(spec: Spec, device: str, impls: list[str]) -> tuple[list[str], dict
     Raises:
         ValueError: the op has one implementation only, and others than "auto" are asked for.
     """
-    functions = {
-        "asa": ("asa_attention", "asa", spec.dim),
-        "criss_cross_attention": ("criss_cross_attention", "criss_cross", _less(spec.dim)),
-    }
-    if spec.op not in functions:
-        if set(impls) != {"auto"}:
-            raise ValueError(f"{spec.op} has one implementation")
+    kind = torch.device(device), spec.torch_dtype
+    if spec.op == "asa":
+        call = dispatch.Call("asa_attention", "asa", *kind, spec.dim)
+    elif spec.op == "criss_cross_attention":
+        call = dispatch.Call("criss_cross_attention", "criss_cross", *kind, _less(spec.dim))
+    elif set(impls) != {"auto"}:
+        raise ValueError(f"{spec.op} has one implementation")
+    else:
         return impls, {}
-    op, stem, dim = functions[spec.op]
-    call = dispatch.Call(op, stem, torch.device(device), spec.torch_dtype, dim)
+    found, why_not = {}, {}  # names, in order
 
-    def resolved(impl: str) -> tuple[str | None, str | None]:
+    def resolve(impl: str) -> None:
         try:
-            return dispatch.resolve(call, impl), None
+            found[dispatch.resolve(call, impl)] = None
         except RuntimeError as error:
-            return None, str(error)
+            why_not[impl] = str(error)
 
-    found = {impl: resolved(impl) for impl in impls}
-    why_not = {impl: reason for impl, (_, reason) in found.items() if reason}
-    return list(dict.fromkeys(name for name, _ in found.values() if name)), why_not
+    for impl in impls:
+        resolve(impl)
+    return list(found), why_not
 
 
 def free_bytes(device: str) -> int:
@@ -179,9 +179,10 @@ def _asa(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workloa
     prepare = {f"asa {impl}": ours(impl) for impl in found}
     skipped = {f"asa {impl}": reason for impl, reason in why_not.items()}
     names, problem = list(prepare), Problem(tensors, spec.grid)
+    matrix = 4 * spec.batch * spec.heads * spec.tokens**2  # bytes of one of N x N, float32
     for name in peers:
         peer = PEERS[name]
-        if reason := peer.why_not(problem) or _too_large(peer.matrices * problem.matrix, device):
+        if reason := peer.why_not(problem) or _too_large(peer.matrices * matrix, device):
             skipped[name] = reason
         else:
             prepare[name] = functools.partial(peer.prepare, problem)
@@ -205,11 +206,9 @@ def _criss_cross_attention(spec: Spec, device: str, impls: list[str]) -> Workloa
     less = _less(spec.dim)
     *leaves, grad_out = _maps(spec, device, less, less, spec.dim, spec.dim)
 
-    def ours(impl: str) -> Callable:
-        return lambda: functools.partial(criss_cross_attention, impl=impl)
-
-    names = {OURS if impl == "auto" else f"{OURS} {impl}": ours(impl) for impl in impls}
-    return Workload(leaves, grad_out, names | {"eager": lambda: eager.criss_cross_attention}, list(names))
+    methods = {impl: functools.partial(criss_cross_attention, impl=impl) for impl in impls}
+    ours = {f"{OURS} {impl}".removesuffix(" auto"): lambda x=method: x for impl, method in methods.items()}
+    return Workload(leaves, grad_out, ours | {"eager": lambda: eager.criss_cross_attention}, list(ours))
 
 
 def _block(spec: Spec, device: str, name: str, options: dict) -> Workload:

@@ -6,6 +6,7 @@ import time
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 
 from bench import accounting
 from bench.record import Case, Method, Record
@@ -44,6 +45,13 @@ def stand_in_for_cuda(monkeypatch) -> list[str]:
     ):
         monkeypatch.setattr(torch.cuda, name, value)
     return replays
+
+
+def tiles(pairs: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Return which tiles of 64 x 64 have any of the pairs [..., N, N], in the order of 8 x 8 pixels."""
+    order = accounting.tile_order(grid)
+    pairs = torch.nn.functional.pad(pairs[..., order, :][..., order], (0, -len(order) % 64) * 2)
+    return pairs.unflatten(-1, (-1, 64)).unflatten(-3, (-1, 64)).any(-1).any(-2)
 
 
 def stored() -> Record:

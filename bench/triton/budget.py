@@ -26,6 +26,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
 
+from .. import peers
 from . import launches
 
 SHARED_LIMIT = {80: 101376, 90: 232448, 100: 232448}  # bytes a program may use; rows of 80 serve consumer cards too
@@ -40,8 +41,6 @@ SPILL_CEILING = {
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
     ("dk", 256, 90): 10,  # 83 us on an H200, 105 us in the best row without (bench/results/nvidia-h200-tune.txt)
 }
-
-MATRIX_KERNELS = launches.matrix_kernels()  # the rest of the kernels moves data
 
 CALLS = (  # of asa_attention: arguments, whether thresholds learn
     ({}, False),
@@ -80,7 +79,7 @@ class Compiled(NamedTuple):
     tensor_cores: int
     async_copies: int
     seconds: float
-    error: str
+    error: str = ""
 
 
 def source_of(launch: launches.Launch, dim: int, dtype: str, arch: int) -> Source:
@@ -110,18 +109,13 @@ def sources(archs, dims, dtypes, kernels) -> list[Source]:
         key = *source[:4], source.options.hash(), str(source.text.signature), str(source.text.constants)
         found[key] = source
 
-    before = torch.get_float32_matmul_precision()
-    try:
-        for arch, dtype, dim in itertools.product(archs, dtypes, dims):
-            torch.set_float32_matmul_precision("high" if dtype == "tf32" else "highest")
-            kind = torch.float32 if dtype == "tf32" else getattr(torch, dtype)
-            with launches.intercepted(keep, architecture=arch):
-                for options, learn in CALLS:
-                    _call(dim, kind, learn, **options)
-                query, value = (torch.empty(2, x, 64, 64, dtype=kind, device="meta") for x in (dim, 8 * dim))
-                launches.go_through_criss_cross(query, value)  # with the published number of value channels
-    finally:
-        torch.set_float32_matmul_precision(before)
+    for arch, dtype, dim in itertools.product(archs, dtypes, dims):
+        precision, kind = ("high", torch.float32) if dtype == "tf32" else ("highest", getattr(torch, dtype))
+        with peers.matmul_precision(precision), launches.intercepted(keep, architecture=arch):
+            for options, learn in CALLS:
+                _call(dim, kind, learn, **options)
+            query, value = (torch.empty(2, x, 64, 64, dtype=kind, device="meta") for x in (dim, 8 * dim))
+            launches.go_through_criss_cross(query, value)  # with the published number of value channels
     return list(found.values())
 
 
@@ -154,7 +148,6 @@ def compiled(source: Source) -> Compiled:
         tensor_cores=len(re.findall(TENSOR_CORES, sass)),
         async_copies=len(re.findall(ASYNC_COPIES, sass)),
         seconds=seconds,
-        error="",
     )
 
 
@@ -169,7 +162,7 @@ def check(source: Source, result: Compiled) -> list[str]:
         wrong.append(f"{result.spills} spilled stores, at most {ceiling} allowed")
     if result.shared > SHARED_LIMIT[source.arch]:
         wrong.append(f"{result.shared} bytes of shared memory, the limit is {SHARED_LIMIT[source.arch]}")
-    if half and source.label in MATRIX_KERNELS and not result.tensor_cores:
+    if half and source.label in launches.MATRIX_KERNELS and not result.tensor_cores:
         wrong.append("no tensor-core instruction")
     return wrong
 
@@ -198,7 +191,7 @@ def main() -> None:
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
     if args.quick:
         args.archs, args.dims, args.dtypes = [90], [256], ["bfloat16"]
-        args.kernels = args.kernels or list(MATRIX_KERNELS)
+        args.kernels = args.kernels or list(launches.MATRIX_KERNELS)
     selection = (args.archs, args.dims, args.dtypes, args.kernels)
     todo = sources(*selection)
     print(f"triton {triton.__version__}, torch {torch.__version__}: {len(todo)} kernels to compile")

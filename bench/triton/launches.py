@@ -1,9 +1,9 @@
-"""How asa_ops launches its Triton kernels: the one file of the benchmarks that knows.
+"""How asa_ops launches its Triton kernels: the one file of the benchmarks that knows. It needs Triton.
 
 Everything goes through ``intercepted``, which puts a function in the place of ``asa_ops.core.triton_launch.launch``.
-asa_ops' Triton files are imported within functions: this file can be imported where there is no Triton.
 """
 
+import collections
 import contextlib
 import statistics
 from collections.abc import Callable, Iterator
@@ -13,9 +13,19 @@ from unittest import mock
 import torch
 from torch import Tensor
 
+from asa_ops.asa import triton as asa
+from asa_ops.asa.triton import configs
+from asa_ops.asa.triton.problem import MAX_SPLITS, Problem
+from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.core import triton_launch
+from asa_ops.criss_cross import ops
+from asa_ops.criss_cross import triton as criss_cross
+
 from ..accounting import kernel_operations
 
 MAX_CYCLES = 1e9  # that the device is kept busy for while launches are queued
+# The kernels with products on tensor cores, in the order of a call.
+MATRIX_KERNELS = (*configs.KERNELS, "criss_cross_fwd", "criss_cross_dqk", "criss_cross_dv")
 
 
 class Launch(NamedTuple):
@@ -39,8 +49,6 @@ class Launch(NamedTuple):
     @property
     def named(self) -> dict[str, object]:
         """The arguments by name that Triton's own launcher takes, compiler options among them."""
-        from asa_ops.core import triton_launch
-
         own = ("warps", "stages", "registers")
         compiler = triton_launch.compile_options(**{name: x for name, x in self.options.items() if name in own})
         return {name: x for name, x in self.options.items() if name not in own} | compiler
@@ -62,8 +70,6 @@ def intercepted(
 
     With ``architecture``, every device counts as one of it with that many multiprocessors.
     """
-    from asa_ops.core import triton_launch
-
     real = triton_launch.launch
 
     def launch(kernel, grid, *arguments, **options):
@@ -82,9 +88,6 @@ def go_through(tensors: list, options: dict, band: float | None = None, mask: Te
 
     With the call's ``options`` grid, topk and reciprocal; thresholds learn within a ``band`` around each.
     """
-    from asa_ops.asa import triton as asa
-    from asa_ops.asa.types import Inputs, Options, Saved
-
     inputs = Inputs(*tensors, mask)
     settings = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
     saved = Saved.new(inputs, settings, "triton", keep_bits=True)
@@ -94,69 +97,50 @@ def go_through(tensors: list, options: dict, band: float | None = None, mask: Te
 
 def go_through_criss_cross(query: Tensor, value: Tensor) -> None:
     """The same for criss_cross_attention, maps [B, C, H, W]."""
-    from asa_ops.criss_cross import ops, triton
-
     saved = ops.criss_cross_fwd(query, query, value, 1.0, "triton")
-    triton.fwd(query, query, value, 1.0, *saved)
-    triton.bwd(value, query, query, value, saved[1], 1.0)
-
-
-def matrix_kernels() -> tuple[str, ...]:
-    """Return the kernels with products on tensor cores, in the order of a call."""
-    from asa_ops.asa.triton import configs
-
-    return (*configs.KERNELS, "criss_cross_fwd", "criss_cross_dqk", "criss_cross_dv")
+    criss_cross.fwd(query, query, value, 1.0, *saved)
+    criss_cross.bwd(value, query, query, value, saved[1], 1.0)
 
 
 def configuration(kernel: str, dim: int, architecture: int):
     """Return the row of a kernel for half precision, None if there is none."""
-    from asa_ops.asa.triton import configs
-
     return configs.find(kernel, dim, torch.bfloat16, architecture)
 
 
 @contextlib.contextmanager
 def configured(kernel: str, dim: int, architecture: int, row, splits: int | None = None) -> Iterator[None]:
     """Let ``row`` be that of a kernel for half precision, and ``splits`` into how many parts its work is cut."""
-    from asa_ops.asa.triton import configs, problem
-
-    library = problem.Problem.splits
+    library = Problem.splits
 
     def parts(call, programs, limit):
-        return splits if limit == problem.MAX_SPLITS else library(call, programs, limit)
+        return splits if limit == MAX_SPLITS else library(call, programs, limit)
 
     key = (kernel, max(64, dim), configs.HALF, architecture)
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.dict(configs._TABLE, {key: row}))
         if splits is not None:
-            stack.enter_context(mock.patch.object(problem.Problem, "splits", parts))
+            stack.enter_context(mock.patch.object(Problem, "splits", parts))
         yield
-
-
-def pairs_visited(label: str, given: dict, tokens: int) -> int | None:
-    """Return how many pairs of tokens, or of tiles, a launch visits; None of kernels without products of tiles."""
-    if label == "statistics":  # by tokens, not by what they are padded to
-        return given["statistics.largest"].shape[1] * tokens**2
-    if label == "mask":
-        return given["count"].sum().item() * given["SCORES.BLOCK_M"] ** 2
-    if label in ("aggregate", "dq", "dk", "dv", "dkv", "dt"):
-        return given["lists.lengths"].sum().item() * given["SCORES.BLOCK_M"] * max(given["SCORES.BLOCK_N"], 64)
-    return None
 
 
 def operations(call: Callable, tokens: int) -> dict[str, int]:
     """Return the floating point operations of every kernel of a call that multiplies tiles."""
-    flops: dict[str, int] = {}
+    flops: collections.Counter[str] = collections.Counter()
 
     def count(launch: Launch, run: Callable) -> None:
         run()
         label, given = launch.label, launch.given
-        pairs = pairs_visited(label, given, tokens)
-        if pairs is None:
+        if label == "statistics":  # by tokens, not by what they are padded to
+            pairs = given["statistics.largest"].shape[1] * tokens**2
+        elif label == "mask":
+            pairs = given["count"].sum().item() * given["SCORES.BLOCK_M"] ** 2
+        elif label in ("aggregate", "dq", "dk", "dv", "dkv", "dt"):
+            pairs = given["lists.lengths"].sum().item() * given["SCORES.BLOCK_M"] * max(given["SCORES.BLOCK_N"], 64)
+        else:  # no products of tiles
             return
         kind = {"mutual": given.get("MUTUAL", True), "symmetric": given.get("SYMMETRIC", False)}
         dim = given["SCORES.DIM"]
-        flops[label] = flops.get(label, 0) + kernel_operations(label, pairs, dim, given.get("VALUES.DIM", dim), **kind)
+        flops[label] += kernel_operations(label, pairs, dim, given.get("VALUES.DIM", dim), **kind)
 
     with intercepted(count):
         call()
@@ -177,7 +161,7 @@ def kernel_seconds(call: Callable, repeats: int = 5) -> dict[str, tuple[float, i
         end.record()
         events.append((launch.label, start, end))
 
-    seconds: dict[str, list[float]] = {}
+    seconds: dict[str, list[float]] = collections.defaultdict(list)
     cycles = 40_000_000  # about 20 ms
     with intercepted(timed):
         for _ in range(repeats):
@@ -192,10 +176,10 @@ def kernel_seconds(call: Callable, repeats: int = 5) -> dict[str, tuple[float, i
                 if not device_waited or cycles > MAX_CYCLES:
                     break
                 cycles *= 2
-            total: dict[str, float] = {}
+            total: collections.Counter[str] = collections.Counter()
             for label, start, end in events:
-                total[label] = total.get(label, 0) + start.elapsed_time(end) / 1e3
+                total[label] += start.elapsed_time(end) / 1e3
             for label, x in total.items():
-                seconds.setdefault(label, []).append(x)
-    count = [label for label, *_ in events]
-    return {label: (statistics.median(x), count.count(label)) for label, x in seconds.items()}
+                seconds[label].append(x)
+    count = collections.Counter(label for label, *_ in events)
+    return {label: (statistics.median(x), count[label]) for label, x in seconds.items()}

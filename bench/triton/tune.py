@@ -14,6 +14,7 @@ import itertools
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -66,20 +67,16 @@ def shared(kernel: str, config, dim: int) -> int:
     return 2 * (held + config.stages * stream)
 
 
-class Calls:
-    """A call on one input, forward alone and with its backward, by the kernels that are timed in it."""
+def calls_on(spec: workloads.Spec) -> tuple[Callable[[], tuple], Callable[[], tuple]]:
+    """Return a call, forward alone and with its backward: kernels of FORWARD are timed in the first."""
+    workload = workloads.build(spec, "cuda", ["triton"], [])
+    forward, both = (workload.call("asa triton", backward) for backward in (False, True))
+    return lambda: (forward(),), both
 
-    def __init__(self, spec: workloads.Spec):
-        workload = workloads.build(spec, "cuda", ["triton"], [])
-        self.of_kernel = {name: workload.call("asa triton", name not in FORWARD) for name in KERNELS}
 
-    def run(self, kernel: str) -> tuple:
-        result = self.of_kernel[kernel]()
-        return result if isinstance(result, tuple) else (result,)
-
-    def times(self, kernel: str) -> dict[str, float]:
-        """Return the microseconds of every kernel."""
-        return {name: 1e6 * x for name, (x, _) in launches.kernel_seconds(self.of_kernel[kernel]).items()}
+def microseconds(call: Callable) -> dict[str, float]:
+    """Return those of every kernel."""
+    return {name: 1e6 * seconds for name, (seconds, _) in launches.kernel_seconds(call).items()}
 
 
 def difference(result: tuple, expected: tuple) -> float:
@@ -105,46 +102,45 @@ def main() -> None:
     room = device.shared_memory_per_block_optin
     todo = [x for name, row in rows.items() if row for x in candidates(name, options.dim, row, room)]
 
-    def spec(kind: str) -> workloads.Spec:
-        return workloads.Spec("asa", options.grid, options.dim, options.heads, 1, "bfloat16", kind, None)
-
     def placed(candidate: Candidate):
         return launches.configured(candidate.kernel, options.dim, architecture, candidate.config, candidate.splits)
 
-    def attempt(calls: Calls, candidate: Candidate):
+    def attempt(kind: str, candidate: Candidate) -> tuple | str:
         try:
             with placed(candidate):
-                result = calls.run(candidate.kernel)
+                result = calls[kind][candidate.kernel not in FORWARD]()
                 torch.cuda.synchronize()
         except Exception as error:  # too much shared memory, too many registers: a finding
-            return None, measure.describe(error)
-        return result, None
+            return measure.describe(error)
+        return result
 
-    calls = {kind: Calls(spec(kind)) for kind in options.inputs}
+    shape = options.grid, options.dim, options.heads, 1, "bfloat16"
+    calls = {kind: calls_on(workloads.Spec("asa", *shape, kind, None)) for kind in options.inputs}
     if options.compile:
         share, shares = (int(part) for part in options.compile.split("/"))
         for candidate in todo[share::shares]:
-            attempt(calls[options.inputs[0]], candidate)
+            attempt(options.inputs[0], candidate)
         return
-    expected = {(kind, name): x.run(name) for kind, x in calls.items() for name in (FORWARD[0], KERNELS[-1])}
+    expected = {kind: [call() for call in pair] for kind, pair in calls.items()}
     shares = min(PROCESSES, max(1, (os.cpu_count() or 1) - 1))  # the rest is compiled by processes side by side
     again = [sys.executable, "-m", "bench.triton.tune", *sys.argv[1:], "--compile"]
     for process in [subprocess.Popen([*again, f"{k}/{shares}"], cwd=measure.ROOT) for k in range(shares)]:
         process.wait()
-    for kind, x in calls.items():
-        for title, kernel in (("forward", FORWARD[0]), ("forward and backward", KERNELS[-1])):
-            told = ", ".join(f"{name} {us:.1f}" for name, us in x.times(kernel).items())
+    for kind, pair in calls.items():
+        for title, call in zip(("forward", "forward and backward"), pair, strict=True):
+            told = ", ".join(f"{name} {us:.1f}" for name, us in microseconds(call).items())
             print(f"{kind}, {title}, us: {told}")
     print(f"{'kernel':10} {'inputs':10} {'us':>7} {'all':>7} {'difference':>10}")
     for candidate in todo:
-        for kind, x in calls.items():
-            result, error = attempt(x, candidate)
-            if error:
-                print(f"{candidate.kernel:10} {kind:10} {'-':>7} {'-':>7} {'-':>10}  {candidate}: {error}", flush=True)
+        backward = candidate.kernel not in FORWARD
+        for kind, pair in calls.items():
+            result = attempt(kind, candidate)
+            if isinstance(result, str):
+                print(f"{candidate.kernel:10} {kind:10} {'-':>7} {'-':>7} {'-':>10}  {candidate}: {result}", flush=True)
                 break
             with placed(candidate):
-                times = x.times(candidate.kernel)
-            off = difference(result, expected[kind, FORWARD[0] if candidate.kernel in FORWARD else KERNELS[-1]])
+                times = microseconds(pair[backward])
+            off = difference(result, expected[kind][backward])
             told = f"{times[candidate.kernel]:7.1f} {sum(times.values()):7.1f} {off:10.1e}"
             print(f"{candidate.kernel:10} {kind:10} {told}  {candidate}", flush=True)
 

@@ -6,18 +6,30 @@ import sys
 
 import pytest
 import torch
-from bench_cases import stand_in_for_cuda
+from bench_cases import stand_in_for_cuda, tiles
 from cases import Case, make
 from compare import survivors
 from gpu_cases import CONFIGURATIONS, configured
 
 from asa_ops import asa_attention
 from asa_ops.core import devices
-from bench import accounting, measure, report, run, workloads
+from bench import measure, report, run, workloads
 from bench.record import Record
-from bench.triton import launches
 
+launches = pytest.importorskip("bench.triton.launches", reason="needs Triton")
+tune = pytest.importorskip("bench.triton.tune", reason="needs Triton")
 pytestmark = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+    """Build the workloads of a GPU on the CPU, with what stands for torch.cuda."""
+    build = workloads.build
+    monkeypatch.setattr(workloads, "build", lambda spec, device, *others: build(spec, "cpu", *others))
+    stand_in_for_cuda(monkeypatch)
+
+
+SPEC = workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None)
 
 
 def test_operations_of_a_call_are_counted(monkeypatch):
@@ -33,28 +45,20 @@ def test_operations_of_a_call_are_counted(monkeypatch):
         torch.autograd.grad(out.sum(), leaves)
 
     flops = launches.operations(call, n)
-    assert {"statistics", "mask", "aggregate", "dq"} < set(flops) <= {*launches.matrix_kernels(), "dkv"}
+    assert {"statistics", "mask", "aggregate", "dq"} < set(flops) <= {*launches.MATRIX_KERNELS, "dkv"}
     assert "dkv" in flops or ("dk" in flops and "dv" in flops)
     assert flops["statistics"] == 2 * n * n * 16
     stand_in_for_cuda(monkeypatch)
     times = launches.kernel_seconds(call, repeats=2)
     assert set(flops) < set(times) and all(seconds > 0 and count > 0 for seconds, count in times.values())
     assert times["statistics"][1] == 1 and times["arrange"][1] > 1
-    order = accounting.tile_order(grid)
-    kept = survivors("reference", inputs, options)[0, 0][order][:, order]
-    kept = torch.nn.functional.pad(kept, (0, 192 - n, 0, 192 - n))
-    tiles = kept.unflatten(0, (3, 64)).unflatten(2, (3, 64)).any(3).any(1)
-    assert not tiles.all()
-    assert flops["aggregate"] == 2 * (16 + 16) * 64**2 * tiles.sum()  # the interpreter's blocks are 64 rows
+    active = tiles(survivors("reference", inputs, options), grid)
+    assert not active.all()
+    assert flops["aggregate"] == 2 * (16 + 16) * 64**2 * active.sum()  # the interpreter's blocks are 64 rows
 
 
-def test_a_case_on_a_gpu_has_graphs_and_kernels(monkeypatch):
-    """On the CPU, with what stands for torch.cuda."""
-    build = workloads.build
-    monkeypatch.setattr(workloads, "build", lambda spec, device, *others: build(spec, "cpu", *others))
-    stand_in_for_cuda(monkeypatch)
-    spec = workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None)
-    case = run.measured(spec, "fwd+bwd", "cuda", ["triton"], ["sdpa math", "eager"], 2)
+def test_a_case_on_a_gpu_has_graphs_and_kernels(on_cpu):
+    case = run.measured(SPEC, "fwd+bwd", "cuda", ["triton"], ["sdpa math", "eager"], 2)
     assert [method.error for method in case.methods.values()] == [None] * 3
     assert [len(case.times(name, "graph")) for name in ("asa triton", "sdpa math", "eager")] == [2, 2, 0]
     assert case.kernels["dq"].flops > 0 and case.kernels["arrange"].flops is None and case.sparsity
@@ -102,8 +106,6 @@ def test_a_row_of_the_table_is_replaced_for_a_while():
 
 
 def test_candidates_of_the_tuner_fit_and_begin_with_the_row():
-    from bench.triton import tune
-
     for kernel in tune.KERNELS:
         row = launches.configuration(kernel, 128, 80) or launches.configuration(kernel, 256, 80)
         found = tune.candidates(kernel, 128, row, 101376)
@@ -113,13 +115,8 @@ def test_candidates_of_the_tuner_fit_and_begin_with_the_row():
     assert tune.difference((x, 1.1 * x), (x, x)) == pytest.approx(0.1)
 
 
-def test_calls_of_the_tuner(monkeypatch):
-    from bench.triton import tune
-
-    build = workloads.build
-    monkeypatch.setattr(workloads, "build", lambda spec, device, *others: build(spec, "cpu", *others))
-    calls = tune.Calls(workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None))
-    assert [len(calls.run(kernel)) for kernel in ("mask", "dq")] == [1, 3]
+def test_calls_of_the_tuner(on_cpu):
+    assert [len(call()) for call in tune.calls_on(SPEC)] == [1, 3]
 
 
 def test_without_a_device_the_tuner_says_so():

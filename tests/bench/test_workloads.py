@@ -80,6 +80,6 @@ def test_layouts_of_packages(name, module, monkeypatch):
 
 def test_eager_allows_tf32_and_takes_it_back():
     before = torch.get_float32_matmul_precision()
-    with peers._tf32():
+    with peers.matmul_precision("high"):
         assert torch.get_float32_matmul_precision() == "high"
     assert torch.get_float32_matmul_precision() == before
