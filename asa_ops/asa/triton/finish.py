@@ -339,7 +339,9 @@ def _add_window_gradients(
     top_i, share_i, delta_i = tl.load(row.top + at_row), tl.load(row.share + at_row), tl.load(row.delta + at_row)
     if LEARN_BETA:
         mean_i = tl.load(log_mean2 + z * window.n + token, mask=token >= 0, other=0)
-    for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=UNROLL):
+    # Both directions of a pair take so many registers that three pairs at a time would spill.
+    AT_A_TIME: tl.constexpr = 1 if ROWS.ONE_WAY_BITS else UNROLL
+    for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=AT_A_TIME):
         other, at, there, survives, one_way, other_way = _visit(window, z, p, token, offset, False, LEARN, ROWS)
         neighbour = one_way & other_way
         new = survives & (neighbour == 0)
