@@ -202,13 +202,16 @@ def _asa_finish_out_kernel(
     acc = _sum_of_wide_parts(sums.partial, sums.rows, at_row, ROWS.DIM_V, SPLITS, ROWS.BLOCK)
     summed = _sum_of_parts(sums.total, sums.rows, at_row, SPLITS, ROWS.BLOCK)
     m = tl.load(stats.largest + at_row)
-    count = tl.load(stats.counts + at_row)
-    nan_row = tl.load(stats.not_finite + at_row) != 0
+    count = tl.zeros([ROWS.BLOCK], tl.int32)
+    nan_row = count != 0
     if ROWS.WINDOW > 0:
-        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        window = Window(local, _words_of(bits, z), tokens.rows.place + image * n, n, width, padded)
         acc, summed, m, count, nan_row = _add_local_survivors(
             acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
         )
+    # Neighbours are counted after the window: held through it, the two numbers would spill.
+    count += tl.load(stats.counts + at_row)
+    nan_row |= tl.load(stats.not_finite + at_row) != 0
     row = z * n + token
     row_lse = tl.load(outputs.lse + row, mask=real, other=0)
     empty = count == 0
