@@ -5,7 +5,7 @@
 
 A case has moved where the quartiles of ours / peer and those on file are more than MARGIN apart, and are so again when
 it is measured once more. Exit status 1 if a case got slower on the kind of processor that the file is from; on another,
-whose ratios may differ, what moved is only told.
+whose ratios may differ, what moved is only reported.
 """
 
 import argparse
@@ -84,8 +84,8 @@ def main(arguments: list[str] | None = None) -> None:
     for case in run.progress(cases):
         now, moved = compare(case, options.rounds)
         verdicts.append(moved)
-        told = [report.with_quartiles(x) for x in (case.ratio(case.ours[0], PEER), now)]
-        rows.append([case.label, *told, moved or "within the spread"])
+        ratios = [report.with_quartiles(x) for x in (case.ratio(case.ours[0], PEER), now)]
+        rows.append([case.label, *ratios, moved or "within the spread"])
     print(f"\n{report.table(('case, ours / ' + PEER, 'on file', 'now', ''), rows, even=True)}\n")
     print(f"on file: {against.name}, commit {known.environment.get('commit')}; now {environment['commit']}")
     if differs:

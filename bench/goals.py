@@ -99,10 +99,10 @@ def headline(steps: list[Step], judged: list[Verdict]) -> str:
     parts = [f"{x.step} {x.status}" + (f" ({x.note})" if x.note else "") for x in steps if x.status != "passed"]
     if steps and not parts:
         parts.append("every step passed")
-    counts = collections.Counter(re.split(r" \(|:", x.verdict)[0] for x in judged)  # without what is told of one
+    counts = collections.Counter(re.split(r" \(|:", x.verdict)[0] for x in judged)  # without its details
     kinds = MET, IN_GRAPH, MISSED, "not measured", "does not apply"
-    told = ", ".join(f"{counts[kind]} {kind.replace('does', 'do')}" for kind in kinds if counts[kind])
-    return "; ".join([*parts, f"goals: {told}" if judged else "no goal was measured"])
+    verdicts = ", ".join(f"{counts[kind]} {kind.replace('does', 'do')}" for kind in kinds if counts[kind])
+    return "; ".join([*parts, f"goals: {verdicts}" if judged else "no goal was measured"])
 
 
 def tests(results: Record) -> str:
@@ -115,8 +115,8 @@ def tests(results: Record) -> str:
         if len(wrong) > SHOWN:
             wrong = [*wrong[:SHOWN], f"- and {len(wrong) - SHOWN} more, in results.json"]
         lines = "\n".join([*wrong, *(f"- skipped: {reason}" for reason in x.skips)])
-        told = f"{step}: {x.selected} selected, {counts}, {len(x.unfinished)} not finished."
-        blocks.append(report.joined(told, lines))
+        summary = f"{step}: {x.selected} selected, {counts}, {len(x.unfinished)} not finished."
+        blocks.append(report.joined(summary, lines))
     return report.joined(*blocks)
 
 
@@ -137,6 +137,6 @@ def render(results: Record) -> str:
         "First call, how it was measured": report.joined(first, *results.notes),
     }
     title = f"# asa_ops on {results.environment.get('device') or 'no GPU'}"
-    told = "\n".join(f"- {name}: {value}" for name, value in facts.items())
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items())
     sections = [f"## {name}\n\n{text}" for name, text in parts.items() if text] + [report.sections(results)]
-    return report.joined(title, f"**{headline(results.steps, judged)}.**", told, *sections) + "\n"
+    return report.joined(title, f"**{headline(results.steps, judged)}.**", listed, *sections) + "\n"

@@ -82,8 +82,8 @@ def exponents(cases: list[Case]) -> str:
                 upper = points[len(points) // 2 :]
                 if len(upper) >= 2:
                     slope, error = fit(*map(list, zip(*upper, strict=True)))
-                    told = f"{slope:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
-                    lines.append([SWEEPS[sweep], label, name, told, f"{upper[0][0]:g} to {upper[-1][0]:g}"])
+                    exponent = f"{slope:.2f}" + ("" if math.isnan(error) else f" ± {error:.2f}")
+                    lines.append([SWEEPS[sweep], label, name, exponent, f"{upper[0][0]:g} to {upper[-1][0]:g}"])
     return table(["cost against", "of", "method", "exponent", "fitted from"], lines)
 
 
@@ -234,11 +234,11 @@ def blocks_table(cases: list[Case]) -> str:
 
 def absent(cases: list[Case]) -> str:
     """Say which methods were skipped or failed, and why."""
-    told = []
+    lines = []
     for name, method in (item for c in cases for item in c.methods.items()):
-        told += [f"- {name} failed: {method.error}"] if method.error else []
-        told += [f"- {name} was skipped: {method.skipped}"] if method.skipped else []
-    return "\n".join(dict.fromkeys(told))
+        lines += [f"- {name} failed: {method.error}"] if method.error else []
+        lines += [f"- {name} was skipped: {method.skipped}"] if method.skipped else []
+    return "\n".join(dict.fromkeys(lines))
 
 
 def headline(cases: list[Case]) -> str:
@@ -247,18 +247,18 @@ def headline(cases: list[Case]) -> str:
     if not found:
         return "ASA was not timed beside dense attention."
     (low, best), (high, worst) = min(found, key=lambda x: x[0]), max(found, key=lambda x: x[0])
-    told = (
+    verdict = (
         f"ASA takes {low:.2f} ({best.label}) to {high:.2f} ({worst.label}) of the time of the fastest dense attention"
     )
-    told += f" here, over {len(found)} cases"
+    verdict += f" here, over {len(found)} cases"
     all_of = collections.Counter(_inputs(c) for _, c in found)
     lost = collections.Counter(_inputs(c) for ratio, c in found if ratio > 1)
     if not lost:
-        return f"{told}, and less than it in all of them."
+        return f"{verdict}, and less than it in all of them."
     if lost.total() == len(found):
-        return f"{told}, and more than it in all of them."
+        return f"{verdict}, and more than it in all of them."
     where = "; ".join(f"{inputs} ({count} of {all_of[inputs]})" for inputs, count in lost.items())
-    return f"{told}. It is slower in {lost.total()} of them: {where}."
+    return f"{verdict}. It is slower in {lost.total()} of them: {where}."
 
 
 def joined(*parts: str) -> str:
@@ -295,9 +295,9 @@ def render(results: Record, pictures: Iterable[str] = ()) -> str:
         "dtype": ", ".join(sorted({c.dtype for c in results.cases})),
         "ASA": ", ".join(sorted({name.removeprefix("asa ") for c in asa for name in c.ours})),
     }
-    told = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
     title = f"# asa_ops on {results.environment.get('device')}"
-    return joined(title, f"**{headline(asa)}**", told, sections(results, pictures)) + "\n"
+    return joined(title, f"**{headline(asa)}**", listed, sections(results, pictures)) + "\n"
 
 
 def plots(results: Record, folder: Path, stem: str) -> list[str]:

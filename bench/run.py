@@ -68,22 +68,22 @@ def measured(
         _measure_bytes(spec, device, workload, methods)
     else:
         _measure_seconds(device, workload, methods, mode == "fwd+bwd", rounds)
-    with _told(methods[workload.ours[0]]):  # what is measured of ours alone
+    with _noted(methods[workload.ours[0]]):  # what is measured of ours alone
         if device == "cuda" and mode != "mem" and methods.get("asa triton", Method()).seconds:
             from .triton import launches  # where there is Triton
 
             call = workload.call("asa triton", mode == "fwd+bwd")
             flops = launches.operations(call, spec.tokens)
             timed = launches.kernel_seconds(call)
-            kernels = {name: Kernel(*told, flops.get(name)) for name, told in timed.items()}
+            kernels = {name: Kernel(*times, flops.get(name)) for name, times in timed.items()}
         if workload.tensors:
             sparsity = accounting.sparsity(workload.tensors, spec.grid)._asdict()
     return Case(*dataclasses.astuple(spec), mode, sweep, sparsity, workload.ours, methods, kernels)
 
 
 @contextlib.contextmanager
-def _told(method: Method) -> Iterator[None]:
-    """Let a method tell what was raised, unless it has told before: that is the finding."""
+def _noted(method: Method) -> Iterator[None]:
+    """Note what is raised with a method, unless something is noted already: that is the finding."""
     try:
         yield
     except Exception as error:
@@ -96,7 +96,7 @@ def _measure_seconds(device, workload, methods, backward, rounds) -> None:
         if backward and not _has_backward(name, device):
             methods[name].skipped = NO_BACKWARD
             continue
-        with _told(methods[name]):
+        with _noted(methods[name]):
             calls[name] = workload.call(name, backward)
             # A compiled function is no operator that is counted. Where else counting fails, timing tells why.
             if not name.startswith("flex"):
@@ -117,7 +117,7 @@ def _measure_bytes(spec, device, workload, methods) -> None:
             continue
         # What dense attention takes does not depend on the input: it is measured once.
         same = dataclasses.replace(spec, inputs="iid", alpha=None) if name in INDIFFERENT else spec
-        with _told(methods[name]):
+        with _noted(methods[name]):
             methods[name].memory[mode] = _bytes(same, device, name, mode == "fwd+bwd")
 
 

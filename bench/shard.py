@@ -1,4 +1,4 @@
-"""A pytest plugin: run every n-th test only, and write outcomes as they come, so that a killed run has told something.
+"""A pytest plugin: run every n-th test only, and write outcomes as they come, so that a killed run leaves some.
 
 ``pytest -p bench.shard --shard 3/12 --outcomes FILE``; FILE gets JSON lines, which ``gpu.tally`` reads. After an error
 that a process's GPU does not survive pytest ends with the status LOST; run again, it goes on behind that test.

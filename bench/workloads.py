@@ -163,8 +163,8 @@ def free_bytes(device: str) -> int:
 def _too_large(needed: int, device: str) -> str | None:
     """Return None if there is room for twice as many bytes, otherwise why a method is skipped."""
     free = free_bytes(device)
-    told = f"would need {needed / 1e9:.0f} GB, more than half of the {free / 1e9:.0f} GB that are free"
-    return told if 2 * needed > free else None
+    reason = f"would need {needed / 1e9:.0f} GB, more than half of the {free / 1e9:.0f} GB that are free"
+    return reason if 2 * needed > free else None
 
 
 def _asa(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workload:

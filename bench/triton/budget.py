@@ -140,7 +140,11 @@ def compiled(source: Source) -> Compiled:
         scratch.write(result.asm["cubin"])
         scratch.flush()
         command = [str(BINARIES / "cuobjdump"), scratch.name]
-        usage, sass = (subprocess.check_output([*command, what], text=True) for what in ("-res-usage", "-sass"))
+        usage, sass = (
+            # nvdisasm warns of every file for sm_80
+            subprocess.check_output([*command, what], text=True, stderr=subprocess.PIPE)
+            for what in ("-res-usage", "-sass")
+        )
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=len(re.findall(r"\bSTL\b", sass)),
@@ -203,8 +207,8 @@ def main() -> None:
             breaches += [(source, reason) for reason in wrong]
             cut = f"{source.options.num_warps:5} {source.options.num_stages:6} {result.registers:5} {result.spills:6}"
             used = f"{result.shared:7} {result.tensor_cores:3} {result.async_copies:6} {result.seconds:4.1f}"
-            told = f"{source.variant}{'  <-- ' if wrong else ''}{'; '.join(wrong)}"
-            print(f"{source.arch:4} {source.label:18} {source.dim:3} {source.dtype:8} {cut} {used}  {told}", flush=True)
+            note = f"{source.variant}{'  <-- ' if wrong else ''}{'; '.join(wrong)}"
+            print(f"{source.arch:4} {source.label:18} {source.dim:3} {source.dtype:8} {cut} {used}  {note}", flush=True)
     for source, reason in breaches:
         print(f"sm_{source.arch} {source.label} D={source.dim} {source.dtype} {source.variant}: {reason}")
     print(f"{'FAILED' if breaches else 'OK'}: {len(todo)} kernels, {len(breaches)} breaches of the budget")

@@ -3,10 +3,10 @@
     python -m bench.triton.tune                                   # the kernels of a call with head dim 256
     python -m bench.triton.tune --dim 64 --heads 4 --kernels statistics mask --grid 64x64
 
-Every candidate takes the place of its kernel's row in whole calls, forward and backward; told are the microseconds of
-that kernel and of all kernels together, and by how much the output differs from that of the table as it is. Candidates
-are compiled side by side beforehand, in processes that share Triton's cache. A candidate may also cut the work of its
-kernel into a given number of parts, which the next kernel sums.
+Every candidate takes the place of its kernel's row in whole calls, forward and backward. The table has the microseconds
+of that kernel, those of all kernels together, and by how much the output differs from that of the table as it is.
+Candidates are compiled side by side beforehand, in processes that share Triton's cache. A candidate may also cut the
+work of its kernel into a given number of parts, which the next kernel sums.
 """
 
 import argparse
@@ -128,8 +128,8 @@ def main() -> None:
         process.wait()
     for kind, pair in calls.items():
         for title, call in zip(("forward", "forward and backward"), pair, strict=True):
-            told = ", ".join(f"{name} {us:.1f}" for name, us in microseconds(call).items())
-            print(f"{kind}, {title}, us: {told}")
+            listed = ", ".join(f"{name} {us:.1f}" for name, us in microseconds(call).items())
+            print(f"{kind}, {title}, us: {listed}")
     print(f"{'kernel':10} {'inputs':10} {'us':>7} {'all':>7} {'difference':>10}")
     for candidate in todo:
         backward = candidate.kernel not in FORWARD
@@ -141,8 +141,8 @@ def main() -> None:
             with placed(candidate):
                 times = microseconds(pair[backward])
             off = difference(result, expected[kind][backward])
-            told = f"{times[candidate.kernel]:7.1f} {sum(times.values()):7.1f} {off:10.1e}"
-            print(f"{candidate.kernel:10} {kind:10} {told}  {candidate}", flush=True)
+            figures = f"{times[candidate.kernel]:7.1f} {sum(times.values()):7.1f} {off:10.1e}"
+            print(f"{candidate.kernel:10} {kind:10} {figures}  {candidate}", flush=True)
 
 
 if __name__ == "__main__":

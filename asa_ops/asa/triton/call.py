@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..types import Inputs, NeighborGraph, Options, Saved, new_gradients, new_graph, prepare_outputs
 from .arrange import arrange_gradient, arrange_tokens, find_orders
-from .finish import Gradients, finish_dkv, finish_dq, finish_out, settle_delta
+from .finish import Gradients, correct_delta, finish_dkv, finish_dq, finish_out
 from .problem import Order, Problem
 from .scores import NO_STATISTICS, find_kth, find_statistics
 from .select import (
@@ -121,7 +121,7 @@ def backward(
     if problem.dtype == torch.float32:
         if problem.has_tiles:
             delta_error = sum_rows(problem, tokens, listing, bits, row, delta_error=True)
-        settle_delta(problem, tokens, saved, bits, row, delta_error)
+        correct_delta(problem, tokens, saved, bits, row, delta_error)
     if problem.has_tiles:
         sums = sum_rows(problem, tokens, listing, bits, row)
         sums_k, sums_v = sum_columns(problem, tokens, listing, bits, row)

@@ -264,7 +264,7 @@ def _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_settle_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, width, SPLITS: tl.constexpr, ROWS):
+def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, width, SPLITS: tl.constexpr, ROWS):
     """Add to delta what is missing until sum_j p_ij (<do_i, v_j> - delta_i) is 0, neighbours' parts given.
 
     delta comes from the output; its rounding reaches every pair of a row with the same sign. In float32 that is the
@@ -290,12 +290,12 @@ def _asa_settle_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n,
     tl.store(row.delta + at_row, delta_i + missing)
 
 
-def settle_delta(
+def correct_delta(
     problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, delta_error: Sums
 ) -> None:
     """Correct delta in place by what it misses over neighbours, ``delta_error``, and over local survivors."""
     triton_launch.launch(
-        _asa_settle_delta_kernel, problem.row_programs, delta_error, bits, tokens, saved.local.view(torch.uint8), row,
+        _asa_correct_delta_kernel, problem.row_programs, delta_error, bits, tokens, saved.local.view(torch.uint8), row,
         problem.scale2, problem.sharing, problem.n, problem.grid_width, SPLITS=delta_error.splits,
         ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip

@@ -183,7 +183,7 @@ class Call {
       const Lists lists = list_occupied(scratch, find_occupied_tiles(scratch), true);
       sum_neighbours(Sum::kValues, p_, lists, {}, values, totals, stream_);
     }
-    finish_output(p_, values, totals, saved_, stream_);
+    finish_out(p_, values, totals, saved_, stream_);
   }
 
   void backward(const Tensor& d_out, const Gradients& gradients) {
@@ -217,8 +217,7 @@ class Call {
         const Lists in_band = list(scratch, thresholds.flags, p_.mutual ? occupied : nullptr, false, true);
         sum_thresholds(p_, thresholds, in_band, row, band(), sums_t = new_parts(scratch, true, 1), stream_);
       }
-      finish_row_gradients(p_, saved_, row, thresholds, band(), sums_q, sums_t, data<T>(gradients.dq), dalpha, dbeta,
-                           stream_);
+      finish_dq(p_, saved_, row, thresholds, band(), sums_q, sums_t, data<T>(gradients.dq), dalpha, dbeta, stream_);
     }
     Scratch scratch(arguments_.query);
     Parts sums_k, sums_v;
@@ -227,7 +226,7 @@ class Call {
       sum_neighbours(Sum::kDk, p_, lists, row, sums_k = new_parts(scratch, false, p_.width), {}, stream_);
       sum_neighbours(Sum::kDv, p_, lists, row, sums_v = new_parts(scratch, false, p_.width_v), {}, stream_);
     }
-    finish_column_gradients(p_, saved_, row, sums_k, sums_v, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
+    finish_dkv(p_, saved_, row, sums_k, sums_v, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
   }
 
   void graph(const int64_t* row_offsets, int32_t* col_indices) {

@@ -11,7 +11,7 @@ namespace {
 // Output and statistics. Rows that are padding are not touched.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    asa_finish_output_kernel(Problem<T> p, Parts values, Totals totals, Saved<T> saved) {
+    asa_finish_out_kernel(Problem<T> p, Parts values, Totals totals, Saved<T> saved) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const int64_t rows = int64_t(p.n_heads) * p.rows.padded;
@@ -123,8 +123,8 @@ __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& a
 // dq, dalpha and dbeta.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    asa_finish_row_gradients_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Thresholds thresholds, float band,
-                                    Parts sums_q, Parts sums_t, T* dq, float* dalpha, float* dbeta) {
+    asa_finish_dq_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Thresholds thresholds, float band,
+                         Parts sums_q, Parts sums_t, T* dq, float* dalpha, float* dbeta) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const int64_t rows = int64_t(p.n_heads) * p.rows.padded;
@@ -157,8 +157,7 @@ __global__ void __launch_bounds__(kThreads)
 // dk and dv.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    asa_finish_column_gradients_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts sums_k, Parts sums_v,
-                                       T* dk, T* dv) {
+    asa_finish_dkv_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts sums_k, Parts sums_v, T* dk, T* dv) {
   const WarpRow at(p.keys, p.heads, p.per_image);
   if (at.token < 0) return;
   const int64_t keys = int64_t(p.n_heads) * p.keys.padded;
@@ -183,10 +182,10 @@ __global__ void __launch_bounds__(kThreads)
 }  // namespace
 
 template <class T>
-void finish_output(const Problem<T>& problem, const Parts& values, const Totals& totals, const Saved<T>& saved,
-                   cudaStream_t stream) {
-  launch("asa_finish_output_kernel", &asa_finish_output_kernel<T>, row_programs(problem.n_heads, problem.rows),
-         kThreads, 0, stream, problem, values, totals, saved);
+void finish_out(const Problem<T>& problem, const Parts& values, const Totals& totals, const Saved<T>& saved,
+                cudaStream_t stream) {
+  launch("asa_finish_out_kernel", &asa_finish_out_kernel<T>, row_programs(problem.n_heads, problem.rows), kThreads, 0,
+         stream, problem, values, totals, saved);
 }
 
 void correct_delta(const Problem<float>& problem, const Saved<float>& saved, const RowGradients& row,
@@ -196,27 +195,26 @@ void correct_delta(const Problem<float>& problem, const Saved<float>& saved, con
 }
 
 template <class T>
-void finish_row_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,
-                          const Thresholds& thresholds, float band, const Parts& sums_q, const Parts& sums_t, T* dq,
-                          float* dalpha, float* dbeta, cudaStream_t stream) {
-  launch("asa_finish_row_gradients_kernel", &asa_finish_row_gradients_kernel<T>,
-         row_programs(problem.n_heads, problem.rows), kThreads, 0, stream, problem, saved, row, thresholds, band,
-         sums_q, sums_t, dq, dalpha, dbeta);
+void finish_dq(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Thresholds& thresholds,
+               float band, const Parts& sums_q, const Parts& sums_t, T* dq, float* dalpha, float* dbeta,
+               cudaStream_t stream) {
+  launch("asa_finish_dq_kernel", &asa_finish_dq_kernel<T>, row_programs(problem.n_heads, problem.rows), kThreads, 0,
+         stream, problem, saved, row, thresholds, band, sums_q, sums_t, dq, dalpha, dbeta);
 }
 
 template <class T>
-void finish_column_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,
-                             const Parts& sums_k, const Parts& sums_v, T* dk, T* dv, cudaStream_t stream) {
-  launch("asa_finish_column_gradients_kernel", &asa_finish_column_gradients_kernel<T>,
-         row_programs(problem.n_heads, problem.keys), kThreads, 0, stream, problem, saved, row, sums_k, sums_v, dk, dv);
+void finish_dkv(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& sums_k,
+                const Parts& sums_v, T* dk, T* dv, cudaStream_t stream) {
+  launch("asa_finish_dkv_kernel", &asa_finish_dkv_kernel<T>, row_programs(problem.n_heads, problem.keys), kThreads, 0,
+         stream, problem, saved, row, sums_k, sums_v, dk, dv);
 }
 
-#define INSTANTIATE(T)                                                                                           \
-  template void finish_output(const Problem<T>&, const Parts&, const Totals&, const Saved<T>&, cudaStream_t);    \
-  template void finish_row_gradients(const Problem<T>&, const Saved<T>&, const RowGradients&, const Thresholds&, \
-                                     float, const Parts&, const Parts&, T*, float*, float*, cudaStream_t);       \
-  template void finish_column_gradients(const Problem<T>&, const Saved<T>&, const RowGradients&, const Parts&,   \
-                                        const Parts&, T*, T*, cudaStream_t);
+#define INSTANTIATE(T)                                                                                              \
+  template void finish_out(const Problem<T>&, const Parts&, const Totals&, const Saved<T>&, cudaStream_t);          \
+  template void finish_dq(const Problem<T>&, const Saved<T>&, const RowGradients&, const Thresholds&, float,        \
+                          const Parts&, const Parts&, T*, float*, float*, cudaStream_t);                            \
+  template void finish_dkv(const Problem<T>&, const Saved<T>&, const RowGradients&, const Parts&, const Parts&, T*, \
+                           T*, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 INSTANTIATE(float)

@@ -219,18 +219,18 @@ void sum_thresholds(const Problem<T>& problem, const Thresholds& thresholds, con
 
 // finish.cu: rows and columns in raster order, summed from their parts and from the pairs that no tile sums.
 template <class T>
-void finish_output(const Problem<T>& problem, const Parts& values, const Totals& totals, const Saved<T>& saved,
-                   cudaStream_t stream);
+void finish_out(const Problem<T>& problem, const Parts& values, const Totals& totals, const Saved<T>& saved,
+                cudaStream_t stream);
 // Adds its error to delta, so that sum_j p_ij (<do_i, v_j> - delta_i) is 0.
 void correct_delta(const Problem<float>& problem, const Saved<float>& saved, const RowGradients& row,
                    const Parts& errors, cudaStream_t stream);
 template <class T>
-void finish_row_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,
-                          const Thresholds& thresholds, float band, const Parts& sums_q, const Parts& sums_t, T* dq,
-                          float* dalpha, float* dbeta, cudaStream_t stream);
+void finish_dq(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Thresholds& thresholds,
+               float band, const Parts& sums_q, const Parts& sums_t, T* dq, float* dalpha, float* dbeta,
+               cudaStream_t stream);
 template <class T>
-void finish_column_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,
-                             const Parts& sums_k, const Parts& sums_v, T* dk, T* dv, cudaStream_t stream);
+void finish_dkv(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& sums_k,
+                const Parts& sums_v, T* dk, T* dv, cudaStream_t stream);
 
 // window.cu: the columns of all survivors, ascending, of every row from its offset on.
 template <class T>
