@@ -10,6 +10,7 @@ from pathlib import Path
 import segmentation_cases as cases
 from torch import distributed as dist
 
+from examples.segmentation.cli import leave
 from examples.segmentation.train import main, train
 
 out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -35,4 +36,4 @@ try:
     train(cases.tiny(**settings), out / "resumed", shard=True, checkpoint_every=2, after_step=interrupt)
 except Interrupted:
     train(cases.tiny(**settings), out / "resumed", shard=True, resume=True)
-dist.destroy_process_group()
+leave()

@@ -1,8 +1,11 @@
 """What the command lines share."""
 
+import os
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -18,8 +21,20 @@ from .sample import DataError
 def main_of(main: Callable[[], object]) -> None:
     """Run a command; what a user can put right ends it with one line."""
     files.run(main, CheckpointError, ConfigError, DataError, pictures.PictureError)
-    if dist.is_initialized():  # its threads may abort a process that ends while they run
-        dist.destroy_process_group()
+    if dist.is_initialized():
+        leave()
+
+
+def leave() -> NoReturn:
+    """End one of several processes that has done its work.
+
+    Threads of gloo outlive the group, which caches of DTensor hold, and one that drops a tensor while Python is torn
+    down aborts the process. So Python is not torn down.
+    """
+    dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def device_of() -> torch.device:
