@@ -40,27 +40,22 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
   m.def("cpu_isa() -> int");
   m.def("cuda_architectures() -> str");
   m.def("cuda_versions() -> (int, int)");
-  // `options` and `saved`: asa.h names what these lists hold.
+  // asa_ops.asa.ops describes the arguments; Triton's and the blocked ops, which are Python, have the same schemas.
   m.def(
-      "asa_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "Tensor? not_finite, float[] options, Tensor(a!)[] saved) -> ()");
+      "asa_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
+      "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band, bool keep, "
+      "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None) "
+      "-> (Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept)");
   m.def(
-      "asa_cpu_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dalpha, "
-      "Tensor(e!)? dbeta) -> ()");
+      "asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, "
+      "Tensor? key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, "
+      "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band, "
+      "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None) "
+      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)");
   m.def(
-      "asa_cpu_neighbors(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
-  m.def(
-      "asa_cuda_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor(a!)[] saved) -> ()");
-  m.def(
-      "asa_cuda_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dalpha, "
-      "Tensor(e!)? dbeta) -> ()");
-  m.def(
-      "asa_cuda_neighbors(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+      "asa_list_survivors(Tensor query, Tensor key, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, Tensor lse, "
+      "Tensor survivors, Tensor kept, SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, "
+      "Tensor row_offsets, Tensor(a!) col_indices) -> ()");
   m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) stats) -> ()");
   m.def(
       "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, float scale, "

@@ -171,18 +171,24 @@ def check_device(name: str, x: Tensor, other: Tensor, of: str = "query") -> None
         raise ValueError(f"{name} must lie on the device of {of}, {other.device}, got {describe(x)}")
 
 
-def check_threshold(name: str, x: Tensor | None, query: Tensor) -> None:
-    """Check a per-row threshold multiplier [B, heads or 1, N_q] in the dtype of ``query`` or float32."""
+def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor | None:
+    """Return a threshold multiplier, a number or a tensor that broadcasts to [B, heads, N_q], with three dimensions."""
     if x is None:
-        return
-    check_tensor(name, x, "[B, heads or 1, N_q]")
-    if x.dtype not in (query.dtype, torch.float32):
+        return None
+    if not isinstance(x, Tensor):
+        number = as_number(name, x)
+        return query.new_full((1, 1, 1), number, dtype=torch.promote_types(query.dtype, torch.float32))
+    if x.dtype != query.dtype and x.dtype != torch.float32:
         expected = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
         raise TypeError(f"{name} must be {expected}, got {describe(x)}")
     check_device(name, x, query)
-    batch, heads, n = query.shape[:3]
-    if x.shape[0] != batch or x.shape[1] not in (1, heads) or x.shape[2] != n:
-        raise ValueError(f"{name} must be [B, heads or 1, N_q] = [{batch}, {heads} or 1, {n}], got {describe(x)}")
+    if x.dim() < 3:
+        x = x[(None,) * (3 - x.dim())]
+    if x.dim() > 3 or any(
+        side != 1 and side != wanted for side, wanted in zip(x.shape, query.shape[:3], strict=True)
+    ):
+        raise ValueError(f"{name} must broadcast to [B, heads, N_q] = {list(query.shape[:3])}, got {describe(x)}")
+    return x
 
 
 def as_grid(grid: object, n: int) -> tuple[int, int]:

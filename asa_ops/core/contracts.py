@@ -50,6 +50,16 @@ def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
 
 
+def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the op without its autograd, for an autograd.Function that takes care of it, or where none is asked for."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return run
+
+
 def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
     """Return a context in which nothing is cast on ``device``."""
     return torch.autocast(device, enabled=False) if has_autocast(device) else contextlib.nullcontext()
@@ -75,6 +85,7 @@ def run_folded(
         dim = in_dims[i]
         tensors[i] = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     batch = tensors[0].shape[1]
+    tensors = {i: x.expand(size, batch, *x.shape[2:]) for i, x in tensors.items()}  # images may share one
     outputs = run(*(tensors[i].flatten(0, 1).contiguous() if i in tensors else x for i, x in enumerate(args)))
     return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
 

@@ -16,12 +16,13 @@ import torch
 from . import checks, devices, extension
 from .contracts import constant_under_compile
 
-# For every op, by the stem of its folder and kernels, the module of each implementation, loaded when it is first used.
+# For every op, by the stem of its folder and kernels, where each implementation is: a folder of C++, whose ops are there
+# once the extension is loaded, or a module, loaded when it is first used.
 IMPLEMENTATIONS = {
     "asa": {
-        "cpu": "asa_ops.asa.cpu",
+        "cpu": "csrc/cpu/asa",
         "triton": "asa_ops.asa.triton",
-        "cuda": "asa_ops.asa.cuda",
+        "cuda": "csrc/cuda/asa",
         "blocked": "asa_ops.asa.blocked",
         "reference": "asa_ops.asa.reference",
     },
@@ -39,7 +40,7 @@ _MAX_DIM = 256
 
 @functools.cache
 def load(stem: str, impl: str) -> ModuleType:
-    """Return the module of an implementation."""
+    """Return the module of an implementation in Python."""
     return importlib.import_module(IMPLEMENTATIONS[stem][impl])
 
 
@@ -59,7 +60,7 @@ def _no_triton(call: Call) -> str | None:
 
 
 def _no_cuda(call: Call) -> str | None:
-    return devices.why_no_cuda_on(f"{call.stem}_cuda_fwd", call.device) or _no_tiles(call, "CUDA")
+    return devices.why_no_cuda_on(call.stem, call.device) or _no_tiles(call, "CUDA")
 
 
 def _no_tiles(call: Call, kind: str) -> str | None:
@@ -76,7 +77,7 @@ def _no_cpu(call: Call) -> str | None:
         return f"C++ kernels need CPU tensors, these are on {call.device.type}"
     if extension.WHY_MISSING:
         return extension.WHY_MISSING
-    if not extension.has(f"{call.stem}_cpu_fwd", "CPU"):
+    if not any(extension.has(f"{call.stem}{kind}_fwd", "CPU") for kind in ("", "_cpu")):
         return f"this build of the extension holds no cpu kernel for {call.op}"
     return None
 
@@ -99,6 +100,12 @@ def _why_not(name: str, call: Call) -> str | None:
 
 def _able(call: Call) -> list[str]:
     return [name for name in _PREDICATES if _why_not(name, call) is None]
+
+
+@functools.cache
+def remembered(op: str, stem: str, device: torch.device, dtype: torch.dtype, dim: int, impl: str) -> str:
+    """Return what :func:`resolve` does; it is asked once for each kind of call."""
+    return resolve(Call(op, stem, device, dtype, dim), impl)
 
 
 def resolve(call: Call, impl: str) -> str:
