@@ -14,8 +14,20 @@
 
 namespace asa_ops {
 
-// The arguments of a call that are no tensors, in the order of the schemas (library.cpp). C++ registers ops with plain
-// functions, so a schema's arguments are written out once for each; everything below takes this struct.
+// The schemas of the ops; asa_ops.asa.ops describes the arguments, and has the same for implementations in Python.
+#define ASA_INPUTS "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
+#define ASA_OPTIONS "SymInt[] grid, int[] window, SymInt topk, bool reciprocal, float scale, "
+#define ASA_ROWS "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
+#define ASA_OUTPUTS "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
+constexpr const char* kForwardSchema =
+    "(" ASA_INPUTS ASA_OPTIONS "float band, bool keep, " ASA_ROWS ") -> (" ASA_OUTPUTS ")";
+constexpr const char* kBackwardSchema = "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS
+                                        "float band, " ASA_ROWS
+                                        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)";
+constexpr const char* kListSurvivorsSchema =
+    "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "Tensor row_offsets, Tensor(a!) col_indices) -> ()";
+
+// The arguments of a call that are no tensors.
 struct Options {
   int64_t height = 0, width = 0;  // of the map; 0, 0: none
   int64_t window = 1;  // side of the local window
@@ -94,22 +106,17 @@ struct Arguments {
     check(options.topk <= n_k(), "topk", "between 0 and N_k");
   }
 
-  // Of a backward also what the forward returned.
-  void check_all(const Outputs& saved) const {
-    check_all();
+  // Checks what a forward pass returned, that keeps `bytes` of a head.
+  void check_saved(const Outputs& saved, int64_t bytes) const {
     const int64_t b = batch(), h = heads();
     check_contiguous(saved.out, "out", query, type(), {b, h, n_q(), dim_v()});
     for (const auto& [x, name] : {std::pair{&saved.lse, "lse"}, {&saved.lse_kept, "lse_kept"}})
       check_contiguous(*x, name, query, statistics(), {b, h, n_q()});
     check_contiguous(saved.survivors, "survivors", query, ScalarType::Int, {b, h, n_q()});
-  }
-
-  // `bytes` is what a forward pass that keeps it keeps of a head.
-  void check_kept(const Tensor& kept, int64_t bytes) const {
     if (is_empty()) return;
-    check(kept.dim() != 3 || kept.size(2) > 0 || bytes == 0, "kept",
+    check(saved.kept.dim() != 3 || saved.kept.size(2) > 0 || bytes == 0, "kept",
           "what a forward pass kept: this one ran with keep=False, so it has no backward");
-    check_contiguous(kept, "kept", query, ScalarType::Byte, {batch(), heads(), bytes});
+    check_contiguous(saved.kept, "kept", query, ScalarType::Byte, {b, h, bytes});
   }
 
   // Allocates what a forward returns; `bytes` of a head are kept.
@@ -139,13 +146,14 @@ struct Arguments {
     return gradients;
   }
 
- private:
+  // A gradient: 0 unless something will write it.
   static Tensor new_gradient(const Tensor& x, bool written) {
     std::vector<int64_t> shape;
     for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
     return written ? torch::stable::new_empty(x, shape) : torch::stable::new_zeros(x, shape);
   }
 
+ private:
   void check_threshold(const Optional& x, const char* name) const {
     if (!x) return;
     const int64_t shape[] = {batch(), heads(), n_q()};

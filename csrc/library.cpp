@@ -3,6 +3,8 @@
 // Stable ABI only (torch/csrc/stable): one binary serves every torch from 2.10 on. No Python headers: the library is
 // loaded with torch.ops.load_library, so one binary serves every Python too.
 
+#include "asa.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -40,22 +42,9 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
   m.def("cpu_isa() -> int");
   m.def("cuda_architectures() -> str");
   m.def("cuda_versions() -> (int, int)");
-  // asa_ops.asa.ops describes the arguments; Triton's and the blocked ops, which are Python, have the same schemas.
-  m.def(
-      "asa_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
-      "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band, bool keep, "
-      "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None) "
-      "-> (Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept)");
-  m.def(
-      "asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, "
-      "Tensor? key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, "
-      "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band, "
-      "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None) "
-      "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)");
-  m.def(
-      "asa_list_survivors(Tensor query, Tensor key, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, Tensor lse, "
-      "Tensor survivors, Tensor kept, SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, "
-      "Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+  m.def((std::string("asa_fwd") + asa_ops::kForwardSchema).c_str());
+  m.def((std::string("asa_bwd") + asa_ops::kBackwardSchema).c_str());
+  m.def((std::string("asa_list_survivors") + asa_ops::kListSurvivorsSchema).c_str());
   m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) stats) -> ()");
   m.def(
       "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, float scale, "

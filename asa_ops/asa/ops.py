@@ -160,7 +160,7 @@ def _vmap_rule(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) 
     return run_folded(op, info.batch_size, in_dims, args)
 
 
-def _register(stem: str, impl: str | None = None) -> None:
+def register(stem: str, impl: str | None = None) -> None:
     """Tell torch about a pair of ops; ``impl`` None: that of C++ for the device of the inputs."""
     fwd, bwd = (f"asa_ops::{stem}_{name}" for name in ("fwd", "bwd"))
 
@@ -220,10 +220,9 @@ def asa_neighbors(
     if impl not in ("cpu", "cuda"):
         return dispatch.load("asa", impl).neighbor_graph(_broadcast(inputs), Options.of(*options))
     stem = _stem(impl, query.device)
-    _, lse, _, survivors, kept = OPS[stem].fwd(*inputs, *options, 0.0, True)
-    graph = new_graph(survivors)
-    list_survivors = getattr(torch.ops.asa_ops, f"{stem}_list_survivors")
-    list_survivors(query, key, alpha, beta, key_padding_mask, lse, survivors, kept, *options, *graph)
+    outputs = OPS[stem].fwd(*inputs, *options, 0.0, True)
+    graph = new_graph(outputs[3])
+    getattr(torch.ops.asa_ops, f"{stem}_list_survivors")(*inputs, *outputs, *options, *graph)
     return graph
 
 
@@ -286,7 +285,7 @@ def attend(
 OPS: dict[str, _Ops] = {}
 for _impl in ("triton", "blocked"):
     _define(_impl)
-    _register(f"asa_{_impl}", _impl)
+    register(f"asa_{_impl}", _impl)
 if not extension.WHY_MISSING:
-    _register("asa")
+    register("asa")
 run_outside_autocast(torch.ops.asa_ops.asa_neighbors.default)

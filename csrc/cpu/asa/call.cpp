@@ -523,8 +523,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
   const Call call = call_of(query, key, value, alpha, beta, key_padding_mask,
                             Options(grid, window, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
-  call.x.check_all(saved);
-  call.x.check_kept(kept, call.kept.bytes);
+  call.x.check_saved(saved, call.kept.bytes);
   check(grad_out, "grad_out", query, call.x.type(), {call.x.batch(), call.x.heads(), call.x.n_q(), call.x.dim_v()});
   const std::vector<Tensor> x = call.x.new_gradients();
   if (!call.x.is_empty())
@@ -533,22 +532,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
   return {x[0], x[1], x[2], x[3], x[4]};
 }
 
-void asa_list_survivors(Tensor query, Tensor key, Optional alpha, Optional beta, Optional key_padding_mask, Tensor lse,
-                        Tensor survivors, Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window,
-                        int64_t topk, bool reciprocal, double scale, Tensor row_offsets, Tensor col_indices) {
-  const Tensor nobodys = torch::stable::narrow(key, 3, 0, 0);
+void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
+                        Optional key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
+                        Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk,
+                        bool reciprocal, double scale, Tensor row_offsets, Tensor col_indices) {
   const Call call =
-      call_of(query, key, nobodys, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, 0));
+      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, 0));
+  const Outputs saved{out, lse, lse_kept, survivors, kept};
   const int64_t rows = call.x.n_heads() * call.x.n_q();
-  call.x.check_kept(kept, call.kept.bytes);
-  check_contiguous(survivors, "survivors", query, ScalarType::Int, {call.x.batch(), call.x.heads(), call.x.n_q()});
+  call.x.check_saved(saved, call.kept.bytes);
   check_contiguous(row_offsets, "row_offsets", query, ScalarType::Long, {rows + 1});
   const int64_t* const offsets = data<const int64_t>(row_offsets);
   check(offsets[0] == 0 && std::is_sorted(offsets, offsets + rows + 1), "row_offsets", "ascending from 0");
   check_contiguous(col_indices, "col_indices", query, ScalarType::Int, {offsets[rows]});
   if (call.x.is_empty()) return;
   int32_t* const columns = data<int32_t>(col_indices);
-  const Outputs saved{nobodys, lse, lse, survivors, kept};
   call.x.type() == ScalarType::Double ? list<double>(call, saved, offsets, columns)
                                       : list<float>(call, saved, offsets, columns);
 }

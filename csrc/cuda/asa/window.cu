@@ -10,7 +10,8 @@ namespace {
 // log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i. A row a
 // warp. Scores are formed twice, so that a window of any size needs no memory.
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, float* log_mean2, uint8_t* local) {
+__global__ void __launch_bounds__(kThreads) 
+    asa_window_kernel(Problem<T> p, PerHead<float> log_mean2, PerHead<uint8_t> local) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const Vector q = vector_at(p.q, at.index, p.width);
@@ -33,12 +34,12 @@ __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, floa
   const float mean2 = largest + log2f(total) - log2f(float(members));
   const float beta = multiplier_at(p.beta, at.z, p.heads, at.token);
   const float cut = beta >= 0 ? log2f(beta) : NAN;
-  const int64_t row = row_at(at.z, p.rows.n, at.token);
   const int lane = threadIdx.x % 32;
-  if (lane == 0) log_mean2[row] = mean2;
+  if (lane == 0) log_mean2.of(at.z)[at.token] = mean2;
+  uint8_t* const flags = local.of(at.z) + int64_t(at.token) * (p.window * p.window);
   visit([&](int offset, bool in_window, float s) {
     const float seen = offset == first ? largest : s;  // formed again, the largest might miss a cut that it exceeds
-    if (lane == 0) local[row * (p.window * p.window) + offset] = in_window && seen - mean2 > cut;
+    if (lane == 0) flags[offset] = in_window && seen - mean2 > cut;
   });
 }
 
