@@ -104,8 +104,8 @@ class _Ops:
 
     def __init__(self, stem: str):
         fwd, bwd = (getattr(getattr(torch.ops.asa_ops, f"{stem}_{name}"), "default") for name in ("fwd", "bwd"))
-        differentiable_bwd = backward_of(bwd, _DOUBLE_BACKWARD)
-        self.fwd = fwd
+        plain_bwd, differentiable_bwd = below_autograd(bwd), backward_of(bwd, _DOUBLE_BACKWARD)
+        self.fwd, self.no_grad = fwd, below_autograd(fwd)
 
         def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
             ctx.options = inputs[6:12]
@@ -117,7 +117,7 @@ class _Ops:
             if grad_out is None:
                 return (None,) * 13
             tensors = ctx.saved_tensors
-            run = differentiable_bwd.apply if torch.is_grad_enabled() or _is_transformed() else below_autograd(bwd)
+            run = differentiable_bwd.apply if torch.is_grad_enabled() or _is_transformed() else plain_bwd
             dq, dk, dv, dalpha, dbeta = run(grad_out, *tensors, *ctx.options)
             given = (dx if x is not None else None for dx, x in zip((dalpha, dbeta), tensors[3:5], strict=True))
             return dq, dk, dv, *given, *(None,) * 8
@@ -127,7 +127,7 @@ class _Ops:
 
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                output = below_autograd(fwd)(*args)
+                output = self.no_grad(*args)
                 remember(ctx, args, output)
                 return output
 
@@ -266,18 +266,17 @@ def attend(
         )
     ops = OPS[_stem(impl, inputs.query.device)]
     band = 0.0 if threshold_grad is None else threshold_band
+    keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
     # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
     # makes of one cannot be saved; the op has its gradient.
-    compiling = torch.compiler.is_compiling()
-    learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    if compiling:
-        run, keep = ops.fwd, learns
+    if torch.compiler.is_compiling():
+        run = ops.fwd
     elif torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in torch's list of public names
         run, keep = ops.fwd, True  # it may run with gradients or without
     elif torch._C._are_functorch_transforms_active():
         run, keep = ops.general, True  # inside a vmap of a grad, requires_grad does not show
     else:
-        run, keep = (ops.plain if learns else ops.fwd), learns
+        run = ops.plain if keep else ops.no_grad
     out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep)
     return out, AsaStats(lse, lse_kept, survivors)
 

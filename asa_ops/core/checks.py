@@ -110,6 +110,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
     ``query`` [B, heads, N_q, D], ``key`` [B, heads, N_k, D], ``value`` [B, heads, N_k, Dv].
     """
+    if _fit(query, key, value):  # asked at once: every call asks, and finding out what is wrong takes longer
+        return
     check_tensor("query", query, "[B, heads, N_q, D]")
     check_tensor("key", key, "[B, heads, N_k, D]")
     check_tensor("value", value, "[B, heads, N_k, Dv]")
@@ -130,6 +132,25 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if query.shape[-1] < 1:
         raise ValueError(f"query must have a head dim D >= 1, got {describe(query)}")
+
+
+def _fit(query: object, key: object, value: object) -> bool:
+    """Return whether nothing is wrong with an attention triple."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    q, k, v, dtype, device = query.shape, key.shape, value.shape, query.dtype, query.device
+    if not len(q) == len(k) == len(v) == 4:
+        return False
+    return (
+        q[0] == k[0] == v[0]
+        and q[1] == k[1] == v[1]
+        and k[2] == v[2]
+        and q[3] == k[3]
+        and q[3] >= 1
+        and dtype in _DTYPES
+        and key.dtype == dtype == value.dtype
+        and key.device == device == value.device
+    )
 
 
 def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -184,10 +205,9 @@ def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor |
     check_device(name, x, query)
     if x.dim() < 3:
         x = x[(None,) * (3 - x.dim())]
-    if x.dim() > 3 or any(
-        side != 1 and side != wanted for side, wanted in zip(x.shape, query.shape[:3], strict=True)
-    ):
-        raise ValueError(f"{name} must broadcast to [B, heads, N_q] = {list(query.shape[:3])}, got {describe(x)}")
+    rows = query.shape[:3]
+    if x.shape != rows and (x.dim() > 3 or any(n not in (1, wanted) for n, wanted in zip(x.shape, rows, strict=True))):
+        raise ValueError(f"{name} must broadcast to [B, heads, N_q] = {list(rows)}, got {describe(x)}")
     return x
 
 

@@ -34,15 +34,18 @@ def has_autocast(device: str) -> bool:
 def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     """Return ``tensors`` in the autocast dtype of their device where autocast is on; float64 stays as it is."""
 
-    def to_autocast_dtype(name: str, x: Tensor) -> Tensor:
+    for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(x)}")
-        device = x.device.type
-        on = has_autocast(device) and torch.is_autocast_enabled(device)
-        castable = x.dtype.is_floating_point and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype(device)) if on and castable else x
+    device = next(iter(tensors.values())).device.type  # that of all
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
+        return tuple(tensors.values())
 
-    return tuple(to_autocast_dtype(name, x) for name, x in tensors.items())
+    def to_autocast_dtype(x: Tensor) -> Tensor:
+        castable = x.dtype.is_floating_point and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(device)) if castable else x
+
+    return tuple(map(to_autocast_dtype, tensors.values()))
 
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
