@@ -48,6 +48,18 @@ def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(map(to_autocast_dtype, tensors.values()))
 
 
+def is_known(condition: Any) -> bool:
+    """Return whether a condition on sizes holds; of symbolic sizes, whether it holds for all that they stand for.
+
+    An exported program may then choose the general way, where asking would tie it to the sizes of its sample.
+    """
+    if isinstance(condition, bool):
+        return condition
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and rarely needed
+
+    return statically_known_true(condition)
+
+
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return half-precision tensors in float32, the others as they are: sums over a map need it."""
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
