@@ -116,14 +116,14 @@ class Bits(NamedTuple):
     """Pairs as bits."""
 
     words: Tensor | None  # int32 [n_heads, key_padded / 32 * padded]
-    stride: int  # from head to head, a multiple of 128
+    stride: int  # from head to head, a multiple of 16
 
 
 class Peaks(NamedTuple):
     """Block maxima of the scores."""
 
     peaks: Tensor | None  # float16 [n_heads, key_padded / 64 * padded]
-    stride: int  # from head to head, a multiple of 128
+    stride: int  # from head to head, a multiple of 16
 
 
 class PerHead(NamedTuple):
@@ -138,4 +138,5 @@ class PerHead(NamedTuple):
         if not piece.numel():
             return cls(None, 0)
         numbers = piece.flatten(0, 1)
-        return cls(numbers.view(torch.uint8) if numbers.dtype == torch.bool else numbers, numbers.stride(0))
+        stride = numbers.stride(0) if len(numbers) > 1 else 0  # a single head may have any
+        return cls(numbers.view(torch.uint8) if numbers.dtype == torch.bool else numbers, stride)
