@@ -144,9 +144,7 @@ def asa_attention(
         torch.Size([1, 2, 768, 64])
     """
     query, key, value = cast_under_autocast(query=query, key=key, value=value)  # thresholds keep their dtype
-    inputs, options = _check(
-        query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale
-    )
+    inputs, options = _check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
     threshold_band = checks.as_positive_number("threshold_band", threshold_band)
     out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, _chosen(query, value, impl))
@@ -188,9 +186,7 @@ def reciprocal_neighbors(
     """
     query, key = cast_under_autocast(query=query, key=key)
     value = key[..., :0]  # nobody's values are asked for
-    inputs, options = _check(
-        query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale
-    )
+    inputs, options = _check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
     return ops.neighbors(inputs, options, _chosen(query, query, impl))
 
 

@@ -132,7 +132,9 @@ class Saved(NamedTuple):
     survivors: Tensor  # int32 [.., N_q]
     kept: Tensor  # uint8 [.., bytes] for the backward; the pieces that follow are views of it
     bits: Tensor  # uint8 [.., *bits_shape] adaptive neighbours A, one bit a pair; last dimension 0: not kept
-    kappa: Tensor  # [.., N_q] k-th largest score, in base 2 if impl is "triton" or "cuda"; last dimension 0 without topk
+    kappa: (
+        Tensor  # [.., N_q] k-th largest score, in base 2 if impl is "triton" or "cuda"; last dimension 0 without topk
+    )
     log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window, as kappa in base 2; 0 without beta
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.

@@ -1,5 +1,7 @@
 """Dense softmax attention for the blocks that contain it: the fastest of torch's own ways, no kernel of ours."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,7 +32,7 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, m
 
 def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether to store scores whose head dims differ: the fused kernel would multiply the zeros that pad them."""
-    return query.shape[-1] != value.shape[-1] and is_known(query.shape[:-1].numel() * key.shape[-2] <= _FEW_SCORES)
+    return query.shape[-1] != value.shape[-1] and is_known(math.prod(query.shape[:-1]) * key.shape[-2] <= _FEW_SCORES)
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
