@@ -1,12 +1,13 @@
 """Seconds, bytes, who survives and how many operations that takes."""
 
+import dataclasses
 import json
 import subprocess
 import time
 
 import pytest
 import torch
-from bench_cases import stand_in_for_cuda, tiles
+from bench_cases import stand_in_for_cuda, stored, tiles
 
 from asa_ops.asa import reference
 from bench import accounting, inputs, measure, workloads
@@ -22,8 +23,9 @@ def test_dense_operations_are_those_of_the_formula():
     assert [accounting.registered_flops(x) / (n**2 * dim) for x in calls] == [4, 14, 4]
     everybody = accounting.sparsity(workload.tensors, (12, 12))
     assert everybody == accounting.Sparsity(n, 1, 1, 1, 1, 1)
-    dense = [accounting.operations(accounting.units("reference", back, everybody), n, dim) for back in (False, True)]
-    assert dense == [4 * n**2 * dim, 14 * n**2 * dim]
+    assert [accounting.units("reference", backward, everybody) for backward in (False, True)] == [2, 7]
+    case = dataclasses.replace(stored().cases[0], size="12x12", dim=dim)
+    assert accounting.operations_of_a_unit(case) == 2 * n**2 * dim
 
 
 @pytest.mark.parametrize("kind", inputs.INPUTS)
@@ -66,8 +68,10 @@ def test_units_are_those_of_the_formulas():
     assert accounting.units("blocked", True, x) == 8
     counts = torch.tensor([8.0] * 8 + [9.0] + [8.0] * 7 + [1, 0, 0, 0])
     assert accounting.strips(counts, 32) == 64 + 8 * 32 + 1, "dense above a quarter"
-    assert accounting.traffic(100, 64, 2, 4, False) == 4 * (100 * 64 * 2 * 4), "q, k, v, out"
-    assert accounting.traffic(100, 64, 2, 4, True) == 8 * (100 * 64 * 2 * 4), "and do, dq, dk, dv"
+    case = dataclasses.replace(stored().cases[0], size="10x10", heads=2, batch=3)
+    assert accounting.traffic(case) == 4 * (100 * 64 * 2 * 3 * 4), "q, k, v, out"
+    case = dataclasses.replace(case, mode="fwd+bwd", dtype="bfloat16")
+    assert accounting.traffic(case) == 8 * (100 * 64 * 2 * 3 * 2), "and do, dq, dk, dv"
 
 
 def test_operations_of_kernels():
