@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 
 from examples import files
@@ -37,6 +38,7 @@ SECONDS = {"build": 60, "tests": 150, "configs": 110, "sanitizer": 60, "timings"
 MAX_SHARDS = 14  # processes that share the tests: compiling kernels keeps one core each busy
 CONFIGURATIONS = "configuration"  # tests with this in their names are the step "configs"
 SANITIZED = """
+import pytest
 import torch
 from asa_ops import asa_attention
 from bench import workloads
@@ -294,7 +296,7 @@ def main(arguments: list[str] | None = None) -> None:
     files.check([out / "results.json", out / "summary.md"])
     out.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    more = {"pytest": measure.version("pytest"), "processors": os.cpu_count(), "date": now}
+    more = {"pytest": pytest.__version__, "processors": os.cpu_count(), "date": now}
     results = Record(measure.environment("cuda") | more, {}, [])
     print(json.dumps(results.environment, indent=1), flush=True)
     todo = [step for step in SECONDS if step in wanted]

@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -58,15 +59,9 @@ def processor() -> str:
     return f"{name} (family {family}, model {model})"
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def environment(device: str) -> dict[str, object]:
     """Return what results depend on; runs may be put into one file, with all commits, where all else agrees."""
+    versions = {x.name: x.version for x in importlib.metadata.distributions()}
     result: dict[str, object] = {"commit": commit()}
     if device == "cpu":
         isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if not extension.WHY_MISSING else "none"
@@ -77,11 +72,12 @@ def environment(device: str) -> dict[str, object]:
         result["compute capability"] = f"{properties.major}.{properties.minor}"
         result["multiprocessors"] = properties.multi_processor_count
         query = ("--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
-        result |= {"driver": output_of("nvidia-smi", *query), "cuda": torch.version.cuda, "triton": version("triton")}
+        result |= {"driver": output_of("nvidia-smi", *query), "cuda": torch.version.cuda}
+        result["triton"] = versions.get("triton")
     result |= {"torch": torch.__version__, "python": platform.python_version()}
     if not inputs.skimage:
         result["photo"] = "a synthetic picture: scikit-image is not installed"
-    return result | {name: found for name in PEERS if (found := version(name))}
+    return result | {name: versions[name] for name in PEERS if name in versions}
 
 
 def seconds_of(call: Callable, device: str, calls: int = 1) -> float:
@@ -196,8 +192,11 @@ def bytes_of(spec: Spec, device: str, name: str, backward: bool) -> int:
     return bytes_added(call, device)
 
 
-def bytes_in_fresh_process(spec: Spec, device: str, name: str, backward: bool) -> int:
-    """Return what :func:`bytes_of` returns in a process of its own, or raise what it raises there."""
+@functools.cache
+def bytes_once(spec: Spec, device: str, name: str, backward: bool) -> int:
+    """Return, or raise, what :func:`bytes_of` does: on a CPU in a process of its own, and of equal calls once."""
+    if device != "cpu":
+        return bytes_of(spec, device, name, backward)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(bytes_of, spec, device, name, backward).result()
 

@@ -118,13 +118,7 @@ def _measure_bytes(spec, device, workload, methods) -> None:
         # What dense attention takes does not depend on the input: it is measured once.
         same = dataclasses.replace(spec, inputs="iid", alpha=None) if name in INDIFFERENT else spec
         with _noted(methods[name]):
-            methods[name].memory[mode] = _bytes(same, device, name, mode == "fwd+bwd")
-
-
-@functools.cache
-def _bytes(spec: Spec, device: str, name: str, backward: bool) -> int:
-    count = measure.bytes_in_fresh_process if device == "cpu" else measure.bytes_of
-    return count(spec, device, name, backward)
+            methods[name].memory[mode] = measure.bytes_once(same, device, name, mode == "fwd+bwd")
 
 
 def _has_backward(name: str, device: str) -> bool:

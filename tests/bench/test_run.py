@@ -49,7 +49,7 @@ def test_run_measures_bytes(quick):
 
 
 def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(measure, "bytes_in_fresh_process", fail)
+    monkeypatch.setattr(measure, "bytes_once", fail)
     arguments = ["--size", "16x16", "--dim", "32", "--rounds", "1", "--add"]
     quick("--op", "efficient_attention,heads=2", "criss_cross_attention", *arguments, "--mode", "fwd+bwd")
     flex = ["--peers", "flex", "sdpa math", "--inputs", "labels", "iid", "--alpha", "2", "--mode", "fwd+bwd"]
@@ -160,7 +160,7 @@ def test_sweeps_vary_what_they_say(capsys, monkeypatch, quick):
     monkeypatch.setattr(run, "DIMS", [8, 16])
     monkeypatch.setattr(run, "ALPHAS", [0.0, 4.0])
     monkeypatch.setattr(run, "LARGE", 100)
-    monkeypatch.setattr(run, "_bytes", lambda *args: 1000)
+    monkeypatch.setattr(measure, "bytes_once", lambda *args: 1000)
     sweeps = ["--sweep", "tokens", "survivors", "dim", "--size", "8x8", "16x16"]
     cases = quick(*sweeps, "--rounds", "2", "--peers", "sdpa flash")
     assert {(c.sweep, report.position(c)) for c in cases} >= {("tokens", 64), ("tokens", 256), ("dim", 8), ("dim", 16)}
