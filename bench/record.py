@@ -47,9 +47,7 @@ class Method:
 
 @dataclass
 class Kernel:
-    """One of the Triton kernels of a call."""
-
-    seconds: float  # of its launches together
+    seconds: float  # of its launches in a call together
     launches: int
     flops: int | None = None
 
@@ -118,8 +116,6 @@ class Case(Spec):
 
 @dataclass
 class Tally:
-    """How tests went."""
-
     selected: int
     passed: int
     failed: int
@@ -133,9 +129,7 @@ class Tally:
 
 @dataclass
 class Step:
-    """A step of the GPU suite."""
-
-    step: str
+    step: str  # of the GPU suite
     status: str  # "passed", "failed", "timed out" or "skipped"
     seconds: float
     note: str
@@ -143,8 +137,6 @@ class Step:
 
 @dataclass
 class Record:
-    """A file of results."""
-
     environment: dict[str, object]  # the machine, versions, the commit
     ceilings: dict[str, float]  # what the machine does at most
     cases: list[Case]  # in the order in which they were measured
