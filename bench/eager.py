@@ -32,28 +32,24 @@ def non_local(block: nn.Module, x: Tensor) -> Tensor:
 
 
 def linear_attention(block: nn.Module, x: Tensor) -> Tensor:
+    batch, channels, height, width = x.shape
+    n = height * width
     if block.kind == "channel":
-        return _channel_linear_attention(block, x)
-    batch, channels, height, width = x.shape
-    query, key, value = (conv(x).flatten(2) for conv in (block.query, block.key, block.value))
-    query = (query / query.norm(p=2, dim=-2, keepdim=True)).permute(0, 2, 1)
-    key = key / key.norm(p=2, dim=-2, keepdim=True)
-    normaliser = 1 / (height * width + torch.einsum("bnc,bc->bn", query, key.sum(-1) + block.eps))
-    total = value.sum(-1)[..., None].expand(-1, -1, height * width)
-    total = total + torch.einsum("bnm,bmc->bcn", query, torch.einsum("bmn,bcn->bmc", key, value))
-    out = torch.einsum("bcn,bn->bcn", total, normaliser)
-    return x + block.gamma * out.view(batch, channels, height, width)
-
-
-def _channel_linear_attention(block: nn.Module, x: Tensor) -> Tensor:
-    batch, channels, height, width = x.shape
-    value = x.flatten(2)
-    query = value / value.norm(p=2, dim=-2, keepdim=True)
-    key = query.permute(0, 2, 1)
-    normaliser = 1 / (height * width + torch.einsum("bcn,bn->bc", query, key.sum(-1) + block.eps))
-    total = value.sum(1)[:, None].expand(-1, channels, -1)
-    total = total + torch.einsum("bcm,bmn->bcn", torch.einsum("bcn,bnm->bcm", value, key), query)
-    out = torch.einsum("bcn,bc->bcn", total, normaliser)
+        value = x.flatten(2)
+        query = value / value.norm(p=2, dim=-2, keepdim=True)
+        key = query.permute(0, 2, 1)
+        normaliser = 1 / (n + torch.einsum("bcn,bn->bc", query, key.sum(-1) + block.eps))
+        total = value.sum(1)[:, None].expand(-1, channels, -1)
+        total = total + torch.einsum("bcm,bmn->bcn", torch.einsum("bcn,bnm->bcm", value, key), query)
+        out = torch.einsum("bcn,bc->bcn", total, normaliser)
+    else:
+        query, key, value = (conv(x).flatten(2) for conv in (block.query, block.key, block.value))
+        query = (query / query.norm(p=2, dim=-2, keepdim=True)).permute(0, 2, 1)
+        key = key / key.norm(p=2, dim=-2, keepdim=True)
+        normaliser = 1 / (n + torch.einsum("bnc,bc->bn", query, key.sum(-1) + block.eps))
+        total = value.sum(-1)[..., None].expand(-1, -1, n)
+        total = total + torch.einsum("bnm,bmc->bcn", query, torch.einsum("bmn,bcn->bmc", key, value))
+        out = torch.einsum("bcn,bn->bcn", total, normaliser)
     return x + block.gamma * out.view(batch, channels, height, width)
 
 

@@ -23,8 +23,6 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Problem(NamedTuple):
-    """What a peer may need of a call besides query, key and value."""
-
     tensors: list[Tensor]  # query, key, value, alpha, beta
     grid: tuple[int, int]
 
@@ -92,7 +90,6 @@ def _compiled_flex(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor
 
 
 def _flex(problem: Problem, mask_in_call: bool = False) -> Attention:
-    """FlexAttention over survivors."""
     query, key, _, alpha, beta = problem.tensors
     dense, attention, block_mask = _compiled_flex(tuple(query.shape[:3]), query.device)
     graph = reciprocal_neighbors(query, key, alpha, beta, grid=problem.grid)

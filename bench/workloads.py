@@ -26,8 +26,6 @@ OURS = "asa_ops"  # the name of our method where there is one
 
 @dataclass(frozen=True)
 class Spec:
-    """One op on one input."""
-
     op: str  # "asa", "criss_cross_attention" or a block, "non_local", "non_local,mode=gaussian"
     size: str  # "HxW"
     dim: int  # head dim; channels of a block
@@ -76,9 +74,8 @@ class Workload:
             with torch.set_grad_enabled(backward):
                 # As results, no leaves: FlopCounterMode hooks what modules get, which autograd.grad forbids of leaves.
                 out = method(*(x.view_as(x) for x in leaves))
-            if not backward:
-                return out
-            return torch.autograd.grad(out, [*leaves, *self.parameters], self.grad_out, allow_unused=True)
+            every = [*leaves, *self.parameters]
+            return torch.autograd.grad(out, every, self.grad_out, allow_unused=True) if backward else out
 
         return run
 
