@@ -71,9 +71,8 @@ def environment(device: str) -> dict[str, object]:
         result |= {"device": properties.name, "memory": f"{properties.total_memory / 2**30:.0f} GiB"}
         result["compute capability"] = f"{properties.major}.{properties.minor}"
         result["multiprocessors"] = properties.multi_processor_count
-        query = ("--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
-        result |= {"driver": output_of("nvidia-smi", *query), "cuda": torch.version.cuda}
-        result["triton"] = versions.get("triton")
+        result["driver"] = output_of("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
+        result |= {"cuda": torch.version.cuda, "triton": versions.get("triton")}
     result |= {"torch": torch.__version__, "python": platform.python_version()}
     if not inputs.skimage:
         result["photo"] = "a synthetic picture: scikit-image is not installed"
@@ -103,10 +102,8 @@ def interleaved(
     """Time every call, ``repeats`` times, once a round, so that a slow moment of the machine meets all of them.
 
     Two more rounds warm up, the first one for what compiles. A call that the second finds slower than SLOW times the
-    fastest is timed in SLOW_ROUNDS rounds only, enough for its ratio.
-
-    Returns:
-        The seconds of every round and, by name, what the calls that failed raised; these have no seconds.
+    fastest is timed in SLOW_ROUNDS rounds only, enough for its ratio. Also returns, by name, what the calls that failed
+    raised; these have no seconds.
     """
     times, errors, warm = {name: [] for name in calls}, {}, {}
     for i, (name, call) in itertools.product(range(WARM_UP + rounds), calls.items()):

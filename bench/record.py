@@ -146,7 +146,6 @@ class Record:
     tests: dict[str, Tally] = field(default_factory=dict)  # by its step
 
     def add(self, case: Case) -> None:
-        """Add a case; one of the same key gives way."""
         self.cases = [each for each in self.cases if each.key != case.key] + [case]
 
     def write(self, path: Path) -> None:
@@ -165,10 +164,9 @@ def read(path: Path) -> Record:
     """
     try:
         return _load(Record, json.loads(files.read(path)), "")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        what = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}: {what}{error}") from error
 
 
 def _load(form: object, content: object, where: str) -> object:

@@ -31,7 +31,7 @@ LAUNCHES = (
     " From an idle device to an idle device: what launching kernels costs the host is in all of them, and most of what "
     "small calls take. `make gpu` also times replays of CUDA graphs, without it: the page named -summary."
 )
-NAME = "inputs", "map", "D"  # over the cells that name a case
+NAME = "inputs", "map", "D"  # over the cells that name a case, _name
 Curves = dict[str, list[tuple[float, float]]]  # by method, (what a sweep varies, value)
 
 
@@ -119,7 +119,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]], even: bool = 
 
 
 def with_quartiles(values: list[float] | None) -> str:
-    """Return the median and, in brackets, the quartiles."""
     return f"{values[1]:.2f} ({values[0]:.2f}-{values[2]:.2f})" if values else "-"
 
 
@@ -133,7 +132,6 @@ def percent(value: float | None, digits: int = 1) -> str:
 
 
 def _name(case: Case) -> list[str]:
-    """Return the cells under NAME."""
     return [case.inputs if case.alpha is None else f"{case.inputs}, alpha {case.alpha:g}", case.size, case.shape]
 
 
@@ -222,7 +220,6 @@ def blocks_table(cases: list[Case]) -> str:
 
 
 def absent(cases: list[Case]) -> str:
-    """Say which methods were skipped or failed, and why."""
     lines = []
     for name, method in (item for c in cases for item in c.methods.items()):
         lines += [f"- {name} failed: {method.error}"] if method.error else []
@@ -231,7 +228,6 @@ def absent(cases: list[Case]) -> str:
 
 
 def headline(cases: list[Case]) -> str:
-    """Say what comes out, with where ASA loses."""
     found = [(r[1], c) for c in cases if c.sparsity and (r := ratio_to_dense(c))]
     if not found:
         return "ASA was not timed beside dense attention."

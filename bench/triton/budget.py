@@ -127,7 +127,6 @@ def _call(dim, dtype, learn, symmetric=False, alpha=True, beta=True, **options) 
 
 
 def compiled(source: Source) -> Compiled:
-    """Compile one launch and read the result."""
     started = time.time()
     try:
         result = triton.compile(source.text, target=GPUTarget("cuda", source.arch, 32), options=vars(source.options))
