@@ -66,7 +66,6 @@ def rate(case: Case, kernels: tuple[str, ...]) -> float | None:
 
 
 def judge(goal: Goal, cases: list[Case]) -> Verdict:
-    """Compare what was measured with a goal."""
     name = f"{goal.text}: {goal.inputs}, N = {goal.tokens}, {goal.mode}"
     bound = f">= {goal.bound:g}" + ("" if goal.kernels else " x")
     wanted = goal.inputs, goal.tokens, goal.mode
@@ -87,9 +86,8 @@ def judge(goal: Goal, cases: list[Case]) -> Verdict:
     active = case.sparsity.get("active", 1)
     if goal.structured and active > ACTIVE_LIMIT:
         return Verdict(name, bound, measured, f"does not apply: {100 * active:.1f} % of the tiles are active")
-    if called[1] >= goal.bound:
-        return Verdict(name, bound, measured, MET)
-    return Verdict(name, bound, measured, IN_GRAPH if graph and graph[1] >= goal.bound else MISSED)
+    replayed = graph and graph[1] >= goal.bound
+    return Verdict(name, bound, measured, MET if called[1] >= goal.bound else IN_GRAPH if replayed else MISSED)
 
 
 def headline(steps: list[Step], judged: list[Verdict]) -> str:
@@ -117,7 +115,6 @@ def tests(results: Record) -> str:
 
 
 def render(results: Record) -> str:
-    """Return the summary as Markdown: steps, tests, goals, and the tables of every page."""
     judged = [judge(goal, results.cases) for goal in GOALS] if results.cases else []
     missed = "\n".join(f"- {x.goal}: {x.measured}, wanted {x.bound}" for x in judged if x.verdict == MISSED)
     facts = results.environment | {name: f"{value:.0f}" for name, value in results.ceilings.items()}

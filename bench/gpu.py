@@ -38,7 +38,6 @@ SECONDS = {"build": 60, "tests": 150, "configs": 110, "sanitizer": 60, "timings"
 MAX_SHARDS = 14  # processes that share the tests: compiling kernels keeps one core each busy
 CONFIGURATIONS = "configuration"  # tests with this in their names are the step "configs"
 SANITIZED = """
-import pytest
 import torch
 from asa_ops import asa_attention
 from bench import workloads
@@ -73,11 +72,7 @@ TIMINGS = [  # what bench.run measures of one image and head, in order of import
 
 
 def run_all(commands: list[list[str]], logs: list[Path], shown: list[Path], limit: float, **more: str):
-    """Run commands side by side, each into its log, and show what ``shown`` files get.
-
-    Returns:
-        Their exit statuses, None for those that the limit ended.
-    """
+    """Run commands, each into its log, show what ``shown`` get, and return exit statuses: None, the limit ended it."""
     deadline = time.monotonic() + limit
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # asa_ops from this tree
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more}
@@ -173,17 +168,12 @@ def status_of_tests(counts: Tally, timed_out: bool) -> str:
     return "timed out" if timed_out else "passed" if counts.passed and not counts.unfinished else "failed"
 
 
-def find_sanitizer() -> str | None:
-    """Return the path of compute-sanitizer, wherever a CUDA toolkit keeps it."""
+def sanitize(limit: float, log: Path, results: Record) -> tuple[str, str]:
+    """Run a few small calls under compute-sanitizer, wherever a CUDA toolkit keeps it: memcheck, then racecheck."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     roots += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
     places = [str(root / folder) for root in roots for folder in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
-
-
-def sanitize(limit: float, log: Path, results: Record) -> tuple[str, str]:
-    """Run a few small calls under compute-sanitizer: memcheck, then racecheck."""
-    tool = find_sanitizer()
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
     if tool is None:
         return "skipped", "compute-sanitizer not found"
     program = ["-c", SANITIZED]
