@@ -41,6 +41,9 @@ def stand_in_for_cuda(monkeypatch) -> list[str]:
         ("graph", contextlib.nullcontext),
         ("synchronize", lambda: None),
         ("empty_cache", lambda: None),
+        ("reset_peak_memory_stats", lambda: None),
+        ("memory_allocated", lambda: 1000),
+        ("max_memory_allocated", lambda: 3000),
         ("_sleep", lambda cycles: None),
     ):
         monkeypatch.setattr(torch.cuda, name, value)

@@ -57,7 +57,9 @@ def test_operations_of_a_call_are_counted(monkeypatch):
     assert flops["aggregate"] == 2 * (16 + 16) * 64**2 * active.sum()  # the interpreter's blocks are 64 rows
 
 
-def test_a_case_on_a_gpu_has_graphs_and_kernels(on_cpu):
+def test_a_case_on_a_gpu_has_graphs_kernels_and_bytes(on_cpu):
+    used = run.measured(SPEC, "mem", "cuda", ["triton"], [], 1)
+    assert [used.bytes("asa triton", mode) for mode in ("fwd", "fwd+bwd")] == [2000, 2000]
     case = run.measured(SPEC, "fwd+bwd", "cuda", ["triton"], ["sdpa math", "eager"], 2)
     assert [method.error for method in case.methods.values()] == [None] * 3
     assert [len(case.times(name, "graph")) for name in ("asa triton", "sdpa math", "eager")] == [2, 2, 0]

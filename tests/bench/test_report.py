@@ -21,14 +21,6 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
     assert results.cases[-1] is again and len(results.cases) == len(stored().cases)
 
 
-def test_a_full_disk_leaves_the_file_that_was(tmp_path, full_disk):
-    path = tmp_path / "results.json"
-    path.write_text("before")
-    with full_disk(), pytest.raises(files.FileError, match=r"results\.json: File too large$"):
-        stored().write(path)
-    assert path.read_text() == "before" and list(tmp_path.iterdir()) == [path]
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -6,7 +6,6 @@ from bench_cases import stored
 
 from asa_ops.core import extension
 from bench import accounting, check, measure, peers, record, report, run, workloads
-from bench.inputs import INPUTS
 from examples import files
 
 
@@ -31,28 +30,6 @@ SMALL = ["--size", "8x8", "--dim", "16", "--rounds", "1"]
 no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
-@pytest.mark.slow
-def test_run_measures_every_input(capsys, quick):
-    others = ["--rounds", "2", "--peers", "sdpa flash", "eager", "adasplash"]
-    cases = quick(*SMALL, "--inputs", *INPUTS, "--mode", "fwd", "fwd+bwd", *others)
-    assert [(c.inputs, c.mode) for c in cases] == [(x, m) for x in INPUTS for m in ("fwd", "fwd+bwd")]
-    for case in cases:
-        assert set(case.methods) == {case.ours[0], "sdpa flash", "eager", "adasplash"}
-        assert case.methods["adasplash"].skipped in ("not installed", "needs a CUDA device")
-        assert 1 <= len(case.methods[case.ours[0]].seconds) <= 2 and case.ratio(case.ours[0], "sdpa flash")[1] > 0
-    shown = capsys.readouterr().out
-    assert all(f"{kind} 8x8, 16, fwd" in shown for kind in INPUTS)
-    assert "candidates" in shown and "- adasplash was skipped: " in shown
-
-
-@pytest.mark.slow
-def test_run_measures_bytes(quick):
-    (case,) = quick("--size", "32x32", "--inputs", "iid", "--mode", "mem", "--peers", "eager")
-    for name in (case.ours[0], "eager"):
-        assert set(case.methods[name].memory) == {"fwd", "fwd+bwd"}
-    assert case.bytes("eager", "fwd") > 2 * 4 * 1024**2, "at least two matrices of N x N float32"
-
-
 def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(measure, "bytes_once", fail)
     arguments = ["--size", "16x16", "--dim", "32", "--rounds", "1", "--add"]
@@ -69,12 +46,21 @@ def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
 
 
 def test_a_peer_that_fails_gets_a_row_and_the_run_goes_on(monkeypatch, capsys, quick):
+    """One that is not installed gets a line."""
     for name, prepare in (("sdpa math", lambda problem: fail), ("eager", fail)):
         monkeypatch.setitem(peers.PEERS, name, peers.PEERS[name]._replace(prepare=prepare))
-    quick(*SMALL, "--inputs", "iid", "--mode", "fwd", "--peers", "sdpa math", "eager", "sdpa flash")
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert sum("RuntimeError: out of luck" in line for line in lines) == 2
-    assert any("sdpa flash" in line for line in lines)
+    chosen = ["sdpa math", "eager", "sdpa flash", "adasplash"]
+    cases = quick(*SMALL, "--rounds", "2", "--inputs", "iid", "photo", "--mode", "fwd", "fwd+bwd", "--peers", *chosen)
+    assert [(c.inputs, c.mode) for c in cases] == [(x, m) for x in ("iid", "photo") for m in ("fwd", "fwd+bwd")]
+    for case in cases:
+        assert set(case.methods) == {case.ours[0], *chosen} and case.ratio(case.ours[0], "sdpa flash")[1] > 0
+        assert 1 <= len(case.methods[case.ours[0]].seconds) <= 2
+        assert case.methods["adasplash"].skipped in ("not installed", "needs a CUDA device")
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert sum("RuntimeError: out of luck" in line for line in lines) == 2 * len(cases)
+    assert any("sdpa flash" in line for line in lines) and "candidates" in lines[0]
+    assert all(case.label in shown for case in cases) and "- adasplash was skipped: " in shown
 
 
 @pytest.mark.parametrize(("module", "name"), [(workloads, "asa_attention"), (accounting, "reciprocal_neighbors")])
@@ -161,6 +147,8 @@ def test_sweeps_vary_what_they_say(capsys, monkeypatch, quick):
     dense, sparse = (c.sparsity["survivors"] for c in report.of(cases, "survivors", "fwd")[::-1])
     assert dense == 4096 and sparse < 400
     assert [len(c.times("sdpa flash")) for c in report.of(cases, "tokens", "fwd")] == [2, 1]
+    (used,) = {tuple((name, *x.memory) for name, x in c.methods.items()) for c in cases if c.mode == "mem"}
+    assert used == ((cases[0].ours[0], "fwd", "fwd+bwd"), ("sdpa flash", "fwd", "fwd+bwd"))
     assert "- tokens, fwd: " in capsys.readouterr().out
 
 
