@@ -134,12 +134,12 @@ def test_rounds_are_interleaved_and_slow_calls_get_few(sleep):
 
 def test_calls_on_a_gpu_are_timed_as_called_and_in_graphs(monkeypatch, sleep):
     """With what stands for torch.cuda; of a call that cannot be captured there is no time in a graph."""
-    replays = stand_in_for_cuda(monkeypatch)
+    replay = stand_in_for_cuda(monkeypatch)
     assert measure.seconds_of(lambda: sleep(0.01), "cuda", 2) == pytest.approx(0.01)
     calls = []
     times = measure.in_graphs({"fast": lambda: calls.append(1), "synchronises": lambda: 1 / 0}, 3)
     assert set(times) == {"fast"} and len(times["fast"]) == 3
-    assert len(calls) == measure.WARM_UP + 1 and len(replays) == (measure.WARM_UP + 3) * measure.REPLAYS
+    assert len(calls) == measure.WARM_UP + 1 and replay.call_count == (measure.WARM_UP + 3) * measure.REPLAYS
 
 
 def test_what_the_machine_does_at_most_is_measured():
