@@ -70,10 +70,10 @@ def judge(goal: Goal, cases: list[Case]) -> Verdict:
     bound = f">= {goal.bound:g}" + ("" if goal.kernels else " x")
     wanted = goal.inputs, goal.tokens, goal.mode
     found = [c for c in cases if (c.inputs, c.tokens, c.mode) == wanted]
-    measured = [c for c in found if rate(c, goal.kernels) or any(peer in c.methods for peer in goal.peers)]
-    if not measured:
+    ran = (c for c in found if rate(c, goal.kernels) or any(peer in c.methods for peer in goal.peers))
+    if not (case := next(ran, None)):
         return Verdict(name, bound, "-", "not measured")
-    case, ours = measured[0], measured[0].ours[0]
+    ours = case.ours[0]
     if goal.kernels:
         reached = rate(case, goal.kernels)
         return Verdict(name, bound, f"{reached:.0f}", MET if reached >= goal.bound else MISSED)
@@ -92,7 +92,8 @@ def judge(goal: Goal, cases: list[Case]) -> Verdict:
 
 def headline(steps: list[Step], judged: list[Verdict]) -> str:
     parts = [f"{x.step} {x.status}" + (f" ({x.note})" if x.note else "") for x in steps if x.status != "passed"]
-    parts = parts or ["every step passed"] * bool(steps)
+    if steps and not parts:
+        parts.append("every step passed")
     counts = collections.Counter(re.split(r" \(|:", x.verdict)[0] for x in judged)  # without its details
     kinds = MET, IN_GRAPH, MISSED, "not measured", "does not apply"
     verdicts = ", ".join(f"{counts[kind]} {kind.replace('does', 'do')}" for kind in kinds if counts[kind])

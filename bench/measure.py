@@ -61,7 +61,8 @@ def processor() -> str:
 
 def environment(device: str) -> dict[str, object]:
     """Return what results depend on; runs may be put into one file, with all commits, where all else agrees."""
-    versions = {x.name: x.version for x in importlib.metadata.distributions()}
+    found = importlib.metadata.distributions()
+    versions = {x.name: x.version for x in reversed([*found])}  # of a name, the first counts
     result: dict[str, object] = {"commit": commit()}
     if device == "cpu":
         isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if not extension.WHY_MISSING else "none"

@@ -150,7 +150,6 @@ def compiled(source: Source) -> Compiled:
 
 
 def check(source: Source, result: Compiled) -> list[str]:
-    """Return what breaches the budget."""
     if result.error:
         return [result.error]
     wrong = []
