@@ -9,8 +9,9 @@ from compare import call_and_gradients, check_against_reference, check_threshold
 from implementations import DTYPES, EMULATED, IMPLEMENTATIONS, INTERPRETED, ON_GPU, each_impl, everywhere
 
 from asa_ops import asa_attention
-from asa_ops.asa import blocked
+from asa_ops.asa import blocked, cpu
 from asa_ops.asa.bits import bit_columns, pack_bits, unpack_bits
+from asa_ops.asa.types import Inputs, Options, Saved
 
 pytestmark = pytest.mark.usefixtures("emulation")
 
@@ -414,6 +415,115 @@ def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
     inputs, options = make(case, dtype)
     inputs[2] += offset
     check_threshold_gradients(impl, inputs, options, band)
+
+
+# Entry points of the extension refuse what they cannot read.
+
+
+def kernel_call(impl: str) -> dict:
+    """Return a valid call of asa_cpu_fwd or asa_cuda_fwd as a dict of its arguments."""
+    tensors, options = make(named("plain", grid=(4, 6), dim=16, dim_v=32), torch.float32)
+    inputs, options = Inputs(*tensors, torch.ones(2, 24, dtype=torch.bool)), Options(options["grid"], 3, 0, True, 0.3)
+    saved = Saved.new(inputs, options, impl, keep_bits=True)
+    tensors = cpu._prepare(inputs) if impl == "cpu" else inputs
+    names = [x.name for x in getattr(torch.ops.asa_ops, f"asa_{impl}_fwd").default._schema.arguments]
+    return dict(zip(names, [*tensors, options.numbers(), list(saved)], strict=True))
+
+
+OPTIONS = ("height", "width", "window", "topk", "reciprocal", "scale", "band")
+REFUSED = [  # argument or part of one, what it is made, whose message
+    ("query", lambda x: x[0], "both", r"query must be \[B, heads, N, D\]"),
+    ("key", lambda x: x[0], "both", r"key must be \[B, heads, N, D\]"),
+    ("key", lambda x: x[:, :1].contiguous(), "both", "key must be of the shape expected"),
+    ("key", lambda x: x[:, :, :9].contiguous(), "both", "value must be of the shape expected"),
+    ("value", lambda x: x[:, :, :9].contiguous(), "both", "value must be of the shape expected"),
+    ("value", lambda x: x.double(), "both", "value must be of the dtype expected"),
+    ("query", lambda x: x.half(), "cpu", "query must be float32 or float64"),
+    ("query", lambda x: x.double(), "cuda", "key must be of the dtype expected"),
+    ("query", lambda x: x.mT.contiguous().mT, "cpu", "query must be contiguous"),
+    ("alpha", lambda x: x[..., :9].contiguous(), "cpu", "alpha must be of the shape expected"),
+    ("alpha", lambda x: x.double(), "both", "alpha must be of the dtype expected"),
+    ("beta", lambda x: x.double(), "both", "beta must be of the dtype expected"),
+    ("beta", lambda x: torch.cat([x, x, x], 1), "cuda", r"beta must be \[B, heads or 1, N\]"),
+    ("real", lambda x: x[:, :9].contiguous(), "both", "real must be of the shape expected"),
+    ("options", lambda x: x[:6], "both", "options must be height, width, window"),
+    ("height", lambda x: x + 1, "both", r"height \* width must be N"),
+    ("height", lambda x: x + 0.5, "both", "height must be a whole number"),
+    ("window", lambda x: 2, "both", "window must be odd"),
+    ("window", lambda x: 46341, "both", r"window must be of less than 2\^31 positions"),
+    ("topk", lambda x: 25, "cpu", "topk must be between 0 and N_k"),
+    ("topk", lambda x: 0.5, "both", "topk must be a whole number"),
+    ("topk", lambda x: -1, "both", "topk must be a whole number of at least 0"),
+    ("reciprocal", lambda x: 0.5, "both", "reciprocal must be 0 or 1"),
+    ("reciprocal", lambda x: 2, "both", "reciprocal must be 0 or 1"),
+    ("band", lambda x: torch.nan, "both", "band must be at least 0"),
+    ("saved", lambda x: x[:9], "both", "saved must be the ten tensors"),
+    ("out", lambda x: x[..., :2].contiguous(), "both", "out must be of the shape expected"),
+    ("out", lambda x: x.double(), "both", "out must be of the dtype expected"),
+    ("out", lambda x: x.mT.contiguous().mT, "both", "out must be contiguous"),
+    ("lse", lambda x: x[..., :9].contiguous(), "both", "lse must be of the shape expected"),
+    ("survivors", lambda x: x.long(), "both", "survivors must be of the dtype expected"),
+    ("bits", lambda x: x[..., :24].contiguous(), "both", "bits must be of the shape expected"),
+    ("local", lambda x: x[..., :4].contiguous(), "both", "local must be of the shape expected"),
+]
+
+
+@pytest.mark.parametrize(
+    "impl,argument,change,message",
+    [
+        pytest.param(impl, argument, change, message, id=f"{impl}-{argument}-{message}")
+        for impl in ("cpu", *EMULATED)
+        for argument, change, whose, message in REFUSED
+        if whose in (impl, "both")
+    ],
+)
+def test_entry_points_refuse(impl, argument, change, message):
+    call, function = kernel_call(impl), getattr(torch.ops.asa_ops, f"asa_{impl}_fwd")
+    function(**call)
+    given, key = call, argument
+    for part, names in (("saved", Saved._fields), ("options", OPTIONS)):
+        if argument in names:
+            given, key = call[part], names.index(argument)
+    given[key] = change(given[key])
+    with pytest.raises(RuntimeError, match=message):
+        function(**call)
+
+
+def test_backward_and_neighbors_refuse_numbers_that_do_not_fit_on_a_cpu():
+    """They say where survivors are written, so wrong ones would write out of bounds."""
+    call = kernel_call("cpu")
+    torch.ops.asa_ops.asa_cpu_fwd(**call)
+    saved = Saved(*call.pop("saved"))
+    del call["not_finite"]
+    offsets = torch.nn.functional.pad(saved.survivors.flatten().long().cumsum(0), (1, 0))
+    columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
+    gradients = {f"d{name[0]}": torch.empty_like(call[name]) for name in ("query", "key", "value")}
+
+    def neighbors(offsets=offsets, **changes):
+        kept = list(saved._replace(**changes))
+        torch.ops.asa_ops.asa_cpu_neighbors(**call, saved=kept, row_offsets=offsets, col_indices=columns)
+
+    def backward(survivors=saved.survivors, dalpha=None, **changes):
+        given = call | gradients | changes
+        kept = list(saved._replace(survivors=survivors))
+        torch.ops.asa_ops.asa_cpu_bwd(torch.ones_like(saved.out), **given, saved=kept, dalpha=dalpha, dbeta=None)
+
+    neighbors()
+    backward()
+    first, inner, last = offsets[:1], offsets[1:-1], offsets[-1:]
+    dalpha = call["alpha"].clone()
+    for message, function, wrong in (
+        ("bits must be those of a forward pass that kept them", neighbors, {"bits": saved.bits[..., :0]}),
+        ("numbers of survivors", neighbors, {"offsets": torch.cat([first, inner + 1, last])}),
+        ("numbers of survivors", backward, {"survivors": saved.survivors + 1}),
+        ("row_offsets must be ascending from 0", neighbors, {"offsets": torch.cat([first, -inner, last])}),
+        ("survivors must be between 0 and N_k", backward, {"survivors": saved.survivors - 100}),
+        ("survivors must be of the shape expected", backward, {"survivors": saved.survivors[:1].contiguous()}),
+        ("dalpha and dbeta must be given with alpha and beta only", backward, {"alpha": None, "dalpha": dalpha}),
+        ("band must be positive where a threshold learns", backward, {"dalpha": dalpha}),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            function(**wrong)
 
 
 # The blocked implementation in particular.
