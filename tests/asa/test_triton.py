@@ -8,13 +8,12 @@ import ast
 import math
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from cases import CASES, Case, make, named, with_grad
+from cases import Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients, survivors
 
 import asa_ops
@@ -32,44 +31,6 @@ select = pytest.importorskip("asa_ops.asa.triton.select")
 call = pytest.importorskip("asa_ops.asa.triton.call")
 Problem = pytest.importorskip("asa_ops.asa.triton.problem").Problem
 pytestmark = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
-
-# In float16 what differs from float32, the others with `make test-all`.
-HALF = ("plain", "wide_values")
-LEARNING = ("plain", "one_way", "more_keys", "padding_topk")
-
-
-def each(names: tuple, quick: tuple):
-    """The named cases, those not in ``quick`` marked slow; the interpreter's time goes with the number of heads."""
-    rows = []
-    for name in names:
-        heads = named(name).heads if name in ("plain", "head_thresholds") else 1
-        case = named(name, heads=heads)
-        rows.append(pytest.param(case, id=name, marks=[] if name in quick else [pytest.mark.slow]))
-    return pytest.mark.parametrize("case", rows)
-
-
-ALL = tuple(case.name for case in CASES)
-QUICK = (
-    *("plain", "beta_only", "dense", "one_way", "more_keys", "padding_topk", "all_empty", "mixed", "one_token"),
-    "one_column",
-)
-
-
-@each(ALL, quick=QUICK)
-def test_float32_equals_reference(case):
-    check_against_reference("triton", *make(case, torch.float32))
-
-
-@each(ALL, quick=HALF)
-def test_float16_equals_reference(case):
-    check_against_reference("triton", *make(case, torch.float16))
-
-
-@each(tuple(c.name for c in CASES if c.alpha not in (None, "zero", "inf") and c.batch), quick=LEARNING)
-def test_threshold_gradients(case):
-    if case.name in ("sharp", "window_5"):  # a last bit moves a gradient by 1e-6: 126 rows are too few to compare by
-        case = replace(case, heads=8)
-    check_threshold_gradients("triton", *make(case, torch.float32), band=1.3)
 
 
 def test_threshold_gradients_in_half_precision():
