@@ -17,20 +17,25 @@ from pathlib import Path
 import pytest
 import simt
 import torch
-from cases import Case, make, named, with_grad
-from compare import check_against_reference, check_threshold_gradients, survivors
+from cases import Case, make, named
+from compare import (
+    call_and_gradients,
+    check_against_reference,
+    check_threshold_gradients,
+    equal,
+    exact_scores,
+    survivors,
+)
+from implementations import each_dtype
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from asa_ops import asa_attention
-from asa_ops.asa import ops, reference
-from asa_ops.asa.types import Saved
+from asa_ops.asa import ops
 
 if not simt.AVAILABLE:
     pytest.skip("no C++ compiler here, or a GPU: kernels run there", allow_module_level=True)
 
-LOG2_E = math.log2(math.e)
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+HALVES = (torch.bfloat16, torch.float16)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -41,15 +46,8 @@ def kernels():
 # Against the reference.
 
 
-def slow_if(slow: bool) -> list:
-    return [pytest.mark.slow] if slow else []
-
-
-WIDE = [(64, 128), (65, 40), (130, 64), (256, 256)]
-
-
 @each_dtype
-@pytest.mark.parametrize("dims", WIDE, ids=str)
+@pytest.mark.parametrize("dims", [(64, 128), (65, 40), (130, 64), (256, 256)], ids=str)
 @pytest.mark.parametrize(
     "options", [pytest.param({}, marks=pytest.mark.slow), {"reciprocal": False}], ids=["mutual", "one_way"]
 )
@@ -60,7 +58,7 @@ def test_wide_heads_in_several_tiles(dtype, dims, options):
 
 
 @pytest.mark.parametrize(
-    "dtype", [torch.float16, *(pytest.param(x, marks=slow_if(True)) for x in (torch.float32, torch.bfloat16))]
+    "dtype", [torch.float16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.bfloat16))]
 )
 @pytest.mark.parametrize("options", [{}, {"reciprocal": False}, {"topk": 20}], ids=["mutual", "one_way", "topk"])
 def test_threshold_gradients_of_several_tiles(dtype, options):
@@ -71,103 +69,56 @@ def test_threshold_gradients_of_several_tiles(dtype, options):
     check_threshold_gradients("cuda", inputs, options)
 
 
-def test_few_neighbours_one_by_one_are_those_of_tiles(monkeypatch):
+def test_few_neighbours_one_by_one_are_those_of_tiles():
     """Up to 32 neighbours a row are taken one by one; 33, where more do not reach the threshold, by tiles."""
     case = Case("few", grid=(9, 15), batch=1, heads=2, dim=24, sharpness=9.0)
     inputs, options = make(case, torch.float32)
-    results = []
-    for topk in (32, 33):
-        leaves = with_grad(inputs)
-        out, stats = asa_attention(*leaves, **options, topk=topk, impl="cuda", return_stats=True)
-        out.square().sum().backward()
-        results.append([stats.survivors, out, *(x.grad for x in leaves[:3])])
-    assert torch.equal(results[0][0], results[1][0]), "pick other inputs: some row has 33 neighbours"
-    for x, y in zip(*(result[1:] for result in results), strict=True):
+    options["threshold_grad"] = None
+    one_by_one, tiles = (call_and_gradients("cuda", inputs, options | {"topk": topk}) for topk in (32, 33))
+    assert torch.equal(one_by_one[3], tiles[3]), "pick other inputs: some row has 33 neighbours"
+    for x, y in zip(one_by_one, tiles, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
-        assert not torch.equal(x, y)  # another way of summing
+    assert not any(map(torch.equal, (one_by_one[0], *one_by_one[4:7]), (tiles[0], *tiles[4:7])))  # summed another way
 
 
-# The parts, from what a forward pass keeps.
+# The parts: the k-th largest score, the window.
 
 
-def saved_of(inputs, options, keep_bits=True) -> Saved:
-    height, width = options.get("grid", (0, 0))
-    scale = options.get("scale") or inputs[0].shape[3] ** -0.5
-    rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True), scale
-    mask = options.get("key_padding_mask")
-    return Saved(*ops.asa_fwd(*inputs, mask, height, width, *rest, False, 2.0, keep_bits, "cuda"))
-
-
-def scores(inputs, options) -> torch.Tensor:
-    """Return the scores in float64, -inf at padding keys."""
-    query, key = (x.double() for x in inputs[:2])
-    real = reference.real_positions(query, key, options.get("key_padding_mask"))
-    return reference.scores(query, key, options.get("scale"), *real)
-
-
-def kth_largest(inputs, options, topk: int) -> torch.Tensor:
-    """Return thresholds in base 2."""
-    return saved_of([*inputs[:3], None, None], options | {"topk": topk}).kappa
-
-
-def check_kth_largest(inputs, options, topk: int) -> None:
-    """Exactly the ``topk`` largest scores of every real row reach its threshold, ties of the last included."""
-    options = options | {"reciprocal": False}
-    kappa = kth_largest(inputs, options, topk)
-    s2 = scores(inputs, options) * LOG2_E
-    real_q, _ = reference.real_positions(*inputs[:2], options.get("key_padding_mask"))
-    rows = real_q[:, None].expand(kappa.shape)
-    n_real = s2.isfinite().sum(-1)
-    expected = s2.topk(topk).values[..., -1]
-    few = rows & (n_real <= topk)
-    assert (kappa[few] == -math.inf).all()
-    margin = 16 * torch.finfo(torch.float32).eps * s2[s2.isfinite()].abs().max()
-    reached = (s2 >= kappa[..., None].double()).sum(-1)
-    clear = (s2 - expected[..., None]).abs() > margin  # neither the k-th largest nor within rounding of it
-    alone = rows & ~few & (clear.sum(-1) == s2.shape[-1] - 1)
-    assert alone.sum() >= 0.9 * (rows & ~few).sum()
-    assert (reached[alone] == topk).all()
-    following = s2.masked_fill(s2 >= expected[..., None] - margin, -math.inf).amax(-1)
-    assert ((kappa <= expected + margin) & (kappa >= following - margin))[rows & ~few].all()
+def check_topk(inputs, options, topk: int) -> None:
+    """Exactly the ``topk`` largest scores of every real row survive, but for ties of the last."""
+    inputs, options = [*inputs[:3], None, None], options | {"topk": topk, "reciprocal": False}
+    check_against_reference("cuda", inputs, options)
+    s, (real_q, _) = exact_scores(inputs, options)
+    counts, expected = survivors("cuda", inputs, options).sum(-1), s.isfinite().sum(-1).clamp(max=topk)
+    rows = real_q[:, None].expand(counts.shape)
+    assert (counts >= expected)[rows].all() and (counts == expected)[rows].double().mean() > 0.99
 
 
 @pytest.mark.parametrize("topk", [1, 5, 40])
 @each_dtype
 def test_topk(dtype, topk):
     inputs, options = make(named("alpha_only", grid=(9, 15), dim=19), dtype)
-    check_kth_largest(inputs, options, topk)
+    check_topk(inputs, options, topk)
 
 
 @pytest.mark.parametrize("dim", [1, 64, 65, 200, 256])
 def test_topk_at_other_head_dims(dim):
     inputs, options = make(Case("wide", grid=(5, 13), batch=1, heads=1, dim=dim), torch.float16)
-    check_kth_largest(inputs, options, 7)
+    check_topk(inputs, options, 7)
 
 
 @pytest.mark.parametrize("name", ["padding", "more_keys", "fewer_queries_padded", "one_row", "one_column"])
 def test_topk_of_cases(name):
-    check_kth_largest(*make(named(name), torch.float32), 6)
-
-
-@pytest.mark.parametrize("topk", [1, 3, 70, 99, 100, 127, 129])
-def test_topk_keeps_ties_and_selects_exactly_whatever_the_scores(topk):
-    """Scores are given numbers times 1: huge, tiny, of both signs, and equal ones."""
-    values = torch.randn(130) * 10.0 ** torch.randint(-30, 30, (130,))
-    values[:8] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 5.0, 5.0, 5.0, torch.finfo(torch.float32).max / 2])
-    query, key = torch.ones(1, 1, 1, 1), values[None, None, :, None]
-    kappa = kth_largest([query, key, key], {"scale": 1 / LOG2_E, "reciprocal": False}, topk)
-    s2 = values * (torch.tensor(1 / LOG2_E, dtype=torch.float64) * LOG2_E).float()
-    expected = s2.topk(topk).values[-1]
-    assert torch.equal(s2 >= kappa.item(), s2 >= expected)
+    check_topk(*make(named(name), torch.float32), 6)
 
 
 def test_topk_of_a_row_with_a_nan_ends():
-    inputs, options = make(named("alpha_only", heads=1, batch=1), torch.float32)
-    clean = kth_largest(inputs, options, 60)
+    inputs, _ = make(named("topk_alone", heads=1, batch=1), torch.float32)
+    options = {"topk": 60, "reciprocal": False}
+    clean = survivors("cuda", inputs, options)
     inputs[0][0, 0, 5, 1] = math.nan
-    kappa = kth_largest(inputs, options, 60)
     other = torch.arange(63) != 5
-    assert torch.equal(kappa[..., other], clean[..., other])
+    assert torch.equal(survivors("cuda", inputs, options)[:, :, other], clean[:, :, other])
 
 
 WINDOWED = ["plain", "head_thresholds", "padding", "window_1", "window_5", "window_wider_than_map"]
@@ -175,59 +126,10 @@ WINDOWED += ["one_token", "one_row", "mixed"]
 
 
 @pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.float32, name) for name in WINDOWED] + [(x, "padding") for x in DTYPES[1:]], ids=str
+    ("dtype", "name"), [(torch.float32, name) for name in WINDOWED] + [(x, "padding") for x in HALVES], ids=str
 )
 def test_window(dtype, name):
-    inputs, options = make(named(name), dtype)
-    side, (height, width) = options.get("window", 3), options["grid"]
-    saved = saved_of(inputs, options)
-    log_mean2, local = saved.log_mean, saved.local
-    s = scores(inputs, options)
-    real_q, real_k = reference.real_positions(*inputs[:2], options.get("key_padding_mask"))
-    near = real_q[:, None, :, None] & real_k[:, None, None, :] & reference.in_window(options["grid"], side, s.device)
-    near = near.expand(s.shape)
-    expected = s.masked_fill(~near, -math.inf).logsumexp(-1) - near.sum(-1).double().log()
-    rows = real_q[:, None].expand(log_mean2.shape)
-    rounding = 16 * torch.finfo(torch.float32).eps * max(1.0, s[near].abs().max().item())
-    torch.testing.assert_close(log_mean2[rows].double() / LOG2_E, expected[rows], rtol=0, atol=rounding)
-    cut = inputs[4].double().log()[..., None] + expected[..., None]
-    survives = near & (s > cut)
-    certain = (s - cut).abs() > 2 * rounding
-    # From offsets of the window to pairs.
-    token = torch.arange(height * width)
-    found = torch.zeros_like(near)
-    for offset in range(side**2):
-        r, c = token // width + offset // side - side // 2, token % width + offset % side - side // 2
-        inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-        flags = local[..., offset] & rows
-        assert not flags[..., ~inside].any()
-        found[..., token[inside], (r * width + c)[inside]] = flags[..., inside]
-    pairs = near & certain
-    assert pairs.sum() > 0.9 * near.sum()
-    assert torch.equal(found[pairs], survives[pairs]) and not found[~near].any()
-
-
-def test_bits_and_peaks_lie_where_the_next_call_reads_them():
-    """Sharp scores: some tiles hold no bit. Every bit is the reference's, every peak at least its tile's score."""
-    case = Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=6.0, beta=None)
-    inputs, options = make(case, torch.float32)
-    saved = saved_of(inputs, options)
-    blocks, padded = 7, 448  # 400 tokens
-    memory = saved.bits.flatten()
-    words = memory[: padded // 8 * padded].view(torch.int32).view(padded // 32, padded)
-    kept = (words[:, :, None] >> torch.arange(32) & 1).bool().movedim(0, 1).reshape(padded, padded)
-    assert torch.equal(kept, kept.mT) and not kept[400:].any()
-    # Where tokens stand: tiles of 8 x 8 of the map, and in each of them rows.
-    token = torch.arange(400).view(20, 20)
-    order = torch.cat([token[r : r + 8, c : c + 8].flatten() for r in (0, 8, 16) for c in (0, 8, 16)])
-    expected = survivors("reference", inputs, options)[0, 0][order][:, order]
-    assert torch.equal(kept[:400, :400], expected)
-    tiles = kept.unflatten(0, (blocks, 64)).unflatten(-1, (blocks, 64)).any(-1).any(1)
-    assert tiles.any() and not tiles.all()
-    peaks = memory[padded // 8 * padded :].view(torch.float16).view(blocks, padded)[:, :400].float()
-    s2 = scores(inputs, options)[0, 0][order][:, order] * LOG2_E
-    s2 = torch.nn.functional.pad(s2, (0, padded - 400), value=-math.inf).unflatten(-1, (blocks, 64)).amax(-1).mT
-    assert ((peaks >= s2) & (peaks - s2 < 0.1)).all()
+    check_against_reference("cuda", *make(named(name, alpha=None), dtype))
 
 
 def test_a_bad_threshold_gives_nan_where_an_image_has_no_keys_too():
@@ -250,7 +152,7 @@ def test_nobody_is_mutual_without_neighbours():
     for reciprocal in (True, False):
         out, *_ = ops.asa_fwd(query, key, key, None, None, None, *rest, reciprocal, 0.5, False, 2.0, True, "cuda")
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, key))])
-    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert equal(*results)
 
 
 # How the kernels compile.
@@ -346,7 +248,7 @@ def test_the_order_of_threads_does_not_matter(tmp_path):
     """A missing barrier shows as another result."""
     plain = run_elsewhere(tmp_path / "plain")
     backwards = run_elsewhere(tmp_path / "reversed", ASA_OPS_SIMT_REVERSED="1")
-    assert len(plain) > 80 and all(torch.equal(x, y) for x, y in zip(plain, backwards, strict=True))
+    assert len(plain) > 80 and equal(plain, backwards)
 
 
 @pytest.mark.slow

@@ -1,19 +1,28 @@
 """Every implementation against the reference, on the same cases; on a GPU, Triton and CUDA C++ there."""
 
+import math
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, IDS, Case, each_case, make, named, with_grad
-from compare import call_and_gradients, check_against_reference, check_threshold_gradients, equal, survivors
+from cases import CASES, IDS, Case, each_case, make, named, op_arguments, with_grad
+from compare import (
+    call_and_gradients,
+    check_against_reference,
+    check_threshold_gradients,
+    equal,
+    exact_scores,
+    survivors,
+)
 from implementations import DTYPES, EMULATED, IMPLEMENTATIONS, INTERPRETED, ON_GPU, each_dtype, each_impl, everywhere
 
 from asa_ops import asa_attention
-from asa_ops.asa import blocked, cpu
+from asa_ops.asa import blocked, cpu, ops
 from asa_ops.asa.bits import bit_columns, pack_bits, unpack_bits
-from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.asa.types import PADDED_TO, Inputs, Options, Saved
 
 pytestmark = pytest.mark.usefixtures("emulation")
+LOG2_E = math.log2(math.e)
 
 
 def make_for(impl: str, case: Case, **larger) -> tuple:
@@ -393,6 +402,35 @@ def test_an_exact_tie_is_no_survivor(impl):
         assert (stats.survivors == expected).all()
 
 
+@everywhere("topk", (1, 3, 70, 99, 100, 127, 129), quick=(3, 100))
+def test_topk_whatever_the_scores(impl, topk):
+    """Scores are given numbers times 1: huge, tiny, of both signs, and equal ones."""
+    values = torch.randn(130) * 10.0 ** torch.randint(-30, 30, (130,))
+    values[:8] = torch.tensor([0.0, -0.0, 1e-40, -1e-40, 5.0, 5.0, 5.0, torch.finfo(torch.float32).max / 2])
+    query, key = torch.ones(1, 1, 1, 1), values[None, None, :, None]
+    options = {"topk": topk, "scale": 1 / LOG2_E, "reciprocal": False}
+    kept = survivors(impl, [query, key, key, None, None], options)[0, 0, 0]
+    assert torch.equal(kept, values >= values.topk(topk).values[-1])
+
+
+@everywhere("topk", (1, 7, 100), quick=(7, 100))
+def test_topk_keeps_all_ties(impl, topk):
+    """Small integers: many scores tie, and all that tie with the k-th largest are kept."""
+    query, key = torch.randint(-3, 4, (2, 1, 1, 100, 4)).float()
+    options = {"topk": topk, "reciprocal": False, "scale": 1.0}
+    s = query @ key.mT
+    assert torch.equal(survivors(impl, [query, key, key, None, None], options), s >= s.topk(topk).values[..., -1:])
+
+
+@everywhere()
+def test_top_one_of_adjacent_floats(impl):
+    """No float lies between the two largest: the threshold must be the larger of them, to the last bit."""
+    key = torch.tensor([1.0, 1.0 + 2**-23, -1.0, 0.5])[None, None, :, None]
+    query = torch.rand(1, 1, 64, 1) + 0.5
+    options = {"topk": 1, "reciprocal": False, "scale": 1.0}
+    assert survivors(impl, [query, key, key, None, None], options).any(-1).all()
+
+
 @everywhere()
 def test_tiny_thresholds_do_not_underflow(impl):
     s = torch.tensor([0.0, -80.0, -101.0])[None, None, :, None]
@@ -444,6 +482,28 @@ def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
     inputs, options = make(case, dtype)
     inputs[2] += offset
     check_threshold_gradients(impl, inputs, options, band)
+
+
+@pytest.mark.parametrize("impl", [*EMULATED, *INTERPRETED])
+def test_bits_and_peaks_lie_where_the_next_call_reads_them(impl):
+    """Sharp scores: some tiles hold no bit. Every bit is the reference's, every peak at least its tile's score."""
+    case = Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=6.0, beta=None)
+    inputs, options = make(case, torch.float32)
+    memory = Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl, learn=False))).bits.flatten()
+    padded = -(-400 // PADDED_TO[impl]) * PADDED_TO[impl]
+    words = memory[: padded // 8 * padded].view(torch.int32).view(padded // 32, padded)
+    kept = (words[:, :, None] >> torch.arange(32) & 1).bool().movedim(0, 1).reshape(padded, padded)
+    assert torch.equal(kept, kept.mT) and not kept[400:].any()
+    # Where tokens stand: tiles of 8 x 8 of the map, and in each of them rows.
+    token = torch.arange(400).view(20, 20)
+    order = torch.cat([token[r : r + 8, c : c + 8].flatten() for r in (0, 8, 16) for c in (0, 8, 16)])
+    assert torch.equal(kept[:400, :400], survivors("reference", inputs, options)[0, 0][order][:, order])
+    tiles = kept.unflatten(0, (-1, 64)).unflatten(-1, (-1, 64)).any(-1).any(1)
+    assert tiles.any() and not tiles[:7, :7].all()
+    peaks = memory[padded // 8 * padded :].view(torch.float16).view(-1, padded)[:7, :400].float()
+    s2 = exact_scores(inputs, options)[0][0, 0][order][:, order] * LOG2_E
+    s2 = torch.nn.functional.pad(s2, (0, 448 - 400), value=-torch.inf).unflatten(-1, (7, 64)).amax(-1).mT
+    assert ((peaks >= s2) & (peaks - s2 < 0.1)).all()
 
 
 # Entry points of the extension refuse what they cannot read.

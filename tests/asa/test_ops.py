@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make, named, with_grad
+from cases import make, named, op_arguments, with_grad
 from implementations import KERNELS, each_fast, each_kernel
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
@@ -36,12 +36,6 @@ def smaller(impl, case):
     return replace(case, grid=(3, 2), batch=1, heads=1) if impl == "triton" else case
 
 
-def op_arguments(inputs, options, keep_bits=True, impl="blocked"):
-    height, width = options.get("grid", (0, 0))
-    rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True), 0.3
-    return *inputs, options.get("key_padding_mask"), height, width, *rest, True, 2.0, keep_bits, impl
-
-
 def forms():
     """Forms of the inputs; what the op is told about them does not depend on the implementation, so others are slow."""
     names = ("contiguous", "permuted", "requires_grad", "no_bits")
@@ -68,19 +62,15 @@ def test_opcheck_forward(case, impl, form):
 @each_kernel
 def test_opcheck_backward(case, impl):
     inputs, options = make(smaller(impl, case), torch.float32)
-    args = op_arguments(inputs, options, impl=impl)
-    saved = ops.asa_fwd(*args)
-    *_, height, width, window, topk, reciprocal, scale, learn, band, _, impl = args
-    options = height, width, window, topk, reciprocal, scale, learn, band, impl
-    torch.library.opcheck(ops.asa_bwd, (torch.randn_like(saved[0]), *args[:6], *saved, *options))
+    *args, keep_bits, impl = op_arguments(inputs, options, impl)
+    saved = ops.asa_fwd(*args, keep_bits, impl)
+    torch.library.opcheck(ops.asa_bwd, (torch.randn_like(saved[0]), *args[:6], *saved, *args[6:], impl))
 
 
 @each_kernel
 def test_opcheck_neighbors(impl):
-    (query, key, _, alpha, beta), options = make(smaller(impl, named("plain")), torch.float32)
-    *_, height, width, window, topk, reciprocal, scale, _, _, _, impl = op_arguments([], options, impl=impl)
-    args = query, key, alpha, beta, None, height, width, window, topk, reciprocal, scale, impl
-    torch.library.opcheck(ops.asa_neighbors, args)
+    query, key, _, *rest, _, _, _, impl = op_arguments(*make(smaller(impl, named("plain")), torch.float32), impl)
+    torch.library.opcheck(ops.asa_neighbors, (query, key, *rest, impl))
 
 
 def loss_and_grads(function, inputs):
