@@ -11,6 +11,7 @@ import rounding
 import torch
 from cases import with_grad
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import asa_attention, reciprocal_neighbors
 from asa_ops.asa import reference
@@ -141,6 +142,12 @@ def check_errors(
 def _largest_error(x: Tensor, truth: Tensor) -> float:
     error = torch.where(x == truth, 0, x.double() - truth)  # where both are infinite they are equal
     return error.abs().max().item()
+
+
+def count_flops(function: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
 
 
 NAMES = ("out", "grad of query", "grad of key", "grad of value")
