@@ -168,7 +168,7 @@ CAA = {
     "hidden_ratio": "hidden_layer_ratio",
     "channel_attention": "use_channel_attention",
 }
-SYSTEMS = {  # the class; options that are hyperparameters of the same name; others, of another name or functions of them
+SYSTEMS = {  # the class; options that are hyperparameters of the same name; others, of another name or made of them
     "asa": (
         nn.AdaptiveSparseAttention,
         ("reduction", "mode", "use_scale"),
