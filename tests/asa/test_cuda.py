@@ -4,7 +4,6 @@ What every implementation must do is in test_implementations.py; here is every c
 kernels are made of, and how they compile.
 """
 
-import functools
 import math
 import os
 import re
@@ -158,13 +157,6 @@ def test_nobody_is_mutual_without_neighbours():
 # How the kernels compile.
 
 
-@functools.cache
-def cuobjdump() -> Path:
-    """Return the disassembler that Triton's package brings along."""
-    triton = pytest.importorskip("triton")
-    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-
-
 # Bytes that kernels of float32 may spill: wide sums of products that no tensor core forms. Half precisions: none.
 SINGLE_SPILLS = 32
 FUSED = ("asa_topk", "asa_statistics", "asa_mask", "asa_sums", "asa_dt")  # kernels with tiles
@@ -177,13 +169,14 @@ def check_budget(source: Path, told: str, compiled: Path) -> None:
     for name, spilt, registers in reports:
         halves = "Half" in name or "BFloat16" in name
         assert int(spilt) <= (0 if halves else SINGLE_SPILLS) and int(registers) <= 255, (name, spilt, registers)
-    listing = subprocess.run([cuobjdump(), "-sass", compiled], check=True, capture_output=True, text=True).stdout
-    names = [kernel.split()[0] for kernel in listing.split("Function : ")[1:]]
-    assert sorted(names) == sorted(name for name, *_ in reports) and names
-    kernels = [x for x in listing.split("Function : ")[1:] if any(f"{name}_kernel" in x.split()[0] for name in FUSED)]
+    triton = pytest.importorskip("triton")  # which brings a disassembler along
+    disassemble = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-sass", compiled]
+    listing = subprocess.run(disassemble, check=True, capture_output=True, text=True).stdout
+    kernels = [(kernel.split()[0], kernel) for kernel in listing.split("Function : ")[1:]]
+    assert sorted(name for name, _ in kernels) == sorted(name for name, *_ in reports) and kernels
+    kernels = [(name, kernel) for name, kernel in kernels if any(f"{x}_kernel" in name for x in FUSED)]
     assert len(kernels) >= 3 * (source.stem in ("scores", "select", "sums"))
-    for kernel in kernels:
-        name = kernel.split()[0]
+    for name, kernel in kernels:
         assert ("HMMA" in kernel) == ("Half" in name or "BFloat16" in name) and "LDGSTS" in kernel, name
 
 
@@ -215,7 +208,8 @@ PROGRAM = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 import asa_ops, simt
-from cases import make, named, with_grad
+from cases import make, named
+from compare import call_and_gradients
 simt.load(sanitize={sanitize})
 results = []
 names = ["padding", "padding_topk", "topk", "one_way", "fewer_queries_padded", "dense", "beta_only"]
@@ -224,12 +218,9 @@ for dtype in (torch.float32, torch.float16):
         changes = dict(dim=70, dim_v=200) if name == "padding" else dict(batch=1) if "padd" not in name else dict()
         changes |= {{}} if "fewer" in name else dict(grid=(9, 8))
         inputs, options = make(named(name, heads=1, **changes), dtype)
-        leaves = with_grad(inputs)
-        learn = None if name == "padding_topk" else "straight_through"
-        out = asa_ops.asa_attention(*leaves, **options, threshold_grad=learn, impl="cuda")
-        out.square().sum().backward()
-        graph = asa_ops.reciprocal_neighbors(*inputs[:2], *inputs[3:], **options, impl="cuda")
-        results += [out.detach(), *graph, *(x.grad for x in leaves if x is not None)]
+        results += asa_ops.reciprocal_neighbors(*inputs[:2], *inputs[3:], **options, impl="cuda")
+        options["threshold_grad"] = None if name == "padding_topk" else "straight_through"
+        results += call_and_gradients("cuda", inputs, options)
 torch.save(results, {out!r})
 """
 
@@ -254,12 +245,8 @@ def test_the_order_of_threads_does_not_matter(tmp_path):
 @pytest.mark.slow
 def test_nothing_out_of_bounds_under_sanitizers(tmp_path):
     compiler = shlex.split(get_cxx_compiler())[0]
-    libraries = [
-        subprocess.run(
-            [compiler, f"-print-file-name={x}.so"], check=True, capture_output=True, text=True
-        ).stdout.strip()
-        for x in ("libasan", "libubsan")
-    ]
+    commands = [[compiler, f"-print-file-name={x}.so"] for x in ("libasan", "libubsan")]
+    libraries = [subprocess.run(x, check=True, capture_output=True, text=True).stdout.strip() for x in commands]
     simt.build(sanitize=True)
     options = {"LD_PRELOAD": " ".join(libraries), "ASAN_OPTIONS": "detect_leaks=0"}
     assert len(run_elsewhere(tmp_path / "sanitized", sanitize=True, **options)) > 80
