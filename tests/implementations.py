@@ -20,6 +20,11 @@ each_fast = pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
+def slow(*values, when: bool = True, **options):
+    """Return arguments of a test that are left to `make test-all`, if ``when``."""
+    return pytest.param(*values, marks=[pytest.mark.slow] * when, **options)
+
+
 def everywhere(
     names: str = "", values=((),), quick=None, kernels=None, gpu: bool = False, others=("reference", *IMPLEMENTATIONS)
 ):

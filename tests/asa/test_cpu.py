@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import Case, each_case, make, named
 from compare import call_and_gradients, check_against_reference, equal
+from implementations import slow
 
 import asa_ops
 from asa_ops import asa_attention
@@ -38,18 +39,10 @@ def test_any_head_dim(instruction_set, dim):
 
 
 # It takes long: other sets than this machine's best with `make test-all`.
-@pytest.mark.parametrize(
-    "instruction_set", [pytest.param(x, marks=[pytest.mark.slow] * (x != BEST)) for x in SETS], indirect=True
-)
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(named("plain", grid=(40, 47)), id="plain", marks=pytest.mark.slow),
-        pytest.param(named("mixed", grid=(40, 47), dim=64, batch=1, heads=1), id="mixed"),
-    ],
-)
-def test_lists_longer_than_a_stretch(instruction_set, case):
-    check_against_reference("cpu", *make(case, torch.float32))
+@pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in SETS], indirect=True)
+@pytest.mark.parametrize("name,sizes", [slow("plain", {}), ("mixed", {"dim": 64, "batch": 1, "heads": 1})])
+def test_lists_longer_than_a_stretch(instruction_set, name, sizes):
+    check_against_reference("cpu", *make(named(name, grid=(40, 47), **sizes), torch.float32))
 
 
 def rows_of_any_density(n: int, dim: int, dtype: torch.dtype) -> tuple[list, dict]:

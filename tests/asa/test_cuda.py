@@ -25,7 +25,7 @@ from compare import (
     exact_scores,
     survivors,
 )
-from implementations import each_dtype
+from implementations import each_dtype, slow
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from asa_ops import asa_attention
@@ -47,18 +47,14 @@ def kernels():
 
 @each_dtype
 @pytest.mark.parametrize("dims", [(64, 128), (65, 40), (130, 64), (256, 256)], ids=str)
-@pytest.mark.parametrize(
-    "options", [pytest.param({}, marks=pytest.mark.slow), {"reciprocal": False}], ids=["mutual", "one_way"]
-)
+@pytest.mark.parametrize("options", [slow({}), {"reciprocal": False}], ids=["mutual", "one_way"])
 def test_wide_heads_in_several_tiles(dtype, dims, options):
     dim, dim_v = dims
     case = Case("wide", grid=(9, 15), batch=1, heads=1, dim=dim, dim_v=dim_v, sharpness=3.0, options=options)
     check_against_reference("cuda", *make(case, dtype))
 
 
-@pytest.mark.parametrize(
-    "dtype", [torch.float16, *(pytest.param(x, marks=pytest.mark.slow) for x in (torch.float32, torch.bfloat16))]
-)
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.float32), slow(torch.bfloat16)])
 @pytest.mark.parametrize("options", [{}, {"reciprocal": False}, {"topk": 20}], ids=["mutual", "one_way", "topk"])
 def test_threshold_gradients_of_several_tiles(dtype, options):
     """An offset of the values cancels in what an admitted pair changes."""

@@ -14,7 +14,18 @@ from compare import (
     exact_scores,
     survivors,
 )
-from implementations import DTYPES, EMULATED, IMPLEMENTATIONS, INTERPRETED, ON_GPU, each_dtype, each_impl, everywhere
+from implementations import (
+    DTYPES,
+    EMULATED,
+    IMPLEMENTATIONS,
+    INTERPRETED,
+    ON_GPU,
+    each_dtype,
+    each_fast,
+    each_impl,
+    everywhere,
+    slow,
+)
 
 from asa_ops import asa_attention
 from asa_ops.asa import blocked, cpu, ops
@@ -51,8 +62,8 @@ def emulated(impl: str, kind: str, case: Case, *values, heads: int | None = None
     if impl == "triton" and heads is None and case.name not in ("plain", "head_thresholds"):
         heads = 1
     name = "-".join([case.name, *(str(x).removeprefix("torch.") for x in values), impl])
-    marks = [] if case.name in QUICK[impl, kind] else [pytest.mark.slow]
-    return pytest.param(impl, *values, replace(case, heads=heads or case.heads), id=name, marks=marks)
+    case = replace(case, heads=heads or case.heads)
+    return slow(impl, *values, case, id=name, when=case.name not in QUICK[impl, kind])
 
 
 @pytest.mark.parametrize(
@@ -112,7 +123,7 @@ def test_float32_thresholds_beside_bfloat16(impl):
 
 @each_impl
 @each_case
-@pytest.mark.parametrize("band", [pytest.param(0.7, marks=pytest.mark.slow), 2.0])
+@pytest.mark.parametrize("band", [slow(0.7), 2.0])
 def test_float64_equals_reference_threshold_gradients_included(impl, case, band):
     inputs, options = make(case)
     options["threshold_band"] = band
@@ -130,7 +141,7 @@ def test_thresholds_get_zero_gradients_not_none(impl, name):
         assert x is None or torch.equal(x.grad, torch.zeros_like(x))
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@each_fast
 @pytest.mark.parametrize("name", ["plain", "one_way", "topk", "padding", "mixed", "dense", "beta_only", "more_keys"])
 def test_numerical_gradients(impl, name):
     """Of the reference second ones too."""
@@ -465,7 +476,7 @@ def test_no_keys_give_zeros(impl):
     assert (query.grad == 0).all()
 
 
-@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
+@each_fast
 def test_a_window_wider_than_the_map_is_the_map(impl):
     inputs, options = make(named("plain"), torch.float32)
     huge, whole = (asa_attention(*inputs, **options, window=w, impl=impl) for w in (10**9 + 1, 17))
@@ -474,7 +485,7 @@ def test_a_window_wider_than_the_map_is_the_map(impl):
 
 @each_impl
 @each_dtype
-@pytest.mark.parametrize("offset", [pytest.param(0, marks=pytest.mark.slow), 10])
+@pytest.mark.parametrize("offset", [slow(0), 10])
 @pytest.mark.parametrize("band", [0.7, 2.0])
 def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
     """Under the error rule: an offset of the values cancels in what an admitted pair changes."""

@@ -8,7 +8,7 @@ import pytest
 import torch
 from cases import make, named, op_arguments, with_grad
 from compare import STRAIGHT_THROUGH, count_flops, equal
-from implementations import KERNELS, each_fast, each_kernel
+from implementations import KERNELS, each_fast, each_kernel, slow
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_map
 
@@ -21,11 +21,7 @@ EVERY_IMPL = ["reference", *KERNELS]
 BFLOAT16 = [impl for impl in EVERY_IMPL if impl != "triton"]  # which Triton's interpreter gets wrong
 CONTRACT_CASES = ("plain", "padding", "topk", "one_way", "dense", "more_keys", "alpha_only")
 each_contract_case = pytest.mark.parametrize(  # the first two have every kind of argument
-    "case",
-    [
-        pytest.param(named(name), id=name, marks=[pytest.mark.slow] if i > 1 else [])
-        for i, name in enumerate(CONTRACT_CASES)
-    ],
+    "case", [slow(named(name), id=name, when=i > 1) for i, name in enumerate(CONTRACT_CASES)]
 )
 
 
@@ -40,7 +36,7 @@ def smaller(impl, case):
 @pytest.mark.parametrize(
     "impl,form",  # what the op is told about a form does not depend on the implementation, so others are slow
     [
-        pytest.param(impl, form, marks=[] if impl == "blocked" or form == "contiguous" else [pytest.mark.slow])
+        slow(impl, form, when=impl != "blocked" and form != "contiguous")
         for impl in KERNELS
         for form in ("contiguous", "permuted", "requires_grad", "no_bits")
     ],
@@ -76,7 +72,7 @@ def loss_and_grads(function, inputs):
     return [out.detach(), *grads]
 
 
-@pytest.mark.parametrize("impl", [*EVERY_IMPL[:4], *(pytest.param(x, marks=pytest.mark.slow) for x in EVERY_IMPL[4:])])
+@pytest.mark.parametrize("impl", [*EVERY_IMPL[:4], *map(slow, EVERY_IMPL[4:])])
 def test_compiles_where_no_gradient_is_needed(impl):
     torch._dynamo.reset()
     inputs, options = make(named("plain", batch=1, heads=1), torch.float32)
@@ -200,7 +196,7 @@ def test_meta_tensors_have_the_real_shapes(case):
         assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
 
 
-@pytest.mark.parametrize("impl", [*KERNELS[:3], *(pytest.param(x, marks=pytest.mark.slow) for x in KERNELS[3:])])
+@pytest.mark.parametrize("impl", [*KERNELS[:3], *map(slow, KERNELS[3:])])
 def test_jacobian_of_one_image(impl):
     """vmap over the gradient alone: what the forward saved is expanded, and must not be read as if it were not."""
     case = named("plain", grid=(2, 2), batch=1, dim=3, dim_v=2)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from cases import Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients
-from implementations import DTYPES
+from implementations import DTYPES, slow
 
 import asa_ops
 from asa_ops import asa_attention, reciprocal_neighbors
@@ -69,9 +69,7 @@ def blocks(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize(
-    "blocks", [pytest.param(x, marks=[pytest.mark.slow] if x == "wide_tiles" else []) for x in BLOCKS], indirect=True
-)
+@pytest.mark.parametrize("blocks", [slow(x, when=x == "wide_tiles") for x in BLOCKS], indirect=True)
 def test_any_blocks_give_the_same(blocks):
     check_against_reference("triton", *make(LARGE, torch.float32))
 
@@ -81,8 +79,8 @@ def test_any_blocks_give_the_same(blocks):
     [
         pytest.param("descriptors", {"topk": 9}, id="descriptors-topk"),
         pytest.param("chunks", {"reciprocal": False}, id="chunks-one_way"),
-        pytest.param("chunks", {"topk": 9}, id="chunks-topk", marks=pytest.mark.slow),
-        pytest.param("descriptors", {"reciprocal": False}, id="descriptors-one_way", marks=pytest.mark.slow),
+        slow("chunks", {"topk": 9}, id="chunks-topk"),
+        slow("descriptors", {"reciprocal": False}, id="descriptors-one_way"),
     ],
     indirect=["blocks"],
 )
@@ -91,7 +89,7 @@ def test_any_blocks_give_the_same_threshold_gradients(blocks, options):
     check_threshold_gradients("triton", *make(case, torch.float32))
 
 
-@pytest.mark.parametrize("name", ["plain", pytest.param("dense", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["plain", slow("dense")])
 def test_split_work_gives_the_same(monkeypatch, name):
     """Keys of the statistics, listed blocks of all sums, dealt out among several programs."""
     monkeypatch.setattr(Problem, "splits", lambda self, programs, limit: min(3, limit))
@@ -143,10 +141,9 @@ def test_a_product_of_the_interpreter_is_one_number_per_element():
     a, b = torch.randn(64, 48).numpy(), torch.randn(48, 32).numpy()
     whole = interpreter.product(a, b)
     for rows, columns in ((1, 1), (16, 16), (64, 8)):
-        for i in range(0, 64, rows):
-            for j in range(0, 32, columns):
-                part = interpreter.product(a[i : i + rows], b[:, j : j + columns])
-                assert (part == whole[i : i + rows, j : j + columns]).all()
+        for i, j in itertools.product(range(0, 64, rows), range(0, 32, columns)):
+            part = interpreter.product(a[i : i + rows], b[:, j : j + columns])
+            assert (part == whole[i : i + rows, j : j + columns]).all()
     in_order = 0.0
     for x, y in zip(a[3].tolist(), b[:, 5].tolist(), strict=True):
         in_order += x * y
@@ -184,9 +181,8 @@ def test_order_leaves_padding_out():
     assert torch.equal(order.place >= 0, real)
     for tokens, is_real in zip(order.order, real, strict=True):
         count = int(is_real.sum())
-        assert (
-            torch.equal(tokens[:count].long().sort().values, is_real.nonzero()[:, 0]) and (tokens[count:] == -1).all()
-        )
+        assert torch.equal(tokens[:count].long().sort().values, is_real.nonzero()[:, 0])
+        assert (tokens[count:] == -1).all()
 
 
 def test_arranged_tokens_are_padded_with_zeros():
@@ -222,7 +218,7 @@ def test_occupied_tiles_are_those_with_bits():
     assert torch.equal(flags != 0, tiles) and tiles.any() and not tiles[:7, :7].all()
 
 
-@pytest.mark.parametrize("scale", [-0.4, pytest.param(0.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("scale", [-0.4, slow(0.0)])
 def test_scales_that_are_not_positive(scale):
     inputs, options = make(named("plain", heads=1), torch.float32)
     check_against_reference("triton", inputs, options | {"scale": scale})

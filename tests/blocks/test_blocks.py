@@ -8,6 +8,7 @@ import pytest
 import torch
 from block_cases import CASES, each_case, flat, make, named, unflat
 from compare import check_errors, count_flops
+from implementations import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -28,18 +29,16 @@ def run(function, case, tensors, grad_out=None):
     return [out, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True))]
 
 
+SLOW = (("map", torch.bfloat16), ("tokens", torch.float16), ("map", torch.float16))
+
+
 @each_case
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
-        pytest.param(
-            layout,
-            dtype,
-            id=f"{dtype}-{layout}",
-            marks=[pytest.mark.slow] if dtype.itemsize == 2 and (i or dtype == torch.float16) else [],
-        )
+        slow(layout, dtype, id=f"{dtype}-{layout}", when=(layout, dtype) in SLOW)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        for i, layout in enumerate(("tokens", "map"))
+        for layout in ("tokens", "map")
     ],
 )
 def test_equals_the_reference(case, layout, dtype):

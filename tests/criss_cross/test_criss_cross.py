@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from compare import NAMES, check_errors, count_flops, equal
-from implementations import DTYPES, IMPLEMENTATIONS, INTERPRETED, each_dtype, each_fast
+from implementations import DTYPES, IMPLEMENTATIONS, INTERPRETED, each_dtype, each_fast, slow
 
 from asa_ops import criss_cross_attention
 from asa_ops.core import extension
@@ -101,10 +101,10 @@ def every_size():
     for impl, (name, dtype), size in itertools.product(KERNELS, (DTYPES | {"float64": torch.float64}).items(), SIZES):
         if impl == "triton" and (name in ("float64", "bfloat16") or size.startswith("long")):
             continue  # takes no float64; the interpreter gets bfloat16 wrong, and takes minutes for long rows
-        slow = size not in INTERPRETER_SIZES or (name == "float16" and size in ("odd", "one_row"))
+        late = size not in INTERPRETER_SIZES or (name == "float16" and size in ("odd", "one_row"))
         if impl != "triton":  # half precisions are computed in float32: what size changes shows there
-            slow = dtype.itemsize == 2 and size not in INTERPRETER_SIZES
-        yield pytest.param(impl, dtype, size, id=f"{impl}-{name}-{size}", marks=[pytest.mark.slow] * slow)
+            late = dtype.itemsize == 2 and size not in INTERPRETER_SIZES
+        yield slow(impl, dtype, size, id=f"{impl}-{name}-{size}", when=late)
 
 
 @pytest.mark.parametrize("impl,dtype,size", every_size())
@@ -145,7 +145,7 @@ def test_any_strides(impl, form):
 @pytest.mark.parametrize(
     "impl,bad",
     [
-        pytest.param(impl, bad, marks=[pytest.mark.slow] if impl == "triton" and bad != torch.inf else [])
+        slow(impl, bad, when=impl == "triton" and bad != torch.inf)
         for impl in ("reference", *KERNELS)
         for bad in (torch.nan, torch.inf, -torch.inf)
     ],
@@ -196,7 +196,7 @@ def test_triton_on_a_gpu(dtype, size):
 @pytest.mark.parametrize(
     "impl,form",
     [
-        pytest.param(impl, form, marks=[pytest.mark.slow] if impl == "triton" and form != "channels_last" else [])
+        slow(impl, form, when=impl == "triton" and form != "channels_last")
         for impl in KERNELS
         for form in ("contiguous", "channels_last", "requires_grad")
     ],
