@@ -54,7 +54,7 @@ def sparsity(tensors: list[Tensor], grid: tuple[int, int], window: int = 3) -> S
     graph = reciprocal_neighbors(query, key, alpha, beta, **options)
     for head, row, column in _pairs(graph, n):
         active[head, block[row], block[column]] = True
-    counts = graph.row_offsets.diff().view(heads, n).float()
+    counts = graph.row_offsets.diff().view(heads, n).double()
     # No local survivors above infinite thresholds: the neighbours A_ij.
     graph = reciprocal_neighbors(query, key, alpha, torch.full_like(beta, torch.inf), reciprocal=False, **options)
     for head, row, column in _pairs(graph, n):
@@ -69,8 +69,8 @@ def sparsity(tensors: list[Tensor], grid: tuple[int, int], window: int = 3) -> S
         return (sizes @ tiles.double() @ sizes).mean().item() / n**2
 
     return Sparsity(
-        survivors=counts.double().mean().item(),
-        density=counts.double().sum().item() / heads / n**2,
+        survivors=counts.mean().item(),
+        density=counts.sum().item() / heads / n**2,
         active=fraction(active),
         plausible=fraction((seen & seen.mT) | local),
         candidates=chosen.double().mean().item(),
@@ -89,10 +89,8 @@ def _pairs(graph: NeighborGraph, n: int) -> Iterator[tuple[Tensor, Tensor, Tenso
 
 def strips(counts: Tensor, n: int) -> float:
     """Return how many pairs impl="cpu" visits, from the survivors of every row [N]."""
-    of_strip = torch.nn.functional.pad(counts, (0, -len(counts) % STRIP)).view(-1, STRIP).sum(1)
-    rows = torch.full((len(of_strip),), float(STRIP))
-    rows[-1] = len(counts) - STRIP * (len(of_strip) - 1)
-    return torch.where(4 * of_strip > STRIP * n, rows * n, of_strip).sum().item()
+    sums = [(len(strip), strip.sum().item()) for strip in counts.split(STRIP)]
+    return sum(rows * n if 4 * kept > STRIP * n else kept for rows, kept in sums)
 
 
 def units(impl: str, backward: bool, sparsity: Sparsity, dim: int = 64, half: bool = False) -> float:
@@ -101,20 +99,11 @@ def units(impl: str, backward: bool, sparsity: Sparsity, dim: int = 64, half: bo
     As ``asa_ops/asa/__init__.py`` states them, for reciprocal attention where query is not key.
     """
     if impl == "cpu":
-        visited = sparsity.strips
-        return 1 + 2 * visited + (5 * visited if backward else 0)
+        return 1 + (7 if backward else 2) * sparsity.strips
     if impl in ("triton", "cuda"):
-        forward = 1 + sparsity.plausible + 2 * sparsity.active
         of_backward = 10 if not half else 7 if impl == "triton" and dim <= 128 else 8
-        return forward + (of_backward * sparsity.active if backward else 0)
-    if impl == "blocked":
-        return 3 + (5 if backward else 0)
-    return 2 + (5 if backward else 0)  # dense: the reference and the peers
-
-
-def operations(units: float, n: int, dim: int, heads: int = 1) -> float:
-    """Return the floating point operations of some units; heads of all images counted together."""
-    return units * 2 * n**2 * dim * heads
+        return 1 + sparsity.plausible + (2 + of_backward * backward) * sparsity.active
+    return (3 if impl == "blocked" else 2) + 5 * backward  # 2: dense, the reference and the peers
 
 
 def operations_of(case: Case, method: str) -> float | None:
@@ -126,7 +115,12 @@ def operations_of(case: Case, method: str) -> float | None:
     if impl is None or set(case.sparsity) != set(Sparsity._fields):
         return case.methods[method].flops
     number = units(impl, case.mode == "fwd+bwd", Sparsity(**case.sparsity), case.dim, half=case.dtype != "float32")
-    return operations(number, case.tokens, case.dim, case.heads * case.batch)
+    return number * operations_of_a_unit(case)
+
+
+def operations_of_a_unit(case: Case) -> int:
+    """Return the floating point operations of a unit, of all heads of all images together."""
+    return 2 * case.tokens**2 * case.dim * case.heads * case.batch
 
 
 def kernel_operations(kernel: str, pairs: int, dim: int, dim_v: int, mutual: bool = True, symmetric: bool = False):
@@ -147,9 +141,10 @@ def kernel_operations(kernel: str, pairs: int, dim: int, dim_v: int, mutual: boo
     return 2 * pairs * products[kernel]
 
 
-def traffic(n: int, dim: int, heads: int, itemsize: int, backward: bool) -> int:
+def traffic(case: Case) -> int:
     """Return the bytes that a call must move at least: inputs, outputs and gradients, each read or written once."""
-    return (8 if backward else 4) * n * dim * heads * itemsize
+    tensors = 8 if case.mode == "fwd+bwd" else 4
+    return tensors * case.tokens * case.dim * case.heads * case.batch * case.torch_dtype.itemsize
 
 
 def registered_flops(call: Callable) -> int:

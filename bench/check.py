@@ -36,10 +36,9 @@ def verdict(before: list[float], now: list[float]) -> str:
 
 
 def compare(case: Case, rounds: int) -> tuple[list[float] | None, str]:
-    """Measure a case anew, and once more if it has moved: it counts if it moves twice.
+    """Return the quartiles of a case measured anew and a :func:`verdict`, or None and what PEER raised.
 
-    Returns:
-        The quartiles of the ratios, None if PEER failed; and a :func:`verdict`, or what PEER raised.
+    A case that has moved is measured once more: it counts if it moves twice.
     """
     ours, first = case.ours[0], ""
     for _ in range(2):
@@ -80,17 +79,16 @@ def main(arguments: list[str] | None = None) -> None:
     names = ("device", "instruction set", "threads", "torch")
     pairs = ((name, known.environment.get(name), environment.get(name)) for name in names)
     differs = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
-    rows, verdicts = [], []
+    rows = []
     for case in run.progress(cases):
         now, moved = compare(case, options.rounds)
-        verdicts.append(moved)
         ratios = [report.with_quartiles(x) for x in (case.ratio(case.ours[0], PEER), now)]
         rows.append([case.label, *ratios, moved or "within the spread"])
     print(f"\n{report.table(('case, ours / ' + PEER, 'on file', 'now', ''), rows, even=True)}\n")
     print(f"on file: {against.name}, commit {known.environment.get('commit')}; now {environment['commit']}")
     if differs:
         print(f"not the same: {'; '.join(differs)}. Ratios may differ for that alone.")
-    sys.exit(int("slower" in verdicts and not differs))
+    sys.exit(int(any(row[-1] == "slower" for row in rows) and not differs))
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
+import pytest
 import torch
 
 from examples import files
@@ -71,11 +72,7 @@ TIMINGS = [  # what bench.run measures of one image and head, in order of import
 
 
 def run_all(commands: list[list[str]], logs: list[Path], shown: list[Path], limit: float, **more: str):
-    """Run commands side by side, each into its log, and show what ``shown`` files get.
-
-    Returns:
-        Their exit statuses, None for those that the limit ended.
-    """
+    """Run commands, each into its log, show what ``shown`` get, and return exit statuses: None, the limit ended it."""
     deadline = time.monotonic() + limit
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))  # asa_ops from this tree
     options = {"cwd": ROOT, "env": os.environ | {"PYTHONPATH": path, "PYTHONUNBUFFERED": "1"} | more}
@@ -171,17 +168,12 @@ def status_of_tests(counts: Tally, timed_out: bool) -> str:
     return "timed out" if timed_out else "passed" if counts.passed and not counts.unfinished else "failed"
 
 
-def find_sanitizer() -> str | None:
-    """Return the path of compute-sanitizer, wherever a CUDA toolkit keeps it."""
+def sanitize(limit: float, log: Path, results: Record) -> tuple[str, str]:
+    """Run a few small calls under compute-sanitizer, wherever a CUDA toolkit keeps it: memcheck, then racecheck."""
     roots = [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if os.environ.get(name)]
     roots += sorted(Path("/usr/local").glob("cuda*"), reverse=True)
     places = [str(root / folder) for root in roots for folder in ("bin", "compute-sanitizer")]
-    return shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
-
-
-def sanitize(limit: float, log: Path, results: Record) -> tuple[str, str]:
-    """Run a few small calls under compute-sanitizer: memcheck, then racecheck."""
-    tool = find_sanitizer()
+    tool = shutil.which("compute-sanitizer", path=os.pathsep.join([os.environ.get("PATH", ""), *places]))
     if tool is None:
         return "skipped", "compute-sanitizer not found"
     program = ["-c", SANITIZED]
@@ -294,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     files.check([out / "results.json", out / "summary.md"])
     out.mkdir(parents=True, exist_ok=True)
     now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    more = {"pytest": measure.version("pytest"), "processors": os.cpu_count(), "date": now}
+    more = {"pytest": pytest.__version__, "processors": os.cpu_count(), "date": now}
     results = Record(measure.environment("cuda") | more, {}, [])
     print(json.dumps(results.environment, indent=1), flush=True)
     todo = [step for step in SECONDS if step in wanted]

@@ -40,10 +40,7 @@ def thresholds(n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
 
 
 def photograph(grid: tuple[int, int]) -> Tensor:
-    """Return a photograph [1, 3, H, W], colours in [0, 1].
-
-    Without scikit-image it is a synthetic picture, from large soft shapes to texture, as in nature.
-    """
+    """Return a photograph [1, 3, H, W], colours in [0, 1]; without scikit-image shapes and texture, as in nature."""
     if skimage:
         image = skimage.transform.resize(skimage.data.astronaut() / 255, grid, anti_aliasing=True)
         return torch.from_numpy(image).float().permute(2, 0, 1)[None]

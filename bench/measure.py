@@ -3,6 +3,7 @@
 import contextlib
 import ctypes
 import dataclasses
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -58,15 +59,10 @@ def processor() -> str:
     return f"{name} (family {family}, model {model})"
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def environment(device: str) -> dict[str, object]:
     """Return what results depend on; runs may be put into one file, with all commits, where all else agrees."""
+    found = importlib.metadata.distributions()
+    versions = {x.name: x.version for x in reversed([*found])}  # of a name, the first counts
     result: dict[str, object] = {"commit": commit()}
     if device == "cpu":
         isa = ["portable", "AVX2", "AVX-512"][torch.ops.asa_ops.cpu_isa()] if not extension.WHY_MISSING else "none"
@@ -76,12 +72,12 @@ def environment(device: str) -> dict[str, object]:
         result |= {"device": properties.name, "memory": f"{properties.total_memory / 2**30:.0f} GiB"}
         result["compute capability"] = f"{properties.major}.{properties.minor}"
         result["multiprocessors"] = properties.multi_processor_count
-        query = ("--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
-        result |= {"driver": output_of("nvidia-smi", *query), "cuda": torch.version.cuda, "triton": version("triton")}
+        result["driver"] = output_of("nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader")
+        result |= {"cuda": torch.version.cuda, "triton": versions.get("triton")}
     result |= {"torch": torch.__version__, "python": platform.python_version()}
     if not inputs.skimage:
         result["photo"] = "a synthetic picture: scikit-image is not installed"
-    return result | {name: found for name in PEERS if (found := version(name))}
+    return result | {name: versions[name] for name in PEERS if name in versions}
 
 
 def seconds_of(call: Callable, device: str, calls: int = 1) -> float:
@@ -107,10 +103,8 @@ def interleaved(
     """Time every call, ``repeats`` times, once a round, so that a slow moment of the machine meets all of them.
 
     Two more rounds warm up, the first one for what compiles. A call that the second finds slower than SLOW times the
-    fastest is timed in SLOW_ROUNDS rounds only, enough for its ratio.
-
-    Returns:
-        The seconds of every round and, by name, what the calls that failed raised; these have no seconds.
+    fastest is timed in SLOW_ROUNDS rounds only, enough for its ratio. Also returns, by name, what the calls that failed
+    raised; these have no seconds.
     """
     times, errors, warm = {name: [] for name in calls}, {}, {}
     for i, (name, call) in itertools.product(range(WARM_UP + rounds), calls.items()):
@@ -196,8 +190,11 @@ def bytes_of(spec: Spec, device: str, name: str, backward: bool) -> int:
     return bytes_added(call, device)
 
 
-def bytes_in_fresh_process(spec: Spec, device: str, name: str, backward: bool) -> int:
-    """Return what :func:`bytes_of` returns in a process of its own, or raise what it raises there."""
+@functools.cache
+def bytes_once(spec: Spec, device: str, name: str, backward: bool) -> int:
+    """Return, or raise, what :func:`bytes_of` does: on a CPU in a process of its own, and of equal calls once."""
+    if device != "cpu":
+        return bytes_of(spec, device, name, backward)
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(bytes_of, spec, device, name, backward).result()
 

@@ -23,8 +23,6 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Problem(NamedTuple):
-    """What a peer may need of a call besides query, key and value."""
-
     tensors: list[Tensor]  # query, key, value, alpha, beta
     grid: tuple[int, int]
 
@@ -92,29 +90,23 @@ def _compiled_flex(shape: tuple[int, ...], device: torch.device) -> tuple[Tensor
 
 
 def _flex(problem: Problem, mask_in_call: bool = False) -> Attention:
-    """FlexAttention over survivors."""
     query, key, _, alpha, beta = problem.tensors
     dense, attention, block_mask = _compiled_flex(tuple(query.shape[:3]), query.device)
     graph = reciprocal_neighbors(query, key, alpha, beta, grid=problem.grid)
     rows = torch.arange(len(graph.row_offsets) - 1, device=query.device).repeat_interleave(graph.row_offsets.diff())
     dense.zero_().flatten(0, 2)[rows, graph.col_indices.long()] = True
     if mask_in_call:
-        return lambda query, key, value: attention(query, key, value, block_mask=block_mask())
+        return lambda *tensors: attention(*tensors, block_mask=block_mask())
     return functools.partial(attention, block_mask=block_mask())
 
 
 def _adasplash(problem: Problem) -> Attention:
-    adasplash = importlib.import_module("adasplash")
-    return lambda query, key, value: adasplash.adasplash(query, key, value, is_causal=False)
+    return functools.partial(importlib.import_module("adasplash").adasplash, is_causal=False)
 
 
 def _xformers(problem: Problem) -> Attention:
     attention = importlib.import_module("xformers.ops").memory_efficient_attention
-
-    def run(query, key, value):
-        return attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
-
-    return run
+    return lambda *tensors: attention(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
 
 
 NEIGHBOURHOOD = 13  # side: 169 positions
@@ -124,11 +116,11 @@ def _natten(problem: Problem) -> Attention:
     na2d = importlib.import_module("natten").na2d
     side = tuple(min(NEIGHBOURHOOD, s - (s % 2 == 0)) for s in problem.grid)
 
-    def run(query, key, value):
-        maps = (x.transpose(1, 2).unflatten(1, problem.grid) for x in (query, key, value))
+    def attention(*tensors):
+        maps = (x.transpose(1, 2).unflatten(1, problem.grid) for x in tensors)
         return na2d(*maps, kernel_size=side).flatten(1, 2).transpose(1, 2)
 
-    return run
+    return attention
 
 
 _FLEX = Peer(_flex, "FlexAttention given our survivors in an N x N mask, neither counted", 1, backward_on_cpu=False)

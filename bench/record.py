@@ -47,9 +47,7 @@ class Method:
 
 @dataclass
 class Kernel:
-    """One of the Triton kernels of a call."""
-
-    seconds: float  # of its launches together
+    seconds: float  # of its launches in a call together
     launches: int
     flops: int | None = None
 
@@ -118,8 +116,6 @@ class Case(Spec):
 
 @dataclass
 class Tally:
-    """How tests went."""
-
     selected: int
     passed: int
     failed: int
@@ -133,9 +129,7 @@ class Tally:
 
 @dataclass
 class Step:
-    """A step of the GPU suite."""
-
-    step: str
+    step: str  # of the GPU suite
     status: str  # "passed", "failed", "timed out" or "skipped"
     seconds: float
     note: str
@@ -143,8 +137,6 @@ class Step:
 
 @dataclass
 class Record:
-    """A file of results."""
-
     environment: dict[str, object]  # the machine, versions, the commit
     ceilings: dict[str, float]  # what the machine does at most
     cases: list[Case]  # in the order in which they were measured
@@ -154,7 +146,6 @@ class Record:
     tests: dict[str, Tally] = field(default_factory=dict)  # by its step
 
     def add(self, case: Case) -> None:
-        """Add a case; one of the same key gives way."""
         self.cases = [each for each in self.cases if each.key != case.key] + [case]
 
     def write(self, path: Path) -> None:
@@ -173,10 +164,9 @@ def read(path: Path) -> Record:
     """
     try:
         return _load(Record, json.loads(files.read(path)), "")
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not JSON: {error}") from error
     except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        what = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}: {what}{error}") from error
 
 
 def _load(form: object, content: object, where: str) -> object:

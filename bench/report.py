@@ -31,6 +31,7 @@ LAUNCHES = (
     " From an idle device to an idle device: what launching kernels costs the host is in all of them, and most of what "
     "small calls take. `make gpu` also times replays of CUDA graphs, without it: the page named -summary."
 )
+NAME = "inputs", "map", "D"  # over the cells that name a case, _name
 Curves = dict[str, list[tuple[float, float]]]  # by method, (what a sweep varies, value)
 
 
@@ -54,12 +55,9 @@ def position(case: Case) -> float:
 
 def curves(cases: list[Case], value: Callable[[Case, str], float | None]) -> Curves:
     """Return by method the points (what is varied, value)."""
-    found: Curves = {}
-    for case in cases:
-        for name in case.methods:
-            if y := value(case, name):
-                found.setdefault(name, []).append((position(case), y))
-    return found
+    names = dict.fromkeys(name for case in cases for name in case.methods)
+    found = {name: [(position(c), y) for c in cases if (y := value(c, name))] for name in names}
+    return {name: points for name, points in found.items() if points}
 
 
 def ratio_to_dense(case: Case) -> list[float] | None:
@@ -92,8 +90,7 @@ def crossing(points: list[tuple[float, float]]) -> list[tuple[float, str]]:
     found = []
     for (x, y), (next_x, next_y) in itertools.pairwise(points):
         if (y < 1) != (next_y < 1):
-            share = math.log(y) / (math.log(y) - math.log(next_y))
-            place = math.exp(math.log(x) + share * (math.log(next_x) - math.log(x)))
+            place = x * (next_x / x) ** (math.log(y) / math.log(y / next_y))
             found.append((place, "wins above" if next_y < 1 else "wins below"))
     return found
 
@@ -122,7 +119,6 @@ def table(header: Iterable[str], rows: Iterable[Iterable[object]], even: bool = 
 
 
 def with_quartiles(values: list[float] | None) -> str:
-    """Return the median and, in brackets, the quartiles."""
     return f"{values[1]:.2f} ({values[0]:.2f}-{values[2]:.2f})" if values else "-"
 
 
@@ -135,23 +131,17 @@ def percent(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{100 * value:.{digits}f} %"
 
 
-def _inputs(case: Case) -> str:
-    return case.inputs if case.alpha is None else f"{case.inputs}, alpha {case.alpha:g}"
-
-
 def _name(case: Case) -> list[str]:
-    """Return the first cells of a row."""
-    return [_inputs(case), case.size, case.shape]
+    return [case.inputs if case.alpha is None else f"{case.inputs}, alpha {case.alpha:g}", case.size, case.shape]
 
 
 def inputs_table(cases: list[Case], even: bool = False) -> str:
-    seen: dict[tuple, dict[str, float]] = {}
-    for c in cases:
-        if c.sparsity:
-            seen.setdefault(tuple(_name(c)), {}).update(c.sparsity)
+    seen: dict[tuple, dict[str, float]] = collections.defaultdict(dict)
+    for c in (c for c in cases if c.sparsity):
+        seen[tuple(_name(c))] |= c.sparsity
     fractions = "density", "active", "candidates"
     rows = [[*key, f"{x['survivors']:.0f}", *(percent(x.get(name)) for name in fractions)] for key, x in seen.items()]
-    return table(["inputs", "map", "D", "survivors a row", "of all pairs", "active tiles", "candidates"], rows, even)
+    return table([*NAME, "survivors a row", "of all pairs", "active tiles", "candidates"], rows, even)
 
 
 def methods_table(cases: list[Case]) -> str:
@@ -179,7 +169,7 @@ def times_table(cases: list[Case], how: str = "seconds") -> str:
         mode = c.mode if len(c.ours) == 1 else f"{c.mode}, {name.removeprefix('asa ')}"
         cells = [with_quartiles(c.ratio(name, peer, how)) for peer in peers]
         rows.append([*_name(c), mode, number(c.median(name, how), 1e3, digits, "failed"), *cells])
-    return table(["inputs", "map", "D", "mode", "ASA, ms", *peers], rows)
+    return table([*NAME, "mode", "ASA, ms", *peers], rows)
 
 
 def bytes_table(cases: list[Case]) -> str:
@@ -187,7 +177,7 @@ def bytes_table(cases: list[Case]) -> str:
     names = list(dict.fromkeys(name for c in measured for name, m in c.methods.items() if m.memory))
     every = itertools.product(measured, MODES[:2])
     rows = [[*_name(c), mode, *(number(c.bytes(name, mode), 1e-6) for name in names)] for c, mode in every]
-    return table(["inputs", "map", "D", "mode", *names], rows)
+    return table([*NAME, "mode", *names], rows)
 
 
 def roof_table(cases: list[Case], ceilings: dict[str, float]) -> str:
@@ -201,14 +191,11 @@ def roof_table(cases: list[Case], ceilings: dict[str, float]) -> str:
         seconds, operations = c.median(name), accounting.operations_of(c, name)
         if not seconds or operations is None or not products:
             continue
-        heads = c.heads * c.batch
-        moved = accounting.traffic(c.tokens, c.dim, heads, c.torch_dtype.itemsize, c.mode == "fwd+bwd")
-        floor = max(operations / products, moved / ceilings["copy GB/s"]) / 1e9
-        units = operations / accounting.operations(1, c.tokens, c.dim, heads)
+        floor = max(operations / products, accounting.traffic(c) / ceilings["copy GB/s"]) / 1e9
+        units = operations / accounting.operations_of_a_unit(c)
         cells = f"{units:.2f}", f"{operations / seconds / 1e9:.0f}", number(floor), percent(floor / seconds, 0)
         rows.append([*_name(c), c.mode, name, *cells])
-    header = ["inputs", "map", "D", "mode", "method", "units", "GFLOP/s", "floor, ms", "floor / time"]
-    return table(header, rows)
+    return table([*NAME, "mode", "method", "units", "GFLOP/s", "floor, ms", "floor / time"], rows)
 
 
 def kernels_table(cases: list[Case]) -> str:
@@ -216,7 +203,7 @@ def kernels_table(cases: list[Case]) -> str:
     for c, name, kernel in [(x, *item) for x in cases for item in x.kernels.items()]:
         rate = kernel.flops and kernel.flops / kernel.seconds
         rows.append([*_name(c), c.mode, name, kernel.launches, number(kernel.seconds, 1e6), number(rate, 1e-12, 0)])
-    return table(["inputs", "map", "D", "mode", "kernel", "launches", "microseconds", "TFLOP/s"], rows)
+    return table([*NAME, "mode", "kernel", "launches", "microseconds", "TFLOP/s"], rows)
 
 
 def blocks_table(cases: list[Case]) -> str:
@@ -233,7 +220,6 @@ def blocks_table(cases: list[Case]) -> str:
 
 
 def absent(cases: list[Case]) -> str:
-    """Say which methods were skipped or failed, and why."""
     lines = []
     for name, method in (item for c in cases for item in c.methods.items()):
         lines += [f"- {name} failed: {method.error}"] if method.error else []
@@ -242,21 +228,16 @@ def absent(cases: list[Case]) -> str:
 
 
 def headline(cases: list[Case]) -> str:
-    """Say what comes out, with where ASA loses."""
     found = [(r[1], c) for c in cases if c.sparsity and (r := ratio_to_dense(c))]
     if not found:
         return "ASA was not timed beside dense attention."
-    (low, best), (high, worst) = min(found, key=lambda x: x[0]), max(found, key=lambda x: x[0])
-    verdict = (
-        f"ASA takes {low:.2f} ({best.label}) to {high:.2f} ({worst.label}) of the time of the fastest dense attention"
-    )
-    verdict += f" here, over {len(found)} cases"
-    all_of = collections.Counter(_inputs(c) for _, c in found)
-    lost = collections.Counter(_inputs(c) for ratio, c in found if ratio > 1)
-    if not lost:
-        return f"{verdict}, and less than it in all of them."
-    if lost.total() == len(found):
-        return f"{verdict}, and more than it in all of them."
+    (low, best), (high, worst) = (extreme(found, key=lambda x: x[0]) for extreme in (min, max))
+    verdict = f"ASA takes {low:.2f} ({best.label}) to {high:.2f} ({worst.label}) of the time of "
+    verdict += f"the fastest dense attention here, over {len(found)} cases"
+    all_of = collections.Counter(_name(c)[0] for _, c in found)
+    lost = collections.Counter(_name(c)[0] for ratio, c in found if ratio > 1)
+    if lost.total() in (0, len(found)):
+        return f"{verdict}, and {'more' if lost else 'less'} than it in all of them."
     where = "; ".join(f"{inputs} ({count} of {all_of[inputs]})" for inputs, count in lost.items())
     return f"{verdict}. It is slower in {lost.total()} of them: {where}."
 
@@ -288,16 +269,19 @@ def sections(results: Record, pictures: Iterable[str] = ()) -> str:
     return joined(*(Template(f"## {part}").substitute(values) for part in parts if values[part.split("$")[-1]]))
 
 
+def page(headline: str, facts: dict[str, object], *sections: str) -> str:
+    """Return a page as Markdown; ``facts`` are its environment and more."""
+    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    return joined(f"# asa_ops on {facts.get('device') or 'no GPU'}", f"**{headline}**", listed, *sections) + "\n"
+
+
 def render(results: Record, pictures: Iterable[str] = ()) -> str:
-    """Return the page as Markdown."""
     asa = [c for c in results.cases if c.op == "asa"]
     facts = results.environment | {
         "dtype": ", ".join(sorted({c.dtype for c in results.cases})),
         "ASA": ", ".join(sorted({name.removeprefix("asa ") for c in asa for name in c.ours})),
     }
-    listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
-    title = f"# asa_ops on {results.environment.get('device')}"
-    return joined(title, f"**{headline(asa)}**", listed, sections(results, pictures)) + "\n"
+    return page(headline(asa), facts, sections(results, pictures))
 
 
 def plots(results: Record, folder: Path, stem: str) -> list[str]:
@@ -338,16 +322,16 @@ def main(arguments: list[str] | None = None) -> None:
     except (OSError, ValueError) as error:
         parser.error(str(error))
     stem = record.slug(str(results.environment.get("device", "unknown")))
-    page, kept = options.folder / f"{stem}.md", options.folder / f"{stem}.json"
-    outputs = [page, *(options.folder / f"{stem}-{sweep}.png" for sweep in SWEEPS)]
+    written, kept = options.folder / f"{stem}.md", options.folder / f"{stem}.json"
+    outputs = [written, *(options.folder / f"{stem}-{sweep}.png" for sweep in SWEEPS)]
     if is_new := files.identity(kept) != files.identity(options.results):
         outputs.append(kept)
     files.check(outputs, [options.results])
     options.folder.mkdir(parents=True, exist_ok=True)
-    files.write(page, render(results, plots(results, options.folder, stem)))
+    files.write(written, render(results, plots(results, options.folder, stem)))
     if is_new:
         files.write(kept, files.read(options.results))
-    print(f"{page} and {kept.name}\n\n{headline([c for c in results.cases if c.op == 'asa'])}")
+    print(f"{written} and {kept.name}\n\n{headline([c for c in results.cases if c.op == 'asa'])}")
 
 
 if __name__ == "__main__":

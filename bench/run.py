@@ -118,13 +118,7 @@ def _measure_bytes(spec, device, workload, methods) -> None:
         # What dense attention takes does not depend on the input: it is measured once.
         same = dataclasses.replace(spec, inputs="iid", alpha=None) if name in INDIFFERENT else spec
         with _noted(methods[name]):
-            methods[name].memory[mode] = _bytes(same, device, name, mode == "fwd+bwd")
-
-
-@functools.cache
-def _bytes(spec: Spec, device: str, name: str, backward: bool) -> int:
-    count = measure.bytes_in_fresh_process if device == "cpu" else measure.bytes_of
-    return count(spec, device, name, backward)
+            methods[name].memory[mode] = measure.bytes_once(same, device, name, mode == "fwd+bwd")
 
 
 def _has_backward(name: str, device: str) -> bool:
@@ -132,7 +126,6 @@ def _has_backward(name: str, device: str) -> bool:
 
 
 def failed(case: Case) -> list[str]:
-    """Return what went wrong with ours."""
     return [f"{case.label}: {name}: {case.methods[name].error}" for name in case.ours if case.methods[name].error]
 
 
@@ -247,18 +240,17 @@ def main(given: list[str] | None = None) -> None:
         options.peers = ["sdpa flash", "eager"] if options.sweep else list(PEERS)
     results = start(parser, options, [spec for _, spec, _ in todo])
     print("\n".join(f"{name}: {value}" for name, value in (results.environment | results.ceilings).items()), flush=True)
-    mine, wrong = [], []
+    mine = []
     for sweep, spec, mode in progress(todo):
         rounds = 1 if sweep and spec.tokens > LARGE else options.rounds
         case = measured(spec, mode, options.device, options.impl, options.peers, rounds, sweep)
         mine.append(case)
-        wrong += failed(case)
         results.add(case)
         if options.out:
             results.write(options.out)
     tables = report.inputs_table(mine, even=True), report.methods_table(mine), report.absent(mine)
     print(f"\n{report.joined(*tables, report.exponents(mine), report.crossings(mine))}")
-    if wrong:
+    if wrong := [line for case in mine for line in failed(case)]:
         sys.exit("\n".join(["", "ours failed:", *wrong]))
 
 

@@ -29,10 +29,8 @@ def pytest_configure(config):
 @pytest.hookimpl(trylast=True)  # after -m and -k, so that shares are of equal length
 def pytest_collection_modifyitems(config, items):
     share, shares = (int(part) for part in config.option.shard.split("/"))
-    others = [item for i, item in enumerate(items) if i % shares != share]
-    if others:
-        config.hook.pytest_deselected(items=others)
-        items[:] = items[share::shares]
+    config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % shares != share])
+    items[:] = items[share::shares]
     if config.option.outcomes and os.path.exists(config.option.outcomes):
         with open(config.option.outcomes) as file:
             begun = {event["test"] for event in map(json.loads, file) if event["event"] == "started"}

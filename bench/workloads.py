@@ -26,8 +26,6 @@ OURS = "asa_ops"  # the name of our method where there is one
 
 @dataclass(frozen=True)
 class Spec:
-    """One op on one input."""
-
     op: str  # "asa", "criss_cross_attention" or a block, "non_local", "non_local,mode=gaussian"
     size: str  # "HxW"
     dim: int  # head dim; channels of a block
@@ -43,8 +41,8 @@ class Spec:
 
     @property
     def grid(self) -> tuple[int, int]:
-        height, width = self.size.split("x")
-        return int(height), int(width)
+        height, width = map(int, self.size.split("x"))
+        return height, width
 
     @property
     def tokens(self) -> int:
@@ -76,9 +74,8 @@ class Workload:
             with torch.set_grad_enabled(backward):
                 # As results, no leaves: FlopCounterMode hooks what modules get, which autograd.grad forbids of leaves.
                 out = method(*(x.view_as(x) for x in leaves))
-            if not backward:
-                return out
-            return torch.autograd.grad(out, [*leaves, *self.parameters], self.grad_out, allow_unused=True)
+            every = [*leaves, *self.parameters]
+            return torch.autograd.grad(out, every, self.grad_out, allow_unused=True) if backward else out
 
         return run
 
@@ -117,9 +114,12 @@ def build(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Worklo
         workload = _criss_cross_attention(spec, device, impls)
     else:
         workload = _block(spec, device, name, options)
-    if "eager" not in peers:
-        workload.prepare.pop("eager", None)
-        workload.skipped.pop("eager", None)
+    # About four tensors of the largest kind are alive in the backward.
+    needed = 4 * spec.torch_dtype.itemsize * spec.batch * eager.largest_tensor(name, options, spec.dim, *spec.grid)
+    reason = _too_large(needed, device)
+    if reason or "eager" not in peers:
+        del workload.prepare["eager"]
+        workload.skipped = {"eager": reason} if "eager" in peers else {}
     return workload
 
 
@@ -139,15 +139,11 @@ def runnable(spec: Spec, device: str, impls: list[str]) -> tuple[list[str], dict
     else:
         return impls, {}
     found, why_not = {}, {}  # names, in order
-
-    def resolve(impl: str) -> None:
+    for impl in impls:
         try:
             found[dispatch.resolve(call, impl)] = None
-        except RuntimeError as error:
+        except RuntimeError as error:  # noqa: PERF203  (each may)
             why_not[impl] = str(error)
-
-    for impl in impls:
-        resolve(impl)
     return list(found), why_not
 
 
@@ -205,7 +201,6 @@ def _less(dim: int) -> int:
 def _criss_cross_attention(spec: Spec, device: str, impls: list[str]) -> Workload:
     less = _less(spec.dim)
     *leaves, grad_out = _maps(spec, device, less, less, spec.dim, spec.dim)
-
     methods = {impl: functools.partial(criss_cross_attention, impl=impl) for impl in impls}
     ours = {f"{OURS} {impl}".removesuffix(" auto"): lambda x=method: x for impl, method in methods.items()}
     return Workload(leaves, grad_out, ours | {"eager": lambda: eager.criss_cross_attention}, list(ours))
@@ -220,11 +215,5 @@ def _block(spec: Spec, device: str, name: str, options: dict) -> Workload:
             torch.nn.init.normal_(parameter, std=0.1)
     x, grad_out = _maps(spec, device, spec.dim, spec.dim)
     form = getattr(eager, name)
-    workload = Workload([x], grad_out, {OURS: lambda: block, "eager": lambda: lambda x: form(block, x)}, [OURS])
-    workload.parameters = list(block.parameters())
-    # About four tensors of the largest kind are alive in the backward.
-    needed = 4 * x.element_size() * spec.batch * eager.largest_tensor(name, options, spec.dim, *spec.grid)
-    if reason := _too_large(needed, device):
-        workload.skipped["eager"] = reason
-        del workload.prepare["eager"]
-    return workload
+    prepare = {OURS: lambda: block, "eager": lambda: functools.partial(form, block)}
+    return Workload([x], grad_out, prepare, [OURS], parameters=list(block.parameters()))

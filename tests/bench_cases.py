@@ -1,9 +1,8 @@
-"""What tests of the benchmarks share: a file of results as a run leaves it, and torch.cuda as far as it times calls."""
+"""What tests of the benchmarks share: a file of results as a run leaves it, and what stands for torch.cuda."""
 
-import contextlib
 import dataclasses
 import time
-from types import SimpleNamespace
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -28,23 +27,17 @@ class Event:
         return False
 
 
-def stand_in_for_cuda(monkeypatch) -> list[str]:
-    """Replace what times calls on a GPU; return the list that replays of graphs are told in."""
-    replays: list[str] = []
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    for name, value in (
-        ("Event", Event),
-        ("Stream", lambda: stream),
-        ("current_stream", lambda: stream),
-        ("stream", contextlib.nullcontext),
-        ("CUDAGraph", lambda: SimpleNamespace(replay=lambda: replays.append("replay"))),
-        ("graph", contextlib.nullcontext),
-        ("synchronize", lambda: None),
-        ("empty_cache", lambda: None),
-        ("_sleep", lambda cycles: None),
-    ):
-        monkeypatch.setattr(torch.cuda, name, value)
-    return replays
+def stand_in_for_cuda(monkeypatch) -> mock.Mock:
+    """Replace what times calls on a GPU and counts their bytes, 2000; return what replays graphs."""
+    graph = mock.Mock()
+    for name in ("Stream", "current_stream", "stream", "graph", "synchronize", "empty_cache", "_sleep"):
+        monkeypatch.setattr(torch.cuda, name, mock.MagicMock())
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", mock.Mock())
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3000)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    return graph.replay
 
 
 def tiles(pairs: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -109,3 +109,13 @@ def with_grad(inputs: list[Tensor | None]) -> list[Tensor | None]:
 
 def named(name: str, **changes) -> Case:
     return replace(CASES[IDS.index(name)], **changes)
+
+
+def op_arguments(
+    inputs: list[Tensor | None], options: dict, impl: str = "blocked", keep_bits: bool = True, learn: bool = True
+) -> tuple:
+    """Return the arguments of asa_ops.asa.ops.asa_fwd."""
+    rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True)
+    scale = options.get("scale", inputs[0].shape[-1] ** -0.5)
+    mask, grid = options.get("key_padding_mask"), options.get("grid", (0, 0))
+    return *inputs, mask, *grid, *rest, scale, learn, 2.0, keep_bits, impl

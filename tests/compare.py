@@ -4,15 +4,24 @@ Survivors must be equal wherever the scores are further from every threshold tha
 gradients are compared under the implementation's own survivors, by one rule for every op: :func:`check_errors`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 
 import rounding
 import torch
 from cases import with_grad
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import asa_attention, reciprocal_neighbors
 from asa_ops.asa import reference
+
+STRAIGHT_THROUGH = {"threshold_grad": "straight_through"}
+
+
+def equal(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> bool:
+    """Return whether two lists of tensors are the same, to the last bit."""
+    return all(torch.equal(x, y) for x, y in zip(xs, ys, strict=True))
 
 
 def dense(graph, batch: int, heads: int, n_q: int, n_k: int) -> Tensor:
@@ -41,35 +50,54 @@ def call_and_gradients(impl: str, inputs, options, grad_out: Tensor | None = Non
     The inputs are taken as they are, strides included, and not written to.
     """
     leaves = [x if x is None else x.detach().requires_grad_() for x in inputs]
-    learn = {"threshold_grad": "straight_through"}
-    out, stats = asa_attention(*leaves, **learn | options, impl=impl, return_stats=True)
+    out, stats = asa_attention(*leaves, **STRAIGHT_THROUGH | options, impl=impl, return_stats=True)
     grad_out = 2 * out.detach() if grad_out is None else grad_out
     return [out.detach(), *stats, *torch.autograd.grad(out, [x for x in leaves if x is not None], grad_out)]
 
 
+def exact_scores(inputs, options) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Return the scores in float64, and which queries and keys are no padding."""
+    query, key = (x.double() for x in inputs[:2])
+    real = reference.real_positions(query, key, options.get("key_padding_mask"))
+    return reference.scores(query, key, options.get("scale"), *real), real
+
+
+def find_survivors(s: Tensor, inputs, options, real):
+    """Return what the reference finds from scores."""
+    arguments = [options.get("grid"), options.get("window", 3), options.get("topk"), options.get("reciprocal", True)]
+    return reference.find_survivors(s, *inputs[3:], *arguments, *real)
+
+
+def exact_results(inputs, options, kept: Tensor, grad_out: Tensor) -> list[Tensor]:
+    """Return output, gradients of query, key and value, and log-sum-exps in float64 with these survivors."""
+    leaves = with_grad([x.double() for x in inputs[:3]])
+    s, (real_q, real_k) = exact_scores(leaves, options)
+    out, lse_kept = reference.attend(s, reference.without_padding(leaves[2], real_k), kept)
+    statistics = (x.detach().masked_fill(~real_q[:, None], -torch.inf) for x in (s.logsumexp(-1), lse_kept))
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.double()), *statistics]
+
+
 def uncertain_pairs(inputs, options, eps: float) -> tuple[Tensor, Tensor]:
     """Return the float64 survivors, and which pairs rounding at ``eps`` may decide either way."""
-    query, key, _, alpha, beta = [x if x is None else x.double() for x in inputs]
-    topk, reciprocal = options.get("topk"), options.get("reciprocal", True)
-    real_q, real_k = reference.real_positions(query, key, options.get("key_padding_mask"))
-    s = reference.scores(query, key, options.get("scale"), real_q, real_k)
-    args = (alpha, beta, options.get("grid"), options.get("window", 3), topk, reciprocal)
-    found = reference.find_survivors(s, *args, real_q, real_k)
+    inputs = [x if x is None else x.double() for x in inputs]
+    s, (real_q, real_k) = exact_scores(inputs, options)
+    found = find_survivors(s, inputs, options, (real_q, real_k))
+    topk = options.get("topk")
     largest = s.masked_fill(s.isinf(), 0).abs().amax((-2, -1), keepdim=True) if s.numel() else s
-    margin = 16 * eps * largest * query.shape[-1] ** 0.5
+    margin = 16 * eps * largest * inputs[0].shape[-1] ** 0.5
 
     def close(threshold):
         return (s - threshold[..., None]).abs() <= margin
 
     one_way = torch.zeros_like(found.kept)
-    if alpha is not None:
+    if inputs[3] is not None:
         one_way |= close(found.t)
     if topk is not None and topk < s.shape[-1]:
         # The k-th largest equals its threshold by definition; it is uncertain if the next one is as close.
         following = s.topk(topk + 1).values[..., -1]
         one_way |= close(found.kappa) & ((found.kappa - following)[..., None] <= margin)
-    uncertain = one_way | one_way.mT if reciprocal else one_way
-    if beta is not None:
+    uncertain = one_way | one_way.mT if options.get("reciprocal", True) else one_way
+    if inputs[4] is not None:
         uncertain = uncertain | (close(found.u) & found.in_window)
     return found.kept, uncertain & real_q[:, None, :, None] & real_k[:, None, None, :]
 
@@ -116,39 +144,36 @@ def _largest_error(x: Tensor, truth: Tensor) -> float:
     return error.abs().max().item()
 
 
+def count_flops(function: Callable[[], object]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    return counter.get_total_flops()
+
+
 NAMES = ("out", "grad of query", "grad of key", "grad of value")
 
 
-def check_against_reference(impl: str, inputs, options, min_certain: float = 0.99, ulps: int = 0) -> None:
+def check_against_reference(impl: str, inputs, options, ulps: int = 0) -> None:
     """Check survivors, output, statistics and the gradients of query, key, value of ``impl``.
 
     ``ulps``: by how many units in the last place its products and sums are off, beside rounding.
     """
-    query, key, value = inputs[:3]
-    precision = torch.promote_types(query.dtype, torch.float32)
+    precision = torch.promote_types(inputs[0].dtype, torch.float32)
     expected, uncertain = uncertain_pairs(inputs, options, torch.finfo(precision).eps * (1 + ulps))
     kept = survivors(impl, inputs, options)
     assert torch.equal(kept[~uncertain], expected[~uncertain])
     if uncertain.numel():
-        assert (~uncertain).double().mean() >= min_certain, "hardly a pair was compared"
+        assert (~uncertain).double().mean() >= 0.99, "hardly a pair was compared"
 
-    real_q, real_k = reference.real_positions(query, key, options.get("key_padding_mask"))
-    ours = [x.detach().clone().requires_grad_() for x in (query, key, value)]
-    out, stats = asa_attention(*ours, *inputs[3:], **options, impl=impl, return_stats=True)
-    assert out.dtype == query.dtype and out.is_contiguous()
+    leaves = with_grad(inputs[:3])
+    out, stats = asa_attention(*leaves, *inputs[3:], **options, impl=impl, return_stats=True)
+    assert out.dtype == inputs[0].dtype and out.is_contiguous()
     if not ulps:  # the same numbers at every call
         assert torch.equal(stats.survivors, kept.sum(-1))
-    grad_out = torch.randn(out.shape, dtype=torch.float64).to(query)
-
-    def compute():
-        q, k, v = (x.detach().double().requires_grad_() for x in (query, key, value))
-        s = reference.scores(q, k, options.get("scale"), real_q, real_k)
-        out, lse_kept = reference.attend(s, reference.without_padding(v, real_k), kept)
-        statistics = (x.detach().masked_fill(~real_q[:, None], -torch.inf) for x in (s.logsumexp(-1), lse_kept))
-        return [out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out.double()), *statistics]
-
-    results = out, *torch.autograd.grad(out, ours, grad_out), stats.lse, stats.lse_kept
-    check_errors((*NAMES, "lse", "lse_kept"), results, compute, precision, ulps=ulps)
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(out)
+    results = out, *torch.autograd.grad(out, leaves, grad_out), stats.lse, stats.lse_kept
+    exact = functools.partial(exact_results, inputs, options, kept, grad_out)
+    check_errors((*NAMES, "lse", "lse_kept"), results, exact, precision, ulps=ulps)
 
 
 def check_threshold_gradients(
@@ -167,8 +192,7 @@ def check_threshold_gradients(
 
     def run(name, inputs):
         leaves = with_grad(inputs)
-        learn = {"threshold_grad": "straight_through", "threshold_band": band}
-        out = asa_attention(*leaves, **options, **learn, impl=name)
+        out = asa_attention(*leaves, **options, **STRAIGHT_THROUGH, threshold_band=band, impl=name)
         return torch.autograd.grad(out, [leaves[i] for i in wanted], grad_out.to(out.dtype))
 
     ours = run(impl, inputs)

@@ -36,6 +36,33 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def with_threads():
+    """Return what runs a function with each of some numbers of threads, and returns the results."""
+    before = torch.get_num_threads()
+
+    def run(function, counts: tuple[int, ...]) -> list:
+        results = []
+        for count in counts:
+            torch.set_num_threads(count)
+            results.append(function())
+        return results
+
+    yield run
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["portable", "avx2", "avx512"])
+def instruction_set(request, monkeypatch):
+    """Let the kernels of the CPU use one instruction set."""
+    names = ["portable", "avx2", "avx512"]
+    best = torch.ops.asa_ops.cpu_isa()
+    if names.index(request.param) > best:
+        pytest.skip(f"this machine has {names[best]} at best")
+    monkeypatch.setenv("ASA_OPS_CPU_ISA", request.param)
+    assert torch.ops.asa_ops.cpu_isa() == names.index(request.param)
+
+
 @pytest.fixture(scope="session")
 def emulation():
     """Register the CUDA kernels for CPU tensors, where there are a C++ compiler and no GPU."""

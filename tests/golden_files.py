@@ -105,13 +105,17 @@ def group(golden: dict, prefix: str) -> dict:
 def build(golden: Content, **options) -> torch.nn.Module:
     """Return the block that a file is of, with its parameters; ``options`` replace those that the file asks for."""
     meta = golden["meta"]
-    if meta["system"] not in SYSTEMS:
-        raise GoldenError(f"{meta.where} has the system {meta['system']!r}, known are {sorted(SYSTEMS)}")
-    block_class, its_options = SYSTEMS[meta["system"]](meta["hyper"])
+    system, hyper = meta["system"], meta["hyper"]
+    if system not in SYSTEMS:
+        raise GoldenError(f"{meta.where} has the system {system!r}, known are {sorted(SYSTEMS)}")
+    block_class, same, others = HEADS[system] if "use_image_level" in hyper else SYSTEMS[system]
+    its_options = {name: hyper[name] for name in same}
+    for name, x in others.items():
+        its_options[name] = x(hyper) if callable(x) else hyper[x] if isinstance(x, str) else x
     block = block_class(golden["x"].shape[1], **(its_options | options)).double().train(meta["mode"] == "train")
     for module in block.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
-            module.eps = meta["hyper"].get("bn_eps", module.eps)
+            module.eps = hyper.get("bn_eps", module.eps)
     block.load_state_dict(block.from_upstream(group(golden, "param/") | group(golden, "buffer/")))
     return block
 
@@ -136,14 +140,9 @@ class CaaHead(torch.nn.Module):
     @staticmethod
     def from_upstream(state_dict: dict) -> dict:
         renamed = {}
-        parts = {
-            "entry_convbnrelu": "entry",
-            "ca_blocks.0": "block",
-            "end_convbnrelu": "end",
-            "image_level_block.convbnrelu": "image",
-        }
-        for theirs, ours in parts.items():
-            part = group({key: x for key, x in state_dict.items() if key.startswith(theirs)}, f"{theirs}.")
+        parts = {"entry_convbnrelu": "entry", "ca_blocks.0": "block", "end_convbnrelu": "end"}
+        for theirs, ours in (parts | {"image_level_block.convbnrelu": "image"}).items():
+            part = group(state_dict, f"{theirs}.")
             if ours != "block":  # the block knows how to rename a layer like these: its value
                 part = {f"value_convbnrelu.{key}": x for key, x in part.items()}
             new = nn.ChannelizedAxialAttention.from_upstream(part)
@@ -151,73 +150,58 @@ class CaaHead(torch.nn.Module):
         return renamed
 
 
-def pick(hyper: Content, *names: str) -> dict:
-    return {name: hyper[name] for name in names}
+def norm(hyper: Content) -> str | None:
+    return None if hyper["norm_cfg"] is None else "batch"
 
 
-def _asa(h: Content) -> tuple:
-    rows, columns = h["neighbor_size"]
+def window(hyper: Content) -> int:
+    rows, columns = hyper["neighbor_size"]
     if rows != columns:
-        raise GoldenError(f"{h.where} has neighbor_size {h['neighbor_size']}, windows are square")
-    norm = None if h["norm_cfg"] is None else "batch"
-    options = {"norm": norm, "window": rows, "published": True, **pick(h, "reduction", "mode", "use_scale")}
-    return nn.AdaptiveSparseAttention, options
+        raise GoldenError(f"{hyper.where} has neighbor_size {hyper['neighbor_size']}, windows are square")
+    return rows
 
 
-def _caa(h: Content) -> tuple:
-    options = {
-        "out_channels": h["filters"],
-        "key_channels": h["guided_filters"],
-        "hidden_layers": h["hidden_layers_count"],
-        "hidden_ratio": h["hidden_layer_ratio"],
-        "channel_attention": h["use_channel_attention"],
-    }
-    if "use_image_level" in h:  # only the head has it
-        return CaaHead, options | {"image_level": h["use_image_level"]}
-    return nn.ChannelizedAxialAttention, options
-
-
-SYSTEMS = {  # the class, and the options that the hyperparameters of a file ask for
-    "asa": _asa,
-    "caa": _caa,
-    "ccnet": lambda h: (nn.CrissCrossAttention, pick(h, "recurrence")),
-    "efficient_attention": lambda h: (
+CAA = {
+    "out_channels": "filters",
+    "key_channels": "guided_filters",
+    "hidden_layers": "hidden_layers_count",
+    "hidden_ratio": "hidden_layer_ratio",
+    "channel_attention": "use_channel_attention",
+}
+SYSTEMS = {  # the class; options that are hyperparameters of the same name; others, of another name or made of them
+    "asa": (
+        nn.AdaptiveSparseAttention,
+        ("reduction", "mode", "use_scale"),
+        {"norm": norm, "window": window, "published": True},
+    ),
+    "caa": (nn.ChannelizedAxialAttention, (), CAA),
+    "ccnet": (nn.CrissCrossAttention, ("recurrence",), {}),
+    "efficient_attention": (
         nn.EfficientAttention,
-        {"heads": h["head_count"], "published": True, **pick(h, "key_channels", "value_channels")},
+        ("key_channels", "value_channels"),
+        {"heads": "head_count", "published": True},
     ),
-    "isa": lambda h: (
+    "isa": (
         nn.InterlacedSparseAttention,
-        {
-            "factors": h["down_factors"],
-            "published": True,
-            **pick(h, "key_channels", "value_channels", "out_channels", "dropout"),
-        },
+        ("key_channels", "value_channels", "out_channels", "dropout"),
+        {"factors": "down_factors", "published": True},
     ),
-    "lam_channel": lambda h: (nn.LinearAttention, {"kind": "channel", **pick(h, "eps")}),
-    "lam_position": lambda h: (nn.LinearAttention, {"kind": "position", **pick(h, "eps")}),
-    "nl": lambda h: (
-        nn.NonLocal,
-        {
-            "norm": None if h["norm_cfg"] is None else "batch",
-            "published": True,
-            **pick(h, "reduction", "mode", "use_scale", "sub_sample"),
-        },
-    ),
-    "sanet": lambda h: (
+    "lam_channel": (nn.LinearAttention, ("eps",), {"kind": lambda h: "channel"}),
+    "lam_position": (nn.LinearAttention, ("eps",), {"kind": lambda h: "position"}),
+    "nl": (nn.NonLocal, ("reduction", "mode", "use_scale", "sub_sample"), {"norm": norm, "published": True}),
+    "sanet": (
         nn.SqueezeAndAttention,
+        ("pool",),
         {
-            "out_channels": h["ch_out"],
-            "activation": "sigmoid" if h["sigmoid"] else None,
-            "pool": h["pool"],
-            "upsample": h["upsample"].split()[0],
+            "out_channels": "ch_out",
+            "activation": lambda h: "sigmoid" if h["sigmoid"] else None,
+            "upsample": lambda h: h["upsample"].split()[0],
         },
     ),
-    "spanet": lambda h: (
+    "spanet": (
         nn.SalientPositionsAttention,
-        {
-            "inner_channels": h["inter_channels"],
-            "topk": None if h["adaptive"] else h["k"],
-            **pick(h, "sub_sample"),
-        },
+        ("sub_sample",),
+        {"inner_channels": "inter_channels", "topk": lambda h: None if h["adaptive"] else h["k"]},
     ),
 }
+HEADS = {"caa": (CaaHead, (), CAA | {"image_level": "use_image_level"})}  # of files with a whole head

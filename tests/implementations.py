@@ -14,9 +14,15 @@ ON_GPU = {impl: [pytest.mark.gpu] for impl in ("triton", "cuda") if torch.cuda.i
 if ON_GPU and (reason := devices.why_no_cuda_on("asa_cuda_fwd", torch.device("cuda"))):
     ON_GPU["cuda"].append(pytest.mark.skip(reason))
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
+each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 each_impl = pytest.mark.parametrize("impl", IMPLEMENTATIONS)
 each_fast = pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
+
+
+def slow(*values, when: bool = True, **options):
+    """Return arguments of a test that are left to `make test-all`, if ``when``."""
+    return pytest.param(*values, marks=[pytest.mark.slow] * when, **options)
 
 
 def everywhere(

@@ -54,16 +54,8 @@ def build(sanitize: bool = False) -> Path:
 def _compile(folder: Path, library: Path, sanitize: list[str]) -> None:
     compiler = shlex.split(get_cxx_compiler())
     # For this machine: emulated fused multiply-adds would be slow.
-    flags = [
-        "-std=c++17",
-        "-O2",
-        "-march=native",
-        "-ffp-contract=off",
-        "-fno-strict-aliasing",
-        "-fPIC",
-        "-fvisibility=hidden",
-    ]
-    flags += ["-Wall", "-Werror", "-Wno-unknown-pragmas", *sanitize]
+    flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
+    flags += ["-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", *sanitize]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", include_paths()[0]]
 
     def compile_one(source: Path) -> Path:

@@ -10,6 +10,7 @@ what is checked is what runs. Ends in a one-line verdict; exit status 1 if a bud
 
 import argparse
 import concurrent.futures
+import functools
 import itertools
 import os
 import re
@@ -59,8 +60,6 @@ VARIANTS += ("NEGATIVE", "SPLITS", "COLUMN", "OF_KEYS", "DELTA", "DELTA_ERROR")
 
 
 class Source(NamedTuple):
-    """One distinct launch, and what the compiler needs to know of it."""
-
     label: str
     dim: int
     dtype: str
@@ -71,14 +70,12 @@ class Source(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """What came out of the compiler."""
-
-    registers: int
-    spills: int
-    shared: int
-    tensor_cores: int
-    async_copies: int
-    seconds: float
+    registers: int = 0
+    spills: int = 0
+    shared: int = 0
+    tensor_cores: int = 0
+    async_copies: int = 0
+    seconds: float = 0
     error: str = ""
 
 
@@ -98,6 +95,7 @@ def constants_of(launch: launches.Launch) -> dict[str, object]:
     return {name.split(".")[-1]: x for name, x in launch.given.items()}
 
 
+@functools.cache
 def sources(archs, dims, dtypes, kernels) -> list[Source]:
     """Return the distinct launches of everything asked for."""
     found: dict[tuple, Source] = {}
@@ -129,22 +127,18 @@ def _call(dim, dtype, learn, symmetric=False, alpha=True, beta=True, **options) 
 
 
 def compiled(source: Source) -> Compiled:
-    """Compile one launch and read the result."""
     started = time.time()
     try:
         result = triton.compile(source.text, target=GPUTarget("cuda", source.arch, 32), options=vars(source.options))
     except Exception as error:  # whatever the compiler raises is the finding
-        return Compiled(0, 0, 0, 0, 0, time.time() - started, f"{type(error).__name__}: {str(error)[:300]}")
+        return Compiled(seconds=time.time() - started, error=f"{type(error).__name__}: {str(error)[:300]}")
     seconds = time.time() - started
     with tempfile.NamedTemporaryFile(suffix=".cubin") as scratch:
         scratch.write(result.asm["cubin"])
         scratch.flush()
-        command = [str(BINARIES / "cuobjdump"), scratch.name]
-        usage, sass = (
-            # nvdisasm warns of every file for sm_80
-            subprocess.check_output([*command, what], text=True, stderr=subprocess.PIPE)
-            for what in ("-res-usage", "-sass")
-        )
+        # nvdisasm warns of every file for sm_80
+        read = functools.partial(subprocess.check_output, text=True, stderr=subprocess.PIPE)
+        usage, sass = (read([BINARIES / "cuobjdump", scratch.name, what]) for what in ("-res-usage", "-sass"))
     return Compiled(
         registers=int(re.search(r"REG:(\d+)", usage).group(1)),
         spills=len(re.findall(r"\bSTL\b", sass)),
@@ -156,7 +150,6 @@ def compiled(source: Source) -> Compiled:
 
 
 def check(source: Source, result: Compiled) -> list[str]:
-    """Return what breaches the budget."""
     if result.error:
         return [result.error]
     wrong = []
@@ -171,15 +164,8 @@ def check(source: Source, result: Compiled) -> list[str]:
     return wrong
 
 
-_recorded: list[Source] = []  # of a process that compiles: kernels cannot be sent to it
-
-
-def _start_worker(selection: tuple) -> None:
-    _recorded.extend(sources(*selection))
-
-
-def _work(index: int) -> Compiled:
-    return compiled(_recorded[index])
+def _work(selection: tuple, index: int) -> Compiled:
+    return compiled(sources(*selection)[index])  # recorded in this process: kernels cannot be sent to it
 
 
 def main() -> None:
@@ -196,13 +182,14 @@ def main() -> None:
     if args.quick:
         args.archs, args.dims, args.dtypes = [90], [256], ["bfloat16"]
         args.kernels = args.kernels or list(launches.MATRIX_KERNELS)
-    selection = (args.archs, args.dims, args.dtypes, args.kernels)
+    selection = tuple(map(tuple, (args.archs, args.dims, args.dtypes, args.kernels)))
     todo = sources(*selection)
     print(f"triton {triton.__version__}, torch {torch.__version__}: {len(todo)} kernels to compile")
     print("arch kernel             dim dtype    warps stages  regs spills  shared mma copies  sec", flush=True)
     breaches = []
-    with concurrent.futures.ProcessPoolExecutor(args.jobs, initializer=_start_worker, initargs=(selection,)) as pool:
-        for source, result in zip(todo, pool.map(_work, range(len(todo))), strict=True):
+    with concurrent.futures.ProcessPoolExecutor(args.jobs) as pool:
+        results = pool.map(functools.partial(_work, selection), range(len(todo)))
+        for source, result in zip(todo, results, strict=True):
             wrong = check(source, result)
             breaches += [(source, reason) for reason in wrong]
             cut = f"{source.options.num_warps:5} {source.options.num_stages:6} {result.registers:5} {result.spills:6}"

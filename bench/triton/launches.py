@@ -75,11 +75,8 @@ def intercepted(
     def launch(kernel, grid, *arguments, **options):
         instead(Launch(kernel, grid, arguments, options), lambda: real(kernel, grid, *arguments, **options))
 
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(triton_launch, "launch", launch))
-        if architecture is not None:
-            for name, value in (("architecture", architecture), ("processors", processors)):
-                stack.enter_context(mock.patch.object(triton_launch, name, lambda device, value=value: value))
+    others = {"architecture": lambda device: architecture, "processors": lambda device: processors}
+    with mock.patch.multiple(triton_launch, launch=launch, **others if architecture is not None else {}):
         yield
 
 
@@ -113,13 +110,10 @@ def configured(kernel: str, dim: int, architecture: int, row, splits: int | None
     library = Problem.splits
 
     def parts(call, programs, limit):
-        return splits if limit == MAX_SPLITS else library(call, programs, limit)
+        return splits if splits is not None and limit == MAX_SPLITS else library(call, programs, limit)
 
     key = (kernel, max(64, dim), configs.HALF, architecture)
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(configs._TABLE, {key: row}))
-        if splits is not None:
-            stack.enter_context(mock.patch.object(Problem, "splits", parts))
+    with mock.patch.dict(configs._TABLE, {key: row}), mock.patch.object(Problem, "splits", parts):
         yield
 
 

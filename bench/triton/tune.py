@@ -75,7 +75,6 @@ def calls_on(spec: workloads.Spec) -> tuple[Callable[[], tuple], Callable[[], tu
 
 
 def microseconds(call: Callable) -> dict[str, float]:
-    """Return those of every kernel."""
     return {name: 1e6 * seconds for name, (seconds, _) in launches.kernel_seconds(call).items()}
 
 

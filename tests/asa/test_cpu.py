@@ -1,34 +1,26 @@
-"""impl="cpu" in particular: instruction sets, threads, and entry points that refuse what they cannot read."""
+"""impl="cpu" in particular: instruction sets, threads, ways to sum rows."""
 
 import pytest
 import torch
-from cases import Case, each_case, make, named, with_grad
-from compare import check_against_reference
+from cases import Case, each_case, make, named
+from compare import call_and_gradients, check_against_reference, equal
+from implementations import slow
 
+import asa_ops
 from asa_ops import asa_attention
-from asa_ops.asa import cpu
-from asa_ops.asa.types import Inputs, Options, Saved
 from asa_ops.core import extension
 
 CPU = extension.has("asa_cpu_fwd", "CPU")
 pytestmark = pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
 SETS = ["portable", "avx2", "avx512"]
+BEST = SETS[torch.ops.asa_ops.cpu_isa()] if CPU else None
 
 
-def best_only(test):
-    """Run a test that takes long on this machine's best instruction set only, the others with `make test-all`."""
-    best = torch.ops.asa_ops.cpu_isa() if CPU else 0
-    sets = [pytest.param(x, marks=[] if i == best else [pytest.mark.slow]) for i, x in enumerate(SETS)]
-    return pytest.mark.parametrize("instruction_set", sets, indirect=True)(test)
-
-
-@pytest.fixture(params=SETS)
-def instruction_set(request, monkeypatch):
-    best = torch.ops.asa_ops.cpu_isa()
-    if SETS.index(request.param) > best:
-        pytest.skip(f"this machine has {SETS[best]} at best")
-    monkeypatch.setenv("ASA_OPS_CPU_ISA", request.param)
-    assert torch.ops.asa_ops.cpu_isa() == SETS.index(request.param)
+def check_equal_to(other: str, inputs, options) -> list[torch.Tensor]:
+    """Check float64 results, gradients of thresholds included, and return them."""
+    results = call_and_gradients("cpu", inputs, options)
+    torch.testing.assert_close(results, call_and_gradients(other, inputs, options), rtol=1e-10, atol=1e-11)
+    return results
 
 
 @each_case
@@ -38,14 +30,7 @@ def test_every_instruction_set_equals_the_reference(instruction_set, case):
 
 @each_case
 def test_threshold_gradients_of_every_instruction_set(instruction_set, case):
-    inputs, options = make(case)
-    results = []
-    for impl in ("cpu", "reference"):
-        leaves = with_grad(inputs)
-        asa_attention(*leaves, **options, threshold_grad="straight_through", impl=impl).square().sum().backward()
-        results.append([x.grad for x in leaves if x is not None])
-    for ours, expected in zip(*results, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-11)
+    check_equal_to("reference", *make(case))
 
 
 @pytest.mark.parametrize("dim", [1, 3, 16, 77, 512])
@@ -53,16 +38,11 @@ def test_any_head_dim(instruction_set, dim):
     check_against_reference("cpu", *make(Case("dim", dim=dim, dim_v=dim + 1, grid=(11, 12)), torch.float32))
 
 
-@best_only
-@pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(named("plain", grid=(40, 47)), id="plain", marks=pytest.mark.slow),
-        pytest.param(named("mixed", grid=(40, 47), dim=64, batch=1, heads=1), id="mixed"),
-    ],
-)
-def test_lists_longer_than_a_stretch(instruction_set, case):
-    check_against_reference("cpu", *make(case, torch.float32))
+# It takes long: other sets than this machine's best with `make test-all`.
+@pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in SETS], indirect=True)
+@pytest.mark.parametrize("name,sizes", [slow("plain", {}), ("mixed", {"dim": 64, "batch": 1, "heads": 1})])
+def test_lists_longer_than_a_stretch(instruction_set, name, sizes):
+    check_against_reference("cpu", *make(named(name, grid=(40, 47), **sizes), torch.float32))
 
 
 def rows_of_any_density(n: int, dim: int, dtype: torch.dtype) -> tuple[list, dict]:
@@ -98,26 +78,19 @@ def test_lists_as_long_as_they_get(instruction_set):
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_threshold_gradients_beside_a_kth_largest_score_near_0(instruction_set, topk, reciprocal):
     query, key, value = torch.randn(3, 1, 1, 512, 64, dtype=torch.float64)
-    inputs = [query, key, value, 1 + torch.rand(1, 1, 512, dtype=torch.float64), None]
-    options = {"topk": topk, "reciprocal": reciprocal, "threshold_grad": "straight_through"}
-    gradients = []
-    for impl in ("cpu", "reference"):
-        leaves = with_grad(inputs)
-        asa_attention(*leaves, **options, impl=impl).square().sum().backward()
-        gradients.append(leaves[3].grad)
-    torch.testing.assert_close(*gradients, rtol=1e-10, atol=1e-11)
+    alpha = 1 + torch.rand(1, 1, 512, dtype=torch.float64)
+    check_equal_to("reference", [query, key, value, alpha, None], {"topk": topk, "reciprocal": reciprocal})
 
 
 def test_gradient_of_an_empty_row_among_dense_ones_goes_nowhere():
     query, key, value = torch.randn(3, 1, 1, 64, 16)
     alpha = torch.zeros(1, 1, 64).index_fill(2, torch.tensor([5]), torch.inf)
-    gradients = []
+    inputs, options = [query, key, value, alpha, None], {"reciprocal": False, "threshold_grad": None}
+    results = []
     for upstream in (1.0, torch.nan):
-        leaves = with_grad([query, key, value])
-        out = asa_attention(*leaves, alpha, reciprocal=False, impl="cpu")
-        out.backward(torch.ones_like(out).index_fill(2, torch.tensor([5]), upstream))
-        gradients.append([x.grad for x in leaves])
-    assert all(torch.equal(x, y) for x, y in zip(*gradients, strict=True))
+        grad_out = torch.ones_like(value).index_fill(2, torch.tensor([5]), upstream)
+        results.append(call_and_gradients("cpu", inputs, options, grad_out))
+    assert equal(*results)
 
 
 def test_a_nan_key_before_a_long_stretch_of_padding_is_seen():
@@ -130,25 +103,16 @@ def test_a_nan_key_before_a_long_stretch_of_padding_is_seen():
 
 
 def test_a_window_that_nobody_uses_costs_nothing():
-    inputs = with_grad([*torch.randn(3, 1, 1, 64, 16), torch.ones(1, 1, 64)])
-    out = asa_attention(*inputs, window=10**9 + 1, threshold_grad="straight_through", impl="cpu")
-    out.sum().backward()
+    inputs = [*torch.randn(3, 1, 1, 64, 16), torch.ones(1, 1, 64), None]
+    call_and_gradients("cpu", inputs, {"window": 10**9 + 1})
 
 
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_survivors_of_a_backward_in_more_than_one_slab(reciprocal):
     """The backward holds 64 MB of survivors at a time, 3.4 million in float64."""
     inputs, _ = rows_of_any_density(3000, 8, torch.float64)
-    options = {"reciprocal": reciprocal, "threshold_grad": "straight_through"}
-    gradients = []
-    for impl in ("cpu", "blocked"):
-        leaves = with_grad(inputs)
-        out, stats = asa_attention(*leaves, **options, impl=impl, return_stats=True)
-        out.square().sum().backward()
-        gradients.append([x.grad for x in leaves if x is not None])
-    assert reciprocal or stats.survivors.sum() > 3.5e6
-    for ours, expected in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, expected, rtol=1e-10, atol=1e-11)
+    _, _, _, counts, *_ = check_equal_to("blocked", inputs, {"reciprocal": reciprocal})
+    assert reciprocal or counts.sum() > 3.5e6
 
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
@@ -157,129 +121,23 @@ def test_unknown_instruction_set_is_refused(monkeypatch):
         torch.ops.asa_ops.cpu_isa()
 
 
-def test_bitwise_equal_over_thread_counts_on_a_large_map():
+def check_bitwise_equal_over_thread_counts(with_threads, inputs, options):
+    first, *others = with_threads(lambda: call_and_gradients("cpu", inputs, options), (1, 2, 3, 16))
+    assert all(equal(first, other) for other in others)
+
+
+def test_bitwise_equal_over_thread_counts_on_a_large_map(with_threads):
     """Here the number of threads also decides how many rows one of them takes at a time."""
-    check_bitwise_equal_over_thread_counts(*rows_of_any_density(4300, 16, torch.float32))
+    check_bitwise_equal_over_thread_counts(with_threads, *rows_of_any_density(4300, 16, torch.float32))
 
 
 @each_case
-def test_bitwise_equal_over_thread_counts(case):
-    check_bitwise_equal_over_thread_counts(*make(case, torch.float32))
-
-
-def check_bitwise_equal_over_thread_counts(inputs, options):
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 16):
-            torch.set_num_threads(count)
-            leaves = with_grad(inputs)
-            learn = {"threshold_grad": "straight_through"}
-            out, stats = asa_attention(*leaves, **options, **learn, impl="cpu", return_stats=True)
-            out.square().sum().backward()
-            results.append([out.detach(), *stats, *(x.grad for x in leaves if x is not None)])
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
-
-
-def kernel_call():
-    """Return a valid call of asa_cpu_fwd as a dict of its arguments."""
-    inputs, options = make(named("plain", grid=(4, 6), dim=16, dim_v=32), torch.float32)
-    inputs = Inputs(*inputs, None)
-    options = Options(options["grid"], 3, 0, True, 0.3)
-    saved = Saved.new(inputs, options, "cpu", keep_bits=True)
-    schema = torch.ops.asa_ops.asa_cpu_fwd.default._schema
-    values = [*cpu._prepare(inputs), options.numbers(), list(saved)]
-    return dict(zip([argument.name for argument in schema.arguments], values, strict=True))
-
-
-SAVED = {name: i for i, name in enumerate(Saved._fields)}
-OPTIONS = {"height": 0, "window": 2, "topk": 3, "reciprocal": 4, "band": 6}
-REFUSED = {
-    "dtype": ("query", lambda x: x.half(), "query must be float32 or float64"),
-    "other dtype": ("value", lambda x: x.double(), "value must be of the dtype expected"),
-    "rank": ("key", lambda x: x[0], r"must be \[B, heads, N, D\]"),
-    "rows": ("value", lambda x: x[:, :, :9].contiguous(), "value must be of the shape expected"),
-    "heads": ("key", lambda x: x[:, :1].contiguous(), "key must be of the shape expected"),
-    "strides": ("query", lambda x: x.mT.contiguous().mT, "query must be contiguous"),
-    "alpha": ("alpha", lambda x: x[..., :9].contiguous(), "alpha must be of the shape expected"),
-    "beta dtype": ("beta", lambda x: x.double(), "beta must be of the dtype expected"),
-    "options": ("options", lambda x: x[:6], "options must be height, width, window"),
-    "grid": ("height", lambda x: x + 1, r"height \* width must be N"),
-    "half a pixel": ("height", lambda x: x + 0.5, "height must be a whole number"),
-    "window": ("window", lambda x: 2, "window must be odd"),
-    "topk": ("topk", lambda x: 25, "topk must be between 0 and N_k"),
-    "negative topk": ("topk", lambda x: -1, "topk must be a whole number of at least 0"),
-    "reciprocal": ("reciprocal", lambda x: 0.5, "reciprocal must be 0 or 1"),
-    "band": ("band", lambda x: torch.nan, "band must be at least 0"),
-    "saved": ("saved", lambda x: x[:9], "saved must be the ten tensors"),
-    "out": ("out", lambda x: x[..., :2].contiguous(), "out must be of the shape expected"),
-    "survivors": ("survivors", lambda x: x.long(), "survivors must be of the dtype expected"),
-    "bits": ("bits", lambda x: x[..., :24].contiguous(), "bits must be of the shape expected"),
-    "local": ("local", lambda x: x[..., :4].contiguous(), "local must be of the shape expected"),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_entry_point_refuses(name):
-    argument, change, message = REFUSED[name]
-    call = kernel_call()
-    torch.ops.asa_ops.asa_cpu_fwd(**call)
-    given, key = call, argument
-    for part, places in (("saved", SAVED), ("options", OPTIONS)):
-        if argument in places:
-            given, key = call[part], places[argument]
-    given[key] = change(given[key])
-    with pytest.raises(RuntimeError, match=message):
-        torch.ops.asa_ops.asa_cpu_fwd(**call)
-
-
-def test_backward_and_neighbors_refuse_numbers_that_do_not_fit():
-    """They say where survivors are written, so wrong ones would write out of bounds."""
-    call = kernel_call()
-    torch.ops.asa_ops.asa_cpu_fwd(**call)
-    given = [value for name, value in call.items() if name not in ("not_finite", "saved")]
-    saved = Saved(*call["saved"])
-    offsets = torch.nn.functional.pad(saved.survivors.flatten().long().cumsum(0), (1, 0))
-    columns = torch.empty(int(offsets[-1]), dtype=torch.int32)
-    gradients = [torch.empty_like(x) for x in given[:3]]
-
-    def neighbors(offsets, saved=saved):
-        torch.ops.asa_ops.asa_cpu_neighbors(*given, list(saved), offsets, columns)
-
-    def backward(survivors):
-        kept = list(saved._replace(survivors=survivors))
-        torch.ops.asa_ops.asa_cpu_bwd(torch.ones_like(saved.out), *given, kept, *gradients, None, None)
-
-    neighbors(offsets)
-    backward(saved.survivors)
-    with pytest.raises(RuntimeError, match="bits must be those of a forward pass that kept them"):
-        neighbors(offsets, saved._replace(bits=saved.bits[..., :0]))
-    with pytest.raises(RuntimeError, match="numbers of survivors"):
-        neighbors(torch.cat([offsets[:1], offsets[1:-1] + 1, offsets[-1:]]))
-    with pytest.raises(RuntimeError, match="numbers of survivors"):
-        backward(saved.survivors + 1)
-    with pytest.raises(RuntimeError, match="row_offsets must be ascending from 0"):
-        neighbors(torch.cat([offsets[:1], -offsets[1:-1], offsets[-1:]]))
-    with pytest.raises(RuntimeError, match="survivors must be between 0 and N_k"):
-        backward(saved.survivors - 100)
-    with pytest.raises(RuntimeError, match="survivors must be of the shape expected"):
-        backward(saved.survivors[:1].contiguous())
-    with pytest.raises(RuntimeError, match="dalpha and dbeta must be given with alpha and beta only"):
-        torch.ops.asa_ops.asa_cpu_bwd(
-            torch.ones_like(saved.out), *given[:3], None, *given[4:], list(saved), *gradients, given[3].clone(), None
-        )
-    with pytest.raises(RuntimeError, match="band must be positive where a threshold learns"):
-        torch.ops.asa_ops.asa_cpu_bwd(
-            torch.ones_like(saved.out), *given, list(saved), *gradients, given[3].clone(), None
-        )
+def test_bitwise_equal_over_thread_counts(with_threads, case):
+    check_bitwise_equal_over_thread_counts(with_threads, *make(case, torch.float32))
 
 
 def test_auto_prefers_it():
     (query, *_), _ = make(named("plain"), torch.bfloat16)
-    import asa_ops
-
     assert asa_ops.explain(query).splitlines()[0].endswith(": cpu")
 
 

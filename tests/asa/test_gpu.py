@@ -4,8 +4,8 @@ bfloat16 and TF32, every row of the table of configurations against float64, siz
 and of a grid's second axis, memory, bitwise repeats, CUDA graphs, streams, host synchronisation.
 """
 
+import functools
 import math
-import os
 from dataclasses import replace
 from unittest import mock
 
@@ -18,6 +18,9 @@ from compare import (
     check_against_reference,
     check_errors,
     check_threshold_gradients,
+    equal,
+    exact_results,
+    exact_scores,
     survivors,
     uncertain_pairs,
 )
@@ -29,9 +32,6 @@ from asa_ops.asa import reference
 from asa_ops.core import devices, triton_launch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
-# The fixtures ask torch for deterministic algorithms, and cuBLAS has them only with this, read at its first call.
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-
 DEVICE = "cuda"
 # More heads: the error rule compares maxima, which should be taken over many numbers, hundreds of rows at least.
 LEARNING = [
@@ -39,8 +39,6 @@ LEARNING = [
     for case in CASES
     if case.batch and (case.alpha or case.beta)
 ]
-DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-each_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
 @pytest.fixture(params=["triton", "cuda"])
@@ -63,8 +61,7 @@ def in_gaps(inputs, options):
     No pair is then near its threshold, so that survivors are the same in every precision of the products.
     """
     query, key, value, alpha, beta = inputs
-    real_q, real_k = reference.real_positions(query, key, options.get("key_padding_mask"))
-    s = reference.scores(query.double(), key.double(), options.get("scale"), real_q, real_k)
+    s, (_, real_k) = exact_scores(inputs, options)
     if alpha is not None:
         alpha = _in_gaps(s, alpha, s.isfinite())
     if beta is not None:
@@ -155,23 +152,16 @@ def test_configuration_tf32(dim, variant, tf32):
     expected, uncertain = uncertain_pairs(inputs, options, TF32_EPS / (4 * inputs[0].shape[-1] ** 0.5))
     assert torch.equal(kept[~uncertain], expected[~uncertain])
     assert (~uncertain).double().mean() > 0.8
-    real = reference.real_positions(*inputs[:2], None)
     leaves = with_grad(inputs[:3])
     grad_out = torch.randn(*leaves[0].shape[:3], leaves[2].shape[3]).to(DEVICE)
-
-    def exact():
-        q, k, v = (x.detach().double().requires_grad_() for x in leaves)
-        out, _ = reference.attend(reference.scores(q, k, options.get("scale"), *real), v, kept)
-        return out.detach(), *torch.autograd.grad(out, (q, k, v), grad_out.double())
-
     torch.set_float32_matmul_precision("high")
     out = attend("triton", *leaves, *inputs[3:], **options)
     ours = out, *torch.autograd.grad(out, leaves, grad_out)
-    check_errors(NAMES, ours, exact, torch.float16)  # which rounds to the 11 bits of TF32
+    exact = functools.partial(exact_results, inputs, options, kept, grad_out)
+    check_errors(NAMES, ours, lambda: exact()[: len(ours)], torch.float16)  # which rounds to the 11 bits of TF32
     if variant != "dense":
-        leaves = with_grad(inputs)
-        attend("triton", *leaves, **options, threshold_grad="straight_through").square().sum().backward()
-        assert all(x.grad.isfinite().all() and x.grad.any() for x in leaves)
+        gradients = call_and_gradients("triton", inputs, options)[4:]
+        assert all(x.isfinite().all() and x.any() for x in gradients)
 
 
 # Large sizes.
@@ -242,9 +232,7 @@ def test_more_heads_than_a_grid_axis_takes(impl):
     case = Case("heads", grid=(4, 4), batch=2, heads=35_000, dim=16, dim_v=16)
     inputs, options = make(case, torch.bfloat16, device=DEVICE)
     check_against_reference(impl, inputs, options)
-    leaves = with_grad(inputs)
-    attend(impl, *leaves, **options, threshold_grad="straight_through").square().sum().backward()
-    assert all(x.grad.isfinite().all() for x in leaves)
+    assert all(x.isfinite().all() for x in call_and_gradients(impl, inputs, options)[4:])
 
 
 # Memory.
@@ -313,10 +301,8 @@ def test_memory_quadratic_in_n_is_bits_and_maxima(mode):
 # Repeats, graphs, streams.
 
 
-def moderate(grid=(33, 31), heads=2, dim=64, batch=1, dtype=torch.bfloat16, **changes):
-    return make(
-        Case("moderate", grid=grid, batch=batch, heads=heads, dim=dim, dim_v=dim, **changes), dtype, device=DEVICE
-    )
+def moderate(grid=(33, 31), heads=2, dim=64, dtype=torch.bfloat16):
+    return make(Case("moderate", grid=grid, batch=1, heads=heads, dim=dim, dim_v=dim), dtype, device=DEVICE)
 
 
 def differences(first, again):
@@ -328,8 +314,7 @@ def differences(first, again):
 @pytest.mark.parametrize(("grid", "heads", "dim", "times"), [((33, 31), 2, 64, 1000), ((64, 64), 1, 256, 200)])
 def test_repeats_bitwise_beside_other_work(impl, grid, heads, dim, times, busy):
     inputs, options = moderate(grid, heads, dim)
-    leaves = with_grad(inputs)
-    first = call_and_gradients(impl, leaves, options, torch.ones_like(leaves[2]))
+    first = call_and_gradients(impl, inputs, options, torch.ones_like(inputs[2]))
     other = torch.cuda.Stream()
     a = torch.randn(2048, 2048, device=DEVICE, dtype=torch.bfloat16)
     count = torch.zeros((), dtype=torch.long, device=DEVICE)
@@ -339,7 +324,7 @@ def test_repeats_bitwise_beside_other_work(impl, grid, heads, dim, times, busy):
             with torch.cuda.stream(other):
                 for _ in range(1 + i % 3):
                     torch.mm(a, a)
-        count += differences(first, call_and_gradients(impl, leaves, options, torch.ones_like(leaves[2])))
+        count += differences(first, call_and_gradients(impl, inputs, options, torch.ones_like(inputs[2])))
     torch.cuda.synchronize()
     assert count.item() == 0
 
@@ -356,18 +341,14 @@ def test_cuda_graph_replays_with_changed_inputs(impl, name, backward):
         case = named(name, **changes)
         if case.alpha is not None:
             case = named(name, **changes, alpha=THRESHOLDS[seed % 4], beta=THRESHOLDS[seed % 3])
-        inputs, options = make(case, torch.bfloat16, seed, DEVICE)
-        return [x for x in inputs if x is not None], options
+        return make(case, torch.bfloat16, seed, DEVICE)
 
-    values, options = fresh(0)
-    static = with_grad(values) if backward else [x.clone() for x in values]
-    thresholds = [None] * (5 - len(static))
+    static, options = fresh(0)
 
-    def run(leaves):
-        if backward and len(leaves) == 5:
-            return call_and_gradients(impl, leaves, options, torch.ones_like(leaves[2]))
-        out = attend(impl, *leaves, *thresholds, **options)
-        return [out, *torch.autograd.grad(out, leaves, torch.ones_like(out))] if backward else [out]
+    def run(inputs):
+        if backward:
+            return call_and_gradients(impl, inputs, options, torch.ones_like(inputs[2]))
+        return [attend(impl, *inputs, **options)]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -381,14 +362,12 @@ def test_cuda_graph_replays_with_changed_inputs(impl, name, backward):
         values, fresh_options = fresh(seed)
         if "key_padding_mask" in options:
             options["key_padding_mask"].copy_(fresh_options["key_padding_mask"])
-        with torch.no_grad():
-            for x, y in zip(static, values, strict=True):
+        for x, y in zip(static, values, strict=True):
+            if x is not None:
                 x.copy_(y)
         graph.replay()
         torch.cuda.synchronize()
-        expected = run(with_grad(values) if backward else values)
-        for x, y in zip(captured, expected, strict=True):
-            assert torch.equal(x, y), f"replay {seed}"
+        assert equal(captured, run(values)), f"replay {seed}"
 
 
 def test_runs_on_the_current_stream(impl):
@@ -410,18 +389,10 @@ def test_runs_on_the_current_stream(impl):
 def test_never_waits_for_the_device(impl, name):
     """Forward, statistics and backward enqueue work and return."""
     inputs, options = make(named(name), torch.bfloat16, device=DEVICE)
-    given = [i for i, x in enumerate(inputs) if x is not None]
-
-    def run():
-        leaves = with_grad(inputs)
-        learn = {"threshold_grad": "straight_through"}
-        out, _ = attend(impl, *leaves, **options, **learn, return_stats=True)
-        return torch.autograd.grad(out, [leaves[i] for i in given], torch.ones_like(out))
-
-    run()  # compiles
+    call_and_gradients(impl, inputs, options)  # compiles
     torch.cuda.set_sync_debug_mode("error")
     try:
-        run()
+        call_and_gradients(impl, inputs, options)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -450,7 +421,7 @@ def test_what_it_cannot_run_is_named(impl):
 
 def test_misaligned_views_give_the_same(impl):
     """Tensors that start between multiples of 16 bytes, which kernels compiled for aligned pointers may not read."""
-    inputs, options = moderate(dtype=torch.bfloat16)
+    inputs, options = moderate()
     expected = attend(impl, *inputs, **options)
 
     def shifted(x):
@@ -476,8 +447,7 @@ def test_compiles_without_a_graph_break(impl):
         loss = run(*leaves)
         loss.backward()
         results.append([loss.detach(), *(x.grad for x in leaves)])
-    for x, y in zip(*results, strict=True):
-        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(*results)
 
 
 def test_autocast_casts_tokens_and_keeps_thresholds(impl):

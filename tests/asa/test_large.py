@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from implementations import slow
 
 PROGRAM = """
 import pathlib, sys, torch
@@ -37,12 +38,12 @@ def extra_memory(n: int, direction: str, impl: str) -> int:
 @pytest.mark.parametrize(
     ("impl", "direction", "blocks"),
     [
-        pytest.param("cpu", "forward", 50e6, marks=pytest.mark.slow),  # and the backward has one before it
+        slow("cpu", "forward", 50e6),  # and the backward has one before it
         ("cpu", "backward", 80e6),
         ("cpu", "learning", 120e6),
-        pytest.param("blocked", "forward", 50e6, marks=pytest.mark.slow),
-        pytest.param("blocked", "backward", 80e6, marks=pytest.mark.slow),
-        pytest.param("blocked", "learning", 120e6, marks=pytest.mark.slow),
+        slow("blocked", "forward", 50e6),
+        slow("blocked", "backward", 80e6),
+        slow("blocked", "learning", 120e6),
     ],
 )
 def test_memory_at_9216(impl, direction, blocks):

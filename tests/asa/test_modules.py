@@ -16,18 +16,11 @@ def attending(**options) -> AdaptiveSparseAttention:
     return block
 
 
-def test_initialisation_is_the_published_one():
-    torch.manual_seed(0)
+def test_initialisation_of_thresholds():
     block = AdaptiveSparseAttention(256)
-    for conv in (block.query, block.key, block.value):
-        assert abs(conv.weight.std().item() - 0.01) < 2e-4 and (conv.bias == 0).all()
-    assert (block.proj.weight == 0).all() and (block.proj.bias == 0).all()
     bound = (256 * 9) ** -0.5
     for conv in (block.alpha, block.beta):
         assert 0.95 * bound < conv.weight.abs().max() <= bound and conv.bias.abs().max() <= bound
-    block = AdaptiveSparseAttention(16, norm="batch")
-    assert block.proj.bias is None and (block.norm.weight == 0).all() and (block.norm.bias == 0).all()
-    assert (block.proj.weight != 0).any()
 
 
 @pytest.mark.parametrize("activation", ["relu", "softplus"])
@@ -59,10 +52,10 @@ def test_tokens_are_arguments_for_the_functional_op():
 
 def test_without_the_local_block():
     block = attending(local=False)
-    assert "beta.weight" not in block.state_dict() and block.tokens(torch.randn(1, 16, 4, 4))["beta"] is None
     torch.nn.init.constant_(block.alpha.bias, 1.0)
     x = torch.randn(2, 16, 6, 7)
     tokens = block.tokens(x)
+    assert "beta.weight" not in block.state_dict() and tokens["beta"] is None
     _, alone = asa_attention(**tokens, return_stats=True)
     with_local = tokens | {"beta": torch.ones_like(tokens["alpha"])}
     _, both = asa_attention(**with_local, return_stats=True)

@@ -6,26 +6,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make, named, with_grad
-from implementations import KERNELS, each_fast, each_kernel
+from cases import make, named, op_arguments, with_grad
+from compare import STRAIGHT_THROUGH, count_flops, equal
+from implementations import KERNELS, each_fast, each_kernel, slow
 from torch.autograd import forward_ad
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._pytree import tree_map
 
 from asa_ops import asa_attention, nn, reciprocal_neighbors
 from asa_ops.asa import ops
 from asa_ops.asa.types import Saved
 
-LEARN = {"threshold_grad": "straight_through"}
 pytestmark = pytest.mark.usefixtures("emulation")
 EVERY_IMPL = ["reference", *KERNELS]
 BFLOAT16 = [impl for impl in EVERY_IMPL if impl != "triton"]  # which Triton's interpreter gets wrong
 CONTRACT_CASES = ("plain", "padding", "topk", "one_way", "dense", "more_keys", "alpha_only")
 each_contract_case = pytest.mark.parametrize(  # the first two have every kind of argument
-    "case",
-    [
-        pytest.param(named(name), id=name, marks=[pytest.mark.slow] if i > 1 else [])
-        for i, name in enumerate(CONTRACT_CASES)
-    ],
+    "case", [slow(named(name), id=name, when=i > 1) for i, name in enumerate(CONTRACT_CASES)]
 )
 
 
@@ -36,51 +32,37 @@ def smaller(impl, case):
     return replace(case, grid=(3, 2), batch=1, heads=1) if impl == "triton" else case
 
 
-def op_arguments(inputs, options, keep_bits=True, impl="blocked"):
-    height, width = options.get("grid", (0, 0))
-    rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True), 0.3
-    return *inputs, options.get("key_padding_mask"), height, width, *rest, True, 2.0, keep_bits, impl
-
-
-def forms():
-    """Forms of the inputs; what the op is told about them does not depend on the implementation, so others are slow."""
-    names = ("contiguous", "permuted", "requires_grad", "no_bits")
-    rows = [
-        pytest.param(impl, form, marks=[] if impl == "blocked" or form == "contiguous" else [pytest.mark.slow])
-        for impl in KERNELS
-        for form in names
-    ]
-    return pytest.mark.parametrize("impl,form", rows)
-
-
 @each_contract_case
-@forms()
+@pytest.mark.parametrize(
+    "impl,form",  # what the op is told about a form does not depend on the implementation, so others are slow
+    [
+        slow(impl, form, when=impl != "blocked" and form != "contiguous")
+        for impl in KERNELS
+        for form in ("contiguous", "permuted", "requires_grad", "no_bits")
+    ],
+)
 def test_opcheck_forward(case, impl, form):
     inputs, options = make(smaller(impl, case), torch.float32)
     if form == "permuted":
         inputs = [x if x is None else x.mT.contiguous().mT for x in inputs]
     if form == "requires_grad":
         inputs = with_grad(inputs)
-    torch.library.opcheck(ops.asa_fwd, op_arguments(inputs, options, keep_bits=form != "no_bits", impl=impl))
+    torch.library.opcheck(ops.asa_fwd, op_arguments(inputs, options, impl, keep_bits=form != "no_bits"))
 
 
 @each_contract_case
 @each_kernel
 def test_opcheck_backward(case, impl):
     inputs, options = make(smaller(impl, case), torch.float32)
-    args = op_arguments(inputs, options, impl=impl)
-    saved = ops.asa_fwd(*args)
-    *_, height, width, window, topk, reciprocal, scale, learn, band, _, impl = args
-    options = height, width, window, topk, reciprocal, scale, learn, band, impl
-    torch.library.opcheck(ops.asa_bwd, (torch.randn_like(saved[0]), *args[:6], *saved, *options))
+    *args, keep_bits, impl = op_arguments(inputs, options, impl)
+    saved = ops.asa_fwd(*args, keep_bits, impl)
+    torch.library.opcheck(ops.asa_bwd, (torch.randn_like(saved[0]), *args[:6], *saved, *args[6:], impl))
 
 
 @each_kernel
 def test_opcheck_neighbors(impl):
-    (query, key, _, alpha, beta), options = make(smaller(impl, named("plain")), torch.float32)
-    *_, height, width, window, topk, reciprocal, scale, _, _, _, impl = op_arguments([], options, impl=impl)
-    args = query, key, alpha, beta, None, height, width, window, topk, reciprocal, scale, impl
-    torch.library.opcheck(ops.asa_neighbors, args)
+    query, key, _, *rest, _, _, _, impl = op_arguments(*make(smaller(impl, named("plain")), torch.float32), impl)
+    torch.library.opcheck(ops.asa_neighbors, (query, key, *rest, impl))
 
 
 def loss_and_grads(function, inputs):
@@ -90,13 +72,13 @@ def loss_and_grads(function, inputs):
     return [out.detach(), *grads]
 
 
-@pytest.mark.parametrize("impl", [*EVERY_IMPL[:4], *(pytest.param(x, marks=pytest.mark.slow) for x in EVERY_IMPL[4:])])
+@pytest.mark.parametrize("impl", [*EVERY_IMPL[:4], *map(slow, EVERY_IMPL[4:])])
 def test_compiles_where_no_gradient_is_needed(impl):
     torch._dynamo.reset()
     inputs, options = make(named("plain", batch=1, heads=1), torch.float32)
 
     def function(*inputs):
-        return asa_attention(*inputs, **options, **LEARN, impl=impl)
+        return asa_attention(*inputs, **options, **STRAIGHT_THROUGH, impl=impl)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(*inputs), function(*inputs))
@@ -109,12 +91,11 @@ def test_compiles_where_query_is_key_and_alpha_is_beta():
     (query, _, value, alpha, _), options = make(named("plain"), torch.float32)
 
     def function(query, value, alpha):
-        return asa_attention(query, query, value, alpha, alpha, **options, **LEARN)
+        return asa_attention(query, query, value, alpha, alpha, **options, **STRAIGHT_THROUGH)
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     inputs = [query, value, alpha]
-    for x, y in zip(loss_and_grads(compiled, inputs), loss_and_grads(function, inputs), strict=True):
-        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(loss_and_grads(compiled, inputs), loss_and_grads(function, inputs))
 
 
 @each_fast
@@ -130,8 +111,7 @@ def test_neighbors_compile_and_export(impl):
     exported = torch.export.export(Find(), tuple(inputs)).module()
     for tensors in (inputs, others):
         expected = Find()(*tensors)
-        for graph in (compiled(*tensors), exported(*tensors)):
-            assert all(torch.equal(x, y) for x, y in zip(graph, expected, strict=True))
+        assert equal(compiled(*tensors), expected) and equal(exported(*tensors), expected)
 
 
 PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
@@ -150,8 +130,7 @@ def test_module_compiles_with_inductor():
         out = function(x)
         out.square().sum().backward()
         results.append([out.detach(), *(p.grad.clone() for p in block.parameters())])
-    for a, b in zip(*results, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("impl", ["blocked", "reference"])
@@ -163,7 +142,7 @@ def test_autocast_casts_tokens_but_not_thresholds(impl, compiled):
     inputs[3:] = [1 + torch.rand_like(x) * 1e-3 for x in inputs[3:]]
 
     def function(*inputs):
-        return asa_attention(*inputs, **options, **LEARN, impl=impl)
+        return asa_attention(*inputs, **options, **STRAIGHT_THROUGH, impl=impl)
 
     low = [x.bfloat16() for x in inputs[:3]]
     expected = loss_and_grads(function, [*low, *inputs[3:]])
@@ -176,8 +155,7 @@ def test_autocast_casts_tokens_but_not_thresholds(impl, compiled):
     results = loss_and_grads(run, inputs)
     assert results[0].dtype == torch.bfloat16
     assert all(x.dtype == torch.float32 for x in results[1:])
-    for x, y in zip(results, expected, strict=True):
-        assert torch.equal(x, y.to(x.dtype))
+    assert equal(results, [y.to(x.dtype) for x, y in zip(results, expected, strict=True)])
 
 
 @pytest.mark.parametrize("impl", BFLOAT16)
@@ -205,32 +183,29 @@ def test_raw_op_ignores_autocast():
     expected = ops.asa_fwd(*args)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = ops.asa_fwd(*args)
-    for x, y in zip(results, expected, strict=True):
-        assert torch.equal(x, y)
+    assert equal(results, expected)
 
 
 @each_contract_case
 def test_meta_tensors_have_the_real_shapes(case):
     inputs, options = make(case, torch.bfloat16)
     out, stats = asa_attention(*inputs, **options, return_stats=True)
-    meta = {k: v.to("meta") if isinstance(v, torch.Tensor) else v for k, v in options.items()}
-    meta_inputs = [x if x is None else x.to("meta") for x in inputs]
-    meta_out, meta_stats = asa_attention(*meta_inputs, **meta, return_stats=True)
+    inputs, options = tree_map(lambda x: x.to("meta") if isinstance(x, torch.Tensor) else x, (inputs, options))
+    meta_out, meta_stats = asa_attention(*inputs, **options, return_stats=True)
     for x, y in zip((out, *stats), (meta_out, *meta_stats), strict=True):
         assert x.shape == y.shape and x.dtype == y.dtype and x.stride() == y.stride()
 
 
-@pytest.mark.parametrize("impl", [*KERNELS[:3], *(pytest.param(x, marks=pytest.mark.slow) for x in KERNELS[3:])])
+@pytest.mark.parametrize("impl", [*KERNELS[:3], *map(slow, KERNELS[3:])])
 def test_jacobian_of_one_image(impl):
     """vmap over the gradient alone: what the forward saved is expanded, and must not be read as if it were not."""
-    (query, key, value, alpha, _), _ = make(
-        named("plain", grid=(2, 2), batch=1, heads=2, dim=3, dim_v=2), torch.float32
-    )
-    jacobians = [
-        torch.func.jacrev(lambda q: asa_attention(q, key, value, alpha, impl=name))(query)  # noqa: B023
-        for name in (impl, "reference")
-    ]
-    torch.testing.assert_close(*jacobians, rtol=1e-4, atol=1e-5)
+    case = named("plain", grid=(2, 2), batch=1, dim=3, dim_v=2)
+    (query, key, value, alpha, _), _ = make(case, torch.float32)
+
+    def jacobian(impl):
+        return torch.func.jacrev(lambda q: asa_attention(q, key, value, alpha, impl=impl))(query)
+
+    torch.testing.assert_close(jacobian(impl), jacobian("reference"), rtol=1e-4, atol=1e-5)
 
 
 def test_vmap_over_nothing():
@@ -242,31 +217,29 @@ def test_vmap_over_nothing():
 def test_vmap_over_thresholds_alone():
     inputs, options = make(named("plain"))
     alphas = torch.stack([inputs[3], inputs[3] * 2])
-    out = torch.func.vmap(lambda a: asa_attention(*inputs[:3], a, inputs[4], **options))(alphas)
-    for x, a in zip(out, alphas, strict=True):
-        torch.testing.assert_close(x, asa_attention(*inputs[:3], a, inputs[4], **options))
+
+    def attend(alpha):
+        return asa_attention(*inputs[:3], alpha, inputs[4], **options)
+
+    torch.testing.assert_close(torch.func.vmap(attend)(alphas), torch.stack([attend(alpha) for alpha in alphas]))
 
 
 @pytest.mark.parametrize("impl", EVERY_IMPL)
 def test_threshold_gradients_have_no_silent_second_derivative(impl):
     inputs, options = make(named("plain", batch=1, heads=1), torch.float32)
     inputs = with_grad(inputs)
-    out = asa_attention(*inputs, **options, **LEARN, impl=impl)
+    out = asa_attention(*inputs, **options, **STRAIGHT_THROUGH, impl=impl)
     grads = torch.autograd.grad(out.sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="no double backward"):
         sum(g.sum() for g in grads).backward()
 
 
 def test_backward_without_kept_bits_says_so():
-    inputs, options = make(named("plain"))
-    query, *rest = inputs
-    out, *_ = ops.asa_fwd(*op_arguments([query.requires_grad_(), *rest], options, keep_bits=False))
-    with pytest.raises(RuntimeError, match="keep_bits=False"):
-        out.sum().backward()
-    for impl in {"triton", "cuda"} & set(KERNELS):  # they keep more than bits, of dense attention too
-        inputs, _ = make(named("dense", grid=(2, 2)), torch.float32)
-        inputs[0].requires_grad_()
-        out, *_ = ops.asa_fwd(*op_arguments(inputs, {}, keep_bits=False, impl=impl))
+    calls = [("blocked", named("plain"))]  # Triton and CUDA keep more than bits, of dense attention too
+    calls += [(impl, named("dense", grid=(2, 2))) for impl in ("triton", "cuda") if impl in KERNELS]
+    for impl, case in calls:
+        inputs, options = make(case, torch.float32)
+        out, *_ = ops.asa_fwd(*op_arguments(with_grad(inputs), options, impl, keep_bits=False))
         with pytest.raises(RuntimeError, match="keep_bits=False"):
             out.sum().backward()
 
@@ -298,29 +271,19 @@ def test_only_out_requires_grad():
 def test_inference_keeps_no_bits():
     inputs, options = make(named("plain"), torch.float32)
     sizes = {"blocked": 8, "triton": 1280, "cuda": 640}
-    for impl, columns in ((name, sizes[name]) for name in KERNELS if name in sizes):
-        saved = Saved(*ops.asa_fwd(*op_arguments(inputs, options, keep_bits=False, impl=impl)))
-        assert (
-            saved.bits.shape[-1] == saved.residual.shape[-1] == saved.base2.shape[-1] == 0
-            and saved.local.shape[-1] == 9
-        )
-        assert Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl=impl))).bits.shape[-1] == columns
+    for impl in set(KERNELS) & set(sizes):
+        saved = Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl, keep_bits=False)))
+        assert [x.shape[-1] for x in (saved.bits, saved.residual, saved.base2, saved.local)] == [0, 0, 0, 9]
+        assert Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl))).bits.shape[-1] == sizes[impl]
 
 
 def test_flops_are_those_of_dense_attention():
     (query, key, value, *_), _ = make(named("dense", grid=(8, 8), dim=16, dim_v=16, batch=1, heads=1))
     query, key, value = with_grad([query, key, value])
-    with FlopCounterMode(display=False) as forward:
-        out = asa_attention(query, key, value)
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    with FlopCounterMode(display=False) as neighbors:
-        reciprocal_neighbors(query, key)
-    with FlopCounterMode(display=False) as reference:
-        asa_attention(query, key, value, impl="reference")
-    assert forward.get_total_flops() == 4 * 64**2 * 16
-    assert backward.get_total_flops() == 10 * 64**2 * 16
-    assert neighbors.get_total_flops() == 2 * 64**2 * 16
+    out = asa_attention(query, key, value)
+    assert count_flops(lambda: asa_attention(query, key, value)) == 4 * 64**2 * 16
+    assert count_flops(out.sum().backward) == 10 * 64**2 * 16
+    assert count_flops(lambda: reciprocal_neighbors(query, key)) == 2 * 64**2 * 16
     assert ops.flops(query.shape, key.shape, value.shape, pairs=100) == 2 * 64**2 * 16 + 2 * 100 * 16
     # The reference counts its products, and one [N, N] x [N, 1] for values that are not finite.
-    assert reference.get_total_flops() == 4 * 64**2 * 16 + 2 * 64**2
+    assert count_flops(lambda: asa_attention(query, key, value, impl="reference")) == 4 * 64**2 * 16 + 2 * 64**2

@@ -7,13 +7,14 @@ may be kept by one step and dropped by another.
 """
 
 import contextlib
+import functools
 import os
 
 import pytest
 import torch
 from cases import Case, make, named, with_grad
-from compare import check_against_reference, check_threshold_gradients, survivors
-from implementations import everywhere
+from compare import call_and_gradients, check_against_reference, check_threshold_gradients, exact_scores, survivors
+from implementations import everywhere, slow
 
 from asa_ops import asa_attention, criss_cross_attention
 from asa_ops.asa import reference
@@ -24,9 +25,7 @@ FORMED = 3  # times that a score is formed, each time off by as much: statistics
 pytestmark = pytest.mark.usefixtures("emulation")
 
 
-def each(name: str, values: list, quick: tuple):
-    """Parametrize ``impl`` and another argument; the interpreter is slow: in `make test` it runs ``quick`` only."""
-    return everywhere(name, values, quick, others=())
+each = functools.partial(everywhere, others=())
 
 
 @contextlib.contextmanager
@@ -77,6 +76,11 @@ def large(size, thresholds, dtype=torch.float32):
     return [query * size, key, value, alpha, beta], options
 
 
+def check_within(out, value, dims):
+    low, high = value.amin(dims, keepdim=True), value.amax(dims, keepdim=True)
+    assert ((out >= low - 1e-5) & (out <= high + 1e-5)).all()
+
+
 def check_weights(weights, size):
     """What a gradient of 1 gives back to the values: weights of a row sum to 1, as far as its last bits allow."""
     assert ((weights - 1).abs() < (1e-3 if size < 1e3 else 0.5)).all(), weights
@@ -87,17 +91,14 @@ def check_weights(weights, size):
 def test_scores_of_any_size_leave_no_row_empty(impl, thresholds, size):
     """The largest score of a row exceeds alpha times the mean for alpha < 1."""
     inputs, options = large(size, thresholds)
-    leaves = with_grad(inputs)
-    learn = {"threshold_grad": "straight_through"}
     with perturbed():
-        out, stats = asa_attention(*leaves, **options, **learn, impl=impl, return_stats=True)
-        grads = torch.autograd.grad(out.sum(), [x for x in leaves if x is not None])
+        results = call_and_gradients(impl, inputs, options, torch.ones_like(inputs[2]))
         kept = survivors(impl, inputs, options)  # checks the form of the graph
-    assert (stats.survivors > 0).all() and kept.any(-1).all()
-    assert all(x.isfinite().all() for x in (out, stats.lse, stats.lse_kept, *grads))
-    check_weights(grads[2].mean((2, 3)), size)
-    low, high = inputs[2].amin(2, keepdim=True), inputs[2].amax(2, keepdim=True)
-    assert ((out >= low - 1e-5) & (out <= high + 1e-5)).all()
+    assert all(x.isfinite().all() for x in results)
+    out, _, _, counts, _, _, dv, *_ = results
+    assert (counts > 0).all() and kept.any(-1).all()
+    check_weights(dv.mean((2, 3)), size)
+    check_within(out, inputs[2], 2)
 
 
 @each("thresholds", list(THRESHOLDS), quick=("alpha", "beta", "topk"))
@@ -105,7 +106,7 @@ def test_scores_of_any_size_leave_no_row_empty(impl, thresholds, size):
 def test_a_single_survivor_holds_all_the_weight(impl, thresholds, dtype):
     """Scores so large that one is all of its row, by more than rounding: so it is in output and gradient."""
     inputs, options = large(2.0**10, thresholds, dtype)
-    s = reference.scores(*(x.double() for x in inputs[:2]), None, *reference.real_positions(*inputs[:2], None))
+    s, _ = exact_scores(inputs, options)
     if inputs[4] is not None:
         s = s.masked_fill(~reference.in_window(options["grid"], options.get("window", 3), s.device), -torch.inf)
     (first, second), at = s.topk(2).values.unbind(-1), s.argmax(-1)
@@ -136,7 +137,7 @@ def test_equal_scores_are_all_kept(impl, k):
 
 
 @pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
-@pytest.mark.parametrize("size", [pytest.param(x, marks=pytest.mark.slow) for x in (1.0, 1e5, 1e25)] + [1e9])
+@pytest.mark.parametrize("size", [*map(slow, (1.0, 1e5, 1e25)), 1e9])
 def test_criss_cross_attention(size):
     query, key, value = torch.randn(3, 2, 8, 5, 7)
     leaves = [x.requires_grad_() for x in (query * size, key, value)]
@@ -144,6 +145,5 @@ def test_criss_cross_attention(size):
         out = criss_cross_attention(*leaves, impl="triton")
         grads = torch.autograd.grad(out.sum(), leaves)
     assert out.isfinite().all() and all(x.isfinite().all() for x in grads)
-    low, high = value.amin((2, 3), keepdim=True), value.amax((2, 3), keepdim=True)
-    assert ((out >= low - 1e-5) & (out <= high + 1e-5)).all()
+    check_within(out, value, (2, 3))
     check_weights(grads[2].mean((1, 2, 3)), size)

@@ -1,6 +1,8 @@
 """What the GPU suite makes of tests, logs and measurements. Needs no GPU."""
 
+import contextlib
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -95,30 +97,29 @@ def test_both_tools_of_the_sanitizer_run(monkeypatch, tmp_path):
 
 
 def test_a_share_is_every_nth_chosen_test_and_outcomes_are_told_as_they_come(tmp_path):
-    (tmp_path / "test_file.py").write_text(
-        "import pytest\n"
-        "def test_other():\n    pass\n"
-        "@pytest.mark.parametrize('i', range(5))\n"
-        "def test_some(i):\n    assert i != 3, 'three'\n"
-    )
+    lines = "import pytest", "def test_other(): pass", "@pytest.mark.parametrize('i', range(5))"
+    (tmp_path / "test_file.py").write_text("\n".join([*lines, "def test_some(i): assert i != 3, 'three'"]))
     command = [sys.executable, "-m", "pytest", "-p", "bench.shard", "-k", "test_some", "--shard=1/2", "--outcomes=told"]
     subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(measure.ROOT)}, capture_output=True)
     selected, *events = map(json.loads, (tmp_path / "told").read_text().splitlines())
     assert [test.split("[")[1] for test in selected["tests"]] == ["1]", "3]"]
-    assert [event["event"] for event in events] == ["started", "outcome"] * 2
-    assert [event["test"] for event in events[::2]] == [event["test"] for event in events[1::2]] == selected["tests"]
-    assert [event["outcome"] for event in events[1::2]] == ["passed", "failed"] and "three" in events[-1]["message"]
+    told = [(event["event"], event["test"], event.get("outcome")) for event in events]
+    first, second = selected["tests"]
+    assert told[:2] == [("started", first, None), ("outcome", first, "passed")]
+    assert told[2:] == [("started", second, None), ("outcome", second, "failed")] and "three" in events[-1]["message"]
 
 
 def test_after_a_lost_device_the_next_process_goes_on_behind_the_test(monkeypatch, tmp_path):
+    lost = "raise RuntimeError('CUDA error: an illegal memory access was encountered')"
+    bodies = {"first": "pass", "losing": lost, "last": "pytest.skip('no time')"}
+    lines = [
+        "import pytest",
+        "pytestmark = pytest.mark.gpu",
+        *(f"def test_{x}(): {body}" for x, body in bodies.items()),
+    ]
     (tmp_path / "tests").mkdir()
+    (tmp_path / "tests" / "test_file.py").write_text("\n".join(lines))
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = gpu\n")
-    (tmp_path / "tests" / "test_file.py").write_text(
-        "import pytest\npytestmark = pytest.mark.gpu\n"
-        "def test_first():\n    pass\n"
-        "def test_losing():\n    raise RuntimeError('CUDA error: an illegal memory access was encountered')\n"
-        "def test_last():\n    pytest.skip('no time')\n"
-    )
     monkeypatch.setenv("PYTHONPATH", str(measure.ROOT))
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
     monkeypatch.setattr(gpu, "MAX_SHARDS", 1)
@@ -135,18 +136,14 @@ def test_a_limit_ends_a_command_and_its_children(tmp_path, capfd):
     assert gpu.run(["-c", program], tmp_path / "log", 6) is None
     begun, child = (tmp_path / "log").read_text().split()
     assert begun == "begun" and "begun" in capfd.readouterr().out
+    state = Path(f"/proc/{child}/stat")
     for _ in range(100):  # killed, it dies when it is next scheduled
-        try:
-            state = Path(f"/proc/{child}/stat").read_text()
-        except OSError:
-            return
-        if state.split()[2] == "Z":
-            return
-        time.sleep(0.1)
-    pytest.fail(state)
-
-
-# Timings.
+        with contextlib.suppress(OSError):
+            if state.read_text().split()[2] != "Z":
+                time.sleep(0.1)
+                continue
+        return
+    pytest.fail(state.read_text())
 
 
 def test_timings_are_read_with_what_is_missing(monkeypatch, tmp_path):
@@ -212,19 +209,15 @@ def verdict(case: Case, text: str = "over the best dense attention") -> goals.Ve
     ],
 )
 def test_verdicts_on_ratios(ms, active, expected):
-    """To the fastest peer, rounds compared with each other."""
+    """To the fastest peer, rounds compared with each other; what failed is not a verdict."""
     case = made_up("labels", "64x128", "fwd", {"sdpa flash": 3.0, "sdpa cudnn": ms}, active)
     case.methods["sdpa efficient"] = Method(error="RuntimeError: no kernel")
     assert verdict(case)[2:] == (f"{ms:.2f} x, graph {2 * ms:.2f} x", expected)
-
-
-def test_what_failed_is_not_a_verdict():
-    case = made_up("labels", "64x128", "fwd", {"sdpa flash": 2.0})
+    for name in ("sdpa cudnn", "sdpa flash", "asa triton"):
+        case.methods[name] = Method(error=f"RuntimeError: {name}")
+    failed = [f"{x}: {case.methods[x].error}" for x in ("asa triton", "sdpa flash", "sdpa cudnn", "sdpa efficient")]
+    assert verdict(case).verdict == f"not measured ({'; '.join(failed)})"
     assert goals.judge(goals.GOALS[0], []).verdict == "not measured"
-    case.methods["sdpa flash"] = Method(error="RuntimeError: no kernel")
-    assert verdict(case).verdict == "not measured (sdpa flash: RuntimeError: no kernel)"
-    case.methods["asa triton"] = Method(error="RuntimeError: broken")
-    assert "asa triton: RuntimeError: broken" in verdict(case).verdict
 
 
 def test_verdicts_on_rates():
@@ -277,9 +270,6 @@ def test_summary_of_nothing():
     assert record.slug("NVIDIA H100 80GB HBM3") == "nvidia-h100-80gb-hbm3"
 
 
-# The command.
-
-
 def test_the_command_shares_its_time_writes_after_every_step_and_keeps_the_summary(monkeypatch, tmp_path, capsys):
     """Every step takes 10 s here: what it leaves, later ones get by their shares."""
     limits = {}
@@ -290,15 +280,12 @@ def test_the_command_shares_its_time_writes_after_every_step_and_keeps_the_summa
     monkeypatch.setattr(signal, "signal", lambda *args: None)
     monkeypatch.setattr(measure, "environment", lambda device: {"device": "A GPU"})
 
-    def step(name: str):
-        def instead(limit, log, results):
-            assert len(results.steps) == len(limits)
-            limits[name] = limit
-            return "passed", "all"
+    def step(name, limit, log, results):
+        assert len(results.steps) == len(limits)
+        limits[name] = limit
+        return "passed", "all"
 
-        return instead
-
-    monkeypatch.setattr(gpu, "RUN", {name: step(name) for name in gpu.SECONDS})
+    monkeypatch.setattr(gpu, "RUN", {name: functools.partial(step, name) for name in gpu.SECONDS})
     with pytest.raises(SystemExit, match="0"):
         gpu.main(["--out", str(tmp_path / "out"), "--only", "timings,build,tests", "--keep"])
     assert limits == {"build": 535 * 60 / 440, "tests": 525 * 150 / 380, "timings": 515}

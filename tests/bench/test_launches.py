@@ -21,6 +21,9 @@ tune = pytest.importorskip("bench.triton.tune", reason="needs Triton")
 pytestmark = pytest.mark.skipif(not devices.triton_is_interpreted(), reason="not in Triton's interpreter")
 
 
+SPEC = workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None)
+
+
 @pytest.fixture
 def on_cpu(monkeypatch):
     """Build the workloads of a GPU on the CPU, with what stands for torch.cuda."""
@@ -29,10 +32,7 @@ def on_cpu(monkeypatch):
     stand_in_for_cuda(monkeypatch)
 
 
-SPEC = workloads.Spec("asa", "8x8", 16, 1, 1, "float32", "labels", None)
-
-
-def test_operations_of_a_call_are_counted(monkeypatch):
+def test_operations_of_a_call_are_counted(on_cpu):
     """Of the launches of a real call, backward included; kernels are timed with what stands for torch.cuda."""
     grid, n = (3, 45), 135
     case = Case("small", grid=grid, batch=1, heads=1, dim=16, dim_v=16, sharpness=9.0, beta=None)
@@ -48,7 +48,6 @@ def test_operations_of_a_call_are_counted(monkeypatch):
     assert {"statistics", "mask", "aggregate", "dq"} < set(flops) <= {*launches.MATRIX_KERNELS, "dkv"}
     assert "dkv" in flops or ("dk" in flops and "dv" in flops)
     assert flops["statistics"] == 2 * n * n * 16
-    stand_in_for_cuda(monkeypatch)
     times = launches.kernel_seconds(call, repeats=2)
     assert set(flops) < set(times) and all(seconds > 0 and count > 0 for seconds, count in times.values())
     assert times["statistics"][1] == 1 and times["arrange"][1] > 1
@@ -57,7 +56,9 @@ def test_operations_of_a_call_are_counted(monkeypatch):
     assert flops["aggregate"] == 2 * (16 + 16) * 64**2 * active.sum()  # the interpreter's blocks are 64 rows
 
 
-def test_a_case_on_a_gpu_has_graphs_and_kernels(on_cpu):
+def test_a_case_on_a_gpu_has_graphs_kernels_and_bytes(on_cpu):
+    used = run.measured(SPEC, "mem", "cuda", ["triton"], [], 1)
+    assert [used.bytes("asa triton", mode) for mode in ("fwd", "fwd+bwd")] == [2000, 2000]
     case = run.measured(SPEC, "fwd+bwd", "cuda", ["triton"], ["sdpa math", "eager"], 2)
     assert [method.error for method in case.methods.values()] == [None] * 3
     assert [len(case.times(name, "graph")) for name in ("asa triton", "sdpa math", "eager")] == [2, 2, 0]
@@ -105,7 +106,7 @@ def test_a_row_of_the_table_is_replaced_for_a_while():
     assert [stages for stages, _ in found] == [7, 7, row.stages] and found[0] != found[1]
 
 
-def test_candidates_of_the_tuner_fit_and_begin_with_the_row():
+def test_candidates_of_the_tuner_fit_and_begin_with_the_row(on_cpu):
     for kernel in tune.KERNELS:
         row = launches.configuration(kernel, 128, 80) or launches.configuration(kernel, 256, 80)
         found = tune.candidates(kernel, 128, row, 101376)
@@ -113,9 +114,6 @@ def test_candidates_of_the_tuner_fit_and_begin_with_the_row():
         assert all(tune.shared(kernel, x.config, 128) <= 101376 for x in found[1:] if x.config != row)
     x = torch.ones(2, 3)
     assert tune.difference((x, 1.1 * x), (x, x)) == pytest.approx(0.1)
-
-
-def test_calls_of_the_tuner(on_cpu):
     assert [len(call()) for call in tune.calls_on(SPEC)] == [1, 3]
 
 

@@ -1,12 +1,16 @@
 """Seconds, bytes, who survives and how many operations that takes."""
 
+import dataclasses
+import functools
 import json
+import math
 import subprocess
 import time
+from unittest import mock
 
 import pytest
 import torch
-from bench_cases import stand_in_for_cuda, tiles
+from bench_cases import stand_in_for_cuda, stored, tiles
 
 from asa_ops.asa import reference
 from bench import accounting, inputs, measure, workloads
@@ -22,8 +26,8 @@ def test_dense_operations_are_those_of_the_formula():
     assert [accounting.registered_flops(x) / (n**2 * dim) for x in calls] == [4, 14, 4]
     everybody = accounting.sparsity(workload.tensors, (12, 12))
     assert everybody == accounting.Sparsity(n, 1, 1, 1, 1, 1)
-    dense = [accounting.operations(accounting.units("reference", back, everybody), n, dim) for back in (False, True)]
-    assert dense == [4 * n**2 * dim, 14 * n**2 * dim]
+    unit = accounting.operations_of_a_unit(dataclasses.replace(stored().cases[0], size="12x12", dim=dim)) / (n**2 * dim)
+    assert [unit * accounting.units("reference", backward, everybody) for backward in (False, True)] == [4, 14]
 
 
 @pytest.mark.parametrize("kind", inputs.INPUTS)
@@ -35,8 +39,8 @@ def test_sparsity_equals_a_count_made_from_the_mask(kind, grid, monkeypatch):
     if grid == (8, 40):  # a tile that keeps nobody, which others keep: it is in sight of its neighbours only
         tensors[3][..., order[:64]] = torch.inf
     query, key, _, alpha, beta = (x.double() for x in tensors)
-    assert query.shape == (1, 2, grid[0] * grid[1], 16) and alpha.shape == (1, 2, grid[0] * grid[1])
-    n = query.shape[2]
+    n = math.prod(grid)
+    assert query.shape == (1, 2, n, 16) and alpha.shape == (1, 2, n)
     real = reference.real_positions(query, key, None)
     s = reference.scores(query, key, None, *real)
     all_of = reference.find_survivors(s, alpha, beta, grid, 3, None, True, *real)
@@ -57,17 +61,17 @@ def test_sparsity_equals_a_count_made_from_the_mask(kind, grid, monkeypatch):
 
 
 def test_units_are_those_of_the_formulas():
-    x = accounting.Sparsity(10, 0.1, 0.3, 0.4, 0.2, 0.15)
-    assert accounting.units("cpu", False, x) == pytest.approx(1.3)
-    assert accounting.units("cpu", True, x) == pytest.approx(1.3 + 0.75)
-    assert accounting.units("triton", True, x, 128, half=True) == pytest.approx(1 + 0.4 + 0.6 + 2.1)
-    assert accounting.units("cuda", True, x, 128, half=True) == pytest.approx(1 + 0.4 + 0.6 + 2.4)
-    assert accounting.units("triton", True, x) == pytest.approx(1 + 0.4 + 0.6 + 3)
-    assert accounting.units("blocked", True, x) == 8
+    units = functools.partial(accounting.units, sparsity=accounting.Sparsity(10, 0.1, 0.3, 0.4, 0.2, 0.15))
+    assert [units("cpu", x) for x in (False, True)] == pytest.approx([1.3, 1.3 + 0.75])
+    half = [units(impl, True, dim=128, half=True) for impl in ("triton", "cuda")]
+    assert [*half, units("triton", True)] == pytest.approx([1 + 0.4 + 0.6 + x for x in (2.1, 2.4, 3)])
+    assert units("blocked", True) == 8
     counts = torch.tensor([8.0] * 8 + [9.0] + [8.0] * 7 + [1, 0, 0, 0])
     assert accounting.strips(counts, 32) == 64 + 8 * 32 + 1, "dense above a quarter"
-    assert accounting.traffic(100, 64, 2, 4, False) == 4 * (100 * 64 * 2 * 4), "q, k, v, out"
-    assert accounting.traffic(100, 64, 2, 4, True) == 8 * (100 * 64 * 2 * 4), "and do, dq, dk, dv"
+    case = dataclasses.replace(stored().cases[0], size="10x10", heads=2, batch=3)
+    assert accounting.traffic(case) == 4 * (100 * 64 * 2 * 3 * 4), "q, k, v, out"
+    case = dataclasses.replace(case, mode="fwd+bwd", dtype="bfloat16")
+    assert accounting.traffic(case) == 8 * (100 * 64 * 2 * 3 * 2), "and do, dq, dk, dv"
 
 
 def test_operations_of_kernels():
@@ -86,68 +90,56 @@ def test_bytes_added_are_those_allocated():
     torch.ones(2**25)
 
     def allocate():
-        first = torch.ones(2**23)
-        del first
+        torch.ones(2**23)  # freed at once
         return torch.ones(2**23) + torch.ones(1)  # 32 MB twice
 
     # Pages that the system took away before, and this process touches again meanwhile, count too.
     assert min(measure.bytes_added(allocate, "cpu") for _ in range(3)) == pytest.approx(2**26, rel=0.05)
 
 
-@pytest.mark.parametrize("name", ["asa cpu", "eager", "flex"])
-def test_bytes_of_a_call(name):
+@pytest.mark.parametrize(
+    ("name", "count"), [("asa cpu", measure.bytes_of), ("eager", measure.bytes_once), ("flex", measure.bytes_of)]
+)
+def test_bytes_of_a_call(name, count):
     """Two matrices of N x N float32 at least of the published formula, far less of ours."""
     spec = workloads.Spec("asa", "32x32", 8, 1, 1, "float32", "iid", None)
-    found = measure.bytes_of(spec, "cpu", name, False)
+    found = count(spec, "cpu", name, False)
     assert found > 2 * 4 * 1024**2 if name == "eager" else found < 4 * 1024**2
 
 
 @pytest.fixture
 def sleep(monkeypatch):
     """Return a function that takes time by a clock of its own, whatever else the machine does."""
-    now = [0.0]
-
-    def pass_by(seconds: float) -> None:
-        now[0] += seconds
-
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    return pass_by
+    taken = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(taken))
+    return taken.append
 
 
 def test_rounds_are_interleaved_and_slow_calls_get_few(sleep):
+    """But not one whose first call alone is slow, as that of what compiles."""
     calls = []
 
-    def slow():
-        calls.append("slow")
-        sleep(0.02)
+    def call(name: str, seconds: float, first: float = 0.0) -> None:
+        sleep(seconds if name in calls else seconds + first)
+        calls.append(name)
 
-    times, errors = measure.interleaved({"fast": lambda: calls.append("fast"), "slow": slow}, 5, "cpu")
-    assert len(times["fast"]) == 5 and len(times["slow"]) == measure.SLOW_ROUNDS and not errors
-    assert calls[:3] == ["fast", "slow", "fast"] and calls.count("slow") == measure.SLOW_ROUNDS + 2
+    given = {"fast": (0.001,), "slow": (0.02,), "compiled": (0.001, 0.05)}
+    methods = {name: functools.partial(call, name, *taken) for name, taken in given.items()}
+    times, errors = measure.interleaved(methods, 5, "cpu")
+    assert {name: len(x) for name, x in times.items()} == {"fast": 5, "slow": measure.SLOW_ROUNDS, "compiled": 5}
+    assert calls[:4] == [*given, "fast"] and calls.count("slow") == measure.SLOW_ROUNDS + 2 and not errors
     times, _ = measure.interleaved({"repeated": lambda: calls.append("again")}, 2, "cpu", repeats=5)
     assert len(times["repeated"]) == 2 and calls.count("again") == 5 * 4
 
 
-def test_a_first_call_that_compiles_makes_no_method_slow(sleep):
-    calls = []
-
-    def compiled():
-        if not calls:
-            sleep(0.05)
-        calls.append(sleep(0.001))
-
-    times, _ = measure.interleaved({"fast": lambda: sleep(0.001), "compiled": compiled}, 5, "cpu")
-    assert len(times["compiled"]) == 5
-
-
 def test_calls_on_a_gpu_are_timed_as_called_and_in_graphs(monkeypatch, sleep):
     """With what stands for torch.cuda; of a call that cannot be captured there is no time in a graph."""
-    replays = stand_in_for_cuda(monkeypatch)
+    replay = stand_in_for_cuda(monkeypatch)
     assert measure.seconds_of(lambda: sleep(0.01), "cuda", 2) == pytest.approx(0.01)
     calls = []
     times = measure.in_graphs({"fast": lambda: calls.append(1), "synchronises": lambda: 1 / 0}, 3)
     assert set(times) == {"fast"} and len(times["fast"]) == 3
-    assert len(calls) == measure.WARM_UP + 1 and len(replays) == (measure.WARM_UP + 3) * measure.REPLAYS
+    assert len(calls) == measure.WARM_UP + 1 and replay.call_count == (measure.WARM_UP + 3) * measure.REPLAYS
 
 
 def test_what_the_machine_does_at_most_is_measured():
@@ -159,11 +151,7 @@ def test_environment_is_told_without_git_driver_or_scikit_image(monkeypatch):
     found = measure.environment("cpu")
     assert found["torch"] == torch.__version__ and found["python"] and "photo" not in found
     json.dumps(found)
-
-    def missing(*args, **options):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(subprocess, "run", missing)
+    monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=FileNotFoundError))
     monkeypatch.setattr(inputs, "skimage", None)
     found = measure.environment("cpu")
     assert found["commit"] == "unknown" and "synthetic" in found["photo"]

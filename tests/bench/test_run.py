@@ -6,7 +6,6 @@ from bench_cases import stored
 
 from asa_ops.core import extension
 from bench import accounting, check, measure, peers, record, report, run, workloads
-from bench.inputs import INPUTS
 from examples import files
 
 
@@ -23,33 +22,16 @@ def quick(monkeypatch, tmp_path):
     return cases
 
 
+def fail(*arguments, **options):
+    raise RuntimeError("out of luck\nand more")
+
+
 SMALL = ["--size", "8x8", "--dim", "16", "--rounds", "1"]
-
-
-@pytest.mark.slow
-def test_run_measures_every_input(capsys, quick):
-    others = ["--rounds", "2", "--peers", "sdpa flash", "eager", "adasplash"]
-    cases = quick(*SMALL, "--inputs", *INPUTS, "--mode", "fwd", "fwd+bwd", *others)
-    assert [(c.inputs, c.mode) for c in cases] == [(x, m) for x in INPUTS for m in ("fwd", "fwd+bwd")]
-    for case in cases:
-        assert set(case.methods) == {case.ours[0], "sdpa flash", "eager", "adasplash"}
-        assert case.methods["adasplash"].skipped in ("not installed", "needs a CUDA device")
-        assert 1 <= len(case.methods[case.ours[0]].seconds) <= 2 and case.ratio(case.ours[0], "sdpa flash")[1] > 0
-    shown = capsys.readouterr().out
-    assert all(f"{kind} 8x8, 16, fwd" in shown for kind in INPUTS)
-    assert "candidates" in shown and "- adasplash was skipped: " in shown
-
-
-@pytest.mark.slow
-def test_run_measures_bytes(quick):
-    (case,) = quick("--size", "32x32", "--inputs", "iid", "--mode", "mem", "--peers", "eager")
-    for name in (case.ours[0], "eager"):
-        assert set(case.methods[name].memory) == {"fwd", "fwd+bwd"}
-    assert case.bytes("eager", "fwd") > 2 * 4 * 1024**2, "at least two matrices of N x N float32"
+no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
 def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
-    monkeypatch.setattr(measure, "bytes_in_fresh_process", fail)
+    monkeypatch.setattr(measure, "bytes_once", fail)
     arguments = ["--size", "16x16", "--dim", "32", "--rounds", "1", "--add"]
     quick("--op", "efficient_attention,heads=2", "criss_cross_attention", *arguments, "--mode", "fwd+bwd")
     flex = ["--peers", "flex", "sdpa math", "--inputs", "labels", "iid", "--alpha", "2", "--mode", "fwd+bwd"]
@@ -63,17 +45,22 @@ def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
     assert "RuntimeError: out of luck" in record.read(tmp_path / "out.json").cases[-1].methods["flex"].error
 
 
-def fail(*arguments, **options):
-    raise RuntimeError("out of luck\nand more")
-
-
 def test_a_peer_that_fails_gets_a_row_and_the_run_goes_on(monkeypatch, capsys, quick):
+    """One that is not installed gets a line."""
     for name, prepare in (("sdpa math", lambda problem: fail), ("eager", fail)):
         monkeypatch.setitem(peers.PEERS, name, peers.PEERS[name]._replace(prepare=prepare))
-    run.main([*SMALL, "--inputs", "iid", "--mode", "fwd", "--peers", "sdpa math", "eager", "sdpa flash"])
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
-    assert sum("RuntimeError: out of luck" in line for line in lines) == 2
-    assert any("sdpa flash" in line for line in lines)
+    chosen = ["sdpa math", "eager", "sdpa flash", "adasplash"]
+    cases = quick(*SMALL, "--rounds", "2", "--inputs", "iid", "photo", "--mode", "fwd", "fwd+bwd", "--peers", *chosen)
+    assert [(c.inputs, c.mode) for c in cases] == [(x, m) for x in ("iid", "photo") for m in ("fwd", "fwd+bwd")]
+    for case in cases:
+        assert set(case.methods) == {case.ours[0], *chosen} and case.ratio(case.ours[0], "sdpa flash")[1] > 0
+        assert 1 <= len(case.methods[case.ours[0]].seconds) <= 2
+        assert case.methods["adasplash"].skipped in ("not installed", "needs a CUDA device")
+    shown = capsys.readouterr().out
+    lines = [line for line in shown.splitlines() if line.startswith("|")]
+    assert sum("RuntimeError: out of luck" in line for line in lines) == 2 * len(cases)
+    assert any("sdpa flash" in line for line in lines) and "candidates" in lines[0]
+    assert all(case.label in shown for case in cases) and "- adasplash was skipped: " in shown
 
 
 @pytest.mark.parametrize(("module", "name"), [(workloads, "asa_attention"), (accounting, "reciprocal_neighbors")])
@@ -107,8 +94,6 @@ def test_dtypes_and_implementations(tmp_path, capsys, quick):
     (tmp_path / "none.json").write_text("{")
     for arguments, message in (
         (["--dtype", "bfloat16"], f"--add: {out} is of float32, got --dtype bfloat16"),
-        (["--op", "efficient_attention", "--impl", "cpu"], "--impl: efficient_attention has one implementation"),
-        (["--dim", "64", "512", "--impl", "triton"], "--impl triton: impl='triton' cannot run this asa_attention"),
         (["--out", str(tmp_path / "other.json")], "has threads = 999, here it is "),
         (["--out", str(tmp_path / "none.json")], "not JSON"),
     ):
@@ -124,9 +109,11 @@ def test_dtypes_and_implementations(tmp_path, capsys, quick):
         (["--op", "non_local,mode=sharp"], "op 'non_local,mode=sharp': mode must be"),
         (["--op", "asa,topk=3"], "expected options of a block as name,key=value,.., got 'topk=3'"),
         (["--op", "criss_cross", "--inputs", "photo"], "blocks take --inputs iid"),
+        (["--op", "efficient_attention", "--impl", "cpu"], "--impl: efficient_attention has one implementation"),
         (["--size", "64"], "expected HxW, as 64x64, got '64'"),
         (["--size", "0x4"], "expected HxW, as 64x64, got '0x4'"),
         (["--dim", "-3"], "expected a whole number >= 1, got '-3'"),
+        (["--dim", "64", "512", "--impl", "triton"], "--impl triton: impl='triton' cannot run this asa_attention"),
         (["--rounds", "many"], "expected a whole number >= 1, got 'many'"),
         (["--alpha", "nan"], "expected a finite number >= 0, got 'nan'"),
         (["--alpha", "inf"], "expected a finite number >= 0, got 'inf'"),
@@ -136,37 +123,32 @@ def test_dtypes_and_implementations(tmp_path, capsys, quick):
         (["--sweep", "dim", "--inputs", "iid"], "--sweep fixes --inputs"),
         (["--out", "missing/out.json"], "--out: there is no folder 'missing'"),
         (["--out", "/dev/null"], "/dev/null cannot be written: it is there and no file"),
+        pytest.param(["--device", "cuda"], "--device cuda: torch", marks=no_device),
+        pytest.param(["--impl", "cuda"], "--impl cuda: impl='cuda' cannot run", marks=no_device),
     ],
 )
-def test_bad_arguments_are_told_before_any_work(arguments, message, capsys):
-    with pytest.raises(SystemExit) as end:
-        files.run(lambda: run.main(arguments))
-    assert message in f"{end.value} {capsys.readouterr().err}"
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_device_that_is_not_there_is_told(capsys, monkeypatch):
-    """Nor is an emulation of CUDA kernels, which another test may have loaded."""
+def test_bad_arguments_are_told_before_any_work(arguments, message, capsys, monkeypatch):
+    """Without an emulation of CUDA kernels, which another test may have loaded."""
     has = extension.has
     monkeypatch.setattr(extension, "has", lambda op, key: "cuda" not in op and has(op, key))
-    for option, message in (("--device", "torch"), ("--impl", "impl='cuda' cannot run")):
-        with pytest.raises(SystemExit, match="2"):
-            run.main([option, "cuda"])
-        assert f"{option} cuda: {message}" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as end:
+        files.run(lambda: run.main(arguments))
+    assert message in (capsys.readouterr().err if end.value.code == 2 else end.value.code)
 
 
 @pytest.mark.slow
 def test_sweeps_vary_what_they_say(capsys, monkeypatch, quick):
-    monkeypatch.setattr(run, "DIMS", [8, 16])
-    monkeypatch.setattr(run, "ALPHAS", [0.0, 4.0])
-    monkeypatch.setattr(run, "LARGE", 100)
-    monkeypatch.setattr(run, "_bytes", lambda *args: 1000)
+    for name, value in (("DIMS", [8, 16]), ("ALPHAS", [0.0, 4.0]), ("LARGE", 100)):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(measure, "bytes_once", lambda *args: 1000)
     sweeps = ["--sweep", "tokens", "survivors", "dim", "--size", "8x8", "16x16"]
     cases = quick(*sweeps, "--rounds", "2", "--peers", "sdpa flash")
     assert {(c.sweep, report.position(c)) for c in cases} >= {("tokens", 64), ("tokens", 256), ("dim", 8), ("dim", 16)}
     dense, sparse = (c.sparsity["survivors"] for c in report.of(cases, "survivors", "fwd")[::-1])
     assert dense == 4096 and sparse < 400
     assert [len(c.times("sdpa flash")) for c in report.of(cases, "tokens", "fwd")] == [2, 1]
+    (used,) = {tuple((name, *x.memory) for name, x in c.methods.items()) for c in cases if c.mode == "mem"}
+    assert used == ((cases[0].ours[0], "fwd", "fwd+bwd"), ("sdpa flash", "fwd", "fwd+bwd"))
     assert "- tokens, fwd: " in capsys.readouterr().out
 
 

@@ -1,15 +1,16 @@
 """The functional ops of the blocks: references against plain loops, ops against references, torch contracts, memory."""
 
 import functools
+import itertools
 import math
 
 import pytest
 import torch
 from block_cases import CASES, each_case, flat, make, named, unflat
-from compare import check_errors
+from compare import check_errors, count_flops
+from implementations import slow
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 import asa_ops
 
@@ -28,18 +29,16 @@ def run(function, case, tensors, grad_out=None):
     return [out, *(torch.zeros_like(x) if grad is None else grad for x, grad in zip(leaves, grads, strict=True))]
 
 
+SLOW = (("map", torch.bfloat16), ("tokens", torch.float16), ("map", torch.float16))
+
+
 @each_case
 @pytest.mark.parametrize(
     ("layout", "dtype"),
     [
-        pytest.param(
-            layout,
-            dtype,
-            id=f"{dtype}-{layout}",
-            marks=[pytest.mark.slow] if dtype.itemsize == 2 and (i or dtype == torch.float16) else [],
-        )
+        slow(layout, dtype, id=f"{dtype}-{layout}", when=(layout, dtype) in SLOW)
         for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-        for i, layout in enumerate(("tokens", "map"))
+        for layout in ("tokens", "map")
     ],
 )
 def test_equals_the_reference(case, layout, dtype):
@@ -151,10 +150,9 @@ def test_reference_equals_loops(name):
     tensors = make(case)
     out = case.reference(**tensors, **case.options)
     shared = {"weight": tensors.pop("weight").tolist()} if "weight" in tensors else {}
-    for b in range(2):
-        for head in range(2):
-            expected = LOOPS[name](*(x[b, head].tolist() for x in tensors.values()), **shared, **case.options)
-            torch.testing.assert_close(out[b, head], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
+    for at in itertools.product(range(2), range(2)):  # image and head
+        expected = LOOPS[name](*(x[at].tolist() for x in tensors.values()), **shared, **case.options)
+        torch.testing.assert_close(out[at], torch.tensor(expected, dtype=torch.float64), rtol=0, atol=1e-12)
 
 
 @torch.no_grad()
@@ -198,17 +196,16 @@ def test_squeeze_and_attention_reference_equals_loops():
         r, a = tensors["residual"], tensors["attention"]
         pool = case.options.get("pool", 2)
         a = a if "activation" in case.options else a.sigmoid()
-        for h in range(r.shape[2]):
-            for w in range(r.shape[3]):
-                gate = a[..., h // pool, w // pool]
-                if "bilinear" in name:  # between the centres of the windows, outside them the nearest
-                    gate = 0
-                    for i in range(a.shape[2]):
-                        for j in range(a.shape[3]):
-                            place = ((h + 0.5) / pool - 0.5, a.shape[2] - 1), ((w + 0.5) / pool - 0.5, a.shape[3] - 1)
-                            y, x = (min(max(at, 0), last) for at, last in place)
-                            gate = gate + a[..., i, j] * max(1 - abs(y - i), 0) * max(1 - abs(x - j), 0)
-                torch.testing.assert_close(out[..., h, w], gate * r[..., h, w] + gate, rtol=0, atol=1e-12)
+        for h, w in itertools.product(*map(range, r.shape[2:])):
+            gate = a[..., h // pool, w // pool]
+            if "bilinear" in name:  # between the centres of the windows, outside them the nearest
+                last = a.shape[2] - 1, a.shape[3] - 1
+                y, x = (min(max((at + 0.5) / pool - 0.5, 0), end) for at, end in zip((h, w), last, strict=True))
+                gate = sum(
+                    a[..., i, j] * max(1 - abs(y - i), 0) * max(1 - abs(x - j), 0)
+                    for i, j in itertools.product(*map(range, a.shape[2:]))
+                )
+            torch.testing.assert_close(out[..., h, w], gate * r[..., h, w] + gate, rtol=0, atol=1e-12)
 
 
 @each_full_case
@@ -242,16 +239,14 @@ def test_autocast(case):
 def test_a_position_of_zeros_is_finite(name):
     case = named(name)
     tensors = make(case)
-    zeroed = {key: x.detach().clone() for key, x in tensors.items()}
-    for key in ("query", "key", "x"):
-        if key in zeroed:
-            zeroed[key][:, :, 3] = 0
-    zeroed = {key: x.requires_grad_() for key, x in zeroed.items()}
-    out, *grads = run(case.op, case, zeroed, torch.ones((), dtype=torch.float64).expand_as(case.op(**zeroed)))
+    with torch.no_grad():
+        for key in {"query", "key", "x"} & set(tensors):
+            tensors[key][:, :, 3] = 0
+    out, *grads = run(case.op, case, tensors, torch.ones_like(case.op(**tensors)))
     assert all(x.isfinite().all() for x in (out, *grads))
-    if "query" in zeroed:
+    if "query" in tensors:
         assert not grads[0][:, :, 3].any() and not grads[1][:, :, 3].any()
-        mean = zeroed["value"].mean(-2)  # a query without direction weighs all keys alike
+        mean = tensors["value"].mean(-2)  # a query without direction weighs all keys alike
         torch.testing.assert_close(out[:, :, 3], mean, rtol=1e-5, atol=1e-5)
 
 
@@ -291,9 +286,7 @@ FLOPS = {  # of products, as the folders' __init__ say; two heads and two images
 @pytest.mark.parametrize("name", FLOPS)
 def test_operations_are_as_stated(name):
     case = named(name)
-    with FlopCounterMode(display=False) as counter:
-        case.op(**make(case), **case.options)
-    assert counter.get_total_flops() == FLOPS[name]
+    assert count_flops(lambda: case.op(**make(case), **case.options)) == FLOPS[name]
 
 
 N, D = 24 * 30, 8

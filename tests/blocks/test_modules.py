@@ -1,19 +1,24 @@
 """asa_ops.nn: what single blocks do beside what all of them have in common."""
 
+import pytest
 import torch
 from block_cases import alive
 
 from asa_ops import nn
 
 
-def test_initialisation_is_the_published_one():
-    torch.manual_seed(0)
-    block = nn.NonLocal(256)
+@pytest.mark.parametrize("kind", [nn.NonLocal, nn.AdaptiveSparseAttention])
+def test_initialisation_of_non_local_blocks_is_the_published_one(kind):
+    block = kind(256)
     for conv in (block.query, block.key, block.value):
         assert abs(conv.weight.std().item() - 0.01) < 2e-4 and (conv.bias == 0).all()
     assert not block.proj.weight.any() and not block.proj.bias.any()
-    block = nn.NonLocal(16, norm="batch")
-    assert block.proj.bias is None and not block.norm.weight.any() and block.proj.weight.any()
+    block = kind(16, norm="batch")
+    assert block.proj.bias is None and not block.norm.weight.any() and not block.norm.bias.any()
+    assert block.proj.weight.any()
+
+
+def test_initialisation_is_the_published_one():
     block = nn.ChannelizedAxialAttention(96, 64)
     bound = (6 / (96 + 64)) ** 0.5  # Glorot
     for weight in (block.column[0].weight, block.value[0].weight):

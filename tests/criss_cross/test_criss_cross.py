@@ -5,9 +5,8 @@ import math
 
 import pytest
 import torch
-from compare import NAMES, check_errors
-from implementations import DTYPES, IMPLEMENTATIONS, INTERPRETED, each_fast
-from torch.utils.flop_counter import FlopCounterMode
+from compare import NAMES, check_errors, count_flops, equal
+from implementations import DTYPES, IMPLEMENTATIONS, INTERPRETED, each_dtype, each_fast, slow
 
 from asa_ops import criss_cross_attention
 from asa_ops.core import extension
@@ -37,26 +36,28 @@ def make(size, dtype=torch.float64, spread=1.0, device="cpu"):
     """Return query, key, value, the same numbers in every dtype up to rounding."""
     batch, dim, dim_v, height, width = SIZES[size] if isinstance(size, str) else size
     generator = torch.Generator().manual_seed(0)
-    maps = (torch.randn(batch, c, height, width, generator=generator, dtype=torch.float64) for c in (dim, dim, dim_v))
-    query, key, value = maps
-    return [x.to(device, dtype) for x in (query * spread, key * spread, value)]
+    shapes = ((batch, c, height, width) for c in (dim, dim, dim_v))
+    maps = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+    return [(x * by).to(device, dtype) for x, by in zip(maps, (spread, spread, 1), strict=True)]
 
 
-def with_gradients(function, inputs, grad_out):
-    """Return the output and the gradient of every input."""
+def with_gradients(impl, inputs, grad_out=None, autocast=False, **options):
+    """Return the output and the gradient of every input, of the sum of the output if not told otherwise."""
     leaves = [x.detach().requires_grad_() for x in inputs]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        out = criss_cross_attention(*leaves, **options, impl=impl)
+    grad_out = torch.ones_like(out) if grad_out is None else grad_out.to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad_out)]
 
 
 def check_against_reference(impl, inputs, **options):
     """The error rule of compare.py, for output and every gradient."""
     grad_out = torch.randn(inputs[2].shape, dtype=torch.float64).to(inputs[2])
-    ours = with_gradients(lambda *x: criss_cross_attention(*x, **options, impl=impl), inputs, grad_out)
+    ours = with_gradients(impl, inputs, grad_out, **options)
     assert ours[0].dtype == inputs[0].dtype and all(x.is_contiguous() for x in ours)
-    run = lambda *x: reference.criss_cross_attention(*x, **options)  # noqa: E731
+    exact_inputs = [x.double() for x in inputs]
     precision = torch.promote_types(inputs[0].dtype, torch.float32)
-    check_errors(NAMES, ours, lambda: with_gradients(run, [x.double() for x in inputs], grad_out), precision)
+    check_errors(NAMES, ours, lambda: with_gradients("reference", exact_inputs, grad_out, **options), precision)
 
 
 # ---- the reference
@@ -81,9 +82,8 @@ def test_weights_sum_to_one_and_nobody_is_counted_twice():
     weights = reference.attention(query, key)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
     column = weights[..., : query.shape[2]]
-    assert (column.diagonal(dim1=1, dim2=3) == 0).all() and (column > 0).sum() == column.numel() - weights[
-        ..., 0
-    ].numel()
+    assert (column.diagonal(dim1=1, dim2=3) == 0).all()
+    assert (column > 0).sum() == column.numel() - weights[..., 0].numel()
 
 
 @each_fast  # Triton takes no float64
@@ -101,10 +101,10 @@ def every_size():
     for impl, (name, dtype), size in itertools.product(KERNELS, (DTYPES | {"float64": torch.float64}).items(), SIZES):
         if impl == "triton" and (name in ("float64", "bfloat16") or size.startswith("long")):
             continue  # takes no float64; the interpreter gets bfloat16 wrong, and takes minutes for long rows
-        slow = size not in INTERPRETER_SIZES or (name == "float16" and size in ("odd", "one_row"))
+        late = size not in INTERPRETER_SIZES or (name == "float16" and size in ("odd", "one_row"))
         if impl != "triton":  # half precisions are computed in float32: what size changes shows there
-            slow = dtype.itemsize == 2 and size not in INTERPRETER_SIZES
-        yield pytest.param(impl, dtype, size, id=f"{impl}-{name}-{size}", marks=[pytest.mark.slow] * slow)
+            late = dtype.itemsize == 2 and size not in INTERPRETER_SIZES
+        yield slow(impl, dtype, size, id=f"{impl}-{name}-{size}", when=late)
 
 
 @pytest.mark.parametrize("impl,dtype,size", every_size())
@@ -119,13 +119,8 @@ def test_scale_and_sharp_scores(impl, spread, scale):
     check_against_reference(impl, make(size, torch.float32, spread), scale=scale)
 
 
-@pytest.mark.parametrize("isa", ["portable", "avx2", "avx512"])
 @pytest.mark.parametrize("size", ["one_pixel", "odd", "33x17", "long_row", "long_column"])
-def test_every_instruction_set(isa, size, monkeypatch):
-    names = ["portable", "avx2", "avx512"]
-    if names.index(isa) > torch.ops.asa_ops.cpu_isa():
-        pytest.skip(f"this machine has {names[torch.ops.asa_ops.cpu_isa()]} at best")
-    monkeypatch.setenv("ASA_OPS_CPU_ISA", isa)
+def test_every_instruction_set(instruction_set, size):
     for dtype in (torch.float32, torch.float64):
         check_against_reference("cpu", make(size, dtype))
 
@@ -133,17 +128,15 @@ def test_every_instruction_set(isa, size, monkeypatch):
 @each_kernel
 @pytest.mark.parametrize("form", ["channels_last", "turned", "strided", "expanded"])
 def test_any_strides(impl, form):
+    change = {
+        "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+        "turned": lambda x: x.mT.contiguous().mT,
+        "strided": lambda x: x.repeat_interleave(2, 1)[:, ::2],
+        "expanded": lambda x: x[:1].expand(3, -1, -1, -1),
+    }[form]
     inputs = make("small", torch.float32)
     expected = criss_cross_attention(*inputs, impl="reference")
-    if form == "channels_last":
-        inputs = [x.contiguous(memory_format=torch.channels_last) for x in inputs]
-    elif form == "turned":
-        inputs = [x.mT.contiguous().mT for x in inputs]
-    elif form == "strided":
-        inputs = [x.repeat_interleave(2, 1)[:, ::2] for x in inputs]
-    else:
-        inputs = [x[:1].expand(3, -1, -1, -1) for x in inputs]
-        expected = expected[:1].expand(3, -1, -1, -1)
+    inputs, expected = [change(x) for x in inputs], change(expected)
     torch.testing.assert_close(criss_cross_attention(*inputs, impl=impl), expected)
     if form != "expanded":
         check_against_reference(impl, inputs)
@@ -152,7 +145,7 @@ def test_any_strides(impl, form):
 @pytest.mark.parametrize(
     "impl,bad",
     [
-        pytest.param(impl, bad, marks=[pytest.mark.slow] if impl == "triton" and bad != torch.inf else [])
+        slow(impl, bad, when=impl == "triton" and bad != torch.inf)
         for impl in ("reference", *KERNELS)
         for bad in (torch.nan, torch.inf, -torch.inf)
     ],
@@ -161,16 +154,15 @@ def test_any_strides(impl, form):
 def test_what_is_not_finite_stays_in_its_cross(impl, bad, which):
     height, width = (3, 4) if impl == "triton" else (5, 6)
     inputs = make((2, 4, 5, height, width), torch.float32)
-    expected = with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), inputs, torch.ones_like(inputs[2]))
+    expected = with_gradients(impl, inputs)
     inputs[which][0, 0, 1, 2] = bad
-    results = with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), inputs, torch.ones_like(inputs[2]))
-    for x, y in zip(results, expected, strict=True):
-        assert torch.equal(x[1], y[1])
+    results = with_gradients(impl, inputs)
+    assert equal([x[1] for x in results], [x[1] for x in expected])
     out = results[0][0]
-    cross = torch.zeros(height, width, dtype=torch.bool)
-    cross[1], cross[:, 2] = True, True
-    touched = torch.zeros_like(cross).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(True))
-    touched = touched if which == 0 else cross
+    touched = torch.zeros(height, width, dtype=torch.bool)
+    touched[1, 2] = True
+    if which > 0:  # of key and value: by the whole cross
+        touched[1], touched[:, 2] = True, True
     assert torch.equal(out[:, ~touched], expected[0][0][:, ~touched])
     if bad != bad:
         assert out[0][touched].isnan().all()
@@ -180,33 +172,22 @@ def test_what_is_not_finite_stays_in_its_cross(impl, bad, which):
 
 
 @each_kernel
-def test_repeats_bitwise(impl):
+def test_repeats_bitwise(impl, with_threads):
     inputs = make((2, 3, 4, 3, 4) if impl == "triton" else "33x17", torch.float32)
-    threads, results = torch.get_num_threads(), []
-    try:
-        for count in (1, 2, 3, 3):
-            torch.set_num_threads(count if impl == "cpu" else 1)
-            results.append(
-                with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), inputs, torch.ones_like(inputs[2]))
-            )
-    finally:
-        torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(results[0], other, strict=True))
+    counts = (1, 2, 3, 3) if impl == "cpu" else (1, 1, 1, 1)
+    first, *others = with_threads(lambda: with_gradients(impl, inputs), counts)
+    assert all(equal(first, other) for other in others)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("dtype", DTYPES.values(), ids=str)
+@each_dtype
 @pytest.mark.parametrize("size", [*SIZES, (2, 64, 512, 97, 97), (1, 128, 1024, 33, 65), (1, 256, 40, 31, 64)], ids=str)
 def test_triton_on_a_gpu(dtype, size):
     """Every row of the table of configurations."""
     inputs = make(size, dtype, 0.5, device="cuda")
     check_against_reference("triton", inputs)
-    first, second = (
-        with_gradients(lambda *x: criss_cross_attention(*x, impl="triton"), inputs, inputs[2]) for _ in range(2)
-    )
-    assert all(torch.equal(x, y) for x, y in zip(first, second, strict=True))
+    assert equal(*(with_gradients("triton", inputs, inputs[2]) for _ in range(2)))
 
 
 # ---- torch contracts
@@ -215,7 +196,7 @@ def test_triton_on_a_gpu(dtype, size):
 @pytest.mark.parametrize(
     "impl,form",
     [
-        pytest.param(impl, form, marks=[pytest.mark.slow] if impl == "triton" and form != "channels_last" else [])
+        slow(impl, form, when=impl == "triton" and form != "channels_last")
         for impl in KERNELS
         for form in ("contiguous", "channels_last", "requires_grad")
     ],
@@ -237,16 +218,10 @@ def test_autocast(impl):
     inputs = make("odd", torch.float32)
     low = [x.bfloat16() for x in inputs]
     grad_out = torch.randn_like(inputs[2])
-    expected = with_gradients(lambda *x: criss_cross_attention(*x, impl=impl), low, grad_out)
-
-    def function(*inputs):
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            return criss_cross_attention(*inputs, impl=impl)
-
-    results = with_gradients(function, [*inputs[:2], low[2]], grad_out)
+    expected = with_gradients(impl, low, grad_out)
+    results = with_gradients(impl, [*inputs[:2], low[2]], grad_out, autocast=True)
     assert [x.dtype for x in results] == [torch.bfloat16, torch.float32, torch.float32, torch.bfloat16]
-    for x, y in zip(results, expected, strict=True):
-        assert torch.equal(x, y.to(x.dtype))
+    assert equal(results, [y.to(x.dtype) for x, y in zip(results, expected, strict=True)])
 
 
 def test_raw_op_ignores_autocast():
@@ -254,7 +229,7 @@ def test_raw_op_ignores_autocast():
     expected = ops.criss_cross_fwd(*inputs, 1.0, "blocked")
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results = ops.criss_cross_fwd(*inputs, 1.0, "blocked")
-    assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+    assert equal(results, expected)
 
 
 def test_meta_tensors_have_the_real_shapes():
@@ -265,15 +240,11 @@ def test_meta_tensors_have_the_real_shapes():
 
 def test_flops():
     inputs = [x.requires_grad_() for x in make((2, 4, 6, 5, 7))]
-    with FlopCounterMode(display=False) as forward:
-        out = criss_cross_attention(*inputs, impl="blocked")
-    with FlopCounterMode(display=False) as backward:
-        out.sum().backward()
-    with FlopCounterMode(display=False) as dense:
-        criss_cross_attention(*inputs, impl="reference")
     pairs = 2 * 35 * 12
-    assert forward.get_total_flops() == 2 * pairs * (4 + 6) == dense.get_total_flops()
-    assert backward.get_total_flops() == 2 * pairs * (3 * 4 + 2 * 6)
+    for impl in ("blocked", "reference"):
+        assert count_flops(lambda: criss_cross_attention(*inputs, impl=impl)) == 2 * pairs * (4 + 6)  # noqa: B023
+    out = criss_cross_attention(*inputs, impl="blocked")
+    assert count_flops(out.sum().backward) == 2 * pairs * (3 * 4 + 2 * 6)
 
 
 def test_auto_takes_the_kernels_of_the_cpu(monkeypatch):
@@ -338,11 +309,7 @@ def test_twice_reaches_the_whole_map():
 
 def test_upstream_keys():
     block = CrissCrossAttention(16)
-    names = {"query": "query_conv", "key": "key_conv", "value": "value_conv"}
-    published = {}
-    for name, x in block.state_dict().items():
-        module, _, parameter = name.rpartition(".")
-        published[f"{names[module]}.{parameter}" if module else name] = torch.randn_like(x)
+    published = {name.replace(".", "_conv."): torch.randn_like(x) for name, x in block.state_dict().items()}
     block.load_state_dict(CrissCrossAttention.from_upstream(published))
     assert torch.equal(block.value.weight, published["value_conv.weight"])
     gamma = published.pop("gamma")
