@@ -28,6 +28,12 @@ def tiny(**settings) -> Config:
     return Config.load("shapes").replace(**TINY | settings)
 
 
+def deep(depths=(1, 2, 2, 2), **settings) -> Config:
+    """Return settings of a narrow ResNet with all four stages."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": list(depths)}
+    return tiny(backbone=sizes | {"layer_type": "bottleneck"}, **settings)
+
+
 def in_a_file(config: Config, folder: Path) -> list[str]:
     """Write settings to a file, and return the arguments of a command that reads them."""
     path = folder / "config.json"
