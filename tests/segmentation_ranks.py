@@ -1,4 +1,4 @@
-"""Started by torchrun: trains the same run under DDP and sharded, and writes the losses; see test_segmentation_training.py.
+"""Started by torchrun: trains one run under DDP and sharded, and writes its losses; see test_segmentation_training.py.
 
 The sharded one that is resumed is evaluated in the midst of training too, on a picture for each process.
 """
