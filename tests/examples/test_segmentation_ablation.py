@@ -129,10 +129,7 @@ def test_committed_tables_are_of_the_committed_runs(folder, tmp_path, monkeypatc
     [
         ("{", r"none-1\.json is broken"),
         ("[{}]", r"none-1\.json is not of this experiment"),
-        (
-            json.dumps(made_up("nothing", 1, 0.5)),
-            r"none-1\.json has a run of 'nothing', expected one of none, ",
-        ),
+        (json.dumps(made_up("nothing", 1, 0.5)), r"none-1\.json has a run of 'nothing', expected one of none, "),
         (json.dumps(made_up("none", 0, 0.6)), r"none-1\.json has another 'none' of seed 0 than a file beside it"),
         (json.dumps(made_up("none", 1, 0.5, steps=30)), "has runs of different lengths"),
     ],
