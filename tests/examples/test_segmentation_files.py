@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import weakref
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -203,32 +202,32 @@ def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
 # Text that users write.
 
 
-def texts(folder: Path) -> dict[Path, Callable[[], object]]:
-    """Write the texts that users may write, and return what reads them."""
-    path = folder / "config.json"
-    path.write_text(json.dumps(TINY.to_dict(), indent=1))
+@pytest.fixture
+def texts(tmp_path):
+    """Texts that users may write, and what reads them."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY.to_dict(), indent=1))
     return {
-        path: lambda: Config.load(path),
-        cases.ade20k(folder, [1]) / "objectInfo150.txt": lambda: data.build(Config.load("ade20k"), folder, True),
-        cases.voc2012(folder, [1]) / "ImageSets" / "Segmentation" / "trainaug.txt": lambda: data.build(
-            Config.load("voc2012"), folder, True
+        config: lambda: Config.load(config),
+        cases.ade20k(tmp_path, [1]) / "objectInfo150.txt": lambda: data.build(Config.load("ade20k"), tmp_path, True),
+        cases.voc2012(tmp_path, [1]) / "ImageSets/Segmentation/trainaug.txt": lambda: data.build(
+            Config.load("voc2012"), tmp_path, True
         ),
     }
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_text_of_other_editors(mark, tmp_path):
-    read = texts(tmp_path)
-    for path in read:
+def test_text_of_other_editors(mark, texts):
+    for path in texts:
         path.write_bytes(mark + path.read_bytes().replace(b"\n", b"\r\n"))
-    config, ade, voc = (each() for each in read.values())
+    config, ade, voc = (read() for read in texts.values())
     assert config == TINY and len(voc) == 3
     assert (ade.classes[0], ade.classes[-1], len(ade.classes)) == ("name1", "name150", 150)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_text_in_other_encodings_is_named(encoding, tmp_path):
-    for path, read in texts(tmp_path).items():
+def test_text_in_other_encodings_is_named(encoding, texts):
+    for path, read in texts.items():
         path.write_text("2007_1\nfür", encoding=encoding)
         with pytest.raises(FileError, match=rf"{path} must be text in UTF-8, got byte 0x"):
             read()

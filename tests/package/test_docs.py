@@ -15,7 +15,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 
 import asa_ops
 
@@ -25,7 +24,6 @@ PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 RESULTS = ROOT / "bench" / "results"
 TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-HAS_PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h").exists()
 
 
 def named(page: Path) -> str:
@@ -65,25 +63,23 @@ def compiles(block: str) -> bool:
     return "torch.compile(" in block or "aoti_compile" in block
 
 
+def programs():
+    """Yield every page without what is compiled, and slow ones with it."""
+    header = Path(sysconfig.get_path("include"), "Python.h").exists()
+    needs = pytest.mark.skipif(not header, reason="Inductor needs Python.h (Debian: apt install python3-dev)")
+    for page in WITH_PYTHON:
+        blocks = fenced(page, "python")
+        plain = [block for block in blocks if not compiles(block)]
+        yield pytest.param(page, plain, id=named(page))
+        if plain != blocks:
+            yield pytest.param(page, blocks, id=f"{named(page)}, compiled", marks=[pytest.mark.slow, needs])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit.trace
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "blocks"), programs())
+def test_python_blocks_run(page, blocks, tmp_path, monkeypatch):
     """One after the other, as one program; a block that begins with "# <name>.py" is a file, for a command below it."""
-    run_blocks(page, [block for block in fenced(page, "python") if not compiles(block)], tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_PYTHON_HEADER, reason="Inductor needs Python.h (Debian: apt install python3-dev)")
-@pytest.mark.parametrize(
-    "page", [page for page in WITH_PYTHON if any(map(compiles, fenced(page, "python")))], ids=named
-)
-def test_python_blocks_that_compile_run(page, tmp_path, monkeypatch):
-    run_blocks(page, fenced(page, "python"), tmp_path, monkeypatch)
-
-
-def run_blocks(page: Path, blocks: list[str], folder: Path, monkeypatch) -> None:
-    monkeypatch.chdir(folder)
-    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks:
         if name := re.match(r"# (\w+\.py)\n", block):
@@ -102,13 +98,6 @@ def test_pages_with_python_are_found():
     assert {"README.md", "docs/method.md", "docs/blocks.md", "docs/deploy.md"} <= set(map(named, WITH_PYTHON))
 
 
-def words_of_python(words: list[str]) -> list[str]:
-    """Return what a Python command runs and its arguments: of "torchrun --x 2 -m a b" it is ["-m", "a", "b"]."""
-    if words[0] == "torchrun":
-        return words[words.index("-m") :] if "-m" in words else words[-1:]
-    return words[1:] if re.fullmatch(r"(\.venv/bin/)?python3?", words[0]) else []
-
-
 @each_page
 def test_commands_name_what_there_is(page):
     variables = "".join((ROOT / name).read_text() for name in ("Makefile", "setup.py"))
@@ -117,8 +106,10 @@ def test_commands_name_what_there_is(page):
             for word in words[1:]:
                 name, assigned, _ = word.partition("=")
                 assert name in TARGETS or (assigned and name in variables), words
-        elif run := words_of_python(words):
-            check_python_command(run, page)
+        elif words[0] == "torchrun":
+            check_python_command(words[words.index("-m") :] if "-m" in words else words[-1:], page)
+        elif re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
+            check_python_command(words[1:], page)
         else:
             assert words[:2] in (["pip", "install"], ["pip", "wheel"]), f"{named(page)}: unknown command {words}"
 
@@ -128,17 +119,10 @@ def check_python_command(words: list[str], page: Path) -> None:
     if words[:2] == ["-m", "build"] or f"# {words[0]}\n" in "".join(fenced(page, "python")):
         return  # of others: `pip install build`; or a file that a block above writes
     name, arguments = (f"{words[1].replace('.', '/')}.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
-    file = ROOT / name
-    assert file.is_file(), words
-    sources = "".join(source.read_text() for source in file.parent.glob("*.py"))
+    assert (ROOT / name).is_file(), words
+    sources = "".join(source.read_text() for source in (ROOT / name).parent.glob("*.py"))
     for word in arguments:
-        if word.startswith("--") and word != "--help":
-            assert f'"{word}"' in sources, words
-
-
-@each_page
-def test_inline_commands_name_targets(page):
-    assert set(re.findall(r"`make ([\w-]+)[ `]", page.read_text())) <= TARGETS
+        assert not word.startswith("--") or word == "--help" or f'"{word}"' in sources, words
 
 
 def anchors(page: Path) -> set[str]:
@@ -160,9 +144,11 @@ def test_links_lead_somewhere(page):
 
 
 @each_page
-def test_files_that_are_named_exist(page):
-    """Names in backticks that begin with a folder of the repository."""
-    for path in re.findall(r"`((?:asa_ops|bench|csrc|docs|examples|tests)/[\w./-]*)`", page.read_text()):
+def test_files_and_targets_that_are_named_exist(page):
+    """Names in backticks that begin with a folder of the repository, and those of make."""
+    text = page.read_text()
+    assert set(re.findall(r"`make ([\w-]+)[ `]", text)) <= TARGETS
+    for path in re.findall(r"`((?:asa_ops|bench|csrc|docs|examples|tests)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
 
 
