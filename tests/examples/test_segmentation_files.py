@@ -42,8 +42,6 @@ def content(folder: Path) -> dict[str, bytes]:
     ("arguments", "message"),
     [
         (["park.png", "street.png", "--out", "."], r"^park\.png would replace park\.png, which is read"),
-        (["link.png", "--out", "../other"], r"^\.\./other/link\.png would replace link\.png"),
-        (["park.png", "--out", "../hard"], r"^\.\./hard/park\.png would replace park\.png"),
         (["--shape", "0", "--out", "../run"], r"^\.\./run/shape0\.png would replace \.\./run/shape0\.png"),
         (["land.jpg", "--out", "../photos"], r"^\.\./photos/land\.png is there, beside a picture that is read"),
         (["street.png", "../other/street.png"], r"^two pictures are named 'street', street\.png and \.\./other/street"),
@@ -53,11 +51,7 @@ def content(folder: Path) -> dict[str, bytes]:
 )
 def test_predict_replaces_nothing_that_it_reads(arguments, message, checkpoint, photos, monkeypatch):
     """And says so before it looks into a picture."""
-    for name in ("other", "hard", "run"):
-        (photos.parent / name).mkdir()
-    (photos / "link.png").symlink_to("../other/link.png")
-    cases.write(photos.parent / "other" / "link.png", cases.photograph(1))
-    (photos.parent / "hard" / "park.png").hardlink_to("park.png")
+    (photos.parent / "run").mkdir()
     (photos.parent / "run" / "shape0.png").write_bytes(checkpoint.read_bytes())
     before = [content(folder) for folder in photos.parent.iterdir()]
     monkeypatch.setattr(pictures, "read", lambda *arguments, **options: pytest.fail("a picture was read"))
