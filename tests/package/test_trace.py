@@ -40,7 +40,11 @@ def check(function, example, others, grad=True):
                 torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name, options", [row[:2] for row in block_cases.MODULES], ids=str)
+BLOCKS = [row[:2] for row in block_cases.MODULES]
+BLOCKS += [("asa", {"mode": "gaussian", "window": 5, "topk": 9, "impl": "blocked"})]  # whose thresholds learn there
+
+
+@pytest.mark.parametrize("name, options", BLOCKS, ids=str)
 def test_blocks(name, options):
     block = nn.build(name, 16, **options).double().train("dropout" not in options)
     for parameter in block.parameters():
