@@ -28,6 +28,12 @@ def tiny(**settings) -> Config:
     return Config.load("shapes").replace(**TINY | settings)
 
 
+def deep(depths=(1, 2, 2, 2), **settings) -> Config:
+    """Return settings of a narrow ResNet with all four stages."""
+    sizes = {"embedding_size": 8, "hidden_sizes": [8, 8, 16, 16], "depths": list(depths)}
+    return tiny(backbone=sizes | {"layer_type": "bottleneck"}, **settings)
+
+
 def in_a_file(config: Config, folder: Path) -> list[str]:
     """Write settings to a file, and return the arguments of a command that reads them."""
     path = folder / "config.json"
@@ -35,25 +41,23 @@ def in_a_file(config: Config, folder: Path) -> list[str]:
     return ["--config", str(path)]
 
 
-class TwoSizes:
-    """Two pictures of shapes, the second four times as large."""
+class Few(list):
+    """Samples in a list, of shapes."""
 
     classes, palette = CLASSES, PALETTE
 
-    def __len__(self):
-        return 2
-
-    def __getitem__(self, index):
-        return Shapes((64, 128)[index], 1, seed=1)[0]
-
 
 def iou_in_the_midst(model: nn.Module, config: Config) -> list[float]:
-    """Return the IoU on TwoSizes, without running statistics: every process has its own, of the parts that it saw."""
+    """Return the IoU on two pictures, the second four times as large.
+
+    Without running statistics: every process has its own, of the parts that it saw.
+    """
+    samples = Few(Shapes(size, 1, seed=1)[0] for size in (64, 128))
     before = [buffer.clone() for buffer in model.buffers()]
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.reset_running_stats()
-    iou = evaluate(model, TwoSizes(), config).iou.tolist()
+    iou = evaluate(model, samples, config).iou.tolist()
     for buffer, values in zip(model.buffers(), before, strict=True):
         buffer.copy_(values)
     return iou
@@ -75,13 +79,12 @@ def label_of(stored: list[int]) -> np.ndarray:
 
 def cityscapes(root: Path, stored: list[int]) -> Path:
     """Two training cities and one to validate on, as the archives leftImg8bit_trainvaltest and gtFine unpack."""
-    pictures = (("train", "aachen", 0), ("train", "bochum", 0), ("train", "bochum", 1), ("val", "lindau", 0))
-    for split, city, frame in pictures:
-        name = f"{city}_{frame:06}_000019"
-        write(root / "leftImg8bit" / split / city / f"{name}_leftImg8bit.png", photograph(frame))
-        write(root / "gtFine" / split / city / f"{name}_gtFine_labelIds.png", label_of(stored))
-        write(root / "gtFine" / split / city / f"{name}_gtFine_instanceIds.png", label_of(stored))
-        write(root / "gtFine" / split / city / f"{name}_gtFine_color.png", photograph(frame))
+    for city, frame in (("train/aachen", 0), ("train/bochum", 0), ("train/bochum", 1), ("val/lindau", 0)):
+        name = f"{city}/{city.partition('/')[2]}_{frame:06}_000019"
+        write(root / "leftImg8bit" / f"{name}_leftImg8bit.png", photograph(frame))
+        for kind in ("labelIds", "instanceIds"):
+            write(root / "gtFine" / f"{name}_gtFine_{kind}.png", label_of(stored))
+        write(root / "gtFine" / f"{name}_gtFine_color.png", photograph(frame))
     return root
 
 

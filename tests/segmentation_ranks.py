@@ -1,4 +1,4 @@
-"""Started by torchrun: trains the same run under DDP and sharded, and writes the losses; see test_segmentation.py.
+"""Started by torchrun: trains one run under DDP and sharded, and writes its losses; see test_segmentation_training.py.
 
 The sharded one that is resumed is evaluated in the midst of training too, on a picture for each process.
 """
@@ -19,21 +19,17 @@ main([*command, "--out", str(out / "ddp")])
 main([*command, "--out", str(out / "fsdp"), "--shard"])
 
 
-class Interrupted(Exception):
-    pass
-
-
 def interrupt(step, model):
     if step == 2:
         iou = cases.iou_in_the_midst(model, cases.tiny(**settings))
         if dist.get_rank() == 0:
             (out / "iou.json").write_text(json.dumps(iou))
     if step == 3:
-        raise Interrupted
+        raise KeyboardInterrupt
 
 
 try:
     train(cases.tiny(**settings), out / "resumed", shard=True, checkpoint_every=2, after_step=interrupt)
-except Interrupted:
+except KeyboardInterrupt:
     train(cases.tiny(**settings), out / "resumed", shard=True, resume=True)
 leave()

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +72,6 @@ def test_the_table_is_of_the_runs(tmp_path):
     assert np.asarray(PIL.Image.open(tmp_path / "plot.png")).std() > 1
 
 
-def test_one_seed_has_no_interval():
-    mean, half = ablation.interval([0.5])
-    assert mean == 0.5 and math.isnan(half)
-
-
 def test_a_run_tells_what_it_did(tmp_path, monkeypatch):
     config = cases.tiny()
     monkeypatch.setattr(Config, "load", lambda name: config)
@@ -89,13 +83,6 @@ def test_a_run_tells_what_it_did(tmp_path, monkeypatch):
     assert all(0 <= point[1] <= 256 and point[2] <= point[3] <= point[4] for point in told["curve"])
     ablation.run("none", 0, 2, path := tmp_path / "none-0.json")
     assert json.loads(path.read_text())["curve"] == []
-
-
-def test_the_readme_quotes_the_tables():
-    section = re.search(r"## What came out\n(.*?)\n## ", (RESULTS.parent / "README.md").read_text(), re.S)[1]
-    figures = set(re.findall(r"[+-]?\d+\.\d\d", section))
-    tables = (folder / "ablation.md" for folder in RESULTS.iterdir())
-    assert len(figures) > 20 and figures <= {x for t in tables for x in re.findall(r"[+-]?\d+\.\d+", t.read_text())}
 
 
 def test_finished_runs_are_kept(tmp_path, monkeypatch, capsys):
@@ -142,10 +129,7 @@ def test_committed_tables_are_of_the_committed_runs(folder, tmp_path, monkeypatc
     [
         ("{", r"none-1\.json is broken"),
         ("[{}]", r"none-1\.json is not of this experiment"),
-        (
-            json.dumps(made_up("nothing", 1, 0.5)),
-            r"none-1\.json has a run of 'nothing', expected one of none, ",
-        ),
+        (json.dumps(made_up("nothing", 1, 0.5)), r"none-1\.json has a run of 'nothing', expected one of none, "),
         (json.dumps(made_up("none", 0, 0.6)), r"none-1\.json has another 'none' of seed 0 than a file beside it"),
         (json.dumps(made_up("none", 1, 0.5, steps=30)), "has runs of different lengths"),
     ],

@@ -1,5 +1,6 @@
 """The segmentation commands and the files of a user: what is read, what is replaced, and what is broken."""
 
+import dataclasses
 import json
 import weakref
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import segmentation_cases as cases
+import torch
 from torch import nn
 
 from examples import pictures
@@ -17,14 +19,6 @@ from examples.segmentation.config import NO_BLOCK, Config, ConfigError
 
 TINY = cases.tiny(steps=1, block=NO_BLOCK)
 ADE = {"data": "ade20k", "data_options": {}, "crop": (12, 16)}
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
-    """A folder with a checkpoint and its log, not to be changed."""
-    out = tmp_path_factory.mktemp("run")
-    train.train(TINY, out)
-    return out
 
 
 @pytest.fixture
@@ -48,8 +42,6 @@ def content(folder: Path) -> dict[str, bytes]:
     ("arguments", "message"),
     [
         (["park.png", "street.png", "--out", "."], r"^park\.png would replace park\.png, which is read"),
-        (["link.png", "--out", "../other"], r"^\.\./other/link\.png would replace link\.png"),
-        (["park.png", "--out", "../hard"], r"^\.\./hard/park\.png would replace park\.png"),
         (["--shape", "0", "--out", "../run"], r"^\.\./run/shape0\.png would replace \.\./run/shape0\.png"),
         (["land.jpg", "--out", "../photos"], r"^\.\./photos/land\.png is there, beside a picture that is read"),
         (["street.png", "../other/street.png"], r"^two pictures are named 'street', street\.png and \.\./other/street"),
@@ -57,15 +49,10 @@ def content(folder: Path) -> dict[str, bytes]:
         (["shape1.jpg", "--shape", "1"], r"^two pictures are named 'shape1', shape1\.jpg and --shape 1$"),
     ],
 )
-def test_predict_replaces_nothing_that_it_reads(arguments, message, run, photos, monkeypatch):
+def test_predict_replaces_nothing_that_it_reads(arguments, message, checkpoint, photos, monkeypatch):
     """And says so before it looks into a picture."""
-    for name in ("other", "hard", "run"):
-        (photos.parent / name).mkdir()
-    (photos / "link.png").symlink_to("../other/link.png")
-    cases.write(photos.parent / "other" / "link.png", cases.photograph(1))
-    (photos.parent / "hard" / "park.png").hardlink_to("park.png")
-    checkpoint = photos.parent / "run" / "shape0.png"
-    checkpoint.write_bytes((run / "checkpoint.pt").read_bytes())
+    (photos.parent / "run").mkdir()
+    (photos.parent / "run" / "shape0.png").write_bytes(checkpoint.read_bytes())
     before = [content(folder) for folder in photos.parent.iterdir()]
     monkeypatch.setattr(pictures, "read", lambda *arguments, **options: pytest.fail("a picture was read"))
     with pytest.raises((FileError, ConfigError), match=message):
@@ -100,13 +87,13 @@ def test_training_replaces_nothing_that_it_reads(tmp_path):
 # What is broken costs only itself.
 
 
-def test_predict_does_the_others_where_pictures_are_broken(run, photos, monkeypatch, capsys):
+def test_predict_does_the_others_where_pictures_are_broken(checkpoint, photos, monkeypatch, capsys):
     Path("cut.png").write_bytes(Path("street.png").read_bytes()[:300])
     cases.write(Path("large.png"), np.zeros((99, 99, 3), np.uint8))
     monkeypatch.setattr(pictures.PIL.Image, "MAX_IMAGE_PIXELS", 4000)
     given = ["cut.png", "street.png", "large.png", "missing.png", "park.png"]
     with pytest.raises(SystemExit) as end:
-        cli.main_of(lambda: predict.main([str(run / "checkpoint.pt"), *given, "--out", "out"]))
+        cli.main_of(lambda: predict.main([str(checkpoint), *given, "--out", "out"]))
     title, *lines = end.value.code.splitlines()
     assert title == "error: 3 pictures were left out:"
     messages = ("cannot read cut.png", "large.png has more than 8,000", "missing.png as a picture: No such file")
@@ -115,11 +102,11 @@ def test_predict_does_the_others_where_pictures_are_broken(run, photos, monkeypa
     assert capsys.readouterr().out.split() == ["out/street.png", "out/park.png"]
     assert sorted(content(photos / "out")) == ["park.png", "street.png"]
     with pytest.raises(SystemExit, match=r"^error: cannot read cut\.png as a picture: .*$"):
-        cli.main_of(lambda: predict.main([str(run / "checkpoint.pt"), "cut.png", "--out", "new"]))
+        cli.main_of(lambda: predict.main([str(checkpoint), "cut.png", "--out", "new"]))
     assert not Path("new").exists()
 
 
-def test_predict_has_one_picture_at_a_time(run, photos, monkeypatch):
+def test_predict_has_one_picture_at_a_time(checkpoint, photos, monkeypatch):
     """Each is written before the next is read, and then given up."""
     events, images, read = [], [], pictures.read
 
@@ -134,7 +121,7 @@ def test_predict_has_one_picture_at_a_time(run, photos, monkeypatch):
     monkeypatch.setattr(predict, "draw", lambda path, *rest: events.append(f"write {path}"))
     for i in range(4):
         cases.write(Path(f"{i}.png"), cases.photograph(i))
-    predict.main([str(run / "checkpoint.pt"), *(f"{i}.png" for i in range(4)), "--out", "out"])
+    predict.main([str(checkpoint), *(f"{i}.png" for i in range(4)), "--out", "out"])
     assert events == [f"{did}{i}.png" for i in range(4) for did in ("read ", "write out/")]
 
 
@@ -183,24 +170,23 @@ def test_no_picture_that_can_be_read(ade, recwarn):
 # Files are written whole or not at all.
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(run, tmp_path, full_disk):
-    checkpoint = Checkpoint.load(run / "checkpoint.pt")
+def test_a_full_disk_leaves_the_last_checkpoint(checkpoint, tmp_path, full_disk):
     path = tmp_path / "checkpoint.pt"
     path.write_bytes(b"before")
     with full_disk(), pytest.raises(FileError, match=r"checkpoint\.pt: File too large$"):
-        checkpoint.save(path)
+        Checkpoint.load(checkpoint).save(path)
     assert content(tmp_path) == {"checkpoint.pt": b"before"}
 
 
-def test_a_full_disk_leaves_the_log(run, full_disk, monkeypatch):
-    before = content(run)
+def test_a_full_disk_leaves_the_log(trained, full_disk, monkeypatch):
+    before = content(trained[0])
     monkeypatch.setattr(train, "log_line", lambda *arguments: 200 * " ")
     with full_disk(), pytest.raises(FileError, match=r"log\.jsonl: File too large$"):
-        train.train(TINY, run, resume=True)
-    assert content(run) == before
+        train.train(cases.tiny(block="asa"), trained[0], resume=True)
+    assert content(trained[0]) == before
 
 
-def test_a_folder_that_cannot_be_written_is_told_first(run, tmp_path, monkeypatch):
+def test_a_folder_that_cannot_be_written_is_told_first(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.delattr(train, "Segmenter")
     with pytest.raises(FileError, match=r"checkpoint\.pt cannot be written: .*file is no folder"):
@@ -210,38 +196,91 @@ def test_a_folder_that_cannot_be_written_is_told_first(run, tmp_path, monkeypatc
 # Text that users write.
 
 
-@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
-def test_text_of_other_editors(mark, tmp_path):
-    def edit(path: Path) -> None:
-        path.write_bytes(mark + path.read_bytes().replace(b"\n", b"\r\n"))
+@pytest.fixture
+def texts(tmp_path):
+    """Texts that users may write, and what reads them."""
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(TINY.to_dict(), indent=1))
+    return {
+        config: lambda: Config.load(config),
+        cases.ade20k(tmp_path, [1]) / "objectInfo150.txt": lambda: data.build(Config.load("ade20k"), tmp_path, True),
+        cases.voc2012(tmp_path, [1]) / "ImageSets/Segmentation/trainaug.txt": lambda: data.build(
+            Config.load("voc2012"), tmp_path, True
+        ),
+    }
 
-    path = tmp_path / "config.json"
-    path.write_text(json.dumps(TINY.to_dict(), indent=1))
-    edit(path)
-    assert Config.load(path) == TINY
-    edit(cases.ade20k(tmp_path, [1]) / "objectInfo150.txt")
-    classes = data.build(Config.load("ade20k"), tmp_path, training=True).classes
-    assert (classes[0], classes[-1], len(classes)) == ("name1", "name150", 150)
-    edit(cases.voc2012(tmp_path, [1]) / "ImageSets" / "Segmentation" / "trainaug.txt")
-    assert len(data.build(Config.load("voc2012"), tmp_path, training=True)) == 3
+
+@pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])
+def test_text_of_other_editors(mark, texts):
+    for path in texts:
+        path.write_bytes(mark + path.read_bytes().replace(b"\n", b"\r\n"))
+    config, ade, voc = (read() for read in texts.values())
+    assert config == TINY and len(voc) == 3
+    assert (ade.classes[0], ade.classes[-1], len(ade.classes)) == ("name1", "name150", 150)
 
 
 @pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_text_in_other_encodings_is_named(encoding, tmp_path):
-    for root, name, listed in (
-        (cases.ade20k(tmp_path, [1]), "ade20k", "objectInfo150.txt"),
-        (cases.voc2012(tmp_path, [1]), "voc2012", "ImageSets/Segmentation/trainaug.txt"),
-    ):
-        (root / listed).write_text("2007_1\nfür", encoding=encoding)
-        with pytest.raises(FileError, match=rf"{listed} must be text in UTF-8, got byte 0x"):
-            data.build(Config.load(name), root, training=True)
-    path = tmp_path / "config.json"
-    path.write_text('{"data": "für"}', encoding=encoding)
-    with pytest.raises(FileError, match=r"config\.json must be text in UTF-8"):
-        Config.load(path)
+def test_text_in_other_encodings_is_named(encoding, texts):
+    for path, read in texts.items():
+        path.write_text("2007_1\nfür", encoding=encoding)
+        with pytest.raises(FileError, match=rf"{path} must be text in UTF-8, got byte 0x"):
+            read()
 
 
-def test_a_log_that_is_none(run, tmp_path):
+# Checkpoints and logs.
+
+
+class Foreign:
+    pass
+
+
+BROKEN = [  # what is written in place of a checkpoint, given a good one
+    (lambda good, bad: None, "there is no checkpoint"),
+    (lambda good, bad: bad.write_bytes(good.read_bytes()[:-1000]), "is broken or no checkpoint"),
+    (lambda good, bad: bad.write_text("not weights"), "is broken or no checkpoint:"),
+    (lambda good, bad: bad.write_bytes(b""), "bad.pt' is broken or no checkpoint: it ends too early"),
+    (lambda good, bad: torch.save(Foreign(), bad), "is broken or no checkpoint: Weights only"),
+    (lambda good, bad: torch.save({"state_dict": {}}, bad), "is not from this example: expected kind"),
+    (lambda good, bad: torch.save([1], bad), "is not from this example"),
+    (
+        lambda good, bad: torch.save({k: v for k, v in torch.load(good).items() if k != "step"}, bad),
+        "has other entries than a checkpoint, namely step",
+    ),
+]
+
+
+@pytest.mark.parametrize(("write", "message"), BROKEN)
+def test_checkpoints_that_cannot_be_read(write, message, checkpoint, tmp_path):
+    write(checkpoint, bad := tmp_path / "bad.pt")
+    with pytest.raises(CheckpointError) as error:
+        Checkpoint.load(bad)
+    assert message in str(error.value) and "bad.pt" in str(error.value)
+
+
+MISMATCH = "do not fit its config: size mismatch for head"
+UNFIT = [  # what is changed in a checkpoint, what it is used for
+    ({"classes": list("abcd")}, evaluate, r"has 4 classes \(a, ..., d\), the data 5 \(.*, rings\)"),
+    ({"classes": list("abcd")}, predict, rf"{MISMATCH}\.classifier"),
+    ({"config": {"channels": 8}}, predict, rf"{MISMATCH}\.before.*, and \d+ more"),
+    ({"config": {"sharpness": 8}}, predict, "config does not fit: unknown setting 'sharpness'"),
+    ({"config": None}, predict, "does not fit: settings must be an object"),
+    ({"config": {"block": NO_BLOCK}}, attend, "attend shows block 'asa', the checkpoint has 'none'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "command", "message"), UNFIT)
+def test_checkpoints_that_do_not_fit(changes, command, message, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = Checkpoint.load(checkpoint)
+    if changes.get("config"):
+        changes = {"config": good.config | changes["config"]}
+    dataclasses.replace(good, **changes).save(tmp_path / "changed.pt")
+    arguments = {evaluate: [], predict: ["--shape", "0"], attend: ["--shape", "0", "--pixel", "0,0"]}[command]
+    with pytest.raises(ConfigError if command is attend else CheckpointError, match=message):
+        command.main(["changed.pt", *arguments])
+
+
+def test_a_log_that_is_none(tmp_path):
     for line in ("3", '{"loss"', '{"step": 0}'):
         (tmp_path / "log.jsonl").write_text(line)
         with pytest.raises(CheckpointError, match=r"log\.jsonl is broken: "):

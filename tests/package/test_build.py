@@ -15,7 +15,25 @@ import asa_ops
 from asa_ops.core import extension
 
 ROOT = Path(__file__).parents[2]
-SOURCES = sorted((ROOT / "asa_ops").rglob("*.py"))
+needs_nm = pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) lists the symbols")
+
+
+def output_of(*command: str | Path, **options) -> str:
+    """Run a command, which must not fail, and return what it prints."""
+    return subprocess.run(command, check=True, capture_output=True, text=True, **options).stdout
+
+
+def symbols(library: Path | str, which: str) -> list[tuple[str, str]]:
+    """Return the dynamic symbols of a library as (nm's letter, name without version)."""
+    listing = output_of("nm", "-D", which, library).splitlines()
+    return [(words[-2], words[-1].split("@")[0]) for words in map(str.split, listing)]
+
+
+def copied(folder: Path, *ignored: str) -> Path:
+    """Copy the package into a folder, and return the folder."""
+    ignore = shutil.ignore_patterns("__pycache__", *ignored)
+    shutil.copytree(ROOT / "asa_ops", folder / "asa_ops", ignore=ignore)
+    return folder
 
 
 def test_extension_is_built_and_of_this_version():
@@ -36,15 +54,14 @@ def test_extension_that_cannot_be_loaded_is_explained(tmp_path):
     assert "cannot be loaded" in extension.load(broken)
 
 
-@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) lists the symbols")
+@needs_nm
 def test_extension_uses_the_stable_abi_only():
     """No C++ symbol of torch, none of Python: one binary for every torch >= 2.10 and every Python."""
-    listing = subprocess.run(["nm", "-D", "--undefined-only", extension.LIBRARY], check=True, capture_output=True)
-    symbols = [line.split()[-1] for line in listing.stdout.decode().splitlines()]
-    assert any(symbol.startswith("aoti_torch_") for symbol in symbols)
-    for symbol in symbols:
-        assert not symbol.startswith(("Py", "_Py")), symbol
-        assert not any(name in symbol for name in ("N2at", "N3c10", "5torch", "3c10")), symbol
+    names = [name for _, name in symbols(extension.LIBRARY, "--undefined-only")]
+    assert any(name.startswith("aoti_torch_") for name in names)
+    for name in names:
+        assert not name.startswith(("Py", "_Py")), name
+        assert not any(part in name for part in ("N2at", "N3c10", "5torch", "3c10")), name
 
 
 @pytest.mark.parametrize("compiler", ["aarch64-linux-gnu-g++", "clang++"])
@@ -56,18 +73,13 @@ def test_kernels_compile_for_other_machines_and_compilers(compiler, tmp_path):
         subprocess.run([compiler, *flags, "-c", source, "-o", tmp_path / "kernels.o"], check=True)
 
 
-@pytest.mark.skipif(not (shutil.which("nm") and shutil.which("ldd")), reason="nm and ldd list symbols and libraries")
+@needs_nm
+@pytest.mark.skipif(not shutil.which("ldd"), reason="ldd lists libraries")
 def test_extension_needs_nothing_that_a_torch_without_cuda_lacks():
     """Whatever it does not define is in libraries that are always there, or is weak: one binary for CPU and GPU."""
-    folder = Path(torch.__file__).with_name("lib")
-    linked = subprocess.run(
-        ["ldd", extension.LIBRARY],
-        check=True,
-        env=os.environ | {"LD_LIBRARY_PATH": str(folder)},
-        capture_output=True,
-        text=True,
-    )
-    libraries = [word for word in linked.stdout.split() if word.startswith("/") and "cuda" not in Path(word).name]
+    folder = str(Path(torch.__file__).with_name("lib"))
+    linked = output_of("ldd", extension.LIBRARY, env=os.environ | {"LD_LIBRARY_PATH": folder})
+    libraries = [word for word in linked.split() if word.startswith("/") and "cuda" not in Path(word).name]
     assert {"libtorch_cpu.so", "libc.so.6"} <= {Path(library).name for library in libraries}
     defined = {name for library in libraries for _, name in symbols(library, "--defined-only")}
     needed = {name for kind, name in symbols(extension.LIBRARY, "--undefined-only") if kind not in "wv"}
@@ -75,14 +87,8 @@ def test_extension_needs_nothing_that_a_torch_without_cuda_lacks():
     assert not needed - defined
 
 
-def symbols(library: Path | str, which: str) -> list[tuple[str, str]]:
-    """Return the dynamic symbols of a library as (nm's letter, name without version)."""
-    listing = subprocess.run(["nm", "-D", which, library], check=True, capture_output=True, text=True)
-    return [(words[-2], words[-1].split("@")[0]) for words in map(str.split, listing.stdout.splitlines())]
-
-
+@needs_nm
 @pytest.mark.skipif(not extension.cuda_architectures(), reason="the extension was built without CUDA kernels")
-@pytest.mark.skipif(not shutil.which("nm"), reason="nm (binutils) lists the symbols")
 def test_symbols_of_cuda_are_weak():
     undefined = {name: kind for kind, name in symbols(extension.LIBRARY, "--undefined-only")}
     assert undefined["aoti_torch_get_current_cuda_stream"] == "w"
@@ -90,10 +96,8 @@ def test_symbols_of_cuda_are_weak():
 
 
 def test_works_and_explains_with_an_extension_that_cannot_be_loaded(tmp_path):
-    shutil.copytree(ROOT / "asa_ops", tmp_path / "asa_ops", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
-    (tmp_path / "asa_ops" / "_C.abi3.so").write_bytes(b"not a library")
-    told = run_with(tmp_path, sys.executable)
-    assert "cpu        the compiled extension cannot be loaded" in told
+    (copied(tmp_path, "*.so") / "asa_ops" / "_C.abi3.so").write_bytes(b"not a library")
+    assert "cpu        the compiled extension cannot be loaded" in run_with(tmp_path, sys.executable)
 
 
 def run_with(folder: Path, python: str) -> str:
@@ -102,31 +106,18 @@ def run_with(folder: Path, python: str) -> str:
         "import torch, asa_ops; q = torch.randn(1, 1, 6, 4); print(asa_ops.__file__); print(asa_ops.explain(q)); "
         "print(asa_ops.asa_attention(q, q, q, torch.ones(1, 1, 6)).shape)"
     )
-    run = subprocess.run(
-        [python, "-c", program],
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(folder)},
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
-    assert run.stdout.startswith(str(folder))
-    assert "torch.Size([1, 1, 6, 4])" in run.stdout
-    return run.stdout
+    told = output_of(python, "-c", program, env=os.environ | {"PYTHONPATH": str(folder)}, cwd=folder)
+    assert told.startswith(str(folder)) and "torch.Size([1, 1, 6, 4])" in told
+    return told
 
 
 def installed(tmp_path: Path, **environment: str) -> Path:
     """Install a copy of the source tree into a folder, as pip does, and return the folder."""
     ignore = shutil.ignore_patterns(".*", "*.so", "build", "*.egg-info", "__pycache__", "tests")
     shutil.copytree(ROOT, tmp_path / "source", ignore=ignore)
+    environment = os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment
     options = ["--no-build-isolation", "--no-deps", "--quiet", "--target", tmp_path / "installed"]
-    subprocess.run(
-        [sys.executable, "-m", "pip", "install", *options, tmp_path / "source"],
-        check=True,
-        env=os.environ | {"PIP_DISABLE_PIP_VERSION_CHECK": "1"} | environment,
-        cwd=tmp_path,
-        capture_output=True,
-    )
+    output_of(sys.executable, "-m", "pip", "install", *options, tmp_path / "source", env=environment, cwd=tmp_path)
     return tmp_path / "installed"
 
 
@@ -143,8 +134,7 @@ def test_builds_without_cuda_when_asked_or_nvcc_is_broken(way, tmp_path):
     assert "  cpu        runs" in run_with(folder, sys.executable)
     program = "import torch, sys; torch.ops.load_library(sys.argv[1]); print(torch.ops.asa_ops.cuda_architectures())"
     library = folder / "asa_ops" / extension.LIBRARY.name
-    run = subprocess.run([sys.executable, "-c", program, library], check=True, capture_output=True, text=True)
-    assert run.stdout.strip() == ""
+    assert output_of(sys.executable, "-c", program, library).strip() == ""
 
 
 def with_broken_nvcc(folder: Path) -> str:
@@ -191,9 +181,7 @@ def test_setup_reads_the_architectures(setup_file, monkeypatch):
 
 @pytest.mark.skipif("ASA_OPS_OTHER_PYTHON" not in os.environ, reason="ASA_OPS_OTHER_PYTHON names no Python with torch")
 def test_the_same_binary_works_under_another_python_and_torch(tmp_path):
-    ignore = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "asa_ops", tmp_path / "asa_ops", ignore=ignore)
-    assert "  cpu        runs" in run_with(tmp_path, os.environ["ASA_OPS_OTHER_PYTHON"])
+    assert "  cpu        runs" in run_with(copied(tmp_path), os.environ["ASA_OPS_OTHER_PYTHON"])
 
 
 def test_public_names():

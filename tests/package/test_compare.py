@@ -1,5 +1,6 @@
 """The error rule of compare.py: it passes eager PyTorch, and small mistakes in copies of the ops fail."""
 
+import contextlib
 from dataclasses import replace
 
 import compare
@@ -118,20 +119,14 @@ INPUT_MISTAKES = {
     "a scale that is off by 1e-4": lambda x: x * (1 + 1e-4),
     "half precision": lambda x: x.half().float(),
 }
-BLOCKS = (
-    "gaussian_short",
-    "dot_product",
-    "concatenation",
-    "linear",
-    "efficient",
-    "axial",
-    "squeeze",
-    "interlaced_long",
-)
+BLOCKS = [  # one of each way to compute
+    *("gaussian_short", "dot_product", "concatenation", "linear", "efficient", "axial", "squeeze", "interlaced_long"),
+    *("salient", "gaussian_fused"),
+]
 
 
 @pytest.mark.parametrize("mistake", [None, *INPUT_MISTAKES])
-@pytest.mark.parametrize("name", [*BLOCKS, "salient", "gaussian_fused"])
+@pytest.mark.parametrize("name", BLOCKS)
 def test_mistakes_in_blocks_fail(name, mistake):
     """Of the last tensor of a call: value, or the attention map."""
     case = block(name)
@@ -145,12 +140,8 @@ def test_mistakes_in_blocks_fail(name, mistake):
     ours = run(tensors, INPUT_MISTAKES.get(mistake, lambda x: x))
     exact = unflat(case, [x.detach().double().requires_grad_() for x in flat(tensors)])
     names = ["out", *map(str, range(1, len(ours)))]
-    exp_ulps = 20 if case.fused else 0
-    if mistake is None:
-        compare.check_errors(names, ours, lambda: run(exact), exp_ulps=exp_ulps)
-    else:
-        with pytest.raises(AssertionError):
-            compare.check_errors(names, ours, lambda: run(exact), exp_ulps=exp_ulps)
+    with contextlib.nullcontext() if mistake is None else pytest.raises(AssertionError):
+        compare.check_errors(names, ours, lambda: run(exact), exp_ulps=20 if case.fused else 0)
 
 
 def test_what_rounding_may_do():
@@ -162,8 +153,7 @@ def test_what_rounding_may_do():
         results = rounding.evaluations(lambda: [compute()], torch.float32, count=200)
         return torch.stack([result[0] - compute() for result in results])
 
-    assert errors(lambda: x * 3).abs().max() <= u * (x * 3).abs().max()
-    assert errors(lambda: x * 3).abs().max() > 0.9 * u * (x * 3).abs().max()
+    assert 0.9 < errors(lambda: x * 3).abs().max() / (u * (x * 3).abs().max()) <= 1
     assert not errors(lambda: x.flip(0)[None].expand(2, -1).clamp(min=0).sort().values).any()
     orders = torch.stack([x[torch.randperm(2000)] for _ in range(200)])
     added = torch.zeros(200)

@@ -1,5 +1,7 @@
 """What torch expects of every function: compile, export, meta tensors, transforms, checkpoint, second derivatives."""
 
+import itertools
+
 import block_cases
 import cases
 import pytest
@@ -42,11 +44,8 @@ def compilations():
     rows = [(name, {}, dynamic, name in ASA[2:] or not dynamic) for name in ASA for dynamic in (False, True)]
     rows += [("criss_cross", {"impl": impl}, False, False) for impl in ("reference", *KERNELS)]
     rows += [("criss_cross", {}, True, False)]
-    rows += [
-        (name, {}, dynamic, name not in ALONE or not dynamic)
-        for name in block_cases.CONTRACT_CASES
-        for dynamic in (False, True)
-    ]
+    blocks = itertools.product(block_cases.CONTRACT_CASES, (False, True))
+    rows += [(name, {}, dynamic, name not in ALONE or not dynamic) for name, dynamic in blocks]
     for name, impl, dynamic, slow in rows:
         words = [name, *impl.values(), "dynamic" if dynamic else "static"]
         yield pytest.param(name, impl, dynamic, id="-".join(words), marks=[pytest.mark.slow] * slow)
@@ -66,8 +65,7 @@ def test_compiles_without_a_graph_break(name, impl, dynamic):
         return function(*tensors, **impl) * 2
 
     compiled = torch.compile(run, fullgraph=True, dynamic=dynamic, backend="aot_eager")
-    for x, y in zip(*(results(f, tensors, leaves) for f in (compiled, run)), strict=True):
-        torch.testing.assert_close(x, y)
+    torch.testing.assert_close(*(results(f, tensors, leaves) for f in (compiled, run)))
     if name == "criss_cross":
         with torch.no_grad():
             torch.testing.assert_close(compiled(*tensors), run(*tensors))
@@ -111,20 +109,16 @@ def test_func_transforms(name, impl):
         torch.func.vmap(torch.func.grad(loss, every))(*many),
         torch.func.grad(total, every)(*many),
         torch.func.jacrev(total, every)(*many),
-        [
-            torch.stack(x)
-            for x in zip(*(torch.func.grad(loss, every)(*x) for x in zip(*many, strict=True)), strict=True)
-        ],
+        each(torch.func.grad(loss, every)),
     ):
-        for x, y in zip(transformed, expected, strict=True):
-            torch.testing.assert_close(x, y)
+        torch.testing.assert_close(list(transformed), expected)
 
 
 @pytest.mark.parametrize("name", ["asa plain", "criss_cross"])
 def test_checkpoint_and_double_backward(name):
     function, tensors = call(name, torch.float64)
     again = results(lambda *x: checkpoint(function, *x, use_reentrant=False), tensors)
-    assert all(torch.equal(x, y) for x, y in zip(results(function, tensors), again, strict=True))
+    torch.testing.assert_close(again, results(function, tensors), rtol=0, atol=0)
     leaves = [x.requires_grad_() for x in tensors]
     grads = torch.autograd.grad(function(*leaves).square().sum(), leaves[:3], create_graph=True)
     message = rf"{name.split()[0]}_attention has no double backward.*use impl='reference'"

@@ -15,7 +15,6 @@ import tarfile
 from pathlib import Path
 
 import pytest
-import torch
 
 import asa_ops
 
@@ -24,7 +23,7 @@ MODULES = [name for _, name, _ in pkgutil.walk_packages(asa_ops.__path__, "asa_o
 PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "examples/segmentation/README.md")]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 RESULTS = ROOT / "bench" / "results"
-HAS_PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h").exists()
+TARGETS = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
 
 
 def named(page: Path) -> str:
@@ -64,25 +63,23 @@ def compiles(block: str) -> bool:
     return "torch.compile(" in block or "aoti_compile" in block
 
 
+def programs():
+    """Yield every page without what is compiled, and slow ones with it."""
+    header = Path(sysconfig.get_path("include"), "Python.h").exists()
+    needs = pytest.mark.skipif(not header, reason="Inductor needs Python.h (Debian: apt install python3-dev)")
+    for page in WITH_PYTHON:
+        blocks = fenced(page, "python")
+        plain = [block for block in blocks if not compiles(block)]
+        yield pytest.param(page, plain, id=named(page))
+        if plain != blocks:
+            yield pytest.param(page, blocks, id=f"{named(page)}, compiled", marks=[pytest.mark.slow, needs])
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")  # of torch.jit.trace
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=named)
-def test_python_blocks_run(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("page", "blocks"), programs())
+def test_python_blocks_run(page, blocks, tmp_path, monkeypatch):
     """One after the other, as one program; a block that begins with "# <name>.py" is a file, for a command below it."""
-    run_blocks(page, [block for block in fenced(page, "python") if not compiles(block)], tmp_path, monkeypatch)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not HAS_PYTHON_HEADER, reason="Inductor needs Python.h (Debian: apt install python3-dev)")
-@pytest.mark.parametrize(
-    "page", [page for page in WITH_PYTHON if any(map(compiles, fenced(page, "python")))], ids=named
-)
-def test_python_blocks_that_compile_run(page, tmp_path, monkeypatch):
-    run_blocks(page, fenced(page, "python"), tmp_path, monkeypatch)
-
-
-def run_blocks(page: Path, blocks: list[str], folder: Path, monkeypatch) -> None:
-    monkeypatch.chdir(folder)
-    torch.manual_seed(0)
+    monkeypatch.chdir(tmp_path)
     namespace = {}
     for block in blocks:
         if name := re.match(r"# (\w+\.py)\n", block):
@@ -101,57 +98,31 @@ def test_pages_with_python_are_found():
     assert {"README.md", "docs/method.md", "docs/blocks.md", "docs/deploy.md"} <= set(map(named, WITH_PYTHON))
 
 
-def words_of_python(words: list[str]) -> list[str]:
-    """Return what a Python command runs and its arguments: of "torchrun --x 2 -m a b" it is ["-m", "a", "b"]."""
-    if words[0] == "torchrun":
-        words = words[words.index("-m") :] if "-m" in words else words[-1:]
-    elif re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
-        words = words[1:]
-    else:
-        return []
-    return words
-
-
 @each_page
 def test_commands_name_what_there_is(page):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     variables = "".join((ROOT / name).read_text() for name in ("Makefile", "setup.py"))
     for words in commands(page):
         if words[0] == "make":
             for word in words[1:]:
                 name, assigned, _ = word.partition("=")
-                assert name in targets or (assigned and name in variables), words
-        elif words[0] == "pip":
-            assert words[1] in ("install", "wheel"), words
-        elif run := words_of_python(words):
-            check_python_command(run, page)
+                assert name in TARGETS or (assigned and name in variables), words
+        elif words[0] == "torchrun":
+            check_python_command(words[words.index("-m") :] if "-m" in words else words[-1:], page)
+        elif re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
+            check_python_command(words[1:], page)
         else:
-            raise AssertionError(f"{named(page)}: unknown command {words}")
+            assert words[:2] in (["pip", "install"], ["pip", "wheel"]), f"{named(page)}: unknown command {words}"
 
 
 def check_python_command(words: list[str], page: Path) -> None:
     """Fail unless the module or the file is there and its folder's sources name every option."""
-    if words[0] == "-m":
-        name, arguments = words[1], words[2:]
-        if name == "build":  # of others: `pip install build`
-            return
-        file = ROOT / f"{name.replace('.', '/')}.py"
-    else:
-        name, arguments, file = words[0], words[1:], ROOT / words[0]
-        if f"# {name}\n" in "".join(fenced(page, "python")):
-            return
-    assert file.is_file(), words
-    sources = "".join(source.read_text() for source in file.parent.glob("*.py"))
+    if words[:2] == ["-m", "build"] or f"# {words[0]}\n" in "".join(fenced(page, "python")):
+        return  # of others: `pip install build`; or a file that a block above writes
+    name, arguments = (f"{words[1].replace('.', '/')}.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    assert (ROOT / name).is_file(), words
+    sources = "".join(source.read_text() for source in (ROOT / name).parent.glob("*.py"))
     for word in arguments:
-        if word.startswith("--") and word != "--help":
-            assert f'"{word}"' in sources, words
-
-
-@each_page
-def test_inline_commands_name_targets(page):
-    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    mentioned = set(re.findall(r"`make ([\w-]+)[ `]", page.read_text()))
-    assert mentioned <= targets
+        assert not word.startswith("--") or word == "--help" or f'"{word}"' in sources, words
 
 
 def anchors(page: Path) -> set[str]:
@@ -173,9 +144,11 @@ def test_links_lead_somewhere(page):
 
 
 @each_page
-def test_files_that_are_named_exist(page):
-    """Names in backticks that begin with a folder of the repository."""
-    for path in re.findall(r"`((?:asa_ops|bench|csrc|docs|examples|tests)/[\w./-]*)`", page.read_text()):
+def test_files_and_targets_that_are_named_exist(page):
+    """Names in backticks that begin with a folder of the repository, and those of make."""
+    text = page.read_text()
+    assert set(re.findall(r"`make ([\w-]+)[ `]", text)) <= TARGETS
+    for path in re.findall(r"`((?:asa_ops|bench|csrc|docs|examples|tests)/[\w./-]*)`", text):
         assert (ROOT / path).exists(), path
 
 
@@ -192,9 +165,7 @@ def test_api_page_is_that_of_the_docstrings(monkeypatch):
         assert all(f"{name}`" in rendered for name in module.__all__ if name != "nn")
 
 
-def test_api_page_translates_docstrings():
-    markdown = runpy.run_path(str(ROOT / "docs" / "generate.py"))["markdown"]
-    text = """Do it for :func:`asa_ops.f` and ``x``.
+DOCSTRING = """Do it for :func:`asa_ops.f` and ``x``.
 
     With a * b::
 
@@ -212,31 +183,33 @@ def test_api_page_translates_docstrings():
 
         >>> f(2)
     """
-    assert markdown(text).splitlines() == [
-        "Do it for `f` and `x`.",
-        "",
-        "With a \\* b:",
-        "",
-        "```text",
-        "a_i = <b, c>",
-        "```",
-        "",
-        "**Arguments**",
-        "",
-        "- `x`: first",
-        "  and second.",
-        "- `y`: third.",
-        "",
-        "**Returns** a number.",
-        "",
-        "**Example**",
-        "",
-        "```pycon",
-        ">>> f(1)",
-        "",
-        ">>> f(2)",
-        "```",
-    ]
+MARKDOWN = """Do it for `f` and `x`.
+
+With a \\* b:
+
+```text
+a_i = <b, c>
+```
+
+**Arguments**
+
+- `x`: first
+  and second.
+- `y`: third.
+
+**Returns** a number.
+
+**Example**
+
+```pycon
+>>> f(1)
+
+>>> f(2)
+```"""
+
+
+def test_api_page_translates_docstrings():
+    assert runpy.run_path(str(ROOT / "docs" / "generate.py"))["markdown"](DOCSTRING) == MARKDOWN
 
 
 def rows_of(text: str) -> list[list[str]]:
@@ -268,21 +241,30 @@ def test_the_first_page_quotes_the_measurements():
     names = {"label map": ("labels", "labels"), "photograph": ("photo", "photo"), "nearly all": ("near-dense", "dense")}
     assert shown.keys() == names.keys()
     for name, (on_cpu, on_gpu) in names.items():
-        gains = [1 / float(cpu[on_cpu, "64x64", "256", mode].split()[0]) for mode in ("fwd", "fwd+bwd")]
-        gains = [round(gain, 1) for gain in gains]
-        gains += [gpu[on_gpu, "97x97", f"{mode}, triton"] for mode in ("fwd", "fwd+bwd")]
-        assert shown[name] == gains
+        times = [cpu[on_cpu, "64x64", "256", mode] for mode in ("fwd", "fwd+bwd")]
+        gains = [round(1 / float(time.split()[0]), 1) for time in times]
+        assert shown[name] == gains + [gpu[on_gpu, "97x97", f"{mode}, triton"] for mode in ("fwd", "fwd+bwd")]
 
 
-def figures(text: str) -> set[str]:
-    return set(re.findall(r"[+-]?\d+\.\d+", text))
+ON_CPU, RUNS = "bench/results/amd-epyc-family-25-model-17.md", "examples/segmentation/results"
+QUOTES = [  # page, section, whether its tables alone, how many figures at least, of what form, where they are from
+    ("docs/speed.md", "On a CPU", True, 11, r"[+-]?\d+\.\d+", [ON_CPU]),
+    ("docs/blocks.md", "Speed", True, 11, r"[+-]?\d+\.\d+", [ON_CPU]),
+    ("docs/evidence.md", "The demo", True, 41, r"[+-]?\d+\.\d+", ["examples/results/denoise.txt"]),
+    (
+        *("docs/evidence.md", r"Do thresholds learn\?", False, 6, r"[+-]?\d+\.\d+"),
+        ["examples/results/*.md", f"{RUNS}/1500/ablation.md"],
+    ),
+    ("examples/segmentation/README.md", "What came out", False, 21, r"[+-]?\d+\.\d\d", [f"{RUNS}/*/ablation.md"]),
+]
 
 
-@pytest.mark.parametrize(("page", "heading"), [("speed.md", "On a CPU"), ("blocks.md", "Speed")])
-def test_tables_quote_the_measurements(page, heading):
-    quoted = figures("\n".join(map(str, rows_of(section_of(ROOT / "docs" / page, heading)))))
-    assert len(quoted) > 10
-    assert quoted <= figures((RESULTS / "amd-epyc-family-25-model-17.md").read_text())
+@pytest.mark.parametrize(("page", "heading", "tables", "least", "form", "sources"), QUOTES)
+def test_pages_quote_the_measurements(page, heading, tables, least, form, sources):
+    section = section_of(ROOT / page, heading)
+    quoted = set(re.findall(form, str(rows_of(section)) if tables else section))
+    measured = "".join(path.read_text() for source in sources for path in ROOT.glob(source))
+    assert len(quoted) >= least and quoted <= set(re.findall(r"[+-]?\d+\.\d+", measured))
 
 
 def test_the_table_of_the_gpu_quotes_the_measurements():
@@ -296,11 +278,8 @@ def test_the_table_of_the_gpu_quotes_the_measurements():
         assert list(map(float, gains)) == [table[case] for table in (called, replayed) for case in cases]
 
 
-def test_the_demo_s_table_is_what_it_printed():
-    table = "\n".join(map(str, rows_of(section_of(ROOT / "docs" / "evidence.md", "The demo"))))
+def test_the_first_page_quotes_the_demo():
     printed = (ROOT / "examples" / "results" / "denoise.txt").read_text()
-    assert len(figures(table)) > 40
-    assert figures(table) <= figures(printed)
     psnr = re.findall(r"^(?:ASA|scikit-image, h).*? (\d\d\.\d\d) ", printed, re.MULTILINE)[:2]
     readme = (ROOT / "README.md").read_text()
     assert all(f"{float(value):.1f}" in readme for value in psnr)
@@ -308,10 +287,8 @@ def test_the_demo_s_table_is_what_it_printed():
 
 def test_versions_agree():
     """The newest released version of the changelog is that of the citation."""
-    released = re.search(
-        r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE
-    )
-    citation = (ROOT / "CITATION.cff").read_text()
+    changes, citation = ((ROOT / name).read_text() for name in ("CHANGELOG.md", "CITATION.cff"))
+    released = re.search(r"^## (\d+\.\d+\.\d+) \((\d{4}-\d\d-\d\d)\)", changes, re.MULTILINE)
     assert f"\nversion: {released[1]}\n" in citation and f"\ndate-released: {released[2]}\n" in citation
 
 
@@ -323,14 +300,10 @@ def test_source_archive_holds_what_a_build_reads(tmp_path):
     subprocess.run([sys.executable, "-c", program], check=True, cwd=source, capture_output=True)
     (archive,) = (source / "dist").glob("asa_ops-*.tar.gz")
     with tarfile.open(archive) as file:
-        held = {name.partition("/")[2] for name in file.getnames()}
+        held = {name.partition("/")[2]: name for name in file.getnames()}
+        metadata = file.extractfile(held["PKG-INFO"]).read().decode()
     needed = {"README.md", "LICENSE", "setup.py", "pyproject.toml"}
-    needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.*")}
-    needed |= {str(path.relative_to(ROOT)) for path in (ROOT / "asa_ops").rglob("*.py")}
-    assert needed <= held
-    readme = (ROOT / "README.md").read_text()
-    with tarfile.open(archive) as file:
-        metadata = (
-            file.extractfile(next(name for name in file.getnames() if name.endswith("/PKG-INFO"))).read().decode()
-        )
-    assert "Description-Content-Type: text/markdown" in metadata and readme.strip() in metadata
+    files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "asa_ops").rglob("*.py")]
+    assert needed | set(map(named, files)) <= held.keys()
+    assert "Description-Content-Type: text/markdown" in metadata
+    assert (ROOT / "README.md").read_text().strip() in metadata

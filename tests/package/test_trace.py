@@ -12,26 +12,6 @@ from asa_ops import asa_attention, criss_cross_attention, nn, reciprocal_neighbo
 
 pytestmark = pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
 
-BLOCKS = [  # name, options: every way of forward
-    ("asa", {}),
-    ("asa", {"local": False, "norm": "batch", "heads": 4, "threshold_activation": "softplus"}),
-    ("asa", {"mode": "gaussian", "window": 5, "topk": 9, "impl": "blocked"}),
-    ("asa", {"published": True}),
-    ("channelized_axial", {"key_channels": 4}),
-    ("criss_cross", {}),
-    ("criss_cross", {"impl": "reference", "recurrence": 1}),
-    ("efficient_attention", {"heads": 4}),
-    ("interlaced_sparse", {"factors": (2, 3), "heads": 2}),
-    ("linear_attention", {}),
-    ("linear_attention", {"kind": "channel"}),
-    ("non_local", {}),
-    ("non_local", {"mode": "gaussian", "heads": 2, "sub_sample": True}),
-    ("non_local", {"mode": "dot_product", "norm": "batch"}),
-    ("non_local", {"mode": "concatenation"}),
-    ("salient_positions", {"topk": None, "sub_sample": True}),
-    ("squeeze_and_attention", {"pool": 3, "upsample": "bilinear"}),
-]
-
 
 def saved_and_loaded(traced):
     file = io.BytesIO()
@@ -60,9 +40,13 @@ def check(function, example, others, grad=True):
                 torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-12)
 
 
+BLOCKS = [row[:2] for row in block_cases.MODULES]
+BLOCKS += [("asa", {"mode": "gaussian", "window": 5, "topk": 9, "impl": "blocked"})]  # whose thresholds learn there
+
+
 @pytest.mark.parametrize("name, options", BLOCKS, ids=str)
 def test_blocks(name, options):
-    block = nn.build(name, 16, **options).double()
+    block = nn.build(name, 16, **options).double().train("dropout" not in options)
     for parameter in block.parameters():
         if not parameter.any():
             torch.nn.init.normal_(parameter)
