@@ -21,11 +21,11 @@ namespace asa_ops {
 #define ASA_OUTPUTS "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
 constexpr const char* kForwardSchema =
     "(" ASA_INPUTS ASA_OPTIONS "float band, bool keep, " ASA_ROWS ") -> (" ASA_OUTPUTS ")";
-constexpr const char* kBackwardSchema = "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS
-                                        "float band, " ASA_ROWS
-                                        ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)";
+constexpr const char* kBackwardSchema =
+    "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, " ASA_ROWS
+    ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)";
 constexpr const char* kListSurvivorsSchema =
-    "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "Tensor row_offsets, Tensor(a!) col_indices) -> ()";
+    "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, Tensor row_offsets, Tensor(a!) col_indices) -> ()";
 
 // The arguments of a call that are no tensors.
 struct Options {

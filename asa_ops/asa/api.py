@@ -106,8 +106,8 @@ def asa_attention(
         query: [B, heads, N_q, D], floating point.
         key: [B, heads, N_k, D]. N_k = N_q unless ``reciprocal=False`` and there is no ``beta``.
         value: [B, heads, N_k, Dv].
-        alpha: non-local threshold multiplier >= 0, a number or a tensor that broadcasts to [B, heads, N_q], of the dtype
-            of ``query`` or float32: 0 keeps every position, inf none. None: no adaptive threshold.
+        alpha: non-local threshold multiplier >= 0, a number or a tensor that broadcasts to [B, heads, N_q], in the
+            dtype of ``query`` or float32: 0 keeps every position, inf none. None: no adaptive threshold.
         beta: local threshold multiplier >= 0, as alpha. None: no local block.
         grid: (H, W) with H * W == N, positions in raster order; required by ``beta``.
         window: odd side of the local window.

@@ -15,15 +15,17 @@ extension loads). The implementations in Python have ops of the same schemas: ``
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core import dispatch, extension
-from ..core.contracts import backward_of, below_autograd, outside_autocast, run_folded, run_outside_autocast
+from ..core.contracts import backward_of, below_autograd, differentiate, outside_autocast, run_outside_autocast
 from . import reference
 from .types import AsaStats, Inputs, NeighborGraph, Options, Saved, kept_bytes, new_graph, new_outputs
 
@@ -40,16 +42,14 @@ BACKWARD = (
 )
 # What an op takes between ``inputs`` and ``band``: grid, window, topk, reciprocal, scale.
 OpOptions = tuple[list[int], list[int], int, bool, float]
+_LIBRARY = torch.library.Library("asa_ops", "FRAGMENT")
+_FORWARD_MODE = (
+    "asa_attention has no forward-mode derivative (jvp) in this implementation: use reverse mode (torch.func.vjp, "
+    "torch.func.jacrev), or impl='reference' with threshold_grad=None"
+)
 _DOUBLE_BACKWARD = (
     "asa_attention has no double backward in this implementation: use impl='reference', threshold_grad=None"
 )
-
-
-def _stem(impl: str, device: torch.device) -> str:
-    """Return the name of an implementation's ops without their ending."""
-    if impl == "cuda" and device.type == "cpu":  # the emulation of the tests
-        return "asa_emulated"
-    return "asa" if impl in ("cpu", "cuda") else f"asa_{impl}"
 
 
 def _every_row(row_start: int = 0, row_stop: int | None = None, rows_statistics: Tensor | None = None) -> None:
@@ -85,9 +85,9 @@ def _define(impl: str) -> None:
         gradients = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band or None)
         return tuple(_like(dx, x, grad_out) for dx, x in zip(gradients, tensors[:5], strict=True))
 
-    stem = f"asa_ops::asa_{impl}"
-    torch.library.custom_op(f"{stem}_fwd", fwd, mutates_args=(), schema=FORWARD)
-    torch.library.custom_op(f"{stem}_bwd", bwd, mutates_args=(), schema=BACKWARD)
+    for name, schema, run in (("fwd", FORWARD, fwd), ("bwd", BACKWARD, bwd)):
+        _LIBRARY.define(f"asa_{impl}_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(f"asa_{impl}_{name}", run, "CompositeExplicitAutograd")
 
 
 def _like(gradient: Tensor | None, x: Tensor | None, grad_out: Tensor) -> Tensor:
@@ -103,52 +103,48 @@ class _Ops:
     """The ops of an implementation, by the stem of their names, and autograd around them."""
 
     def __init__(self, stem: str):
-        fwd, bwd = (getattr(getattr(torch.ops.asa_ops, f"{stem}_{name}"), "default") for name in ("fwd", "bwd"))
-        plain_bwd, differentiable_bwd = below_autograd(bwd), backward_of(bwd, _DOUBLE_BACKWARD)
-        self.fwd, self.no_grad = fwd, below_autograd(fwd)
+        fwd, bwd = (getattr(torch.ops.asa_ops, f"{stem}_{name}").default for name in ("fwd", "bwd"))
+        plain_fwd, plain_bwd = below_autograd(fwd), below_autograd(bwd)
+        self.fwd, self.bwd, self.no_grad = fwd, bwd, plain_fwd
+        self.list_survivors = getattr(torch.ops.asa_ops, f"{stem}_list_survivors", None)  # of those in C++
 
-        def remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            ctx.options = inputs[6:12]
-            ctx.save_for_backward(*inputs[:6], *output)
-            ctx.mark_non_differentiable(*output[1:])
-            ctx.set_materialize_grads(False)  # what is kept would get a gradient of zeros as large as it is
-
-        def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
-            if grad_out is None:
-                return (None,) * 13
-            tensors = ctx.saved_tensors
-            run = differentiable_bwd.apply if torch.is_grad_enabled() or _is_transformed() else plain_bwd
-            dq, dk, dv, dalpha, dbeta = run(grad_out, *tensors, *ctx.options)
-            given = (dx if x is not None else None for dx, x in zip((dalpha, dbeta), tensors[3:5], strict=True))
-            return dq, dk, dv, *given, *(None,) * 8
-
-        class Plain(torch.autograd.Function):
-            """What runs where no transform is active: the way that costs least."""
-
+        class Attention(torch.autograd.Function):
             @staticmethod
             def forward(ctx: Any, *args: Any) -> Any:
-                output = self.no_grad(*args)
-                remember(ctx, args, output)
+                output = plain_fwd(*args)
+                _remember(ctx, args, output)
                 return output
 
-        class General(torch.autograd.Function):
-            """With ``setup_context`` and ``vmap`` it works under torch.func transforms."""
+            @staticmethod
+            def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
+                return _backward(bwd if torch.is_grad_enabled() or _is_transformed() else plain_bwd, ctx, grad_out)
 
             @staticmethod
-            def forward(*args: Any) -> Any:
-                return fwd(*args)
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise NotImplementedError(_FORWARD_MODE)
 
-            @staticmethod
-            def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-                return run_folded(General.apply, info.batch_size, in_dims, args)
+        self.with_grad = Attention.apply
+        # The ops themselves have the same gradient, under torch.compile and torch.func too.
+        differentiate(_LIBRARY, fwd, Attention)
+        differentiate(_LIBRARY, bwd, backward_of(bwd, _DOUBLE_BACKWARD))
 
-        Plain.backward = General.backward = staticmethod(backward)
-        General.setup_context = staticmethod(remember)
-        self.plain, self.general = Plain.apply, General.apply
-        # The raw ops have the same gradient and batching rule, for whoever calls them from a graph.
-        torch.library.register_autograd(fwd, backward, setup_context=remember)
-        for op in (fwd, bwd):
-            torch.library.register_vmap(op, functools.partial(_vmap_rule, op))
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what a backward needs."""
+    ctx.options, ctx.others = inputs[6:12], len(inputs) - 5
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # what is kept would get a gradient of zeros as large as it is
+
+
+def _backward(run: Any, ctx: Any, grad_out: Tensor | None) -> Any:
+    """Return the gradients of all arguments of a forward pass by ``run``, a backward op."""
+    if grad_out is None:
+        return (None,) * (5 + ctx.others)
+    tensors = ctx.saved_tensors
+    dq, dk, dv, dalpha, dbeta = run(grad_out, *tensors, *ctx.options)
+    given = (dx if x is not None else None for dx, x in zip((dalpha, dbeta), tensors[3:5], strict=True))
+    return dq, dk, dv, *given, *(None,) * ctx.others
 
 
 def _is_transformed() -> bool:
@@ -156,8 +152,11 @@ def _is_transformed() -> bool:
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-def _vmap_rule(op: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-    return run_folded(op, info.batch_size, in_dims, args)
+def of(impl: str, device: torch.device) -> _Ops:
+    """Return the ops of an implementation for tensors of ``device``."""
+    if impl == "cuda" and device.type == "cpu":
+        return _OPS["asa_emulated"]  # of the tests
+    return _OPS["asa" if impl in ("cpu", "cuda") else f"asa_{impl}"]
 
 
 def register(stem: str, impl: str | None = None) -> None:
@@ -186,7 +185,7 @@ def register(stem: str, impl: str | None = None) -> None:
         return 2 * batch * heads * n_q * k_shape[2] * (3 * dim + 2 * v_shape[3])
 
     run_outside_autocast(*(getattr(torch.ops.asa_ops, f"{stem}_{name}").default for name in ("fwd", "bwd")))
-    OPS[stem] = _Ops(stem)
+    _OPS[stem] = _Ops(stem)
 
 
 def flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, pairs: int | None = None) -> int:
@@ -219,16 +218,17 @@ def asa_neighbors(
     options = (list(grid), list(window), topk, reciprocal, scale)
     if impl not in ("cpu", "cuda"):
         return dispatch.load("asa", impl).neighbor_graph(_broadcast(inputs), Options.of(*options))
-    stem = _stem(impl, query.device)
-    outputs = OPS[stem].fwd(*inputs, *options, 0.0, True)
+    ops = of(impl, query.device)
+    outputs = ops.fwd(*inputs, *options, 0.0, True)
     graph = new_graph(outputs[3])
-    getattr(torch.ops.asa_ops, f"{stem}_list_survivors")(*inputs, *outputs, *options, *graph)
+    assert ops.list_survivors is not None
+    ops.list_survivors(*inputs, *outputs, *options, 0.0, *graph)
     return graph
 
 
 @asa_neighbors.register_fake
 def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    row_offsets = query.new_empty(query.shape[:3].numel() + 1, dtype=torch.int64)
+    row_offsets = query.new_empty(math.prod(query.shape[:3]) + 1, dtype=torch.int64)
     return row_offsets, query.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
 
 
@@ -264,24 +264,24 @@ def attend(
             threshold_band=threshold_band,
             return_stats=True,
         )
-    ops = OPS[_stem(impl, inputs.query.device)]
+    ops = of(impl, inputs.query.device)
     band = 0.0 if threshold_grad is None else threshold_band
     keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
-    # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
-    # makes of one cannot be saved; the op has its gradient.
-    if torch.compiler.is_compiling():
-        run = ops.fwd
+    if torch._C._are_functorch_transforms_active():
+        run, keep = ops.fwd, True  # inside a vmap of a grad, requires_grad does not show
+    elif torch.compiler.is_compiling():
+        run = ops.fwd  # torch.compile fails on a Function that is given one tensor twice
     elif torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in torch's list of public names
-        run, keep = ops.fwd, True  # it may run with gradients or without
-    elif torch._C._are_functorch_transforms_active():
-        run, keep = ops.general, True  # inside a vmap of a grad, requires_grad does not show
+        run, keep = ops.fwd, True  # what it makes of a Function cannot be saved; it may run with gradients or without
+    elif keep or forward_ad._current_level >= 0:  # only a Function sees a tangent
+        run = ops.with_grad
     else:
-        run = ops.plain if keep else ops.no_grad
+        run = ops.no_grad
     out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep)
     return out, AsaStats(lse, lse_kept, survivors)
 
 
-OPS: dict[str, _Ops] = {}
+_OPS: dict[str, _Ops] = {}
 for _impl in ("triton", "blocked"):
     _define(_impl)
     register(f"asa_{_impl}", _impl)

@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .checks import describe
 
@@ -66,7 +68,7 @@ def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the op without its autograd, for an autograd.Function that takes care of it, or where none is asked for."""
+    """Return the op without its autograd: for an autograd.Function that has its own, or where none is asked for."""
 
     def run(*args: Any) -> Any:
         with torch._C._AutoDispatchBelowAutograd():
@@ -103,6 +105,28 @@ def run_folded(
     tensors = {i: x.expand(size, batch, *x.shape[2:]) for i, x in tensors.items()}  # images may share one
     outputs = run(*(tensors[i].flatten(0, 1).contiguous() if i in tensors else x for i, x in enumerate(args)))
     return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
+
+
+def differentiate(library: torch.library.Library, op: Any, function: type[torch.autograd.Function]) -> None:
+    """Give an op the gradient of ``function``, and a batching rule, whoever calls it and whatever transforms it.
+
+    This is not ``torch.library.register_autograd``, which torch.compile cannot trace under torch.func.grad.
+    """
+    without = below_autograd(op)
+
+    def run(*args: Any) -> Any:
+        asked = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
+        if not asked and forward_ad._current_level < 0:
+            return without(*args)
+        # This is the autograd of one level of torch.func; Function.apply itself would begin with the first.
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*args)
+
+    def fold(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return run_folded(op, info.batch_size, in_dims, args)
+
+    library.impl(op, run, "Autograd")
+    torch.library.register_vmap(op, fold)
 
 
 def backward_of(op: Callable[..., Any], double_backward: str) -> type[torch.autograd.Function]:

@@ -16,8 +16,8 @@ import torch
 from . import checks, devices, extension
 from .contracts import constant_under_compile
 
-# For every op, by the stem of its folder and kernels, where each implementation is: a folder of C++, whose ops are there
-# once the extension is loaded, or a module, loaded when it is first used.
+# For every op, by the stem of its folder and kernels, where each implementation is: a folder of C++, whose ops the
+# extension holds, or a module, loaded when it is first used.
 IMPLEMENTATIONS = {
     "asa": {
         "cpu": "csrc/cpu/asa",

@@ -1,7 +1,7 @@
 // Run a package of torch.export and AOTInductor without Python: run LIBRARY PACKAGE INPUTS OUTPUTS
 //
-// LIBRARY is asa_ops/_C.abi3.so, which defines the ops; INPUTS a list of tensors written by torch.save, OUTPUTS what
-// torch.load reads.
+// LIBRARY is asa_ops/_C.abi3.so, which defines the ops; INPUTS a list of tensors written by torch.save, OUTPUTS the
+// tuple of those that come out, for torch.load.
 
 #include <ATen/core/ivalue.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
@@ -26,10 +26,15 @@ int main(int argc, char** argv) {
   std::ifstream file(argv[3], std::ios::binary);
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   std::vector<at::Tensor> inputs;
-  for (const c10::IValue& x : torch::jit::pickle_load(bytes).toListRef()) inputs.push_back(x.toTensor());
+  const c10::IValue list = torch::jit::pickle_load(bytes);
+  for (const c10::IValue& x : list.toListRef()) inputs.push_back(x.toTensor());
   torch::inductor::AOTIModelPackageLoader model(argv[2]);
   const std::vector<at::Tensor> outputs = model.run(inputs);
-  for (const at::Tensor& x : outputs) std::cout << x.sizes() << ", mean " << x.mean().item<double>() << '\n';
-  const std::vector<char> written = torch::jit::pickle_save(outputs);
+  std::vector<c10::IValue> written_tensors;
+  for (const at::Tensor& x : outputs) {
+    std::cout << x.sizes() << ", mean " << x.mean().item<double>() << '\n';
+    written_tensors.emplace_back(x);
+  }
+  const std::vector<char> written = torch::jit::pickle_save(c10::ivalue::Tuple::create(written_tensors));
   std::ofstream(argv[4], std::ios::binary).write(written.data(), static_cast<std::streamsize>(written.size()));
 }

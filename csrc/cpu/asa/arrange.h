@@ -77,8 +77,7 @@ void read_rows(const Rows& from, int64_t begin, int64_t end, int64_t padded, con
           for (int64_t d = 0; d < from.dim; ++d) to[i * padded + d] = static_cast<T>(number(x[i * down + d]));
       } else {
         for (int64_t d = 0; d < from.dim; ++d)
-          for (int64_t i = first; i < last; ++i)
-            to[i * padded + d] = static_cast<T>(number(x[i * down + d * across]));
+          for (int64_t i = first; i < last; ++i) to[i * padded + d] = static_cast<T>(number(x[i * down + d * across]));
       }
       for (int64_t i = first; i < last; ++i)
         for (int64_t d = real(real_rows, i) ? from.dim : 0; d < padded; ++d) to[i * padded + d] = 0;

@@ -110,9 +110,8 @@ class Tokens {
   const T* get(const Workspace& workspace) const {
     if (!copied_) return static_cast<const T*>(rows_.numbers);
     T* const to = copy_.get(workspace);
-    for_rows(n_, workspace, [&](int64_t begin, int64_t end) {
-      kernels_.read_rows(rows_, begin, end, padded_, real_, to);
-    });
+    for_rows(n_, workspace,
+             [&](int64_t begin, int64_t end) { kernels_.read_rows(rows_, begin, end, padded_, real_, to); });
     return to;
   }
 
@@ -144,9 +143,7 @@ class Written {
   void finish(const Workspace& workspace) const {
     if (!apart_) return;
     const T* const from = room_.get(workspace);
-    for_rows(n_, workspace, [&](int64_t begin, int64_t end) {
-      kernels_.write_rows(from, begin, end, padded_, rows_);
-    });
+    for_rows(n_, workspace, [&](int64_t begin, int64_t end) { kernels_.write_rows(from, begin, end, padded_, rows_); });
   }
 
  private:
@@ -282,8 +279,7 @@ int64_t panels_size(const Kernels<T>& kernels, int64_t n, int64_t dim) {
 
 template <class T>
 void pack_panels(const Kernels<T>& kernels, const T* x, int64_t n, int64_t dim, T* panels, const Workspace& workspace) {
-  run({0, kernels.panels(n)}, workspace,
-      [&](Queue& queue, void*) { kernels.pack_panels(x, n, dim, panels, queue); });
+  run({0, kernels.panels(n)}, workspace, [&](Queue& queue, void*) { kernels.pack_panels(x, n, dim, panels, queue); });
 }
 
 // Writes the outputs, and what is kept if it has memory.
@@ -337,7 +333,8 @@ class OutputGradient {
   const T* get(const Workspace& workspace) const {
     const T* const d_out = d_out_->get(workspace);
     for (int64_t i = 0; has_nan_ && i < p_.n_q; ++i)
-      if (nan_rows_[i]) std::fill_n(const_cast<T*>(d_out) + i * p_.dim_v, p_.dim_v, std::numeric_limits<T>::quiet_NaN());
+      if (nan_rows_[i])
+        std::fill_n(const_cast<T*>(d_out) + i * p_.dim_v, p_.dim_v, std::numeric_limits<T>::quiet_NaN());
     return d_out;
   }
 
@@ -499,13 +496,15 @@ Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const 
   return Call({query, key, value, alpha, beta, copied ? torch::stable::contiguous(*real) : real, options});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
-    Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band,
-    bool keep, int64_t row_start, std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
+                                                           Optional beta, Optional key_padding_mask,
+                                                           std::vector<int64_t> grid, std::vector<int64_t> window,
+                                                           int64_t topk, bool reciprocal, double scale, double band,
+                                                           bool keep, int64_t row_start,
+                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
   check_rows(query, row_start, row_stop, rows_statistics);
-  const Call call = call_of(query, key, value, alpha, beta, key_padding_mask,
-                            Options(grid, window, topk, reciprocal, scale, band));
+  const Call call =
+      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
   const Outputs x = call.x.new_outputs(keep ? call.kept.bytes : 0);
   if (call.x.is_empty())
     call.x.clear(x);
@@ -514,14 +513,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
   return {x.out, x.lse, x.lse_kept, x.survivors, x.kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, std::vector<int64_t> grid,
-    std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band, int64_t row_start,
-    std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
+                                                           Optional alpha, Optional beta, Optional key_padding_mask,
+                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
+                                                           Tensor kept, std::vector<int64_t> grid,
+                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
+                                                           double scale, double band, int64_t row_start,
+                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
   check_rows(query, row_start, row_stop, rows_statistics);
-  const Call call = call_of(query, key, value, alpha, beta, key_padding_mask,
-                            Options(grid, window, topk, reciprocal, scale, band));
+  const Call call =
+      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   call.x.check_saved(saved, call.kept.bytes);
   check(grad_out, "grad_out", query, call.x.type(), {call.x.batch(), call.x.heads(), call.x.n_q(), call.x.dim_v()});
@@ -535,9 +536,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
 void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
                         Optional key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
                         Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk,
-                        bool reciprocal, double scale, Tensor row_offsets, Tensor col_indices) {
+                        bool reciprocal, double scale, double band, Tensor row_offsets, Tensor col_indices) {
   const Call call =
-      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, 0));
+      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   const int64_t rows = call.x.n_heads() * call.x.n_q();
   call.x.check_saved(saved, call.kept.bytes);

@@ -239,9 +239,9 @@ class Call {
     finish_dkv(p_, saved_, row, sums_k, sums_v, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
   }
 
-  void graph(const int64_t* row_offsets, int32_t* col_indices) {
+  void graph(const int64_t* row_offsets, int32_t* col_indices, int64_t columns) {
     if (is_dense_) keep_everybody(p_, stream_);
-    write_columns(p_, saved_, row_offsets, col_indices, stream_);
+    write_columns(p_, saved_, row_offsets, col_indices, columns, stream_);
   }
 
  private:
@@ -367,14 +367,18 @@ Arguments arguments_of(const Tensor& query, const Tensor& key, const Tensor& val
   const auto in_float = [](const Optional& x) {
     return x && x->scalar_type() != ScalarType::Float ? torch::stable::to(*x, ScalarType::Float) : x;
   };
-  return {query, key, value, in_float(alpha), in_float(beta),
-          real && !real->is_contiguous() ? torch::stable::contiguous(*real) : real, options};
+  return {query,          key,
+          value,          in_float(alpha),
+          in_float(beta), real && !real->is_contiguous() ? torch::stable::contiguous(*real) : real,
+          options};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
-    Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band,
-    bool keep, int64_t row_start, std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
+                                                           Optional beta, Optional key_padding_mask,
+                                                           std::vector<int64_t> grid, std::vector<int64_t> window,
+                                                           int64_t topk, bool reciprocal, double scale, double band,
+                                                           bool keep, int64_t row_start,
+                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
   check_rows(query, row_start, row_stop, rows_statistics);
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
                                    Options(grid, window, topk, reciprocal, scale, keep ? band : 0));
@@ -393,11 +397,13 @@ Tensor sum_to(const Tensor& multiplier, Tensor rows) {
   return rows.scalar_type() == multiplier.scalar_type() ? rows : torch::stable::to(rows, multiplier.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, std::vector<int64_t> grid,
-    std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band, int64_t row_start,
-    std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
+                                                           Optional alpha, Optional beta, Optional key_padding_mask,
+                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
+                                                           Tensor kept, std::vector<int64_t> grid,
+                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
+                                                           double scale, double band, int64_t row_start,
+                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
   check_rows(query, row_start, row_stop, rows_statistics);
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
                                    Options(grid, window, topk, reciprocal, scale, band));
@@ -412,7 +418,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
   };
   const Gradients gradients{x.new_gradient(query, written), x.new_gradient(key, written),
                             x.new_gradient(value, written), rows(alpha), rows(beta)};
-  if (!x.is_empty()) for_type(query, [&](auto zero) { Call<decltype(zero)>(x, saved, true).backward(grad_out, gradients); });
+  if (!x.is_empty())
+    for_type(query, [&](auto zero) { Call<decltype(zero)>(x, saved, true).backward(grad_out, gradients); });
   const auto of_multiplier = [&](const Optional& multiplier, const Optional& of_rows) {
     if (!multiplier) return torch::stable::new_empty(query, {x.batch(), 0, 0});
     return of_rows ? sum_to(*multiplier, *of_rows) : x.new_gradient(*multiplier, false);
@@ -424,16 +431,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
 void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
                         Optional key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
                         Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk,
-                        bool reciprocal, double scale, Tensor row_offsets, Tensor col_indices) {
+                        bool reciprocal, double scale, double band, Tensor row_offsets, Tensor col_indices) {
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
-                                   Options(grid, window, topk, reciprocal, scale, 0));
+                                   Options(grid, window, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   x.check_saved(saved, kept_of(x, true).bytes);
   check_contiguous(row_offsets, "row_offsets", query, ScalarType::Long, {x.n_heads() * x.n_q() + 1});
   check_contiguous(col_indices, "col_indices", query, ScalarType::Int, {col_indices.numel()});
   if (col_indices.numel() == 0) return;
   for_type(query, [&](auto zero) {
-    Call<decltype(zero)>(x, saved, true).graph(data<const int64_t>(row_offsets), data<int32_t>(col_indices));
+    Call<decltype(zero)>(x, saved, true)
+        .graph(data<const int64_t>(row_offsets), data<int32_t>(col_indices), col_indices.numel());
   });
 }
 

@@ -244,6 +244,6 @@ void finish_dkv(const Problem<T>& problem, const Saved<T>& saved, const RowGradi
 // window.cu: the columns of all survivors, ascending, of every row from its offset on.
 template <class T>
 void write_columns(const Problem<T>& problem, const Saved<T>& saved, const int64_t* row_offsets, int32_t* col_indices,
-                   cudaStream_t stream);
+                   int64_t columns, cudaStream_t stream);
 
 }  // namespace asa_ops::cuda

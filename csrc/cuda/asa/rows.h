@@ -148,7 +148,8 @@ __device__ __forceinline__ void visit_neighbours(const Problem<T>& p, const Warp
 
 // Calls use(position) for the survivors of a query that no tile sums.
 template <class T, class Use>
-__device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local, Use use) {
+__device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local,
+                                           Use use) {
   if (p.few) visit_neighbours(p, at, use);
   visit_window(p, at, [&](int offset, int j) {
     if (j >= 0 && local_flag(p, local, at.z, at.token, offset) && !is_neighbour(p, at.z, at.position, j)) use(j);
@@ -157,7 +158,8 @@ __device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& a
 
 // The same for the queries of which a key is a survivor: its window holds those whose windows hold it.
 template <class T, class Use>
-__device__ __forceinline__ void visit_queries(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local, Use use) {
+__device__ __forceinline__ void visit_queries(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local,
+                                              Use use) {
   if (p.few) visit_neighbours(p, at, use);
   visit_window(p, at, [&](int offset, int i) {
     if (i < 0) return;
