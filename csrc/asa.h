@@ -16,7 +16,7 @@ namespace asa_ops {
 
 // The schemas of the ops; asa_ops.asa.ops describes the arguments, and has the same for implementations in Python.
 #define ASA_INPUTS "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
-#define ASA_OPTIONS "SymInt[] grid, int[] window, SymInt topk, bool reciprocal, float scale, "
+#define ASA_OPTIONS "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, "
 #define ASA_ROWS "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
 #define ASA_OUTPUTS "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
 constexpr const char* kForwardSchema =

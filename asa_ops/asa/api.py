@@ -210,10 +210,10 @@ _OP = ("asa_attention", "asa")  # the names of the op and of its kernels
 
 def _chosen(query: Tensor, value: Tensor, impl: str) -> str:
     """Return the implementation that runs the call."""
-    kind = (query.device, query.dtype, max(query.shape[-1], value.shape[-1]))
-    if torch.compiler.is_compiling():  # it would trace what is remembered
-        return dispatch.resolve(dispatch.Call(*_OP, *kind), impl)
-    return dispatch.remembered(*_OP, *kind, impl)
+    dim = max(query.shape[-1], value.shape[-1])
+    # What is remembered cannot be traced.
+    resolve = dispatch.resolve if torch.compiler.is_compiling() else dispatch.remembered
+    return resolve(dispatch.Call(*_OP, query.device, query.dtype, dim), impl)
 
 
 def _check(

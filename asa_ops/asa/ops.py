@@ -14,7 +14,6 @@ extension loads). The implementations in Python have ops of the same schemas: ``
                      for calls that compute some rows of a problem only, which do not work yet
 """
 
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -31,7 +30,7 @@ from .types import AsaStats, Inputs, NeighborGraph, Options, Saved, kept_bytes, 
 
 Shape = Sequence[int]
 
-_OPTIONS = "SymInt[] grid, int[] window, SymInt topk, bool reciprocal, float scale, float band"
+_OPTIONS = "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band"
 _ROWS = "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask"
 _OUTPUTS = "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
@@ -67,7 +66,7 @@ def _broadcast(inputs: Inputs) -> Inputs:
 def _define(impl: str) -> None:
     """Define the ops of an implementation in Python."""
 
-    def fwd(*args: Any) -> Any:
+    def forward(*args: Any) -> Any:
         tensors, options, (band, keep), rows = args[:6], args[6:11], args[11:13], args[13:]
         _every_row(*rows)
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
@@ -75,7 +74,7 @@ def _define(impl: str) -> None:
         dispatch.load("asa", impl).fwd(inputs, options, saved, band if band and keep else None)
         return *saved[:4], saved.kept if keep else saved.kept.new_empty(*saved.kept.shape[:2], 0)
 
-    def bwd(grad_out: Tensor, *args: Any) -> Any:
+    def backward(grad_out: Tensor, *args: Any) -> Any:
         tensors, outputs, options, band, rows = args[:6], args[6:11], args[11:16], args[16], args[17:]
         _every_row(*rows)
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
@@ -85,7 +84,7 @@ def _define(impl: str) -> None:
         gradients = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band or None)
         return tuple(_like(dx, x, grad_out) for dx, x in zip(gradients, tensors[:5], strict=True))
 
-    for name, schema, run in (("fwd", FORWARD, fwd), ("bwd", BACKWARD, bwd)):
+    for name, schema, run in (("fwd", FORWARD, forward), ("bwd", BACKWARD, backward)):
         _LIBRARY.define(f"asa_{impl}_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(f"asa_{impl}_{name}", run, "CompositeExplicitAutograd")
 
@@ -163,13 +162,13 @@ def register(stem: str, impl: str | None = None) -> None:
     """Tell torch about a pair of ops; ``impl`` None: that of C++ for the device of the inputs."""
     fwd, bwd = (f"asa_ops::{stem}_{name}" for name in ("fwd", "bwd"))
 
-    @torch.library.register_fake(fwd)
+    @torch.library.register_fake(fwd)  # type: ignore[untyped-decorator]
     def _(*args: Any) -> Any:
         inputs, options, keep = Inputs(*args[:6]), Options.of(*args[6:11]), args[12]
         kind = impl or ("cpu" if inputs.query.device.type == "cpu" else "cuda")
         return new_outputs(inputs, kept_bytes(inputs, options, kind) if keep else 0)
 
-    @torch.library.register_fake(bwd)
+    @torch.library.register_fake(bwd)  # type: ignore[untyped-decorator]
     def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Any, beta: Any, *_: Any) -> Any:
         tokens = (x.new_empty(x.shape) for x in (query, key, value))
         return *tokens, *(_like(None, x, query) for x in (alpha, beta))

@@ -96,7 +96,7 @@ class Options(NamedTuple):
     @classmethod
     def of(cls, grid: Sequence[int], window: Sequence[int], topk: int, reciprocal: bool, scale: float) -> "Options":
         """Return the options from the arguments of an op; csrc/asa.h does the same."""
-        if len(grid) not in (0, 2) or len(set(window)) != 1:
+        if len(grid) not in (0, 2) or not window or any(side != window[0] for side in window):
             raise RuntimeError(f"asa_attention: only two dimensions work yet, got grid={grid} and window={window}")
         if not grid:
             return cls((0, 0), window[0], topk, reciprocal, scale)

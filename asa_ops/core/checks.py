@@ -24,7 +24,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def describe(x: object) -> str:
     """Return a short description of an argument for an error message, on one line."""
     if isinstance(x, Tensor):
-        return f"a {x.dtype} tensor of shape {list(x.shape)} on {x.device}"
+        shape = "different lengths" if x.is_nested else f"shape {list(x.shape)}"
+        return f"a {x.dtype} tensor of {shape} on {x.device}"
     return f"{' '.join(repr(x).split())} of type {type(x).__name__}"
 
 
@@ -32,6 +33,8 @@ def check_tensor(name: str, x: object, layout: str) -> None:
     """Check that ``x`` is a tensor with as many dimensions as ``layout`` ("[B, heads, N, D]") names."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {describe(x)}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be no nested tensor: pad its parts to {layout} and pass a key_padding_mask")
     if x.dim() != layout.count(",") + 1:
         raise ValueError(f"{name} must have the {layout.count(',') + 1} dimensions {layout}, got {describe(x)}")
 
@@ -138,6 +141,8 @@ def _fit(query: object, key: object, value: object) -> bool:
     """Return whether nothing is wrong with an attention triple."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return False
+    if query.is_nested or key.is_nested or value.is_nested:
+        return False
     q, k, v, dtype, device = query.shape, key.shape, value.shape, query.dtype, query.device
     if not len(q) == len(k) == len(v) == 4:
         return False
@@ -197,8 +202,9 @@ def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor |
     if x is None:
         return None
     if not isinstance(x, Tensor):
-        number = as_number(name, x)
-        return query.new_full((1, 1, 1), number, dtype=torch.promote_types(query.dtype, torch.float32))
+        if not isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat):
+            raise TypeError(f"{name} must be a number or a tensor, got {describe(x)}")
+        return query.new_full((1, 1, 1), as_number(name, x), dtype=torch.promote_types(query.dtype, torch.float32))
     if x.dtype != query.dtype and x.dtype != torch.float32:
         expected = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
         raise TypeError(f"{name} must be {expected}, got {describe(x)}")
@@ -281,9 +287,10 @@ def check_choice(name: str, x: object, choices: Sequence[str | None]) -> None:
 
 
 def check_feature_map(x: Tensor, channels: int) -> None:
-    """Check that ``x`` is a feature map [B, C, H, W] with C = ``channels``."""
-    check_tensor("x", x, "[B, C, H, W]")
-    if x.shape[1] != channels:
+    """Check that ``x`` is a feature map [B, C, H, W], or [C, H, W], with C = ``channels``."""
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        check_tensor("x", x, "[B, C, H, W]")
+    if x.shape[-3] != channels:
         raise ValueError(f"x must have C = in_channels = {channels} channels, got {describe(x)}")
-    if 0 in x.shape[2:]:
+    if 0 in x.shape[-2:]:
         raise ValueError(f"x must have H, W >= 1, got {describe(x)}")

@@ -10,7 +10,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
 from .checks import describe
@@ -55,8 +55,8 @@ def is_known(condition: Any) -> bool:
 
     An exported program may then choose the general way, where asking would tie it to the sizes of its sample.
     """
-    if isinstance(condition, bool):
-        return condition
+    if not isinstance(condition, torch.SymBool):
+        return bool(condition)
     from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and rarely needed
 
     return statically_known_true(condition)
@@ -120,7 +120,7 @@ def differentiate(library: torch.library.Library, op: Any, function: type[torch.
             return without(*args)
         # This is the autograd of one level of torch.func; Function.apply itself would begin with the first.
         with enable_single_level_autograd_function():
-            return super(torch.autograd.Function, function).apply(*args)
+            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # torch does not tell
 
     def fold(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         return run_folded(op, info.batch_size, in_dims, args)

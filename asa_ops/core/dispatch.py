@@ -9,7 +9,7 @@ import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
@@ -44,8 +44,7 @@ def load(stem: str, impl: str) -> ModuleType:
     return importlib.import_module(IMPLEMENTATIONS[stem][impl])
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the predicates need to know about a call."""
 
     op: str  # public name, "asa_attention"
@@ -102,12 +101,6 @@ def _able(call: Call) -> list[str]:
     return [name for name in _PREDICATES if _why_not(name, call) is None]
 
 
-@functools.cache
-def remembered(op: str, stem: str, device: torch.device, dtype: torch.dtype, dim: int, impl: str) -> str:
-    """Return what :func:`resolve` does; it is asked once for each kind of call."""
-    return resolve(Call(op, stem, device, dtype, dim), impl)
-
-
 def resolve(call: Call, impl: str) -> str:
     """Return the implementation that runs ``call``.
 
@@ -124,6 +117,10 @@ def resolve(call: Call, impl: str) -> str:
     if reason := _why_not(impl, call):
         raise RuntimeError(f"impl={impl!r} cannot run this {call.op} call: {reason}. Available here: {_able(call)}")
     return impl
+
+
+# It is asked once for each kind of call.
+remembered = functools.cache(resolve)
 
 
 def _for_tests(name: str, call: Call) -> bool:
