@@ -248,7 +248,8 @@ def _check(
         raise ValueError(f"{given} needs as many queries as keys, got N_q = {n_q} and N_k = {n_k}")
     if beta is not None and grid is None:
         raise ValueError(f"beta needs grid=(H, W) with H * W = N = {n_q}, got grid=None")
-    sides = [] if grid is None else list(checks.as_grid(grid, n_q))
+    # AOTInductor of torch 2.13 loses an empty list.
+    sides = [0, 0] if grid is None else list(checks.as_grid(grid, n_q))
     window = checks.as_window(window)
     if topk is not None:
         topk = checks.as_positive_int("topk", topk)

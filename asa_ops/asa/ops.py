@@ -5,7 +5,7 @@ extension loads). The implementations in Python have ops of the same schemas: ``
 ``asa_ops::asa_blocked_fwd``. :func:`attend` wraps a pair of them in an autograd.Function. Arguments, beside those of
 :func:`asa_ops.asa_attention`:
 
-    grid             [], or the sides of the map
+    grid             the sides of the map; [] or [0, 0]: none
     window           an odd side for each dimension
     topk             0: none
     band             half width of the window in which thresholds learn; 0: they do not

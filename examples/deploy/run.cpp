@@ -1,7 +1,10 @@
 // Run a package of torch.export and AOTInductor without Python: run LIBRARY PACKAGE INPUTS OUTPUTS
 //
-// LIBRARY is asa_ops/_C.abi3.so, which defines the ops; INPUTS a list of tensors written by torch.save, OUTPUTS the
-// tuple of those that come out, for torch.load.
+// LIBRARY is asa_ops/_C.abi3.so, which holds the ops; INPUTS a list of tensors written by torch.save, OUTPUTS the tuple
+// of those that come out, for torch.load. docs/deploy.md makes packages. To build it, with TORCH the folder of torch:
+//
+//   g++ -std=c++20 -O2 -I$TORCH/include run.cpp -o run -L$TORCH/lib -Wl,-rpath,$TORCH/lib \
+//     -Wl,--no-as-needed -ltorch -ltorch_cpu -lc10
 
 #include <ATen/core/ivalue.h>
 #include <torch/csrc/inductor/aoti_package/model_package_loader.h>
