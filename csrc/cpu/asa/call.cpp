@@ -222,6 +222,7 @@ class Inputs {
       p.n_real = std::count(real, real + p.n_k, true);
       if (p.n_real < p.n_k) p.real_k = real, p.real_q = p.n_q == p.n_k ? real : nullptr;
     }
+    p.log_n_real = std::log(static_cast<double>(p.n_real));
     const Rows v = call.rows(x.value, i);
     q_.emplace(kernels, call.rows(x.query, i), p.n_q, p.real_q, workspace);
     k_.emplace(kernels, call.rows(x.key, i), p.n_k, p.real_k, workspace);

@@ -27,7 +27,8 @@ struct Problem {
   int64_t height, width, window, topk;
   bool reciprocal;
   bool thresholded;  // there are adaptive neighbours; otherwise all keys are neighbours, or none if there is a beta
-  int64_t n_real;
+  int64_t n_real;  // keys
+  double log_n_real;
 
   T scale;
 
