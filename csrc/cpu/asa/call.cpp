@@ -168,7 +168,8 @@ struct Call {
     p.n_q = x.n_q(), p.n_k = x.n_k(), p.dim = padded(x.dim()), p.dim_v = padded(x.dim_v());
     p.blocks_q = parts(p.n_q, kBlock), p.blocks_k = parts(p.n_k, kBlock);
     p.q_at_a_time = at_a_time(p.blocks_q, threads), p.k_at_a_time = at_a_time(p.blocks_k, threads);
-    p.height = x.options.height, p.width = x.options.width, p.window = x.options.window, p.topk = x.options.topk;
+    p.height = x.options.height, p.width = x.options.width, p.topk = x.options.topk;
+    p.window = x.beta ? x.options.window : 0;
     p.scale = static_cast<T>(x.options.scale), p.band = static_cast<T>(x.options.band);
     p.reciprocal = x.options.reciprocal, p.thresholded = x.has_neighbours();
     const int64_t rows = i * p.n_q;

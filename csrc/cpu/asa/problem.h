@@ -24,7 +24,7 @@ struct Problem {
   int64_t n_q, n_k, dim, dim_v;
   int64_t blocks_q, blocks_k;
   int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
-  int64_t height, width, window, topk;
+  int64_t height, width, window, topk;  // window 0: no local block
   bool reciprocal;
   bool thresholded;  // there are adaptive neighbours; otherwise all keys are neighbours, or none if there is a beta
   int64_t n_real;  // keys

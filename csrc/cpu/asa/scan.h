@@ -103,7 +103,7 @@ struct ScanScratch {
     q = arena.take<T>(at_a_time * p.dim);
     s = arena.take<T>(at_a_time * stride);
     work = arena.take<T>(p.topk ? p.n_k : 0);
-    window = arena.take<T>(p.beta != nullptr ? rounded_up(p.window * p.window, kPad) : 0);
+    window = arena.take<T>(rounded_up(p.window * p.window, kPad));
   }
 };
 
