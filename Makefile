@@ -51,12 +51,14 @@ sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and U
 bench: $(READY)  ## what ASA costs beside dense attention and other peers, a page in build/bench, minutes; ARGS="--size 97x97"
 	@mkdir -p build/bench
 	$(RUN) -m bench.run --out build/bench/results.json $(ARGS)
+	$(RUN) -m bench.run --add --out build/bench/results.json --sweep calls --peers "sdpa flash" --rounds 25
 	$(RUN) -m bench.report build/bench/results.json --folder build/bench
 
 bench-page: $(READY)  ## the page of this machine in bench/results, scaling and the other blocks included, most of an hour
 	@mkdir -p build/bench
 	rm -f $(PAGE)
 	$(RUN) -m bench.run --add --out $(PAGE) --sweep tokens survivors dim
+	$(RUN) -m bench.run --add --out $(PAGE) --sweep calls --peers "sdpa flash" --rounds 25
 	$(RUN) -m bench.run --add --out $(PAGE) --dim 64 256
 	$(RUN) -m bench.run --add --out $(PAGE) --size 97x97 --dim 64 256 --inputs photo labels near-dense \
 		--peers "sdpa flash" eager --rounds 5

@@ -19,7 +19,7 @@ from pathlib import Path
 from setuptools import setup
 from torch.utils.cpp_extension import BuildExtension, CppExtension, get_cxx_compiler, include_paths
 
-VERSION = "0.1.0"
+VERSION = re.search(r'^__version__ = "(.*)"$', Path("asa_ops/__init__.py").read_text(), re.MULTILINE)[1]
 # Large files, which take the longest to compile, come first, so that none is left over at the end.
 CUDA_SOURCES = sorted(Path("csrc/cuda").rglob("*.cu"), key=lambda path: -path.stat().st_size)
 CUDA_RUNTIME = ["-Wl,--as-needed", "-lcudart_static", "-ldl", "-lrt", "-lpthread", "-Wl,--exclude-libs,ALL", "-Wl,-s"]

@@ -11,6 +11,7 @@ from .blocks.salient_positions import salient_positions_attention
 from .blocks.squeeze_and_attention import squeeze_and_attention
 from .criss_cross import criss_cross_attention
 
+__version__ = "0.1.0"
 __all__ = [
     "AsaStats",
     "NeighborGraph",

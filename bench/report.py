@@ -172,6 +172,23 @@ def times_table(cases: list[Case], how: str = "seconds") -> str:
     return table([*NAME, "mode", "ASA, ms", *peers], rows)
 
 
+def calls_table(cases: list[Case]) -> str:
+    """Return ours and dense attention in microseconds, of calls so small that the host's share shows."""
+    rows = []
+    for c in cases:
+        ours, dense = (number(c.median(name), 1e6, 0) for name in (c.ours[0], "sdpa flash"))
+        rows.append(
+            [
+                f"{c.batch} x {c.heads} x {c.tokens} x {c.dim}",
+                c.mode,
+                ours,
+                dense,
+                with_quartiles(c.ratio(c.ours[0], "sdpa flash")),
+            ]
+        )
+    return table(["B x heads x N x D", "mode", "ASA, us", "sdpa flash, us", "ratio"], rows)
+
+
 def bytes_table(cases: list[Case]) -> str:
     measured = [c for c in cases if c.mode == "mem"]
     names = list(dict.fromkeys(name for c in measured for name, m in c.methods.items() if m.memory))
@@ -257,6 +274,7 @@ def sections(results: Record, pictures: Iterable[str] = ()) -> str:
         "times": times_table(single),
         "launches": LAUNCHES if "cuda" in results.environment else "",
         "graphs": times_table(single, "graph"),
+        "calls": calls_table([c for c in asa if c.sweep == "calls"]),
         "kernels": kernels_table(single),
         "bytes": bytes_table(single),
         "scaling": joined(*(f"![{name}]({name})" for name in pictures), crossings(asa), exponents(asa)),

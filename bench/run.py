@@ -53,6 +53,12 @@ NO_BACKWARD = "has no backward on a CPU"
 SIZES = ["32x32", "48x48", "64x64", "96x96", "128x128", "192x192", "256x256"]
 ALPHAS = [0.0, 0.1, 0.25, 0.4, 0.5, 0.65, 0.8, 1.0, 1.5, 2.0, 4.0, 8.0, 16.0]
 DIMS = [16, 32, 64, 128, 256, 512]
+CALLS = [  # so little that what a call costs the host shows: one map, windows of a Swin network, many narrow heads
+    {"size": "4x4"},
+    {"size": "7x7", "dim": 32, "heads": 8, "batch": 512},
+    {"size": "16x16", "dim": 8, "heads": 64},
+]
+REPEATS = 200  # calls back to back of a few hundred tokens
 LARGE = 20000  # tokens from which one round of a sweep is timed in place of --rounds; such calls take seconds
 
 
@@ -102,7 +108,8 @@ def _measure_seconds(device, workload, methods, backward, rounds) -> None:
             if not name.startswith("flex"):
                 with contextlib.suppress(Exception):
                     methods[name].flops = accounting.registered_flops(calls[name]) or None
-    seconds, errors = measure.interleaved(calls, rounds, device)
+    repeats = REPEATS if workload.grad_out.numel() < 2**14 else 1
+    seconds, errors = measure.interleaved(calls, rounds, device, repeats)
     for name in calls:
         methods[name].seconds, methods[name].error = seconds[name], errors.get(name)
     if device == "cuda":
@@ -162,6 +169,7 @@ def to_do(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[
             "tokens": [{"size": size} for size in options.size or SIZES],
             "survivors": [{"inputs": "iid", "alpha": alpha} for alpha in ALPHAS],
             "dim": [{"dim": dim} for dim in DIMS],
+            "calls": [{"inputs": "iid", "alpha": 1.0, **each} for each in CALLS],
         }
         found = [(sweep, dataclasses.replace(spec, **each)) for sweep in options.sweep for each in varied[sweep]]
         return [(*x, mode) for x in found for mode in MODES if mode != "mem" or x[0] == "tokens"]
@@ -221,7 +229,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--inputs", nargs="+", choices=INPUTS, help="default: all but dense; iid where op is a block")
     parser.add_argument("--alpha", nargs="+", type=threshold, help="one threshold for all pixels, not the input's")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all")
-    parser.add_argument("--sweep", nargs="+", choices=list(report.SWEEPS), help="how cost grows, see above")
+    parser.add_argument("--sweep", nargs="+", choices=[*report.SWEEPS, "calls"], help="see above")
     parser.add_argument("--impl", nargs="+", choices=dispatch.NAMES, default=["auto"], help="of attention (auto)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all; in a sweep sdpa flash and eager")
     parser.add_argument("--dtype", choices=workloads.DTYPES, default="float32")

@@ -1,54 +1,70 @@
-// What the ops of adaptive sparse attention are given on every device, and the checks that hold there.
+// What the ops of adaptive sparse attention are given on every device, the checks that hold there, and what they keep.
 #pragma once
 
 #include "checks.h"
 
+#include <torch/csrc/stable/ops.h>
+
+#include <algorithm>
 #include <cmath>
+#include <initializer_list>
+#include <optional>
+#include <tuple>
 #include <utility>
 
 namespace asa_ops {
 
-// The scalars of a call. An op takes them as one list, which asa_ops.asa.types.Options.numbers writes in this order.
+// The schemas of the ops; asa_ops.asa.ops describes the arguments, and has the same for implementations in Python.
+#define ASA_INPUTS "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
+#define ASA_OPTIONS "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, "
+#define ASA_ROWS "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
+#define ASA_OUTPUTS "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
+constexpr const char* kForwardSchema =
+    "(" ASA_INPUTS ASA_OPTIONS "float band, bool keep, " ASA_ROWS ") -> (" ASA_OUTPUTS ")";
+constexpr const char* kBackwardSchema =
+    "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, " ASA_ROWS
+    ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)";
+constexpr const char* kListSurvivorsSchema =
+    "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, Tensor row_offsets, Tensor(a!) col_indices) -> ()";
+
+// The arguments of a call that are no tensors.
 struct Options {
-  int64_t height, width;  // of the map; 0, 0: none
-  int64_t window;  // side of the local window
+  int64_t height = 0, width = 0;  // of the map; 0, 0: none
+  int64_t window = 1;  // side of the local window
   int64_t topk;  // 0: none
   bool reciprocal;
   double scale;
   double band;  // half width of the window in which thresholds learn; 0: they do not
 
-  explicit Options(const std::vector<double>& numbers) {
-    check(numbers.size() == 7, "options", "height, width, window, topk, reciprocal, scale and band");
-    const auto whole = [&](int i, const char* name) {
-      check(numbers[i] >= 0 && numbers[i] <= 0x1p53 && numbers[i] == std::floor(numbers[i]), name,
-            "a whole number of at least 0");
-      return static_cast<int64_t>(numbers[i]);
-    };
-    height = whole(0, "height"), width = whole(1, "width"), window = whole(2, "window"), topk = whole(3, "topk");
-    check(window % 2 == 1, "window", "odd");
-    check(numbers[4] == 0 || numbers[4] == 1, "reciprocal", "0 or 1");
-    reciprocal = numbers[4] == 1, scale = numbers[5], band = numbers[6];
+  Options(const std::vector<int64_t>& grid, const std::vector<int64_t>& sides, int64_t topk, bool reciprocal,
+          double scale, double band)
+      : topk(topk), reciprocal(reciprocal), scale(scale), band(band) {
+    check(grid.empty() || grid.size() == 2, "grid", "[] or [H, W]: one and three dimensions do not work yet");
+    if (!grid.empty()) height = grid[0], width = grid[1];
+    check(height >= 0 && width >= 0, "grid", "of sides of at least 0");
+    check(!sides.empty() && sides.size() <= 3, "window", "one odd side for each of the grid");
+    for (const int64_t side : sides) {
+      check(side > 0 && side % 2 == 1, "window", "odd");
+      check(side == sides[0], "window", "the same side in every dimension: others do not work yet");
+    }
+    // A window wider than the map is the map.
+    window = grid.empty() ? sides[0] : std::min(sides[0], std::max<int64_t>(2 * std::max(height, width) - 1, 1));
+    check(topk >= 0, "topk", "at least 0");
     check(band >= 0, "band", "at least 0");
   }
 };
 
-// What a forward pass writes: the fields of asa_ops.asa.types.Saved, in its order.
-struct SavedTensors {
-  Tensor out, lse, lse_kept, survivors, kappa, log_mean, bits, local, residual, base2;
-
-  static SavedTensors from(const std::vector<Tensor>& x) {
-    check(x.size() == 10, "saved", "the ten tensors of Saved");
-    return {x[0], x[1], x[2], x[3], x[4], x[5], x[6], x[7], x[8], x[9]};
-  }
+// The outputs of a forward pass that a backward reads.
+struct Outputs {
+  Tensor out, lse, lse_kept, survivors, kept;
 };
 
 // What all ops are given.
 struct Arguments {
   Tensor query, key, value;  // [B, heads, N_q, D], [B, heads, N_k, D], [B, heads, N_k, Dv]
-  Optional alpha, beta;  // per query; each device checks its own form
+  Optional alpha, beta;  // [B or 1, heads or 1, N_q or 1], of the dtype of query or float32
   Optional real;  // bool [B, N_k]: false at padding
   Options options;
-  SavedTensors saved;
 
   int64_t batch() const { return query.size(0); }
   int64_t heads() const { return query.size(1); }
@@ -56,7 +72,9 @@ struct Arguments {
   int64_t n_k() const { return key.size(2); }
   int64_t dim() const { return query.size(3); }
   int64_t dim_v() const { return value.size(3); }
+  int64_t n_heads() const { return batch() * heads(); }  // of all images
   ScalarType type() const { return query.scalar_type(); }
+  ScalarType statistics() const { return type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
   // Whether keys have places on a map; in doubles, which do not overflow.
   bool is_map() const { return static_cast<double>(options.height) * static_cast<double>(options.width) == n_k(); }
@@ -67,52 +85,124 @@ struct Arguments {
   // Positions of the local window; 0: none.
   int64_t positions() const { return beta ? options.window * options.window : 0; }
 
-  // A forward pass that no backward follows does not keep its bits.
-  bool keeps_bits() const { return saved.bits.size(3) > 0; }
+  // Whether there is nothing to compute.
+  bool is_empty() const { return n_heads() * n_q() == 0 || n_k() == 0; }
 
-  // Checks what is the same on every device but for the type of statistics; alpha, beta, out, bits, residual and base2
-  // are not.
-  void check_all(ScalarType statistics) const {
-    const int64_t b = batch(), h = heads();
+  // Checks what is the same on every device.
+  void check_all() const {
     for (const auto& [x, name] : {std::pair{&query, "query"}, {&key, "key"}, {&value, "value"}})
       check(x->dim() == 4, name, "[B, heads, N, D]");
+    const int64_t b = batch(), h = heads();
     check(key, "key", query, type(), {b, h, n_k(), dim()});
     check(value, "value", query, type(), {b, h, n_k(), dim_v()});
-    if (real) check_contiguous(*real, "real", query, ScalarType::Bool, {b, n_k()});
+    check(dim() > 0, "D", "at least 1");
+    check_threshold(alpha, "alpha");
+    check_threshold(beta, "beta");
+    if (real) check(*real, "key_padding_mask", query, ScalarType::Bool, {b, n_k()});
     const bool one_map = n_q() == n_k();
     check(one_map || !options.reciprocal || !has_neighbours(), "N", "that of keys if neighbours must be mutual");
     check(!beta || (one_map && is_map()), "height * width", "N, of query and key");
     check(!beta || options.window <= 46339, "window", "of less than 2^31 positions");
-    for (const auto& [x, name] : {std::pair{&saved.lse, "lse"},
-                                  {&saved.lse_kept, "lse_kept"},
-                                  {&saved.kappa, "kappa"},
-                                  {&saved.log_mean, "log_mean"}})
-      check_contiguous(*x, name, query, statistics, {b, h, n_q()});
+    check(options.topk <= n_k(), "topk", "between 0 and N_k");
+  }
+
+  // Checks what a forward pass returned, that keeps `bytes` of a head.
+  void check_saved(const Outputs& saved, int64_t bytes) const {
+    const int64_t b = batch(), h = heads();
+    check_contiguous(saved.out, "out", query, type(), {b, h, n_q(), dim_v()});
+    for (const auto& [x, name] : {std::pair{&saved.lse, "lse"}, {&saved.lse_kept, "lse_kept"}})
+      check_contiguous(*x, name, query, statistics(), {b, h, n_q()});
     check_contiguous(saved.survivors, "survivors", query, ScalarType::Int, {b, h, n_q()});
-    check_contiguous(saved.local, "local", query, ScalarType::Bool, {b, h, n_q(), positions()});
-    check(saved.bits.dim() == 4, "bits", "[B, heads, strips, bytes]");
+    if (is_empty()) return;
+    check(saved.kept.dim() != 3 || saved.kept.size(2) > 0 || bytes == 0, "kept",
+          "what a forward pass kept: this one ran with keep=False, so it has no backward");
+    check_contiguous(saved.kept, "kept", query, ScalarType::Byte, {b, h, bytes});
   }
 
-  void check_bits_kept() const {
-    check(!has_neighbours() || keeps_bits() || n_k() == 0, "bits", "those of a forward pass that kept them");
+  // Allocates what a forward returns; `bytes` of a head are kept.
+  Outputs new_outputs(int64_t bytes) const {
+    const auto make = [&](std::initializer_list<int64_t> shape, ScalarType of) {
+      return torch::stable::new_empty(query, shape, of);
+    };
+    const auto rows = {batch(), heads(), n_q()};
+    return {make({batch(), heads(), n_q(), dim_v()}, type()), make(rows, statistics()), make(rows, statistics()),
+            make(rows, ScalarType::Int), make({batch(), heads(), bytes}, ScalarType::Byte)};
+  }
+
+  // Writes the outputs of queries that have nobody to attend to.
+  static void clear(Outputs outputs) {
+    torch::stable::zero_(outputs.out), torch::stable::zero_(outputs.survivors);
+    for (Tensor* const x : {&outputs.lse, &outputs.lse_kept}) torch::stable::fill_(*x, -INFINITY);
+  }
+
+  // Allocates the gradients of query, key, value, alpha, beta: 0 where nothing will write them, and no number where
+  // there is no such argument.
+  std::vector<Tensor> new_gradients() const {
+    std::vector<Tensor> gradients;
+    for (const Tensor& x : {query, key, value}) gradients.push_back(new_gradient(x, !is_empty()));
+    for (const Optional& x : {alpha, beta})
+      gradients.push_back(x ? new_gradient(*x, !is_empty() && options.band > 0)
+                            : torch::stable::new_empty(query, {batch(), 0, 0}));
+    return gradients;
+  }
+
+  // A gradient: 0 unless something will write it.
+  static Tensor new_gradient(const Tensor& x, bool written) {
+    std::vector<int64_t> shape;
+    for (int64_t i = 0; i < x.dim(); ++i) shape.push_back(x.size(i));
+    return written ? torch::stable::new_empty(x, shape) : torch::stable::new_zeros(x, shape);
+  }
+
+ private:
+  void check_threshold(const Optional& x, const char* name) const {
+    if (!x) return;
+    const int64_t shape[] = {batch(), heads(), n_q()};
+    check(x->dim() == 3, name, "[B, heads, N_q]");
+    for (int i = 0; i < 3; ++i) check(x->size(i) == shape[i] || x->size(i) == 1, name, "[B, heads, N_q], or 1 of each");
+    check_device(*x, name, query);
+    check(x->scalar_type() == type() || x->scalar_type() == ScalarType::Float, name, "of query's dtype or float32");
   }
 };
 
-// What a backward pass writes; gradients of thresholds where they are asked for.
-struct Gradients {
-  Tensor dq, dk, dv;
-  Optional dalpha, dbeta;
+// The strides of a threshold multiplier over images, heads and rows; 0 where it is the same for all.
+struct MultiplierStrides {
+  int64_t image = 0, head = 0, row = 0;
+  MultiplierStrides() = default;
+  explicit MultiplierStrides(const Tensor& x)
+      : image(x.size(0) > 1 ? x.stride(0) : 0),
+        head(x.size(1) > 1 ? x.stride(1) : 0),
+        row(x.size(2) > 1 ? x.stride(2) : 0) {}
+};
 
-  void check_all(const Arguments& x, ScalarType statistics) const {
-    const int64_t b = x.batch(), h = x.heads();
-    check_contiguous(dq, "dq", x.query, x.type(), {b, h, x.n_q(), x.dim()});
-    check_contiguous(dk, "dk", x.query, x.type(), {b, h, x.n_k(), x.dim()});
-    check_contiguous(dv, "dv", x.query, x.type(), {b, h, x.n_k(), x.dim_v()});
-    for (const auto& [dx, name] : {std::pair{&dalpha, "dalpha"}, {&dbeta, "dbeta"}})
-      if (*dx) check_contiguous(**dx, name, x.query, statistics, {b, h, x.n_q()});
-    check((!dalpha || x.alpha) && (!dbeta || x.beta), "dalpha and dbeta", "given with alpha and beta only");
-    check((!dalpha && !dbeta) || x.options.band > 0, "band", "positive where a threshold learns");
+// Where the pieces of what is kept of one head begin, in bytes. asa_ops.asa.types.kept_sizes is the same in Python.
+struct Kept {
+  int64_t bits, kappa, log_mean, local, residual, base2, bytes = 0;
+
+  // `bits`, `residual` and `base2` take as many bytes as a device says.
+  Kept(const Arguments& x, int64_t bits, int64_t residual, int64_t base2) {
+    const int64_t n = x.n_q(), statistic = x.type() == ScalarType::Double ? 8 : 4;
+    this->bits = piece(x.has_neighbours() ? bits : 0);
+    kappa = piece(x.options.topk > 0 ? n * statistic : 0);
+    log_mean = piece(x.beta ? n * statistic : 0);
+    local = piece(n * x.positions());
+    this->residual = piece(residual);
+    this->base2 = piece(base2);
+  }
+
+ private:
+  int64_t piece(int64_t size) {
+    const int64_t at = bytes;
+    bytes += (size + 127) / 128 * 128;
+    return at;
   }
 };
+
+// The same for a range of rows, which is for whoever spreads one problem over several processes.
+inline void check_rows(const Tensor& query, int64_t row_start, const std::optional<int64_t>& row_stop,
+                       const Optional& rows_statistics) {
+  check(row_start == 0 && (!row_stop || (query.dim() == 4 && *row_stop == query.size(2))), "row_start, row_stop",
+        "all rows: a range of them does not work yet");
+  check(!rows_statistics, "rows_statistics", "None: statistics of other rows do not work yet");
+}
 
 }  // namespace asa_ops

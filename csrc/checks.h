@@ -20,10 +20,14 @@ inline void check(bool ok, const char* name, const char* what) {
   STD_TORCH_CHECK(ok, "asa_ops: ", name, " must be ", what);
 }
 
-// A tensor of the given type and shape on the device of `like`, with any strides.
-inline void check(const Tensor& x, const char* name, const Tensor& like, ScalarType type, std::vector<int64_t> shape) {
+inline void check_device(const Tensor& x, const char* name, const Tensor& like) {
   const bool same_device = x.is_cpu() == like.is_cpu() && x.get_device_index() == like.get_device_index();
   check(same_device, name, "on the device of the other tensors");
+}
+
+// A tensor of the given type and shape on the device of `like`, with any strides.
+inline void check(const Tensor& x, const char* name, const Tensor& like, ScalarType type, std::vector<int64_t> shape) {
+  check_device(x, name, like);
   check(x.scalar_type() == type, name, "of the dtype expected here");
   check(x.dim() == static_cast<int64_t>(shape.size()), name, "of the rank expected here");
   for (size_t i = 0; i < shape.size(); ++i) check(x.size(i) == shape[i], name, "of the shape expected here");

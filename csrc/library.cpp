@@ -3,6 +3,8 @@
 // Stable ABI only (torch/csrc/stable): one binary serves every torch from 2.10 on. No Python headers: the library is
 // loaded with torch.ops.load_library, so one binary serves every Python too.
 
+#include "asa.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
@@ -40,27 +42,9 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
   m.def("cpu_isa() -> int");
   m.def("cuda_architectures() -> str");
   m.def("cuda_versions() -> (int, int)");
-  // `options` and `saved`: asa.h names what these lists hold.
-  m.def(
-      "asa_cpu_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "Tensor? not_finite, float[] options, Tensor(a!)[] saved) -> ()");
-  m.def(
-      "asa_cpu_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dalpha, "
-      "Tensor(e!)? dbeta) -> ()");
-  m.def(
-      "asa_cpu_neighbors(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
-  m.def(
-      "asa_cuda_fwd(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor(a!)[] saved) -> ()");
-  m.def(
-      "asa_cuda_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!)? dalpha, "
-      "Tensor(e!)? dbeta) -> ()");
-  m.def(
-      "asa_cuda_neighbors(Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? real, "
-      "float[] options, Tensor[] saved, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+  m.def((std::string("asa_fwd") + asa_ops::kForwardSchema).c_str());
+  m.def((std::string("asa_bwd") + asa_ops::kBackwardSchema).c_str());
+  m.def((std::string("asa_list_survivors") + asa_ops::kListSurvivorsSchema).c_str());
   m.def("criss_cross_cpu_fwd(Tensor q, Tensor k, Tensor v, float scale, Tensor(a!) out, Tensor(b!) stats) -> ()");
   m.def(
       "criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stats, float scale, "

@@ -6,6 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from asa_ops.asa import ops
+from asa_ops.asa.types import Inputs, Options, Saved
+
 
 @dataclass(frozen=True)
 class Case:
@@ -111,11 +114,15 @@ def named(name: str, **changes) -> Case:
     return replace(CASES[IDS.index(name)], **changes)
 
 
-def op_arguments(
-    inputs: list[Tensor | None], options: dict, impl: str = "blocked", keep_bits: bool = True, learn: bool = True
-) -> tuple:
-    """Return the arguments of asa_ops.asa.ops.asa_fwd."""
-    rest = options.get("window", 3), options.get("topk", 0), options.get("reciprocal", True)
-    scale = options.get("scale", inputs[0].shape[-1] ** -0.5)
-    mask, grid = options.get("key_padding_mask"), options.get("grid", (0, 0))
-    return *inputs, mask, *grid, *rest, scale, learn, 2.0, keep_bits, impl
+def op_arguments(inputs: list[Tensor | None], options: dict, keep: bool = True, band: float = 2.0) -> tuple:
+    """Return the arguments of the ops of a forward pass."""
+    grid, window = list(options.get("grid", ())), [options.get("window", 3)] * 2
+    rest = options.get("topk", 0), options.get("reciprocal", True), options.get("scale", inputs[0].shape[-1] ** -0.5)
+    return *inputs, options.get("key_padding_mask"), grid, window, *rest, band, keep
+
+
+def saved_of(inputs: list[Tensor | None], options: dict, impl: str, **more) -> Saved:
+    """Return what a forward pass of ``impl`` returns and keeps."""
+    *args, band, keep = op_arguments(inputs, options, **more)
+    outputs = ops.of(impl, inputs[0].device).fwd(*args, band, keep)
+    return Saved.of(Inputs(*args[:6]), Options.of(*args[6:]), impl, keep, *outputs)

@@ -11,7 +11,7 @@ INTERPRETED = ["triton"] if devices.triton_is_interpreted() else []
 EMULATED = ["cuda"] if simt.AVAILABLE else []
 KERNELS = [*IMPLEMENTATIONS, *EMULATED, *INTERPRETED]
 ON_GPU = {impl: [pytest.mark.gpu] for impl in ("triton", "cuda") if torch.cuda.is_available()}  # their marks
-if ON_GPU and (reason := devices.why_no_cuda_on("asa_cuda_fwd", torch.device("cuda"))):
+if ON_GPU and (reason := devices.why_no_cuda_on("asa", torch.device("cuda"))):
     ON_GPU["cuda"].append(pytest.mark.skip(reason))
 DTYPES = {str(x).removeprefix("torch."): x for x in (torch.float32, torch.bfloat16, torch.float16)}
 each_dtype = pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)

@@ -1,6 +1,6 @@
 """Build csrc/cuda as ordinary C++ behind csrc/testing/simt.h: a library that runs its kernels on CPU tensors.
 
-Loaded beside the extension, it registers the ops ``asa_ops::asa_cuda_*`` for CPU tensors. Kernels whose barriers
+Loaded beside the extension, it defines the ops ``asa_ops::asa_emulated_*`` of CPU tensors. Kernels whose barriers
 suffice give the same bits in whichever order the threads of a block run: ``ASA_OPS_SIMT_REVERSED=1`` runs the last
 first.
 """
@@ -16,6 +16,9 @@ from pathlib import Path
 import torch
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
+from asa_ops.asa import ops
+from asa_ops.core import dispatch
+
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 HEADERS = [path for folder in ("", "cuda/**/", "testing/") for path in (ROOT / "csrc").glob(f"{folder}*.h")]
@@ -28,7 +31,11 @@ AVAILABLE = bool(shutil.which(shlex.split(get_cxx_compiler())[0])) and not torch
 
 def load(sanitize: bool = False) -> None:
     """Register the ops for CPU tensors in this process: impl="cuda" runs from now on."""
-    torch.ops.load_library(build(sanitize))
+    library = build(sanitize)
+    if not hasattr(torch.ops.asa_ops, "asa_emulated_fwd"):
+        torch.ops.load_library(library)
+        ops.register("asa_emulated", "cuda")
+        dispatch.remembered.cache_clear()
 
 
 def build(sanitize: bool = False) -> Path:

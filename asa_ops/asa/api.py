@@ -10,7 +10,7 @@ from ..core import checks, dispatch
 from ..core.contracts import cast_under_autocast
 from ..core.dispatch import Impl
 from . import ops
-from .types import AsaStats, Inputs, NeighborGraph, Options, ThresholdGrad
+from .types import AsaStats, Inputs, NeighborGraph, ThresholdGrad
 
 
 @overload
@@ -18,8 +18,8 @@ def asa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
+    alpha: Tensor | float | None = None,
+    beta: Tensor | float | None = None,
     *,
     grid: tuple[int, int] | None = None,
     window: int = 3,
@@ -39,8 +39,8 @@ def asa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
+    alpha: Tensor | float | None = None,
+    beta: Tensor | float | None = None,
     *,
     grid: tuple[int, int] | None = None,
     window: int = 3,
@@ -60,8 +60,8 @@ def asa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
+    alpha: Tensor | float | None = None,
+    beta: Tensor | float | None = None,
     *,
     grid: tuple[int, int] | None = None,
     window: int = 3,
@@ -80,8 +80,8 @@ def asa_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
+    alpha: Tensor | float | None = None,
+    beta: Tensor | float | None = None,
     *,
     grid: tuple[int, int] | None = None,
     window: int = 3,
@@ -106,9 +106,9 @@ def asa_attention(
         query: [B, heads, N_q, D], floating point.
         key: [B, heads, N_k, D]. N_k = N_q unless ``reciprocal=False`` and there is no ``beta``.
         value: [B, heads, N_k, Dv].
-        alpha: [B, heads or 1, N_q] >= 0, non-local threshold multiplier: 0 keeps every position, inf none. None: no
-            adaptive threshold.
-        beta: [B, heads or 1, N_q] >= 0, local threshold multiplier. None: no local block.
+        alpha: non-local threshold multiplier >= 0, a number or a tensor that broadcasts to [B, heads, N_q], in the
+            dtype of ``query`` or float32: 0 keeps every position, inf none. None: no adaptive threshold.
+        beta: local threshold multiplier >= 0, as alpha. None: no local block.
         grid: (H, W) with H * W == N, positions in raster order; required by ``beta``.
         window: odd side of the local window.
         topk: neighbours must also be among the ``topk`` largest scores of their row (ties are all kept).
@@ -144,12 +144,10 @@ def asa_attention(
         torch.Size([1, 2, 768, 64])
     """
     query, key, value = cast_under_autocast(query=query, key=key, value=value)  # thresholds keep their dtype
-    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
-    options = _check(inputs, grid, window, topk, reciprocal, scale)
+    inputs, options = _check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
     threshold_band = checks.as_positive_number("threshold_band", threshold_band)
-    chosen = dispatch.resolve(_call(query, value), impl)
-    out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, chosen)
+    out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, _chosen(query, value, impl))
     return (out, stats) if return_stats else out
 
 
@@ -157,8 +155,8 @@ def asa_attention(
 def reciprocal_neighbors(
     query: Tensor,
     key: Tensor,
-    alpha: Tensor | None = None,
-    beta: Tensor | None = None,
+    alpha: Tensor | float | None = None,
+    beta: Tensor | float | None = None,
     *,
     grid: tuple[int, int] | None = None,
     window: int = 3,
@@ -188,9 +186,8 @@ def reciprocal_neighbors(
     """
     query, key = cast_under_autocast(query=query, key=key)
     value = key[..., :0]  # nobody's values are asked for
-    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
-    options = _check(inputs, grid, window, topk, reciprocal, scale)
-    return ops.neighbors(inputs, options, dispatch.resolve(_call(query), impl))
+    inputs, options = _check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
+    return ops.neighbors(inputs, options, _chosen(query, query, impl))
 
 
 def explain(query: Tensor, *args: Any, impl: Impl = "auto", **options: Any) -> str:
@@ -205,27 +202,43 @@ def explain(query: Tensor, *args: Any, impl: Impl = "auto", **options: Any) -> s
     """
     inspect.signature(asa_attention).bind_partial(query, *args, impl=impl, **options)
     checks.check_tensor("query", query, "[B, heads, N_q, D]")
-    return dispatch.explain(_call(query), impl)
+    return dispatch.explain(dispatch.Call(*_OP, query.device, query.dtype, query.shape[-1]), impl)
 
 
-def _call(query: Tensor, value: Tensor | None = None) -> dispatch.Call:
-    dim = max(x.shape[-1] for x in (query, value) if x is not None)
-    return dispatch.Call("asa_attention", "asa", query.device, query.dtype, dim)
+_OP = ("asa_attention", "asa")  # the names of the op and of its kernels
+
+
+def _chosen(query: Tensor, value: Tensor, impl: str) -> str:
+    """Return the implementation that runs the call."""
+    dim = max(query.shape[-1], value.shape[-1])
+    # What is remembered cannot be traced.
+    resolve = dispatch.resolve if torch.compiler.is_compiling() else dispatch.remembered
+    return resolve(dispatch.Call(*_OP, query.device, query.dtype, dim), impl)
 
 
 def _check(
-    inputs: Inputs,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    alpha: Tensor | float | None,
+    beta: Tensor | float | None,
+    key_padding_mask: Tensor | None,
     grid: tuple[int, int] | None,
     window: int,
     topk: int | None,
     reciprocal: bool,
     scale: float | None,
-) -> Options:
-    """Check what :func:`asa_attention` and :func:`reciprocal_neighbors` have in common; return the options resolved."""
-    query, key, value, alpha, beta, key_padding_mask = inputs
+) -> tuple[Inputs, ops.OpOptions]:
+    """Check what :func:`asa_attention` and :func:`reciprocal_neighbors` have in common; return what the ops take."""
     checks.check_qkv(query, key, value)
-    checks.check_threshold("alpha", alpha, query)
-    checks.check_threshold("beta", beta, query)
+    inputs = Inputs(
+        query,
+        key,
+        value,
+        checks.as_threshold("alpha", alpha, query),
+        checks.as_threshold("beta", beta, query),
+        key_padding_mask,
+    )
     checks.check_padding_mask(key_padding_mask, query, key)
     if not isinstance(reciprocal, bool):
         raise TypeError(f"reciprocal must be True or False, got {checks.describe(reciprocal)}")
@@ -235,13 +248,11 @@ def _check(
         raise ValueError(f"{given} needs as many queries as keys, got N_q = {n_q} and N_k = {n_k}")
     if beta is not None and grid is None:
         raise ValueError(f"beta needs grid=(H, W) with H * W = N = {n_q}, got grid=None")
-    if grid is not None:
-        grid = checks.as_grid(grid, n_q)
+    # AOTInductor of torch 2.13 loses an empty list.
+    sides = [0, 0] if grid is None else list(checks.as_grid(grid, n_q))
     window = checks.as_window(window)
     if topk is not None:
         topk = checks.as_positive_int("topk", topk)
         if topk > n_k:
             raise ValueError(f"topk must be at most the number of keys, N_k = {n_k}, got topk={topk}")
-    if grid is not None:  # a window wider than the map is the map
-        window = min(window, max(2 * max(grid) - 1, 1))
-    return Options(grid or (0, 0), window, topk or 0, reciprocal, checks.as_scale(scale, query))
+    return inputs, (sides, [window, window], topk or 0, reciprocal, checks.as_scale(scale, query))

@@ -249,7 +249,7 @@ def _logits(s: Tensor, kept: Tensor) -> Tensor:
 
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
-    saved = Saved.new(inputs, options, "blocked", keep_bits=False)
+    saved = Saved.new(inputs, options, "blocked", keep=False)
 
     def rows_of_heads() -> Iterator[Tensor]:
         for at, head in _heads(inputs, options, saved):

@@ -1,208 +1,190 @@
-"""The torch contracts of adaptive sparse attention: schemas, fakes, autocast, autograd, vmap and FLOPs.
+"""The ops of adaptive sparse attention and what torch asks of them: fakes, autocast, autograd, vmap and FLOPs.
 
-``asa_ops::asa_fwd``, ``asa_ops::asa_bwd`` and ``asa_ops::asa_neighbors`` are opaque to torch.compile and the same for
-every implementation. An argument names it; ``asa_ops.core.dispatch`` resolves it beforehand. :func:`attend` wraps the
-first two in an autograd.Function.
+``asa_ops::asa_fwd`` and ``asa_ops::asa_bwd`` are C++ from end to end, on a CPU and on CUDA (csrc, registered when the
+extension loads). The implementations in Python have ops of the same schemas: ``asa_ops::asa_triton_fwd``,
+``asa_ops::asa_blocked_fwd``. :func:`attend` wraps a pair of them in an autograd.Function. Arguments, beside those of
+:func:`asa_ops.asa_attention`:
+
+    grid             the sides of the map; [] or [0, 0]: none
+    window           an odd side for each dimension
+    topk             0: none
+    band             half width of the window in which thresholds learn; 0: they do not
+    keep             whether a backward will follow: ``kept`` holds what it needs, otherwise nothing
+    row_start, row_stop, rows_statistics
+                     for calls that compute some rows of a problem only, which do not work yet
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
-from ..core import dispatch
-from ..core.contracts import backward_of, outside_autocast, run_folded, run_outside_autocast
+from ..core import dispatch, extension
+from ..core.contracts import backward_of, below_autograd, differentiate, outside_autocast, run_outside_autocast
 from . import reference
-from .types import PADDED_TO, AsaStats, Inputs, NeighborGraph, Options, Saved
+from .types import AsaStats, Inputs, NeighborGraph, Options, Saved, kept_bytes, new_graph, new_outputs
 
 Shape = Sequence[int]
 
-
-@torch.library.custom_op("asa_ops::asa_fwd", mutates_args=())
-def asa_fwd(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    key_padding_mask: Tensor | None,
-    grid_height: int,
-    grid_width: int,
-    window: int,
-    topk: int,
-    reciprocal: bool,
-    scale: float,
-    learn_thresholds: bool,
-    band: float,
-    keep_bits: bool,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Run the forward of ``impl`` on checked arguments; topk = 0 means none, a grid of 0 x 0 none.
-
-    ``learn_thresholds`` and ``band`` say what the gradient of alpha and beta is; the forward may keep more for it.
-
-    Returns: the fields of :class:`Saved`; the bits are kept if ``keep_bits``, which a backward pass needs.
-    """
-    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
-    options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    saved = Saved.new(inputs, options, impl, keep_bits)
-    dispatch.load("asa", impl).fwd(inputs, options, saved, band if learn_thresholds and keep_bits else None)
-    return saved
+_OPTIONS = "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band"
+_ROWS = "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
+_INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask"
+_OUTPUTS = "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
+FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep, {_ROWS}) -> ({_OUTPUTS})"
+BACKWARD = (
+    f"(Tensor grad_out, {_INPUTS}, {_OUTPUTS}, {_OPTIONS}, {_ROWS}) "
+    "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)"
+)
+# What an op takes between ``inputs`` and ``band``: grid, window, topk, reciprocal, scale.
+OpOptions = tuple[list[int], list[int], int, bool, float]
+_LIBRARY = torch.library.Library("asa_ops", "FRAGMENT")
+_FORWARD_MODE = (
+    "asa_attention has no forward-mode derivative (jvp) in this implementation: use reverse mode (torch.func.vjp, "
+    "torch.func.jacrev), or impl='reference' with threshold_grad=None"
+)
+_DOUBLE_BACKWARD = (
+    "asa_attention has no double backward in this implementation: use impl='reference', threshold_grad=None"
+)
 
 
-@asa_fwd.register_fake
-def _(  # type: ignore[no-untyped-def]
-    query, key, value, alpha, beta, mask, h, w, window, topk, reciprocal, scale, learn, band, keep_bits, impl
-):
-    options = Options((h, w), window, topk, reciprocal, scale)
-    return Saved.new(Inputs(query, key, value, alpha, beta, mask), options, impl, keep_bits)
+def _every_row(row_start: int = 0, row_stop: int | None = None, rows_statistics: Tensor | None = None) -> None:
+    if row_start or row_stop is not None or rows_statistics is not None:
+        raise RuntimeError("asa_attention: a range of rows does not work yet")
 
 
-@torch.library.custom_op("asa_ops::asa_bwd", mutates_args=())
-def asa_bwd(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    key_padding_mask: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    lse_kept: Tensor,
-    survivors: Tensor,
-    kappa: Tensor,
-    log_mean: Tensor,
-    bits: Tensor,
-    local: Tensor,
-    residual: Tensor,
-    base2: Tensor,
-    grid_height: int,
-    grid_width: int,
-    window: int,
-    topk: int,
-    reciprocal: bool,
-    scale: float,
-    learn_thresholds: bool,
-    band: float,
-    impl: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value, alpha, beta from what :func:`asa_fwd` returned with ``keep_bits``.
-
-    Those of alpha and beta are 0 unless ``learn_thresholds``, and [B, 0, 0] where there is no such argument.
-    """
-    if (alpha is not None or topk > 0) and 0 in bits.shape[3:] and key.shape[2]:
-        raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
-    if impl in PADDED_TO and 0 in base2.shape[3:] and out.numel() and key.shape[2]:
-        raise RuntimeError("asa_attention: this forward pass ran with keep_bits=False, so it has no backward")
-    inputs = Inputs(query, key, value, alpha, beta, key_padding_mask)
-    saved = Saved(out, lse, lse_kept, survivors, kappa, log_mean, bits, local, residual, base2)
-    options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    grads = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band if learn_thresholds else None)
-    dq, dk, dv, dalpha, dbeta = (_like(dx, x, query) for dx, x in zip(grads, inputs[:5], strict=True))
-    return dq, dk, dv, dalpha, dbeta
+def _broadcast(inputs: Inputs) -> Inputs:
+    """Return the inputs with alpha and beta [B, heads, N_q], by strides of 0."""
+    rows = inputs.query.shape[:3]
+    alpha, beta = (x if x is None else x.expand(rows) for x in (inputs.alpha, inputs.beta))
+    return inputs._replace(alpha=alpha, beta=beta)
 
 
-def _like(gradient: Tensor | None, x: Tensor | None, query: Tensor) -> Tensor:
+def _define(impl: str) -> None:
+    """Define the ops of an implementation in Python."""
+
+    def forward(*args: Any) -> Any:
+        tensors, options, (band, keep), rows = args[:6], args[6:11], args[11:13], args[13:]
+        _every_row(*rows)
+        inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
+        saved = Saved.new(inputs, options, impl, keep)
+        dispatch.load("asa", impl).fwd(inputs, options, saved, band if band and keep else None)
+        return *saved[:4], saved.kept if keep else saved.kept.new_empty(*saved.kept.shape[:2], 0)
+
+    def backward(grad_out: Tensor, *args: Any) -> Any:
+        tensors, outputs, options, band, rows = args[:6], args[6:11], args[11:16], args[16], args[17:]
+        _every_row(*rows)
+        inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
+        if outputs[4].shape[2] != kept_bytes(inputs, options, impl):
+            raise RuntimeError("asa_attention: this forward pass ran with keep=False, so it has no backward")
+        saved = Saved.of(inputs, options, impl, True, *outputs)
+        gradients = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band or None)
+        return tuple(_like(dx, x, grad_out) for dx, x in zip(gradients, tensors[:5], strict=True))
+
+    for name, schema, run in (("fwd", FORWARD, forward), ("bwd", BACKWARD, backward)):
+        _LIBRARY.define(f"asa_{impl}_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
+        _LIBRARY.impl(f"asa_{impl}_{name}", run, "CompositeExplicitAutograd")
+
+
+def _like(gradient: Tensor | None, x: Tensor | None, grad_out: Tensor) -> Tensor:
     """Return a gradient in the shape and dtype of its input: 0 if there is none, [B, 0, 0] if there is no input."""
     if x is None:
-        return query.new_empty(query.shape[0], 0, 0)
+        return grad_out.new_empty(grad_out.shape[0], 0, 0)
     if gradient is None:
         return x.new_zeros(x.shape)
     return gradient.sum_to_size(x.shape).to(x.dtype).contiguous()
 
 
-@asa_bwd.register_fake
-def _(  # type: ignore[no-untyped-def]
-    grad_out, query, key, value, alpha, beta, *others
-):
-    tokens = [x.new_empty(x.shape) for x in (query, key, value)]
-    return *tokens, *(_like(None, x, query) for x in (alpha, beta))
+class _Ops:
+    """The ops of an implementation, by the stem of their names, and autograd around them."""
+
+    def __init__(self, stem: str):
+        fwd, bwd = (getattr(torch.ops.asa_ops, f"{stem}_{name}").default for name in ("fwd", "bwd"))
+        plain_fwd, plain_bwd = below_autograd(fwd), below_autograd(bwd)
+        self.fwd, self.bwd, self.no_grad = fwd, bwd, plain_fwd
+        self.list_survivors = getattr(torch.ops.asa_ops, f"{stem}_list_survivors", None)  # of those in C++
+
+        class Attention(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx: Any, *args: Any) -> Any:
+                output = plain_fwd(*args)
+                _remember(ctx, args, output)
+                return output
+
+            @staticmethod
+            def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
+                return _backward(bwd if torch.is_grad_enabled() or _is_transformed() else plain_bwd, ctx, grad_out)
+
+            @staticmethod
+            def jvp(ctx: Any, *tangents: Any) -> Any:
+                raise NotImplementedError(_FORWARD_MODE)
+
+        self.with_grad = Attention.apply
+        # The ops themselves have the same gradient, under torch.compile and torch.func too.
+        differentiate(_LIBRARY, fwd, Attention)
+        differentiate(_LIBRARY, bwd, backward_of(bwd, _DOUBLE_BACKWARD))
 
 
-@torch.library.custom_op("asa_ops::asa_neighbors", mutates_args=())
-def asa_neighbors(
-    query: Tensor,
-    key: Tensor,
-    alpha: Tensor | None,
-    beta: Tensor | None,
-    key_padding_mask: Tensor | None,
-    grid_height: int,
-    grid_width: int,
-    window: int,
-    topk: int,
-    reciprocal: bool,
-    scale: float,
-    impl: str,
-) -> tuple[Tensor, Tensor]:
-    """Return the graph of :func:`asa_ops.reciprocal_neighbors` by ``impl``; arguments as of :func:`asa_fwd`."""
-    inputs = Inputs(query, key, key[..., :0], alpha, beta, key_padding_mask)  # nobody's values are asked for
-    options = Options((grid_height, grid_width), window, topk, reciprocal, scale)
-    return dispatch.load("asa", impl).neighbor_graph(inputs, options)
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    """Keep what a backward needs."""
+    ctx.options, ctx.others = inputs[6:12], len(inputs) - 5
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # what is kept would get a gradient of zeros as large as it is
 
 
-@asa_neighbors.register_fake
-def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
-    row_offsets = query.new_empty(query.shape[:3].numel() + 1, dtype=torch.int64)
-    return row_offsets, query.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+def _backward(run: Any, ctx: Any, grad_out: Tensor | None) -> Any:
+    """Return the gradients of all arguments of a forward pass by ``run``, a backward op."""
+    if grad_out is None:
+        return (None,) * (5 + ctx.others)
+    tensors = ctx.saved_tensors
+    dq, dk, dv, dalpha, dbeta = run(grad_out, *tensors, *ctx.options)
+    given = (dx if x is not None else None for dx, x in zip((dalpha, dbeta), tensors[3:5], strict=True))
+    return dq, dk, dv, *given, *(None,) * ctx.others
 
 
-_Backward = backward_of(
-    asa_bwd,
-    "asa_attention has no double backward in this implementation: use impl='reference', threshold_grad=None",
-)
+def _is_transformed() -> bool:
+    """Whether torch.compile or a torch.func transform is at work."""
+    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
 
 
-class _AsaAttention(torch.autograd.Function):
-    """Autograd around the op. A Function with ``setup_context`` and ``vmap`` works under torch.func transforms."""
-
-    @staticmethod
-    def forward(*args: Any) -> Any:
-        return asa_fwd(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        (*tensors, height, width, window, topk, reciprocal, scale, learn, band, _, impl) = inputs
-        ctx.options = (height, width, window, topk, reciprocal, scale, learn, band, impl)
-        ctx.has_thresholds = [x is not None for x in (inputs[3], inputs[4])]
-        ctx.save_for_backward(*tensors, *output)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.set_materialize_grads(False)  # the bits would get a gradient of zeros as large as they are
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
-        if grad_out is None:
-            return (None,) * 16
-        dq, dk, dv, *dx = _Backward.apply(grad_out, *ctx.saved_tensors, *ctx.options)
-        dx = (d if given else None for d, given in zip(dx, ctx.has_thresholds, strict=True))
-        return dq, dk, dv, *dx, *[None] * 11
-
-    @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        return run_folded(_AsaAttention.apply, info.batch_size, in_dims, args)
+def of(impl: str, device: torch.device) -> _Ops:
+    """Return the ops of an implementation for tensors of ``device``."""
+    if impl == "cuda" and device.type == "cpu":
+        return _OPS["asa_emulated"]  # of the tests
+    return _OPS["asa" if impl in ("cpu", "cuda") else f"asa_{impl}"]
 
 
-# The raw op has the same gradient, for whoever calls it from a graph without the Function.
-asa_fwd.register_autograd(_AsaAttention.backward, setup_context=_AsaAttention.setup_context)
+def register(stem: str, impl: str | None = None) -> None:
+    """Tell torch about a pair of ops; ``impl`` None: that of C++ for the device of the inputs."""
+    fwd, bwd = (f"asa_ops::{stem}_{name}" for name in ("fwd", "bwd"))
 
+    @torch.library.register_fake(fwd)  # type: ignore[untyped-decorator]
+    def _(*args: Any) -> Any:
+        inputs, options, keep = Inputs(*args[:6]), Options.of(*args[6:11]), args[12]
+        kind = impl or ("cpu" if inputs.query.device.type == "cpu" else "cuda")
+        return new_outputs(inputs, kept_bytes(inputs, options, kind) if keep else 0)
 
-@register_flop_formula(torch.ops.asa_ops.asa_fwd)
-def _forward_flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
-    """Dense cost: shapes cannot say how many pairs survive (:func:`flops` can)."""
-    return flops(q_shape, k_shape, v_shape)
+    @torch.library.register_fake(bwd)  # type: ignore[untyped-decorator]
+    def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Any, beta: Any, *_: Any) -> Any:
+        tokens = (x.new_empty(x.shape) for x in (query, key, value))
+        return *tokens, *(_like(None, x, query) for x in (alpha, beta))
 
+    @register_flop_formula(getattr(torch.ops.asa_ops, f"{stem}_fwd"))
+    def _(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
+        """Dense cost: shapes cannot say how many pairs survive (:func:`flops` can)."""
+        return flops(q_shape, k_shape, v_shape)
 
-@register_flop_formula(torch.ops.asa_ops.asa_neighbors)
-def _neighbors_flops(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) -> int:
-    return flops(q_shape, k_shape, q_shape, pairs=0)
+    @register_flop_formula(getattr(torch.ops.asa_ops, f"{stem}_bwd"))
+    def _(do_shape: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
+        batch, heads, n_q, dim = q_shape
+        return 2 * batch * heads * n_q * k_shape[2] * (3 * dim + 2 * v_shape[3])
 
-
-@register_flop_formula(torch.ops.asa_ops.asa_bwd)
-def _backward_flops(do_shape: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
-    batch, heads, n_q, dim = q_shape
-    return 2 * batch * heads * n_q * k_shape[2] * (3 * dim + 2 * v_shape[3])
+    run_outside_autocast(*(getattr(torch.ops.asa_ops, f"{stem}_{name}").default for name in ("fwd", "bwd")))
+    _OPS[stem] = _Ops(stem)
 
 
 def flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, pairs: int | None = None) -> int:
@@ -216,24 +198,61 @@ def flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, pairs: int | None = No
     return 2 * everybody * dim + 2 * (everybody if pairs is None else pairs) * v_shape[3]
 
 
-def neighbors(inputs: Inputs, options: Options, impl: str) -> NeighborGraph:
+@torch.library.custom_op("asa_ops::asa_neighbors", mutates_args=())
+def asa_neighbors(
+    query: Tensor,
+    key: Tensor,
+    alpha: Tensor | None,
+    beta: Tensor | None,
+    key_padding_mask: Tensor | None,
+    grid: Sequence[int],
+    window: Sequence[int],
+    topk: int,
+    reciprocal: bool,
+    scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    """Return the graph of :func:`asa_ops.reciprocal_neighbors` by ``impl``; arguments as of ``asa_fwd``."""
+    inputs = Inputs(query, key, key[..., :0], alpha, beta, key_padding_mask)  # nobody's values are asked for
+    options = (list(grid), list(window), topk, reciprocal, scale)
+    if impl not in ("cpu", "cuda"):
+        return dispatch.load("asa", impl).neighbor_graph(_broadcast(inputs), Options.of(*options))
+    ops = of(impl, query.device)
+    outputs = ops.fwd(*inputs, *options, 0.0, True)
+    graph = new_graph(outputs[3])
+    assert ops.list_survivors is not None
+    ops.list_survivors(*inputs, *outputs, *options, 0.0, *graph)
+    return graph
+
+
+@asa_neighbors.register_fake
+def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    row_offsets = query.new_empty(math.prod(query.shape[:3]) + 1, dtype=torch.int64)
+    return row_offsets, query.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
+
+
+@register_flop_formula(torch.ops.asa_ops.asa_neighbors)
+def _neighbors_flops(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) -> int:
+    return flops(q_shape, k_shape, q_shape, pairs=0)
+
+
+def neighbors(inputs: Inputs, options: OpOptions, impl: str) -> NeighborGraph:
     """Run ``impl`` on checked arguments; return the survivors."""
     if impl == "reference":  # plain torch, no op around it
         with outside_autocast(inputs.query.device.type):
-            return reference.neighbor_graph(inputs, options)
+            return reference.neighbor_graph(_broadcast(inputs), Options.of(*options))
     query, key, _, alpha, beta, mask = inputs
-    (height, width), *others = options
-    return NeighborGraph(*asa_neighbors(query, key, alpha, beta, mask, height, width, *others, impl))
+    return NeighborGraph(*asa_neighbors(query, key, alpha, beta, mask, *options, impl))
 
 
 def attend(
-    inputs: Inputs, options: Options, threshold_grad: str | None, threshold_band: float, impl: str
+    inputs: Inputs, options: OpOptions, threshold_grad: str | None, threshold_band: float, impl: str
 ) -> tuple[Tensor, AsaStats]:
     """Run ``impl`` with autograd on checked arguments; return out and its statistics."""
     if impl == "reference":  # plain torch, differentiable twice: no op around it
-        grid, window, topk, reciprocal, scale = options
+        grid, window, topk, reciprocal, scale = Options.of(*options)
         return reference.asa_attention(  # type: ignore[return-value]  # with its statistics
-            *inputs[:5],
+            *_broadcast(inputs)[:5],
             grid=grid,
             window=window,
             topk=topk or None,
@@ -244,18 +263,27 @@ def attend(
             threshold_band=threshold_band,
             return_stats=True,
         )
-    (height, width), *others = options
-    compiling = torch.compiler.is_compiling()
-    tracing = not compiling and torch.jit.is_tracing()  # type: ignore[attr-defined]  # not in torch's list of public names
-    # Inside a vmap of a grad, requires_grad does not show, and a trace may run with gradients or without: keep what a
-    # backward would read.
-    unknown = tracing or (not compiling and torch._C._are_functorch_transforms_active())
-    keep_bits = unknown or (torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs))
-    # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
-    # makes of one cannot be saved; the op has its gradient.
-    run = asa_fwd if compiling or tracing else _AsaAttention.apply
-    outputs = run(*inputs, height, width, *others, threshold_grad is not None, threshold_band, keep_bits, impl)
-    return outputs[0], AsaStats(*outputs[1:4])
+    ops = of(impl, inputs.query.device)
+    band = 0.0 if threshold_grad is None else threshold_band
+    keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
+    if torch._C._are_functorch_transforms_active():
+        run, keep = ops.fwd, True  # inside a vmap of a grad, requires_grad does not show
+    elif torch.compiler.is_compiling():
+        run = ops.fwd  # torch.compile fails on a Function that is given one tensor twice
+    elif torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in torch's list of public names
+        run, keep = ops.fwd, True  # what it makes of a Function cannot be saved; it may run with gradients or without
+    elif keep or forward_ad._current_level >= 0:  # only a Function sees a tangent
+        run = ops.with_grad
+    else:
+        run = ops.no_grad
+    out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep)
+    return out, AsaStats(lse, lse_kept, survivors)
 
 
-run_outside_autocast(*(getattr(torch.ops.asa_ops, name).default for name in ("asa_fwd", "asa_bwd", "asa_neighbors")))
+_OPS: dict[str, _Ops] = {}
+for _impl in ("triton", "blocked"):
+    _define(_impl)
+    register(f"asa_{_impl}", _impl)
+if not extension.WHY_MISSING:
+    register("asa")
+run_outside_autocast(torch.ops.asa_ops.asa_neighbors.default)

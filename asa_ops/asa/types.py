@@ -1,6 +1,7 @@
 """What asa_attention returns beside its output, and what its implementations are given and give back.
 
-An implementation is a module with three functions, found by ``asa_ops.core.dispatch``::
+The C++ implementations are ops (``asa_ops.asa.ops``). One in Python is a module with three functions, found by
+``asa_ops.core.dispatch``::
 
     fwd(inputs: Inputs, options: Options, saved: Saved, band: float | None) -> None
         Write into ``saved``. ``band``: half width of the window in which thresholds learn, None if they do not.
@@ -11,7 +12,8 @@ An implementation is a module with three functions, found by ``asa_ops.core.disp
         Return the survivors K.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -91,9 +93,17 @@ class Options(NamedTuple):
     reciprocal: bool
     scale: float
 
-    def numbers(self, band: float | None = None) -> list[float]:
-        """Return them, and the half width of the window in which thresholds learn, as ``Options`` of csrc/asa.h."""
-        return [*map(float, (*self.grid, self.window, self.topk, self.reciprocal, self.scale, band or 0))]
+    @classmethod
+    def of(cls, grid: Sequence[int], window: Sequence[int], topk: int, reciprocal: bool, scale: float) -> "Options":
+        """Return the options from the arguments of an op; csrc/asa.h does the same."""
+        if len(grid) not in (0, 2) or not window or any(side != window[0] for side in window):
+            raise RuntimeError(f"asa_attention: only two dimensions work yet, got grid={grid} and window={window}")
+        if not grid:
+            return cls((0, 0), window[0], topk, reciprocal, scale)
+        height, width = grid
+        # A window wider than the map is the map. Not the builtins: they would have torch.compile ask which is larger.
+        widest = torch.sym_max(2 * torch.sym_max(height, width) - 1, 1)
+        return cls((height, width), torch.sym_min(window[0], widest), topk, reciprocal, scale)
 
 
 PADDED_TO = {"triton": 128, "cuda": 64}  # these pad the tokens of a head to a multiple
@@ -120,35 +130,68 @@ class Saved(NamedTuple):
     lse: Tensor  # [.., N_q]
     lse_kept: Tensor  # [.., N_q]
     survivors: Tensor  # int32 [.., N_q]
-    kappa: Tensor  # [.., N_q] k-th largest score, in base 2 if impl is "triton" or "cuda"; -inf without topk
-    log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window, as kappa in base 2; -inf without beta
+    kept: Tensor  # uint8 [.., bytes] for the backward; the pieces that follow are views of it
     bits: Tensor  # uint8 [.., *bits_shape] adaptive neighbours A, one bit a pair; last dimension 0: not kept
+    kappa: (
+        Tensor  # [.., N_q] k-th largest score, in base 2 if impl is "triton" or "cuda"; last dimension 0 without topk
+    )
+    log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window, as kappa in base 2; 0 without beta
     local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.
     residual: Tensor  # [.., N_q, Dv] what rounding took from out
     base2: Tensor  # [.., 3, N_q] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 
     @classmethod
-    def new(cls, inputs: Inputs, options: Options, impl: str, keep_bits: bool) -> "Saved":
-        """Allocate what a forward pass of ``impl`` writes; a backward pass needs ``keep_bits``."""
-        query, value = inputs.query, inputs.value
-        rows = query.shape[:3]
-        strips, columns = bits_shape(impl, query.shape[2], inputs.key.shape[2])
-        keep_more = keep_bits and impl in PADDED_TO
-        keep_bits = keep_bits and (inputs.alpha is not None or options.topk > 0)
-        window = 0 if inputs.beta is None else options.window**2
-        return cls(
-            out=query.new_empty(*rows, value.shape[3]),
-            lse=query.new_empty(rows, dtype=inputs.precision),
-            lse_kept=query.new_empty(rows, dtype=inputs.precision),
-            survivors=query.new_empty(rows, dtype=torch.int32),
-            kappa=query.new_full(rows, -torch.inf, dtype=inputs.precision),
-            log_mean=query.new_full(rows, -torch.inf, dtype=inputs.precision),
-            bits=query.new_empty(*rows[:2], strips, columns if keep_bits else 0, dtype=torch.uint8),
-            local=query.new_empty(*rows, window, dtype=torch.bool),
-            residual=query.new_empty(*rows, value.shape[3] if keep_more and query.dtype != inputs.precision else 0),
-            base2=query.new_empty(*rows[:2], 3, rows[2] if keep_more else 0, dtype=inputs.precision),
-        )
+    def new(cls, inputs: Inputs, options: Options, impl: str, keep: bool) -> "Saved":
+        """Allocate what a forward pass of ``impl`` writes; without ``keep`` only what it needs itself."""
+        return cls.of(inputs, options, impl, keep, *new_outputs(inputs, kept_bytes(inputs, options, impl, keep)))
+
+    @classmethod
+    def of(cls, inputs: Inputs, options: Options, impl: str, keep: bool, *outputs: Tensor) -> "Saved":
+        """Return the outputs of a forward pass, and what it kept piece by piece."""
+        kept, begin, views = outputs[4], 0, []
+        for shape, dtype in _pieces(inputs, options, impl, keep):
+            end = begin + math.prod(shape) * dtype.itemsize
+            # Without numbers there are no strides that another dtype could have.
+            piece = kept[..., begin:end].view(dtype) if end > begin else kept.new_empty(0, dtype=dtype)
+            views.append(piece.view(*kept.shape[:2], *shape))
+            begin = _aligned(end)
+        return cls(*outputs, *views)
+
+
+def _aligned(size: int) -> int:
+    return -(-size // 128) * 128
+
+
+def _pieces(inputs: Inputs, options: Options, impl: str, keep: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Return shape and dtype of the fields of Saved after ``kept``, for one head; ``Kept`` of csrc/asa.h in bytes."""
+    (n_q, dim_v), n_k = (inputs.query.shape[2], inputs.value.shape[3]), inputs.key.shape[2]
+    statistics, halves = inputs.precision, inputs.query.dtype.itemsize == 2
+    strips, columns = bits_shape(impl, n_q, n_k)
+    neighbours = keep and (inputs.alpha is not None or options.topk > 0)
+    more = keep and impl in PADDED_TO
+    return [
+        ((strips, columns if neighbours else 0), torch.uint8),
+        ((n_q if options.topk else 0,), statistics),
+        ((0 if inputs.beta is None else n_q,), statistics),
+        ((n_q, 0 if inputs.beta is None else options.window**2), torch.bool),
+        ((n_q, dim_v if more and halves else 0), inputs.query.dtype),
+        ((3, n_q if more else 0), statistics),
+    ]
+
+
+def kept_bytes(inputs: Inputs, options: Options, impl: str, keep: bool = True) -> int:
+    """Return how many bytes a forward pass of ``impl`` keeps of one head; an expression of symbolic sizes."""
+    pieces = _pieces(inputs, options, impl, keep)
+    return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in pieces)
+
+
+def new_outputs(inputs: Inputs, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Allocate what the op of a forward pass returns, ``kept`` bytes of a head among it."""
+    query, (*rows, dim_v) = inputs.query, (*inputs.query.shape[:3], inputs.value.shape[3])
+    lse, lse_kept = (query.new_empty(rows, dtype=inputs.precision) for _ in range(2))
+    survivors = query.new_empty(rows, dtype=torch.int32)
+    return query.new_empty(*rows, dim_v), lse, lse_kept, survivors, query.new_empty(*rows[:2], kept, dtype=torch.uint8)
 
 
 def prepare_outputs(inputs: Inputs, saved: Saved) -> bool:
@@ -176,7 +219,7 @@ def new_gradients(
     return (dq, dk, dv), (dalpha, dbeta), wanted
 
 
-def new_graph(saved: Saved) -> NeighborGraph:
-    """Return a graph with room for the survivors; only its offsets are written."""
-    row_offsets = torch.nn.functional.pad(saved.survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
+def new_graph(survivors: Tensor) -> NeighborGraph:
+    """Return a graph with room for so many survivors in each row; only its offsets are written."""
+    row_offsets = torch.nn.functional.pad(survivors.flatten().to(torch.int64).cumsum(0), (1, 0))
     return NeighborGraph(row_offsets, row_offsets.new_empty(int(row_offsets[-1]), dtype=torch.int32))

@@ -18,7 +18,7 @@ How it is computed: tokens are reordered so that a group is contiguous, and the 
 Cost per head, N' = H' W': 2 N' (N' / (dh dw) + dh dw) (D + Dv) operations for both spans, memory N' (D + Dv) and on a
 CPU N' (N' / (dh dw) + dh dw); the block's projections add 8 N (C D + D^2 + C Dv) or so.
 
-``torch.compile`` with symbolic H and W takes most of a minute for a block; ``dynamic=False`` seconds for each size.
+Compiled and exported programs gather groups by the indices of their tokens instead.
 
 What it attends to: a grid of positions dh and dw pixels apart; in the block, through these, every position.
 
@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast
+from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, is_known
 from ..core.layout import padding_to_multiples
 from .softmax_attention import softmax_attention
 
@@ -85,6 +85,8 @@ def interlaced_sparse_attention(
     factors = checks.as_factors(factors, grid)
     checks.check_choice("span", span, ("long", "short"))
     scale = checks.as_scale(scale, query)
+    if torch.compiler.is_compiling():
+        return _by_index(query, key, value, grid, factors, span, scale)
     mask = None
     if grid[0] % factors[0] or grid[1] % factors[1]:
         real = torch.ones_like(query[:1, :1, :, :1]).expand(-1, heads, -1, -1)
@@ -108,7 +110,6 @@ def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: st
     x = x.mT
     if any(around):
         x = F.pad(x.unflatten(3, grid), around)
-    # One view for all: torch.compile takes long over views of symbolic sizes.
     x = x.reshape(batch, heads, dim, down, factors[0], across, factors[1])
     outer, inner = ((4, 6), (3, 5)) if span == "long" else ((3, 5), (4, 6))
     n = down * across if span == "long" else factors[0] * factors[1]
@@ -130,6 +131,42 @@ def _tokens(x: Tensor, heads: int, grid: tuple[int, int], factors: tuple[int, in
         x = x.reshape(batch, heads, *blocks, *factors, dim).permute(0, 1, 6, 2, 4, 3, 5)
     x = x.reshape(batch, heads, dim, blocks[0] * factors[0], blocks[1] * factors[1])
     return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT
+
+
+def _by_index(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    grid: tuple[int, int],
+    factors: tuple[int, int],
+    span: str,
+    scale: float,
+) -> Tensor:
+    """The same by indices of tokens, for torch.compile and torch.export.
+
+    Views that split the sides of a map take them most of a minute where the sides are variables, and tie a program to
+    sides that are multiples of the factors, or are not.
+    """
+    (height, width), (dh, dw), (down, across) = grid, factors, _blocks(grid, factors)
+    left, _, top, _ = padding_to_multiples(grid, factors)
+    batch, heads, tokens, _ = query.shape
+    long, blocks, size = span == "long", down * across, dh * dw
+    groups, n = (size, blocks) if long else (blocks, size)
+    # From group and place in it to the token: both count in raster order, one the blocks, the other within a block.
+    at = torch.arange(groups * n, device=query.device)
+    block, within = (at % n, at // n) if long else (at // n, at % n)
+    row, column = block // across * dh + within // dw - top, block % across * dw + within % dw - left
+    real = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    token = torch.where(real, row * width + column, 0)
+    q, k, v = (x.index_select(2, token).view(batch, heads * groups, n, x.shape[3]) for x in (query, key, value))
+    whole = is_known(height % dh + width % dw == 0)
+    mask = None if whole else real.view(1, groups, 1, n).repeat(1, heads, 1, 1)
+    out = softmax_attention(q, k, v, scale, mask)
+    # And back.
+    at = torch.arange(tokens, device=query.device)
+    row, column = at // width + top, at % width + left
+    block, within = row // dh * across + column // dw, row % dh * dw + column % dw
+    return out.reshape(batch, heads, groups * n, -1).index_select(2, within * n + block if long else block * n + within)
 
 
 @ignoring_autocast

@@ -1,10 +1,12 @@
 """Dense softmax attention for the blocks that contain it: the fastest of torch's own ways, no kernel of ours."""
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..core.contracts import at_least_float32, outside_autocast
+from ..core.contracts import at_least_float32, is_known, outside_autocast
 
 _FEW_SCORES = 2**24
 
@@ -30,13 +32,13 @@ def softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, m
 
 def _are_few(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether to store scores whose head dims differ: the fused kernel would multiply the zeros that pad them."""
-    return query.shape[-1] != value.shape[-1] and query.shape[:-1].numel() * key.shape[-2] <= _FEW_SCORES
+    return query.shape[-1] != value.shape[-1] and is_known(math.prod(query.shape[:-1]) * key.shape[-2] <= _FEW_SCORES)
 
 
 def _softmax_attention(query: Tensor, key: Tensor, value: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     dim, dim_v = query.shape[-1], value.shape[-1]
     # A row of scores is then hardly longer than the query and the output it is for, and may be stored.
-    short = key.shape[-2] <= max(dim + dim_v, 256)
+    short = is_known(key.shape[-2] <= max(dim + dim_v, 256))
     if query.device.type == "cpu" and (short or _are_few(query, key, value)):
         # SDPA's fused kernel is slower here than the plain formula, and its own plain formula scales both operands.
         q, k, v = at_least_float32(query, key, value)

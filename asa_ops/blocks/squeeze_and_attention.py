@@ -81,7 +81,10 @@ def squeeze_and_attention(
         r, a = at_least_float32(residual, attention)
         if activation == "sigmoid":
             a = a.sigmoid()
-        a = F.interpolate(a, (expected[2] * pool, expected[3] * pool), mode=upsample)[..., :height, :width]
+        if torch.compiler.is_compiling():  # cutting off what is too much would tie a program to even or odd sizes
+            a = _enlarge_both(a, r, pool, upsample)
+        else:
+            a = F.interpolate(a, (expected[2] * pool, expected[3] * pool), mode=upsample)[..., :height, :width]
         return torch.addcmul(a, a, r).to(residual.dtype)
 
 
@@ -98,9 +101,14 @@ def reference_squeeze_and_attention(
         r, a = at_least_float32(residual, attention)
         if activation == "sigmoid":
             a = a.sigmoid()
-        for axis, size in ((-2, r.shape[-2]), (-1, r.shape[-1])):
-            a = _enlarge(a, axis, size, pool, upsample)
+        a = _enlarge_both(a, r, pool, upsample)
         return (a * r + a).to(residual.dtype)
+
+
+def _enlarge_both(a: Tensor, r: Tensor, pool: int, upsample: str) -> Tensor:
+    for axis, size in ((-2, r.shape[-2]), (-1, r.shape[-1])):
+        a = _enlarge(a, axis, size, pool, upsample)
+    return a
 
 
 def _enlarge(a: Tensor, axis: int, size: int, pool: int, upsample: str) -> Tensor:

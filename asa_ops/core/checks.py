@@ -24,7 +24,8 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 def describe(x: object) -> str:
     """Return a short description of an argument for an error message, on one line."""
     if isinstance(x, Tensor):
-        return f"a {x.dtype} tensor of shape {list(x.shape)} on {x.device}"
+        shape = "different lengths" if x.is_nested else f"shape {list(x.shape)}"
+        return f"a {x.dtype} tensor of {shape} on {x.device}"
     return f"{' '.join(repr(x).split())} of type {type(x).__name__}"
 
 
@@ -32,6 +33,8 @@ def check_tensor(name: str, x: object, layout: str) -> None:
     """Check that ``x`` is a tensor with as many dimensions as ``layout`` ("[B, heads, N, D]") names."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {layout}, got {describe(x)}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be no nested tensor: pad its parts to {layout} and pass a key_padding_mask")
     if x.dim() != layout.count(",") + 1:
         raise ValueError(f"{name} must have the {layout.count(',') + 1} dimensions {layout}, got {describe(x)}")
 
@@ -110,6 +113,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
 
     ``query`` [B, heads, N_q, D], ``key`` [B, heads, N_k, D], ``value`` [B, heads, N_k, Dv].
     """
+    if _fit(query, key, value):  # asked at once: every call asks, and finding out what is wrong takes longer
+        return
     check_tensor("query", query, "[B, heads, N_q, D]")
     check_tensor("key", key, "[B, heads, N_k, D]")
     check_tensor("value", value, "[B, heads, N_k, Dv]")
@@ -130,6 +135,27 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         )
     if query.shape[-1] < 1:
         raise ValueError(f"query must have a head dim D >= 1, got {describe(query)}")
+
+
+def _fit(query: object, key: object, value: object) -> bool:
+    """Return whether nothing is wrong with an attention triple."""
+    if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
+        return False
+    if query.is_nested or key.is_nested or value.is_nested:
+        return False
+    q, k, v, dtype, device = query.shape, key.shape, value.shape, query.dtype, query.device
+    if not len(q) == len(k) == len(v) == 4:
+        return False
+    return (
+        q[0] == k[0] == v[0]
+        and q[1] == k[1] == v[1]
+        and k[2] == v[2]
+        and q[3] == k[3]
+        and q[3] >= 1
+        and dtype in _DTYPES
+        and key.dtype == dtype == value.dtype
+        and key.device == device == value.device
+    )
 
 
 def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
@@ -171,18 +197,24 @@ def check_device(name: str, x: Tensor, other: Tensor, of: str = "query") -> None
         raise ValueError(f"{name} must lie on the device of {of}, {other.device}, got {describe(x)}")
 
 
-def check_threshold(name: str, x: Tensor | None, query: Tensor) -> None:
-    """Check a per-row threshold multiplier [B, heads or 1, N_q] in the dtype of ``query`` or float32."""
+def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor | None:
+    """Return a threshold multiplier, a number or a tensor that broadcasts to [B, heads, N_q], with three dimensions."""
     if x is None:
-        return
-    check_tensor(name, x, "[B, heads or 1, N_q]")
-    if x.dtype not in (query.dtype, torch.float32):
+        return None
+    if not isinstance(x, Tensor):
+        if not isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat):
+            raise TypeError(f"{name} must be a number or a tensor, got {describe(x)}")
+        return query.new_full((1, 1, 1), as_number(name, x), dtype=torch.promote_types(query.dtype, torch.float32))
+    if x.dtype != query.dtype and x.dtype != torch.float32:
         expected = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
         raise TypeError(f"{name} must be {expected}, got {describe(x)}")
     check_device(name, x, query)
-    batch, heads, n = query.shape[:3]
-    if x.shape[0] != batch or x.shape[1] not in (1, heads) or x.shape[2] != n:
-        raise ValueError(f"{name} must be [B, heads or 1, N_q] = [{batch}, {heads} or 1, {n}], got {describe(x)}")
+    if x.dim() < 3:
+        x = x[(None,) * (3 - x.dim())]
+    rows = query.shape[:3]
+    if x.shape != rows and (x.dim() > 3 or any(n not in (1, wanted) for n, wanted in zip(x.shape, rows, strict=True))):
+        raise ValueError(f"{name} must broadcast to [B, heads, N_q] = {list(rows)}, got {describe(x)}")
+    return x
 
 
 def as_grid(grid: object, n: int) -> tuple[int, int]:
@@ -255,9 +287,10 @@ def check_choice(name: str, x: object, choices: Sequence[str | None]) -> None:
 
 
 def check_feature_map(x: Tensor, channels: int) -> None:
-    """Check that ``x`` is a feature map [B, C, H, W] with C = ``channels``."""
-    check_tensor("x", x, "[B, C, H, W]")
-    if x.shape[1] != channels:
+    """Check that ``x`` is a feature map [B, C, H, W], or [C, H, W], with C = ``channels``."""
+    if not isinstance(x, Tensor) or x.dim() != 3:
+        check_tensor("x", x, "[B, C, H, W]")
+    if x.shape[-3] != channels:
         raise ValueError(f"x must have C = in_channels = {channels} channels, got {describe(x)}")
-    if 0 in x.shape[2:]:
+    if 0 in x.shape[-2:]:
         raise ValueError(f"x must have H, W >= 1, got {describe(x)}")

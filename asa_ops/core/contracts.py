@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 
 from .checks import describe
 
@@ -34,20 +36,45 @@ def has_autocast(device: str) -> bool:
 def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     """Return ``tensors`` in the autocast dtype of their device where autocast is on; float64 stays as it is."""
 
-    def to_autocast_dtype(name: str, x: Tensor) -> Tensor:
+    for name, x in tensors.items():
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor, got {describe(x)}")
-        device = x.device.type
-        on = has_autocast(device) and torch.is_autocast_enabled(device)
-        castable = x.dtype.is_floating_point and x.dtype != torch.float64
-        return x.to(torch.get_autocast_dtype(device)) if on and castable else x
+    device = next(iter(tensors.values())).device.type  # that of all
+    if not has_autocast(device) or not torch.is_autocast_enabled(device):
+        return tuple(tensors.values())
 
-    return tuple(to_autocast_dtype(name, x) for name, x in tensors.items())
+    def to_autocast_dtype(x: Tensor) -> Tensor:
+        castable = x.dtype.is_floating_point and x.dtype != torch.float64
+        return x.to(torch.get_autocast_dtype(device)) if castable else x
+
+    return tuple(map(to_autocast_dtype, tensors.values()))
+
+
+def is_known(condition: Any) -> bool:
+    """Return whether a condition on sizes holds; of symbolic sizes, whether it holds for all that they stand for.
+
+    An exported program may then choose the general way, where asking would tie it to the sizes of its sample.
+    """
+    if not isinstance(condition, torch.SymBool):
+        return bool(condition)
+    from torch.fx.experimental.symbolic_shapes import statically_known_true  # slow to import, and rarely needed
+
+    return statically_known_true(condition)
 
 
 def at_least_float32(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Return half-precision tensors in float32, the others as they are: sums over a map need it."""
     return tuple(x.to(torch.promote_types(x.dtype, torch.float32)) for x in tensors)
+
+
+def below_autograd(op: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the op without its autograd: for an autograd.Function that has its own, or where none is asked for."""
+
+    def run(*args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    return run
 
 
 def outside_autocast(device: str) -> contextlib.AbstractContextManager[Any]:
@@ -75,8 +102,31 @@ def run_folded(
         dim = in_dims[i]
         tensors[i] = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
     batch = tensors[0].shape[1]
+    tensors = {i: x.expand(size, batch, *x.shape[2:]) for i, x in tensors.items()}  # images may share one
     outputs = run(*(tensors[i].flatten(0, 1).contiguous() if i in tensors else x for i, x in enumerate(args)))
     return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
+
+
+def differentiate(library: torch.library.Library, op: Any, function: type[torch.autograd.Function]) -> None:
+    """Give an op the gradient of ``function``, and a batching rule, whoever calls it and whatever transforms it.
+
+    This is not ``torch.library.register_autograd``, which torch.compile cannot trace under torch.func.grad.
+    """
+    without = below_autograd(op)
+
+    def run(*args: Any) -> Any:
+        asked = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
+        if not asked and forward_ad._current_level < 0:
+            return without(*args)
+        # This is the autograd of one level of torch.func; Function.apply itself would begin with the first.
+        with enable_single_level_autograd_function():
+            return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]  # torch does not tell
+
+    def fold(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        return run_folded(op, info.batch_size, in_dims, args)
+
+    library.impl(op, run, "Autograd")
+    torch.library.register_vmap(op, fold)
 
 
 def backward_of(op: Callable[..., Any], double_backward: str) -> type[torch.autograd.Function]:

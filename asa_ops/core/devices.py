@@ -58,9 +58,9 @@ def _why_no_triton_on(device: torch.device) -> str | None:
 
 
 @constant_under_compile
-def why_no_cuda_on(op: str, device: torch.device) -> str | None:
-    """Return None if the CUDA kernel ``asa_ops::<op>`` runs on tensors of ``device``, otherwise the reason why not."""
-    if device.type == "cpu" and extension.has(op, "CPU"):  # an emulation, loaded by the tests
+def why_no_cuda_on(stem: str, device: torch.device) -> str | None:
+    """Return None if the CUDA kernels of an op run on tensors of ``device``, otherwise the reason why not."""
+    if device.type == "cpu" and extension.has(f"{stem}_emulated_fwd", "CPU"):  # loaded by the tests
         return None
     if device.type != "cuda":
         return f"CUDA kernels need CUDA tensors, these are on {device.type}"
@@ -68,8 +68,8 @@ def why_no_cuda_on(op: str, device: torch.device) -> str | None:
         return extension.WHY_MISSING
     if not extension.cuda_architectures():
         return "this build of the extension holds no CUDA kernels (no working nvcc, or ASA_OPS_NO_CUDA set)"
-    if not extension.has(op, "CUDA"):
-        return f"this build of the extension holds no CUDA kernel asa_ops::{op}"
+    if not extension.has(f"{stem}_fwd", "CUDA"):
+        return f"this build of the extension holds no CUDA kernel asa_ops::{stem}_fwd"
     return _why_no_cuda_on(device)
 
 

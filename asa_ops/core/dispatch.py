@@ -9,19 +9,20 @@ import functools
 import importlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 
 from . import checks, devices, extension
 from .contracts import constant_under_compile
 
-# For every op, by the stem of its folder and kernels, the module of each implementation, loaded when it is first used.
+# For every op, by the stem of its folder and kernels, where each implementation is: a folder of C++, whose ops the
+# extension holds, or a module, loaded when it is first used.
 IMPLEMENTATIONS = {
     "asa": {
-        "cpu": "asa_ops.asa.cpu",
+        "cpu": "csrc/cpu/asa",
         "triton": "asa_ops.asa.triton",
-        "cuda": "asa_ops.asa.cuda",
+        "cuda": "csrc/cuda/asa",
         "blocked": "asa_ops.asa.blocked",
         "reference": "asa_ops.asa.reference",
     },
@@ -39,12 +40,11 @@ _MAX_DIM = 256
 
 @functools.cache
 def load(stem: str, impl: str) -> ModuleType:
-    """Return the module of an implementation."""
+    """Return the module of an implementation in Python."""
     return importlib.import_module(IMPLEMENTATIONS[stem][impl])
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What the predicates need to know about a call."""
 
     op: str  # public name, "asa_attention"
@@ -59,7 +59,7 @@ def _no_triton(call: Call) -> str | None:
 
 
 def _no_cuda(call: Call) -> str | None:
-    return devices.why_no_cuda_on(f"{call.stem}_cuda_fwd", call.device) or _no_tiles(call, "CUDA")
+    return devices.why_no_cuda_on(call.stem, call.device) or _no_tiles(call, "CUDA")
 
 
 def _no_tiles(call: Call, kind: str) -> str | None:
@@ -76,7 +76,7 @@ def _no_cpu(call: Call) -> str | None:
         return f"C++ kernels need CPU tensors, these are on {call.device.type}"
     if extension.WHY_MISSING:
         return extension.WHY_MISSING
-    if not extension.has(f"{call.stem}_cpu_fwd", "CPU"):
+    if not any(extension.has(f"{call.stem}{kind}_fwd", "CPU") for kind in ("", "_cpu")):
         return f"this build of the extension holds no cpu kernel for {call.op}"
     return None
 
@@ -117,6 +117,10 @@ def resolve(call: Call, impl: str) -> str:
     if reason := _why_not(impl, call):
         raise RuntimeError(f"impl={impl!r} cannot run this {call.op} call: {reason}. Available here: {_able(call)}")
     return impl
+
+
+# It is asked once for each kind of call.
+remembered = functools.cache(resolve)
 
 
 def _for_tests(name: str, call: Call) -> bool:

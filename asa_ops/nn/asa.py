@@ -139,9 +139,7 @@ class AdaptiveSparseAttention(Block):
             "scale": scale,
         }
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         tokens = self.tokens(x)
         if self.published:
             out = cast(Tensor, reference_attention(**tokens, published=True))

@@ -73,9 +73,7 @@ class ChannelizedAxialAttention(Block):
                 _Gate(torch.empty(*shape) for shape in zip(sizes[1:], sizes[:-1], strict=True)) for _ in range(2)
             )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         gates = (list(self.column_gate), list(self.row_gate)) if self.channel_attention else ()
         maps = self.column(x), self.row(x), self.value(x)
         return channelized_axial_attention(*maps, *gates, negative_slope=_SLOPE)

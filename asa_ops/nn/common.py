@@ -7,11 +7,30 @@ as FSDP does: a layer with torch's own ``reset_parameters`` would lose there wha
 
 from collections.abc import Mapping
 
+import torch
 from torch import Tensor, nn
+
+from ..core import checks
 
 
 class Block(nn.Module):
-    """A module whose layers initialise themselves."""
+    """A module of feature maps whose layers initialise themselves."""
+
+    in_channels: int
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map [B, in_channels, H, W] to [B, out_channels, H, W], as many channels if there is no such argument.
+
+        One map may come without B, and is returned so.
+        """
+        if isinstance(x, torch.fx.Proxy):  # a leaf of torch.fx by itself: sizes are checked when there are some
+            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        checks.check_feature_map(x, self.in_channels)
+        return self.attend(x) if x.dim() == 4 else self.attend(x[None])[0]
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Map [B, in_channels, H, W], which is checked."""
+        raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Initialise again, as the constructor does."""

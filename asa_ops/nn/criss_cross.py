@@ -55,9 +55,7 @@ class CrissCrossAttention(Block):
         super().reset_parameters()
         nn.init.zeros_(self.gamma)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         for _ in range(self.recurrence):
             out = criss_cross_attention(self.query(x), self.key(x), self.value(x), impl=self.impl)
             x = x + (self.gamma * out).to(x.dtype)  # under autocast gamma is float32; the map keeps its dtype

@@ -60,9 +60,7 @@ class EfficientAttention(Block):
         self.value = nn.Conv2d(in_channels, value_channels, 1)
         self.proj = nn.Conv2d(value_channels, in_channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         used = self.key_channels - self.key_channels % self.heads
         maps = self.query(x)[:, :used], self.key(x)[:, :used], self.value(x)
         out = efficient_attention(*(to_tokens(each, self.heads) for each in maps))

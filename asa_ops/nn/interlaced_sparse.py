@@ -81,9 +81,7 @@ class InterlacedSparseAttention(Block):
         self.proj = conv_norm_relu(own + len(pairs) * out_channels, out_channels)
         self.dropout = nn.Dropout2d(checks.as_number("dropout", dropout))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         if not self.published:  # there padding makes any map large enough
             for factors in self.factors:
                 checks.as_factors(factors, x.shape[-2:])

@@ -53,9 +53,7 @@ class LinearAttention(Block):
         super().reset_parameters()
         nn.init.zeros_(self.gamma)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         if self.kind == "position":
             query, key, value = (to_tokens(conv(x)) for conv in (self.query, self.key, self.value))
             out = linear_attention(query, key, value, eps=self.eps)

@@ -83,9 +83,7 @@ class NonLocal(Block):
             self.pair = nn.Conv2d(2 * inner // heads, 1, 1, bias=False)
         self.proj, self.norm = last_layers(inner, in_channels, norm)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         if self.sub_sample and self.published and 1 in x.shape[-2:]:
             raise ValueError(
                 f"sub_sample needs H, W >= 2 with published=True, got {checks.describe(x)}; published=False takes any"

@@ -64,9 +64,7 @@ class SalientPositionsAttention(Block):
         self.proj = nn.Conv2d(inner_channels, in_channels, 1)
         self.norm = nn.BatchNorm2d(in_channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, C, H, W] to [B, C, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         value = self.value(x)
         if self.sub_sample:
             value = F.max_pool2d(value, 2, ceil_mode=True)

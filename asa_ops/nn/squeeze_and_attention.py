@@ -63,9 +63,7 @@ class SqueezeAndAttention(Block):
             for _ in range(2)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
-        checks.check_feature_map(x, self.in_channels)
+    def attend(self, x: Tensor) -> Tensor:
         squeezed = F.avg_pool2d(x, self.pool, ceil_mode=True, count_include_pad=False)
         residual, attention = self.residual(x), self.attention(squeezed)
         return squeeze_and_attention(

@@ -87,7 +87,7 @@ def go_through(tensors: list, options: dict, band: float | None = None, mask: Te
     """
     inputs = Inputs(*tensors, mask)
     settings = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
-    saved = Saved.new(inputs, settings, "triton", keep_bits=True)
+    saved = Saved.new(inputs, settings, "triton", keep=True)
     asa.fwd(inputs, settings, saved, band)
     asa.bwd(torch.empty_like(saved.out), inputs, saved, settings, band)
 

@@ -93,8 +93,11 @@ static void add_product(const T* a, int64_t a_stride, const T* b, int64_t terms,
   }
 }
 
-// s[kRows][kPanel] = the products of kRows packed rows with the keys of a panel; s has rows of `stride`.
+// s[kRows][kPanel] = the products of kRows packed rows with the keys of a panel, of which there are n from its first on;
+// vectors beyond them are left alone. s has rows of `stride`.
 template <class T>
-ASA_INLINE void scores(const T* packed, const T* panel, int64_t dim, T* s, int64_t stride) {
+ASA_INLINE void scores(const T* packed, const T* panel, int64_t n, int64_t dim, T* s, int64_t stride) {
+  if (n <= kLanes<T>) return column<Left::by_term, 1>(packed, kRows, panel, kPanel<T>, dim, s, stride, false);
+  if (n <= 2 * kLanes<T>) return column<Left::by_term, 2>(packed, kRows, panel, kPanel<T>, dim, s, stride, false);
   column<Left::by_term, kVectors>(packed, kRows, panel, kPanel<T>, dim, s, stride, false);
 }

@@ -10,7 +10,7 @@ import asa_ops
 from asa_ops import asa_attention
 from asa_ops.core import extension
 
-CPU = extension.has("asa_cpu_fwd", "CPU")
+CPU = extension.has("asa_fwd", "CPU")
 pytestmark = pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
 SETS = ["portable", "avx2", "avx512"]
 BEST = SETS[torch.ops.asa_ops.cpu_isa()] if CPU else None

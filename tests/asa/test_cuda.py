@@ -142,10 +142,9 @@ def test_a_bad_threshold_gives_nan_where_an_image_has_no_keys_too():
 def test_nobody_is_mutual_without_neighbours():
     """Dense attention to more keys, `reciprocal` or not: the public function does not let the first pass."""
     query, key = torch.randn(1, 1, 70, 4, requires_grad=True), torch.randn(1, 1, 130, 4, requires_grad=True)
-    rest = 0, 0, 3, 0
-    results = []
+    forward, results = ops.of("cuda", query.device).fwd, []
     for reciprocal in (True, False):
-        out, *_ = ops.asa_fwd(query, key, key, None, None, None, *rest, reciprocal, 0.5, False, 2.0, True, "cuda")
+        out, *_ = forward(query, key, key, None, None, None, [], [3, 3], 0, reciprocal, 0.5, 0.0, True)
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, key))])
     assert equal(*results)
 

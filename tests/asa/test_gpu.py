@@ -43,7 +43,7 @@ LEARNING = [
 
 @pytest.fixture(params=["triton", "cuda"])
 def impl(request):
-    if request.param == "cuda" and (reason := devices.why_no_cuda_on("asa_cuda_fwd", torch.device(DEVICE))):
+    if request.param == "cuda" and (reason := devices.why_no_cuda_on("asa", torch.device(DEVICE))):
         pytest.skip(reason)
     return request.param
 

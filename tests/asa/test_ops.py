@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import make, named, op_arguments, with_grad
+from cases import make, named, op_arguments, saved_of, with_grad
 from compare import STRAIGHT_THROUGH, count_flops, equal
 from implementations import KERNELS, each_fast, each_kernel, slow
 from torch.autograd import forward_ad
@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_map
 
 from asa_ops import asa_attention, nn, reciprocal_neighbors
 from asa_ops.asa import ops
-from asa_ops.asa.types import Saved
 
 pytestmark = pytest.mark.usefixtures("emulation")
 EVERY_IMPL = ["reference", *KERNELS]
@@ -38,7 +37,7 @@ def smaller(impl, case):
     [
         slow(impl, form, when=impl != "blocked" and form != "contiguous")
         for impl in KERNELS
-        for form in ("contiguous", "permuted", "requires_grad", "no_bits")
+        for form in ("contiguous", "permuted", "requires_grad", "nothing kept")
     ],
 )
 def test_opcheck_forward(case, impl, form):
@@ -47,21 +46,23 @@ def test_opcheck_forward(case, impl, form):
         inputs = [x if x is None else x.mT.contiguous().mT for x in inputs]
     if form == "requires_grad":
         inputs = with_grad(inputs)
-    torch.library.opcheck(ops.asa_fwd, op_arguments(inputs, options, impl, keep_bits=form != "no_bits"))
+    forward = ops.of(impl, inputs[0].device).fwd
+    torch.library.opcheck(forward, op_arguments(inputs, options, keep=form != "nothing kept"))
 
 
 @each_contract_case
 @each_kernel
 def test_opcheck_backward(case, impl):
     inputs, options = make(smaller(impl, case), torch.float32)
-    *args, keep_bits, impl = op_arguments(inputs, options, impl)
-    saved = ops.asa_fwd(*args, keep_bits, impl)
-    torch.library.opcheck(ops.asa_bwd, (torch.randn_like(saved[0]), *args[:6], *saved, *args[6:], impl))
+    *args, keep = op_arguments(inputs, options)
+    found = ops.of(impl, inputs[0].device)
+    outputs = found.fwd(*args, keep)
+    torch.library.opcheck(found.bwd, (torch.randn_like(outputs[0]), *args[:6], *outputs, *args[6:]))
 
 
 @each_kernel
 def test_opcheck_neighbors(impl):
-    query, key, _, *rest, _, _, _, impl = op_arguments(*make(smaller(impl, named("plain")), torch.float32), impl)
+    query, key, _, *rest, _, _ = op_arguments(*make(smaller(impl, named("plain")), torch.float32))
     torch.library.opcheck(ops.asa_neighbors, (query, key, *rest, impl))
 
 
@@ -178,12 +179,14 @@ def test_autocast_neighbors_are_those_attended_to(impl):
     assert torch.equal(graph.row_offsets.diff(), stats.survivors.flatten().long())
 
 
-def test_raw_op_ignores_autocast():
+@pytest.mark.parametrize("impl", ["blocked", "cpu"])
+def test_raw_op_ignores_autocast(impl):
     args = op_arguments(*make(named("plain"), torch.float32))
-    expected = ops.asa_fwd(*args)
+    forward = ops.of(impl, args[0].device).fwd
+    expected = forward(*args)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        results = ops.asa_fwd(*args)
-    assert equal(results, expected)
+        results = forward(*args)
+    assert equal(results[:4], expected[:4])
 
 
 @each_contract_case
@@ -234,24 +237,25 @@ def test_threshold_gradients_have_no_silent_second_derivative(impl):
         sum(g.sum() for g in grads).backward()
 
 
-def test_backward_without_kept_bits_says_so():
-    calls = [("blocked", named("plain"))]  # Triton and CUDA keep more than bits, of dense attention too
-    calls += [(impl, named("dense", grid=(2, 2))) for impl in ("triton", "cuda") if impl in KERNELS]
-    for impl, case in calls:
-        inputs, options = make(case, torch.float32)
-        out, *_ = ops.asa_fwd(*op_arguments(with_grad(inputs), options, impl, keep_bits=False))
-        with pytest.raises(RuntimeError, match="keep_bits=False"):
-            out.sum().backward()
+@pytest.mark.parametrize("impl", KERNELS)
+@pytest.mark.parametrize("case", ["plain", "dense"])
+def test_backward_of_a_forward_that_kept_nothing_says_so(impl, case):
+    if case == "dense" and impl in ("cpu", "blocked"):
+        pytest.skip("needs nothing of it")
+    inputs, options = make(named(case, grid=(2, 2)), torch.float32)
+    out, *_ = ops.of(impl, inputs[0].device).fwd(*op_arguments(with_grad(inputs), options, keep=False))
+    with pytest.raises(RuntimeError, match="ran with keep=False, so it has no backward"):
+        out.sum().backward()
 
 
 def test_backward_makes_no_gradients_of_statistics():
-    """Autograd would materialise zeros for every output, bits included."""
+    """Autograd would materialise zeros for every output, what is kept included."""
     inputs, options = make(named("plain"))
     seen = []
     out = asa_attention(*with_grad(inputs), **options)
     out.grad_fn.register_prehook(lambda grads: seen.append([g is None for g in grads]))
     out.sum().backward()
-    assert seen[0] == [False] + [True] * 9
+    assert seen[0] == [False] + [True] * 4
 
 
 @pytest.mark.parametrize("requires_grad", [False, True])
@@ -268,13 +272,14 @@ def test_only_out_requires_grad():
     assert out.requires_grad and not any(x.requires_grad for x in stats)
 
 
-def test_inference_keeps_no_bits():
+@pytest.mark.parametrize("impl", KERNELS)
+def test_inference_keeps_nothing(impl):
     inputs, options = make(named("plain"), torch.float32)
-    sizes = {"blocked": 8, "triton": 1280, "cuda": 640}
-    for impl in set(KERNELS) & set(sizes):
-        saved = Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl, keep_bits=False)))
-        assert [x.shape[-1] for x in (saved.bits, saved.residual, saved.base2, saved.local)] == [0, 0, 0, 9]
-        assert Saved(*ops.asa_fwd(*op_arguments(inputs, options, impl))).bits.shape[-1] == sizes[impl]
+    forward = ops.of(impl, inputs[0].device).fwd
+    assert forward(*op_arguments(inputs, options, keep=False))[4].shape == (2, 2, 0)
+    saved = saved_of(inputs, options, impl)
+    assert saved.bits.shape[-1] == {"blocked": 8, "cpu": 512, "triton": 1280, "cuda": 640}[impl]
+    assert saved.local.shape[-1] == 9
 
 
 def test_flops_are_those_of_dense_attention():

@@ -210,7 +210,7 @@ def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
 
 def test_occupied_tiles_are_those_with_bits():
     problem = problem_of(Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=4.0, beta=None))
-    saved = Saved.new(problem.inputs, problem.options, "triton", True)
+    saved = Saved.new(problem.inputs, problem.options, "triton", keep=True)
     call.forward(problem, arrange.find_orders(problem), saved, None)
     bits = problem.bits(saved.bits)
     flags = select.find_occupied(problem, tokens_of(problem), bits)[0]

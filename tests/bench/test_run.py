@@ -130,7 +130,7 @@ def test_dtypes_and_implementations(tmp_path, capsys, quick):
 def test_bad_arguments_are_told_before_any_work(arguments, message, capsys, monkeypatch):
     """Without an emulation of CUDA kernels, which another test may have loaded."""
     has = extension.has
-    monkeypatch.setattr(extension, "has", lambda op, key: "cuda" not in op and has(op, key))
+    monkeypatch.setattr(extension, "has", lambda op, key: "emulated" not in op and has(op, key))
     with pytest.raises(SystemExit) as end:
         files.run(lambda: run.main(arguments))
     assert message in (capsys.readouterr().err if end.value.code == 2 else end.value.code)

@@ -140,7 +140,7 @@ def converted(options, convert):
 
 
 def leaves(x):
-    return [leaf for each in x for leaf in leaves(each)] if isinstance(x, tuple) else [x]
+    return [leaf for each in x for leaf in leaves(each)] if isinstance(x, tuple | list) else [x]
 
 
 @pytest.mark.parametrize("call", CALLS, ids=lambda call: f"{call[0]}, {', '.join((*call[2], *call[3]))}")

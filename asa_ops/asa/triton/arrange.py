@@ -16,8 +16,8 @@ from ...core import triton_launch
 from ...core.triton_launch import top_of
 from ..types import Saved
 from .configs import PAD, padded_length
-from .problem import Order, Problem, Tokens
-from .tiles import SCALARS, note_largest, operand, own_rows
+from .problem import Order, PerHead, Problem, Tokens
+from .tiles import SCALARS, note_largest, of_head, operand, own_rows
 
 
 @triton.jit
@@ -146,15 +146,15 @@ def _asa_arrange_gradient_kernel(
     g = operand(g, PRECISION)
     # By a product of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
     products = tl.dot(g, operand(tl.where(o == o, o, 0), PRECISION).T, input_precision=PRECISION)
-    if residual is not None:
-        low = tl.load(residual + row[:, None] * dim + d[None, :], mask=there, other=0)
+    if residual.numbers is not None:
+        low = tl.load(of_head(residual, z) + token[:, None] * dim + d[None, :], mask=there, other=0)
         products += tl.dot(g, tl.where(low == low, low, 0).T, input_precision=PRECISION)
     i = tl.arange(0, BLOCK)
     of_row = tl.sum(tl.where(i[:, None] == i[None, :], products, 0), 1)
     tl.store(rows.delta + at, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
     tl.store(tokens.do + at[:, None] * DIM + d[None, :], g)
-    largest = tl.load(base2 + (3 * z + 1) * n + token, mask=real, other=float("inf"))
-    total = tl.load(base2 + (3 * z + 2) * n + token, mask=real, other=1)
+    largest = tl.load(of_head(base2, z) + n + token, mask=real, other=float("inf"))
+    total = tl.load(of_head(base2, z) + 2 * n + token, mask=real, other=1)
     tl.store(rows.top + at, tl.where(real, top_of(largest), largest))
     tl.store(rows.share + at, 1 / total)
     tl.store(rows.lse_kept2 + at, largest + tl.log2(total))
@@ -230,8 +230,8 @@ def arrange_gradient(problem: Problem, tokens: Tokens, do: Tensor, saved: Saved)
     rows = RowGradients(delta, top, share, lse_kept2, not_finite)
     triton_launch.launch(
         _asa_arrange_gradient_kernel, (problem.n_heads * tokens.rows.padded // problem.block,), do, saved.out,
-        saved.residual if saved.residual.shape[-1] else None, saved.base2, saved.survivors, tokens, rows, *do.stride(),
-        problem.heads, problem.sharing, problem.n, problem.dim_v, DIM=problem.width_v, BLOCK=problem.block,
+        PerHead.of(saved.residual), PerHead.of(saved.base2), saved.survivors, tokens, rows, *do.stride(), problem.heads,
+        problem.sharing, problem.n, problem.dim_v, DIM=problem.width_v, BLOCK=problem.block,
         PRECISION=problem.precision, warps=problem.warps,
     )  # fmt: skip
     return tokens, rows

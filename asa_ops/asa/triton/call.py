@@ -65,13 +65,13 @@ def bwd(
 @_on_its_device
 def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     """Return the survivors K."""
-    saved = Saved.new(inputs, options, "triton", keep_bits=True)
+    saved = Saved.new(inputs, options, "triton", keep=True)
     problem = Problem(inputs, options, False)
     if not prepare_outputs(inputs, saved):
-        return new_graph(saved)
+        return new_graph(saved.survivors)
     orders = find_orders(problem)
     forward(problem, orders, saved, None)
-    graph = new_graph(saved)
+    graph = new_graph(saved.survivors)
     if len(graph.col_indices):
         write_columns(problem, orders, problem.bits(saved.bits), saved, *graph)
     return graph

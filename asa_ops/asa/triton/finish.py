@@ -5,7 +5,6 @@ The one visitor of the window is here, :func:`_visit`. Gradients of a head in wh
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -13,7 +12,7 @@ from torch import Tensor
 from ...core import triton_launch
 from ..types import Saved
 from .arrange import RowGradients
-from .problem import Bits, Problem, Tokens
+from .problem import Bits, PerHead, Problem, Tokens
 from .select import RowStats, Thresholds
 from .sums import Sums
 from .tiles import (
@@ -26,6 +25,7 @@ from .tiles import (
     exponential,
     in_window,
     multiplier_of,
+    of_head,
     own_rows,
     shrink_of,
     step_derivative,
@@ -63,10 +63,10 @@ class Outputs(NamedTuple):
     """What a forward writes of rows, in raster order."""
 
     out: Tensor
-    residual: Tensor | None  # what rounding takes from out, so that the backward has it to more digits
+    residual: PerHead  # what rounding takes from out, so that the backward has it to more digits
     lse: Tensor  # read
     lse_kept: Tensor
-    base2: Tensor | None  # for the backward
+    base2: PerHead  # for the backward
     survivors: Tensor
 
 
@@ -79,7 +79,7 @@ class Gradients(NamedTuple):
 class Window(NamedTuple):
     """What a visitor of the window knows of an image and head; made within kernels."""
 
-    local: object  # uint8 [n_heads, n, WINDOW**2] local survivors
+    local: object  # uint8 [n, WINDOW**2] local survivors
     words: object  # bits of neighbours, None without any
     place: object  # positions of tokens
     n: object
@@ -139,9 +139,9 @@ def _visit(window, z, p, token, offset, OF_KEYS: tl.constexpr, ALL: tl.constexpr
     SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
     other, at, there = in_window(window.place, token, offset, window.n, window.width, ROWS.WINDOW)
     if OF_KEYS:
-        flag = window.local + (z * window.n + other) * SIZE + (SIZE - 1 - offset)
+        flag = window.local + other.to(tl.int64) * SIZE + (SIZE - 1 - offset)
     else:
-        flag = window.local + (z * window.n + token) * SIZE + offset
+        flag = window.local + token.to(tl.int64) * SIZE + offset
     survives = tl.load(flag, mask=there, other=0) != 0
     one_way = there & False
     if window.words is not None:
@@ -205,7 +205,7 @@ def _asa_finish_out_kernel(
     count = tl.zeros([ROWS.BLOCK], tl.int32)
     nan_row = count != 0
     if ROWS.WINDOW > 0:
-        window = Window(local, _words_of(bits, z), tokens.rows.place + image * n, n, width, padded)
+        window = Window(of_head(local, z), _words_of(bits, z), tokens.rows.place + image * n, n, width, padded)
         acc, summed, m, count, nan_row = _add_local_survivors(
             acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
         )
@@ -232,24 +232,24 @@ def _asa_finish_out_kernel(
     tl.store(outputs.survivors + row, count, mask=real)
     rounded = acc.to(outputs.out.dtype.element_ty)
     d_v = tl.arange(0, ROWS.DIM_V)
-    at_out = row[:, None] * dim_v + d_v[None, :]
+    at_out = token.to(tl.int64)[:, None] * dim_v + d_v[None, :]
     there = real[:, None] & (d_v < dim_v)[None, :]
-    tl.store(outputs.out + at_out, rounded, mask=there)
-    if outputs.base2 is not None:
-        tl.store(outputs.base2 + (3 * z + 1) * n + token, m, mask=real)
-        tl.store(outputs.base2 + (3 * z + 2) * n + token, summed, mask=real)
-    if outputs.residual is not None:
-        residual = (acc - rounded.to(tl.float32)).to(outputs.residual.dtype.element_ty)
-        tl.store(outputs.residual + at_out, residual, mask=there)
+    tl.store(outputs.out + z * n * dim_v + at_out, rounded, mask=there)
+    if outputs.base2.numbers is not None:
+        tl.store(of_head(outputs.base2, z) + n + token, m, mask=real)
+        tl.store(of_head(outputs.base2, z) + 2 * n + token, summed, mask=real)
+    if outputs.residual.numbers is not None:
+        residual = (acc - rounded.to(tl.float32)).to(outputs.out.dtype.element_ty)
+        tl.store(of_head(outputs.residual, z) + at_out, residual, mask=there)
 
 
 def finish_out(problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, stats: RowStats, sums: Sums) -> None:
     """Write the output and its statistics to ``saved``."""
     alpha, beta = problem.inputs[3:5]
-    residual, base2 = (x if x.shape[-1] else None for x in (saved.residual, saved.base2))
+    residual, base2 = PerHead.of(saved.residual), PerHead.of(saved.base2)
     outputs = Outputs(saved.out, residual, saved.lse, saved.lse_kept, base2, saved.survivors)
     triton_launch.launch(
-        _asa_finish_out_kernel, problem.row_programs, sums, stats, bits, tokens, saved.local.view(torch.uint8),
+        _asa_finish_out_kernel, problem.row_programs, sums, stats, bits, tokens, PerHead.of(saved.local),
         outputs, Multipliers(alpha, beta), *problem.strides(alpha), *problem.strides(beta), problem.scale2,
         problem.heads, problem.sharing, problem.n, problem.grid_width, problem.dim_v, SPLITS=sums.splits,
         ROWS=_rows(problem), warps=problem.warps,
@@ -277,7 +277,7 @@ def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n
     missing = _sum_of_parts(sums.partial, sums.rows, at_row, SPLITS, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
         token = tl.load(tokens.rows.order + z // sharing * padded + p)
-        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        window = Window(of_head(local, z), _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
         q_i = _load_rows(tokens.q, at_row, None, ROWS.DIM)
         do_i = _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
         top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
@@ -295,7 +295,7 @@ def correct_delta(
 ) -> None:
     """Correct delta in place by what it misses over neighbours, ``delta_error``, and over local survivors."""
     triton_launch.launch(
-        _asa_correct_delta_kernel, problem.row_programs, delta_error, bits, tokens, saved.local.view(torch.uint8), row,
+        _asa_correct_delta_kernel, problem.row_programs, delta_error, bits, tokens, PerHead.of(saved.local), row,
         problem.scale2, problem.sharing, problem.n, problem.grid_width, SPLITS=delta_error.splits,
         ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip
@@ -316,9 +316,8 @@ def _alpha_term(
     if ROWS.ONE_WAY_BITS:  # as they are where neighbours must be mutual and alpha learns
         counts &= other_way
         SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
-        back_survives = (
-            tl.load(window.local + (z * window.n + other) * SIZE + (SIZE - 1 - offset), mask=there, other=0) != 0
-        )
+        flag = window.local + other.to(tl.int64) * SIZE + (SIZE - 1 - offset)
+        back_survives = tl.load(flag, mask=there, other=0) != 0
         k_i, q_j = _load_rows(tokens.k, at_row, None, ROWS.DIM), _load_rows(tokens.q, at_key, there, ROWS.DIM)
         back2 = tl.sum(k_i * q_j, 1) * factors.scale2
         v_i, do_j = _load_rows(tokens.v, at_row, None, ROWS.DIM_V), _load_rows(tokens.do, at_key, there, ROWS.DIM_V)
@@ -341,7 +340,7 @@ def _add_window_gradients(
     q_i, do_i = _load_rows(tokens.q, at_row, None, ROWS.DIM), _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
     top_i, share_i, delta_i = tl.load(row.top + at_row), tl.load(row.share + at_row), tl.load(row.delta + at_row)
     if LEARN_BETA:
-        mean_i = tl.load(log_mean2 + z * window.n + token, mask=token >= 0, other=0)
+        mean_i = tl.load(of_head(log_mean2, z) + token, mask=token >= 0, other=0)
     # Both directions of a pair take so many registers that three pairs at a time would spill.
     AT_A_TIME: tl.constexpr = 1 if ROWS.ONE_WAY_BITS else UNROLL
     for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=AT_A_TIME):
@@ -401,7 +400,7 @@ def _asa_finish_dq_kernel(
             log_beta2 = tl.log2(multiplier_of(
                 multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
             ))  # fmt: skip
-        window = Window(local, _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        window = Window(of_head(local, z), _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
         acc, dt, du = _add_window_gradients(
             acc, dt, du, tokens, thresholds, row, window, log_mean2, log_beta2, z, p, token, factors,
             LEARN_ALPHA, LEARN_BETA, ROWS,
@@ -429,7 +428,7 @@ def finish_dq(
     factors = Factors(problem.scale, problem.scale2, band or 1.0)
     triton_launch.launch(
         _asa_finish_dq_kernel, problem.row_programs, sums, sums_t, bits, tokens, thresholds, row,
-        saved.local.view(torch.uint8), saved.log_mean, Multipliers(alpha, beta), gradients, factors,
+        PerHead.of(saved.local), PerHead.of(saved.log_mean), Multipliers(alpha, beta), gradients, factors,
         *problem.strides(alpha), *problem.strides(beta), problem.heads, problem.sharing, problem.n, problem.grid_width,
         problem.dim, SPLITS=sums.splits, T_SPLITS=sums_t.splits, ROWS=_rows(problem), warps=problem.warps,
         registers=255,
@@ -451,7 +450,7 @@ def _asa_finish_dkv_kernel(
     acc_k /= shrink_of(tokens.bounds, z)
     acc_v = _sum_of_wide_parts(sums_v.partial, sums_v.rows, at_key, ROWS.DIM_V, SPLITS_V, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
-        window = Window(local, _words_of(bits, z), tokens.keys.place + z // sharing * n, n, width, padded)
+        window = Window(of_head(local, z), _words_of(bits, z), tokens.keys.place + z // sharing * n, n, width, padded)
         k_j = _load_rows(tokens.k, at_key, None, ROWS.DIM)
         v_j = _load_rows(tokens.v, at_key, None, ROWS.DIM_V)
         for offset in range(ROWS.WINDOW * ROWS.WINDOW):
@@ -482,7 +481,7 @@ def finish_dkv(
     """Write dk and dv."""
     triton_launch.launch(
         _asa_finish_dkv_kernel, (problem.n_heads * tokens.keys.padded // problem.block,), sums_k, sums_v, bits, tokens,
-        saved.local.view(torch.uint8), row, dk, dv, problem.scale, problem.scale2, problem.sharing, problem.n_keys,
+        PerHead.of(saved.local), row, dk, dv, problem.scale, problem.scale2, problem.sharing, problem.n_keys,
         problem.grid_width, problem.dim, problem.dim_v, SPLITS_K=sums_k.splits, SPLITS_V=sums_v.splits,
         ROWS=_rows(problem), warps=problem.warps, registers=255 if problem.one_way_bits else None,
     )  # fmt: skip

@@ -116,11 +116,27 @@ class Bits(NamedTuple):
     """Pairs as bits."""
 
     words: Tensor | None  # int32 [n_heads, key_padded / 32 * padded]
-    stride: int  # from head to head, a multiple of 128
+    stride: int  # from head to head, a multiple of 16
 
 
 class Peaks(NamedTuple):
     """Block maxima of the scores."""
 
     peaks: Tensor | None  # float16 [n_heads, key_padded / 64 * padded]
-    stride: int  # from head to head, a multiple of 128
+    stride: int  # from head to head, a multiple of 16
+
+
+class PerHead(NamedTuple):
+    """A piece of what is kept for the backward: the numbers of a head one after another, heads further apart."""
+
+    numbers: Tensor | None  # [n_heads, ..]
+    stride: int  # from head to head, a multiple of 16
+
+    @classmethod
+    def of(cls, piece: Tensor) -> "PerHead":
+        """Return a view [B, heads, ..] of ``Saved.kept`` as kernels take it; None if it holds no numbers."""
+        if not piece.numel():
+            return cls(None, 0)
+        numbers = piece.flatten(0, 1)
+        stride = numbers.stride(0) if len(numbers) > 1 else 0  # a single head may have any
+        return cls(numbers.view(torch.uint8) if numbers.dtype == torch.bool else numbers, stride)

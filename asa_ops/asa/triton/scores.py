@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..types import Saved
-from .problem import Peaks, Problem, Tokens
-from .tiles import SCALARS, TileKernel, load_whole, own_block, product
+from .problem import Peaks, PerHead, Problem, Tokens
+from .tiles import SCALARS, TileKernel, load_whole, of_head, own_block, product
 
 
 class Statistics(NamedTuple):
@@ -156,7 +156,7 @@ def _around(q, q_whole, q_row, k, k_row, floor, n_keys, scale2, SCORES):
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_topk_kernel(q, k, tokens, kappa, scale2, topk, sharing, n, SCORES, CUTS: tl.constexpr):
+def _asa_topk_kernel(q, k, tokens, kappa, scale2, topk, sharing, SCORES, CUTS: tl.constexpr):
     """A threshold between the ``topk``-th largest score of every row and the next smaller one, exactly, for any topk.
 
     The bits of a float, as an integer, order as it does: every sweep over the keys counts how many scores reach each of
@@ -195,13 +195,13 @@ def _asa_topk_kernel(q, k, tokens, kappa, scale2, topk, sharing, n, SCORES, CUTS
     threshold = tl.where((n_keys <= topk) | (reached == n_keys), -float("inf"), threshold)
     image = tl.cast(z // sharing, tl.int64)
     token = tl.load(tokens.rows.order + image * tokens.rows.padded + rows, mask=real, other=0)
-    tl.store(kappa + z.to(tl.int64) * n + token, threshold, mask=real)
+    tl.store(of_head(kappa, z) + token, threshold, mask=real)
 
 
 def find_kth(problem: Problem, tokens: Tokens, saved: Saved) -> None:
     """Write kappa of ``saved``."""
     kernel = TileKernel(problem, tokens, "topk")
     kernel.launch(
-        _asa_topk_kernel, (kernel.programs,), "q k", tokens, saved.kappa,
-        problem.scale2, problem.options.topk, problem.sharing, problem.n, CUTS=8,
+        _asa_topk_kernel, (kernel.programs,), "q k", tokens, PerHead.of(saved.kappa),
+        problem.scale2, problem.options.topk, problem.sharing, CUTS=8,
     )  # fmt: skip

@@ -17,7 +17,7 @@ from ...core import triton_launch
 from ...core.triton_launch import last_bits
 from ..types import Saved
 from .configs import PAD
-from .problem import LOG2_E, Bits, Peaks, Problem, Tokens
+from .problem import LOG2_E, Bits, Peaks, PerHead, Problem, Tokens
 from .scores import Statistics
 from .tiles import (
     LN_2,
@@ -26,6 +26,7 @@ from .tiles import (
     count_bits,
     first_bits,
     multiplier_of,
+    of_head,
     own_rows,
     pack_columns,
     pack_rows,
@@ -97,10 +98,10 @@ def _asa_flags_kernel(
     if SPLITS > 0:
         m, row_lse2 = _lse_of_parts(statistics, at, SPLITS)
         tl.store(lse + z * n + token, row_lse2 * LN_2, mask=real & first)
-        if base2 is not None:
-            tl.store(base2 + 3 * z * n + token, row_lse2, mask=real & first)
+        if base2.numbers is not None:
+            tl.store(of_head(base2, z) + token, row_lse2, mask=real & first)
     else:
-        row_lse2 = tl.load(base2 + 3 * z * n + token, mask=real, other=0)
+        row_lse2 = tl.load(of_head(base2, z) + token, mask=real, other=0)
     if alpha is None:
         row_lse2 = tl.zeros_like(row_lse2)  # the cut is -inf, which differences of huge scores may reach
     tl.store(thresholds.lse2 + at, row_lse2, mask=first)
@@ -113,7 +114,7 @@ def _asa_flags_kernel(
             cut = tl.where(multiplier >= 0, cut, float("nan"))
         kth = tl.full([64], -float("inf"), tl.float32)
         if HAS_TOPK:
-            kth = tl.load(kappa + z * n + token, mask=real, other=0)
+            kth = tl.load(of_head(kappa, z) + token, mask=real, other=0)
         if SPLITS > 0:
             # Pairs are decided by scores that are formed again: the largest may not miss a threshold that it exceeds.
             above = m - row_lse2
@@ -149,7 +150,7 @@ def find_thresholds(
     thresholds = Thresholds(lse2, cut2, kappa2 if problem.has_topk else None, flags)
     triton_launch.launch(
         _asa_flags_kernel, (problem.n_heads * row_blocks, triton.cdiv(key_blocks, 32) if problem.has_bits else 1),
-        statistics, saved.lse, saved.base2 if saved.base2.shape[-1] else None, alpha, saved.kappa, tokens, peaks,
+        statistics, saved.lse, PerHead.of(saved.base2), alpha, PerHead.of(saved.kappa), tokens, peaks,
         thresholds, *problem.strides(alpha), problem.heads, problem.sharing, problem.n, key_blocks, band * LOG2_E,
         SPLITS=statistics.splits, HAS_TOPK=problem.has_topk, BLOCK_J=32,
     )  # fmt: skip

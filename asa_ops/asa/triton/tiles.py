@@ -184,6 +184,12 @@ def own_rows(padded, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def of_head(piece, z):
+    """Where the numbers of a head begin in a :class:`PerHead` that has some."""
+    return piece.numbers + tl.cast(z, tl.int64) * piece.stride
+
+
+@triton.jit
 def multiplier_of(x, z, token, real, heads, stride_b, stride_h, stride_n):
     """alpha or beta of tokens, float32; 0 where they are not ``real``."""
     row = x + z // heads * stride_b + z % heads * stride_h

@@ -4,15 +4,14 @@ Pairs of a window are few and scattered, so kernels take them one offset at a ti
 tile kernels know the mutual neighbours M only; ``finish`` adds the pairs that survive locally without being neighbours.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...core import triton_launch
 from ..types import Saved
-from .problem import Bits, Order, Problem, Tokens
-from .tiles import SCALARS, UNROLL, bit_at, in_window, multiplier_of, own_rows
+from .problem import Bits, Order, PerHead, Problem, Tokens
+from .tiles import SCALARS, UNROLL, bit_at, in_window, multiplier_of, of_head, own_rows
 
 MAX_HELD = 32
 
@@ -61,27 +60,27 @@ def _asa_window_kernel(
         if HELD > 0:
             scores = tl.where(index == offset, s[:, None], scores)
     mean2 = m + tl.log2(summed) - tl.log2(members)
-    row = z * n + token
-    tl.store(log_mean2 + row, mean2, mask=real)
+    tl.store(of_head(log_mean2, z) + token, mean2, mask=real)
     multiplier = multiplier_of(beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
     cut = tl.where(multiplier >= 0, tl.log2(multiplier), float("nan"))
+    flags = of_head(local, z) + token.to(tl.int64) * (WINDOW * WINDOW)
     if HELD > 0:
         survives = scores - mean2[:, None] > cut[:, None]
         inside = real[:, None] & (index < WINDOW * WINDOW)
-        tl.store(local + row[:, None] * (WINDOW * WINDOW) + index, survives, mask=inside)
+        tl.store(flags[:, None] + index, survives, mask=inside)
     else:
         for offset in range(WINDOW * WINDOW):
             _, at, there = in_window(place, token, offset, n, width, WINDOW)
             # The largest must not miss a cut that it exceeds by its last bits.
             s = tl.where(offset == first, m, _score(q_i, tokens.k, z, at, there, padded, scale2, DIM))
-            tl.store(local + row * (WINDOW * WINDOW) + offset, there & (s - mean2 > cut), mask=real)
+            tl.store(flags + offset, there & (s - mean2 > cut), mask=real)
 
 
 def find_local_survivors(problem: Problem, tokens: Tokens, saved: Saved) -> None:
     """Write log_mean and local of ``saved``."""
     beta, held = problem.inputs.beta, triton.next_power_of_2(problem.window**2)
     triton_launch.launch(
-        _asa_window_kernel, problem.row_programs, tokens, beta, saved.log_mean, saved.local.view(torch.uint8),
+        _asa_window_kernel, problem.row_programs, tokens, beta, PerHead.of(saved.log_mean), PerHead.of(saved.local),
         *problem.strides(beta), problem.scale2, problem.heads, problem.sharing, problem.n, problem.grid_width,
         DIM=problem.width, WINDOW=problem.window, HELD=held if held <= MAX_HELD else 0, BLOCK=problem.block,
         warps=problem.warps,
@@ -112,7 +111,7 @@ def _asa_neighbors_kernel(
             r = (j // width)[None, :] - (token // width)[:, None] + WINDOW // 2
             c = (j % width)[None, :] - (token % width)[:, None] + WINDOW // 2
             there = pair & (r >= 0) & (r < WINDOW) & (c >= 0) & (c < WINDOW)
-            flag = local + (z * n + token)[:, None] * (WINDOW * WINDOW) + r * WINDOW + c
+            flag = of_head(local, z) + token.to(tl.int64)[:, None] * (WINDOW * WINDOW) + r * WINDOW + c
             kept |= tl.load(flag, mask=there, other=0) != 0
         kept = kept.to(tl.int32)
         tl.store(col_indices + slot[:, None] + tl.cumsum(kept, 1) - 1, j[None, :] + tl.zeros_like(kept), mask=kept != 0)
@@ -124,7 +123,7 @@ def write_columns(
 ) -> None:
     """Fill ``col_indices`` from the bits and local survivors of a forward; tokens in raster order."""
     triton_launch.launch(
-        _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, saved.local.view(torch.uint8),
+        _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(saved.local),
         *orders, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width,
         DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
     )  # fmt: skip

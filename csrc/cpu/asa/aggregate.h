@@ -20,22 +20,6 @@ ASA_INLINE void scale_row(const T* x, int64_t dim, T factor, T* scaled) {
   for (int64_t d = 0; d < dim; d += kLanes<T>) store(scaled + d, load(x + d) * factor);
 }
 
-// s[0 .. count) to exp(s - largest), and their sum; s reaches to a multiple of kPad.
-template <class T>
-T exponentials(T* s, int64_t count, T& largest) {
-  for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = -kInfinity;
-  Vec<T> m = splat(T(-kInfinity));
-  for (int64_t c = 0; c < count; c += kLanes<T>) m = maximum(m, load(s + c));
-  largest = largest_of<T>(m);
-  Vec<T> sum = {};
-  for (int64_t c = 0; c < count; c += kLanes<T>) {
-    const Vec<T> e = exponential(load(s + c) - splat(largest));
-    store(s + c, e);
-    sum += e;
-  }
-  return sum_of<T>(sum);
-}
-
 // One stretch of a row's softmax: scores of survivors, by the bits m, become exp(s - largest), other scores 0. Returns
 // the factor by which earlier sums shrink.
 template <class T>
@@ -119,8 +103,8 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
                     to = smaller(p.n_k, end * kPanel<T>);
       survivors.for_dense([&](int64_t first, int64_t rows) {
         for (int64_t x = begin; x < end; ++x)
-          scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.dim, w.whole + (x - begin) * kPanel<T>,
-                 stride);
+          scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.n_k - x * kPanel<T>, p.dim,
+                 w.whole + (x - begin) * kPanel<T>, stride);
         for (int64_t r = first; r < first + rows; ++r) {
           T* const row = w.whole + (r - first) * stride;
           const T factor = masked_exponentials(row, survivors.row(p, r), from, to, largest[r], sum[r]);

@@ -122,8 +122,8 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
         for (int64_t x = begin; x < smaller(panels, begin + stretch); ++x) {
           const T* const keys = p.k_panels + x * panel_size<T>(p.dim);
           const T* const values = p.v_panels + x * panel_size<T>(p.dim_v);
-          scores(q + first * p.dim, keys, p.dim, probability[first] + x * kPanel<T>, stride);
-          scores(d_out + first * p.dim_v, values, p.dim_v, ds[first] + x * kPanel<T>, stride);
+          scores(q + first * p.dim, keys, p.n_k - x * kPanel<T>, p.dim, probability[first] + x * kPanel<T>, stride);
+          scores(d_out + first * p.dim_v, values, p.n_k - x * kPanel<T>, p.dim_v, ds[first] + x * kPanel<T>, stride);
         }
       });
     survivors.for_dense([&](int64_t first, int64_t rows) {

@@ -5,6 +5,7 @@
 //   gemm         products of whole rows
 //   gather       products with a list of rows
 //   bits         who survives: M = A and A^T from bits alone, lists
+//   arrange      tokens of any type and strides to contiguous, padded ones, and back
 //   scan         scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits
 //   aggregate    scores of the pairs that survive; softmax; times v
 //   backward     rows give dq, columns dk and dv, no atomics
@@ -27,6 +28,8 @@ namespace {
 
 #include "bits.h"
 
+#include "arrange.h"
+
 #include "scan.h"
 
 #include "aggregate.h"
@@ -40,6 +43,10 @@ constexpr Kernels<T> kernels() {
   return {panels_of<T>,
           panel_size<T>,
           pack_panels<T>,
+          read_rows<T>,
+          write_rows<T>,
+          all_finite<T>,
+          find_nan<T>,
           scan_bytes<T>,
           scan<T>,
           aggregate_bytes<T>,

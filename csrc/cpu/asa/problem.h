@@ -9,16 +9,26 @@ constexpr int64_t kBlock = 64;  // the bits of a word
 constexpr int64_t kMostRows = 4 * kBlock;  // taken at a time, which share what the cache holds of the other side
 constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
 
+enum class Type { half, bfloat16, float32, float64 };
+
+// The rows of one head in a tensor: `dim` numbers each, the first at `numbers`.
+struct Rows {
+  const void* numbers;
+  Type type;
+  int64_t dim, stride_n, stride_d;
+};
+
 // One head of one image.
 template <class T>
 struct Problem {
   int64_t n_q, n_k, dim, dim_v;
   int64_t blocks_q, blocks_k;
   int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
-  int64_t height, width, window, topk;
+  int64_t height, width, window, topk;  // window 0: no local block
   bool reciprocal;
   bool thresholded;  // there are adaptive neighbours; otherwise all keys are neighbours, or none if there is a beta
-  int64_t n_real;
+  int64_t n_real;  // keys
+  double log_n_real;
 
   T scale;
 
@@ -74,6 +84,11 @@ struct Kernels {
   int64_t (*panels)(int64_t n);  // how many panels n keys make
   int64_t (*panel_size)(int64_t dim);  // numbers in one
   void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);
+
+  void (*read_rows)(const Rows&, int64_t begin, int64_t end, int64_t padded, const bool* real, T* to);
+  void (*write_rows)(const T* from, int64_t begin, int64_t end, int64_t padded, const Rows&);
+  bool (*all_finite)(const T* x, int64_t count);
+  bool (*find_nan)(const Rows&, int64_t begin, int64_t end, bool* nan_rows);
 
   int64_t (*scan_bytes)(const Problem<T>&);
   void (*scan)(const Problem<T>&, Queue&, void* scratch);

@@ -8,28 +8,39 @@ constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 template <class T>
 T log_multiplier(const Problem<T>& p, int64_t i) {
   if (p.alpha == nullptr) return -kInfinity;
-  return __builtin_log(static_cast<double>(p.alpha[i])) - __builtin_log(static_cast<double>(p.n_real));
+  return __builtin_log(static_cast<double>(p.alpha[i])) - p.log_n_real;
 }
 
-// The local block of row i from its scores: log-mean-exp of its window and the flags.
+// s[0 .. count) to exp(s - largest), and their sum; s reaches to a multiple of kPad.
 template <class T>
-void scan_window(const Problem<T>& p, int64_t i, const T* s) {
-  T largest = -kInfinity;
+T exponentials(T* s, int64_t count, T& largest) {
+  for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = -kInfinity;
+  Vec<T> m = splat(T(-kInfinity));
+  for (int64_t c = 0; c < count; c += kLanes<T>) m = maximum(m, load(s + c));
+  largest = largest_of<T>(m);
+  Vec<T> sum = {};
+  for (int64_t c = 0; c < count; c += kLanes<T>) {
+    const Vec<T> e = exponential(load(s + c) - splat(largest));
+    store(s + c, e);
+    sum += e;
+  }
+  return sum_of<T>(sum);
+}
+
+// The local block of row i from its scores: log-mean-exp of its window and the flags. `window` has room for its scores.
+template <class T>
+void scan_window(const Problem<T>& p, int64_t i, const T* s, T* window) {
   int64_t count = 0;
   for_window(p, i, [&](int64_t j, int64_t) {
-    if (!real(p.real_k, j)) return;
-    largest = s[j] > largest ? s[j] : largest;
-    ++count;
+    if (real(p.real_k, j)) window[count++] = s[j];
   });
   bool* flags = p.local + i * p.window * p.window;
   for (int64_t o = 0; o < p.window * p.window; ++o) flags[o] = false;
   p.log_mean[i] = -kInfinity;
   if (!real(p.real_q, i) || count == 0) return;
-  double sum = 0;
-  for_window(p, i, [&](int64_t j, int64_t) {
-    if (real(p.real_k, j)) sum += __builtin_exp(static_cast<double>(s[j]) - largest);
-  });
-  p.log_mean[i] = largest + __builtin_log(sum / count);
+  T largest;
+  const T sum = exponentials(window, count, largest);
+  p.log_mean[i] = largest + __builtin_log(static_cast<double>(sum) / count);
   const T log_beta = __builtin_log(static_cast<double>(p.beta[i]));
   for_window(p, i, [&](int64_t j, int64_t o) { flags[o] = real(p.real_k, j) && s[j] - p.log_mean[i] > log_beta; });
 }
@@ -83,7 +94,7 @@ struct RunningSum {
 template <class T>
 struct ScanScratch {
   int64_t panels, stride, at_a_time;
-  T *q, *s, *work;
+  T *q, *s, *work, *window;
 
   ScanScratch(Arena& arena, const Problem<T>& p)
       : panels(panels_of<T>(p.n_k)), stride(rounded_up(panels * kPanel<T>, kBlock) + kPad) {
@@ -92,6 +103,7 @@ struct ScanScratch {
     q = arena.take<T>(at_a_time * p.dim);
     s = arena.take<T>(at_a_time * stride);
     work = arena.take<T>(p.topk ? p.n_k : 0);
+    window = arena.take<T>(rounded_up(p.window * p.window, kPad));
   }
 };
 
@@ -116,14 +128,15 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
       const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>, to = end * kPanel<T>;
       for (int64_t i = begin; i < end; ++i)
         for (int64_t r = 0; r < rows; r += kRows)
-          scores(q + r * p.dim, p.k_panels + i * panel_size<T>(p.dim), p.dim, s + r * stride + i * kPanel<T>, stride);
+          scores(q + r * p.dim, p.k_panels + i * panel_size<T>(p.dim), p.n_k - i * kPanel<T>, p.dim,
+                 s + r * stride + i * kPanel<T>, stride);
       for (int64_t r = 0; r < rows; ++r) {
         T* const x = s + r * stride;
         if (p.real_k != nullptr)
           for (int64_t j = from; j < smaller(to, p.n_k); ++j)
             if (!p.real_k[j]) x[j] = -kInfinity;
         for (int64_t j = larger(from, p.n_k); j < to; ++j) x[j] = -kInfinity;
-        total[r].add(x + from, to - from);
+        total[r].add(x + from, smaller(to, rounded_up(p.n_k, kLanes<T>)) - from);
       }
     }
     for (int64_t r = 0; r < rows; ++r) {
@@ -134,7 +147,7 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
       const bool is_real = real(p.real_q, i);
       p.lse[i] = is_real ? lse : T(-kInfinity);
       if (p.topk) p.kappa[i] = kth_largest(x, p.n_k, p.topk, w.work);
-      if (p.beta != nullptr) scan_window(p, i, x);
+      if (p.beta != nullptr) scan_window(p, i, x, w.window);
       if (!p.thresholded) continue;
       const Vec<T> shift = splat(lse), log_alpha = splat(is_real ? log_multiplier(p, i) : T(kInfinity));
       const Vec<T> kappa = splat(p.topk ? p.kappa[i] : T(-kInfinity));

@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
     row.top[at.index] = row.grad_top[at.index] = row.kept2[at.index] = INFINITY;
     return;
   }
-  const int64_t saved_row = row_at(at.z, p.rows.n, at.token), base = int64_t(3 * at.z) * p.rows.n + at.token;
+  const int64_t saved_row = row_at(at.z, p.rows.n, at.token);
   const T* const from = d_out + at.z / p.heads * strides.b + at.z % p.heads * strides.h + at.token * strides.n;
   Vector gradient{}, out{}, residual{};
   bool finite = true, nan_row = false;
@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
     finite = finite && fabsf(gradient.x[r]) < INFINITY;
     out.x[r] = to_float(saved.out[saved_row * p.dim_v + d]);
     nan_row = nan_row || out.x[r] != out.x[r];
-    if (saved.residual != nullptr) residual.x[r] = to_float(saved.residual[saved_row * p.dim_v + d]);
+    if (saved.residual.data != nullptr)
+      residual.x[r] = to_float(saved.residual.of(at.z)[int64_t(at.token) * p.dim_v + d]);
   });
   nan_row = __any_sync(~0u, nan_row);
   const int survivors = saved.survivors[saved_row];
@@ -117,7 +118,8 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
   }
   if (lane != 0) return;
   if (p.bounds != nullptr && size < INFINITY) note_largest(p.bounds + p.n_heads + at.z, size);
-  const float largest = saved.base2[base + p.rows.n], total = saved.base2[base + 2 * int64_t(p.rows.n)];
+  const float* const base2 = saved.base2.of(at.z) + at.token;
+  const float largest = base2[p.rows.n], total = base2[2 * int64_t(p.rows.n)];
   const float top = top_of(largest);
   row.delta[at.index] = ended ? NAN : delta;
   row.top[at.index] = top;

@@ -1,4 +1,4 @@
-// asa_ops::asa_cuda_fwd, asa_cuda_bwd, asa_cuda_neighbors: checks, buffers, and the launches of a call in their order.
+// asa_ops::asa_fwd, asa_bwd and asa_list_survivors on a GPU: checks, buffers, and the launches of a call in their order.
 
 #include "../../asa.h"
 #include "problem.h"
@@ -11,6 +11,9 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
+#include <string>
+#include <tuple>
 #include <vector>
 
 #if defined(__CUDACC__)
@@ -65,7 +68,8 @@ Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride
 
 Multiplier multiplier(const Optional& x) {
   if (!x) return {};
-  return {data<const float>(*x), {x->stride(0), x->size(1) > 1 ? x->stride(1) : 0, x->stride(2), 0}};
+  const MultiplierStrides strides(*x);
+  return {data<const float>(*x), {strides.image, strides.head, strides.row, 0}};
 }
 
 // Whether two tensors are the same numbers in memory.
@@ -87,31 +91,33 @@ int parts_of(int64_t programs, int limit) {
 
 constexpr int kMaxParts = 4;
 
-void check_all(const Arguments& x) {
-  x.check_all(ScalarType::Float);
-  const Tensor& query = x.query;
-  const SavedTensors& saved = x.saved;
-  const int64_t b = x.batch(), heads = x.heads(), n = x.n_q(), n_keys = x.n_k();
-  check(x.dim() <= 256 && x.dim_v() <= 256, "D", "at most 256");
-  check(n < 1 << 28 && n_keys < 1 << 28, "N", "below 2^28");  // eight rows of a map in an int
-  for (const auto& [multiplier, name] : {std::pair{&x.alpha, "alpha"}, {&x.beta, "beta"}}) {
-    if (!*multiplier) continue;
-    const Tensor& y = **multiplier;
-    check(y.dim() == 3 && (y.size(1) == 1 || y.size(1) == heads), name, "[B, heads or 1, N]");
-    check(y, name, query, ScalarType::Float, {b, y.size(1), n});
-  }
-  check_contiguous(saved.out, "out", query, x.type(), {b, heads, n, x.dim_v()});
-  const int64_t bytes = x.keeps_bits() ? padded(n) * kRowBytes : 0;
-  check_contiguous(saved.bits, "bits", query, ScalarType::Byte, {b, heads, padded(n_keys) / kBlock, bytes});
-  const bool more = saved.base2.dim() == 4 && saved.base2.size(3) > 0, halves = x.type() != ScalarType::Float;
-  check_contiguous(saved.base2, "base2", query, ScalarType::Float, {b, heads, 3, more ? n : 0});
-  check_contiguous(saved.residual, "residual", query, x.type(), {b, heads, n, more && halves ? x.dim_v() : 0});
+// What is kept of a head, where a backward follows; otherwise what a forward needs itself.
+Kept kept_of(const Arguments& x, bool keep) {
+  const int64_t n = x.n_q(), halves = x.type() == ScalarType::Float ? 0 : 2;
+  const int64_t bits = int64_t(padded(x.n_k())) / kBlock * padded(n) * kRowBytes;
+  return Kept(x, bits, keep ? n * x.dim_v() * halves : 0, keep ? 3 * n * 4 : 0);
 }
+
+void check_all(const Arguments& x) {
+  x.check_all();
+  check(x.dim() <= 256 && x.dim_v() <= 256, "D", "at most 256");
+  check(x.n_q() < 1 << 28 && x.n_k() < 1 << 28, "N", "below 2^28");  // eight rows of a map in an int
+  const ScalarType type = x.type();
+  check(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, "query",
+        "float16, bfloat16 or float32");
+}
+
+// What a backward pass writes; gradients of thresholds, of every row, where they are asked for.
+struct Gradients {
+  Tensor dq, dk, dv;
+  Optional dalpha, dbeta;
+};
 
 template <class T>
 class Call {
  public:
-  explicit Call(const Arguments& arguments)
+  // `keep`: whether `saved` has, or gets, what a backward needs.
+  Call(const Arguments& arguments, const Outputs& saved, bool keep)
       : arguments_(arguments), scratch_(arguments.query), stream_(current_stream(arguments.query)) {
     const Arguments& x = arguments;
     const Options& options = x.options;
@@ -136,19 +142,23 @@ class Call {
     p_.rows = x.n_q() == x.n_k() ? p_.keys
                                  : order(x.query, std::nullopt, 1, static_cast<int>(x.n_q()), x.real ? x.batch() : 1);
 
-    const SavedTensors& tensors = x.saved;
-    const bool more = tensors.base2.numel() > 0;
-    saved_.out = data<T>(tensors.out), saved_.local = data<uint8_t>(tensors.local);
-    saved_.lse = data<float>(tensors.lse), saved_.lse_kept = data<float>(tensors.lse_kept);
-    saved_.survivors = data<int32_t>(tensors.survivors);
-    saved_.kappa2 = data<float>(tensors.kappa), saved_.log_mean2 = data<float>(tensors.log_mean);
-    saved_.residual = more && sizeof(T) == 2 ? data<T>(tensors.residual) : nullptr;
-    saved_.base2 = more ? data<float>(tensors.base2) : nullptr;
+    saved_.out = data<T>(saved.out), saved_.survivors = data<int32_t>(saved.survivors);
+    saved_.lse = data<float>(saved.lse), saved_.lse_kept = data<float>(saved.lse_kept);
     is_dense_ = !p_.has_bits && !x.beta;
-    if (tensors.bits.numel() > 0)
-      set_bits(data<char>(tensors.bits));
-    else if (p_.has_bits || is_dense_)
-      set_bits(reinterpret_cast<char*>(scratch_.template get<uint8_t>(p_.n_heads * head_bytes())));
+    const Kept kept = kept_of(x, keep);
+    kept_bytes_ = kept.bytes * p_.n_heads;
+    kept_ = keep ? data<char>(saved.kept) : reinterpret_cast<char*>(scratch_.template get<uint8_t>(kept_bytes_));
+    const auto piece = [&](auto& numbers, int64_t begin, int64_t end) {
+      if (begin < end) numbers = {reinterpret_cast<decltype(numbers.data)>(kept_ + begin), kept.bytes};
+      numbers.stride /= sizeof(*numbers.data);
+    };
+    piece(saved_.kappa2, kept.kappa, kept.log_mean), piece(saved_.log_mean2, kept.log_mean, kept.local);
+    piece(saved_.local, kept.local, kept.residual), piece(saved_.residual, kept.residual, kept.base2);
+    piece(saved_.base2, kept.base2, kept.bytes);
+    if (p_.has_bits)
+      set_bits(kept_ + kept.bits, kept.bytes);
+    else if (is_dense_)
+      set_bits(reinterpret_cast<char*>(scratch_.template get<uint8_t>(p_.n_heads * head_bytes())), head_bytes());
   }
 
   void forward() {
@@ -159,8 +169,8 @@ class Call {
     Scratch scratch(arguments_.query);
     auto* const largest = scratch.get<float>(splits * rows);
     auto* const total = scratch.get<float>(splits * rows);
-    // This clears the peaks too: those of blocks without keys are never written.
-    if (p_.has_bits) clear_memory(p_.words, p_.n_heads * head_bytes(), stream_);
+    // The peaks too: those of blocks without keys are never written; and the rows of padding, which nothing writes.
+    if (p_.has_bits || arguments_.real) clear_memory(kept_, kept_bytes_, stream_);
     find_statistics(p_, splits, largest, total, stream_);
     if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
     // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i: in these tiles too.
@@ -194,7 +204,7 @@ class Call {
     arrange_tokens();
     const RowGradients row = arrange_d_out(d_out);
     if (is_dense_) keep_everybody(p_, stream_);
-    float *const dalpha = data<float>(gradients.dalpha), *const dbeta = data<float>(gradients.dbeta);
+    float *const dalpha = data<float>(gradients.dalpha), *const dbeta = data<float>(gradients.dbeta);  // of every row
     const bool learns_mutual = dalpha != nullptr && p_.mutual;
     const uint8_t* const occupied = has_tiles() || learns_mutual ? find_occupied_tiles(scratch_) : nullptr;
     {
@@ -229,9 +239,9 @@ class Call {
     finish_dkv(p_, saved_, row, sums_k, sums_v, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
   }
 
-  void graph(const int64_t* row_offsets, int32_t* col_indices) {
+  void graph(const int64_t* row_offsets, int32_t* col_indices, int64_t columns) {
     if (is_dense_) keep_everybody(p_, stream_);
-    write_columns(p_, saved_, row_offsets, col_indices, stream_);
+    write_columns(p_, saved_, row_offsets, col_indices, columns, stream_);
   }
 
  private:
@@ -281,9 +291,9 @@ class Call {
   size_t words_bytes() const { return size_t(p_.keys.padded) / 8 * p_.rows.padded; }
   size_t head_bytes() const { return size_t(p_.keys.blocks()) * p_.rows.padded * kRowBytes; }
 
-  void set_bits(char* buffer) {
-    p_.words = reinterpret_cast<uint32_t*>(buffer), p_.words_stride = int64_t(head_bytes()) / 4;
-    p_.peaks = reinterpret_cast<Half*>(buffer + words_bytes()), p_.peaks_stride = int64_t(head_bytes()) / 2;
+  void set_bits(char* first, int64_t stride) {
+    p_.words = reinterpret_cast<uint32_t*>(first), p_.words_stride = stride / 4;
+    p_.peaks = reinterpret_cast<Half*>(first + words_bytes()), p_.peaks_stride = stride / 2;
   }
 
   float band() const { return static_cast<float>(arguments_.options.band); }
@@ -333,6 +343,8 @@ class Call {
   Problem<T> p_{};
   Saved<T> saved_{};
   bool is_dense_ = false;  // neither alpha, beta nor topk: all keys are neighbours
+  char* kept_ = nullptr;
+  int64_t kept_bytes_ = 0;
   Scratch scratch_;
   cudaStream_t stream_;
 };
@@ -343,47 +355,93 @@ void for_type(const Tensor& x, Run run) {
 #if defined(__CUDACC__)
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
 #endif
-  switch (x.scalar_type()) {
-    case ScalarType::Half: return run(Half{});
-    case ScalarType::BFloat16: return run(BFloat16{});
-    case ScalarType::Float: return run(0.0f);
-    default: check(false, "query", "float16, bfloat16 or float32");
-  }
+  if (x.scalar_type() == ScalarType::Half) return run(Half{});
+  if (x.scalar_type() == ScalarType::BFloat16) return run(BFloat16{});
+  run(0.0f);
 }
 
-void asa_cuda_fwd(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real,
-                  std::vector<double> options, std::vector<Tensor> saved) {
-  const Arguments x{query, key, value, alpha, beta, real, Options(options), SavedTensors::from(saved)};
-  check_all(x);
-  if (x.saved.lse.numel() == 0 || x.n_k() == 0) return;
-  for_type(query, [&](auto zero) { Call<decltype(zero)>(x).forward(); });
+Arguments arguments_of(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& alpha,
+                       const Optional& beta, const Optional& real, const Options& options) {
+  const Arguments given{query, key, value, alpha, beta, real, options};
+  check_all(given);
+  const auto in_float = [](const Optional& x) {
+    return x && x->scalar_type() != ScalarType::Float ? torch::stable::to(*x, ScalarType::Float) : x;
+  };
+  return {query,          key,
+          value,          in_float(alpha),
+          in_float(beta), real && !real->is_contiguous() ? torch::stable::contiguous(*real) : real,
+          options};
 }
 
-void asa_cuda_bwd(Tensor d_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real,
-                  std::vector<double> options, std::vector<Tensor> saved, Tensor dq, Tensor dk, Tensor dv,
-                  Optional dalpha, Optional dbeta) {
-  const Arguments x{query, key, value, alpha, beta, real, Options(options), SavedTensors::from(saved)};
-  const Gradients gradients{dq, dk, dv, dalpha, dbeta};
-  check_all(x);
-  check(d_out, "d_out", query, x.type(), {x.batch(), x.heads(), x.n_q(), x.dim_v()});
-  gradients.check_all(x, ScalarType::Float);
-  if (x.saved.lse.numel() == 0 || x.n_k() == 0) return;
-  x.check_bits_kept();
-  check(x.saved.base2.numel() > 0, "base2", "kept by the forward pass");
-  for_type(query, [&](auto zero) { Call<decltype(zero)>(x).backward(d_out, gradients); });
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
+                                                           Optional beta, Optional key_padding_mask,
+                                                           std::vector<int64_t> grid, std::vector<int64_t> window,
+                                                           int64_t topk, bool reciprocal, double scale, double band,
+                                                           bool keep, int64_t row_start,
+                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
+  check_rows(query, row_start, row_stop, rows_statistics);
+  const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
+                                   Options(grid, window, topk, reciprocal, scale, keep ? band : 0));
+  const Outputs outputs = x.new_outputs(keep ? kept_of(x, true).bytes : 0);
+  if (x.is_empty() || (x.real && x.n_q() == x.n_k())) Arguments::clear(outputs);  // kernels do not write padding
+  if (!x.is_empty()) for_type(query, [&](auto zero) { Call<decltype(zero)>(x, outputs, keep).forward(); });
+  return {outputs.out, outputs.lse, outputs.lse_kept, outputs.survivors, outputs.kept};
 }
 
-void asa_cuda_neighbors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real,
-                        std::vector<double> options, std::vector<Tensor> saved, Tensor row_offsets,
-                        Tensor col_indices) {
-  const Arguments x{query, key, value, alpha, beta, real, Options(options), SavedTensors::from(saved)};
-  check_all(x);
-  check_contiguous(row_offsets, "row_offsets", query, ScalarType::Long, {x.saved.lse.numel() + 1});
+// The gradient of a multiplier from that of all rows, float32 [B, heads, N_q]: those that share it add up.
+Tensor sum_to(const Tensor& multiplier, Tensor rows) {
+  std::vector<int64_t> shared;
+  for (int64_t i = 0; i < 3; ++i)
+    if (multiplier.size(i) != rows.size(i)) shared.push_back(i);
+  if (!shared.empty()) rows = torch::stable::sum(rows, shared, true);
+  return rows.scalar_type() == multiplier.scalar_type() ? rows : torch::stable::to(rows, multiplier.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
+                                                           Optional alpha, Optional beta, Optional key_padding_mask,
+                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
+                                                           Tensor kept, std::vector<int64_t> grid,
+                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
+                                                           double scale, double band, int64_t row_start,
+                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
+  check_rows(query, row_start, row_stop, rows_statistics);
+  const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
+                                   Options(grid, window, topk, reciprocal, scale, band));
+  const Outputs saved{out, lse, lse_kept, survivors, kept};
+  x.check_saved(saved, kept_of(x, true).bytes);
+  check(grad_out, "grad_out", query, x.type(), {x.batch(), x.heads(), x.n_q(), x.dim_v()});
+  const bool written = !x.is_empty() && !x.real, learns = !x.is_empty() && band > 0;  // kernels do not write padding
+  const auto rows = [&](const Optional& multiplier) -> Optional {
+    if (!multiplier || !learns) return std::nullopt;
+    const std::vector<int64_t> shape = {x.batch(), x.heads(), x.n_q()};
+    return written ? torch::stable::new_empty(lse, shape) : torch::stable::new_zeros(lse, shape);
+  };
+  const Gradients gradients{x.new_gradient(query, written), x.new_gradient(key, written),
+                            x.new_gradient(value, written), rows(alpha), rows(beta)};
+  if (!x.is_empty())
+    for_type(query, [&](auto zero) { Call<decltype(zero)>(x, saved, true).backward(grad_out, gradients); });
+  const auto of_multiplier = [&](const Optional& multiplier, const Optional& of_rows) {
+    if (!multiplier) return torch::stable::new_empty(query, {x.batch(), 0, 0});
+    return of_rows ? sum_to(*multiplier, *of_rows) : x.new_gradient(*multiplier, false);
+  };
+  return {gradients.dq, gradients.dk, gradients.dv, of_multiplier(alpha, gradients.dalpha),
+          of_multiplier(beta, gradients.dbeta)};
+}
+
+void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
+                        Optional key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
+                        Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk,
+                        bool reciprocal, double scale, double band, Tensor row_offsets, Tensor col_indices) {
+  const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
+                                   Options(grid, window, topk, reciprocal, scale, band));
+  const Outputs saved{out, lse, lse_kept, survivors, kept};
+  x.check_saved(saved, kept_of(x, true).bytes);
+  check_contiguous(row_offsets, "row_offsets", query, ScalarType::Long, {x.n_heads() * x.n_q() + 1});
   check_contiguous(col_indices, "col_indices", query, ScalarType::Int, {col_indices.numel()});
   if (col_indices.numel() == 0) return;
-  x.check_bits_kept();
   for_type(query, [&](auto zero) {
-    Call<decltype(zero)>(x).graph(data<const int64_t>(row_offsets), data<int32_t>(col_indices));
+    Call<decltype(zero)>(x, saved, true)
+        .graph(data<const int64_t>(row_offsets), data<int32_t>(col_indices), col_indices.numel());
   });
 }
 
@@ -391,13 +449,20 @@ void asa_cuda_neighbors(Tensor query, Tensor key, Tensor value, Optional alpha, 
 }  // namespace asa_ops::cuda
 
 #if defined(__CUDACC__)
-#define ASA_OPS_DEVICE CUDA
-#else
-#define ASA_OPS_DEVICE CPU
-#endif
-
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, ASA_OPS_DEVICE, m) {
-  m.impl("asa_cuda_fwd", TORCH_BOX(&asa_ops::cuda::asa_cuda_fwd));
-  m.impl("asa_cuda_bwd", TORCH_BOX(&asa_ops::cuda::asa_cuda_bwd));
-  m.impl("asa_cuda_neighbors", TORCH_BOX(&asa_ops::cuda::asa_cuda_neighbors));
+STABLE_TORCH_LIBRARY_IMPL(asa_ops, CUDA, m) {
+  m.impl("asa_fwd", TORCH_BOX(&asa_ops::cuda::asa_fwd));
+  m.impl("asa_bwd", TORCH_BOX(&asa_ops::cuda::asa_bwd));
+  m.impl("asa_list_survivors", TORCH_BOX(&asa_ops::cuda::asa_list_survivors));
 }
+#else  // an emulation on CPU tensors, for the tests
+STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
+  m.def((std::string("asa_emulated_fwd") + asa_ops::kForwardSchema).c_str());
+  m.def((std::string("asa_emulated_bwd") + asa_ops::kBackwardSchema).c_str());
+  m.def((std::string("asa_emulated_list_survivors") + asa_ops::kListSurvivorsSchema).c_str());
+}
+STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+  m.impl("asa_emulated_fwd", TORCH_BOX(&asa_ops::cuda::asa_fwd));
+  m.impl("asa_emulated_bwd", TORCH_BOX(&asa_ops::cuda::asa_bwd));
+  m.impl("asa_emulated_list_survivors", TORCH_BOX(&asa_ops::cuda::asa_list_survivors));
+}
+#endif

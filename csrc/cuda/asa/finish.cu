@@ -53,13 +53,14 @@ __global__ void __launch_bounds__(kThreads)
     const float exact = nan_row ? NAN : empty ? 0 : sum.x[r] / total;
     const T rounded = from_float<T>(exact);
     saved.out[row * p.dim_v + d] = rounded;
-    if (saved.residual != nullptr) saved.residual[row * p.dim_v + d] = from_float<T>(exact - to_float(rounded));
+    if (saved.residual.data != nullptr)
+      saved.residual.of(at.z)[int64_t(at.token) * p.dim_v + d] = from_float<T>(exact - to_float(rounded));
   });
   if (threadIdx.x % 32 != 0) return;
   saved.lse_kept[row] = finite ? (largest + log2f(total)) * kLn2 : saved.lse[row];
   saved.survivors[row] = count;
-  if (saved.base2 != nullptr) {
-    float* const base2 = saved.base2 + int64_t(3 * at.z) * p.rows.n + at.token;
+  if (saved.base2.data != nullptr) {
+    float* const base2 = saved.base2.of(at.z) + at.token;
     base2[p.rows.n] = largest;
     base2[2 * int64_t(p.rows.n)] = total;
   }
@@ -100,7 +101,7 @@ __device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& a
     float offer = admission_weight(s2 - kept2, survives || neighbour, kept2 == -INFINITY) * gain;
     if (learn_beta && !neighbour) {
       // The forward's mean: a score that equals it there equals it here, to the last bit.
-      const float mean2 = saved.log_mean2[row_at(at.z, p.rows.n, at.token)];
+      const float mean2 = saved.log_mean2.of(at.z)[at.token];
       const float step =
           step_derivative((s2 - mean2 - log2f(multiplier_at(p.beta, at.z, p.heads, at.token))) * kLn2, band);
       du += step > 0 ? step * offer : 0;

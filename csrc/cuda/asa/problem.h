@@ -72,16 +72,25 @@ struct Problem {
   int64_t peaks_stride;
 };
 
-// What a forward pass returns and keeps, in raster order, [n_heads, n] and more; null where it is not kept.
+// Numbers of every head, `stride` of them after those of the head before; no data: there are none.
+template <class U>
+struct PerHead {
+  U* data = nullptr;
+  int64_t stride = 0;
+
+  __device__ __forceinline__ U* of(int z) const { return data + z * stride; }
+};
+
+// What a forward pass returns, in raster order, [n_heads, n] and more, and what it keeps of every head.
 template <class T>
 struct Saved {
   T* out;  // [.., dim_v]
   float *lse, *lse_kept;
   int32_t* survivors;
-  float *kappa2, *log_mean2;
-  uint8_t* local;  // [.., window^2]
-  T* residual;  // [.., dim_v] what rounding took from out
-  float* base2;  // [n_heads, 3, n] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
+  PerHead<float> kappa2, log_mean2;  // [n]
+  PerHead<uint8_t> local;  // [n, window^2]
+  PerHead<T> residual;  // [n, dim_v] what rounding took from out
+  PerHead<float> base2;  // [3, n] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 };
 
 // Thresholds in arranged order, [n_heads, padded]: j is a neighbour of i if s2 - lse2 > cut2 and s2 >= kappa2.
@@ -180,7 +189,7 @@ void find_statistics(const Problem<T>& problem, int splits, float* largest, floa
 
 // A threshold in base 2 for every row, [n_heads, n] in raster order, at or just below its k-th largest score.
 template <class T>
-void find_kth(const Problem<T>& problem, float* kappa2, cudaStream_t stream);
+void find_kth(const Problem<T>& problem, const PerHead<float>& kappa2, cudaStream_t stream);
 
 // select.cu. Thresholds, and tiles within `band2` of them: from statistics, which also give the lse of `saved`, or,
 // with 0 splits, from the lse that `saved` holds.
@@ -235,6 +244,6 @@ void finish_dkv(const Problem<T>& problem, const Saved<T>& saved, const RowGradi
 // window.cu: the columns of all survivors, ascending, of every row from its offset on.
 template <class T>
 void write_columns(const Problem<T>& problem, const Saved<T>& saved, const int64_t* row_offsets, int32_t* col_indices,
-                   cudaStream_t stream);
+                   int64_t columns, cudaStream_t stream);
 
 }  // namespace asa_ops::cuda

@@ -113,8 +113,9 @@ __device__ __forceinline__ void visit_window(const Problem<T>& p, const WarpRow&
 
 // Whether the `offset`-th token of the window around `token` is a local survivor.
 template <class T>
-__device__ __forceinline__ bool local_flag(const Problem<T>& p, const uint8_t* local, int z, int token, int offset) {
-  return local[row_at(z, p.rows.n, token) * (p.window * p.window) + offset] != 0;
+__device__ __forceinline__ bool local_flag(const Problem<T>& p, const PerHead<uint8_t>& local, int z, int token,
+                                           int offset) {
+  return local.of(z)[int64_t(token) * (p.window * p.window) + offset] != 0;
 }
 
 template <class T>
@@ -147,7 +148,8 @@ __device__ __forceinline__ void visit_neighbours(const Problem<T>& p, const Warp
 
 // Calls use(position) for the survivors of a query that no tile sums.
 template <class T, class Use>
-__device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& at, const uint8_t* local, Use use) {
+__device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local,
+                                           Use use) {
   if (p.few) visit_neighbours(p, at, use);
   visit_window(p, at, [&](int offset, int j) {
     if (j >= 0 && local_flag(p, local, at.z, at.token, offset) && !is_neighbour(p, at.z, at.position, j)) use(j);
@@ -156,7 +158,8 @@ __device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& a
 
 // The same for the queries of which a key is a survivor: its window holds those whose windows hold it.
 template <class T, class Use>
-__device__ __forceinline__ void visit_queries(const Problem<T>& p, const WarpRow& at, const uint8_t* local, Use use) {
+__device__ __forceinline__ void visit_queries(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local,
+                                              Use use) {
   if (p.few) visit_neighbours(p, at, use);
   visit_window(p, at, [&](int offset, int i) {
     if (i < 0) return;

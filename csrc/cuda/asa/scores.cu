@@ -104,7 +104,7 @@ __device__ __forceinline__ int shift_of(const Interval& row) {
 }
 
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float* kappa2) {
+__global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, PerHead<float> kappa2) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int blocks = p.rows.blocks();
   const int z = blockIdx.x / blocks, i0 = blockIdx.x % blocks * kBlock;
@@ -201,7 +201,7 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, float*
     float threshold = middle > following[high] && middle < kth[high] ? middle : kth[high];
     if (n_keys <= p.topk || reached == n_keys) threshold = -INFINITY;
     const int token = p.rows.order[row_at(image, p.rows.padded, position)];
-    kappa2[row_at(z, p.rows.n, token)] = threshold;
+    kappa2.of(z)[token] = threshold;
   }
 }
 
@@ -214,14 +214,14 @@ void find_statistics(const Problem<T>& problem, int splits, float* largest, floa
 }
 
 template <class T>
-void find_kth(const Problem<T>& problem, float* kappa2, cudaStream_t stream) {
+void find_kth(const Problem<T>& problem, const PerHead<float>& kappa2, cudaStream_t stream) {
   launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.n_heads * problem.rows.blocks()), kThreads,
          sizeof(Shared), stream, problem, kappa2);
 }
 
 #define INSTANTIATE(T)                                                                 \
   template void find_statistics(const Problem<T>&, int, float*, float*, cudaStream_t); \
-  template void find_kth(const Problem<T>&, float*, cudaStream_t);
+  template void find_kth(const Problem<T>&, const PerHead<float>&, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 INSTANTIATE(float)

@@ -43,10 +43,10 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
       lse2 = base + log2f(sum);
       if (token >= 0) {
         saved.lse[saved_row] = lse2 * kLn2;
-        if (saved.base2 != nullptr) saved.base2[int64_t(3 * z) * p.rows.n + token] = lse2;
+        if (saved.base2.data != nullptr) saved.base2.of(z)[token] = lse2;
       }
     } else if (token >= 0) {
-      lse2 = saved.base2[int64_t(3 * z) * p.rows.n + token];
+      lse2 = saved.base2.of(z)[token];
     }
     // Without alpha the cut is -inf, which differences of huge scores may reach.
     Row own{p.alpha.data == nullptr ? 0 : lse2, -INFINITY, -INFINITY};
@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
       const float alpha = multiplier_at(p.alpha, z, p.heads, token);
       own.cut2 = alpha >= 0 ? log2f(alpha) - log2f(float(n_keys)) : NAN;
     }
-    if (thresholds.kappa2 != nullptr && token >= 0) own.kappa2 = saved.kappa2[saved_row];
+    if (thresholds.kappa2 != nullptr && token >= 0) own.kappa2 = saved.kappa2.of(z)[token];
     if (splits > 0) {
       // Scores are formed again to decide pairs: the largest must not miss a threshold that it exceeds.
       const float above = base - own.lse2;

@@ -10,7 +10,8 @@ namespace {
 // log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i. A row a
 // warp. Scores are formed twice, so that a window of any size needs no memory.
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, float* log_mean2, uint8_t* local) {
+__global__ void __launch_bounds__(kThreads)
+    asa_window_kernel(Problem<T> p, PerHead<float> log_mean2, PerHead<uint8_t> local) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const Vector q = vector_at(p.q, at.index, p.width);
@@ -33,23 +34,27 @@ __global__ void __launch_bounds__(kThreads) asa_window_kernel(Problem<T> p, floa
   const float mean2 = largest + log2f(total) - log2f(float(members));
   const float beta = multiplier_at(p.beta, at.z, p.heads, at.token);
   const float cut = beta >= 0 ? log2f(beta) : NAN;
-  const int64_t row = row_at(at.z, p.rows.n, at.token);
   const int lane = threadIdx.x % 32;
-  if (lane == 0) log_mean2[row] = mean2;
+  if (lane == 0) log_mean2.of(at.z)[at.token] = mean2;
+  uint8_t* const flags = local.of(at.z) + int64_t(at.token) * (p.window * p.window);
   visit([&](int offset, bool in_window, float s) {
     const float seen = offset == first ? largest : s;  // formed again, the largest might miss a cut that it exceeds
-    if (lane == 0) local[row * (p.window * p.window) + offset] = in_window && seen - mean2 > cut;
+    if (lane == 0) flags[offset] = in_window && seen - mean2 > cut;
   });
 }
 
-// Writes the columns of a row, ascending, from its offset on. A row a warp.
+// Writes the columns of a row, ascending, from its offset on, and none of the next row or beyond all `columns`. A row a
+// warp.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    asa_neighbors_kernel(Problem<T> p, Saved<T> saved, const int64_t* row_offsets, int32_t* col_indices) {
+    asa_neighbors_kernel(Problem<T> p, Saved<T> saved, const int64_t* row_offsets, int32_t* col_indices,
+                         int64_t columns) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const int lane = threadIdx.x % 32, side = p.window, width = p.grid_width;
-  int64_t slot = row_offsets[row_at(at.z, p.rows.n, at.token)];
+  const int64_t* const offset = row_offsets + row_at(at.z, p.rows.n, at.token);
+  const int64_t end = offset[1] < columns ? offset[1] : columns;
+  int64_t slot = offset[0] >= 0 ? offset[0] : end;
   for (int start = 0; start < p.keys.n; start += 32) {
     const int token = start + lane;
     const int j = token < p.keys.n ? p.keys.place[row_at(at.image, p.keys.n, token)] : -1;
@@ -59,7 +64,8 @@ __global__ void __launch_bounds__(kThreads)
       kept = r >= 0 && r < side && c >= 0 && c < side && local_flag(p, saved.local, at.z, at.token, r * side + c);
     }
     const unsigned votes = __ballot_sync(~0u, kept);
-    if (kept) col_indices[slot + __popc(votes & first_bits(lane))] = token;
+    const int64_t mine = slot + __popc(votes & first_bits(lane));
+    if (kept && mine < end) col_indices[mine] = token;
     slot += __popc(votes);
   }
 }
@@ -74,14 +80,14 @@ void find_local_survivors(const Problem<T>& problem, const Saved<T>& saved, cuda
 
 template <class T>
 void write_columns(const Problem<T>& problem, const Saved<T>& saved, const int64_t* row_offsets, int32_t* col_indices,
-                   cudaStream_t stream) {
+                   int64_t columns, cudaStream_t stream) {
   launch("asa_neighbors_kernel", &asa_neighbors_kernel<T>, row_programs(problem.n_heads, problem.rows), kThreads, 0,
-         stream, problem, saved, row_offsets, col_indices);
+         stream, problem, saved, row_offsets, col_indices, columns);
 }
 
 #define INSTANTIATE(T)                                                                  \
   template void find_local_survivors(const Problem<T>&, const Saved<T>&, cudaStream_t); \
-  template void write_columns(const Problem<T>&, const Saved<T>&, const int64_t*, int32_t*, cudaStream_t);
+  template void write_columns(const Problem<T>&, const Saved<T>&, const int64_t*, int32_t*, int64_t, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 INSTANTIATE(float)

@@ -1,0 +1,150 @@
+"""torch.compile with its default backend, torch.export for any size, compiled transforms, torch.fx."""
+
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+import torch
+from block_cases import alive
+from implementations import slow
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from asa_ops import asa_attention, nn
+
+needs_inductor = pytest.mark.skipif(
+    not Path(sysconfig.get_path("include"), "Python.h").exists(),
+    reason="Inductor needs Python.h (Debian: apt install python3-dev)",
+)
+OPTIONS = {"interlaced_sparse": {"factors": (3, 2)}}
+SIZES = ((6, 8), (9, 11), (16, 24))
+
+
+def block_of(name: str) -> torch.nn.Module:
+    return alive(nn.build(name, 8, **OPTIONS.get(name, {})))
+
+
+def output_and_gradients(function, block, x) -> list[torch.Tensor]:
+    block.zero_grad()
+    x = x.clone().requires_grad_()
+    out = function(x)
+    (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum().backward()
+    return [out.detach(), x.grad, *(p.grad.clone() for p in block.parameters() if p.grad is not None)]
+
+
+@needs_inductor
+@pytest.mark.parametrize(
+    "name, way",
+    [
+        slow(name, way, when=(name, way) != ("asa", "dynamic"))
+        for name in nn.available()
+        for way in ("dynamic", "automatic", "marked")
+        if way == "dynamic" or name in ("asa", "criss_cross")
+    ],
+)
+def test_blocks_train_at_sizes_that_change(name, way):
+    torch._dynamo.reset()
+    block = block_of(name)
+    compiled = torch.compile(block, dynamic=True if way == "dynamic" else None)
+    for size in SIZES:
+        x = torch.randn(2, 8, *size)
+        if way == "marked":
+            torch._dynamo.mark_dynamic(x, (2, 3))
+        results = [output_and_gradients(function, block, x) for function in (compiled, block)]
+        torch.testing.assert_close(*results, rtol=2e-3, atol=2e-4)
+
+
+@pytest.mark.parametrize("dim", ["AUTO", "DYNAMIC"])
+@pytest.mark.parametrize("name", nn.available())
+def test_blocks_export_for_maps_of_any_size(name, dim):
+    block = block_of(name).eval().requires_grad_(False)
+    any_size = dict.fromkeys((2, 3), getattr(torch.export.Dim, dim))
+    program = torch.export.export(block, (torch.randn(1, 8, 6, 8),), dynamic_shapes=(any_size,)).module()
+    for size in ((6, 8), (24, 24), (5, 3), (41, 9)):
+        x = torch.randn(1, 8, *size)
+        torch.testing.assert_close(program(x), block(x), rtol=1e-3, atol=1e-4)
+
+
+def attend(query, key, value):
+    return asa_attention(query, key, value, 1.2, 0.9, grid=(3, 4), threshold_grad="straight_through")
+
+
+def loss(*tokens):
+    return attend(*tokens).square().sum()
+
+
+def loss_of_all(*tokens):
+    return torch.func.vmap(loss)(*tokens).sum()
+
+
+@needs_inductor
+@pytest.mark.parametrize(
+    "transformed",
+    [
+        torch.func.vmap(attend),
+        torch.func.grad(loss_of_all, (0, 1, 2)),
+        torch.func.vmap(torch.func.grad(loss, (0, 1, 2))),
+    ],
+    ids=["vmap", "grad of vmap", "vmap of grad"],
+)
+def test_transforms_compile_to_one_call(transformed):
+    """The batching rule folds the vmapped dimension: the op is not called once for each of its entries."""
+    torch._dynamo.reset()
+    tokens = torch.randn(3, 5, 1, 2, 12, 4).unbind()
+    compiled = torch.compile(transformed, fullgraph=True)
+    torch.testing.assert_close(compiled(*tokens), transformed(*tokens), rtol=1e-4, atol=1e-5)
+    traced = make_fx(transformed)(*tokens)
+    assert sum("asa_fwd" in str(node.target) for node in traced.graph.nodes) == 1
+
+
+def test_compiled_autograd():
+    torch._dynamo.reset()
+    block, x = block_of("asa"), torch.randn(1, 8, 5, 6)
+    expected = output_and_gradients(block, block, x)
+    with torch._dynamo.compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        results = output_and_gradients(block, block, x)
+    torch.testing.assert_close(results, expected)
+
+
+@pytest.mark.parametrize("name", nn.available())
+def test_blocks_are_leaves_of_fx(name):
+    """A network is traced through, its blocks are not: their checks want sizes."""
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Sequential(block_of(name)), torch.nn.ReLU()).eval()
+    traced = torch.fx.symbolic_trace(network)
+    assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1.0", "2"]
+    x = torch.randn(2, 3, 6, 8)
+    torch.testing.assert_close(traced(x), network(x))
+
+
+@pytest.mark.parametrize("name", nn.available())
+def test_blocks_take_one_map(name):
+    block, x = block_of(name).eval(), torch.randn(8, 6, 8)
+    out = block(x)
+    assert out.dim() == 3
+    torch.testing.assert_close(out, block(x[None])[0])
+
+
+LEAKS = """
+import gc, pathlib, torch
+from asa_ops import asa_attention
+
+tokens = [x.requires_grad_() for x in torch.randn(3, 1, 2, 40, 8)]
+
+
+def pages_after_calls():
+    for _ in range(1000):
+        torch.autograd.grad(asa_attention(*tokens, 1.0).sum(), tokens)
+    gc.collect()
+    return int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+
+
+pages_after_calls()
+print(-pages_after_calls() + pages_after_calls())
+"""
+
+
+def test_calls_leak_nothing():
+    """A call keeps 20 KB for its backward; 1,000 calls grow by less than 1 MB, in a process of their own."""
+    run = subprocess.run([sys.executable, "-c", LEAKS], check=True, capture_output=True, text=True, timeout=100)
+    assert int(run.stdout) < 250
