@@ -54,7 +54,8 @@ __global__ void __launch_bounds__(kThreads)
     asa_arrange_kernel(const T* x, Strides strides, int heads, int per_image, Order order, int dim, int width, T* out,
                        uint32_t* not_finite, uint32_t* bounds) {
   const WarpRow at(order, heads, per_image);
-  const T* const from = x + at.z / heads * strides.b + at.z % heads * strides.h + max(at.token, 0) * strides.n;
+  const T* const head = x + at.z / heads * strides.b + at.z % heads / strides.shared * strides.h;
+  const T* const from = head + max(at.token, 0) * strides.n;
   bool finite = true;
   float largest = 0;
   each_number(width, [&](int, int d) {

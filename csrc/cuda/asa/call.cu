@@ -64,7 +64,10 @@ int padded(int64_t n) { return static_cast<int>((n + kBlock - 1) / kBlock * kBlo
 
 int padded_width(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
-Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.dim() > 3 ? x.stride(3) : 0}; }
+Strides strides_of(const Tensor& x, int64_t heads) {
+  const int shared = x.size(1) > 0 ? static_cast<int>(heads / x.size(1)) : 1;
+  return {x.stride(0), x.stride(1), x.stride(2), x.stride(3), shared};
+}
 
 Multiplier multiplier(const Optional& x) {
   if (!x) return {};
@@ -258,8 +261,8 @@ class Call {
   const T* tokens(const Tensor& x, const Order& order, int width, uint32_t* not_finite = nullptr,
                   uint32_t* bounds = nullptr) {
     T* const out = scratch_.template get<T>(int64_t(p_.n_heads) * order.padded * width);
-    arrange(data<const T>(x), strides_of(x), p_.n_heads, p_.heads, p_.per_image, order, static_cast<int>(x.size(3)),
-            width, out, not_finite, bounds, stream_);
+    arrange(data<const T>(x), strides_of(x, p_.heads), p_.n_heads, p_.heads, p_.per_image, order,
+            static_cast<int>(x.size(3)), width, out, not_finite, bounds, stream_);
     return out;
   }
 
@@ -282,7 +285,7 @@ class Call {
     const RowGradients row{numbers(), numbers(), numbers(),
                            numbers(), numbers(), scratch_.template get<uint32_t>(p_.n_heads)};
     clear_memory(row.not_finite_head, p_.n_heads * sizeof(uint32_t), stream_);
-    arrange_gradient(p_, data<const T>(d_out), strides_of(d_out), saved_, arranged, row, stream_);
+    arrange_gradient(p_, data<const T>(d_out), strides_of(d_out, p_.heads), saved_, arranged, row, stream_);
     p_.d_out = arranged;
     return row;
   }
@@ -416,15 +419,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tens
     const std::vector<int64_t> shape = {x.batch(), x.heads(), x.n_q()};
     return written ? torch::stable::new_empty(lse, shape) : torch::stable::new_zeros(lse, shape);
   };
-  const Gradients gradients{x.new_gradient(query, written), x.new_gradient(key, written),
-                            x.new_gradient(value, written), rows(alpha), rows(beta)};
+  // Of the keys of every query head; those that share them are added up in the end.
+  const auto of_keys = [&](const Tensor& tokens) {
+    const std::vector<int64_t> shape = {x.batch(), x.heads(), x.n_k(), tokens.size(3)};
+    return written ? torch::stable::new_empty(tokens, shape) : torch::stable::new_zeros(tokens, shape);
+  };
+  const Gradients gradients{x.new_gradient(query, written), of_keys(key), of_keys(value), rows(alpha), rows(beta)};
   if (!x.is_empty())
     for_type(query, [&](auto zero) { Call<decltype(zero)>(x, saved, true).backward(grad_out, gradients); });
   const auto of_multiplier = [&](const Optional& multiplier, const Optional& of_rows) {
     if (!multiplier) return torch::stable::new_empty(query, {x.batch(), 0, 0});
     return of_rows ? sum_to(*multiplier, *of_rows) : x.new_gradient(*multiplier, false);
   };
-  return {gradients.dq, gradients.dk, gradients.dv, of_multiplier(alpha, gradients.dalpha),
+  const auto of_key_heads = [&](const Tensor& dx) {
+    if (x.group() == 1) return dx;
+    const std::vector<int64_t> shape = {x.batch(), x.key_heads(), x.group(), x.n_k(), dx.size(3)}, shared = {2};
+    return torch::stable::sum(torch::stable::view(dx, shape), shared);
+  };
+  return {gradients.dq, of_key_heads(gradients.dk), of_key_heads(gradients.dv), of_multiplier(alpha, gradients.dalpha),
           of_multiplier(beta, gradients.dbeta)};
 }
 

@@ -37,6 +37,7 @@ struct Order {
 // Where the numbers of a [B, heads, N, D] tensor lie.
 struct Strides {
   int64_t b = 0, h = 0, n = 0, d = 0;
+  int shared = 1;  // heads that share one of the tensor's
 };
 
 // A multiplier of thresholds, [B, heads or 1, N] float32; no data: there is none.
