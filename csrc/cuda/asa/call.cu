@@ -180,20 +180,25 @@ class Call {
     const float band2 = p_.one_way_bits ? band() * static_cast<float>(kLog2E) : 0;
     const Thresholds thresholds = new_thresholds(scratch);
     find_thresholds(p_, splits, largest, total, saved_, band2, thresholds, stream_);
+    const uint8_t* occupied = nullptr;
     if (p_.has_bits) {
+      uint8_t* const found = has_tiles() ? scratch.get<uint8_t>(tiles()) : nullptr;
+      if (found != nullptr) clear_memory(found, tiles(), stream_);
       const uint8_t* const flags = thresholds.flags;
-      find_neighbours(p_, thresholds, list(scratch, flags, p_.mutual ? flags : nullptr, p_.mutual, true), stream_);
+      const Lists lists = list(scratch, flags, p_.mutual ? flags : nullptr, p_.mutual, true);
+      find_neighbours(p_, thresholds, lists, found, stream_);
+      occupied = found;
     } else if (is_dense_) {
       keep_everybody(p_, stream_);
+      occupied = find_occupied_tiles(scratch);
     }
-    if (p_.window > 0) find_local_survivors(p_, saved_, stream_);
     Parts values;
     Totals totals{};
     if (has_tiles()) {
       values = new_parts(scratch, true, p_.width_v);
       const int64_t numbers = values.splits * rows;
       totals = {scratch.get<float>(numbers), scratch.get<float>(numbers), scratch.get<int32_t>(numbers)};
-      const Lists lists = list_occupied(scratch, find_occupied_tiles(scratch), true);
+      const Lists lists = list_occupied(scratch, occupied, true);
       sum_neighbours(Sum::kValues, p_, lists, {}, values, totals, stream_);
     }
     finish_out(p_, values, totals, saved_, stream_);
@@ -258,12 +263,9 @@ class Call {
     return {n, room, order, place, counts};
   }
 
-  const T* tokens(const Tensor& x, const Order& order, int width, uint32_t* not_finite = nullptr,
-                  uint32_t* bounds = nullptr) {
+  Tokens<T> tokens(const Tensor& x, const Order& order, int width) {
     T* const out = scratch_.template get<T>(int64_t(p_.n_heads) * order.padded * width);
-    arrange(data<const T>(x), strides_of(x, p_.heads), p_.n_heads, p_.heads, p_.per_image, order,
-            static_cast<int>(x.size(3)), width, out, not_finite, bounds, stream_);
-    return out;
+    return {data<const T>(x), strides_of(x, p_.heads), order, static_cast<int>(x.size(3)), width, out};
   }
 
   void arrange_tokens() {
@@ -271,9 +273,12 @@ class Call {
     auto* const not_finite = scratch_.template get<uint32_t>(words);
     clear_memory(not_finite, words * sizeof(uint32_t), stream_);
     p_.symmetric = is_same(arguments_.query, arguments_.key);
-    p_.q = tokens(arguments_.query, p_.rows, p_.width);
-    p_.k = p_.symmetric ? p_.q : tokens(arguments_.key, p_.keys, p_.width);
-    p_.v = tokens(arguments_.value, p_.keys, p_.width_v, not_finite, p_.bounds);
+    const Tokens<T> value = tokens(arguments_.value, p_.keys, p_.width_v);
+    const Tokens<T> query = tokens(arguments_.query, p_.rows, p_.width);
+    const Tokens<T> key = p_.symmetric ? query : tokens(arguments_.key, p_.keys, p_.width);
+    arrange(value, query, key, p_.symmetric ? 2 : 3, p_.n_heads, p_.heads, p_.per_image, not_finite, p_.bounds,
+            stream_);
+    p_.q = query.out, p_.k = key.out, p_.v = value.out;
     p_.not_finite = not_finite;
   }
 
