@@ -7,7 +7,7 @@ import torch
 
 import asa_ops
 from asa_ops import nn
-from asa_ops.core import extension
+from asa_ops.core import dispatch, extension
 
 TRIPLE = ("query", "key", "value")
 
@@ -186,6 +186,7 @@ def test_wrong_arguments(name, changes, error, message, monkeypatch):
     arguments |= {x: change(arguments[x]) if callable(change) else change for x, change in changes.items()}
     has = extension.has  # tests that ran before in this process may have loaded the emulation of the CUDA kernels
     monkeypatch.setattr(extension, "has", lambda op, key: "emulated" not in op and has(op, key))
+    monkeypatch.setattr(dispatch, "remembered", dispatch.resolve)
     for module in (asa_ops.asa.ops, asa_ops.asa.reference, asa_ops.criss_cross.ops, asa_ops.criss_cross.reference):
         for work in ("attend", "asa_attention", "criss_cross_attention"):
             monkeypatch.setattr(module, work, fail, raising=False)
