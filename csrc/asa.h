@@ -61,13 +61,15 @@ struct Outputs {
 
 // What all ops are given.
 struct Arguments {
-  Tensor query, key, value;  // [B, heads, N_q, D], [B, heads, N_k, D], [B, heads, N_k, Dv]
+  Tensor query, key, value;  // [B, heads, N_q, D], [B, key heads, N_k, D], [B, key heads, N_k, Dv]
   Optional alpha, beta;  // [B or 1, heads or 1, N_q or 1], of the dtype of query or float32
   Optional real;  // bool [B, N_k]: false at padding
   Options options;
 
   int64_t batch() const { return query.size(0); }
   int64_t heads() const { return query.size(1); }
+  int64_t key_heads() const { return key.size(1); }
+  int64_t group() const { return key_heads() == 0 ? 1 : heads() / key_heads(); }  // query heads that share a key head
   int64_t n_q() const { return query.size(2); }
   int64_t n_k() const { return key.size(2); }
   int64_t dim() const { return query.size(3); }
@@ -93,8 +95,10 @@ struct Arguments {
     for (const auto& [x, name] : {std::pair{&query, "query"}, {&key, "key"}, {&value, "value"}})
       check(x->dim() == 4, name, "[B, heads, N, D]");
     const int64_t b = batch(), h = heads();
-    check(key, "key", query, type(), {b, h, n_k(), dim()});
-    check(value, "value", query, type(), {b, h, n_k(), dim_v()});
+    check(h == key_heads() || (key_heads() > 0 && h % key_heads() == 0), "heads of query",
+          "a multiple of those of key");
+    check(key, "key", query, type(), {b, key_heads(), n_k(), dim()});
+    check(value, "value", query, type(), {b, key_heads(), n_k(), dim_v()});
     check(dim() > 0, "D", "at least 1");
     check_threshold(alpha, "alpha");
     check_threshold(beta, "beta");

@@ -5,6 +5,7 @@ suffice give the same bits in whichever order the threads of a block run: ``ASA_
 first.
 """
 
+import ctypes
 import fcntl
 import os
 import shlex
@@ -36,6 +37,13 @@ def load(sanitize: bool = False) -> None:
         torch.ops.load_library(library)
         ops.register("asa_emulated", "cuda")
         dispatch.remembered.cache_clear()
+
+
+def launches() -> int:
+    """Return how many kernels ran in this process."""
+    count = ctypes.CDLL(str(build())).simt_launches
+    count.restype = ctypes.c_int64
+    return count()
 
 
 def build(sanitize: bool = False) -> Path:

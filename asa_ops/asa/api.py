@@ -104,8 +104,10 @@ def asa_attention(
 
     Args:
         query: [B, heads, N_q, D], floating point.
-        key: [B, heads, N_k, D]. N_k = N_q unless ``reciprocal=False`` and there is no ``beta``.
-        value: [B, heads, N_k, Dv].
+        key: [B, heads, N_k, D]. N_k = N_q unless ``reciprocal=False`` and there is no ``beta``. Fewer heads, of which
+            those of ``query`` are a multiple, are shared by as many consecutive ones of ``query`` (not copied by
+            "cpu"; by the others in their working memory).
+        value: [B, heads, N_k, Dv], as many heads as ``key``.
         alpha: non-local threshold multiplier >= 0, a number or a tensor that broadcasts to [B, heads, N_q], in the
             dtype of ``query`` or float32: 0 keeps every position, inf none. None: no adaptive threshold.
         beta: local threshold multiplier >= 0, as alpha. None: no local block.
@@ -230,7 +232,7 @@ def _check(
     scale: float | None,
 ) -> tuple[Inputs, ops.OpOptions]:
     """Check what :func:`asa_attention` and :func:`reciprocal_neighbors` have in common; return what the ops take."""
-    checks.check_qkv(query, key, value)
+    checks.check_qkv(query, key, value, grouped=True)
     inputs = Inputs(
         query,
         key,

@@ -57,10 +57,11 @@ def _every_row(row_start: int = 0, row_stop: int | None = None, rows_statistics:
 
 
 def _broadcast(inputs: Inputs) -> Inputs:
-    """Return the inputs with alpha and beta [B, heads, N_q], by strides of 0."""
+    """Return the inputs with alpha and beta [B, heads, N_q], by strides of 0, and key and value of all heads."""
     rows = inputs.query.shape[:3]
     alpha, beta = (x if x is None else x.expand(rows) for x in (inputs.alpha, inputs.beta))
-    return inputs._replace(alpha=alpha, beta=beta)
+    key, value = (x if x.shape[1] == rows[1] else x.repeat_interleave(rows[1] // x.shape[1], 1) for x in inputs[1:3])
+    return inputs._replace(key=key, value=value, alpha=alpha, beta=beta)
 
 
 def _define(impl: str) -> None:
@@ -95,6 +96,8 @@ def _like(gradient: Tensor | None, x: Tensor | None, grad_out: Tensor) -> Tensor
         return grad_out.new_empty(grad_out.shape[0], 0, 0)
     if gradient is None:
         return x.new_zeros(x.shape)
+    if x.dim() == 4 and gradient.shape[1] != x.shape[1]:  # heads that share keys
+        gradient = gradient.unflatten(1, (x.shape[1], -1)).sum(2)
     return gradient.sum_to_size(x.shape).to(x.dtype).contiguous()
 
 

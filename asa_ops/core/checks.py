@@ -108,12 +108,13 @@ def as_window(window: object) -> int:
     return number
 
 
-def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_qkv(query: Tensor, key: Tensor, value: Tensor, grouped: bool = False) -> None:
     """Check rank, batch, heads, lengths, head dim, dtype and device of an attention triple.
 
-    ``query`` [B, heads, N_q, D], ``key`` [B, heads, N_k, D], ``value`` [B, heads, N_k, Dv].
+    ``query`` [B, heads, N_q, D], ``key`` [B, heads, N_k, D], ``value`` [B, heads, N_k, Dv]; if ``grouped``, those of
+    ``query`` may be a multiple of the heads of the others.
     """
-    if _fit(query, key, value):  # asked at once: every call asks, and finding out what is wrong takes longer
+    if _fit(query, key, value, grouped):  # asked at once: every call asks, and finding out what is wrong takes longer
         return
     check_tensor("query", query, "[B, heads, N_q, D]")
     check_tensor("key", key, "[B, heads, N_k, D]")
@@ -121,7 +122,13 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
     check_floating("query", query)
     for name, x in (("key", key), ("value", value)):
         check_like(name, x, query)
-        if x.shape[:2] != query.shape[:2]:
+        if grouped:
+            if x.shape[0] != query.shape[0] or (query.shape[1] % x.shape[1] if x.shape[1] else query.shape[1]):
+                raise ValueError(
+                    f"{name} must have the batch of query, and heads of which query's are a multiple, "
+                    f"{list(query.shape[:2])}, got {describe(x)}"
+                )
+        elif x.shape[:2] != query.shape[:2]:
             raise ValueError(
                 f"{name} must have the batch and heads of query, {list(query.shape[:2])}, got {describe(x)}"
             )
@@ -129,6 +136,8 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(
             f"key must have the head dim of query, D = {query.shape[-1]}, got D = {key.shape[-1]} in {describe(key)}"
         )
+    if value.shape[1] != key.shape[1]:
+        raise ValueError(f"value must have the heads of key, {key.shape[1]}, got {describe(value)}")
     if value.shape[-2] != key.shape[-2]:
         raise ValueError(
             f"value must have one row per key, N_k = {key.shape[-2]}, got N_k = {value.shape[-2]} in {describe(value)}"
@@ -137,7 +146,7 @@ def check_qkv(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query must have a head dim D >= 1, got {describe(query)}")
 
 
-def _fit(query: object, key: object, value: object) -> bool:
+def _fit(query: object, key: object, value: object, grouped: bool) -> bool:
     """Return whether nothing is wrong with an attention triple."""
     if not (isinstance(query, Tensor) and isinstance(key, Tensor) and isinstance(value, Tensor)):
         return False
@@ -148,7 +157,8 @@ def _fit(query: object, key: object, value: object) -> bool:
         return False
     return (
         q[0] == k[0] == v[0]
-        and q[1] == k[1] == v[1]
+        and k[1] == v[1]
+        and (q[1] == k[1] or (grouped and k[1] > 0 and q[1] % k[1] == 0))
         and k[2] == v[2]
         and q[3] == k[3]
         and q[3] >= 1

@@ -182,6 +182,7 @@ struct Machine {
   const bool reversed = std::getenv("ASA_OPS_SIMT_REVERSED") != nullptr;
   int ulps = 0;
   uint32_t random = 1;
+  int64_t launches = 0;  // of kernels, so far
 };
 
 inline Machine& machine() {
@@ -277,6 +278,9 @@ inline void run_block() {
       if (!group.empty()) throw std::logic_error(m.name + ": asynchronous copies are under way at its end");
 }
 
+// How many kernels ran in this process, for the tests.
+extern "C" __attribute__((used, visibility("default"))) inline int64_t simt_launches() { return machine().launches; }
+
 // Runs a kernel as kernel<<<grid, block, shared>>>(args...) would.
 template <class Kernel, class... Args>
 void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shared, Args... args) {
@@ -284,6 +288,7 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
   if (threads % kWarp != 0 || threads > 1024)
     throw std::logic_error(std::string(name) + ": threads not in whole warps");
   m.name = name;
+  ++m.launches;
   m.grid = grid;
   const char* const ulps = std::getenv("ASA_OPS_SIMT_ULPS");  // at every launch, since one process may ask for both
   m.ulps = ulps == nullptr ? 0 : std::atoi(ulps);

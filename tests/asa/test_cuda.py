@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import simt
 import torch
-from cases import Case, make, named
+from cases import Case, make, named, with_grad
 from compare import (
     call_and_gradients,
     check_against_reference,
@@ -147,6 +147,21 @@ def test_nobody_is_mutual_without_neighbours():
         out, *_ = forward(query, key, key, None, None, None, [], [3, 3], 0, reciprocal, 0.5, 0.0, True)
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, key))])
     assert equal(*results)
+
+
+@pytest.mark.parametrize(
+    "name,forward,backward",
+    [("plain", 9, 11), ("alpha_only", 9, 11), ("dense", 9, 12), ("topk", 8, 5), ("one_way", 9, 11)],
+)
+def test_launches_of_a_call(name, forward, backward):
+    """What launching costs the host is most of a small call."""
+    inputs, options = make(named(name, batch=1, heads=1), torch.float16)
+    counts = [simt.launches()]
+    out = asa_attention(*with_grad(inputs), **options, impl="cuda")
+    counts.append(simt.launches())
+    out.sum().backward()
+    counts.append(simt.launches())
+    assert (counts[1] - counts[0], counts[2] - counts[1]) == (forward, backward)
 
 
 # How the kernels compile.

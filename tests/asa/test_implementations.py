@@ -7,6 +7,7 @@ import pytest
 import torch
 from cases import CASES, IDS, Case, each_case, make, named, op_arguments, saved_of, with_grad
 from compare import (
+    STRAIGHT_THROUGH,
     call_and_gradients,
     check_against_reference,
     check_threshold_gradients,
@@ -19,6 +20,7 @@ from implementations import (
     EMULATED,
     IMPLEMENTATIONS,
     INTERPRETED,
+    KERNELS,
     ON_GPU,
     each_dtype,
     each_fast,
@@ -27,7 +29,7 @@ from implementations import (
     slow,
 )
 
-from asa_ops import asa_attention
+from asa_ops import asa_attention, reciprocal_neighbors
 from asa_ops.asa import blocked, ops
 from asa_ops.asa.bits import bit_columns, pack_bits, unpack_bits
 from asa_ops.asa.types import PADDED_TO
@@ -531,7 +533,8 @@ def kernel_call(impl: str) -> dict:
 REFUSED = [  # argument, what it is made, message
     ("query", lambda x: x[0], r"query must be \[B, heads, N, D\]"),
     ("key", lambda x: x[0], r"key must be \[B, heads, N, D\]"),
-    ("key", lambda x: x[:, :1], "key must be of the shape expected"),
+    ("key", lambda x: x[:, :1], "value must be of the shape expected"),
+    ("key", lambda x: torch.cat([x, x[:, :1]], 1), "heads of query must be a multiple of those of key"),
     ("key", lambda x: x[:, :, :9], "value must be of the shape expected"),
     ("value", lambda x: x[:, :, :9], "value must be of the shape expected"),
     ("value", lambda x: x.double(), "value must be of the dtype expected"),
@@ -618,6 +621,52 @@ def test_backward_and_neighbors_refuse_what_does_not_fit(impl):
     for message, function, changes in wrong:
         with pytest.raises(RuntimeError, match=message):
             function(**changes)
+
+
+# Friendlier calls.
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+def test_query_heads_share_keys(impl):
+    """As if each key head stood there for every query head of its group; gradients of a shared one add up."""
+    dtype = torch.float32 if impl in ("triton", "cuda") else torch.float64
+    grid = (3, 4) if impl == "triton" else (7, 10)
+    n = grid[0] * grid[1]
+    query, alpha = torch.randn(2, 6, n, 5, dtype=dtype), torch.rand(2, 6, n, dtype=dtype) + 0.5
+    key, value = torch.randn(2, 2, n, 5, dtype=dtype), torch.randn(2, 2, n, 7, dtype=dtype)
+
+    def attend(query, key, value, alpha):
+        return asa_attention(query, key, value, alpha, 0.8, grid=grid, impl=impl, **STRAIGHT_THROUGH)
+
+    leaves = with_grad([query, key, value, alpha])
+    out = attend(*leaves)
+    grad_out = torch.randn_like(out)
+    whole = with_grad([query, *(x.repeat_interleave(3, 1) for x in (key, value)), alpha])
+    expected = attend(*whole)
+    torch.testing.assert_close(out, expected)
+    gradients = list(torch.autograd.grad(expected, whole, grad_out))
+    gradients[1:3] = [x.unflatten(1, (2, 3)).sum(2) for x in gradients[1:3]]
+    torch.testing.assert_close(torch.autograd.grad(out, leaves, grad_out), tuple(gradients))
+    graphs = [reciprocal_neighbors(query, x, alpha, impl=impl) for x in (key, key.repeat_interleave(3, 1))]
+    assert equal(*graphs)
+
+
+@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@pytest.mark.parametrize("shape", [(), (12,), (3, 1), (2, 1, 1), (1, 3, 12)], ids=str)
+def test_thresholds_broadcast(impl, shape):
+    dtype = torch.float32 if impl in ("triton", "cuda") else torch.float64
+    tokens = torch.randn(3, 2, 3, 12, 4, dtype=dtype).unbind()
+    alpha = torch.rand(shape, dtype=dtype) + 0.6
+    results = []
+    for threshold in (alpha, alpha.expand(2, 3, 12).contiguous()):
+        leaf = threshold.clone().requires_grad_()
+        out = asa_attention(*tokens, leaf, 0.9, grid=(3, 4), impl=impl, **STRAIGHT_THROUGH)
+        (gradient,) = torch.autograd.grad(out.square().sum(), leaf)
+        assert gradient.shape == threshold.shape
+        results.append((out, gradient.sum_to_size(shape)))
+    torch.testing.assert_close(*results)
+    if not shape:
+        assert torch.equal(asa_attention(*tokens, alpha.item(), 0.9, grid=(3, 4), impl=impl), results[0][0])
 
 
 # The blocked implementation in particular.

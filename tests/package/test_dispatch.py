@@ -118,6 +118,7 @@ def test_explain_names_what_runs_and_why_the_others_do_not(monkeypatch):
 
 def test_explain_says_why_the_extension_is_missing(monkeypatch):
     monkeypatch.setattr(extension, "WHY_MISSING", "it was never built")
+    monkeypatch.setattr(dispatch, "remembered", dispatch.resolve)
     x = torch.randn(1, 1, 16, 8)
     assert "cpu        it was never built" in asa_ops.explain(x)
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run this asa_attention call: it was never built"):

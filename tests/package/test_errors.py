@@ -7,7 +7,7 @@ import torch
 
 import asa_ops
 from asa_ops import nn
-from asa_ops.core import extension
+from asa_ops.core import dispatch, extension
 
 TRIPLE = ("query", "key", "value")
 
@@ -34,8 +34,9 @@ ASA = [
     (FOUR, ValueError, r"query must have the 4 dimensions .*\[2, 24, 8\]"),
     ({"key": lambda x: x[None]}, ValueError, r"key must have the 4 dimensions .*\[1, 2, 2, 24, 8\]"),
     ({"key": lambda x: x[:1]}, ValueError, r"key must have .*\[2, 2\], got .*\[1, 2, 24, 8\]"),
-    ({"value": lambda x: x[:, :1]}, ValueError, r"value must have .*\[2, 2\], got .*\[2, 1, 24, 5\]"),
+    ({"value": lambda x: x[:, :1]}, ValueError, r"value must have the heads of key, 2, got .*\[2, 1, 24, 5\]"),
     ({"key": lambda x: x[..., :7]}, ValueError, r"D = 8, got D = 7"),
+    ({"key": lambda x: torch.cat([x, x, x], 1)}, ValueError, "heads of which query's are a multiple"),
     (dict.fromkeys(TRIPLE[:2], lambda x: x[..., :0]), ValueError, r"D >= 1"),
     ({"value": lambda x: x[:, :, :9]}, ValueError, r"N_k = 24, got N_k = 9"),
     (FEWER_KEYS, ValueError, r"reciprocal=True needs as many queries as keys, got N_q = 24 and N_k = 9"),
@@ -185,6 +186,7 @@ def test_wrong_arguments(name, changes, error, message, monkeypatch):
     arguments |= {x: change(arguments[x]) if callable(change) else change for x, change in changes.items()}
     has = extension.has  # tests that ran before in this process may have loaded the emulation of the CUDA kernels
     monkeypatch.setattr(extension, "has", lambda op, key: "emulated" not in op and has(op, key))
+    monkeypatch.setattr(dispatch, "remembered", dispatch.resolve)
     for module in (asa_ops.asa.ops, asa_ops.asa.reference, asa_ops.criss_cross.ops, asa_ops.criss_cross.reference):
         for work in ("attend", "asa_attention", "criss_cross_attention"):
             monkeypatch.setattr(module, work, fail, raising=False)

@@ -126,13 +126,14 @@ class Tokens {
   Workspace::Piece<T> copy_;
 };
 
-// Room for rows that the kernels write: in the tensor, or, if it holds other numbers, beside it.
+// Room for rows that the kernels write: in the tensor, or, if it holds other numbers or sums of them, beside it.
 template <class T>
 class Written {
  public:
-  Written(const Kernels<T>& kernels, Rows rows, int64_t n, Workspace& workspace)
-      : kernels_(kernels), rows_(rows), n_(n), padded_(padded(rows.dim)) {
-    apart_ = !is_type<T>(rows.type) || rows.dim != padded_;
+  // `sum`: over heads so far, [n, padded dim], and after finish() with these; null: the rows are of one head.
+  Written(const Kernels<T>& kernels, Rows rows, int64_t n, Workspace& workspace, T* sum = nullptr)
+      : kernels_(kernels), rows_(rows), n_(n), padded_(padded(rows.dim)), sum_(sum) {
+    apart_ = sum != nullptr || !is_type<T>(rows.type) || rows.dim != padded_;
     room_ = workspace.add<T>(apart_ ? n * padded_ : 0);
   }
 
@@ -143,13 +144,17 @@ class Written {
   void finish(const Workspace& workspace) const {
     if (!apart_) return;
     const T* const from = room_.get(workspace);
-    for_rows(n_, workspace, [&](int64_t begin, int64_t end) { kernels_.write_rows(from, begin, end, padded_, rows_); });
+    for_rows(n_, workspace, [&](int64_t begin, int64_t end) {
+      for (int64_t x = begin * padded_; sum_ != nullptr && x < end * padded_; ++x) sum_[x] += from[x];
+      kernels_.write_rows(sum_ == nullptr ? from : sum_, begin, end, padded_, rows_);
+    });
   }
 
  private:
   const Kernels<T>& kernels_;
   Rows rows_;
   int64_t n_, padded_;
+  T* sum_;
   bool apart_;
   Workspace::Piece<T> room_;
 };
@@ -179,10 +184,10 @@ struct Call {
     return p;
   }
 
-  // The rows of a head in a tensor [B, heads, n, dim].
+  // The rows of a head in a tensor [B, heads or key heads, n, dim].
   Rows rows(const Tensor& tensor, int64_t i) const {
-    return {numbers_of(tensor, i / x.heads(), i % x.heads()), type_of(tensor), tensor.size(3), tensor.stride(2),
-            tensor.stride(3)};
+    return {numbers_of(tensor, i / x.heads(), i % x.heads() * tensor.size(1) / x.heads()), type_of(tensor),
+            tensor.size(3), tensor.stride(2), tensor.stride(3)};
   }
 
   // Where the pieces of what is kept of a head lie in memory.
@@ -369,10 +374,11 @@ struct Gradients {
   T *dalpha, *dbeta;
 };
 
-// Sums up dq, dk, dv of head i slab by slab, then the gradients of the thresholds.
+// Sums up dq, dk, dv of head i slab by slab, then the gradients of the thresholds. dk_sum and dv_sum are those of the
+// heads before it that share its keys; null: none do.
 template <class T>
 void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d_out, const Outputs& saved,
-                   const Gradients<T>& gradients) {
+                   const Gradients<T>& gradients, T* dk_sum, T* dv_sum) {
   const auto& kernels = table<T>();
   Problem<T> p = call.head<T>(i, threads, saved);
   check(std::all_of(p.survivors, p.survivors + p.n_q, [&](int32_t x) { return x >= 0 && x <= p.n_k; }), "survivors",
@@ -399,8 +405,8 @@ void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d
   Inputs<T> inputs(call, kernels, p, i, workspace);
   const OutputGradient<T> output(call, kernels, p, i, d_out, saved.out, workspace);
   const Written<T> dq(kernels, call.rows(gradients.dq, i), p.n_q, workspace);
-  const Written<T> dk(kernels, call.rows(gradients.dk, i), p.n_k, workspace);
-  const Written<T> dv(kernels, call.rows(gradients.dv, i), p.n_k, workspace);
+  const Written<T> dk(kernels, call.rows(gradients.dk, i), p.n_k, workspace, dk_sum);
+  const Written<T> dv(kernels, call.rows(gradients.dv, i), p.n_k, workspace, dv_sum);
   const auto k_panels = workspace.add<T>(any_dense ? panels_size(kernels, p.n_k, p.dim) : 0);
   const auto v_panels = workspace.add<T>(any_dense ? panels_size(kernels, p.n_k, p.dim_v) : 0);
   const auto delta = workspace.add<T>(p.n_q);
@@ -469,7 +475,13 @@ void backward(const Call& call, const Tensor& d_out, const Outputs& saved, const
   std::vector<T> dbeta(x.beta && learns ? x.n_heads() * x.n_q() : 0);
   const auto room = [](std::vector<T>& rows) { return rows.empty() ? nullptr : rows.data(); };
   const Gradients<T> all{gradients[0], gradients[1], gradients[2], room(dalpha), room(dbeta)};
-  for_heads(x.n_heads(), [&](int64_t i, int64_t threads) { backward_head(call, i, threads, d_out, saved, all); });
+  // The heads that share keys one after the other.
+  for_heads(x.n_heads() / x.group(), [&](int64_t key_head, int64_t threads) {
+    const bool shared = x.group() > 1;
+    std::vector<T> dk_sum(shared ? x.n_k() * padded(x.dim()) : 0), dv_sum(shared ? x.n_k() * padded(x.dim_v()) : 0);
+    for (int64_t i = key_head * x.group(); i < (key_head + 1) * x.group(); ++i)
+      backward_head(call, i, threads, d_out, saved, all, room(dk_sum), room(dv_sum));
+  });
   if (!dalpha.empty()) sum_gradients(call, dalpha, gradients[3]);
   if (!dbeta.empty()) sum_gradients(call, dbeta, gradients[4]);
 }

@@ -47,22 +47,28 @@ __global__ void __launch_bounds__(kThreads) asa_order_kernel(const bool* real, i
   if (threadIdx.x == 0) counts[image] = placed;
 }
 
-// out[z, p] = x[token at p], zeros up to `width`. With `not_finite`, numbers that are not finite become 0 and the bit
-// of their token is set there; with `bounds`, the head's largest number is kept there. A row a warp.
+// out[z, p] = x[token at p], zeros up to `width`, of every tensor. Values that are not finite become 0 and the bit of
+// their token is set; with `bounds`, the head's largest is kept there. A row a warp.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    asa_arrange_kernel(const T* x, Strides strides, int heads, int per_image, Order order, int dim, int width, T* out,
+    asa_arrange_kernel(Tokens<T> value, Tokens<T> query, Tokens<T> key, int n_heads, int heads, int per_image,
                        uint32_t* not_finite, uint32_t* bounds) {
-  const WarpRow at(order, heads, per_image);
-  const T* const from = x + at.z / heads * strides.b + at.z % heads * strides.h + max(at.token, 0) * strides.n;
+  const bool is_value = blockIdx.y == 0;
+  const Tokens<T> tokens = is_value ? value : blockIdx.y == 1 ? query : key;
+  if (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32 >= int64_t(n_heads) * tokens.order.padded) return;
+  const WarpRow at(tokens.order, heads, per_image);
+  const Strides& strides = tokens.strides;
+  const T* const head = tokens.x + at.z / heads * strides.b + at.z % heads / strides.shared * strides.h;
+  const T* const from = head + max(at.token, 0) * strides.n;
   bool finite = true;
   float largest = 0;
-  each_number(width, [&](int, int d) {
-    T number = at.token >= 0 && d < dim ? from[d * strides.d] : from_float<T>(0);
-    if (not_finite != nullptr && !(fabsf(to_float(number)) < INFINITY)) finite = false, number = from_float<T>(0);
-    out[at.index * width + d] = number;
+  each_number(tokens.width, [&](int, int d) {
+    T number = at.token >= 0 && d < tokens.dim ? from[d * strides.d] : from_float<T>(0);
+    if (is_value && !(fabsf(to_float(number)) < INFINITY)) finite = false, number = from_float<T>(0);
+    tokens.out[at.index * tokens.width + d] = number;
     largest = fmaxf(largest, fabsf(to_float(number)));
   });
+  if (!is_value) return;
   if (bounds != nullptr) {
     largest = max_over_warp(largest);
     if (threadIdx.x % 32 == 0) note_largest(bounds + at.z, largest);
@@ -138,10 +144,12 @@ void find_order(const bool* real, int images, int n, int height, int width, int 
 }
 
 template <class T>
-void arrange(const T* x, Strides strides, int n_heads, int heads, int per_image, const Order& order, int dim, int width,
-             T* out, uint32_t* not_finite, uint32_t* bounds, cudaStream_t stream) {
-  launch("asa_arrange_kernel", &asa_arrange_kernel<T>, row_programs(n_heads, order), kThreads, 0, stream, x, strides,
-         heads, per_image, order, dim, width, out, not_finite, bounds);
+void arrange(const Tokens<T>& value, const Tokens<T>& query, const Tokens<T>& key, int tensors, int n_heads, int heads,
+             int per_image, uint32_t* not_finite, uint32_t* bounds, cudaStream_t stream) {
+  const Order& longest = value.order.padded > query.order.padded ? value.order : query.order;
+  const dim3 programs(row_programs(n_heads, longest).x, tensors);
+  launch("asa_arrange_kernel", &asa_arrange_kernel<T>, programs, kThreads, 0, stream, value, query, key, n_heads, heads,
+         per_image, not_finite, bounds);
 }
 
 template <class T>
@@ -152,8 +160,8 @@ void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides
 }
 
 #define INSTANTIATE(T)                                                                                           \
-  template void arrange(const T*, Strides, int, int, int, const Order&, int, int, T*, uint32_t*, uint32_t*,      \
-                        cudaStream_t);                                                                           \
+  template void arrange(const Tokens<T>&, const Tokens<T>&, const Tokens<T>&, int, int, int, int, uint32_t*,     \
+                        uint32_t*, cudaStream_t);                                                                \
   template void arrange_gradient(const Problem<T>&, const T*, Strides, const Saved<T>&, T*, const RowGradients&, \
                                  cudaStream_t);
 INSTANTIATE(Half)

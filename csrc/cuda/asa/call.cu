@@ -64,7 +64,10 @@ int padded(int64_t n) { return static_cast<int>((n + kBlock - 1) / kBlock * kBlo
 
 int padded_width(int64_t dim) { return dim <= 64 ? 64 : dim <= 128 ? 128 : 256; }
 
-Strides strides_of(const Tensor& x) { return {x.stride(0), x.stride(1), x.stride(2), x.dim() > 3 ? x.stride(3) : 0}; }
+Strides strides_of(const Tensor& x, int64_t heads) {
+  const int shared = x.size(1) > 0 ? static_cast<int>(heads / x.size(1)) : 1;
+  return {x.stride(0), x.stride(1), x.stride(2), x.stride(3), shared};
+}
 
 Multiplier multiplier(const Optional& x) {
   if (!x) return {};
@@ -177,20 +180,25 @@ class Call {
     const float band2 = p_.one_way_bits ? band() * static_cast<float>(kLog2E) : 0;
     const Thresholds thresholds = new_thresholds(scratch);
     find_thresholds(p_, splits, largest, total, saved_, band2, thresholds, stream_);
+    const uint8_t* occupied = nullptr;
     if (p_.has_bits) {
+      uint8_t* const found = has_tiles() ? scratch.get<uint8_t>(tiles()) : nullptr;
+      if (found != nullptr) clear_memory(found, tiles(), stream_);
       const uint8_t* const flags = thresholds.flags;
-      find_neighbours(p_, thresholds, list(scratch, flags, p_.mutual ? flags : nullptr, p_.mutual, true), stream_);
+      const Lists lists = list(scratch, flags, p_.mutual ? flags : nullptr, p_.mutual, true);
+      find_neighbours(p_, thresholds, lists, found, stream_);
+      occupied = found;
     } else if (is_dense_) {
       keep_everybody(p_, stream_);
+      occupied = find_occupied_tiles(scratch);
     }
-    if (p_.window > 0) find_local_survivors(p_, saved_, stream_);
     Parts values;
     Totals totals{};
     if (has_tiles()) {
       values = new_parts(scratch, true, p_.width_v);
       const int64_t numbers = values.splits * rows;
       totals = {scratch.get<float>(numbers), scratch.get<float>(numbers), scratch.get<int32_t>(numbers)};
-      const Lists lists = list_occupied(scratch, find_occupied_tiles(scratch), true);
+      const Lists lists = list_occupied(scratch, occupied, true);
       sum_neighbours(Sum::kValues, p_, lists, {}, values, totals, stream_);
     }
     finish_out(p_, values, totals, saved_, stream_);
@@ -255,12 +263,9 @@ class Call {
     return {n, room, order, place, counts};
   }
 
-  const T* tokens(const Tensor& x, const Order& order, int width, uint32_t* not_finite = nullptr,
-                  uint32_t* bounds = nullptr) {
+  Tokens<T> tokens(const Tensor& x, const Order& order, int width) {
     T* const out = scratch_.template get<T>(int64_t(p_.n_heads) * order.padded * width);
-    arrange(data<const T>(x), strides_of(x), p_.n_heads, p_.heads, p_.per_image, order, static_cast<int>(x.size(3)),
-            width, out, not_finite, bounds, stream_);
-    return out;
+    return {data<const T>(x), strides_of(x, p_.heads), order, static_cast<int>(x.size(3)), width, out};
   }
 
   void arrange_tokens() {
@@ -268,9 +273,12 @@ class Call {
     auto* const not_finite = scratch_.template get<uint32_t>(words);
     clear_memory(not_finite, words * sizeof(uint32_t), stream_);
     p_.symmetric = is_same(arguments_.query, arguments_.key);
-    p_.q = tokens(arguments_.query, p_.rows, p_.width);
-    p_.k = p_.symmetric ? p_.q : tokens(arguments_.key, p_.keys, p_.width);
-    p_.v = tokens(arguments_.value, p_.keys, p_.width_v, not_finite, p_.bounds);
+    const Tokens<T> value = tokens(arguments_.value, p_.keys, p_.width_v);
+    const Tokens<T> query = tokens(arguments_.query, p_.rows, p_.width);
+    const Tokens<T> key = p_.symmetric ? query : tokens(arguments_.key, p_.keys, p_.width);
+    arrange(value, query, key, p_.symmetric ? 2 : 3, p_.n_heads, p_.heads, p_.per_image, not_finite, p_.bounds,
+            stream_);
+    p_.q = query.out, p_.k = key.out, p_.v = value.out;
     p_.not_finite = not_finite;
   }
 
@@ -282,7 +290,7 @@ class Call {
     const RowGradients row{numbers(), numbers(), numbers(),
                            numbers(), numbers(), scratch_.template get<uint32_t>(p_.n_heads)};
     clear_memory(row.not_finite_head, p_.n_heads * sizeof(uint32_t), stream_);
-    arrange_gradient(p_, data<const T>(d_out), strides_of(d_out), saved_, arranged, row, stream_);
+    arrange_gradient(p_, data<const T>(d_out), strides_of(d_out, p_.heads), saved_, arranged, row, stream_);
     p_.d_out = arranged;
     return row;
   }
@@ -416,15 +424,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tens
     const std::vector<int64_t> shape = {x.batch(), x.heads(), x.n_q()};
     return written ? torch::stable::new_empty(lse, shape) : torch::stable::new_zeros(lse, shape);
   };
-  const Gradients gradients{x.new_gradient(query, written), x.new_gradient(key, written),
-                            x.new_gradient(value, written), rows(alpha), rows(beta)};
+  // Of the keys of every query head; those that share them are added up in the end.
+  const auto of_keys = [&](const Tensor& tokens) {
+    const std::vector<int64_t> shape = {x.batch(), x.heads(), x.n_k(), tokens.size(3)};
+    return written ? torch::stable::new_empty(tokens, shape) : torch::stable::new_zeros(tokens, shape);
+  };
+  const Gradients gradients{x.new_gradient(query, written), of_keys(key), of_keys(value), rows(alpha), rows(beta)};
   if (!x.is_empty())
     for_type(query, [&](auto zero) { Call<decltype(zero)>(x, saved, true).backward(grad_out, gradients); });
   const auto of_multiplier = [&](const Optional& multiplier, const Optional& of_rows) {
     if (!multiplier) return torch::stable::new_empty(query, {x.batch(), 0, 0});
     return of_rows ? sum_to(*multiplier, *of_rows) : x.new_gradient(*multiplier, false);
   };
-  return {gradients.dq, gradients.dk, gradients.dv, of_multiplier(alpha, gradients.dalpha),
+  const auto of_key_heads = [&](const Tensor& dx) {
+    if (x.group() == 1) return dx;
+    const std::vector<int64_t> shape = {x.batch(), x.key_heads(), x.group(), x.n_k(), dx.size(3)}, shared = {2};
+    return torch::stable::sum(torch::stable::view(dx, shape), shared);
+  };
+  return {gradients.dq, of_key_heads(gradients.dk), of_key_heads(gradients.dv), of_multiplier(alpha, gradients.dalpha),
           of_multiplier(beta, gradients.dbeta)};
 }
 

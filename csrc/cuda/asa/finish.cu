@@ -8,7 +8,7 @@
 namespace asa_ops::cuda {
 namespace {
 
-// Output and statistics. Rows that are padding are not touched.
+// Output and statistics, and the local survivors. Rows that are padding are not touched.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
     asa_finish_out_kernel(Problem<T> p, Parts values, Totals totals, Saved<T> saved) {
@@ -28,6 +28,7 @@ __global__ void __launch_bounds__(kThreads)
     add(sum, weight, vector_at(values.sums, row, p.width_v));
   }
   const Vector q = vector_at(p.q, at.index, p.width);
+  if (p.window > 0) find_local_survivors(p, at, q, saved);
   visit_keys(p, at, saved.local, [&](int j) {
     const int64_t key = row_at(at.z, p.keys.padded, j);
     const float s = dot(q, vector_at(p.k, key, p.width)) * p.scale2;

@@ -37,6 +37,17 @@ struct Order {
 // Where the numbers of a [B, heads, N, D] tensor lie.
 struct Strides {
   int64_t b = 0, h = 0, n = 0, d = 0;
+  int shared = 1;  // heads that share one of the tensor's
+};
+
+// The tokens of a tensor, and where and in which order they are to stand.
+template <class T>
+struct Tokens {
+  const T* x;
+  Strides strides;
+  Order order;
+  int dim, width;  // before and after
+  T* out;
 };
 
 // A multiplier of thresholds, [B, heads or 1, N] float32; no data: there is none.
@@ -172,13 +183,13 @@ __device__ __forceinline__ float step_derivative(float z, float band) { return f
 
 // Launchers, in the order of a call.
 
-// arrange.cu. `not_finite`, zeroed before, may be null: then numbers that are not finite stay. `bounds` [n_heads],
-// zeroed before, may be null too.
+// arrange.cu. `not_finite` is zeroed before; so is `bounds` [n_heads], which may be null.
 void find_order(const bool* real, int images, int n, int height, int width, int padded, int32_t* order, int32_t* place,
                 int32_t* counts, cudaStream_t stream);
+// The tensors are value, query and, if there are three, key: of value it is noted what is not finite, and the bounds.
 template <class T>
-void arrange(const T* x, Strides strides, int n_heads, int heads, int per_image, const Order& order, int dim, int width,
-             T* out, uint32_t* not_finite, uint32_t* bounds, cudaStream_t stream);
+void arrange(const Tokens<T>& value, const Tokens<T>& query, const Tokens<T>& key, int tensors, int n_heads, int heads,
+             int per_image, uint32_t* not_finite, uint32_t* bounds, cudaStream_t stream);
 template <class T>
 void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides, const Saved<T>& saved, T* arranged,
                       const RowGradients& row, cudaStream_t stream);
@@ -206,13 +217,11 @@ void list_blocks(const uint8_t* by_rows, const uint8_t* by_columns, bool upper, 
 template <class T>
 void keep_everybody(const Problem<T>& problem, cudaStream_t stream);
 
-// Decides the pairs of all listed tiles, and of their transposes if mutual. Words are zeroed before.
+// Decides the pairs of all listed tiles, and of their transposes if mutual; `occupied`, if not null, says which tiles
+// hold any. Words and these are zeroed before.
 template <class T>
-void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, cudaStream_t stream);
-
-// window.cu: log_mean2 and the local survivors.
-template <class T>
-void find_local_survivors(const Problem<T>& problem, const Saved<T>& saved, cudaStream_t stream);
+void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, uint8_t* occupied,
+                     cudaStream_t stream);
 
 // sums.cu: sums over the neighbours in listed blocks: of values, with totals; the error of delta, a number a row; of
 // dq / scale, dk / scale, dv.

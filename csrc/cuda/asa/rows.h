@@ -146,6 +146,41 @@ __device__ __forceinline__ void visit_neighbours(const Problem<T>& p, const Warp
   }
 }
 
+// The local block of a row: log_mean2_i = log2 mean exp2 s2_ij over the window of i, and its survivors, s2_ij -
+// log_mean2_i > log2 beta_i. Pairs of a window are few and scattered, so they are taken one at a time, in plain float32
+// products. Scores are formed twice, so that a window of any size needs no memory.
+template <class T>
+__device__ __forceinline__ void find_local_survivors(const Problem<T>& p, const WarpRow& at, const Vector& q,
+                                                     const Saved<T>& saved) {
+  // Calls use(offset, whether a token is there, score) for every offset of the window.
+  const auto visit = [&](auto use) {
+    visit_window(p, at, [&](int offset, int j) {
+      use(offset, j >= 0,
+          j < 0 ? -INFINITY : dot(q, vector_at(p.k, row_at(at.z, p.keys.padded, j), p.width)) * p.scale2);
+    });
+  };
+  float largest = -INFINITY, total = 0;
+  int members = 0, first = 0;  // offset of the largest
+  visit([&](int offset, bool in_window, float s) {
+    if (s > largest) first = offset;
+    const float base = fmaxf(largest, s), finite = base == -INFINITY ? 0 : base;
+    total = total * exp2f(largest - finite) + exp2f(s - finite);
+    members += in_window;
+    largest = base;
+  });
+  const float mean2 = largest + log2f(total) - log2f(float(members));
+  const float beta = multiplier_at(p.beta, at.z, p.heads, at.token);
+  const float cut = beta >= 0 ? log2f(beta) : NAN;
+  const int lane = threadIdx.x % 32;
+  if (lane == 0) saved.log_mean2.of(at.z)[at.token] = mean2;
+  uint8_t* const flags = saved.local.of(at.z) + int64_t(at.token) * (p.window * p.window);
+  visit([&](int offset, bool in_window, float s) {
+    const float seen = offset == first ? largest : s;  // formed again, the largest might miss a cut that it exceeds
+    if (lane == 0) flags[offset] = in_window && seen - mean2 > cut;
+  });
+  __syncwarp();  // now all lanes may read the flags
+}
+
 // Calls use(position) for the survivors of a query that no tile sums.
 template <class T, class Use>
 __device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local,

@@ -164,7 +164,8 @@ __device__ __forceinline__ uint32_t transposed(const Bits& tile, int row, int si
 
 // Every gridDim.y-th listed block of a block of rows.
 template <class T>
-__global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresholds thresholds, Lists lists) {
+__global__ void __launch_bounds__(kThreads)
+    asa_mask_kernel(Problem<T> p, Thresholds thresholds, Lists lists, uint8_t* occupied) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int blocks = p.rows.blocks(), padded = p.rows.padded;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
@@ -229,10 +230,13 @@ __global__ void __launch_bounds__(kThreads) asa_mask_kernel(Problem<T> p, Thresh
     uint32_t word = shared.there[row][side];
     if (p.mutual && !p.one_way_bits) word &= j == block ? transposed(shared.there, row, side) : shared.back[row][side];
     words[int64_t(2 * j + side) * padded + block * kBlock + row] = word;
+    uint8_t* const tiles = occupied + int64_t(z) * blocks * lists.others;
+    if (occupied != nullptr && word != 0) tiles[int64_t(block) * lists.others + j] = 1;
     if (p.mutual && j != block) {
       uint32_t other = transposed(shared.back, row, side);
       if (!p.one_way_bits) other &= transposed(shared.there, row, side);
       words[int64_t(2 * block + side) * padded + j * kBlock + row] = other;
+      if (occupied != nullptr && other != 0) tiles[int64_t(j) * lists.others + block] = 1;
     }
     // The next tile's bits are written after the barriers of its chunks.
   }
@@ -269,11 +273,12 @@ void keep_everybody(const Problem<T>& problem, cudaStream_t stream) {
 }
 
 template <class T>
-void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, cudaStream_t stream) {
+void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, uint8_t* occupied,
+                     cudaStream_t stream) {
   const int blocks = problem.n_heads * problem.rows.blocks();
   const int splits = min(lists.others, 1 + 8 * processors() / blocks);  // lists differ in length
   launch("asa_mask_kernel", &asa_mask_kernel<T>, dim3(blocks, splits), kThreads, sizeof(Shared), stream, problem,
-         thresholds, lists);
+         thresholds, lists, occupied);
 }
 
 #define INSTANTIATE(T)                                                                                      \
@@ -281,7 +286,7 @@ void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, co
                                 const Thresholds&, cudaStream_t);                                           \
   template void find_occupied(const Problem<T>&, uint8_t*, cudaStream_t);                                   \
   template void keep_everybody(const Problem<T>&, cudaStream_t);                                            \
-  template void find_neighbours(const Problem<T>&, const Thresholds&, const Lists&, cudaStream_t);
+  template void find_neighbours(const Problem<T>&, const Thresholds&, const Lists&, uint8_t*, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 INSTANTIATE(float)
