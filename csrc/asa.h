@@ -41,7 +41,7 @@ struct Options {
       : topk(topk), reciprocal(reciprocal), scale(scale), band(band) {
     check(grid.empty() || grid.size() == 2, "grid", "[] or [H, W]: one and three dimensions do not work yet");
     if (!grid.empty()) height = grid[0], width = grid[1];
-    check(height >= 0 && width >= 0, "grid", "of sides of at least 0");
+    for (const int64_t side : grid) check(side >= 0 && side <= INT32_MAX, "grid", "of sides from 0 to 2^31 - 1");
     check(!sides.empty() && sides.size() <= 3, "window", "one odd side for each of the grid");
     for (const int64_t side : sides) {
       check(side > 0 && side % 2 == 1, "window", "odd");
@@ -182,8 +182,9 @@ struct MultiplierStrides {
 struct Kept {
   int64_t bits, kappa, log_mean, local, residual, base2, bytes = 0;
 
-  // `bits`, `residual` and `base2` take as many bytes as a device says.
-  Kept(const Arguments& x, int64_t bits, int64_t residual, int64_t base2) {
+  // `bits`, `residual` and `base2` take as many bytes as a device says. 128 bytes more say that bits are one-way, and
+  // have a backward refuse those that a forward with another band kept.
+  Kept(const Arguments& x, int64_t bits, int64_t residual, int64_t base2, bool one_way = false) {
     const int64_t n = x.n_q(), statistic = x.type() == ScalarType::Double ? 8 : 4;
     this->bits = piece(x.has_neighbours() ? bits : 0);
     kappa = piece(x.options.topk > 0 ? n * statistic : 0);
@@ -191,6 +192,7 @@ struct Kept {
     local = piece(n * x.positions());
     this->residual = piece(residual);
     this->base2 = piece(base2);
+    piece(one_way ? 128 : 0);
   }
 
  private:

@@ -213,8 +213,9 @@ _OP = ("asa_attention", "asa")  # the names of the op and of its kernels
 def _chosen(query: Tensor, value: Tensor, impl: str) -> str:
     """Return the implementation that runs the call."""
     dim = max(query.shape[-1], value.shape[-1])
-    # What is remembered cannot be traced.
-    resolve = dispatch.resolve if torch.compiler.is_compiling() else dispatch.remembered
+    # Sizes may be symbols, or, under torch.jit.trace, tensors; and what is remembered cannot be traced.
+    plain = type(dim) is int and isinstance(impl, str) and not torch.compiler.is_compiling()
+    resolve = dispatch.remembered if plain else dispatch.resolve
     return resolve(dispatch.Call(*_OP, query.device, query.dtype, dim), impl)
 
 

@@ -51,8 +51,8 @@ _DOUBLE_BACKWARD = (
 )
 
 
-def _every_row(row_start: int = 0, row_stop: int | None = None, rows_statistics: Tensor | None = None) -> None:
-    if row_start or row_stop is not None or rows_statistics is not None:
+def _every_row(query: Tensor, start: int = 0, stop: int | None = None, statistics: Tensor | None = None) -> None:
+    if start or stop not in (None, query.shape[2]) or statistics is not None:
         raise RuntimeError("asa_attention: a range of rows does not work yet")
 
 
@@ -69,18 +69,21 @@ def _define(impl: str) -> None:
 
     def forward(*args: Any) -> Any:
         tensors, options, (band, keep), rows = args[:6], args[6:11], args[11:13], args[13:]
-        _every_row(*rows)
+        _every_row(tensors[0], *rows)
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
-        saved = Saved.new(inputs, options, impl, keep)
+        saved = Saved.new(inputs, options, impl, keep, band)
         dispatch.load("asa", impl).fwd(inputs, options, saved, band if band and keep else None)
         return *saved[:4], saved.kept if keep else saved.kept.new_empty(*saved.kept.shape[:2], 0)
 
     def backward(grad_out: Tensor, *args: Any) -> Any:
         tensors, outputs, options, band, rows = args[:6], args[6:11], args[11:16], args[16], args[17:]
-        _every_row(*rows)
+        _every_row(tensors[0], *rows)
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
-        if outputs[4].shape[2] != kept_bytes(inputs, options, impl):
+        expected, found = kept_bytes(inputs, options, impl, band=band), outputs[4].shape[2]
+        if expected and not found:
             raise RuntimeError("asa_attention: this forward pass ran with keep=False, so it has no backward")
+        if found != expected:
+            raise RuntimeError(f"asa_attention: kept must be of {expected} bytes a head, got {found}")
         saved = Saved.of(inputs, options, impl, True, *outputs)
         gradients = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band or None)
         return tuple(_like(dx, x, grad_out) for dx, x in zip(gradients, tensors[:5], strict=True))
@@ -169,7 +172,7 @@ def register(stem: str, impl: str | None = None) -> None:
     def _(*args: Any) -> Any:
         inputs, options, keep = Inputs(*args[:6]), Options.of(*args[6:11]), args[12]
         kind = impl or ("cpu" if inputs.query.device.type == "cpu" else "cuda")
-        return new_outputs(inputs, kept_bytes(inputs, options, kind) if keep else 0)
+        return new_outputs(inputs, kept_bytes(inputs, options, kind, band=args[11]) if keep else 0)
 
     @torch.library.register_fake(bwd)  # type: ignore[untyped-decorator]
     def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Any, beta: Any, *_: Any) -> Any:

@@ -142,9 +142,9 @@ class Saved(NamedTuple):
     base2: Tensor  # [.., 3, N_q] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 
     @classmethod
-    def new(cls, inputs: Inputs, options: Options, impl: str, keep: bool) -> "Saved":
+    def new(cls, inputs: Inputs, options: Options, impl: str, keep: bool, band: float = 0.0) -> "Saved":
         """Allocate what a forward pass of ``impl`` writes; without ``keep`` only what it needs itself."""
-        return cls.of(inputs, options, impl, keep, *new_outputs(inputs, kept_bytes(inputs, options, impl, keep)))
+        return cls.of(inputs, options, impl, keep, *new_outputs(inputs, kept_bytes(inputs, options, impl, keep, band)))
 
     @classmethod
     def of(cls, inputs: Inputs, options: Options, impl: str, keep: bool, *outputs: Tensor) -> "Saved":
@@ -180,10 +180,13 @@ def _pieces(inputs: Inputs, options: Options, impl: str, keep: bool) -> list[tup
     ]
 
 
-def kept_bytes(inputs: Inputs, options: Options, impl: str, keep: bool = True) -> int:
+def kept_bytes(inputs: Inputs, options: Options, impl: str, keep: bool = True, band: float = 0.0) -> int:
     """Return how many bytes a forward pass of ``impl`` keeps of one head; an expression of symbolic sizes."""
     pieces = _pieces(inputs, options, impl, keep)
-    return sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in pieces)
+    size = sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in pieces)
+    # More says that bits are A, not M, and has a backward refuse those that a forward with another band kept.
+    one_way = keep and band > 0 and impl in PADDED_TO and options.reciprocal and inputs.alpha is not None
+    return size + 128 if one_way else size
 
 
 def new_outputs(inputs: Inputs, kept: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:

@@ -8,14 +8,25 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core import dispatch
-from ..core.contracts import backward_of, run_folded, run_outside_autocast
+from ..core.contracts import backward_of, below_autograd, differentiate, run_outside_autocast
 from . import reference
 
 Shape = Sequence[int]
 
 
-@torch.library.custom_op("asa_ops::criss_cross_fwd", mutates_args=())
-def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
+_LIBRARY = torch.library.Library("asa_ops", "FRAGMENT")
+_INPUTS = "Tensor query, Tensor key, Tensor value"
+for _schema in (
+    f"criss_cross_fwd({_INPUTS}, float scale, str impl) -> (Tensor out, Tensor stats)",
+    f"criss_cross_bwd(Tensor grad_out, {_INPUTS}, Tensor stats, float scale, str impl) -> (Tensor, Tensor, Tensor)",
+):
+    _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
+criss_cross_fwd = torch.ops.asa_ops.criss_cross_fwd.default
+criss_cross_bwd = torch.ops.asa_ops.criss_cross_bwd.default
+
+
+@torch.library.impl(_LIBRARY, "criss_cross_fwd", "CompositeExplicitAutograd")
+def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
     """Run the forward of ``impl`` on checked arguments.
 
     Returns:
@@ -29,7 +40,7 @@ def criss_cross_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, imp
     return outputs
 
 
-@criss_cross_fwd.register_fake
+@torch.library.register_fake(criss_cross_fwd)  # type: ignore[untyped-decorator]
 def _(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> tuple[Tensor, Tensor]:
     return _new_outputs(query, value)
 
@@ -40,8 +51,8 @@ def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     return query.new_empty(value.shape), stats
 
 
-@torch.library.custom_op("asa_ops::criss_cross_bwd", mutates_args=())
-def criss_cross_bwd(
+@torch.library.impl(_LIBRARY, "criss_cross_bwd", "CompositeExplicitAutograd")
+def _backward(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
@@ -50,7 +61,7 @@ def criss_cross_bwd(
     scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of query, key, value from what :func:`criss_cross_fwd` returned."""
+    """Return the gradients of query, key, value from what the forward returned."""
     inputs = query, key, value
     if not grad_out.numel():
         dq, dk, dv = (x.new_empty(x.shape) for x in inputs)
@@ -60,43 +71,41 @@ def criss_cross_bwd(
     return dq, dk, dv
 
 
-@criss_cross_bwd.register_fake
+@torch.library.register_fake(criss_cross_bwd)  # type: ignore[untyped-decorator]
 def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
     return tuple(x.new_empty(x.shape) for x in (query, key, value))
 
 
-_Backward = backward_of(
-    criss_cross_bwd, "criss_cross_attention has no double backward in this implementation: use impl='reference'"
-)
+_without_grad = below_autograd(criss_cross_fwd)
 
 
 class _CrissCross(torch.autograd.Function):
-    """Autograd around the op. A Function with ``setup_context`` and ``vmap`` works under torch.func transforms."""
-
     @staticmethod
-    def forward(*args: Any) -> Any:
-        return criss_cross_fwd(*args)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-        *maps, ctx.scale, ctx.impl = inputs
+    def forward(ctx: Any, *args: Any) -> Any:
+        *maps, ctx.scale, ctx.impl = args
+        output = _without_grad(*args)
         ctx.save_for_backward(*maps, output[1])
         ctx.mark_non_differentiable(output[1])
         ctx.set_materialize_grads(False)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
         if grad_out is None:
             return (None,) * 5
-        return *_Backward.apply(grad_out, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None
+        return *criss_cross_bwd(grad_out, *ctx.saved_tensors, ctx.scale, ctx.impl), None, None
 
     @staticmethod
-    def vmap(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        return run_folded(_CrissCross.apply, info.batch_size, in_dims, args)
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        raise NotImplementedError(
+            "criss_cross_attention has no forward-mode derivative (jvp) in this implementation: use reverse mode "
+            "(torch.func.vjp, torch.func.jacrev), or impl='reference'"
+        )
 
 
-# The raw op has the same gradient, for whoever calls it from a graph without the Function.
-criss_cross_fwd.register_autograd(_CrissCross.backward, setup_context=_CrissCross.setup_context)
+_DOUBLE_BACKWARD = "criss_cross_attention has no double backward in this implementation: use impl='reference'"
+differentiate(_LIBRARY, criss_cross_fwd, _CrissCross)
+differentiate(_LIBRARY, criss_cross_bwd, backward_of(criss_cross_bwd, _DOUBLE_BACKWARD))
 
 
 @register_flop_formula(torch.ops.asa_ops.criss_cross_fwd)
@@ -118,11 +127,10 @@ def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -
     """Run ``impl`` with autograd on checked arguments."""
     if impl == "reference":  # plain torch, differentiable twice: no op around it
         return reference.criss_cross_attention(query, key, value, scale=scale)
-    # torch.compile fails on a Function that is given one tensor twice or needs no gradient, and what torch.jit.trace
-    # makes of one cannot be saved; the op has its gradient.
+    # torch.compile fails on a Function that is given one tensor twice; torch.jit.trace cannot save what it makes of it.
     traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined]  # not in torch's list of public names
-    run = criss_cross_fwd if traced else _CrissCross.apply
+    run = criss_cross_fwd if traced or torch._C._are_functorch_transforms_active() else _CrissCross.apply
     return run(query, key, value, scale, impl)[0]
 
 
-run_outside_autocast(torch.ops.asa_ops.criss_cross_fwd.default, torch.ops.asa_ops.criss_cross_bwd.default)
+run_outside_autocast(criss_cross_fwd, criss_cross_bwd)

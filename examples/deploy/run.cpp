@@ -27,6 +27,10 @@ int main(int argc, char** argv) {
     return 1;
   }
   std::ifstream file(argv[3], std::ios::binary);
+  if (!file) {
+    std::cerr << "cannot read " << argv[3] << '\n';
+    return 1;
+  }
   const std::vector<char> bytes{std::istreambuf_iterator<char>(file), {}};
   std::vector<at::Tensor> inputs;
   const c10::IValue list = torch::jit::pickle_load(bytes);
@@ -39,5 +43,11 @@ int main(int argc, char** argv) {
     written_tensors.emplace_back(x);
   }
   const std::vector<char> written = torch::jit::pickle_save(c10::ivalue::Tuple::create(written_tensors));
-  std::ofstream(argv[4], std::ios::binary).write(written.data(), static_cast<std::streamsize>(written.size()));
+  std::ofstream out(argv[4], std::ios::binary);
+  out.write(written.data(), static_cast<std::streamsize>(written.size()));
+  out.close();
+  if (!out) {
+    std::cerr << "cannot write " << argv[4] << '\n';
+    return 1;
+  }
 }

@@ -548,7 +548,7 @@ REFUSED = [  # argument, what it is made, message
     ("key_padding_mask", lambda x: x[:, :9], "key_padding_mask must be of the shape expected"),
     ("key_padding_mask", lambda x: x.float(), "key_padding_mask must be of the dtype expected"),
     ("grid", lambda x: [x[0] + 1, x[1]], r"height \* width must be N"),
-    ("grid", lambda x: [-4, -6], "grid must be of sides of at least 0"),
+    ("grid", lambda x: [-4, -6], r"grid must be of sides from 0 to 2\^31 - 1"),
     ("grid", lambda x: [24], "one and three dimensions do not work yet"),
     ("window", lambda x: [2, 2], "window must be odd"),
     ("window", lambda x: [3, 5], "the same side in every dimension: others do not work yet"),
@@ -597,6 +597,9 @@ def test_backward_and_neighbors_refuse_what_does_not_fit(impl):
         found.bwd(**{"grad_out": torch.ones_like(saved["out"])} | call | changes)
 
     neighbors()
+    thresholds = {name: call[name] for name in ("alpha", "beta", "key_padding_mask", "scale")}
+    graph = reciprocal_neighbors(call["query"], call["key"], grid=(4, 6), impl=impl, **thresholds)
+    assert equal((offsets, columns), graph)
     backward()
     first, inner, last = offsets[:1], offsets[1:-1], offsets[-1:]
     survivors, out = saved["survivors"], saved["out"]
@@ -611,6 +614,8 @@ def test_backward_and_neighbors_refuse_what_does_not_fit(impl):
         ("grad_out must be of the shape expected", backward, {"grad_out": out[..., :2]}),
         ("a range of them does not work yet", backward, {"row_stop": 3}),
     ]
+    if impl != "cpu":  # what bits mean there depends on it
+        wrong.append(("kept must be of the shape expected", backward, {"band": 0.0}))
     if impl == "cpu":  # a GPU does not read them back
         wrong += [
             ("numbers of survivors", neighbors, {"offsets": torch.cat([first, inner + 1, last])}),

@@ -11,7 +11,7 @@ from block_cases import alive
 from implementations import slow
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from asa_ops import asa_attention, nn
+from asa_ops import asa_attention, criss_cross_attention, nn
 
 needs_inductor = pytest.mark.skipif(
     not Path(sysconfig.get_path("include"), "Python.h").exists(),
@@ -96,6 +96,16 @@ def test_transforms_compile_to_one_call(transformed):
     torch.testing.assert_close(compiled(*tokens), transformed(*tokens), rtol=1e-4, atol=1e-5)
     traced = make_fx(transformed)(*tokens)
     assert sum("asa_fwd" in str(node.target) for node in traced.graph.nodes) == 1
+
+
+def test_gradients_of_criss_cross_compile_under_vmap():
+    torch._dynamo.reset()
+    maps = torch.randn(3, 5, 1, 2, 4, 3).unbind()
+    transformed = torch.func.vmap(
+        torch.func.grad(lambda *x: criss_cross_attention(*x).square().sum(), argnums=(0, 1, 2))
+    )
+    compiled = torch.compile(transformed, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*maps), transformed(*maps), rtol=1e-4, atol=1e-5)
 
 
 def test_compiled_autograd():

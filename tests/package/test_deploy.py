@@ -90,5 +90,8 @@ def test_the_gradient_as_a_function(program, tmp_path):
         str(node.target).split(".")[1] for node in exported.graph.nodes if "asa" in str(node.target)
     }
     package = packaged(exported, tmp_path / "gradients.pt2")
+    for_any_size = make_fx(gradients, tracing_mode="symbolic")(*inputs)
+    larger = [*torch.randn(3, 1, 2, 90, 8), torch.ones(1, 1, 90), torch.randn(1, 2, 90, 8)]
+    torch.testing.assert_close(for_any_size(*larger), gradients(*larger))
     other = [x + 0.1 * torch.randn_like(x) for x in inputs]
     torch.testing.assert_close(run_alone(program, package, other, tmp_path), gradients(*other), rtol=1e-4, atol=1e-5)

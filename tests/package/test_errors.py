@@ -49,6 +49,7 @@ ASA = [
     ({"alpha": lambda x: x[None]}, ValueError, r"alpha must broadcast to .*\[2, 2, 24\], got .*\[1, 2, 1, 24\]"),
     ({"alpha": lambda x: x[0, 0, :2]}, ValueError, r"alpha must broadcast to .*\[2, 2, 24\], got .*\[1, 1, 2\]"),
     ({"alpha": "2"}, TypeError, r"alpha must be a number or a tensor, got '2' of type str"),
+    ({"impl": ["cpu"]}, ValueError, r"impl must be one of .*, got \['cpu'\] of type list"),
     ({"alpha": [2.0]}, TypeError, r"alpha must be a number or a tensor, got \[2.0\] of type list"),
     ({"query": torch.nested.nested_tensor([torch.ones(2, 24, 3)] * 2)}, TypeError, "query must be no nested tensor"),
     ({"alpha": lambda x: x.double()}, TypeError, r"alpha must be torch.float32, got a torch.float64"),

@@ -141,9 +141,10 @@ def _asa_arrange_gradient_kernel(
     empty = tl.load(survivors + row, mask=real, other=0) == 0
     ended = (empty | nan_row)[:, None] & (finite == 0)
     g = tl.where(ended, 0, g)
+    g = operand(g, PRECISION)
+    tl.store(tokens.do + at[:, None] * DIM + d[None, :], g)
     if tokens.bounds is not None:
         note_largest(tokens.bounds + 2 * z + 1, tl.sum(tl.abs(g.to(tl.float32)), 1))
-    g = operand(g, PRECISION)
     # By a product of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
     products = tl.dot(g, operand(tl.where(o == o, o, 0), PRECISION).T, input_precision=PRECISION)
     if residual.numbers is not None:
@@ -152,7 +153,6 @@ def _asa_arrange_gradient_kernel(
     i = tl.arange(0, BLOCK)
     of_row = tl.sum(tl.where(i[:, None] == i[None, :], products, 0), 1)
     tl.store(rows.delta + at, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
-    tl.store(tokens.do + at[:, None] * DIM + d[None, :], g)
     largest = tl.load(of_head(base2, z) + n + token, mask=real, other=float("inf"))
     total = tl.load(of_head(base2, z) + 2 * n + token, mask=real, other=1)
     tl.store(rows.top + at, tl.where(real, top_of(largest), largest))

@@ -28,7 +28,7 @@ class Config(NamedTuple):
 
 
 KERNELS = ("statistics", "topk", "mask", "aggregate", "dq", "dkv", "dk", "dv", "dt")
-HALF, SINGLE = "half", "float32"
+HALF, FLOAT16, SINGLE = "half", "float16", "float32"
 
 _TABLE = {
     # Hopper: tiles by tensor descriptors, wgmma. A result of 128 rows needs 8 warps, one of 64 rows 4.
@@ -62,6 +62,9 @@ _TABLE = {
     ("dk_both", 256, HALF, 90): Config(64, 32, 4, 1, tma=True),
     ("dv_both", 256, HALF, 90): Config(64, 32, 4, 2, tma=True),
     ("dkv_both", 64, HALF, 90): Config(64, 64, 4, 2, tma=True),
+    # Float16 bounds the gradients of scores, which would overflow: registers again.
+    ("dq", 256, FLOAT16, 90): Config(64, 32, 4, 2, tma=True),
+    ("dk", 256, FLOAT16, 90): Config(64, 32, 4, 2, tma=True),
     # Float32: operands in chunks, pointers.
     ("statistics", 256, SINGLE, 80): Config(64, 64, 4, 2, chunk=32),
     ("topk", 256, SINGLE, 80): Config(64, 64, 4, 2, chunk=32),
@@ -111,10 +114,13 @@ def find(kernel: str, dim: int, dtype: torch.dtype, architecture: int, both: boo
     if architecture == 0:
         return _INTERPRETED_TILES if kernel in ("statistics", "mask") else _INTERPRETED
     kind = SINGLE if dtype == torch.float32 else HALF
+    kinds = (FLOAT16, HALF) if dtype == torch.float16 else (kind,)
     head_dim = max(64, 1 << (dim - 1).bit_length())
     names = (f"{kernel}_both", kernel) if both else (kernel,)
     dims = (head_dim, 256) if kind == SINGLE else (head_dim,)  # float32 goes chunk by chunk, whatever the head dim
-    candidates = ((n, d, kind, arch) for arch in (90, 80) if arch <= architecture for n in names for d in dims)
+    candidates = (
+        (n, d, k, arch) for arch in (90, 80) if arch <= architecture for n in names for k in kinds for d in dims
+    )
     return next((_TABLE[row] for row in candidates if row in _TABLE), None)
 
 

@@ -69,7 +69,7 @@ void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
         keys |= static_cast<uint64_t>(real(p.real_k, c)) << c % kBlock;
       for (int64_t r = 0; r < kBlock; ++r) {
         const int64_t i = block * kBlock + r;
-        tile[r] = p.beta == nullptr && i < p.n_q && real(p.real_q, i) ? keys : 0;
+        tile[r] = p.window == 0 && i < p.n_q && real(p.real_q, i) ? keys : 0;
       }
     }
     for (int64_t r = 0; r < kBlock; ++r) m[r * p.blocks_k + j] = tile[r];
@@ -79,7 +79,7 @@ void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
 // Adds L of a block of queries to l, or L^T.
 template <class T>
 void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l) {
-  if (p.beta == nullptr) return;
+  if (p.window == 0) return;
   const int64_t size = p.window * p.window;
   for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
     const int64_t i = block * kBlock + r;

@@ -181,6 +181,11 @@ struct Call {
     p.lse = data<T>(saved.lse, rows), p.lse_kept = data<T>(saved.lse_kept, rows);
     p.survivors = data<int32_t>(saved.survivors, rows);
     p.n_real = p.n_k;
+    if (x.real) {
+      const bool* const real = data<const bool>(*x.real, i / x.heads() * p.n_k);
+      p.n_real = std::count(real, real + p.n_k, true);
+      if (p.n_real < p.n_k) p.real_k = real, p.real_q = p.n_q == p.n_k ? real : nullptr;
+    }
     return p;
   }
 
@@ -218,16 +223,11 @@ struct Call {
 template <class T>
 class Inputs {
  public:
-  // Reserves memory in the workspace, and notes which positions of the head are real.
+  // Reserves memory in the workspace.
   Inputs(const Call& call, const Kernels<T>& kernels, Problem<T>& p, int64_t i, Workspace& workspace)
       : kernels_(kernels), p_(p) {
     const Arguments& x = call.x;
     const int64_t b = i / x.heads(), h = i % x.heads();
-    if (x.real) {
-      const bool* const real = data<const bool>(*x.real, b * p.n_k);
-      p.n_real = std::count(real, real + p.n_k, true);
-      if (p.n_real < p.n_k) p.real_k = real, p.real_q = p.n_q == p.n_k ? real : nullptr;
-    }
     p.log_n_real = std::log(static_cast<double>(p.n_real));
     const Rows v = call.rows(x.value, i);
     q_.emplace(kernels, call.rows(x.query, i), p.n_q, p.real_q, workspace);
@@ -455,16 +455,16 @@ template <class T>
 void sum_gradients(const Call& call, const std::vector<T>& rows, const Tensor& gradient) {
   const Arguments& x = call.x;
   const int64_t shared_n = gradient.size(2), heads = gradient.size(1);
-  std::vector<T> sums(gradient.numel(), T(0));
+  std::vector<double> sums(gradient.numel(), 0.0);  // there may be many
   for (int64_t b = 0; b < x.batch(); ++b)
     for (int64_t h = 0; h < x.heads(); ++h) {
       const int64_t image = gradient.size(0) > 1 ? b : 0, head = heads > 1 ? h : 0;
       const T* const from = rows.data() + (b * x.heads() + h) * x.n_q();
-      T* const to = sums.data() + (image * heads + head) * shared_n;
+      double* const to = sums.data() + (image * heads + head) * shared_n;
       for (int64_t i = 0; i < x.n_q(); ++i) to[shared_n > 1 ? i : 0] += from[i];
     }
   const Rows all{gradient.mutable_data_ptr(), type_of(gradient), 1, 1, 1};
-  table<T>().write_rows(sums.data(), 0, gradient.numel(), 1, all);
+  table<double>().write_rows(sums.data(), 0, gradient.numel(), 1, all);
 }
 
 template <class T>
@@ -493,10 +493,8 @@ void list(const Call& call, const Outputs& saved, const int64_t* offsets, int32_
   for_heads(call.x.n_heads(), [&](int64_t i, int64_t threads) {
     Problem<T> p = call.head<T>(i, threads, saved);
     Workspace workspace(threads);
-    const Inputs<T> inputs(call, kernels, p, i, workspace);
     workspace.add_share(kernels.list_survivors_bytes(p));
     workspace.allocate_all();
-    inputs.get(workspace);
     call.set_kept(p, data<char>(saved.kept, i * call.kept.bytes));
     run({0, parts(p.n_q, p.q_at_a_time)}, workspace, [&](Queue& queue, void* scratch) {
       kernels.list_survivors(p, offsets + i * p.n_q, col_indices, queue, scratch);

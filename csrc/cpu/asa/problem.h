@@ -51,7 +51,7 @@ struct Problem {
   T band;
   T* delta;  // [n_q] <do_i, out_i>
 
-  bool scanned() const { return thresholded || beta != nullptr; }
+  bool scanned() const { return thresholded || window > 0; }
 };
 
 // The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities

@@ -94,11 +94,14 @@ int parts_of(int64_t programs, int limit) {
 
 constexpr int kMaxParts = 4;
 
+// Threshold gradients read A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
+bool has_one_way_bits(const Arguments& x) { return x.options.band > 0 && x.options.reciprocal && x.alpha; }
+
 // What is kept of a head, where a backward follows; otherwise what a forward needs itself.
 Kept kept_of(const Arguments& x, bool keep) {
   const int64_t n = x.n_q(), halves = x.type() == ScalarType::Float ? 0 : 2;
   const int64_t bits = int64_t(padded(x.n_k())) / kBlock * padded(n) * kRowBytes;
-  return Kept(x, bits, keep ? n * x.dim_v() * halves : 0, keep ? 3 * n * 4 : 0);
+  return Kept(x, bits, keep ? n * x.dim_v() * halves : 0, keep ? 3 * n * 4 : 0, keep && has_one_way_bits(x));
 }
 
 void check_all(const Arguments& x) {
@@ -133,8 +136,7 @@ class Call {
     p_.has_bits = x.has_neighbours();
     p_.mutual = options.reciprocal && p_.has_bits;
     p_.few = p_.mutual && p_.topk > 0 && p_.topk <= kFew;
-    // Threshold gradients read A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
-    p_.one_way_bits = options.band > 0 && p_.mutual && x.alpha;
+    p_.one_way_bits = has_one_way_bits(x);
     p_.scale = static_cast<float>(options.scale), p_.scale2 = static_cast<float>(options.scale * kLog2E);
     p_.alpha = multiplier(x.alpha), p_.beta = multiplier(x.beta);
     const bool map = x.is_map();
@@ -424,7 +426,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tens
     const std::vector<int64_t> shape = {x.batch(), x.heads(), x.n_q()};
     return written ? torch::stable::new_empty(lse, shape) : torch::stable::new_zeros(lse, shape);
   };
-  // Of the keys of every query head; those that share them are added up in the end.
+  // Of the keys of every query head, rounded; those that share them are added up in the end.
   const auto of_keys = [&](const Tensor& tokens) {
     const std::vector<int64_t> shape = {x.batch(), x.heads(), x.n_k(), tokens.size(3)};
     return written ? torch::stable::new_empty(tokens, shape) : torch::stable::new_zeros(tokens, shape);

@@ -50,7 +50,7 @@ struct Tokens {
   T* out;
 };
 
-// A multiplier of thresholds, [B, heads or 1, N] float32; no data: there is none.
+// A multiplier of thresholds, float32, with strides of 0 where it is the same for all; no data: there is none.
 struct Multiplier {
   const float* data = nullptr;
   Strides strides;
@@ -183,7 +183,7 @@ __device__ __forceinline__ float step_derivative(float z, float band) { return f
 
 // Launchers, in the order of a call.
 
-// arrange.cu. `not_finite` is zeroed before; so is `bounds` [n_heads], which may be null.
+// arrange.cu. `not_finite` is zeroed before; so is `bounds` [2, n_heads], which may be null.
 void find_order(const bool* real, int images, int n, int height, int width, int padded, int32_t* order, int32_t* place,
                 int32_t* counts, cudaStream_t stream);
 // The tensors are value, query and, if there are three, key: of value it is noted what is not finite, and the bounds.

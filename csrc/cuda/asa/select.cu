@@ -230,13 +230,13 @@ __global__ void __launch_bounds__(kThreads)
     uint32_t word = shared.there[row][side];
     if (p.mutual && !p.one_way_bits) word &= j == block ? transposed(shared.there, row, side) : shared.back[row][side];
     words[int64_t(2 * j + side) * padded + block * kBlock + row] = word;
-    uint8_t* const tiles = occupied + int64_t(z) * blocks * lists.others;
-    if (occupied != nullptr && word != 0) tiles[int64_t(block) * lists.others + j] = 1;
+    const int64_t tiles = int64_t(z) * blocks * lists.others;
+    if (occupied != nullptr && word != 0) occupied[tiles + int64_t(block) * lists.others + j] = 1;
     if (p.mutual && j != block) {
       uint32_t other = transposed(shared.back, row, side);
       if (!p.one_way_bits) other &= transposed(shared.there, row, side);
       words[int64_t(2 * block + side) * padded + j * kBlock + row] = other;
-      if (occupied != nullptr && other != 0) tiles[int64_t(j) * lists.others + block] = 1;
+      if (occupied != nullptr && other != 0) occupied[tiles + int64_t(j) * lists.others + block] = 1;
     }
     // The next tile's bits are written after the barriers of its chunks.
   }

@@ -20,7 +20,8 @@ __global__ void __launch_bounds__(kThreads)
   for (int start = 0; start < p.keys.n; start += 32) {
     const int token = start + lane;
     const int j = token < p.keys.n ? p.keys.place[row_at(at.image, p.keys.n, token)] : -1;
-    bool kept = j >= 0 && (p.words == nullptr ? false : bit_at(p, at.z, at.position, j));
+    bool kept = j >= 0 && (p.has_bits ? is_neighbour(p, at.z, at.position, j)
+                                      : p.words != nullptr && bit_at(p, at.z, at.position, j));
     if (j >= 0 && !kept && side > 0) {
       const int r = token / width - at.token / width + side / 2, c = token % width - at.token % width + side / 2;
       kept = r >= 0 && r < side && c >= 0 && c < side && local_flag(p, saved.local, at.z, at.token, r * side + c);
