@@ -176,16 +176,9 @@ def calls_table(cases: list[Case]) -> str:
     """Return ours and dense attention in microseconds, of calls so small that the host's share shows."""
     rows = []
     for c in cases:
-        ours, dense = (number(c.median(name), 1e6, 0) for name in (c.ours[0], "sdpa flash"))
-        rows.append(
-            [
-                f"{c.batch} x {c.heads} x {c.tokens} x {c.dim}",
-                c.mode,
-                ours,
-                dense,
-                with_quartiles(c.ratio(c.ours[0], "sdpa flash")),
-            ]
-        )
+        times = (number(c.median(name), 1e6, 0) for name in (c.ours[0], "sdpa flash"))
+        ratio = with_quartiles(c.ratio(c.ours[0], "sdpa flash"))
+        rows.append([f"{c.batch} x {c.heads} x {c.tokens} x {c.dim}", c.mode, *times, ratio])
     return table(["B x heads x N x D", "mode", "ASA, us", "sdpa flash, us", "ratio"], rows)
 
 

@@ -16,6 +16,7 @@ Sweeps, each with everything else fixed, and after them the exponents of cost ~ 
     tokens      label maps, D = 64, sizes (--size) to 256x256 (65,536 tokens); from 20,000 tokens on, one round
     survivors   independent normal inputs at 64x64 and one threshold for all, from 0 (everybody survives) up
     dim         label maps at 64x64, D = 16 to 512
+    calls       not how cost grows, but what calls cost that are so small that the host's share shows
 
 Peers that are not installed are skipped, with a line that says so; of a method that fails the table says what it
 raised. The exit status is 1 if one of ours failed. Each result is written as soon as it is there.
@@ -58,7 +59,6 @@ CALLS = [  # so little that what a call costs the host shows: one map, windows o
     {"size": "7x7", "dim": 32, "heads": 8, "batch": 512},
     {"size": "16x16", "dim": 8, "heads": 64},
 ]
-REPEATS = 200  # calls back to back of a few hundred tokens
 LARGE = 20000  # tokens from which one round of a sweep is timed in place of --rounds; such calls take seconds
 
 
@@ -108,7 +108,7 @@ def _measure_seconds(device, workload, methods, backward, rounds) -> None:
             if not name.startswith("flex"):
                 with contextlib.suppress(Exception):
                     methods[name].flops = accounting.registered_flops(calls[name]) or None
-    repeats = REPEATS if workload.grad_out.numel() < 2**14 else 1
+    repeats = 200 if workload.grad_out.numel() < 2**14 else 1  # back to back
     seconds, errors = measure.interleaved(calls, rounds, device, repeats)
     for name in calls:
         methods[name].seconds, methods[name].error = seconds[name], errors.get(name)

@@ -148,8 +148,8 @@ def _backward(run: Any, ctx: Any, grad_out: Tensor | None) -> Any:
         return (None,) * (5 + ctx.others)
     tensors = ctx.saved_tensors
     dq, dk, dv, dalpha, dbeta = run(grad_out, *tensors, *ctx.options)
-    given = (dx if x is not None else None for dx, x in zip((dalpha, dbeta), tensors[3:5], strict=True))
-    return dq, dk, dv, *given, *(None,) * ctx.others
+    dalpha, dbeta = None if tensors[3] is None else dalpha, None if tensors[4] is None else dbeta
+    return dq, dk, dv, dalpha, dbeta, *(None,) * ctx.others
 
 
 def _is_transformed() -> bool:

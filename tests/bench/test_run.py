@@ -152,6 +152,17 @@ def test_sweeps_vary_what_they_say(capsys, monkeypatch, quick):
     assert "- tokens, fwd: " in capsys.readouterr().out
 
 
+def test_the_cost_of_a_call_is_a_table(monkeypatch, quick):
+    monkeypatch.setattr(run, "CALLS", run.CALLS[:1])
+    cases = quick("--sweep", "calls", "--rounds", "2", "--peers", "sdpa flash")
+    assert [(c.sweep, c.tokens, c.alpha, c.mode) for c in cases] == [
+        ("calls", 16, 1.0, mode) for mode in record.MODES[:2]
+    ]
+    rows = report.calls_table(cases).splitlines()[2:]
+    assert [row.split(" | ")[:2] for row in rows] == [["| 1 x 1 x 16 x 64", mode] for mode in record.MODES[:2]]
+    assert all(1 < float(row.split(" | ")[2]) < 1e6 for row in rows)  # microseconds
+
+
 def test_a_check_tells_what_moved(tmp_path, capsys, monkeypatch):
     assert check.verdict([0.4, 0.5, 0.6], [0.79, 0.8, 0.9]) == "slower"
     assert check.verdict([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]) == "faster"
