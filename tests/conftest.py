@@ -4,10 +4,14 @@ import contextlib
 import importlib.util
 import os
 import resource
+import tempfile
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for every core: their threads would only wait for each other
     for library in ("OMP", "MKL", "OPENBLAS"):  # before torch and numpy are imported; a test may still ask for threads
         os.environ[f"{library}_NUM_THREADS"] = "1"
+
+if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # Inductor's cache does not tell instruction sets apart
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{tempfile.gettempdir()}/torchinductor_{capability}")
 
 import pytest
 import torch
