@@ -86,15 +86,15 @@ def test_operations_of_kernels():
 
 
 def test_bytes_added_are_those_allocated():
-    """Of 64 MB at the same time, whatever was freed before."""
+    """Of 128 MB at the same time, whatever was freed before. (malloc keeps nothing of more than 32 MB.)"""
     torch.ones(2**25)
 
     def allocate():
-        torch.ones(2**23)  # freed at once
-        return torch.ones(2**23) + torch.ones(1)  # 32 MB twice
+        torch.ones(2**24)  # freed at once
+        return torch.ones(2**24) + torch.ones(1)  # 64 MB twice
 
     # Pages that the system took away before, and this process touches again meanwhile, count too.
-    assert min(measure.bytes_added(allocate, "cpu") for _ in range(3)) == pytest.approx(2**26, rel=0.05)
+    assert min(measure.bytes_added(allocate, "cpu") for _ in range(3)) == pytest.approx(2**27, rel=0.05)
 
 
 @pytest.mark.parametrize(
