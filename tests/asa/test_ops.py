@@ -248,6 +248,16 @@ def test_backward_of_a_forward_that_kept_nothing_says_so(impl, case):
         out.sum().backward()
 
 
+@pytest.mark.skipif("triton" not in KERNELS, reason="no Triton interpreter here")
+def test_triton_refuses_bits_of_another_band():
+    """With thresholds that learn they are one-way, otherwise mutual."""
+    *args, band, keep = op_arguments(*make(named("plain", grid=(3, 2), batch=1, heads=1), torch.float32))
+    found = ops.of("triton", args[0].device)
+    outputs = found.fwd(*args, band, keep)
+    with pytest.raises(RuntimeError, match="kept must be of .* bytes a head, got"):
+        found.bwd(torch.ones_like(outputs[0]), *args[:6], *outputs, *args[6:], 0.0)
+
+
 def test_backward_makes_no_gradients_of_statistics():
     """Autograd would materialise zeros for every output, what is kept included."""
     inputs, options = make(named("plain"))
