@@ -254,7 +254,7 @@ def test_triton_refuses_bits_of_another_band():
     *args, band, keep = op_arguments(*make(named("plain", grid=(3, 2), batch=1, heads=1), torch.float32))
     found = ops.of("triton", args[0].device)
     outputs = found.fwd(*args, band, keep)
-    with pytest.raises(RuntimeError, match="kept must be of .* bytes a head, got"):
+    with pytest.raises(RuntimeError, match=r"kept must be of .* bytes a head, got"):
         found.bwd(torch.ones_like(outputs[0]), *args[:6], *outputs, *args[6:], 0.0)
 
 
