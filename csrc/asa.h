@@ -182,9 +182,8 @@ struct MultiplierStrides {
 struct Kept {
   int64_t bits, kappa, log_mean, local, residual, base2, bytes = 0;
 
-  // `bits`, `residual` and `base2` take as many bytes as a device says. 128 bytes more say that bits are one-way, and
-  // have a backward refuse those that a forward with another band kept.
-  Kept(const Arguments& x, int64_t bits, int64_t residual, int64_t base2, bool one_way = false) {
+  // `bits`, `residual` and `base2` take as many bytes as a device says.
+  Kept(const Arguments& x, int64_t bits, int64_t residual, int64_t base2) {
     const int64_t n = x.n_q(), statistic = x.type() == ScalarType::Double ? 8 : 4;
     this->bits = piece(x.has_neighbours() ? bits : 0);
     kappa = piece(x.options.topk > 0 ? n * statistic : 0);
@@ -192,7 +191,6 @@ struct Kept {
     local = piece(n * x.positions());
     this->residual = piece(residual);
     this->base2 = piece(base2);
-    piece(one_way ? 128 : 0);
   }
 
  private:

@@ -125,4 +125,4 @@ def saved_of(inputs: list[Tensor | None], options: dict, impl: str, **more) -> S
     """Return what a forward pass of ``impl`` returns and keeps."""
     *args, band, keep = op_arguments(inputs, options, **more)
     outputs = ops.of(impl, inputs[0].device).fwd(*args, band, keep)
-    return Saved.of(Inputs(*args[:6]), Options.of(*args[6:]), impl, keep, *outputs)
+    return Saved.of(Inputs(*args[:6]), Options.of(*args[6:]), impl, keep, *outputs, band=band)

@@ -109,18 +109,25 @@ class Options(NamedTuple):
 PADDED_TO = {"triton": 128, "cuda": 64}  # these pad the tokens of a head to a multiple
 
 
-def bits_shape(impl: str, n_q: int, n_k: int) -> tuple[int, int]:
-    """Return the shape of the neighbour bits of one head, in bytes.
+def bits_shape(impl: str, n_q: int, n_k: int, one_way: bool = False, peaks: bool = False) -> tuple[int, int]:
+    """Return the shape of the bits of one head, in bytes.
 
-    "blocked": the bits of a row in order, lowest first. "cpu": blocks of 64 x 64 pairs, 8 bytes a query. "triton" and
-    "cuda": for 64 keys and every query, both in arranged order, 64 bits and a float16 that bounds their scores.
+    "blocked": the bits of a row in order, lowest first. "cpu": blocks of 64 x 64 pairs, 8 bytes a query. "triton": for
+    64 keys and every query, both in arranged order, 64 bits and a float16 that bounds their scores. "cuda": the pieces
+    of ``KeptBits`` in csrc/cuda/asa/call.cu, ``one_way`` bits and ``peaks`` among them where thresholds learn.
     """
     if impl == "blocked":
         return n_q, bit_columns(n_k)
     if impl == "cpu":
         return -(-n_q // 64), -(-n_k // 64) * 64 * 8
     pad = PADDED_TO[impl]
-    return -(-n_k // pad) * pad // 64, -(-n_q // pad) * pad * (8 + 2)
+    rows, keys = -(-n_q // pad) * pad, -(-n_k // pad) * pad
+    if impl == "triton":
+        return keys // 64, rows * (8 + 2)
+    by_rows, by_columns = (x // 64 * -(-y // 2048) * 4 for x, y in ((rows, keys), (keys, rows)))
+    pairs = keys * rows // 8
+    more = pairs + by_rows if one_way else 0
+    return 1, pairs + by_rows + by_columns + more + (keys // 64 * rows * 2 if peaks else 0)
 
 
 class Saved(NamedTuple):
@@ -144,13 +151,16 @@ class Saved(NamedTuple):
     @classmethod
     def new(cls, inputs: Inputs, options: Options, impl: str, keep: bool, band: float = 0.0) -> "Saved":
         """Allocate what a forward pass of ``impl`` writes; without ``keep`` only what it needs itself."""
-        return cls.of(inputs, options, impl, keep, *new_outputs(inputs, kept_bytes(inputs, options, impl, keep, band)))
+        outputs = new_outputs(inputs, kept_bytes(inputs, options, impl, keep, band))
+        return cls.of(inputs, options, impl, keep, *outputs, band=band)
 
     @classmethod
-    def of(cls, inputs: Inputs, options: Options, impl: str, keep: bool, *outputs: Tensor) -> "Saved":
+    def of(
+        cls, inputs: Inputs, options: Options, impl: str, keep: bool, *outputs: Tensor, band: float = 0.0
+    ) -> "Saved":
         """Return the outputs of a forward pass, and what it kept piece by piece."""
         kept, begin, views = outputs[4], 0, []
-        for shape, dtype in _pieces(inputs, options, impl, keep):
+        for shape, dtype in _pieces(inputs, options, impl, keep, band):
             end = begin + math.prod(shape) * dtype.itemsize
             # Without numbers there are no strides that another dtype could have.
             piece = kept[..., begin:end].view(dtype) if end > begin else kept.new_empty(0, dtype=dtype)
@@ -163,11 +173,14 @@ def _aligned(size: int) -> int:
     return -(-size // 128) * 128
 
 
-def _pieces(inputs: Inputs, options: Options, impl: str, keep: bool) -> list[tuple[tuple[int, ...], torch.dtype]]:
+def _pieces(
+    inputs: Inputs, options: Options, impl: str, keep: bool, band: float = 0.0
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of the fields of Saved after ``kept``, for one head; ``Kept`` of csrc/asa.h in bytes."""
     (n_q, dim_v), n_k = (inputs.query.shape[2], inputs.value.shape[3]), inputs.key.shape[2]
     statistics, halves = inputs.precision, inputs.query.dtype.itemsize == 2
-    strips, columns = bits_shape(impl, n_q, n_k)
+    learns = band > 0 and inputs.alpha is not None
+    strips, columns = bits_shape(impl, n_q, n_k, learns and options.reciprocal, learns)
     neighbours = keep and (inputs.alpha is not None or options.topk > 0)
     more = keep and impl in PADDED_TO
     return [
@@ -182,10 +195,10 @@ def _pieces(inputs: Inputs, options: Options, impl: str, keep: bool) -> list[tup
 
 def kept_bytes(inputs: Inputs, options: Options, impl: str, keep: bool = True, band: float = 0.0) -> int:
     """Return how many bytes a forward pass of ``impl`` keeps of one head; an expression of symbolic sizes."""
-    pieces = _pieces(inputs, options, impl, keep)
+    pieces = _pieces(inputs, options, impl, keep, band)
     size = sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in pieces)
     # More says that bits are A, not M, and has a backward refuse those that a forward with another band kept.
-    one_way = keep and band > 0 and impl in PADDED_TO and options.reciprocal and inputs.alpha is not None
+    one_way = keep and band > 0 and impl == "triton" and options.reciprocal and inputs.alpha is not None
     return size + 128 if one_way else size
 
 

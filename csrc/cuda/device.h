@@ -55,6 +55,12 @@ __device__ __forceinline__ BFloat16 from_float<BFloat16>(float x) {
   return {__bfloat16_as_ushort(__float2bfloat16_rn(x))};
 }
 
+// What other programs of the same kernel wrote.
+template <class T>
+__device__ __forceinline__ T load_fresh(const T* at) {
+  return __ldcg(at);
+}
+
 // The smallest 16-bit number that is no smaller.
 __device__ __forceinline__ Half half_above(float x) { return {__half_as_ushort(__float2half_ru(x))}; }
 
@@ -163,3 +169,21 @@ inline int processors() { return 7; }  // so few that even small calls are cut i
 }  // namespace asa_ops::cuda
 
 #endif
+
+namespace asa_ops::cuda {
+
+// Called by all threads of a program after they wrote their results to memory: adds to a counter there, and returns to
+// all whether it has reached `expected`, so that the program may read the results of those that came before.
+__device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t add, uint32_t expected) {
+  __shared__ bool is_last;
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    __threadfence();
+    is_last = atomicAdd(counter, add) + add == expected;
+    __threadfence();
+  }
+  __syncthreads();
+  return is_last;
+}
+
+}  // namespace asa_ops::cuda

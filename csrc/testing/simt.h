@@ -34,6 +34,7 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
+#define __shared__ static
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -345,6 +346,7 @@ inline void check_mask(unsigned mask) {
 #define blockIdx (simt::machine().block_index)
 #define gridDim (simt::machine().grid)
 
+inline void __threadfence() {}
 inline void __syncthreads() { simt::wait_at(simt::machine().block); }
 
 template <class T>
@@ -469,6 +471,11 @@ uint32_t pack(float x, float y) {
 inline float fmaf(float x, float y, float z) {
   const float sum = std::fma(x, y, z);
   return sum == z ? sum : simt::rounded(sum);
+}
+
+template <class T>
+T load_fresh(const T* at) {
+  return *at;
 }
 
 inline char* shared_memory() { return simt::machine().shared.data(); }

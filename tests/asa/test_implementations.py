@@ -502,10 +502,16 @@ def test_bits_and_peaks_lie_where_the_next_call_reads_them(impl):
     """Sharp scores: some tiles hold no bit. Every bit is the reference's, every peak at least its tile's score."""
     case = Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=6.0, beta=None)
     inputs, options = make(case, torch.float32)
-    memory = saved_of(inputs, options, impl, band=0.0).bits.flatten()
+    band = 1.0 if impl == "cuda" else 0.0  # it keeps peaks where thresholds learn
+    memory = saved_of(inputs, options, impl, band=band).bits.flatten()
     padded = -(-400 // PADDED_TO[impl]) * PADDED_TO[impl]
-    words = memory[: padded // 8 * padded].view(torch.int32).view(padded // 32, padded)
+    pairs = padded // 8 * padded
+    words = memory[:pairs].view(torch.int32).view(padded // 32, padded)
     kept = (words[:, :, None] >> torch.arange(32) & 1).bool().movedim(0, 1).reshape(padded, padded)
+    at = 2 * pairs if impl == "cuda" else pairs
+    if impl == "cuda":  # bits of other tiles were never written
+        occupied = memory[at + padded**2 // 32 :][: padded // 16].view(torch.int32)[:, None] >> torch.arange(7) & 1
+        kept &= occupied.bool().repeat_interleave(64, 0).repeat_interleave(64, 1)
     assert torch.equal(kept, kept.mT) and not kept[400:].any()
     # Where tokens stand: tiles of 8 x 8 of the map, and in each of them rows.
     token = torch.arange(400).view(20, 20)
@@ -513,7 +519,7 @@ def test_bits_and_peaks_lie_where_the_next_call_reads_them(impl):
     assert torch.equal(kept[:400, :400], survivors("reference", inputs, options)[0, 0][order][:, order])
     tiles = kept.unflatten(0, (-1, 64)).unflatten(-1, (-1, 64)).any(-1).any(1)
     assert tiles.any() and not tiles[:7, :7].all()
-    peaks = memory[padded // 8 * padded :].view(torch.float16).view(-1, padded)[:7, :400].float()
+    peaks = memory[at : at + padded**2 // 32].view(torch.float16).view(-1, padded)[:7, :400].float()
     s2 = exact_scores(inputs, options)[0][0, 0][order][:, order] * LOG2_E
     s2 = torch.nn.functional.pad(s2, (0, 448 - 400), value=-torch.inf).unflatten(-1, (7, 64)).amax(-1).mT
     assert ((peaks >= s2) & (peaks - s2 < 0.1)).all()

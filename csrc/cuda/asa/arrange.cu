@@ -2,12 +2,16 @@
 //
 // Attention does not depend on the order of tokens, but which tiles are skipped does: neighbours on the map are
 // neighbours in memory if the map is cut into tiles of 8 x 8. Real positions come first and zeros follow; padding is
-// left out.
+// left out. A program arranges a block of one tensor. It finds the tokens of its block by itself, so that orders need
+// no launch of their own.
 
+#include "lists.h"
 #include "rows.h"
 
 namespace asa_ops::cuda {
 namespace {
+
+constexpr int kArrangeThreads = 256;
 
 // The token at a position of the 8 x 8 order; tiles at the borders are smaller, no position is empty.
 __device__ __forceinline__ int token_at(int position, int height, int width) {
@@ -18,152 +22,236 @@ __device__ __forceinline__ int token_at(int position, int height, int width) {
   return (8 * band + in_tile / wide) * width + 8 * tile + in_tile % wide;
 }
 
-// order[p]: the token at position p, -1 where there is none; place[token]: its position, or -1. One program an image.
-__global__ void __launch_bounds__(kThreads) asa_order_kernel(const bool* real, int n, int height, int width, int padded,
-                                                             int32_t* order, int32_t* place, int32_t* counts) {
-  const int image = blockIdx.x, warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  order += int64_t(image) * padded, place += int64_t(image) * n;
-  if (real != nullptr) real += int64_t(image) * n;
-  int* const in_warps = reinterpret_cast<int*>(shared_memory());  // [2][kWarps], in turn
-  int placed = 0, turn = 0;
-  for (int start = 0; start < n; start += kThreads, turn ^= 1) {
-    const int p = start + int(threadIdx.x);
-    const int token = p < n ? token_at(p, height, width) : 0;
-    const bool is_real = p < n && (real == nullptr || real[token]);
-    const unsigned votes = __ballot_sync(~0u, is_real);
-    if (lane == 0) in_warps[turn * kWarps + warp] = __popc(votes);
-    __syncthreads();
-    int before = placed;
-    for (int w = 0; w < kWarps; ++w) {
-      const int here = in_warps[turn * kWarps + w];
-      before += w < warp ? here : 0;
-      placed += here;
+struct alignas(16) Shared {
+  int tokens[kBlock];
+  int in_warps[kArrangeThreads / 32];
+  uint32_t not_finite[kBlock / 32];
+};
+
+// The tokens of a block; with `store` also the orders in memory.
+__device__ __forceinline__ void find_tokens(const Order& o, int image, int block, bool store, Shared& shared) {
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, position = block * kBlock + thread;
+  int32_t* const place = o.place + int64_t(image) * o.n;
+  int count = o.n;
+  if (o.real == nullptr) {
+    if (thread < kBlock) {
+      const int token = position < o.n ? token_at(position, o.height, o.width) : -1;
+      shared.tokens[thread] = token;
+      if (store && token >= 0) place[token] = position;
     }
-    const int position = before + __popc(votes & first_bits(lane));
-    if (is_real) order[position] = token;
-    if (p < n) place[token] = is_real ? position : -1;
+  } else {
+    const bool* const real = o.real + int64_t(image) * o.n;
+    const int share = (o.n + kArrangeThreads - 1) / kArrangeThreads;
+    const int first = min(o.n, thread * share), last = min(o.n, first + share);
+    int before = 0;  // real tokens of the threads up to this one
+    for (int p = first; p < last; ++p) before += real[token_at(p, o.height, o.width)];
+    const int own = before;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_sync(~0u, before, max(lane - step, 0));
+      if (lane >= step) before += other;
+    }
+    if (lane == 31) shared.in_warps[warp] = before;
+    if (thread < kBlock) shared.tokens[thread] = -1;
+    __syncthreads();
+    count = 0;
+    for (int w = 0; w < kArrangeThreads / 32; ++w) {
+      before += w < warp ? shared.in_warps[w] : 0;
+      count += shared.in_warps[w];
+    }
+    int at = before - own - block * kBlock;
+    for (int p = first; p < last; ++p) {
+      const int token = token_at(p, o.height, o.width);
+      if (!real[token]) {
+        if (store && block == 0) place[token] = -1;
+        continue;
+      }
+      if (at >= 0 && at < kBlock) {
+        shared.tokens[at] = token;
+        if (store) place[token] = block * kBlock + at;
+      }
+      ++at;
+    }
   }
-  for (int p = placed + int(threadIdx.x); p < padded; p += kThreads) order[p] = -1;
-  if (threadIdx.x == 0) counts[image] = placed;
+  __syncthreads();
+  if (!store) return;
+  if (thread < kBlock) o.order[int64_t(image) * o.padded + position] = shared.tokens[thread];
+  if (block == 0 && thread == 0) o.counts[image] = count;
 }
 
-// out[z, p] = x[token at p], zeros up to `width`, of every tensor. Values that are not finite become 0 and the bit of
-// their token is set; with `bounds`, the head's largest is kept there. A row a warp.
+// Loads the tokens of a block to `stage`, arranged, with zeros up to their width and where there is none.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    asa_arrange_kernel(Tokens<T> value, Tokens<T> query, Tokens<T> key, int n_heads, int heads, int per_image,
-                       uint32_t* not_finite, uint32_t* bounds) {
-  const bool is_value = blockIdx.y == 0;
-  const Tokens<T> tokens = is_value ? value : blockIdx.y == 1 ? query : key;
-  if (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32 >= int64_t(n_heads) * tokens.order.padded) return;
-  const WarpRow at(tokens.order, heads, per_image);
-  const Strides& strides = tokens.strides;
-  const T* const head = tokens.x + at.z / heads * strides.b + at.z % heads / strides.shared * strides.h;
-  const T* const from = head + max(at.token, 0) * strides.n;
-  bool finite = true;
-  float largest = 0;
-  each_number(tokens.width, [&](int, int d) {
-    T number = at.token >= 0 && d < tokens.dim ? from[d * strides.d] : from_float<T>(0);
-    if (is_value && !(fabsf(to_float(number)) < INFINITY)) finite = false, number = from_float<T>(0);
-    tokens.out[at.index * tokens.width + d] = number;
-    largest = fmaxf(largest, fabsf(to_float(number)));
-  });
-  if (!is_value) return;
-  if (bounds != nullptr) {
-    largest = max_over_warp(largest);
-    if (threadIdx.x % 32 == 0) note_largest(bounds + at.z, largest);
+__device__ __forceinline__ void load_block(const Tokens<T>& x, int z, int heads, const int* tokens, T* stage) {
+  const Strides& strides = x.strides;
+  const T* const head = x.x + z / heads * strides.b + z % heads / strides.shared * strides.h;
+  if (x.by_groups) {
+    constexpr int kGroup = 16 / int(sizeof(T));
+    const int groups = x.width / kGroup;
+    for (int i = threadIdx.x; i < kBlock * groups; i += kArrangeThreads) {
+      const int row = i / groups, d = i % groups * kGroup, token = tokens[row];
+      const bool there = token >= 0 && d < x.dim;
+      *reinterpret_cast<float4*>(stage + arranged_at<T>(row, d, x.width)) =
+          there ? *reinterpret_cast<const float4*>(head + token * strides.n + d) : float4{0, 0, 0, 0};
+    }
+    return;
   }
-  if (__any_sync(~0u, !finite) && threadIdx.x % 32 == 0) atomicOr(not_finite + at.index / 32, 1u << at.index % 32);
+  const bool along_tokens = strides.d != 1;
+  for (int i = threadIdx.x; i < kBlock * x.width; i += kArrangeThreads) {
+    const int row = along_tokens ? i % kBlock : i / x.width, d = along_tokens ? i / kBlock : i % x.width;
+    const int token = tokens[row];
+    stage[arranged_at<T>(row, d, x.width)] =
+        token >= 0 && d < x.dim ? head[token * strides.n + d * strides.d] : from_float<T>(0);
+  }
 }
 
-// arranged = do in order, delta_i = <do_i, out_i>, and the other fields of RowGradients. A row a warp.
+// Values that are not finite become 0, and the bits of their tokens are set; with `bounds` the head's largest is noted.
+template <class T>
+__device__ __forceinline__ void check_values(const Problem<T>& p, int z, int block, T* stage, Shared& shared) {
+  if (threadIdx.x < kBlock / 32) shared.not_finite[threadIdx.x] = 0;
+  __syncthreads();
+  float largest = 0;
+  for (int i = threadIdx.x; i < kBlock * p.width_v; i += kArrangeThreads) {
+    const float x = fabsf(to_float(stage[i]));
+    if (!(x < INFINITY)) {
+      constexpr int kColumns = 128 / int(sizeof(T));
+      const int row = i / kColumns % kBlock;
+      atomicOr(&shared.not_finite[row / 32], 1u << row % 32);
+      stage[i] = from_float<T>(0);
+    } else {
+      largest = fmaxf(largest, x);
+    }
+  }
+  if (p.bounds != nullptr) {
+    largest = max_over_warp(largest);
+    if (threadIdx.x % 32 == 0) note_largest(p.bounds + z, largest);
+  }
+  __syncthreads();
+  if (threadIdx.x < kBlock / 32)
+    p.not_finite[row_at(z, p.keys.padded, block * kBlock) / 32 + threadIdx.x] = shared.not_finite[threadIdx.x];
+}
+
+// delta_i = <do_i, out_i>, and the other fields of RowGradients.
 //
 // The output of a row without survivors is constant, so a gradient that reaches it, even NaN, goes to the row's
 // thresholds only: arranged is 0 and delta NaN then. A row whose output is NaN makes the gradients of its image and
 // head NaN.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kPrograms)
-    asa_arrange_gradient_kernel(Problem<T> p, const T* d_out, Strides strides, Saved<T> saved, T* arranged,
-                                RowGradients row) {
-  const WarpRow at(p.rows, p.heads, p.per_image);
+__device__ __forceinline__ void find_row_gradients(const Problem<T>& p, int z, int block, const Saved<T>& saved,
+                                                   const RowGradients& row, const int* tokens, T* stage) {
   const int lane = threadIdx.x % 32;
-  if (at.token < 0) {
-    each_number(p.width_v, [&](int, int d) { arranged[at.index * p.width_v + d] = from_float<T>(0); });
-    if (lane != 0) return;
-    row.delta[at.index] = 0, row.share[at.index] = 1;
-    row.top[at.index] = row.grad_top[at.index] = row.kept2[at.index] = INFINITY;
+  for (int i = threadIdx.x / 32; i < kBlock; i += kArrangeThreads / 32) {
+    const int64_t index = row_at(z, p.rows.padded, block * kBlock + i);
+    const int token = tokens[i];
+    if (token < 0) {
+      if (lane != 0) continue;
+      row.delta[index] = 0, row.share[index] = 1;
+      row.top[index] = row.grad_top[index] = row.kept2[index] = INFINITY;
+      continue;
+    }
+    const int64_t saved_row = row_at(z, p.rows.n, token);
+    Vector gradient{}, out{}, residual{};
+    bool finite = true, nan_row = false;
+    each_number(p.dim_v, [&](int r, int d) {
+      gradient.x[r] = to_float(stage[arranged_at<T>(i, d, p.width_v)]);
+      finite = finite && fabsf(gradient.x[r]) < INFINITY;
+      out.x[r] = to_float(saved.out[saved_row * p.dim_v + d]);
+      nan_row = nan_row || out.x[r] != out.x[r];
+      if (saved.residual.data != nullptr) residual.x[r] = to_float(saved.residual.of(z)[int64_t(token) * p.dim_v + d]);
+    });
+    nan_row = __any_sync(~0u, nan_row);
+    const int survivors = saved.survivors[saved_row];
+    const bool ended = (survivors == 0 || nan_row) && __any_sync(~0u, !finite);
+    each_number(p.dim_v, [&](int r, int d) {
+      const bool ends = (survivors == 0 || nan_row) && !(fabsf(gradient.x[r]) < INFINITY);
+      if (ends) gradient.x[r] = 0, stage[arranged_at<T>(i, d, p.width_v)] = from_float<T>(0);
+      if (out.x[r] != out.x[r]) out.x[r] = 0;
+      if (residual.x[r] != residual.x[r]) residual.x[r] = 0;
+    });
+    const float delta = dot(gradient, out) + dot(gradient, residual);
+    float size = 0;
+    if (p.bounds != nullptr) {
+      for (const float x : gradient.x) size += fabsf(x);
+      size = sum_over_warp(size);
+    }
+    if (lane != 0) continue;
+    if (p.bounds != nullptr && size < INFINITY) note_largest(p.bounds + p.n_heads + z, size);
+    const float* const base2 = saved.base2.of(z) + token;
+    const float largest = base2[p.rows.n], total = base2[2 * int64_t(p.rows.n)];
+    const float top = top_of(largest);
+    row.delta[index] = ended ? NAN : delta;
+    row.top[index] = top;
+    row.grad_top[index] = survivors == 1 ? INFINITY : top;
+    row.share[index] = 1 / total;
+    row.kept2[index] = largest + log2f(total);
+    if (nan_row) atomicOr(row.not_finite_head + z, 1u);
+  }
+}
+
+enum Role { kValue, kQuery, kKey, kGradient, kLists };  // of a program, by axis 1 of the grid
+
+template <class T>
+__global__ void __launch_bounds__(kArrangeThreads)
+    asa_arrange_kernel(Problem<T> p, Arranging<T> all, Saved<T> saved, RowGradients row, Lists by_rows,
+                       Lists by_columns) {
+  const int64_t threads = int64_t(gridDim.x) * gridDim.y * kArrangeThreads;
+  for (int64_t i = (int64_t(blockIdx.y) * gridDim.x + blockIdx.x) * kArrangeThreads + threadIdx.x;
+       i < all.cleared_words; i += threads)
+    all.cleared[i] = 0;
+  if (blockIdx.y == kLists) {
+    const int z = blockIdx.x;
+    if (z >= p.n_heads) return;
+    list_occupied(p, by_rows, z, true, threadIdx.x, kArrangeThreads);
+    list_occupied(p, by_columns, z, false, threadIdx.x, kArrangeThreads);
     return;
   }
-  const int64_t saved_row = row_at(at.z, p.rows.n, at.token);
-  const T* const from = d_out + at.z / p.heads * strides.b + at.z % p.heads * strides.h + at.token * strides.n;
-  Vector gradient{}, out{}, residual{};
-  bool finite = true, nan_row = false;
-  each_number(p.dim_v, [&](int r, int d) {
-    gradient.x[r] = to_float(from[d * strides.d]);
-    finite = finite && fabsf(gradient.x[r]) < INFINITY;
-    out.x[r] = to_float(saved.out[saved_row * p.dim_v + d]);
-    nan_row = nan_row || out.x[r] != out.x[r];
-    if (saved.residual.data != nullptr)
-      residual.x[r] = to_float(saved.residual.of(at.z)[int64_t(at.token) * p.dim_v + d]);
-  });
-  nan_row = __any_sync(~0u, nan_row);
-  const int survivors = saved.survivors[saved_row];
-  const bool ended = (survivors == 0 || nan_row) && __any_sync(~0u, !finite);
-  each_number(p.width_v, [&](int r, int d) {
-    const bool ends = (survivors == 0 || nan_row) && !(fabsf(gradient.x[r]) < INFINITY);
-    gradient.x[r] = ends ? 0 : gradient.x[r];
-    if (out.x[r] != out.x[r]) out.x[r] = 0;
-    if (residual.x[r] != residual.x[r]) residual.x[r] = 0;
-    arranged[at.index * p.width_v + d] = from_float<T>(gradient.x[r]);
-  });
-  const float delta = dot(gradient, out) + dot(gradient, residual);
-  float size = 0;
-  if (p.bounds != nullptr) {
-    for (const float x : gradient.x) size += fabsf(x);
-    size = sum_over_warp(size);
-  }
-  if (lane != 0) return;
-  if (p.bounds != nullptr && size < INFINITY) note_largest(p.bounds + p.n_heads + at.z, size);
-  const float* const base2 = saved.base2.of(at.z) + at.token;
-  const float largest = base2[p.rows.n], total = base2[2 * int64_t(p.rows.n)];
-  const float top = top_of(largest);
-  row.delta[at.index] = ended ? NAN : delta;
-  row.top[at.index] = top;
-  row.grad_top[at.index] = survivors == 1 ? INFINITY : top;
-  row.share[at.index] = 1 / total;
-  row.kept2[at.index] = largest + log2f(total);
-  if (nan_row) atomicOr(row.not_finite_head + at.z, 1u);
+  const Tokens<T>& tokens = blockIdx.y == kValue   ? all.value
+                            : blockIdx.y == kQuery ? all.query
+                            : blockIdx.y == kKey   ? all.key
+                                                   : all.gradient;
+  const int blocks = tokens.order.blocks();
+  if (tokens.out == nullptr || int64_t(blockIdx.x) >= int64_t(p.n_heads) * blocks) return;
+  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
+  T* const stage = reinterpret_cast<T*>(shared_memory() + sizeof(Shared));
+  const bool is_first = z % p.heads == 0 && (p.per_image == 1 || z == 0);
+  const bool stores = is_first && (blockIdx.y == kValue || (blockIdx.y == kQuery && p.rows.order != p.keys.order));
+  find_tokens(tokens.order, image_of(z, p.heads, p.per_image), block, stores, shared);
+  load_block(tokens, z, p.heads, shared.tokens, stage);
+  __syncthreads();
+  if (blockIdx.y == kValue) check_values(p, z, block, stage, shared);
+  if (blockIdx.y == kGradient) find_row_gradients(p, z, block, saved, row, shared.tokens, stage);
+  __syncthreads();
+  auto* const out =
+      reinterpret_cast<float4*>(tokens.out + row_at(z, tokens.order.padded, block * kBlock) * tokens.width);
+  for (int i = threadIdx.x; i < kBlock * tokens.width * int(sizeof(T)) / 16; i += kArrangeThreads)
+    out[i] = reinterpret_cast<const float4*>(stage)[i];
+}
+
+template <class T>
+void launch_arrange(const Problem<T>& p, const Arranging<T>& all, int roles, const Saved<T>& saved,
+                    const RowGradients& row, const Lists& by_rows, const Lists& by_columns, cudaStream_t stream) {
+  const int blocks = max(p.rows.blocks(), p.keys.blocks()), width = max(p.width, p.width_v);
+  launch("asa_arrange_kernel", &asa_arrange_kernel<T>, dim3(p.n_heads * blocks, roles), kArrangeThreads,
+         sizeof(Shared) + kBlock * width * sizeof(T), stream, p, all, saved, row, by_rows, by_columns);
 }
 
 }  // namespace
 
-void find_order(const bool* real, int images, int n, int height, int width, int padded, int32_t* order, int32_t* place,
-                int32_t* counts, cudaStream_t stream) {
-  launch("asa_order_kernel", &asa_order_kernel, dim3(images), kThreads, 2 * kWarps * sizeof(int), stream, real, n,
-         height, width, padded, order, place, counts);
+template <class T>
+void arrange(const Problem<T>& problem, const Arranging<T>& tokens, cudaStream_t stream) {
+  launch_arrange(problem, tokens, tokens.key.out == nullptr ? 2 : 3, {}, {}, {}, {}, stream);
 }
 
 template <class T>
-void arrange(const Tokens<T>& value, const Tokens<T>& query, const Tokens<T>& key, int tensors, int n_heads, int heads,
-             int per_image, uint32_t* not_finite, uint32_t* bounds, cudaStream_t stream) {
-  const Order& longest = value.order.padded > query.order.padded ? value.order : query.order;
-  const dim3 programs(row_programs(n_heads, longest).x, tensors);
-  launch("asa_arrange_kernel", &asa_arrange_kernel<T>, programs, kThreads, 0, stream, value, query, key, n_heads, heads,
-         per_image, not_finite, bounds);
+void arrange_backward(const Problem<T>& problem, const Arranging<T>& tokens, const Saved<T>& saved,
+                      const RowGradients& row, const Lists& by_rows, const Lists& by_columns, cudaStream_t stream) {
+  launch_arrange(problem, tokens, by_rows.entries == nullptr ? 4 : 5, saved, row, by_rows, by_columns, stream);
 }
 
-template <class T>
-void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides, const Saved<T>& saved, T* arranged,
-                      const RowGradients& row, cudaStream_t stream) {
-  launch("asa_arrange_gradient_kernel", &asa_arrange_gradient_kernel<T>, row_programs(problem.n_heads, problem.rows),
-         kThreads, 0, stream, problem, d_out, strides, saved, arranged, row);
-}
-
-#define INSTANTIATE(T)                                                                                           \
-  template void arrange(const Tokens<T>&, const Tokens<T>&, const Tokens<T>&, int, int, int, int, uint32_t*,     \
-                        uint32_t*, cudaStream_t);                                                                \
-  template void arrange_gradient(const Problem<T>&, const T*, Strides, const Saved<T>&, T*, const RowGradients&, \
-                                 cudaStream_t);
+#define INSTANTIATE(T)                                                                                         \
+  template void arrange(const Problem<T>&, const Arranging<T>&, cudaStream_t);                                 \
+  template void arrange_backward(const Problem<T>&, const Arranging<T>&, const Saved<T>&, const RowGradients&, \
+                                 const Lists&, const Lists&, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 INSTANTIATE(float)

@@ -94,14 +94,34 @@ int parts_of(int64_t programs, int limit) {
 
 constexpr int kMaxParts = 4;
 
-// Threshold gradients read A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
+// Threshold gradients read A_ji where M_ij is 0.
 bool has_one_way_bits(const Arguments& x) { return x.options.band > 0 && x.options.reciprocal && x.alpha; }
+
+// Threshold gradients take the tiles whose peaks come near a threshold.
+bool keeps_peaks(const Arguments& x) { return x.options.band > 0 && x.alpha; }
+
+int groups_of(int64_t n) { return (padded(n) / kBlock + 31) / 32; }
+
+// What is kept of the bits of a head, and where it begins, in bytes. asa_ops.asa.types.bits_bytes is the same in Python.
+struct KeptBits {
+  int64_t one_way, peaks, occupied, occupied_columns, offered, bytes;  // survivors come first
+
+  explicit KeptBits(const Arguments& x) {
+    const int64_t rows = padded(x.n_q()), keys = padded(x.n_k());
+    const int64_t pairs = rows * keys / 8, by_rows = rows / kBlock * groups_of(x.n_k()) * 4;
+    one_way = pairs;
+    peaks = one_way + (has_one_way_bits(x) ? pairs : 0);
+    occupied = peaks + (keeps_peaks(x) ? rows * keys / kBlock * int64_t(sizeof(Half)) : 0);
+    occupied_columns = occupied + by_rows;
+    offered = occupied_columns + keys / kBlock * groups_of(x.n_q()) * 4;
+    bytes = offered + (has_one_way_bits(x) ? by_rows : 0);
+  }
+};
 
 // What is kept of a head, where a backward follows; otherwise what a forward needs itself.
 Kept kept_of(const Arguments& x, bool keep) {
   const int64_t n = x.n_q(), halves = x.type() == ScalarType::Float ? 0 : 2;
-  const int64_t bits = int64_t(padded(x.n_k())) / kBlock * padded(n) * kRowBytes;
-  return Kept(x, bits, keep ? n * x.dim_v() * halves : 0, keep ? 3 * n * 4 : 0, keep && has_one_way_bits(x));
+  return Kept(x, KeptBits(x).bytes, keep ? n * x.dim_v() * halves : 0, keep ? 3 * n * 4 : 0);
 }
 
 void check_all(const Arguments& x) {
@@ -136,191 +156,193 @@ class Call {
     p_.has_bits = x.has_neighbours();
     p_.mutual = options.reciprocal && p_.has_bits;
     p_.few = p_.mutual && p_.topk > 0 && p_.topk <= kFew;
-    p_.one_way_bits = has_one_way_bits(x);
     p_.scale = static_cast<float>(options.scale), p_.scale2 = static_cast<float>(options.scale * kLog2E);
     p_.alpha = multiplier(x.alpha), p_.beta = multiplier(x.beta);
     const bool map = x.is_map();
-    p_.grid_height = static_cast<int>(map ? options.height : 1);
-    p_.grid_width = static_cast<int>(map ? options.width : x.n_k());
-    p_.keys = order(x.key, x.real, p_.grid_height, p_.grid_width);
+    p_.keys = new_order(x.key, x.real, map ? options.height : 1, map ? options.width : x.n_k());
     // One order for each image if keys have padding, as kernels expect.
-    p_.rows = x.n_q() == x.n_k() ? p_.keys
-                                 : order(x.query, std::nullopt, 1, static_cast<int>(x.n_q()), x.real ? x.batch() : 1);
+    p_.rows = x.n_q() == x.n_k() ? p_.keys : new_order(x.query, std::nullopt, 1, x.n_q(), x.real ? x.batch() : 1);
 
     saved_.out = data<T>(saved.out), saved_.survivors = data<int32_t>(saved.survivors);
     saved_.lse = data<float>(saved.lse), saved_.lse_kept = data<float>(saved.lse_kept);
-    is_dense_ = !p_.has_bits && !x.beta;
     const Kept kept = kept_of(x, keep);
-    kept_bytes_ = kept.bytes * p_.n_heads;
-    kept_ = keep ? data<char>(saved.kept) : reinterpret_cast<char*>(scratch_.template get<uint8_t>(kept_bytes_));
+    char* const first = keep ? data<char>(saved.kept)
+                             : reinterpret_cast<char*>(scratch_.template get<uint8_t>(kept.bytes * p_.n_heads));
     const auto piece = [&](auto& numbers, int64_t begin, int64_t end) {
-      if (begin < end) numbers = {reinterpret_cast<decltype(numbers.data)>(kept_ + begin), kept.bytes};
+      if (begin < end) numbers = {reinterpret_cast<decltype(numbers.data)>(first + begin), kept.bytes};
       numbers.stride /= sizeof(*numbers.data);
     };
     piece(saved_.kappa2, kept.kappa, kept.log_mean), piece(saved_.log_mean2, kept.log_mean, kept.local);
     piece(saved_.local, kept.local, kept.residual), piece(saved_.residual, kept.residual, kept.base2);
     piece(saved_.base2, kept.base2, kept.bytes);
-    if (p_.has_bits)
-      set_bits(kept_ + kept.bits, kept.bytes);
-    else if (is_dense_)
-      set_bits(reinterpret_cast<char*>(scratch_.template get<uint8_t>(p_.n_heads * head_bytes())), head_bytes());
+    if (p_.has_bits) set_bits(first + kept.bits, kept.bytes);
   }
 
   void forward() {
-    arrange_tokens();
     const int row_blocks = p_.rows.blocks(), key_blocks = p_.keys.blocks();
     const int64_t rows = all_rows();
-    const int splits = parts_of(int64_t(p_.n_heads) * row_blocks, std::min(8, key_blocks));
-    Scratch scratch(arguments_.query);
-    auto* const largest = scratch.get<float>(splits * rows);
-    auto* const total = scratch.get<float>(splits * rows);
-    // The peaks too: those of blocks without keys are never written; and the rows of padding, which nothing writes.
-    if (p_.has_bits || arguments_.real) clear_memory(kept_, kept_bytes_, stream_);
-    find_statistics(p_, splits, largest, total, stream_);
-    if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
-    // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i: in these tiles too.
-    const float band2 = p_.one_way_bits ? band() * static_cast<float>(kLog2E) : 0;
-    const Thresholds thresholds = new_thresholds(scratch);
-    find_thresholds(p_, splits, largest, total, saved_, band2, thresholds, stream_);
-    const uint8_t* occupied = nullptr;
+    const int64_t tile_words = int64_t(row_blocks) * groups_of(arguments_.n_k());
+    reserve_cleared(p_.n_heads * (2 * tile_words + 2));
+    Plan plan{};
+    plan.splits = parts_of(int64_t(p_.n_heads) * row_blocks, std::min(8, key_blocks));
+    plan.largest = scratch_.template get<float>(plan.splits * rows);
+    plan.total = scratch_.template get<float>(plan.splits * rows);
+    uint32_t* done = nullptr;
     if (p_.has_bits) {
-      uint8_t* const found = has_tiles() ? scratch.get<uint8_t>(tiles()) : nullptr;
-      if (found != nullptr) clear_memory(found, tiles(), stream_);
-      const uint8_t* const flags = thresholds.flags;
-      const Lists lists = list(scratch, flags, p_.mutual ? flags : nullptr, p_.mutual, true);
-      find_neighbours(p_, thresholds, lists, found, stream_);
-      occupied = found;
-    } else if (is_dense_) {
-      keep_everybody(p_, stream_);
-      occupied = find_occupied_tiles(scratch);
+      if (p_.peaks.data == nullptr) {
+        p_.peaks.stride = int64_t(key_blocks) * p_.rows.padded;
+        p_.peaks.data = reinterpret_cast<Half*>(scratch_.template get<uint16_t>(p_.n_heads * p_.peaks.stride));
+      }
+      plan.thresholds = {scratch_.template get<float>(rows), scratch_.template get<float>(rows),
+                         p_.topk > 0 ? scratch_.template get<float>(rows) : nullptr};
+      // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i: in these tiles too.
+      plan.band2 = p_.one_way.words != nullptr ? band() * static_cast<float>(kLog2E) : 0;
+      const auto tile_bits = [&](uint32_t* words) { return TileBits{words, tile_words, groups_of(arguments_.n_k())}; };
+      plan.reached = tile_bits(scratch_.template get<uint32_t>(p_.n_heads * tile_words));
+      plan.reached_back = tile_bits(get_cleared(p_.n_heads * tile_words));
+      plan.local = tile_bits(get_cleared(p_.n_heads * tile_words));
+      plan.done = get_cleared(p_.n_heads), done = get_cleared(p_.n_heads);
+      plan.lists = new_lists(true);
     }
+    arrange(p_, arranging(), stream_);
+    find_statistics(p_, plan.splits, const_cast<float*>(plan.largest), const_cast<float*>(plan.total), stream_);
+    if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
+    make_plan(p_, plan, saved_, stream_);
+    Lists lists{};
+    if (p_.has_bits) find_survivors(p_, plan, saved_, done, lists = new_lists(true), stream_);
     Parts values;
     Totals totals{};
     if (has_tiles()) {
-      values = new_parts(scratch, true, p_.width_v);
+      values = new_parts(scratch_, true, p_.width_v);
       const int64_t numbers = values.splits * rows;
-      totals = {scratch.get<float>(numbers), scratch.get<float>(numbers), scratch.get<int32_t>(numbers)};
-      const Lists lists = list_occupied(scratch, occupied, true);
-      sum_neighbours(Sum::kValues, p_, lists, {}, values, totals, stream_);
+      totals = {scratch_.template get<float>(numbers), scratch_.template get<float>(numbers),
+                scratch_.template get<int32_t>(numbers)};
+      sum_survivors(Sum::kValues, p_, lists.entries != nullptr ? lists : every_block(true), {}, values, totals,
+                    stream_);
     }
     finish_out(p_, values, totals, saved_, stream_);
   }
 
   void backward(const Tensor& d_out, const Gradients& gradients) {
-    if (std::is_same_v<T, Half>) {
-      p_.bounds = scratch_.template get<uint32_t>(2 * p_.n_heads);
-      clear_memory(p_.bounds, 2 * p_.n_heads * sizeof(uint32_t), stream_);
-    }
-    arrange_tokens();
-    const RowGradients row = arrange_d_out(d_out);
-    if (is_dense_) keep_everybody(p_, stream_);
+    const int64_t rows = all_rows();
+    const auto numbers = [&] { return scratch_.template get<float>(rows); };
+    // Zeroed before the first kernel, which notes both.
+    auto* const noted = scratch_.template get<uint32_t>(3 * p_.n_heads);
+    clear_memory(noted, 3 * p_.n_heads * sizeof(uint32_t), stream_);
+    if (std::is_same_v<T, Half>) p_.bounds = noted + p_.n_heads;
+    const RowGradients row{numbers(), numbers(), numbers(), numbers(), numbers(), noted};
     float *const dalpha = data<float>(gradients.dalpha), *const dbeta = data<float>(gradients.dbeta);  // of every row
-    const bool learns_mutual = dalpha != nullptr && p_.mutual;
-    const uint8_t* const occupied = has_tiles() || learns_mutual ? find_occupied_tiles(scratch_) : nullptr;
+    Learning learning{band(), dalpha, dbeta, nullptr, nullptr, 0, nullptr};
+    if (dalpha != nullptr || dbeta != nullptr) {
+      const int64_t blocks = int64_t(p_.n_heads) * p_.rows.blocks();
+      if (dalpha != nullptr) learning.splits = parts_of(blocks, std::min(kMaxParts, p_.keys.blocks()));
+      learning.entries = scratch_.template get<uint32_t>(blocks * (p_.keys.blocks() + learning.splits));
+      learning.parts = scratch_.template get<float>((learning.splits + 1) * rows);
+      reserve_cleared(blocks);
+      learning.done = get_cleared(blocks);
+    }
+    Arranging<T> all = arranging();
+    all.gradient = tokens(d_out, p_.rows, p_.width_v);
+    p_.d_out = all.gradient.out;
+    const bool listed = p_.has_bits && !p_.few;
+    const Lists by_rows = listed ? new_lists(true) : every_block(true);
+    const Lists by_columns = listed ? new_lists(false) : every_block(false);
+    arrange_backward(p_, all, saved_, row, by_rows, by_columns, stream_);
     {
       Scratch scratch(arguments_.query);
-      Lists lists{};
-      if (has_tiles()) lists = list_occupied(scratch, occupied, true);
       if constexpr (std::is_same_v<T, float>) {
         Parts errors;
-        if (has_tiles()) sum_neighbours(Sum::kDelta, p_, lists, row, errors = new_parts(scratch, true, 1), {}, stream_);
+        if (has_tiles())
+          sum_survivors(Sum::kDelta, p_, by_rows, row, errors = new_parts(scratch, true, 1), {}, stream_);
         correct_delta(p_, saved_, row, errors, stream_);
       }
-      Parts sums_q, sums_t;
+      Parts sums;
       if (has_tiles())
-        sum_neighbours(Sum::kDq, p_, lists, row, sums_q = new_parts(scratch, true, p_.width), {}, stream_);
-      Thresholds thresholds{};
-      if (dalpha != nullptr) {
-        // Tiles with a score in the band around their rows' thresholds and, if mutual, a neighbour the other way.
-        thresholds = new_thresholds(scratch);
-        find_thresholds(p_, 0, nullptr, nullptr, saved_, band() * static_cast<float>(kLog2E), thresholds, stream_);
-        const Lists in_band = list(scratch, thresholds.flags, p_.mutual ? occupied : nullptr, false, true);
-        sum_thresholds(p_, thresholds, in_band, row, band(), sums_t = new_parts(scratch, true, 1), stream_);
-      }
-      finish_dq(p_, saved_, row, thresholds, band(), sums_q, sums_t, data<T>(gradients.dq), dalpha, dbeta, stream_);
+        sum_survivors(Sum::kDq, p_, by_rows, row, sums = new_parts(scratch, true, p_.width), {}, stream_);
+      finish_dq(p_, saved_, row, sums, data<T>(gradients.dq), stream_);
     }
+    if (dalpha != nullptr || dbeta != nullptr) find_threshold_gradients(p_, saved_, row, learning, stream_);
     Scratch scratch(arguments_.query);
     Parts sums_k, sums_v;
     if (has_tiles()) {
-      const Lists lists = list_occupied(scratch, occupied, false);
-      sum_neighbours(Sum::kDk, p_, lists, row, sums_k = new_parts(scratch, false, p_.width), {}, stream_);
-      sum_neighbours(Sum::kDv, p_, lists, row, sums_v = new_parts(scratch, false, p_.width_v), {}, stream_);
+      sum_survivors(Sum::kDk, p_, by_columns, row, sums_k = new_parts(scratch, false, p_.width), {}, stream_);
+      sum_survivors(Sum::kDv, p_, by_columns, row, sums_v = new_parts(scratch, false, p_.width_v), {}, stream_);
     }
     finish_dkv(p_, saved_, row, sums_k, sums_v, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
   }
 
   void graph(const int64_t* row_offsets, int32_t* col_indices, int64_t columns) {
-    if (is_dense_) keep_everybody(p_, stream_);
+    arrange(p_, arranging(), stream_);  // for the orders
     write_columns(p_, saved_, row_offsets, col_indices, columns, stream_);
   }
 
  private:
-  Order order(const Tensor& x, const Optional& real, int height, int width, int64_t images = 1) {
+  Order new_order(const Tensor& x, const Optional& real, int64_t height, int64_t width, int64_t images = 1) {
     if (real) images = real->size(0);
     const int n = static_cast<int>(x.size(2)), room = padded(n);
-    auto* const order = scratch_.template get<int32_t>(images * room);
-    auto* const place = scratch_.template get<int32_t>(images * n);
-    auto* const counts = scratch_.template get<int32_t>(images);
-    find_order(data<const bool>(real), static_cast<int>(images), n, height, width, room, order, place, counts, stream_);
-    return {n, room, order, place, counts};
+    return {n,
+            room,
+            static_cast<int>(height),
+            static_cast<int>(width),
+            data<const bool>(real),
+            scratch_.template get<int32_t>(images * room),
+            scratch_.template get<int32_t>(images * n),
+            scratch_.template get<int32_t>(images)};
   }
 
   Tokens<T> tokens(const Tensor& x, const Order& order, int width) {
     T* const out = scratch_.template get<T>(int64_t(p_.n_heads) * order.padded * width);
-    return {data<const T>(x), strides_of(x, p_.heads), order, static_cast<int>(x.size(3)), width, out};
+    return {
+        data<const T>(x), strides_of(x, p_.heads), order, static_cast<int>(x.size(3)), width, reads_by_groups(x), out};
   }
 
-  void arrange_tokens() {
-    const int64_t words = int64_t(p_.n_heads) * p_.keys.padded / 32;
-    auto* const not_finite = scratch_.template get<uint32_t>(words);
-    clear_memory(not_finite, words * sizeof(uint32_t), stream_);
+  // Whether every token lies at a multiple of 16 bytes, and is as long.
+  static bool reads_by_groups(const Tensor& x) {
+    constexpr int64_t kGroup = 16 / sizeof(T);
+    bool aligned = x.stride(3) == 1 && x.size(3) % kGroup == 0 && reinterpret_cast<uintptr_t>(x.data_ptr()) % 16 == 0;
+    for (int i = 0; i < 3; ++i) aligned = aligned && (x.size(i) == 1 || x.stride(i) % kGroup == 0);
+    return aligned;
+  }
+
+  // The inputs, and room for them arranged. Call it last: it takes what was asked for to be cleared.
+  Arranging<T> arranging() {
+    p_.not_finite = scratch_.template get<uint32_t>(int64_t(p_.n_heads) * p_.keys.padded / 32);
     p_.symmetric = is_same(arguments_.query, arguments_.key);
-    const Tokens<T> value = tokens(arguments_.value, p_.keys, p_.width_v);
-    const Tokens<T> query = tokens(arguments_.query, p_.rows, p_.width);
-    const Tokens<T> key = p_.symmetric ? query : tokens(arguments_.key, p_.keys, p_.width);
-    arrange(value, query, key, p_.symmetric ? 2 : 3, p_.n_heads, p_.heads, p_.per_image, not_finite, p_.bounds,
-            stream_);
-    p_.q = query.out, p_.k = key.out, p_.v = value.out;
-    p_.not_finite = not_finite;
+    Arranging<T> all{};
+    all.value = tokens(arguments_.value, p_.keys, p_.width_v);
+    all.query = tokens(arguments_.query, p_.rows, p_.width);
+    if (!p_.symmetric) all.key = tokens(arguments_.key, p_.keys, p_.width);
+    all.cleared = cleared_, all.cleared_words = cleared_words_;
+    p_.q = all.query.out, p_.k = p_.symmetric ? all.query.out : all.key.out, p_.v = all.value.out;
+    return all;
   }
 
-  // Arranges the gradient of the output; returns what the backward knows of rows.
-  RowGradients arrange_d_out(const Tensor& d_out) {
-    const int64_t rows = all_rows();
-    const auto numbers = [&] { return scratch_.template get<float>(rows); };
-    T* const arranged = scratch_.template get<T>(rows * p_.width_v);
-    const RowGradients row{numbers(), numbers(), numbers(),
-                           numbers(), numbers(), scratch_.template get<uint32_t>(p_.n_heads)};
-    clear_memory(row.not_finite_head, p_.n_heads * sizeof(uint32_t), stream_);
-    arrange_gradient(p_, data<const T>(d_out), strides_of(d_out, p_.heads), saved_, arranged, row, stream_);
-    p_.d_out = arranged;
-    return row;
+  // Words that the first kernel of a pass sets to 0.
+  void reserve_cleared(int64_t words) { cleared_ = scratch_.template get<uint32_t>(words); }
+  uint32_t* get_cleared(int64_t words) {
+    cleared_words_ += words;
+    return cleared_ + cleared_words_ - words;
   }
-
-  // A head's bits are followed by its peaks.
-  size_t words_bytes() const { return size_t(p_.keys.padded) / 8 * p_.rows.padded; }
-  size_t head_bytes() const { return size_t(p_.keys.blocks()) * p_.rows.padded * kRowBytes; }
 
   void set_bits(char* first, int64_t stride) {
-    p_.words = reinterpret_cast<uint32_t*>(first), p_.words_stride = stride / 4;
-    p_.peaks = reinterpret_cast<Half*>(first + words_bytes()), p_.peaks_stride = stride / 2;
+    const KeptBits kept(arguments_);
+    const auto words = [&](int64_t at) { return reinterpret_cast<uint32_t*>(first + at); };
+    p_.survivors = {words(0), stride / 4};
+    p_.occupied = {words(kept.occupied), stride / 4, groups_of(arguments_.n_k())};
+    p_.occupied_columns = {words(kept.occupied_columns), stride / 4, groups_of(arguments_.n_q())};
+    if (has_one_way_bits(arguments_)) {
+      p_.one_way = {words(kept.one_way), stride / 4};
+      p_.offered = {words(kept.offered), stride / 4, groups_of(arguments_.n_k())};
+    }
+    if (keeps_peaks(arguments_)) p_.peaks = {reinterpret_cast<Half*>(first + kept.peaks), stride / 2};
   }
 
   float band() const { return static_cast<float>(arguments_.options.band); }
 
   int64_t all_rows() const { return int64_t(p_.n_heads) * p_.rows.padded; }
 
-  // Whether there are neighbours, and tiles sum them.
-  bool has_tiles() const { return p_.words != nullptr && !p_.few; }
-
-  int64_t tiles() const { return int64_t(p_.n_heads) * p_.rows.blocks() * p_.keys.blocks(); }
-
-  Thresholds new_thresholds(Scratch& scratch) const {
-    if (!p_.has_bits) return {};
-    const int64_t rows = all_rows();
-    return {scratch.get<float>(rows), scratch.get<float>(rows), p_.topk > 0 ? scratch.get<float>(rows) : nullptr,
-            scratch.get<uint8_t>(tiles())};
-  }
+  // Whether tiles sum over survivors: neighbours, unless they are few, or everybody.
+  bool has_tiles() const { return p_.has_bits ? !p_.few : p_.window == 0; }
 
   Parts new_parts(Scratch& scratch, bool of_rows, int width) const {
     const Order& own = of_rows ? p_.rows : p_.keys;
@@ -328,34 +350,28 @@ class Call {
     return {scratch.get<float>(int64_t(splits) * p_.n_heads * own.padded * width), splits};
   }
 
-  Lists list(Scratch& scratch, const uint8_t* by_rows, const uint8_t* by_columns, bool upper, bool of_rows) const {
-    const int blocks = (of_rows ? p_.rows : p_.keys).blocks(), others = (of_rows ? p_.keys : p_.rows).blocks();
-    const Lists lists{scratch.get<int32_t>(int64_t(p_.n_heads) * blocks * others),
-                      scratch.get<int32_t>(int64_t(p_.n_heads) * blocks), others};
-    list_blocks(by_rows, by_columns, upper, p_.n_heads, blocks, lists, stream_);
+  // Every block, without a list.
+  Lists every_block(bool of_rows) const {
+    Lists lists;
+    lists.tiles = (of_rows ? p_.rows : p_.keys).blocks(), lists.others = (of_rows ? p_.keys : p_.rows).blocks();
     return lists;
   }
 
-  // A flag for every tile: whether it holds a neighbour.
-  const uint8_t* find_occupied_tiles(Scratch& scratch) const {
-    auto* const flags = scratch.get<uint8_t>(tiles());
-    find_occupied(p_, flags, stream_);
-    return flags;
-  }
-
-  // For every block of queries, or of keys, the blocks of the other side with neighbours.
-  Lists list_occupied(Scratch& scratch, const uint8_t* occupied, bool of_rows) const {
-    return list(scratch, of_rows || p_.mutual ? occupied : nullptr, !of_rows || p_.mutual ? occupied : nullptr, false,
-                of_rows);
+  // Room for lists.
+  Lists new_lists(bool of_rows) {
+    Lists lists = every_block(of_rows);
+    const int64_t tiles = int64_t(p_.n_heads) * lists.tiles;
+    lists.entries = scratch_.template get<uint32_t>(tiles * lists.others);
+    lists.lengths = scratch_.template get<int32_t>(tiles);
+    return lists;
   }
 
   const Arguments& arguments_;
   Problem<T> p_{};
   Saved<T> saved_{};
-  bool is_dense_ = false;  // neither alpha, beta nor topk: all keys are neighbours
-  char* kept_ = nullptr;
-  int64_t kept_bytes_ = 0;
   Scratch scratch_;
+  uint32_t* cleared_ = nullptr;
+  int64_t cleared_words_ = 0;
   cudaStream_t stream_;
 };
 

@@ -1,16 +1,16 @@
-// Rows and columns ended, a warp each, in raster order: the parts that tiles summed, and the pairs that no tile sums.
+// Rows and columns ended, a warp each, in raster order: from the parts that tiles summed, or over survivors one by one.
 //
-// Those pairs are the local survivors that are no neighbours, and where rows keep few neighbours these too (rows.h).
-// They are scattered, so they are taken one at a time, in plain float32 products.
+// One by one, in plain float32 products, are taken those of a window without adaptive neighbours, and those of rows that
+// keep few neighbours (rows.h): they are scattered.
 
 #include "rows.h"
 
 namespace asa_ops::cuda {
 namespace {
 
-// Output and statistics, and the local survivors. Rows that are padding are not touched.
+// Output and statistics. Rows that are padding are not touched.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPrograms)
     asa_finish_out_kernel(Problem<T> p, Parts values, Totals totals, Saved<T> saved) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
@@ -25,10 +25,9 @@ __global__ void __launch_bounds__(kThreads)
     const float weight = exp2f(totals.largest[row] - (largest == -INFINITY ? 0 : largest));
     total += totals.total[row] * weight;
     count += totals.count[row];
-    add(sum, weight, vector_at(values.sums, row, p.width_v));
+    each_number(p.width_v, [&](int r, int d) { sum.x[r] = fmaf(weight, values.sums[row * p.width_v + d], sum.x[r]); });
   }
   const Vector q = vector_at(p.q, at.index, p.width);
-  if (p.window > 0) find_local_survivors(p, at, q, saved);
   visit_keys(p, at, saved.local, [&](int j) {
     const int64_t key = row_at(at.z, p.keys.padded, j);
     const float s = dot(q, vector_at(p.k, key, p.width)) * p.scale2;
@@ -84,53 +83,14 @@ __global__ void __launch_bounds__(kThreads)
   if (threadIdx.x % 32 == 0) row.delta[at.index] = delta + error;
 }
 
-// Adds the pairs in the window to -dl/dt and -dl/du of a row.
-template <class T>
-__device__ __forceinline__ void add_window(const Problem<T>& p, const WarpRow& at, const Saved<T>& saved,
-                                           const RowGradients& row, const Thresholds& thresholds, float band,
-                                           bool learn_alpha, bool learn_beta, const Vector& q, const Vector& d_out,
-                                           float& dt, float& du) {
-  const float kept2 = row.kept2[at.index], delta = row.delta[at.index];
-  const Vector k = vector_at(p.k, at.index, p.width), v = vector_at(p.v, at.index, p.width_v);
-  visit_window(p, at, [&](int offset, int j) {
-    if (j < 0) return;
-    const int64_t key = row_at(at.z, p.keys.padded, j);
-    const bool survives = local_flag(p, saved.local, at.z, at.token, offset);
-    const bool neighbour = is_neighbour(p, at.z, at.position, j);
-    const float s2 = dot(q, vector_at(p.k, key, p.width)) * p.scale2;
-    const float gain = dot(d_out, vector_at(p.v, key, p.width_v)) - delta;
-    float offer = admission_weight(s2 - kept2, survives || neighbour, kept2 == -INFINITY) * gain;
-    if (learn_beta && !neighbour) {
-      // The forward's mean: a score that equals it there equals it here, to the last bit.
-      const float mean2 = saved.log_mean2.of(at.z)[at.token];
-      const float step =
-          step_derivative((s2 - mean2 - log2f(multiplier_at(p.beta, at.z, p.heads, at.token))) * kLn2, band);
-      du += step > 0 ? step * offer : 0;
-    }
-    if (!learn_alpha || (p.mutual && !bit_at(p, at.z, j, at.position))) return;
-    if (thresholds.kappa2 != nullptr && !(s2 >= thresholds.kappa2[at.index])) return;
-    const float step = step_derivative((s2 - thresholds.lse2[at.index] - thresholds.cut2[at.index]) * kLn2, band);
-    if (!(step > 0)) return;
-    if (survives) offer = 0;
-    const int back = p.window * p.window - 1 - offset;
-    if (p.mutual && !local_flag(p, saved.local, at.z, window_token(p, at.token, offset), back)) {
-      const float back2 = dot(k, vector_at(p.q, key, p.width)) * p.scale2, kept_j = row.kept2[key];
-      const float back_gain = dot(v, vector_at(p.d_out, key, p.width_v)) - row.delta[key];
-      offer += admission_weight(back2 - kept_j, neighbour, kept_j == -INFINITY) * back_gain;
-    }
-    dt += step * offer;
-  });
-}
-
-// dq, dalpha and dbeta.
+// dq.
 template <class T>
 __global__ void __launch_bounds__(kThreads)
-    asa_finish_dq_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Thresholds thresholds, float band,
-                         Parts sums_q, Parts sums_t, T* dq, float* dalpha, float* dbeta) {
+    asa_finish_dq_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts sums, T* dq) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const int64_t rows = int64_t(p.n_heads) * p.rows.padded;
-  Vector sum = sum_of(sums_q, at.index, rows, p.width);
+  Vector sum = sum_of(sums, at.index, rows, p.width);
   scale(sum, 1 / shrink_of(p.bounds, p.n_heads, at.z));
   const Vector q = vector_at(p.q, at.index, p.width), d_out = vector_at(p.d_out, at.index, p.width_v);
   const float delta = row.delta[at.index], top = row.grad_top[at.index], share = row.share[at.index];
@@ -144,21 +104,11 @@ __global__ void __launch_bounds__(kThreads)
   const int64_t saved_row = row_at(at.z, p.rows.n, at.token);
   each_number(p.dim,
               [&](int r, int d) { dq[saved_row * p.dim + d] = from_float<T>(not_finite ? NAN : sum.x[r] * p.scale); });
-  if (dalpha == nullptr && dbeta == nullptr) return;
-  float dt = number_of(sums_t, at.index, rows), du = 0;  // -dl/dt, -dl/du
-  add_window(p, at, saved, row, thresholds, band, dalpha != nullptr, dbeta != nullptr, q, d_out, dt, du);
-  if (threadIdx.x % 32 != 0) return;
-  const auto store = [&](float* gradient, const Multiplier& multiplier, float negative) {
-    const float x = multiplier_at(multiplier, at.z, p.heads, at.token);
-    gradient[saved_row] = not_finite ? NAN : x == 0 ? 0 : -negative / x;
-  };
-  if (dalpha != nullptr) store(dalpha, p.alpha, dt);
-  if (dbeta != nullptr) store(dbeta, p.beta, du);
 }
 
 // dk and dv.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPrograms)
     asa_finish_dkv_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts sums_k, Parts sums_v, T* dk, T* dv) {
   const WarpRow at(p.keys, p.heads, p.per_image);
   if (at.token < 0) return;
@@ -197,11 +147,10 @@ void correct_delta(const Problem<float>& problem, const Saved<float>& saved, con
 }
 
 template <class T>
-void finish_dq(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Thresholds& thresholds,
-               float band, const Parts& sums_q, const Parts& sums_t, T* dq, float* dalpha, float* dbeta,
+void finish_dq(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& sums, T* dq,
                cudaStream_t stream) {
   launch("asa_finish_dq_kernel", &asa_finish_dq_kernel<T>, row_programs(problem.n_heads, problem.rows), kThreads, 0,
-         stream, problem, saved, row, thresholds, band, sums_q, sums_t, dq, dalpha, dbeta);
+         stream, problem, saved, row, sums, dq);
 }
 
 template <class T>
@@ -213,8 +162,7 @@ void finish_dkv(const Problem<T>& problem, const Saved<T>& saved, const RowGradi
 
 #define INSTANTIATE(T)                                                                                              \
   template void finish_out(const Problem<T>&, const Parts&, const Totals&, const Saved<T>&, cudaStream_t);          \
-  template void finish_dq(const Problem<T>&, const Saved<T>&, const RowGradients&, const Thresholds&, float,        \
-                          const Parts&, const Parts&, T*, float*, float*, cudaStream_t);                            \
+  template void finish_dq(const Problem<T>&, const Saved<T>&, const RowGradients&, const Parts&, T*, cudaStream_t); \
   template void finish_dkv(const Problem<T>&, const Saved<T>&, const RowGradients&, const Parts&, const Parts&, T*, \
                            T*, cudaStream_t);
 INSTANTIATE(Half)

@@ -1,13 +1,13 @@
 // Adaptive sparse attention on the GPU: what its kernels share, and the steps of a call. call.cu has their order.
 //
-// arrange.cu arranges tokens: [n_heads * padded, width], n_heads = B * heads, the map cut into tiles of 8 x 8, padding
-// left out, zeros up to whole blocks of 64 tokens and to a width of 64, 128 or 256. So no tile needs a bounds check.
-// Scores are in base 2: s2 = scale * log2(e) * <q_i, k_j>. Everything runs in one stream; no size depends on the data,
-// nothing is read back, and sums are formed in a fixed order: results repeat bit for bit.
+// arrange.cu arranges tokens: n_heads = B * heads heads of `padded` tokens each, the map cut into tiles of 8 x 8,
+// padding left out, zeros up to whole blocks of 64 tokens and to a width of 64, 128 or 256. So no tile needs a bounds
+// check. Scores are in base 2: s2 = scale * log2(e) * <q_i, k_j>. Everything runs in one stream; no size depends on the
+// data, nothing is read back, and sums are formed in a fixed order: results repeat bit for bit.
 //
-// select.cu decides every pair once and stores it as a bit; all later steps, the backward's too, read the bits. sums.cu
-// sums over neighbours by tiles. finish.cu ends rows and columns: it adds one by one the pairs that survive only in the
-// window, and all pairs of rows that keep few (`few`).
+// select.cu decides every pair once and stores it as a bit: who survives, in the window or as a neighbour. All later
+// steps, the backward's too, read the bits. sums.cu sums over survivors by tiles, dt.cu finds the gradients of
+// thresholds. finish.cu ends rows and columns; where survivors are few it takes them one by one.
 
 #pragma once
 
@@ -18,18 +18,20 @@ namespace asa_ops::cuda {
 constexpr int kBlock = 64;  // tokens of a block, rows and columns of a tile
 constexpr int kThreads = 128;  // of a program: four warps, each with 16 rows of a tile, or with one row
 constexpr int kWarps = kThreads / 32;
-constexpr int kPrograms = 8;  // on a processor at a time, short kernels: 64 registers a thread, without spills
+constexpr int kPrograms = 3;  // of long kernels on a processor at a time: left to the compiler, some spill
 constexpr int kFew = 32;  // up to this many neighbours a row are taken one by one
+constexpr int kChunkBytes = kBlock * 128;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr int kRowBytes = kBlock / 8 + int(sizeof(Half));  // of a query and a block of keys: 64 bits and a peak
 
-// In which order the tokens of every image stand.
+// In which order the tokens of every image stand: arrange.cu finds it.
 struct Order {
   int n = 0, padded = 0;
-  const int32_t* order = nullptr;  // [images, padded] token at a position, -1 where there is none
-  const int32_t* place = nullptr;  // [images, n] position of a token, -1 for padding
-  const int32_t* counts = nullptr;  // [images] real tokens
+  int height = 1, width = 0;  // of the map
+  const bool* real = nullptr;  // [images, n] false at padding; null: all are real
+  int32_t* order = nullptr;  // [images, padded] token at a position, -1 where there is none
+  int32_t* place = nullptr;  // [images, n] position of a token, -1 for padding
+  int32_t* counts = nullptr;  // [images] real tokens
 
   __host__ __device__ int blocks() const { return padded / kBlock; }
 };
@@ -40,47 +42,21 @@ struct Strides {
   int shared = 1;  // heads that share one of the tensor's
 };
 
-// The tokens of a tensor, and where and in which order they are to stand.
+// The tokens of a tensor, and where they are to stand, arranged.
 template <class T>
 struct Tokens {
-  const T* x;
+  const T* x = nullptr;
   Strides strides;
   Order order;
-  int dim, width;  // before and after
-  T* out;
+  int dim = 0, width = 0;  // before and after
+  bool by_groups = false;  // whether 16 bytes of a token are read at a time
+  T* out = nullptr;
 };
 
 // A multiplier of thresholds, float32, with strides of 0 where it is the same for all; no data: there is none.
 struct Multiplier {
   const float* data = nullptr;
   Strides strides;
-};
-
-// A call. T: Half, BFloat16 or float.
-template <class T>
-struct Problem {
-  int heads, n_heads;
-  int per_image;  // 1: the order differs from image to image, 0: one for all
-  Order rows, keys;
-  int dim, dim_v, width, width_v;  // of q and k, of v; before and after arranging
-  int grid_height, grid_width;
-  int window;  // side, 0: no local block
-  int topk;  // 0: none
-  bool mutual;  // neighbours must be each other's
-  bool symmetric;  // query is key
-  bool has_bits;  // there are adaptive neighbours
-  bool one_way_bits;  // bits are A, and M is A and its transpose, which thresholds that learn need; otherwise M
-  bool few;  // rows keep few neighbours: one by one
-  float scale, scale2;
-  Multiplier alpha, beta;
-  const T *q, *k, *v, *d_out;  // arranged
-  const uint32_t* not_finite;  // [n_heads, keys / 32] keys whose value is not finite, which is 0 in v
-  // [2, n_heads] the largest |v|, the largest finite sum of |do| of a query, as bits; null but in a backward of Half
-  uint32_t* bounds;
-  uint32_t* words;  // pair (i, j): bit j % 32 of words[j / 32][i]; every head's `stride` further on
-  int64_t words_stride;
-  Half* peaks;  // [key block, row] at least the largest score of a row with the keys of a block
-  int64_t peaks_stride;
 };
 
 // Numbers of every head, `stride` of them after those of the head before; no data: there are none.
@@ -92,6 +68,54 @@ struct PerHead {
   __device__ __forceinline__ U* of(int z) const { return data + z * stride; }
 };
 
+// A bit for every pair of a head: that of query i and key j is bit j % 32 of [j / 32][i]. Tiles that the bits of tiles
+// leave out were never written.
+struct PairBits {
+  uint32_t* words = nullptr;
+  int64_t stride = 0;  // words of a head
+
+  __device__ __forceinline__ uint32_t* of(int z) const { return words + z * stride; }
+};
+
+// A bit for every tile of a head: that of blocks I and J is bit J % 32 of [I][J / 32].
+struct TileBits {
+  uint32_t* words = nullptr;
+  int64_t stride = 0;  // words of a head
+  int groups = 0;  // words of a row of tiles
+
+  __device__ __forceinline__ uint32_t* word(int z, int i, int group) const {
+    return words + z * stride + int64_t(i) * groups + group;
+  }
+  __device__ __forceinline__ bool at(int z, int i, int j) const { return *word(z, i, j / 32) >> j % 32 & 1; }
+  __device__ __forceinline__ void set(int z, int i, int j) const { atomicOr(word(z, i, j / 32), 1u << j % 32); }
+};
+
+// A call. T: Half, BFloat16 or float.
+template <class T>
+struct Problem {
+  int heads, n_heads;
+  int per_image;  // 1: the order differs from image to image, 0: one for all
+  Order rows, keys;
+  int dim, dim_v, width, width_v;  // of q and k, of v; before and after arranging
+  int window;  // side, 0: no local block
+  int topk;  // 0: none
+  bool mutual;  // neighbours must be each other's
+  bool symmetric;  // query is key
+  bool has_bits;  // there are adaptive neighbours; otherwise a window, or all keys
+  bool few;  // rows keep few neighbours: one by one
+  float scale, scale2;
+  Multiplier alpha, beta;
+  const T *q, *k, *v, *d_out;  // arranged
+  uint32_t* not_finite;  // [n_heads, keys / 32] keys whose value is not finite, which is 0 in v
+  // [2, n_heads] the largest |v|, the largest finite sum of |do| of a query, as bits; null but in a backward of Half
+  uint32_t* bounds;
+  PairBits survivors;
+  PairBits one_way;  // A, where thresholds learn and neighbours must be mutual
+  TileBits occupied, occupied_columns;  // tiles with a survivor, [row block, key block] and transposed
+  TileBits offered;  // beside `one_way`: whether a key of the block J has a query of the block I as its neighbour
+  PerHead<Half> peaks;  // [key block, row] at least the largest score of a row with the keys of a block
+};
+
 // What a forward pass returns, in raster order, [n_heads, n] and more, and what it keeps of every head.
 template <class T>
 struct Saved {
@@ -99,7 +123,7 @@ struct Saved {
   float *lse, *lse_kept;
   int32_t* survivors;
   PerHead<float> kappa2, log_mean2;  // [n]
-  PerHead<uint8_t> local;  // [n, window^2]
+  PerHead<uint8_t> local;  // [n, window^2] 1: a local survivor, 2: and a neighbour
   PerHead<T> residual;  // [n, dim_v] what rounding took from out
   PerHead<float> base2;  // [3, n] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 };
@@ -107,23 +131,26 @@ struct Saved {
 // Thresholds in arranged order, [n_heads, padded]: j is a neighbour of i if s2 - lse2 > cut2 and s2 >= kappa2.
 struct Thresholds {
   float *lse2, *cut2, *kappa2;  // kappa2 null: no topk
-  uint8_t* flags;  // [n_heads, row blocks, key blocks] tiles that reach a threshold of their rows
 };
 
-// For every block of tokens the blocks of the other side to visit, ascending.
+// For every tile of rows, a block or two, the blocks of the other side to visit, ascending.
 struct Lists {
-  int32_t* lists;  // [n_heads, blocks, others]
-  int32_t* lengths;  // [n_heads, blocks]
-  int others;
+  uint32_t* entries = nullptr;  // [n_heads, tiles, others]
+  int32_t* lengths = nullptr;  // [n_heads, tiles]
+  int tiles = 0, others = 0;
+  int blocks = 1;  // of a tile
 };
 
-// A sum over neighbours in parts, [splits, n_heads * padded, width]; no parts: there is nothing to sum.
+// An entry: a block, for which blocks of the tile of rows it is, and whether it may hold pairs of a window.
+constexpr uint32_t kEntryBlock = (1u << 28) - 1, kEntryLocal = 1u << 28, kEntryFirst = 1u << 30;
+
+// A sum over survivors in parts, [splits, n_heads * padded, width]; no parts: there is nothing to sum.
 struct Parts {
   float* sums = nullptr;
   int splits = 0;
 };
 
-// The softmax of rows over their neighbours, in the same parts, [splits, n_heads * padded].
+// The softmax of rows over their survivors, in the same parts, [splits, n_heads * padded].
 struct Totals {
   float* largest;  // score, base 2
   float* total;  // of exp2(s2 - largest)
@@ -181,18 +208,33 @@ __device__ __forceinline__ float shrink_of(const uint32_t* bounds, int n_heads, 
 // d(z): a triangle of half width `band` and area 1.
 __device__ __forceinline__ float step_derivative(float z, float band) { return fmaxf(1 - fabsf(z) / band, 0) / band; }
 
+// Where number `d` of a token lies among arranged ones, `row` of all heads. Chunks of 64 tokens by 128 bytes follow one
+// another, as they lie in shared memory too: groups of 16 bytes where no two tokens of eight share memory banks.
+template <class T>
+__host__ __device__ __forceinline__ int64_t arranged_at(int64_t row, int d, int width) {
+  constexpr int kGroup = 16 / int(sizeof(T)), kColumns = 8 * kGroup;
+  const int within = int(row % kBlock);
+  return (row - within) * width + (d / kColumns * kBlock + within) * kColumns +
+         ((d % kColumns / kGroup) ^ (within & 7)) * kGroup + d % kGroup;
+}
+
 // Launchers, in the order of a call.
 
-// arrange.cu. `not_finite` is zeroed before; so is `bounds` [2, n_heads], which may be null.
-void find_order(const bool* real, int images, int n, int height, int width, int padded, int32_t* order, int32_t* place,
-                int32_t* counts, cudaStream_t stream);
-// The tensors are value, query and, if there are three, key: of value it is noted what is not finite, and the bounds.
+// arrange.cu: the orders, and tokens in them; of value it is noted what is not finite, and the bounds. Key may be left
+// out where it is query. `cleared` words are set to 0.
 template <class T>
-void arrange(const Tokens<T>& value, const Tokens<T>& query, const Tokens<T>& key, int tensors, int n_heads, int heads,
-             int per_image, uint32_t* not_finite, uint32_t* bounds, cudaStream_t stream);
+struct Arranging {
+  Tokens<T> value, query, key, gradient;  // no out: left out
+  uint32_t* cleared;
+  int64_t cleared_words;
+};
 template <class T>
-void arrange_gradient(const Problem<T>& problem, const T* d_out, Strides strides, const Saved<T>& saved, T* arranged,
-                      const RowGradients& row, cudaStream_t stream);
+void arrange(const Problem<T>& problem, const Arranging<T>& tokens, cudaStream_t stream);
+// The same with the gradient of the output, and the lists of tiles with survivors, by rows and by columns. Not finite
+// heads and bounds are zeroed before.
+template <class T>
+void arrange_backward(const Problem<T>& problem, const Arranging<T>& tokens, const Saved<T>& saved,
+                      const RowGradients& row, const Lists& by_rows, const Lists& by_columns, cudaStream_t stream);
 
 // scores.cu: maximum and sum of exponentials of every row in `splits` parts, [splits, n_heads * padded]; the peaks.
 template <class T>
@@ -202,40 +244,35 @@ void find_statistics(const Problem<T>& problem, int splits, float* largest, floa
 template <class T>
 void find_kth(const Problem<T>& problem, const PerHead<float>& kappa2, cudaStream_t stream);
 
-// select.cu. Thresholds, and tiles within `band2` of them: from statistics, which also give the lse of `saved`, or,
-// with 0 splits, from the lse that `saved` holds.
+// select.cu. What the plan needs beside a problem.
+struct Plan {
+  const float *largest, *total;  // statistics, in parts
+  int splits;
+  Thresholds thresholds;
+  float band2;  // tiles within it of a threshold are visited too
+  TileBits reached;  // tiles whose peaks exceed a threshold of their rows
+  TileBits reached_back;  // the same transposed, if neighbours must be mutual; zeroed
+  TileBits local;  // tiles with a local survivor, either way round if neighbours must be mutual; zeroed
+  uint32_t* done;  // [n_heads] programs; zeroed
+  Lists lists;  // tiles that may hold a survivor, J >= I only if neighbours must be mutual; all of dense attention
+};
+// Log-sum-exps, thresholds, local survivors, lists.
 template <class T>
-void find_thresholds(const Problem<T>& problem, int splits, const float* largest, const float* total,
-                     const Saved<T>& saved, float band2, const Thresholds& thresholds, cudaStream_t stream);
-// flags [n_heads, row blocks, key blocks]: tiles that hold a bit.
-template <class T>
-void find_occupied(const Problem<T>& problem, uint8_t* flags, cudaStream_t stream);
-// Lists blocks J for every I where by_rows[I, J] and by_columns[J, I], each if given, and J >= I if `upper`.
-void list_blocks(const uint8_t* by_rows, const uint8_t* by_columns, bool upper, int n_heads, int blocks,
-                 const Lists& lists, cudaStream_t stream);
-// The bits of dense attention.
-template <class T>
-void keep_everybody(const Problem<T>& problem, cudaStream_t stream);
+void make_plan(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, cudaStream_t stream);
 
-// Decides the pairs of all listed tiles, and of their transposes if mutual; `occupied`, if not null, says which tiles
-// hold any. Words and these are zeroed before.
+// Decides the pairs of all listed tiles, and of their transposes if mutual; lists those that hold survivors.
 template <class T>
-void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, uint8_t* occupied,
-                     cudaStream_t stream);
+void find_survivors(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, uint32_t* done,
+                    const Lists& lists, cudaStream_t stream);
 
-// sums.cu: sums over the neighbours in listed blocks: of values, with totals; the error of delta, a number a row; of
+// sums.cu: sums over the survivors in listed blocks: of values, with totals; the error of delta, a number a row; of
 // dq / scale, dk / scale, dv.
 enum class Sum { kValues, kDelta, kDq, kDk, kDv };
 template <class T>
-void sum_neighbours(Sum what, const Problem<T>& problem, const Lists& lists, const RowGradients& row,
-                    const Parts& parts, const Totals& totals, cudaStream_t stream);
+void sum_survivors(Sum what, const Problem<T>& problem, const Lists& lists, const RowGradients& row, const Parts& parts,
+                   const Totals& totals, cudaStream_t stream);
 
-// -dl/dt of pairs outside the window, a number a row.
-template <class T>
-void sum_thresholds(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists,
-                    const RowGradients& row, float band, const Parts& parts, cudaStream_t stream);
-
-// finish.cu: rows and columns in raster order, summed from their parts and from the pairs that no tile sums.
+// finish.cu: rows and columns in raster order, summed from their parts, or over survivors that no tile sums.
 template <class T>
 void finish_out(const Problem<T>& problem, const Parts& values, const Totals& totals, const Saved<T>& saved,
                 cudaStream_t stream);
@@ -243,12 +280,24 @@ void finish_out(const Problem<T>& problem, const Parts& values, const Totals& to
 void correct_delta(const Problem<float>& problem, const Saved<float>& saved, const RowGradients& row,
                    const Parts& errors, cudaStream_t stream);
 template <class T>
-void finish_dq(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Thresholds& thresholds,
-               float band, const Parts& sums_q, const Parts& sums_t, T* dq, float* dalpha, float* dbeta,
+void finish_dq(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& sums, T* dq,
                cudaStream_t stream);
 template <class T>
 void finish_dkv(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row, const Parts& sums_k,
                 const Parts& sums_v, T* dk, T* dv, cudaStream_t stream);
+
+// dt.cu: gradients of thresholds, of every row in raster order; null where they are not asked for.
+struct Learning {
+  float band;
+  float *dalpha, *dbeta;  // [n_heads, n]
+  uint32_t* entries;  // [n_heads, row blocks, key blocks] room for lists
+  float* parts;  // [splits + 1, n_heads * padded] room for sums
+  int splits;
+  uint32_t* done;  // [n_heads, row blocks] programs; zeroed
+};
+template <class T>
+void find_threshold_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,
+                              const Learning& learning, cudaStream_t stream);
 
 // window.cu: the columns of all survivors, ascending, of every row from its offset on.
 template <class T>

@@ -39,10 +39,11 @@ __device__ __forceinline__ void each_number(int width, Use use) {
   }
 }
 
+// An arranged token.
 template <class T>
 __device__ __forceinline__ Vector vector_at(const T* tokens, int64_t row, int width) {
   Vector v{};
-  each_number(width, [&](int r, int d) { v.x[r] = to_float(tokens[row * width + d]); });
+  each_number(width, [&](int r, int d) { v.x[r] = to_float(tokens[arranged_at<T>(row, d, width)]); });
   return v;
 }
 
@@ -97,109 +98,95 @@ __device__ __forceinline__ float number_of(const Parts& parts, int64_t row, int6
 // The `offset`-th token of the window around a token, in raster order; -1 off the map.
 template <class T>
 __device__ __forceinline__ int window_token(const Problem<T>& p, int token, int offset) {
-  const int r = token / p.grid_width + offset / p.window - p.window / 2;
-  const int c = token % p.grid_width + offset % p.window - p.window / 2;
-  return r < 0 || r >= p.grid_height || c < 0 || c >= p.grid_width ? -1 : r * p.grid_width + c;
+  const int height = p.keys.height, width = p.keys.width;
+  const int r = token / width + offset / p.window - p.window / 2, c = token % width + offset % p.window - p.window / 2;
+  return r < 0 || r >= height || c < 0 || c >= width ? -1 : r * width + c;
 }
 
-// Calls use(offset, position) for the window around a row's token, position -1 off the map and for padding.
+// The offset of the token itself in the window around its `offset`-th one.
+template <class T>
+__device__ __forceinline__ int back_of(const Problem<T>& p, int offset) {
+  return p.window * p.window - 1 - offset;
+}
+
+// Calls use(offset, position) for the window around a token, position -1 off the map and for padding.
 template <class T, class Use>
-__device__ __forceinline__ void visit_window(const Problem<T>& p, const WarpRow& at, Use use) {
+__device__ __forceinline__ void visit_window(const Problem<T>& p, int image, int token, Use use) {
   for (int offset = 0; offset < p.window * p.window; ++offset) {
-    const int token = window_token(p, at.token, offset);
-    use(offset, token < 0 ? -1 : p.keys.place[row_at(at.image, p.keys.n, token)]);
+    const int other = window_token(p, token, offset);
+    use(offset, other < 0 ? -1 : p.keys.place[row_at(image, p.keys.n, other)]);
   }
 }
 
-// Whether the `offset`-th token of the window around `token` is a local survivor.
-template <class T>
-__device__ __forceinline__ bool local_flag(const Problem<T>& p, const PerHead<uint8_t>& local, int z, int token,
-                                           int offset) {
-  return local.of(z)[int64_t(token) * (p.window * p.window) + offset] != 0;
-}
+// Whether the `offset`-th token of the window around `token` is a local survivor (kLocal), and whether such a one is a
+// neighbour too (kBoth).
+constexpr uint8_t kLocal = 1, kBoth = 3;
 
 template <class T>
-__device__ __forceinline__ bool bit_at(const Problem<T>& p, int z, int query, int key) {
-  return p.words[z * p.words_stride + int64_t(key / 32) * p.rows.padded + query] >> key % 32 & 1;
+__device__ __forceinline__ uint8_t& local_flag(const Problem<T>& p, const PerHead<uint8_t>& local, int z, int token,
+                                               int offset) {
+  return local.of(z)[int64_t(token) * (p.window * p.window) + offset];
 }
 
-// Whether a key is a neighbour of a query, positions both.
+__device__ __forceinline__ bool bit_at(const PairBits& bits, int padded, int z, int query, int key) {
+  return bits.of(z)[int64_t(key / 32) * padded + query] >> key % 32 & 1;
+}
+
+// Whether a pair survives, positions both.
 template <class T>
-__device__ __forceinline__ bool is_neighbour(const Problem<T>& p, int z, int query, int key) {
-  return p.has_bits && bit_at(p, z, query, key) && (!p.one_way_bits || bit_at(p, z, key, query));
+__device__ __forceinline__ bool survives(const Problem<T>& p, int z, int query, int key) {
+  return p.occupied.at(z, query / kBlock, key / kBlock) && bit_at(p.survivors, p.rows.padded, z, query, key);
 }
 
-// Calls use(position) for the mutual neighbours of a row.
+// Calls use(position) for the survivors of a row by its bits.
 template <class T, class Use>
-__device__ __forceinline__ void visit_neighbours(const Problem<T>& p, const WarpRow& at, Use use) {
+__device__ __forceinline__ void visit_bits(const Problem<T>& p, const WarpRow& at, Use use) {
   const int groups = p.keys.padded / 32, lane = threadIdx.x % 32;
-  const uint32_t* const words = p.words + at.z * p.words_stride + at.position;
+  const uint32_t* const words = p.survivors.of(at.z) + at.position;
   for (int start = 0; start < groups; start += 32) {
-    const uint32_t own = start + lane < groups ? words[int64_t(start + lane) * p.rows.padded] : 0;
+    const int group = start + lane;
+    const bool there = group < groups && p.occupied.at(at.z, at.position / kBlock, group / 2);
+    const uint32_t own = there ? words[int64_t(group) * p.rows.padded] : 0;
     for (unsigned left = __ballot_sync(~0u, own != 0); left != 0; left &= left - 1) {
       const int holder = __ffs(int(left)) - 1;
-      for (uint32_t word = __shfl_sync(~0u, own, holder); word != 0; word &= word - 1) {
-        const int j = 32 * (start + holder) + __ffs(int(word)) - 1;
-        if (!p.one_way_bits || bit_at(p, at.z, j, at.position)) use(j);
-      }
+      for (uint32_t word = __shfl_sync(~0u, own, holder); word != 0; word &= word - 1)
+        use(32 * (start + holder) + __ffs(int(word)) - 1);
     }
   }
-}
-
-// The local block of a row: log_mean2_i = log2 mean exp2 s2_ij over the window of i, and its survivors, s2_ij -
-// log_mean2_i > log2 beta_i. Pairs of a window are few and scattered, so they are taken one at a time, in plain float32
-// products. Scores are formed twice, so that a window of any size needs no memory.
-template <class T>
-__device__ __forceinline__ void find_local_survivors(const Problem<T>& p, const WarpRow& at, const Vector& q,
-                                                     const Saved<T>& saved) {
-  // Calls use(offset, whether a token is there, score) for every offset of the window.
-  const auto visit = [&](auto use) {
-    visit_window(p, at, [&](int offset, int j) {
-      use(offset, j >= 0,
-          j < 0 ? -INFINITY : dot(q, vector_at(p.k, row_at(at.z, p.keys.padded, j), p.width)) * p.scale2);
-    });
-  };
-  float largest = -INFINITY, total = 0;
-  int members = 0, first = 0;  // offset of the largest
-  visit([&](int offset, bool in_window, float s) {
-    if (s > largest) first = offset;
-    const float base = fmaxf(largest, s), finite = base == -INFINITY ? 0 : base;
-    total = total * exp2f(largest - finite) + exp2f(s - finite);
-    members += in_window;
-    largest = base;
-  });
-  const float mean2 = largest + log2f(total) - log2f(float(members));
-  const float beta = multiplier_at(p.beta, at.z, p.heads, at.token);
-  const float cut = beta >= 0 ? log2f(beta) : NAN;
-  const int lane = threadIdx.x % 32;
-  if (lane == 0) saved.log_mean2.of(at.z)[at.token] = mean2;
-  uint8_t* const flags = saved.local.of(at.z) + int64_t(at.token) * (p.window * p.window);
-  visit([&](int offset, bool in_window, float s) {
-    const float seen = offset == first ? largest : s;  // formed again, the largest might miss a cut that it exceeds
-    if (lane == 0) flags[offset] = in_window && seen - mean2 > cut;
-  });
-  __syncwarp();  // now all lanes may read the flags
 }
 
 // Calls use(position) for the survivors of a query that no tile sums.
 template <class T, class Use>
 __device__ __forceinline__ void visit_keys(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local,
                                            Use use) {
-  if (p.few) visit_neighbours(p, at, use);
-  visit_window(p, at, [&](int offset, int j) {
-    if (j >= 0 && local_flag(p, local, at.z, at.token, offset) && !is_neighbour(p, at.z, at.position, j)) use(j);
+  if (p.few) return visit_bits(p, at, use);
+  if (p.has_bits) return;
+  visit_window(p, at.image, at.token, [&](int offset, int j) {
+    if (j >= 0 && local_flag(p, local, at.z, at.token, offset)) use(j);
   });
 }
 
-// The same for the queries of which a key is a survivor: its window holds those whose windows hold it.
+// The same for the queries of which a key is a survivor: its window holds those whose windows hold it, and neighbours
+// that are few are each other's.
 template <class T, class Use>
 __device__ __forceinline__ void visit_queries(const Problem<T>& p, const WarpRow& at, const PerHead<uint8_t>& local,
                                               Use use) {
-  if (p.few) visit_neighbours(p, at, use);
-  visit_window(p, at, [&](int offset, int i) {
+  if (p.few)
+    visit_bits(p, at, [&](int i) {
+      if (p.window > 0) {
+        const int token = p.rows.order[row_at(at.image, p.rows.padded, i)], side = p.window;
+        const int r = token / p.keys.width - at.token / p.keys.width + side / 2;
+        const int c = token % p.keys.width - at.token % p.keys.width + side / 2;
+        const bool is_near = r >= 0 && r < side && c >= 0 && c < side;
+        if (is_near && local_flag(p, local, at.z, at.token, r * side + c) == kLocal) return;  // and no neighbour
+      }
+      use(i);
+    });
+  if (p.has_bits && !p.few) return;
+  visit_window(p, at.image, at.token, [&](int offset, int i) {
     if (i < 0) return;
-    const int token = window_token(p, at.token, offset), back = p.window * p.window - 1 - offset;
-    if (local_flag(p, local, at.z, token, back) && !is_neighbour(p, at.z, i, at.position)) use(i);
+    const int token = window_token(p, at.token, offset);
+    if (local_flag(p, local, at.z, token, back_of(p, offset)) == kLocal) use(i);
   });
 }
 

@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads)
   const auto load = [&](int step, char* chunk) {
     const int j = split + step / chunks * splits;
     if (j * kBlock >= n_keys) return;
-    copy_chunk(chunk, k + int64_t(j) * kBlock * p.width, p.width, step % chunks);
+    copy_chunk(chunk, k + int64_t(j) * kBlock * p.width, step % chunks);
   };
   copy_block(shared_memory(), q, p.width);
   copy_commit();
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(kThreads)
         peak = max_over_quad(peak);
         // A little above, so that no tile is missed however another kernel's product rounds.
         if (threadIdx.x % 4 == 0)
-          p.peaks[z * p.peaks_stride + int64_t(j) * p.rows.padded + block * kBlock + at.row + 8 * half] =
+          p.peaks.of(z)[int64_t(j) * p.rows.padded + block * kBlock + at.row + 8 * half] =
               half_above(peak + fabsf(peak) * 1e-4f + 1e-6f);
       }
     }
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, PerHea
     const auto load = [&](int step, char* chunk) {
       const int j0 = step / chunks * kBlock;
       if (j0 >= n_keys) return;
-      copy_chunk(chunk, q, p.width, step % chunks);
-      copy_chunk(chunk + kChunkBytes, k + int64_t(j0) * p.width, p.width, step % chunks);
+      copy_chunk(chunk, q, step % chunks);
+      copy_chunk(chunk + kChunkBytes, k + int64_t(j0) * p.width, step % chunks);
     };
     Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(shared.chunks, load);
     for (int j0 = 0; j0 < n_keys; j0 += kBlock) {

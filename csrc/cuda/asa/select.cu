@@ -1,193 +1,200 @@
-// Which tiles are visited, and which pairs are neighbours: on the device, with fixed capacity, without a host sync.
+// Which tiles are visited, and which pairs survive: on the device, with fixed capacity, without a host sync.
 //
-// peaks[J, i] is at least the largest score that query i gives to the 64 keys of block J. A tile is active if some
-// row's peak exceeds that row's threshold; if neighbours must be mutual, in both directions. Tiles that are left out
-// hold no neighbour; tiles that are visited in vain cost time only.
+// peaks[J, i] is at least the largest score that query i gives to the 64 keys of block J. asa_plan_kernel finds the
+// thresholds of rows and their local survivors, and lists the tiles to visit: those where some row's peak exceeds that
+// row's threshold, in both directions if neighbours must be mutual, and those with a local survivor. Tiles that are
+// left out hold no survivor; tiles that are visited in vain cost time only.
 //
-// asa_mask_kernel alone decides pairs: A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i]. If neighbours must be
+// asa_mask_kernel alone decides neighbours: A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i]. If they must be
 // mutual, a second product laid out [i, j] gives s_ji for a tile (I, J) too (none if query is key), so that M = A_ij
 // and A_ji; its bits are stored for the rows i and, transposed in shared memory, for the rows j. On the diagonal A_ji
-// is the transpose of A_ij, so M is always symmetric.
+// is the transpose of A_ij, so M is always symmetric. Local survivors join them in the bits that all later steps read.
 
+#include "lists.h"
+#include "mask.h"
+#include "rows.h"
+#include "thresholds.h"
 #include "tiles.h"
 
 namespace asa_ops::cuda {
 namespace {
 
-// Thresholds of a block of rows, and which blocks of keys they reach within band2.
+constexpr int kPlanThreads = 512, kPlanWarps = kPlanThreads / 32;
+constexpr int kTogether = 4;  // members of a window whose scores are formed at a time
+
+// The local survivors of a row, a warp: log_mean2_i = log2 mean exp2 s2_ij over the window of i, and s2_ij -
+// log_mean2_i > log2 beta_i. Pairs of a window are few and scattered, so they are plain float32 products. Scores of
+// small windows are kept, a lane one; others are formed twice, so that a window of any size needs no memory.
 template <class T>
-__global__ void __launch_bounds__(kThreads, kPrograms)
-    asa_thresholds_kernel(Problem<T> p, int splits, const float* largest, const float* total, Saved<T> saved,
-                          float band2, Thresholds thresholds) {
-  struct Row {
-    float lse2, cut2, kappa2;
+__device__ __forceinline__ void find_local_survivors(const Problem<T>& p, int z, int image, int token, int position,
+                                                     const Saved<T>& saved, const TileBits& local) {
+  const int members = p.window * p.window, lane = threadIdx.x % 32;
+  const Vector q = vector_at(p.q, row_at(z, p.rows.padded, position), p.width);
+  // Calls use(offset, position or -1, score) for every member.
+  const auto visit = [&](auto use) {
+    for (int first = 0; first < members; first += kTogether) {
+      int at[kTogether];
+      float s[kTogether];
+#pragma unroll
+      for (int m = 0; m < kTogether; ++m) {
+        const int other = first + m < members ? window_token(p, token, first + m) : -1;
+        at[m] = other < 0 ? -1 : p.keys.place[row_at(image, p.keys.n, other)];
+        const Vector k = vector_at(p.k, row_at(z, p.keys.padded, max(at[m], 0)), p.width);
+        s[m] = at[m] < 0 ? -INFINITY : dot(q, k) * p.scale2;
+      }
+#pragma unroll
+      for (int m = 0; m < kTogether; ++m)
+        if (first + m < members) use(first + m, at[m], s[m]);
+    }
   };
-  Row* const rows = reinterpret_cast<Row*>(shared_memory());
+  float largest = -INFINITY, total = 0, own = 0;  // own: the score of member `lane`
+  int there = 0, top = 0, own_at = -1;  // top: offset of the largest
+  visit([&](int offset, int j, float s) {
+    if (s > largest) top = offset;
+    const float base = fmaxf(largest, s), finite = base == -INFINITY ? 0 : base;
+    total = total * exp2f(largest - finite) + exp2f(s - finite);
+    there += j >= 0;
+    largest = base;
+    if (offset == lane) own = s, own_at = j;
+  });
+  const float mean2 = largest + log2f(total) - log2f(float(there));
+  const float beta = multiplier_at(p.beta, z, p.heads, token);
+  const float cut = beta >= 0 ? log2f(beta) : NAN;
+  if (lane == 0) saved.log_mean2.of(z)[token] = mean2;
+  const auto judge = [&](int offset, int j, float s) {
+    const float seen = offset == top ? largest : s;  // formed again, the largest might miss a cut that it exceeds
+    const bool survives = j >= 0 && seen - mean2 > cut;
+    local_flag(p, saved.local, z, token, offset) = survives ? kLocal : 0;
+    if (!survives || local.words == nullptr) return;
+    local.set(z, position / kBlock, j / kBlock);
+    if (p.mutual) local.set(z, j / kBlock, position / kBlock);
+  };
+  if (members <= 32) {
+    if (lane < members) judge(lane, own_at, own);
+  } else {
+    visit([&](int offset, int j, float s) {
+      if (lane == offset % 32) judge(offset, j, s);
+    });
+  }
+}
+
+// The log-sum-exp of a row from its parts, and its largest score.
+struct Statistics {
+  float lse2, largest;
+};
+
+__device__ __forceinline__ Statistics statistics_of(const Plan& plan, int64_t row, int64_t rows) {
+  float base = -INFINITY, sum = 0;
+  for (int split = 0; split < plan.splits; ++split) base = fmaxf(base, plan.largest[split * rows + row]);
+  base = base == -INFINITY ? 0 : base;
+  for (int split = 0; split < plan.splits; ++split) {
+    const float part = plan.total[split * rows + row];
+    sum += part == 0 ? 0 : part * exp2f(plan.largest[split * rows + row] - base);
+  }
+  return {base + log2f(sum), base};
+}
+
+// A block of rows a program; the last of a head lists its tiles.
+template <class T>
+__global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Plan plan, Saved<T> saved) {
+  RowThresholds* const rows = reinterpret_cast<RowThresholds*>(shared_memory());
   const int blocks = p.rows.blocks(), key_blocks = p.keys.blocks();
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
   const int image = image_of(z, p.heads, p.per_image), n_keys = p.keys.counts[image];
-  if (threadIdx.x < kBlock) {
-    const int position = block * kBlock + int(threadIdx.x);
-    const int64_t row = row_at(z, p.rows.padded, position), all = int64_t(p.n_heads) * p.rows.padded;
-    const int token = p.rows.order[row_at(image, p.rows.padded, position)];
-    const int64_t saved_row = row_at(z, p.rows.n, token);
-    float lse2 = 0, base = -INFINITY;
-    if (splits > 0) {
-      float sum = 0;
-      for (int split = 0; split < splits; ++split) base = fmaxf(base, largest[split * all + row]);
-      base = base == -INFINITY ? 0 : base;
-      for (int split = 0; split < splits; ++split) {
-        const float part = total[split * all + row];
-        sum += part == 0 ? 0 : part * exp2f(largest[split * all + row] - base);
-      }
-      lse2 = base + log2f(sum);
-      if (token >= 0) {
-        saved.lse[saved_row] = lse2 * kLn2;
-        if (saved.base2.data != nullptr) saved.base2.of(z)[token] = lse2;
-      }
-    } else if (token >= 0) {
-      lse2 = saved.base2.of(z)[token];
+  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
+  const int32_t* const tokens = p.rows.order + row_at(image, p.rows.padded, block * kBlock);
+  if (thread < kBlock) {
+    const int token = tokens[thread];
+    const int64_t row = row_at(z, p.rows.padded, block * kBlock + thread);
+    const Statistics found = statistics_of(plan, row, int64_t(p.n_heads) * p.rows.padded);
+    if (token >= 0) {
+      saved.lse[row_at(z, p.rows.n, token)] = found.lse2 * kLn2;
+      if (saved.base2.data != nullptr) saved.base2.of(z)[token] = found.lse2;
     }
-    // Without alpha the cut is -inf, which differences of huge scores may reach.
-    Row own{p.alpha.data == nullptr ? 0 : lse2, -INFINITY, -INFINITY};
-    if (token < 0) {
-      own.cut2 = INFINITY;
-    } else if (p.alpha.data != nullptr) {
-      const float alpha = multiplier_at(p.alpha, z, p.heads, token);
-      own.cut2 = alpha >= 0 ? log2f(alpha) - log2f(float(n_keys)) : NAN;
-    }
-    if (thresholds.kappa2 != nullptr && token >= 0) own.kappa2 = saved.kappa2.of(z)[token];
-    if (splits > 0) {
-      // Scores are formed again to decide pairs: the largest must not miss a threshold that it exceeds.
-      const float above = base - own.lse2;
-      if (above > own.cut2) own.cut2 = fminf(own.cut2, above - last_bits(base));
-      own.kappa2 = fminf(own.kappa2, base - last_bits(base));
-    } else {
-      own.kappa2 -= 2 * last_bits(own.kappa2);  // here too, no neighbour may miss it
-    }
-    rows[threadIdx.x] = own;
     if (p.has_bits) {
-      thresholds.lse2[row] = own.lse2;
-      thresholds.cut2[row] = own.cut2;
-      if (thresholds.kappa2 != nullptr) thresholds.kappa2[row] = own.kappa2;
+      RowThresholds own = thresholds_of(p, saved, z, token, n_keys, found.lse2);
+      // Scores are formed again to decide pairs: the largest must not miss a threshold that it exceeds.
+      const float above = found.largest - own.lse2, slack = last_bits(found.largest);
+      if (above > own.cut2) own.cut2 = fminf(own.cut2, above - slack);
+      own.kappa2 = fminf(own.kappa2, found.largest - slack);
+      rows[thread] = own;
+      plan.thresholds.lse2[row] = own.lse2, plan.thresholds.cut2[row] = own.cut2;
+      if (plan.thresholds.kappa2 != nullptr) plan.thresholds.kappa2[row] = own.kappa2;
     }
   }
+  if (p.window > 0)
+    for (int i = warp; i < kBlock; i += kPlanWarps)
+      if (tokens[i] >= 0) find_local_survivors(p, z, image, tokens[i], block * kBlock + i, saved, plan.local);
   if (!p.has_bits) return;
+
+  for (int group = thread; group < p.occupied.groups; group += kPlanThreads) {
+    *p.occupied.word(z, block, group) = 0;
+    if (p.offered.words != nullptr) *p.offered.word(z, block, group) = 0;
+  }
+  for (int j = block; j < key_blocks; j += blocks)
+    for (int group = thread; group < p.occupied_columns.groups; group += kPlanThreads)
+      *p.occupied_columns.word(z, j, group) = 0;
   __syncthreads();
-  const int lane = threadIdx.x % 32;
-  for (int j = threadIdx.x / 32; j < key_blocks; j += kWarps) {
-    bool reached = false;
-    if (j * kBlock < n_keys)
-      for (int i = lane; i < kBlock; i += 32) {
-        const float peak = to_float(p.peaks[z * p.peaks_stride + int64_t(j) * p.rows.padded + block * kBlock + i]);
-        reached |= peak - rows[i].lse2 > rows[i].cut2 - band2 && peak >= rows[i].kappa2;
-      }
-    reached = __any_sync(~0u, reached);
-    if (lane == 0) thresholds.flags[(int64_t(z) * blocks + block) * key_blocks + j] = reached;
+  auto* const reached = reinterpret_cast<uint8_t*>(plan.reached.word(z, block, 0));
+  for (int eight = warp; eight < 4 * plan.reached.groups; eight += kPlanWarps) {
+    unsigned bits = 0;
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      const int j = 8 * eight + k;
+      if (j * kBlock >= n_keys) break;
+      const Half* const peaks = p.peaks.of(z) + int64_t(j) * p.rows.padded + block * kBlock;
+      const bool here = is_reached(rows[lane], to_float(peaks[lane]), plan.band2) ||
+                        is_reached(rows[lane + 32], to_float(peaks[lane + 32]), plan.band2);
+      const bool any = __any_sync(~0u, here);
+      bits |= unsigned(any) << k;
+      if (any && p.mutual && lane == 0) plan.reached_back.set(z, j, block);
+    }
+    if (lane == 0) reached[eight] = uint8_t(bits);
   }
+  if (!arrive_last(plan.done + z, 1, blocks)) return;
+  const auto local_of = [&](int i, int group) { return p.window > 0 ? load_fresh(plan.local.word(z, i, group)) : 0; };
+  list_tiles(
+      plan.lists, z, blocks, thread, kPlanThreads,
+      [&](int i, int group) {
+        const uint32_t there = load_fresh(plan.reached.word(z, i, group));
+        if (!p.mutual) return there | local_of(i, group);
+        const uint32_t both = there & load_fresh(plan.reached_back.word(z, i, group));
+        return (both | local_of(i, group)) & ~first_bits(i - 32 * group);
+      },
+      local_of);
 }
-
-// Whether tiles hold a bit; a tile a warp.
-__global__ void __launch_bounds__(kThreads) asa_occupied_kernel(const uint32_t* words, int64_t stride, int n_heads,
-                                                                int row_blocks, int key_blocks, uint8_t* flags) {
-  const int64_t tile = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
-  const int z = int(tile / (row_blocks * key_blocks)), lane = threadIdx.x % 32;
-  if (z >= n_heads) return;
-  const int i = int(tile / key_blocks % row_blocks), j = int(tile % key_blocks), padded = row_blocks * kBlock;
-  const uint32_t* const left = words + z * stride + int64_t(2 * j) * padded + i * kBlock + lane;
-  const bool any = __any_sync(~0u, (left[0] | left[32] | left[padded] | left[padded + 32]) != 0);
-  if (lane == 0) flags[tile] = any;
-}
-
-// The blocks to visit from a block; a block a warp.
-__global__ void __launch_bounds__(kThreads) asa_lists_kernel(const uint8_t* by_rows, const uint8_t* by_columns,
-                                                             bool upper, int n_heads, int blocks, Lists lists) {
-  const int index = blockIdx.x * kWarps + int(threadIdx.x) / 32, lane = threadIdx.x % 32;
-  const int z = index / blocks, i = index % blocks;
-  if (z >= n_heads) return;
-  const int64_t side = int64_t(z) * blocks * lists.others;
-  int length = 0;
-  for (int start = 0; start < lists.others; start += 32) {
-    const int j = start + lane;
-    bool active = j < lists.others && (!upper || j >= i);
-    if (active && by_rows != nullptr) active = by_rows[side + int64_t(i) * lists.others + j] != 0;
-    if (active && by_columns != nullptr) active = by_columns[side + int64_t(j) * blocks + i] != 0;
-    const unsigned votes = __ballot_sync(~0u, active);
-    if (active) lists.lists[int64_t(index) * lists.others + length + __popc(votes & first_bits(lane))] = j;
-    length += __popc(votes);
-  }
-  if (lane == 0) lists.lengths[index] = length;
-}
-
-// Keeps every real key; a word of every row a program.
-template <class T>
-__global__ void __launch_bounds__(kThreads) asa_everybody_kernel(Problem<T> p) {
-  const int groups = p.keys.padded / 32;
-  const int z = blockIdx.x / groups, group = blockIdx.x % groups;
-  const int image = image_of(z, p.heads, p.per_image);
-  const int n_rows = p.rows.counts[image], n_keys = p.keys.counts[image];
-  for (int i = threadIdx.x; i < p.rows.padded; i += kThreads)
-    p.words[z * p.words_stride + int64_t(group) * p.rows.padded + i] = i < n_rows ? first_bits(n_keys - 32 * group) : 0;
-}
-
-int programs_of(int64_t warps) { return int((warps + kWarps - 1) / kWarps); }
-
-using Bits = uint32_t[kBlock][2];  // of a tile, by rows
 
 struct Shared {
   char chunks[kStages * 2 * kChunkBytes];
   Bits there, back;
 };
 
-// Writes the bits of a thread's numbers; the tile is complete after a barrier.
-__device__ __forceinline__ void write_bits(Bits& tile, uint32_t bits, const Fragment& at) {
-#pragma unroll
-  for (int high = 0; high < 2; ++high)
-#pragma unroll
-    for (int side = 0; side < 2; ++side) {
-      uint32_t word = 0;
-#pragma unroll
-      for (int n = 0; n < 4; ++n) word |= (bits >> (4 * (n + 4 * side) + 2 * high) & 3) << (8 * n + at.column);
-      word |= __shfl_xor_sync(~0u, word, 1);
-      word |= __shfl_xor_sync(~0u, word, 2);
-      if (threadIdx.x % 4 == 0) tile[at.row + 8 * high][side] = word;
-    }
-}
-
-// A word of the tile's transpose.
-__device__ __forceinline__ uint32_t transposed(const Bits& tile, int row, int side) {
-  uint32_t word = 0;
-#pragma unroll 8
-  for (int x = 0; x < 32; ++x) word |= (tile[32 * side + x][row / 32] >> row % 32 & 1) << x;
-  return word;
-}
-
-// Every gridDim.y-th listed block of a block of rows.
+// Every gridDim.y-th listed block of a block of rows; the last program of a head lists what holds survivors.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    asa_mask_kernel(Problem<T> p, Thresholds thresholds, Lists lists, uint8_t* occupied) {
+__global__ void __launch_bounds__(kThreads, kPrograms)
+    asa_mask_kernel(Problem<T> p, Plan plan, Saved<T> saved, uint32_t* done, Lists found) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int blocks = p.rows.blocks(), padded = p.rows.padded;
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
-  const int* const list = lists.lists + int64_t(blockIdx.x) * lists.others;
-  const int length = lists.lengths[blockIdx.x], n_keys = p.keys.counts[image_of(z, p.heads, p.per_image)];
+  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, image = image_of(z, p.heads, p.per_image);
+  const int n_keys = p.keys.counts[image];
+  const Entries list(plan.lists, blockIdx.x, 0, 0);
+  const Thresholds& thresholds = plan.thresholds;
   const int chunks = chunks_of<T>(p.width), products = p.mutual && !p.symmetric ? 2 : 1;
   const int64_t own = row_at(z, padded, block * kBlock), keys = row_at(z, p.keys.padded, 0);
   const auto load = [&](int step, char* chunk) {
     const int turn = int(blockIdx.y) + step / (chunks * products) * int(gridDim.y);
-    if (turn >= length) return;
-    const int64_t other = keys + int64_t(list[turn]) * kBlock;
+    if (turn >= list.length) return;
+    const int64_t other = keys + int64_t(list.block(turn)) * kBlock;
     const bool back = step / chunks % products == 1;
-    copy_chunk(chunk, (back ? p.k : p.q) + own * p.width, p.width, step % chunks);
-    copy_chunk(chunk + kChunkBytes, (back ? p.q : p.k) + other * p.width, p.width, step % chunks);
+    copy_chunk(chunk, (back ? p.k : p.q) + own * p.width, step % chunks);
+    copy_chunk(chunk + kChunkBytes, (back ? p.q : p.k) + other * p.width, step % chunks);
   };
   Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(shared.chunks, load);
   const Fragment at;
   const bool has_topk = thresholds.kappa2 != nullptr;
-  uint32_t* const words = p.words + z * p.words_stride;
 
-  for (int turn = blockIdx.y; turn < length; turn += gridDim.y) {
-    const int j = list[turn];
+  for (int turn = blockIdx.y; turn < list.length; turn += gridDim.y) {
+    const int j = list.block(turn);
     Tile s;
     multiply_chunks<T>(s, ring, chunks);
     uint32_t bits = 0;
@@ -205,7 +212,7 @@ __global__ void __launch_bounds__(kThreads)
           bits |= uint32_t(kept) << (4 * n + i);
         }
     }
-    write_bits(shared.there, bits, at);
+    write_bits(shared.there, bits, at.row, at.column);
     if (p.mutual) {
       if (products == 2) multiply_chunks<T>(s, ring, chunks);
       uint32_t back = 0;
@@ -223,70 +230,38 @@ __global__ void __launch_bounds__(kThreads)
             back |= uint32_t(kept) << (4 * n + i + 2 * high);
           }
         }
-      write_bits(shared.back, back, at);
+      write_bits(shared.back, back, at.row, at.column);
     }
     __syncthreads();
-    const int row = threadIdx.x % kBlock, side = threadIdx.x / kBlock;
-    uint32_t word = shared.there[row][side];
-    if (p.mutual && !p.one_way_bits) word &= j == block ? transposed(shared.there, row, side) : shared.back[row][side];
-    words[int64_t(2 * j + side) * padded + block * kBlock + row] = word;
-    const int64_t tiles = int64_t(z) * blocks * lists.others;
-    if (occupied != nullptr && word != 0) occupied[tiles + int64_t(block) * lists.others + j] = 1;
-    if (p.mutual && j != block) {
-      uint32_t other = transposed(shared.back, row, side);
-      if (!p.one_way_bits) other &= transposed(shared.there, row, side);
-      words[int64_t(2 * block + side) * padded + j * kBlock + row] = other;
-      if (occupied != nullptr && other != 0) occupied[tiles + int64_t(j) * lists.others + block] = 1;
-    }
+    store_bits(p, saved, z, image, block, j, list[turn] & kEntryLocal, shared.there, shared.back,
+               int(threadIdx.x) % kBlock, int(threadIdx.x) / kBlock);
     // The next tile's bits are written after the barriers of its chunks.
   }
   ring.finish();
+  if (p.few || !arrive_last(done + z, 1, blocks * gridDim.y)) return;
+  list_occupied(p, found, z, true, threadIdx.x, kThreads);
 }
 
 }  // namespace
 
 template <class T>
-void find_thresholds(const Problem<T>& problem, int splits, const float* largest, const float* total,
-                     const Saved<T>& saved, float band2, const Thresholds& thresholds, cudaStream_t stream) {
-  launch("asa_thresholds_kernel", &asa_thresholds_kernel<T>, dim3(problem.n_heads * problem.rows.blocks()), kThreads,
-         kBlock * 3 * sizeof(float), stream, problem, splits, largest, total, saved, band2, thresholds);
+void make_plan(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, cudaStream_t stream) {
+  launch("asa_plan_kernel", &asa_plan_kernel<T>, dim3(problem.n_heads * problem.rows.blocks()), kPlanThreads,
+         kBlock * sizeof(RowThresholds), stream, problem, plan, saved);
 }
 
 template <class T>
-void find_occupied(const Problem<T>& problem, uint8_t* flags, cudaStream_t stream) {
-  const int row_blocks = problem.rows.blocks(), key_blocks = problem.keys.blocks();
-  launch("asa_occupied_kernel", &asa_occupied_kernel,
-         dim3(programs_of(int64_t(problem.n_heads) * row_blocks * key_blocks)), kThreads, 0, stream, problem.words,
-         problem.words_stride, problem.n_heads, row_blocks, key_blocks, flags);
-}
-
-void list_blocks(const uint8_t* by_rows, const uint8_t* by_columns, bool upper, int n_heads, int blocks,
-                 const Lists& lists, cudaStream_t stream) {
-  launch("asa_lists_kernel", &asa_lists_kernel, dim3(programs_of(int64_t(n_heads) * blocks)), kThreads, 0, stream,
-         by_rows, by_columns, upper, n_heads, blocks, lists);
-}
-
-template <class T>
-void keep_everybody(const Problem<T>& problem, cudaStream_t stream) {
-  launch("asa_everybody_kernel", &asa_everybody_kernel<T>, dim3(problem.n_heads * (problem.keys.padded / 32)), kThreads,
-         0, stream, problem);
-}
-
-template <class T>
-void find_neighbours(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists, uint8_t* occupied,
-                     cudaStream_t stream) {
+void find_survivors(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, uint32_t* done,
+                    const Lists& lists, cudaStream_t stream) {
   const int blocks = problem.n_heads * problem.rows.blocks();
-  const int splits = min(lists.others, 1 + 8 * processors() / blocks);  // lists differ in length
-  launch("asa_mask_kernel", &asa_mask_kernel<T>, dim3(blocks, splits), kThreads, sizeof(Shared), stream, problem,
-         thresholds, lists, occupied);
+  const int splits = min(plan.lists.others, 1 + 8 * processors() / blocks);  // lists differ in length
+  launch("asa_mask_kernel", &asa_mask_kernel<T>, dim3(blocks, splits), kThreads, sizeof(Shared), stream, problem, plan,
+         saved, done, lists);
 }
 
-#define INSTANTIATE(T)                                                                                      \
-  template void find_thresholds(const Problem<T>&, int, const float*, const float*, const Saved<T>&, float, \
-                                const Thresholds&, cudaStream_t);                                           \
-  template void find_occupied(const Problem<T>&, uint8_t*, cudaStream_t);                                   \
-  template void keep_everybody(const Problem<T>&, cudaStream_t);                                            \
-  template void find_neighbours(const Problem<T>&, const Thresholds&, const Lists&, uint8_t*, cudaStream_t);
+#define INSTANTIATE(T)                                                                    \
+  template void make_plan(const Problem<T>&, const Plan&, const Saved<T>&, cudaStream_t); \
+  template void find_survivors(const Problem<T>&, const Plan&, const Saved<T>&, uint32_t*, const Lists&, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 INSTANTIATE(float)

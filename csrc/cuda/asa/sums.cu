@@ -1,19 +1,12 @@
-// Sums over the neighbours in listed tiles: the forward's values, the backward's dq, dk, dv and threshold gradients.
+// Sums over the survivors in listed tiles: the forward's values, the backward's dq, dk and dv.
 //
-// asa_sums_kernel forms all but the last. A program owns a block of tokens, queries or keys, and takes the listed
-// blocks of the other side: it forms a tile of scores, in the backward also <do, v>, turns it into weights and
-// multiplies them with the tokens that are summed. Only bits are transposed, and no atomics add numbers: every sum has
-// a fixed order. Operands pass through shared memory chunk by chunk, whatever their width; halves that the program owns
-// stay there. The sum itself, as wide as what is summed, stays in registers; where it leaves few of them, a tile is
-// taken in two halves.
-//
-// asa_dt_kernel sums the straight-through gradient of the adaptive threshold, over pairs outside the window:
-//
-// -dl/dt_i = sum_j d(s_ij - t_i) [s_ij >= kappa_i] A_ji [(1 - L_ij) G_ij + (1 - L_ji) G_ji], G = c (<do, v> - delta).
-//
-// Both directions of a pair are laid out [i, j], four products a tile, two if neighbours need not be mutual. finish.cu
-// adds pairs in the window, the only ones with L.
+// A program owns a block of tokens, queries or keys, and takes the listed blocks of the other side: it forms a tile of
+// scores, in the backward also <do, v>, turns it into weights and multiplies them with the tokens that are summed. Only
+// bits are transposed, and no atomics add numbers: every sum has a fixed order. Operands pass through shared memory
+// chunk by chunk, whatever their width; halves that the program owns stay there. The sum itself, as wide as what is
+// summed, stays in registers; where it leaves few of them, a tile is taken in two halves.
 
+#include "lists.h"
 #include "tiles.h"
 
 namespace asa_ops::cuda {
@@ -44,9 +37,9 @@ struct Operands {
   const T *own, *other;  // q and k, or k and q
   const T *own_v, *other_v;  // do and v, or v and do
   const T* summed;  // [.., WIDTH] of the other side
-  const uint32_t* words;
-  int64_t words_stride;
-  Reading reading;
+  PairBits survivors;  // no words: dense attention
+  const int32_t *counts, *other_counts;  // real tokens of the own side and of the other one, of images
+  int heads, per_image;
   const uint32_t* not_finite;  // for growing weights
   const float *top, *share, *delta;  // of queries, for the others
   const uint32_t* bounds;  // of Problem, for gradients of scores
@@ -63,8 +56,8 @@ __global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
   constexpr int N = Shape::kColumns / 8;
   const int blocks = g.padded / kBlock;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y, splits = gridDim.y;
-  const int* const list = g.lists.lists + int64_t(blockIdx.x) * g.lists.others;
-  const int length = g.lists.lengths[blockIdx.x];
+  const int image = image_of(z, g.heads, g.per_image), n = g.counts[image], n_other = g.other_counts[image];
+  const Entries list(g.lists, blockIdx.x, n, n_other);
   const int64_t others = row_at(z, g.other_padded, 0);
   const int64_t own = row_at(z, g.padded, block * kBlock);
   const int chunks = chunks_of<T>(g.width), chunks_v = kGradients ? chunks_of<T>(g.width_v) : 0;
@@ -78,23 +71,23 @@ __global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
   }
   const auto load = [&](int step, char* chunk) {
     const int turn = split + step / (steps * Shape::kParts) * splits;
-    if (turn >= length) return;
-    const int64_t other = others + int64_t(list[turn]) * kBlock + step / steps % Shape::kParts * Shape::kColumns;
+    if (turn >= list.length) return;
+    const int64_t other = others + int64_t(list.block(turn)) * kBlock;
+    const int first = step / steps % Shape::kParts * Shape::kColumns;
     int index = step % steps;
     const auto copy_pair = [&](const T* left, const T* right, int width) {
-      if (!Shape::kResident) copy_chunk(chunk, left + own * width, width, index);
-      copy_chunk<T, Shape::kColumns>(chunk + (Shape::kResident ? 0 : kChunkBytes), right + other * width, width, index);
+      if (!Shape::kResident) copy_chunk(chunk, left + own * width, index);
+      copy_chunk<T, Shape::kColumns>(chunk + (Shape::kResident ? 0 : kChunkBytes), right + other * width, index, first);
     };
     if (index < chunks)
       copy_pair(g.own, g.other, g.width);
     else if ((index -= chunks) < chunks_v)
       copy_pair(g.own_v, g.other_v, g.width_v);
     else
-      copy_chunk<T, Shape::kColumns>(chunk, g.summed + other * WIDTH, WIDTH, index - chunks_v);
+      copy_chunk<T, Shape::kColumns>(chunk, g.summed + other * WIDTH, index - chunks_v, first);
   };
   Ring<kStages, Shape::kStageBytes, decltype(load)> ring(buffer, load);
   const Fragment at;
-  const uint32_t* const words = g.words + z * g.words_stride;
   const float shrink = FORM == Form::kGradient && std::is_same_v<T, Half> ? shrink_of(g.bounds, g.n_heads, z) : 1;
 
   float sum[WIDTH / 8][4];
@@ -106,9 +99,11 @@ __global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
   int count[2] = {0, 0};
   uint32_t nan_row = 0;
 
-  for (int turn = split; turn < length; turn += splits) {
-    const int j = list[turn];
-    const uint32_t neighbours = neighbours_of_tile(words, g.query_padded, block, j, g.reading, at);
+  for (int turn = split; turn < list.length; turn += splits) {
+    const int j = list.block(turn);
+    const uint32_t survivors = g.survivors.words == nullptr ? bits_of_all(n - block * kBlock, n_other - j * kBlock, at)
+                               : g.rows_are_queries ? bits_by_rows(g.survivors.of(z), g.query_padded, block, j, at)
+                                                    : bits_by_columns(g.survivors.of(z), g.query_padded, block, j, at);
     uint32_t not_finite = 0;
     if (FORM == Form::kGrowing) {
       const uint32_t* const keys = g.not_finite + (others / kBlock + j) * 2;
@@ -116,7 +111,7 @@ __global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
     }
     for (int part = 0; part < Shape::kParts; ++part) {
       const int64_t other = others + int64_t(j) * kBlock + part * Shape::kColumns;
-      const uint32_t kept = Shape::kParts == 1 ? neighbours : neighbours >> part * 4 * N & ((1u << 4 * N % 32) - 1);
+      const uint32_t kept = Shape::kParts == 1 ? survivors : survivors >> part * 4 * N & ((1u << 4 * N % 32) - 1);
       Columns<N> p;
       multiply_chunks<T>(p, ring, chunks, Shape::kResident ? shared_memory() : nullptr);
       if constexpr (FORM == Form::kGrowing) {
@@ -222,106 +217,11 @@ void run(Operands<T> g, const T* summed, int width, cudaStream_t stream) {
   run<T, 256, FORM>(g, stream);
 }
 
-// Every gridDim.y-th listed block of a block of rows.
-template <class T>
-__global__ void __launch_bounds__(kThreads)
-    asa_dt_kernel(Problem<T> p, Thresholds thresholds, Lists lists, RowGradients row, float band, float* sums) {
-  const int blocks = p.rows.blocks();
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, image = image_of(z, p.heads, p.per_image);
-  const int* const list = lists.lists + int64_t(blockIdx.x) * lists.others;
-  const int length = lists.lengths[blockIdx.x], n_keys = p.keys.counts[image];
-  const int64_t own = row_at(z, p.rows.padded, block * kBlock), keys = row_at(z, p.keys.padded, 0);
-  const int32_t* const row_tokens = p.rows.order + row_at(image, p.rows.padded, block * kBlock);
-  const int32_t* const key_tokens = p.keys.order + row_at(image, p.keys.padded, 0);
-  const int chunks = chunks_of<T>(p.width), chunks_v = chunks_of<T>(p.width_v);
-  const int one_way = chunks + chunks_v, steps = p.mutual ? 2 * one_way : one_way;  // of a tile
-  const auto load = [&](int step, char* chunk) {
-    const int turn = int(blockIdx.y) + step / steps * int(gridDim.y);
-    if (turn >= length) return;
-    const int64_t other = keys + int64_t(list[turn]) * kBlock;
-    const bool back = step % steps >= one_way;
-    const int index = step % one_way;
-    if (index < chunks) {
-      copy_chunk(chunk, (back ? p.k : p.q) + own * p.width, p.width, index);
-      copy_chunk(chunk + kChunkBytes, (back ? p.q : p.k) + other * p.width, p.width, index);
-    } else {
-      copy_chunk(chunk, (back ? p.v : p.d_out) + own * p.width_v, p.width_v, index - chunks);
-      copy_chunk(chunk + kChunkBytes, (back ? p.d_out : p.v) + other * p.width_v, p.width_v, index - chunks);
-    }
-  };
-  Ring<kStages, 2 * kChunkBytes, decltype(load)> ring(shared_memory(), load);
-  const Fragment at;
-  const uint32_t* const words = p.words + z * p.words_stride;
-  float sum[2] = {0, 0};
-
-  for (int turn = blockIdx.y; turn < length; turn += gridDim.y) {
-    const int j = list[turn];
-    const int64_t other = keys + int64_t(j) * kBlock;
-    uint32_t neighbours = neighbours_of_tile(words, p.rows.padded, block, j, {true, false}, at), counting = ~0u;
-    if (p.mutual) {
-      counting = neighbours_of_tile(words, p.rows.padded, block, j, {false, true}, at);
-      neighbours &= counting;
-    }
-    Tile s, product;
-    multiply_chunks<T>(s, ring, chunks);
-    multiply_chunks<T>(product, ring, chunks_v);
-    // s becomes the derivative of the step, 0 for pairs that do not count; product becomes G_ij.
-#pragma unroll
-    for (int high = 0; high < 2; ++high) {
-      const int64_t i_row = own + at.row + 8 * high;
-      const float lse2 = thresholds.lse2[i_row], cut2 = thresholds.cut2[i_row];
-      const float kappa2 = thresholds.kappa2 != nullptr ? thresholds.kappa2[i_row] : -INFINITY;
-      const float kept2 = row.kept2[i_row], delta = row.delta[i_row];
-      const int token = row_tokens[at.row + 8 * high];
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 2 * high; i < 2 * high + 2; ++i) {
-          const int column = j * kBlock + at.column_of(n, i);
-          bool counts = bit_of(counting, n, i) && column < n_keys;
-          if (counts && p.window > 0) {
-            const int key = key_tokens[column], reach = p.window / 2;
-            counts = abs(token / p.grid_width - key / p.grid_width) > reach ||
-                     abs(token % p.grid_width - key % p.grid_width) > reach;
-          }
-          const float s2 = s[n][i] * p.scale2;
-          counts = counts && s2 >= kappa2;
-          product[n][i] =
-              admission_weight(s2 - kept2, bit_of(neighbours, n, i), kept2 == -INFINITY) * (product[n][i] - delta);
-          s[n][i] = counts ? step_derivative((s2 - lse2 - cut2) * kLn2, band) : 0;
-          if (!p.mutual) sum[high] += s[n][i] > 0 ? s[n][i] * product[n][i] : 0;
-        }
-    }
-    if (p.mutual) {
-      Tile back, back_v;
-      multiply_chunks<T>(back, ring, chunks);
-      multiply_chunks<T>(back_v, ring, chunks_v);
-#pragma unroll
-      for (int n = 0; n < 8; ++n)
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          const int64_t column = other + at.column_of(n, i);
-          const float kept2 = row.kept2[column];
-          const float weight =
-              admission_weight(back[n][i] * p.scale2 - kept2, bit_of(neighbours, n, i), kept2 == -INFINITY);
-          const float offer = product[n][i] + weight * (back_v[n][i] - row.delta[column]);
-          sum[i / 2] += s[n][i] > 0 ? s[n][i] * offer : 0;
-        }
-    }
-  }
-  ring.finish();
-#pragma unroll
-  for (int high = 0; high < 2; ++high) {
-    const float all = sum_over_quad(sum[high]);
-    if (threadIdx.x % 4 == 0) sums[int64_t(blockIdx.y) * p.n_heads * p.rows.padded + own + at.row + 8 * high] = all;
-  }
-}
-
 }  // namespace
 
 template <class T>
-void sum_neighbours(Sum what, const Problem<T>& p, const Lists& lists, const RowGradients& row, const Parts& parts,
-                    const Totals& totals, cudaStream_t stream) {
+void sum_survivors(Sum what, const Problem<T>& p, const Lists& lists, const RowGradients& row, const Parts& parts,
+                   const Totals& totals, cudaStream_t stream) {
   const bool by_queries = what != Sum::kDk && what != Sum::kDv;
   Operands<T> g{};
   g.rows_are_queries = by_queries;
@@ -330,7 +230,8 @@ void sum_neighbours(Sum what, const Problem<T>& p, const Lists& lists, const Row
   g.width = p.width, g.width_v = p.width_v, g.scale2 = p.scale2;
   g.own = by_queries ? p.q : p.k, g.other = by_queries ? p.k : p.q;
   g.own_v = by_queries ? p.d_out : p.v, g.other_v = by_queries ? p.v : p.d_out;
-  g.words = p.words, g.words_stride = p.words_stride, g.reading = reading_of(p, by_queries);
+  g.survivors = p.survivors, g.heads = p.heads, g.per_image = p.per_image;
+  g.counts = (by_queries ? p.rows : p.keys).counts, g.other_counts = (by_queries ? p.keys : p.rows).counts;
   g.not_finite = p.not_finite;
   g.top = what == Sum::kDv ? row.top : row.grad_top, g.share = row.share, g.delta = row.delta, g.bounds = p.bounds;
   g.lists = lists, g.parts = parts, g.totals = totals;
@@ -343,18 +244,9 @@ void sum_neighbours(Sum what, const Problem<T>& p, const Lists& lists, const Row
   }
 }
 
-template <class T>
-void sum_thresholds(const Problem<T>& problem, const Thresholds& thresholds, const Lists& lists,
-                    const RowGradients& row, float band, const Parts& parts, cudaStream_t stream) {
-  launch("asa_dt_kernel", &asa_dt_kernel<T>, dim3(problem.n_heads * problem.rows.blocks(), parts.splits), kThreads,
-         kStages * 2 * kChunkBytes, stream, problem, thresholds, lists, row, band, parts.sums);
-}
-
-#define INSTANTIATE(T)                                                                                                 \
-  template void sum_neighbours(Sum, const Problem<T>&, const Lists&, const RowGradients&, const Parts&, const Totals&, \
-                               cudaStream_t);                                                                          \
-  template void sum_thresholds(const Problem<T>&, const Thresholds&, const Lists&, const RowGradients&, float,         \
-                               const Parts&, cudaStream_t);
+#define INSTANTIATE(T)                                                                                                \
+  template void sum_survivors(Sum, const Problem<T>&, const Lists&, const RowGradients&, const Parts&, const Totals&, \
+                              cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)
 INSTANTIATE(float)

@@ -12,7 +12,6 @@
 
 namespace asa_ops::cuda {
 
-constexpr int kChunkBytes = kBlock * 128;
 constexpr int kStages = 3;  // of a ring
 
 template <class T>
@@ -27,14 +26,14 @@ __host__ __device__ __forceinline__ int chunks_of(int width) {
 // Groups of 16 bytes of a row lie where no two rows of eight share memory banks.
 __device__ __forceinline__ int swizzled(int row, int group) { return row * 128 + ((group ^ (row & 7)) << 4); }
 
-// Starts copying the `index`-th chunk of ROWS rows of `width` numbers.
+// Starts copying rows `first` to `first` + ROWS of the `index`-th chunk of an arranged block.
 template <class T, int ROWS = kBlock>
-__device__ __forceinline__ void copy_chunk(char* chunk, const T* rows, int width, int index) {
-  const T* const from = rows + index * kColumns<T>;
+__device__ __forceinline__ void copy_chunk(char* to, const T* block, int index, int first = 0) {
+  const char* const from = reinterpret_cast<const char*>(block) + index * kChunkBytes + first * 128;
 #pragma unroll
   for (int i = 0; i < ROWS * 8 / kThreads; ++i) {
-    const int unit = i * kThreads + threadIdx.x, row = unit / 8, group = unit % 8;
-    copy_async(chunk + swizzled(row, group), from + int64_t(row) * width + group * (16 / int(sizeof(T))));
+    const int at = (i * kThreads + int(threadIdx.x)) * 16;
+    copy_async(to + at, from + at);
   }
 }
 
@@ -136,8 +135,8 @@ __device__ __forceinline__ void multiply_transposed(Columns<N>& c, const char* a
 
 // Starts copying all chunks of a block of tokens.
 template <class T>
-__device__ __forceinline__ void copy_block(char* buffer, const T* rows, int width) {
-  for (int c = 0; c < chunks_of<T>(width); ++c) copy_chunk(buffer + c * kChunkBytes, rows, width, c);
+__device__ __forceinline__ void copy_block(char* buffer, const T* block, int width) {
+  for (int c = 0; c < chunks_of<T>(width); ++c) copy_chunk(buffer + c * kChunkBytes, block, c);
 }
 
 // The product of a tile whose right operand comes as the next `chunks` chunks; the left one lies at `own`, or without
@@ -229,39 +228,33 @@ __device__ __forceinline__ uint32_t bits_of_row(uint32_t left, uint32_t right, c
   return bits;
 }
 
-// How bits are read for a tile whose rows are queries, or keys: by the words of the tile's rows, whose bits are its
-// columns, or by those of its columns, or by both, and then a pair counts if both have its bit.
-struct Reading {
-  bool by_rows, by_columns;
-};
-
-// M is read by rows on either side, since it is its own transpose; A by rows where rows are queries and by columns
-// where rows are keys; A and its transpose by both.
-template <class T>
-__host__ __device__ __forceinline__ Reading reading_of(const Problem<T>& p, bool rows_are_queries) {
-  return {rows_are_queries || p.mutual, p.one_way_bits || (!rows_are_queries && !p.mutual)};
+// The bits of a tile whose rows are queries of the block `row` and whose columns are keys of the block `column`; `words`
+// of a head with `padded` queries.
+__device__ __forceinline__ uint32_t bits_by_rows(const uint32_t* words, int padded, int row, int column,
+                                                 const Fragment& at) {
+  const uint32_t* const left = words + int64_t(2 * column) * padded + row * kBlock + at.row;
+  return bits_of_row(left[0], left[padded], at, 0) | bits_of_row(left[8], left[padded + 8], at, 1);
 }
 
-// The neighbours in the tile of blocks `row` and `column`; `words` of a head with `padded` queries.
-__device__ __forceinline__ uint32_t neighbours_of_tile(const uint32_t* words, int padded, int row, int column,
-                                                       Reading reading, const Fragment& at) {
-  uint32_t bits = ~0u;
-  if (reading.by_rows) {
-    const uint32_t* const left = words + int64_t(2 * column) * padded + row * kBlock + at.row;
-    bits = bits_of_row(left[0], left[padded], at, 0) | bits_of_row(left[8], left[padded + 8], at, 1);
-  }
-  if (reading.by_columns) {
-    const uint32_t* const from = words + int64_t(2 * row + at.row / 32) * padded + column * kBlock + at.column;
-    uint32_t transposed = 0;
+// The same where rows are keys and columns are queries.
+__device__ __forceinline__ uint32_t bits_by_columns(const uint32_t* words, int padded, int row, int column,
+                                                    const Fragment& at) {
+  const uint32_t* const from = words + int64_t(2 * row + at.row / 32) * padded + column * kBlock + at.column;
+  uint32_t bits = 0;
 #pragma unroll
-    for (int n = 0; n < 8; ++n) {
-      const uint2 two = *reinterpret_cast<const uint2*>(from + 8 * n);
-      const uint32_t x = two.x >> at.row % 32, y = two.y >> at.row % 32;
-      transposed |= ((x & 1) | (y & 1) << 1 | (x >> 8 & 1) << 2 | (y >> 8 & 1) << 3) << (4 * n);
-    }
-    bits &= transposed;
+  for (int n = 0; n < 8; ++n) {
+    const uint2 two = *reinterpret_cast<const uint2*>(from + 8 * n);
+    const uint32_t x = two.x >> at.row % 32, y = two.y >> at.row % 32;
+    bits |= ((x & 1) | (y & 1) << 1 | (x >> 8 & 1) << 2 | (y >> 8 & 1) << 3) << (4 * n);
   }
   return bits;
+}
+
+// The bits of dense attention: all but columns, and rows, from a number on.
+__device__ __forceinline__ uint32_t bits_of_all(int rows, int columns, const Fragment& at) {
+  const uint32_t left = first_bits(columns), right = first_bits(columns - 32);
+  return (at.row < rows ? bits_of_row(left, right, at, 0) : 0) |
+         (at.row + 8 < rows ? bits_of_row(left, right, at, 1) : 0);
 }
 
 // The largest of a row, which four threads share.
