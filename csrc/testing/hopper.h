@@ -2,10 +2,10 @@
 // registers handed over.
 //
 // As unkind as the hardware may be. From the issue of a product until the wait for its batch its registers are NaN and
-// must not be touched; it reads shared memory at the last moment, when it is waited for, and with
-// ASA_OPS_SIMT_REVERSED=1 at the first, when it is issued. A copy spoils its destination when it is issued and arrives
-// when nobody can go on without it, or, reversed, at once. What cannot be right on the hardware is an error: waiting for
-// what never comes, too many arrivals, barriers used before they are there for all, a batch without fence, commit or
+// must not be touched. It reads shared memory when it is waited for and no thread can go on otherwise; with
+// ASA_OPS_SIMT_REVERSED=1 when it is issued. A copy spoils its destination when it is issued and arrives when it is
+// waited for and nothing else can go on; reversed, at once. What cannot be right on the hardware is an error: waiting
+// for what never comes, too many arrivals, barriers used before they are there for all, a batch without fence, commit or
 // wait, lanes or warps that should act alike and do not, registers that nobody gave back.
 //
 // Addressing is that of the PTX manual: the 128-byte swizzle is address bits 4 to 6 ^= bits 7 to 9, operands lie in its
@@ -78,6 +78,7 @@ class Hopper : public Engine {
 
   struct Product {
     Form form;
+    int warp;  // of its warpgroup
     Tile* tile;
     uint64_t left, right;
     bool first;
@@ -91,6 +92,9 @@ class Hopper : public Engine {
     bool fenced = false;
     int registers = 0;
     size_t steps = 0;
+    bool waits = false;  // until no more than so many batches are under way
+    size_t pending = 0;
+    unsigned waits_over = 0;
   };
 
   // Of what all warps of a warpgroup must do in the same order.
@@ -184,8 +188,15 @@ class Hopper : public Engine {
       std::memset(copies_.back().to, 0xff, bytes);
   }
 
-  // The oldest copy that may let somebody go on arrives.
+  // The products that a warp waits for, or the oldest copy that may let somebody go on.
   bool advance() override {
+    for (WarpState& warp : warps_)
+      if (warp.waits) {
+        complete_products(warp);
+        warp.waits = false;
+        ++warp.waits_over;
+        return true;
+      }
     for (auto copy = copies_.begin(); copy != copies_.end(); ++copy)
       for (const Fiber& fiber : machine().fibers)
         if (!fiber.done && fiber.watched == &copy->barrier->phase) {
@@ -252,7 +263,7 @@ class Hopper : public Engine {
     step({"products", left, one.right,
           uint64_t(form.columns) << 8 | uint64_t(form.number) << 4 | form.registers << 3 | form.left_across << 2 |
               form.right_across << 1 | one.first});
-    Product product{form, &tile_of(warp, slots), left, one.right, one.first, {}};
+    Product product{form, machine().current->warp % kWarps, &tile_of(warp, slots), left, one.right, one.first, {}};
     if (form.registers) take_rows(slots, form, product.rows.data());
     ++product.tile->uses;
     if (machine().reversed) run(product);
@@ -265,17 +276,17 @@ class Hopper : public Engine {
     warp.fenced = false;
   }
 
-  void wait_products(size_t pending) {
+  void wait_for_products(size_t pending) {
     WarpState& warp = this_warp();
-    for (; warp.batches.size() > pending; warp.batches.pop_front())
-      for (const Product& product : warp.batches.front()) {
-        if (!machine().reversed) run(product);
-        --product.tile->uses;
-      }
-    warp.tiles.remove_if([](const Tile& tile) {
-      if (tile.uses == 0) write_back(tile);
-      return tile.uses == 0;
-    });
+    warp.pending = pending;
+    warp.waits = !machine().reversed && warp.batches.size() > pending;
+    if (!warp.waits) complete_products(warp);
+  }
+
+  // By every lane.
+  void await_products() {
+    const WarpState& warp = this_warp();
+    if (warp.waits) wait_for_change(warp.waits_over, "products");
   }
 
   void settled(const float* numbers) {
@@ -407,12 +418,23 @@ class Hopper : public Engine {
     });
   }
 
-  // In the name of the warp whose products are run, one of the fiber's own.
+  void complete_products(WarpState& warp) {
+    for (; warp.batches.size() > warp.pending; warp.batches.pop_front())
+      for (const Product& product : warp.batches.front()) {
+        if (!machine().reversed) run(product);
+        --product.tile->uses;
+      }
+    warp.tiles.remove_if([](const Tile& tile) {
+      if (tile.uses == 0) write_back(tile);
+      return tile.uses == 0;
+    });
+  }
+
   static void run(const Product& product) {
     float rows[16 * 16];
     const float* left = product.rows.data();
     if (!product.form.registers) {
-      const int begin = machine().current->warp % kWarps * 16;
+      const int begin = product.warp * 16;
       decode(product.left, product.form.number, product.form.left_across, begin, begin + 16,
              [&](int i, int k, float x) { rows[(i - begin) * 16 + k] = x; });
       left = rows;
@@ -517,7 +539,8 @@ inline void products_commit() {
 }
 template <int PENDING>
 void products_wait() {
-  simt::collect("products_wait", 0, [](const simt::Exchange&) { simt::Hopper::here().wait_products(PENDING); });
+  simt::collect("products_wait", 0, [](const simt::Exchange&) { simt::Hopper::here().wait_for_products(PENDING); });
+  simt::Hopper::here().await_products();
 }
 template <int N>
 void settled(float (&x)[N]) {
