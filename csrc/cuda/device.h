@@ -121,6 +121,20 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const uint32_t (&a)[
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// Waits for `threads` threads, in whole warps; ids 1 to 15, different ones for those that may meet at the same time.
+__device__ __forceinline__ void named_barrier(int id, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+// The same, and tells whether one of them voted yes.
+__device__ __forceinline__ bool named_barrier_any(int id, int threads, bool vote) {
+  uint32_t any;
+  asm volatile("{\n.reg .pred p, q;\nsetp.ne.u32 p, %3, 0;\nbar.red.or.pred q, %1, %2, p;\nselp.u32 %0, 1, 0, q;\n}\n"
+               : "=r"(any)
+               : "r"(id), "r"(threads), "r"(uint32_t(vote))
+               : "memory");
+  return any != 0;
+}
+
 inline void check_cuda(cudaError_t error, const std::string& what) {
   if (error != cudaSuccess) throw std::runtime_error("asa_ops: " + what + ": " + cudaGetErrorString(error));
 }
@@ -172,18 +186,30 @@ inline int processors() { return 7; }  // so few that even small calls are cut i
 
 namespace asa_ops::cuda {
 
-// Called by all threads of a program after they wrote their results to memory: adds to a counter there, and returns to
-// all whether it has reached `expected`, so that the program may read the results of those that came before.
-__device__ __forceinline__ bool arrive_last(uint32_t* counter, uint32_t add, uint32_t expected) {
-  __shared__ bool is_last;
+// By all threads of a program that wrote their results to global memory: adds to a counter, and tells all of them
+// whether it has reached `expected`. Those who are told so see the results of every program that added before.
+__device__ __forceinline__ bool arrive_last(unsigned* counter, unsigned add, unsigned expected) {
+  bool last = false;
   __syncthreads();
   if (threadIdx.x == 0) {
     __threadfence();
-    is_last = atomicAdd(counter, add) + add == expected;
+    last = atomicAdd(counter, add) + add == expected;
     __threadfence();
   }
-  __syncthreads();
-  return is_last;
+  return __syncthreads_or(last);
+}
+
+// By `threads` threads one after another, which meet at a named barrier of theirs.
+__device__ __forceinline__ bool arrive_last_of(unsigned* counter, unsigned add, unsigned expected, int id,
+                                               int threads) {
+  bool last = false;
+  named_barrier(id, threads);
+  if (threadIdx.x % threads == 0) {
+    __threadfence();
+    last = atomicAdd(counter, add) + add == expected;
+    __threadfence();
+  }
+  return named_barrier_any(id, threads, last);
 }
 
 }  // namespace asa_ops::cuda

@@ -17,7 +17,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <iterator>
 #include <memory>
+#include <set>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -34,7 +36,6 @@
 #define __host__
 #define __device__
 #define __forceinline__ inline
-#define __shared__ static
 #define __launch_bounds__(...)
 
 struct dim3 {
@@ -136,10 +137,11 @@ inline Context new_context(char* stack, size_t size, void (*entry)()) {
 }
 #endif
 
-// Waits until all members have come; may be used again and again.
+// Waits until all members have come, and tells whether one of them voted yes; may be used again and again.
 struct Barrier {
   int members = 0, arrived = 0;
   unsigned round = 0;
+  bool vote = false, result = false;
 };
 
 struct Copy {
@@ -153,14 +155,16 @@ struct Fiber {
   dim3 thread;
   int lane = 0, warp = 0;
   bool done = false;
-  Barrier* waits_at = nullptr;
-  unsigned round = 0;
+  const unsigned* watched = nullptr;  // it waits until this is no longer what it saw
+  unsigned seen = 0;
+  const char* waits_for = "";
   std::vector<std::vector<Copy>> copies;  // groups of asynchronous copies, the open one last
 };
 
 // What the lanes of a warp show each other; two of them in turn, so that no lane overwrites what another still reads.
 struct Exchange {
-  alignas(16) unsigned char slots[kWarp][48];
+  alignas(16) unsigned char slots[kWarp][64];
+  const char* what[kWarp];  // the collective that each lane is in
 };
 
 struct Warp {
@@ -168,11 +172,21 @@ struct Warp {
   Exchange exchanges[2];
 };
 
+// What works beside the threads of a block; the first of them to use it makes it.
+struct Engine {
+  virtual ~Engine() = default;
+  // When no thread can go on: does something that one may wait for, or returns false.
+  virtual bool advance() = 0;
+  // When all threads are done: throws if something is under way.
+  virtual void finish() = 0;
+};
+
 struct Machine {
   Context scheduler;
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
-  Barrier block;
+  Barrier block, named[16];
+  std::unique_ptr<Engine> engine;
   Fiber* current = nullptr;
   std::vector<char> shared;
   std::function<void()> kernel;
@@ -233,31 +247,48 @@ inline void fiber_main() {
   std::abort();  // a fiber that is done is never entered again
 }
 
-inline void wait_at(Barrier& barrier) {
+[[noreturn]] inline void fail(const std::string& why) { throw std::logic_error(machine().name + ": " + why); }
+
+// Lets others run until `watched` has changed.
+inline void wait_for_change(const unsigned& watched, const char* what) {
   Fiber& fiber = *machine().current;
-  if (++barrier.arrived == barrier.members) {
-    barrier.arrived = 0;
-    ++barrier.round;
-    return;
-  }
-  fiber.waits_at = &barrier;
-  fiber.round = barrier.round;
+  fiber.watched = &watched;
+  fiber.seen = watched;
+  fiber.waits_for = what;
   leave(fiber);
+}
+
+inline bool wait_at(Barrier& barrier, const char* what, bool vote = false) {
+  barrier.vote |= vote;
+  if (++barrier.arrived < barrier.members) {
+    wait_for_change(barrier.round, what);
+  } else {
+    barrier.arrived = 0;
+    barrier.result = std::exchange(barrier.vote, false);
+    ++barrier.round;
+  }
+  return barrier.result;
 }
 
 inline void run_block() {
   Machine& m = machine();
   // A block must not rely on what it finds in shared memory.
   std::fill(m.shared.begin(), m.shared.end(), char(0xff));
-  m.block = {static_cast<int>(m.fibers.size()), 0, 0};
-  for (Warp& warp : m.warps) warp.barrier = {kWarp, 0, 0};
+  m.block = {};
+  m.block.members = static_cast<int>(m.fibers.size());
+  std::fill(std::begin(m.named), std::end(m.named), Barrier());
+  m.engine.reset();
+  for (Warp& warp : m.warps) {
+    warp.barrier = {};
+    warp.barrier.members = kWarp;
+  }
   for (Fiber& fiber : m.fibers) {
 #if defined(__SANITIZE_ADDRESS__)
     __asan_unpoison_memory_region(fiber.stack.get(), kStack);  // the fiber before never returned
 #endif
     fiber.context = new_context(fiber.stack.get(), kStack, &fiber_main);
     fiber.done = false;
-    fiber.waits_at = nullptr;
+    fiber.watched = nullptr;
     fiber.copies.assign(1, {});
   }
   const size_t count = m.fibers.size();
@@ -265,18 +296,25 @@ inline void run_block() {
     bool moved = false;
     for (size_t i = 0; i < count; ++i) {
       Fiber& fiber = m.fibers[m.reversed ? count - 1 - i : i];
-      if (fiber.done || (fiber.waits_at != nullptr && fiber.waits_at->round == fiber.round)) continue;
-      fiber.waits_at = nullptr;
+      if (fiber.done || (fiber.watched != nullptr && *fiber.watched == fiber.seen)) continue;
+      fiber.watched = nullptr;
       enter(fiber);
       if (!m.failure.empty()) throw std::logic_error(std::exchange(m.failure, ""));
       moved = true;
       left -= fiber.done;
     }
-    if (!moved) throw std::logic_error(m.name + ": some threads wait for others that have gone");
+    if (moved || (m.engine && m.engine->advance())) continue;
+    std::set<std::string> waits;
+    for (const Fiber& fiber : m.fibers)
+      if (!fiber.done) waits.insert(fiber.waits_for);
+    std::string all;
+    for (const std::string& what : waits) all += (all.empty() ? "" : " and ") + what;
+    fail("some threads wait in vain, for " + all);
   }
+  if (m.engine) m.engine->finish();
   for (const Fiber& fiber : m.fibers)
     for (const auto& group : fiber.copies)
-      if (!group.empty()) throw std::logic_error(m.name + ": asynchronous copies are under way at its end");
+      if (!group.empty()) fail("asynchronous copies are under way at its end");
 }
 
 // How many kernels ran in this process, for the tests.
@@ -319,16 +357,28 @@ inline float rounded(float x) {
   return x * (1 + (static_cast<int>((m.random >> 8) % (2 * m.ulps + 1)) - m.ulps) * 0x1p-23f);
 }
 
-// Shows `mine` to the warp, waits for the others, and returns what they showed.
-template <class T>
-const Exchange& exchange(const T& mine) {
+// Shows `mine` to the warp and waits for the others; once all have come, and before any of them goes on, the last one
+// calls `act` on what they showed. Returns that.
+template <class T, class Act>
+const Exchange& collect(const char* what, const T& mine, Act act) {
   static_assert(sizeof(T) <= sizeof(Exchange::slots[0]));
-  Fiber& fiber = *machine().current;
-  Warp& warp = machine().warps[fiber.warp];
+  const int lane = machine().current->lane;
+  Warp& warp = machine().warps[machine().current->warp];
   Exchange& slots = warp.exchanges[warp.barrier.round % 2];
-  std::memcpy(slots.slots[fiber.lane], &mine, sizeof(T));
-  wait_at(warp.barrier);
+  std::memcpy(slots.slots[lane], &mine, sizeof(T));
+  slots.what[lane] = what;
+  if (warp.barrier.arrived + 1 == warp.barrier.members) {
+    for (const char* other : slots.what)
+      if (std::strcmp(other, what) != 0) fail("lanes of a warp meet in " + std::string(what) + " and " + other);
+    act(slots);
+  }
+  wait_at(warp.barrier, what);
   return slots;
+}
+
+template <class T>
+const Exchange& exchange(const char* what, const T& mine) {
+  return collect(what, mine, [](const Exchange&) {});
 }
 
 template <class T>
@@ -337,7 +387,7 @@ const T& shown(const Exchange& slots, int lane) {
 }
 
 inline void check_mask(unsigned mask) {
-  if (mask != ~0u) throw std::logic_error(machine().name + ": collectives of part of a warp are not emulated");
+  if (mask != ~0u) fail("collectives of part of a warp are not emulated");
 }
 
 }  // namespace simt
@@ -346,26 +396,27 @@ inline void check_mask(unsigned mask) {
 #define blockIdx (simt::machine().block_index)
 #define gridDim (simt::machine().grid)
 
-inline void __threadfence() {}
-inline void __syncthreads() { simt::wait_at(simt::machine().block); }
+inline void __syncthreads() { simt::wait_at(simt::machine().block, "all threads"); }
+inline bool __syncthreads_or(bool vote) { return simt::wait_at(simt::machine().block, "all threads", vote); }
+inline void __threadfence() {}  // fibers see each other's writes
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
   simt::check_mask(mask);
-  return simt::shown<T>(simt::exchange(value), simt::machine().current->lane ^ other);
+  return simt::shown<T>(simt::exchange("a shuffle", value), simt::machine().current->lane ^ other);
 }
 
 template <class T>
 T __shfl_sync(unsigned mask, T value, int lane) {
   simt::check_mask(mask);
-  return simt::shown<T>(simt::exchange(value), lane);
+  return simt::shown<T>(simt::exchange("a shuffle", value), lane);
 }
 
-inline void __syncwarp() { simt::exchange(0); }
+inline void __syncwarp() { simt::exchange("__syncwarp", 0); }
 
 inline unsigned __ballot_sync(unsigned mask, bool vote) {
   simt::check_mask(mask);
-  const simt::Exchange& slots = simt::exchange(vote);
+  const simt::Exchange& slots = simt::exchange("a vote", vote);
   unsigned votes = 0;
   for (int lane = 0; lane < simt::kWarp; ++lane) votes |= unsigned(simt::shown<bool>(slots, lane)) << lane;
   return votes;
@@ -478,12 +529,22 @@ T load_fresh(const T* at) {
   return *at;
 }
 
+inline bool named_barrier_any(int id, int threads, bool vote) {
+  if (id < 1 || id > 15 || threads % simt::kWarp != 0) simt::fail("no named barrier can be such");
+  simt::Barrier& barrier = simt::machine().named[id];
+  if (barrier.arrived != 0 && barrier.members != threads) simt::fail("threads differ in who is to meet at a barrier");
+  barrier.members = threads;
+  return simt::wait_at(barrier, "threads at a named barrier", vote);
+}
+
+inline void named_barrier(int id, int threads) { named_barrier_any(id, threads, false); }
+
 inline char* shared_memory() { return simt::machine().shared.data(); }
 
 inline void copy_async(void* to, const void* from) {
   simt::Copy copy{to, {}};
   if (reinterpret_cast<uintptr_t>(to) % 16 || reinterpret_cast<uintptr_t>(from) % 16)
-    throw std::logic_error(simt::machine().name + ": an asynchronous copy is not aligned");
+    simt::fail("an asynchronous copy is not aligned");
   std::memcpy(copy.bytes, from, sizeof(copy.bytes));
   if (simt::machine().reversed) {
     std::memcpy(to, copy.bytes, sizeof(copy.bytes));
@@ -505,7 +566,7 @@ void copy_wait() {
 
 // ldmatrix.x4: four matrices of 8 x 8 16-bit numbers, whose rows lie where lanes 8 m to 8 m + 7 say.
 inline void load_matrices(uint32_t (&out)[4], const void* row) {
-  const simt::Exchange& rows = simt::exchange(row);
+  const simt::Exchange& rows = simt::exchange("ldmatrix", row);
   const int lane = simt::machine().current->lane;
   for (int m = 0; m < 4; ++m)  // numbers 2 t and 2 t + 1 of row g
     std::memcpy(&out[m], static_cast<const char*>(simt::shown<const void*>(rows, 8 * m + lane / 4)) + lane % 4 * 4, 4);
@@ -513,7 +574,7 @@ inline void load_matrices(uint32_t (&out)[4], const void* row) {
 
 // ldmatrix.x4.trans: the numbers of rows 2 t and 2 t + 1 in column g.
 inline void load_matrices_transposed(uint32_t (&out)[4], const void* row) {
-  const simt::Exchange& rows = simt::exchange(row);
+  const simt::Exchange& rows = simt::exchange("ldmatrix", row);
   const int lane = simt::machine().current->lane;
   for (int m = 0; m < 4; ++m) {
     uint16_t pair[2];
@@ -536,7 +597,7 @@ void multiply_add(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
     for (int m = 0; m < 4; ++m) mine.a[m][i] = number(a[m], i);
     mine.b[0][i] = number(b0, i), mine.b[1][i] = number(b1, i);
   }
-  const simt::Exchange& slots = simt::exchange(mine);
+  const simt::Exchange& slots = simt::exchange("mma", mine);
   const int lane = simt::machine().current->lane, g = lane / 4, t = lane % 4;
   for (float& sum : c) sum = simt::rounded(sum);
   for (int other = 0; other < 4; ++other) {  // the lanes that hold columns 2 other, + 1, + 8 and + 9 of a's rows
