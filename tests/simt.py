@@ -68,7 +68,7 @@ def _compile(folder: Path, library: Path, sanitize: list[str]) -> None:
 
     def compile_one(source: Path) -> Path:
         compiled = folder / source.relative_to(ROOT / "csrc/cuda").with_suffix(".o")
-        compiled.parent.mkdir(exist_ok=True)
+        compiled.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([*compiler, *flags, "-x", "c++", "-c", source, "-o", compiled], check=True)
         return compiled
 

@@ -212,4 +212,15 @@ __device__ __forceinline__ bool arrive_last_of(unsigned* counter, unsigned add, 
   return named_barrier_any(id, threads, last);
 }
 
+// Over the four threads that share a row of a product.
+__device__ __forceinline__ float max_over_quad(float x) {
+  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
+  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
+}
+template <class N>
+__device__ __forceinline__ N sum_over_quad(N x) {
+  x += __shfl_xor_sync(~0u, x, 1);
+  return x + __shfl_xor_sync(~0u, x, 2);
+}
+
 }  // namespace asa_ops::cuda

@@ -30,7 +30,7 @@ struct alignas(16) Shared {
 
 // The tokens of a block; with `store` also the orders in memory.
 __device__ __forceinline__ void find_tokens(const Order& o, int image, int block, bool store, Shared& shared) {
-  const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32, position = block * kBlock + thread;
+  const int thread = threadIdx.x, position = block * kBlock + thread;
   int32_t* const place = o.place + int64_t(image) * o.n;
   int count = o.n;
   if (o.real == nullptr) {
@@ -43,23 +43,10 @@ __device__ __forceinline__ void find_tokens(const Order& o, int image, int block
     const bool* const real = o.real + int64_t(image) * o.n;
     const int share = (o.n + kArrangeThreads - 1) / kArrangeThreads;
     const int first = min(o.n, thread * share), last = min(o.n, first + share);
-    int before = 0;  // real tokens of the threads up to this one
-    for (int p = first; p < last; ++p) before += real[token_at(p, o.height, o.width)];
-    const int own = before;
-#pragma unroll
-    for (int step = 1; step < 32; step *= 2) {
-      const int other = __shfl_sync(~0u, before, max(lane - step, 0));
-      if (lane >= step) before += other;
-    }
-    if (lane == 31) shared.in_warps[warp] = before;
+    int own = 0;
+    for (int p = first; p < last; ++p) own += real[token_at(p, o.height, o.width)];
     if (thread < kBlock) shared.tokens[thread] = -1;
-    __syncthreads();
-    count = 0;
-    for (int w = 0; w < kArrangeThreads / 32; ++w) {
-      before += w < warp ? shared.in_warps[w] : 0;
-      count += shared.in_warps[w];
-    }
-    int at = before - own - block * kBlock;
+    int at = sum_before<kArrangeThreads>(own, shared.in_warps, count) - block * kBlock;
     for (int p = first; p < last; ++p) {
       const int token = token_at(p, o.height, o.width);
       if (!real[token]) {

@@ -1,6 +1,7 @@
 // asa_ops::asa_fwd, asa_bwd and asa_list_survivors on a GPU: checks, buffers, and the launches of a call in their order.
 
 #include "../../asa.h"
+#include "hopper/launchers.h"
 #include "problem.h"
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -11,6 +12,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstdlib>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -133,6 +135,20 @@ void check_all(const Arguments& x) {
         "float16, bfloat16 or float32");
 }
 
+// Whether the kernels for compute capability 9.0 run a call: THE place that decides it. Only where they are asked for,
+// as long as no GPU has shown that they are right there and faster.
+template <class T>
+bool runs_on_hopper(const Arguments& x) {
+  const char* const asked = std::getenv("ASA_OPS_HOPPER");
+  if (asked == nullptr || std::string(asked) != "1") return false;
+  if (std::is_same_v<T, float> || !(x.options.scale > 0)) return false;
+#if defined(__CUDACC__)
+  return std::string(ASA_OPS_CUDA_ARCHS).find("90a") != std::string::npos && compute_capability() == 90;
+#else
+  return true;
+#endif
+}
+
 // What a backward pass writes; gradients of thresholds, of every row, where they are asked for.
 struct Gradients {
   Tensor dq, dk, dv;
@@ -150,6 +166,8 @@ class Call {
     p_.heads = static_cast<int>(x.heads()), p_.n_heads = static_cast<int>(x.batch() * x.heads());
     p_.dim = static_cast<int>(x.dim()), p_.dim_v = static_cast<int>(x.dim_v());
     p_.width = padded_width(p_.dim), p_.width_v = padded_width(p_.dim_v);
+    on_hopper_ = runs_on_hopper<T>(x);
+    if (on_hopper_) p_.width = p_.width_v = std::max(p_.width, p_.width_v);
     p_.per_image = x.real ? 1 : 0;
     p_.window = x.beta ? static_cast<int>(options.window) : 0;
     p_.topk = options.topk < x.n_k() ? static_cast<int>(options.topk) : 0;
@@ -179,14 +197,25 @@ class Call {
   }
 
   void forward() {
+    if constexpr (!std::is_same_v<T, float>)
+      if (on_hopper_ && is_dense()) {  // no thresholds, so no statistics but those of the output
+        reserve_cleared(lists_of_pairs());
+        uint32_t* const counters = get_cleared(lists_of_pairs());
+        arrange(p_, arranging(), stream_);
+        return aggregate(every_block(true, 2), counters);
+      }
     const int row_blocks = p_.rows.blocks(), key_blocks = p_.keys.blocks();
     const int64_t rows = all_rows();
     const int64_t tile_words = int64_t(row_blocks) * groups_of(arguments_.n_k());
-    reserve_cleared(p_.n_heads * (2 * tile_words + 2));
+    reserve_cleared(p_.n_heads * (2 * tile_words + 3) + lists_of_pairs());
     Plan plan{};
-    plan.splits = parts_of(int64_t(p_.n_heads) * row_blocks, std::min(8, key_blocks));
-    plan.largest = scratch_.template get<float>(plan.splits * rows);
-    plan.total = scratch_.template get<float>(plan.splits * rows);
+    Statistics& statistics = plan.statistics;
+    if (on_hopper_)
+      statistics = hopper::cut_statistics(row_blocks, key_blocks, p_.n_heads);
+    else
+      statistics.splits = parts_of(int64_t(p_.n_heads) * row_blocks, std::min(8, key_blocks));
+    statistics.largest = scratch_.template get<float>(statistics.splits * rows);
+    statistics.total = scratch_.template get<float>(statistics.splits * rows);
     uint32_t* done = nullptr;
     if (p_.has_bits) {
       if (p_.peaks.data == nullptr) {
@@ -201,15 +230,31 @@ class Call {
       plan.reached = tile_bits(scratch_.template get<uint32_t>(p_.n_heads * tile_words));
       plan.reached_back = tile_bits(get_cleared(p_.n_heads * tile_words));
       plan.local = tile_bits(get_cleared(p_.n_heads * tile_words));
-      plan.done = get_cleared(p_.n_heads), done = get_cleared(p_.n_heads);
-      plan.lists = new_lists(true);
+      plan.done = get_cleared(p_.n_heads), plan.entries = get_cleared(p_.n_heads), done = get_cleared(p_.n_heads);
+      plan.lists = new_lists(true, blocks_of_lists());
     }
+    uint32_t* const counters = get_cleared(lists_of_pairs());
     arrange(p_, arranging(), stream_);
-    find_statistics(p_, plan.splits, const_cast<float*>(plan.largest), const_cast<float*>(plan.total), stream_);
+    on_set([&](auto hopper) {
+      if constexpr (hopper)
+        hopper::find_statistics(p_, statistics, stream_);
+      else
+        find_statistics(p_, statistics, stream_);
+    });
     if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
     make_plan(p_, plan, saved_, stream_);
     Lists lists{};
-    if (p_.has_bits) find_survivors(p_, plan, saved_, done, lists = new_lists(true), stream_);
+    if (p_.has_bits) {
+      lists = new_lists(true, blocks_of_lists());
+      on_set([&](auto hopper) {
+        if constexpr (hopper)
+          hopper::find_survivors(p_, plan, saved_, done, lists, stream_);
+        else
+          find_survivors(p_, plan, saved_, done, lists, stream_);
+      });
+    }
+    if constexpr (!std::is_same_v<T, float>)
+      if (on_hopper_ && has_tiles()) return aggregate(lists, counters);
     Parts values;
     Totals totals{};
     if (has_tiles()) {
@@ -233,21 +278,42 @@ class Call {
     const RowGradients row{numbers(), numbers(), numbers(), numbers(), numbers(), noted};
     float *const dalpha = data<float>(gradients.dalpha), *const dbeta = data<float>(gradients.dbeta);  // of every row
     Learning learning{band(), dalpha, dbeta, nullptr, nullptr, 0, nullptr};
+    const bool on_hopper = on_hopper_ && has_tiles();
+    const int64_t blocks = int64_t(p_.n_heads) * p_.rows.blocks(), key_blocks = int64_t(p_.n_heads) * p_.keys.blocks();
+    reserve_cleared(blocks + lists_of_pairs() + key_blocks);
     if (dalpha != nullptr || dbeta != nullptr) {
-      const int64_t blocks = int64_t(p_.n_heads) * p_.rows.blocks();
       if (dalpha != nullptr) learning.splits = parts_of(blocks, std::min(kMaxParts, p_.keys.blocks()));
       learning.entries = scratch_.template get<uint32_t>(blocks * (p_.keys.blocks() + learning.splits));
       learning.parts = scratch_.template get<float>((learning.splits + 1) * rows);
-      reserve_cleared(blocks);
       learning.done = get_cleared(blocks);
     }
+    uint32_t *const row_counters = get_cleared(lists_of_pairs()), *const key_counters = get_cleared(key_blocks);
     Arranging<T> all = arranging();
     all.gradient = tokens(d_out, p_.rows, p_.width_v);
     p_.d_out = all.gradient.out;
     const bool listed = p_.has_bits && !p_.few;
-    const Lists by_rows = listed ? new_lists(true) : every_block(true);
+    const int row_blocks = on_hopper ? blocks_of_lists() : 1;  // of a list
+    const Lists by_rows = listed ? new_lists(true, row_blocks) : every_block(true, row_blocks);
     const Lists by_columns = listed ? new_lists(false) : every_block(false);
     arrange_backward(p_, all, saved_, row, by_rows, by_columns, stream_);
+    const auto learn = [&] {
+      if (dalpha != nullptr || dbeta != nullptr) find_threshold_gradients(p_, saved_, row, learning, stream_);
+    };
+    if constexpr (!std::is_same_v<T, float>)
+      if (on_hopper) {
+        learn();
+        {
+          Scratch scratch(arguments_.query);
+          const int programs = hopper::programs_of(by_rows, p_.n_heads);
+          const auto parts = new_partial_sums(scratch, by_rows, programs, row_counters);
+          hopper::find_dq(p_, by_rows, row, parts, programs, data<T>(gradients.dq), stream_);
+        }
+        Scratch scratch(arguments_.query);
+        const int programs = hopper::programs_of(by_columns, p_.n_heads);
+        const auto parts = new_partial_sums(scratch, by_columns, programs, key_counters);
+        hopper::find_dkv(p_, by_columns, row, parts, programs, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
+        return;
+      }
     {
       Scratch scratch(arguments_.query);
       if constexpr (std::is_same_v<T, float>) {
@@ -261,7 +327,7 @@ class Call {
         sum_survivors(Sum::kDq, p_, by_rows, row, sums = new_parts(scratch, true, p_.width), {}, stream_);
       finish_dq(p_, saved_, row, sums, data<T>(gradients.dq), stream_);
     }
-    if (dalpha != nullptr || dbeta != nullptr) find_threshold_gradients(p_, saved_, row, learning, stream_);
+    learn();
     Scratch scratch(arguments_.query);
     Parts sums_k, sums_v;
     if (has_tiles()) {
@@ -277,6 +343,33 @@ class Call {
   }
 
  private:
+  // Calls run(whether the kernels for compute capability 9.0 are to do it).
+  template <class Run>
+  void on_set(Run run) const {
+    if constexpr (!std::is_same_v<T, float>)
+      if (on_hopper_) return run(std::true_type());
+    run(std::false_type());
+  }
+
+  // Blocks of rows of a list.
+  int blocks_of_lists() const { return on_hopper_ ? 2 : 1; }
+
+  // Lists of two blocks of rows.
+  int64_t lists_of_pairs() const { return int64_t(p_.n_heads) * every_block(true, 2).tiles; }
+
+  hopper::PartialSums new_partial_sums(Scratch& scratch, const Lists& lists, int programs, uint32_t* done) const {
+    const int64_t rows = int64_t(2) * programs * lists.blocks * kBlock;
+    // Two sums of every key, or one of every query with two numbers.
+    return {scratch.get<float>(rows * p_.width * (lists.blocks == 1 ? 2 : 1)), scratch.get<float>(2 * rows), done};
+  }
+
+  void aggregate(const Lists& lists, uint32_t* counters) {
+    const int programs = hopper::programs_of(lists, p_.n_heads);
+    hopper::aggregate(p_, lists, saved_, new_partial_sums(scratch_, lists, programs, counters), programs, stream_);
+  }
+
+  bool is_dense() const { return !p_.has_bits && p_.window == 0; }
+
   Order new_order(const Tensor& x, const Optional& real, int64_t height, int64_t width, int64_t images = 1) {
     if (real) images = real->size(0);
     const int n = static_cast<int>(x.size(2)), room = padded(n);
@@ -350,16 +443,18 @@ class Call {
     return {scratch.get<float>(int64_t(splits) * p_.n_heads * own.padded * width), splits};
   }
 
-  // Every block, without a list.
-  Lists every_block(bool of_rows) const {
+  // Every block, without a list; tiles of so many blocks.
+  Lists every_block(bool of_rows, int blocks = 1) const {
     Lists lists;
-    lists.tiles = (of_rows ? p_.rows : p_.keys).blocks(), lists.others = (of_rows ? p_.keys : p_.rows).blocks();
+    lists.blocks = blocks;
+    lists.tiles = ((of_rows ? p_.rows : p_.keys).blocks() + blocks - 1) / blocks;
+    lists.others = (of_rows ? p_.keys : p_.rows).blocks();
     return lists;
   }
 
   // Room for lists.
-  Lists new_lists(bool of_rows) {
-    Lists lists = every_block(of_rows);
+  Lists new_lists(bool of_rows, int blocks = 1) {
+    Lists lists = every_block(of_rows, blocks);
     const int64_t tiles = int64_t(p_.n_heads) * lists.tiles;
     lists.entries = scratch_.template get<uint32_t>(tiles * lists.others);
     lists.lengths = scratch_.template get<int32_t>(tiles);
@@ -369,6 +464,7 @@ class Call {
   const Arguments& arguments_;
   Problem<T> p_{};
   Saved<T> saved_{};
+  bool on_hopper_ = false;
   Scratch scratch_;
   uint32_t* cleared_ = nullptr;
   int64_t cleared_words_ = 0;

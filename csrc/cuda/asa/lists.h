@@ -6,11 +6,33 @@
 
 namespace asa_ops::cuda {
 
+// The sum of x over the threads before this one, and over all: by all THREADS threads of a program, with room for a
+// number a warp.
+template <int THREADS>
+__device__ __forceinline__ int sum_before(int x, int* in_warps, int& all) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int sum = x;
+#pragma unroll
+  for (int step = 1; step < 32; step *= 2) {
+    const int other = __shfl_sync(~0u, sum, max(lane - step, 0));
+    if (lane >= step) sum += other;
+  }
+  if (lane == 31) in_warps[warp] = sum;
+  __syncthreads();
+  all = 0;
+  for (int w = 0; w < THREADS / 32; ++w) {
+    sum += w < warp ? in_warps[w] : 0;
+    all += in_warps[w];
+  }
+  return sum - x;
+}
+
 // A thread a tile of rows, among `threads`: lists of a head. word_of(block, group) has the bits of 32 tiles of a block
 // of rows, local_of those that may hold pairs of a window.
+// `all`, if given, counts those of all lists, and an empty one as one.
 template <class Words, class Local>
 __device__ __forceinline__ void list_tiles(const Lists& lists, int z, int row_blocks, int thread, int threads,
-                                           Words word_of, Local local_of) {
+                                           Words word_of, Local local_of, uint32_t* all = nullptr) {
   const int groups = (lists.others + 31) / 32;
   for (int tile = thread; tile < lists.tiles; tile += threads) {
     const int64_t row = int64_t(z) * lists.tiles + tile;
@@ -28,21 +50,23 @@ __device__ __forceinline__ void list_tiles(const Lists& lists, int z, int row_bl
       }
     }
     lists.lengths[row] = length;
+    if (all != nullptr) atomicAdd(all, uint32_t(max(length, 1)));
   }
+}
+
+// How many entries the `index`-th tile of all heads has. Dense attention has no lists: of `n` tokens of its side, those
+// that stand for tokens take all blocks of `others`.
+__device__ __forceinline__ int length_of(const Lists& lists, int64_t index, int n, int others) {
+  if (lists.lengths != nullptr) return lists.lengths[index];
+  return index % lists.tiles * lists.blocks * kBlock < n ? (others + kBlock - 1) / kBlock : 0;
 }
 
 // The entries of a tile of rows.
 struct Entries {
-  const uint32_t* list;  // null: every block, as in dense attention
-  int length;
+  const uint32_t* list;  // null: every block
 
-  // Of the `index`-th tile of all heads; `n` tokens of its side, `others` of the other one, of which dense attention
-  // takes all.
-  __device__ Entries(const Lists& lists, int64_t index, int n, int others)
-      : list(lists.entries == nullptr ? nullptr : lists.entries + index * lists.others),
-        length(list != nullptr                                   ? lists.lengths[index]
-               : index % lists.tiles * lists.blocks * kBlock < n ? (others + kBlock - 1) / kBlock
-                                                                 : 0) {}
+  __device__ Entries(const Lists& lists, int64_t index)
+      : list(lists.entries == nullptr ? nullptr : lists.entries + index * lists.others) {}
 
   __device__ __forceinline__ uint32_t operator[](int k) const {
     return list != nullptr ? list[k] : uint32_t(k) | 3 * kEntryFirst;

@@ -50,12 +50,45 @@ __device__ __forceinline__ uint32_t local_bits(const Problem<T>& p, const Saved<
   return word;
 }
 
-// Stores word `side` of row `row` of a tile (I, J), and of (J, I) if neighbours must be mutual: a thread a word, a warp 32
-// rows.
-// `there` is A_ij, `back` A_ji laid out [i, j].
+// A word of a tile's bits: that of the rows i, and, if neighbours must be mutual, that of the transposed tile's.
+struct Words {
+  uint32_t there, back;
+};
+
+// What a thread stores of a tile (I, J), and of (J, I) if neighbours must be mutual.
+struct Found {
+  Words neighbours;
+  Words own, other;  // A_ij and A_ji, where both are stored
+};
+
+// From the bits of a thread's numbers, A_ij and, if neighbours must be mutual, A_ji laid out [i, j], to word `side` of
+// row `row`, by way of `tile`. sync() is a barrier of those that share it.
+template <class T, class Sync>
+__device__ __forceinline__ Found exchange_bits(const Problem<T>& p, Bits& tile, uint32_t own, uint32_t other,
+                                               bool diagonal, int at_row, int at_column, int row, int side, Sync sync) {
+  const auto pass = [&](uint32_t bits) {
+    write_bits(tile, bits, at_row, at_column);
+    sync();
+    const Words words{tile[row][side], p.mutual ? transposed(tile, row, side) : 0};
+    sync();
+    return words;
+  };
+  Found found{};
+  if (p.one_way.words == nullptr) {
+    found.neighbours = pass(p.mutual && !diagonal ? own & other : own);
+    if (p.mutual && diagonal) found.neighbours.there &= found.neighbours.back;  // symmetric, come what may
+    return found;
+  }
+  found.own = pass(own);
+  found.other = diagonal ? Words{found.own.back, found.own.there} : pass(other);
+  found.neighbours = {found.own.there & found.other.there, found.own.back & found.other.back};
+  return found;
+}
+
+// Stores it: a thread a word, a warp 32 rows.
 template <class T>
 __device__ __forceinline__ void store_bits(const Problem<T>& p, const Saved<T>& saved, int z, int image, int i, int j,
-                                           bool has_local, const Bits& there, const Bits& back, int row, int side) {
+                                           bool has_local, const Found& found, int row, int side) {
   const auto store = [&](int own, int other, uint32_t neighbours, uint32_t offers, uint32_t offered) {
     const int query = own * kBlock + row, group = 2 * other + side;
     const int64_t at = int64_t(group) * p.rows.padded + query;
@@ -68,13 +101,8 @@ __device__ __forceinline__ void store_bits(const Problem<T>& p, const Saved<T>& 
     p.one_way.of(z)[at] = offers;
     if (__any_sync(~0u, offered != 0) && speaks) p.offered.set(z, own, other);
   };
-  const uint32_t own = there[row][side];
-  if (!p.mutual) return store(i, j, own, 0, 0);
-  const uint32_t turned = transposed(there, row, side);
-  if (i == j) return store(i, i, own & turned, own, turned);
-  const uint32_t other = back[row][side], turned_back = transposed(back, row, side);
-  store(i, j, own & other, own, other);
-  store(j, i, turned_back & turned, turned_back, turned);
+  store(i, j, found.neighbours.there, found.own.there, found.other.there);
+  if (p.mutual && i != j) store(j, i, found.neighbours.back, found.other.back, found.own.back);
 }
 
 }  // namespace asa_ops::cuda

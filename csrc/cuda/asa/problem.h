@@ -236,9 +236,33 @@ template <class T>
 void arrange_backward(const Problem<T>& problem, const Arranging<T>& tokens, const Saved<T>& saved,
                       const RowGradients& row, const Lists& by_rows, const Lists& by_columns, cudaStream_t stream);
 
-// scores.cu: maximum and sum of exponentials of every row in `splits` parts, [splits, n_heads * padded]; the peaks.
+// Maximum and sum of exponentials of rows in parts, [splits, n_heads * padded]: a row has parts of its keys.
+struct Statistics {
+  float *largest, *total;
+  int splits;  // at most, or of every row
+  // Tiles of two blocks of rows by `key_tiles` of keys, laid end to end, may be cut into stretches of equal length, one
+  // for each program; a stretch leaves a part for each two blocks of rows. 0 programs: they are not.
+  int programs = 0, row_tiles = 0, key_tiles = 0;
+
+  // The program that has a tile, of so many.
+  __host__ __device__ __forceinline__ static int program_of(int64_t tile, int64_t tiles, int programs) {
+    return int(((tile + 1) * programs - 1) / tiles);
+  }
+  // The programs that have the tiles of two blocks of rows, the `pair`-th of all `pairs`: the first one, and how many.
+  __device__ __forceinline__ int first_program(int pair, int pairs) const {
+    return program_of(int64_t(pair) * key_tiles, int64_t(pairs) * key_tiles, programs);
+  }
+  __device__ __forceinline__ int count(int z, int n_heads, int block) const {
+    if (programs == 0) return splits;
+    const int pair = z * row_tiles + block / 2, pairs = n_heads * row_tiles;
+    const int last = program_of(int64_t(pair + 1) * key_tiles - 1, int64_t(pairs) * key_tiles, programs);
+    return last - first_program(pair, pairs) + 1;
+  }
+};
+
+// scores.cu: the statistics, and the peaks.
 template <class T>
-void find_statistics(const Problem<T>& problem, int splits, float* largest, float* total, cudaStream_t stream);
+void find_statistics(const Problem<T>& problem, const Statistics& statistics, cudaStream_t stream);
 
 // A threshold in base 2 for every row, [n_heads, n] in raster order, at or just below its k-th largest score.
 template <class T>
@@ -246,15 +270,15 @@ void find_kth(const Problem<T>& problem, const PerHead<float>& kappa2, cudaStrea
 
 // select.cu. What the plan needs beside a problem.
 struct Plan {
-  const float *largest, *total;  // statistics, in parts
-  int splits;
+  Statistics statistics;
   Thresholds thresholds;
   float band2;  // tiles within it of a threshold are visited too
   TileBits reached;  // tiles whose peaks exceed a threshold of their rows
   TileBits reached_back;  // the same transposed, if neighbours must be mutual; zeroed
   TileBits local;  // tiles with a local survivor, either way round if neighbours must be mutual; zeroed
   uint32_t* done;  // [n_heads] programs; zeroed
-  Lists lists;  // tiles that may hold a survivor, J >= I only if neighbours must be mutual; all of dense attention
+  Lists lists;  // tiles that may hold a survivor, J >= I only if neighbours must be mutual
+  uint32_t* entries;  // [n_heads] of these lists, an empty list counted as one; zeroed
 };
 // Log-sum-exps, thresholds, local survivors, lists.
 template <class T>

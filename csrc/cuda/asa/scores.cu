@@ -11,12 +11,11 @@
 namespace asa_ops::cuda {
 namespace {
 
-// Maximum and sum of exponentials of every row over each `splits`-th block of keys, axis 1 of the grid, and peaks.
+// Of every row over each `splits`-th block of keys, axis 1 of the grid.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
-    asa_statistics_kernel(Problem<T> p, int splits, float* largest, float* total) {
+__global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, Statistics statistics) {
   const int blocks = p.rows.blocks();
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y;
+  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y, splits = statistics.splits;
   const int n_keys = p.keys.counts[image_of(z, p.heads, p.per_image)];
   const int chunks = chunks_of<T>(p.width);
   const T* const q = p.q + row_at(z, p.rows.padded, block * kBlock) * p.width;
@@ -67,7 +66,7 @@ __global__ void __launch_bounds__(kThreads)
     const float all = sum_over_quad(sum[half] * exp2f(high[half] - finite));
     const int64_t row =
         int64_t(split) * p.n_heads * p.rows.padded + row_at(z, p.rows.padded, block * kBlock + at.row + 8 * half);
-    if (threadIdx.x % 4 == 0) largest[row] = base, total[row] = all;
+    if (threadIdx.x % 4 == 0) statistics.largest[row] = base, statistics.total[row] = all;
   }
 }
 
@@ -208,9 +207,11 @@ __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, PerHea
 }  // namespace
 
 template <class T>
-void find_statistics(const Problem<T>& problem, int splits, float* largest, float* total, cudaStream_t stream) {
-  launch("asa_statistics_kernel", &asa_statistics_kernel<T>, dim3(problem.n_heads * problem.rows.blocks(), splits),
-         kThreads, (chunks_of<T>(problem.width) + kStages) * kChunkBytes, stream, problem, splits, largest, total);
+void find_statistics(const Problem<T>& problem, const Statistics& statistics, cudaStream_t stream) {
+  const int bytes = chunks_of<T>(problem.width) * kChunkBytes + kStages * kChunkBytes;
+  launch("asa_statistics_kernel", &asa_statistics_kernel<T>,
+         dim3(problem.n_heads * problem.rows.blocks(), statistics.splits), kThreads, bytes, stream, problem,
+         statistics);
 }
 
 template <class T>
@@ -219,8 +220,8 @@ void find_kth(const Problem<T>& problem, const PerHead<float>& kappa2, cudaStrea
          sizeof(Shared), stream, problem, kappa2);
 }
 
-#define INSTANTIATE(T)                                                                 \
-  template void find_statistics(const Problem<T>&, int, float*, float*, cudaStream_t); \
+#define INSTANTIATE(T)                                                               \
+  template void find_statistics(const Problem<T>&, const Statistics&, cudaStream_t); \
   template void find_kth(const Problem<T>&, const PerHead<float>&, cudaStream_t);
 INSTANTIATE(Half)
 INSTANTIATE(BFloat16)

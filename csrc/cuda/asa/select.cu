@@ -79,17 +79,17 @@ __device__ __forceinline__ void find_local_survivors(const Problem<T>& p, int z,
 }
 
 // The log-sum-exp of a row from its parts, and its largest score.
-struct Statistics {
+struct LogSumExp {
   float lse2, largest;
 };
 
-__device__ __forceinline__ Statistics statistics_of(const Plan& plan, int64_t row, int64_t rows) {
+__device__ __forceinline__ LogSumExp combine(const Statistics& parts, int count, int64_t row, int64_t rows) {
   float base = -INFINITY, sum = 0;
-  for (int split = 0; split < plan.splits; ++split) base = fmaxf(base, plan.largest[split * rows + row]);
+  for (int part = 0; part < count; ++part) base = fmaxf(base, parts.largest[part * rows + row]);
   base = base == -INFINITY ? 0 : base;
-  for (int split = 0; split < plan.splits; ++split) {
-    const float part = plan.total[split * rows + row];
-    sum += part == 0 ? 0 : part * exp2f(plan.largest[split * rows + row] - base);
+  for (int part = 0; part < count; ++part) {
+    const float total = parts.total[part * rows + row];
+    sum += total == 0 ? 0 : total * exp2f(parts.largest[part * rows + row] - base);
   }
   return {base + log2f(sum), base};
 }
@@ -106,7 +106,8 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
   if (thread < kBlock) {
     const int token = tokens[thread];
     const int64_t row = row_at(z, p.rows.padded, block * kBlock + thread);
-    const Statistics found = statistics_of(plan, row, int64_t(p.n_heads) * p.rows.padded);
+    const int parts = plan.statistics.count(z, p.n_heads, block);
+    const LogSumExp found = combine(plan.statistics, parts, row, int64_t(p.n_heads) * p.rows.padded);
     if (token >= 0) {
       saved.lse[row_at(z, p.rows.n, token)] = found.lse2 * kLn2;
       if (saved.base2.data != nullptr) saved.base2.of(z)[token] = found.lse2;
@@ -161,12 +162,12 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
         const uint32_t both = there & load_fresh(plan.reached_back.word(z, i, group));
         return (both | local_of(i, group)) & ~first_bits(i - 32 * group);
       },
-      local_of);
+      local_of, plan.entries + z);
 }
 
 struct Shared {
   char chunks[kStages * 2 * kChunkBytes];
-  Bits there, back;
+  Bits bits;
 };
 
 // Every gridDim.y-th listed block of a block of rows; the last program of a head lists what holds survivors.
@@ -177,13 +178,14 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
   const int blocks = p.rows.blocks(), padded = p.rows.padded;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, image = image_of(z, p.heads, p.per_image);
   const int n_keys = p.keys.counts[image];
-  const Entries list(plan.lists, blockIdx.x, 0, 0);
+  const Entries list(plan.lists, blockIdx.x);
+  const int length = plan.lists.lengths[blockIdx.x];
   const Thresholds& thresholds = plan.thresholds;
   const int chunks = chunks_of<T>(p.width), products = p.mutual && !p.symmetric ? 2 : 1;
   const int64_t own = row_at(z, padded, block * kBlock), keys = row_at(z, p.keys.padded, 0);
   const auto load = [&](int step, char* chunk) {
     const int turn = int(blockIdx.y) + step / (chunks * products) * int(gridDim.y);
-    if (turn >= list.length) return;
+    if (turn >= length) return;
     const int64_t other = keys + int64_t(list.block(turn)) * kBlock;
     const bool back = step / chunks % products == 1;
     copy_chunk(chunk, (back ? p.k : p.q) + own * p.width, step % chunks);
@@ -193,11 +195,11 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
   const Fragment at;
   const bool has_topk = thresholds.kappa2 != nullptr;
 
-  for (int turn = blockIdx.y; turn < list.length; turn += gridDim.y) {
+  for (int turn = blockIdx.y; turn < length; turn += gridDim.y) {
     const int j = list.block(turn);
     Tile s;
     multiply_chunks<T>(s, ring, chunks);
-    uint32_t bits = 0;
+    uint32_t bits = 0, back = 0;
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
       const int64_t row = own + at.row + 8 * high;
@@ -212,10 +214,8 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
           bits |= uint32_t(kept) << (4 * n + i);
         }
     }
-    write_bits(shared.there, bits, at.row, at.column);
     if (p.mutual) {
       if (products == 2) multiply_chunks<T>(s, ring, chunks);
-      uint32_t back = 0;
 #pragma unroll
       for (int n = 0; n < 8; ++n)
 #pragma unroll
@@ -230,12 +230,11 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
             back |= uint32_t(kept) << (4 * n + i + 2 * high);
           }
         }
-      write_bits(shared.back, back, at.row, at.column);
     }
-    __syncthreads();
-    store_bits(p, saved, z, image, block, j, list[turn] & kEntryLocal, shared.there, shared.back,
-               int(threadIdx.x) % kBlock, int(threadIdx.x) / kBlock);
-    // The next tile's bits are written after the barriers of its chunks.
+    const int row = threadIdx.x % kBlock, side = threadIdx.x / kBlock;
+    const Found words =
+        exchange_bits(p, shared.bits, bits, back, j == block, at.row, at.column, row, side, [] { __syncthreads(); });
+    store_bits(p, saved, z, image, block, j, list[turn] & kEntryLocal, words, row, side);
   }
   ring.finish();
   if (p.few || !arrive_last(done + z, 1, blocks * gridDim.y)) return;

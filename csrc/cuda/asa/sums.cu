@@ -57,7 +57,8 @@ __global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
   const int blocks = g.padded / kBlock;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y, splits = gridDim.y;
   const int image = image_of(z, g.heads, g.per_image), n = g.counts[image], n_other = g.other_counts[image];
-  const Entries list(g.lists, blockIdx.x, n, n_other);
+  const Entries list(g.lists, blockIdx.x);
+  const int length = length_of(g.lists, blockIdx.x, n, n_other);
   const int64_t others = row_at(z, g.other_padded, 0);
   const int64_t own = row_at(z, g.padded, block * kBlock);
   const int chunks = chunks_of<T>(g.width), chunks_v = kGradients ? chunks_of<T>(g.width_v) : 0;
@@ -71,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
   }
   const auto load = [&](int step, char* chunk) {
     const int turn = split + step / (steps * Shape::kParts) * splits;
-    if (turn >= list.length) return;
+    if (turn >= length) return;
     const int64_t other = others + int64_t(list.block(turn)) * kBlock;
     const int first = step / steps % Shape::kParts * Shape::kColumns;
     int index = step % steps;
@@ -99,7 +100,7 @@ __global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
   int count[2] = {0, 0};
   uint32_t nan_row = 0;
 
-  for (int turn = split; turn < list.length; turn += splits) {
+  for (int turn = split; turn < length; turn += splits) {
     const int j = list.block(turn);
     const uint32_t survivors = g.survivors.words == nullptr ? bits_of_all(n - block * kBlock, n_other - j * kBlock, at)
                                : g.rows_are_queries ? bits_by_rows(g.survivors.of(z), g.query_padded, block, j, at)

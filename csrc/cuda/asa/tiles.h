@@ -257,15 +257,4 @@ __device__ __forceinline__ uint32_t bits_of_all(int rows, int columns, const Fra
          (at.row + 8 < rows ? bits_of_row(left, right, at, 1) : 0);
 }
 
-// The largest of a row, which four threads share.
-__device__ __forceinline__ float max_over_quad(float x) {
-  x = fmaxf(x, __shfl_xor_sync(~0u, x, 1));
-  return fmaxf(x, __shfl_xor_sync(~0u, x, 2));
-}
-
-__device__ __forceinline__ float sum_over_quad(float x) {
-  x += __shfl_xor_sync(~0u, x, 1);
-  return x + __shfl_xor_sync(~0u, x, 2);
-}
-
 }  // namespace asa_ops::cuda

@@ -1,0 +1,210 @@
+// How the kernels for compute capability 9.0 are built: a program stays on its processor and does a stretch of all
+// work. One warp copies tiles to shared memory, two warpgroups multiply them.
+
+#pragma once
+
+#include "../../hopper/device.h"
+#include "../lists.h"
+#include "launchers.h"
+
+namespace asa_ops::cuda::hopper {
+
+constexpr int kReaders = 2;  // warpgroups that multiply
+constexpr int kProgram = (kReaders + 1) * kGroup;  // threads; the last warpgroup copies, by its first thread
+constexpr int kReaderRegisters = 240, kCopierRegisters = 24;
+constexpr int kSharedBytes = 232448;  // that a program may have
+
+// Which warpgroup a thread is in, the same number in all lanes.
+__device__ __forceinline__ int group_of_thread() { return uniform(int(threadIdx.x) / kGroup); }
+
+// Slots of shared memory that tiles pass through: position p is in slot p % SLOTS. Whoever reads waits until a position
+// is full, and frees it when products have read it.
+template <int SLOTS, int BYTES>
+struct Ring {
+  static constexpr int kBytes = SLOTS * BYTES, kBarriers = 2 * SLOTS;
+  char* memory;
+  Barrier *full, *empty;
+
+  __device__ Ring(char* memory, Barrier* barriers) : memory(memory), full(barriers), empty(barriers + SLOTS) {}
+
+  // By one thread, for so many warps that read.
+  __device__ void init(int warps) const {
+    for (int i = 0; i < SLOTS; ++i) barrier_init(full + i, 1), barrier_init(empty + i, warps);
+  }
+  // Fills a position with what copy(memory, barrier) copies, `bytes` in all.
+  template <class Copy>
+  __device__ __forceinline__ void fill(uint32_t position, uint32_t bytes, Copy copy) const {
+    const uint32_t slot = position % SLOTS;
+    barrier_wait(empty + slot, (position / SLOTS & 1) ^ 1);
+    barrier_expect(full + slot, bytes);
+    copy(memory + slot * BYTES, full + slot);
+  }
+  __device__ __forceinline__ void wait(uint32_t position) const {
+    barrier_wait(full + position % SLOTS, position / SLOTS & 1);
+  }
+  __device__ __forceinline__ void free(uint32_t position) const {
+    __syncwarp();  // other lanes may still have to look whether it is full
+    if (threadIdx.x % 32 == 0) barrier_arrive(empty + position % SLOTS);
+  }
+  __device__ __forceinline__ uint32_t address(uint32_t position) const {
+    return shared_address(memory) + position % SLOTS * BYTES;
+  }
+};
+
+// Where a thread's numbers lie in a tile of 64 rows of its warpgroup: of 8 columns n it has [4 n + i], in row `row` (i
+// 0, 1) and 8 rows further on (i 2, 3), columns `column` and the next one.
+struct Place {
+  int row, column;
+  __device__ Place()
+      : row(int(threadIdx.x) % kGroup / 32 * 16 + int(threadIdx.x) % 32 / 4), column(int(threadIdx.x) % 4 * 2) {}
+};
+
+// Whether a thread's column of a row survives, by the row's two words shifted right by `column`; n, k as in Place.
+__device__ __forceinline__ bool survives_in(uint32_t low, uint32_t high, int n, int k) {
+  return (n < 4 ? low : high) >> (8 * (n % 4) + k) & 1;
+}
+
+// All entries of all lists, laid end to end, an empty list as one, are cut into stretches of equal length: one for each
+// program. What a program does of a list is an item.
+struct Item {
+  int tile;  // of rows, of all heads
+  int first, end;  // entries
+  int start;  // of the list, among all entries
+};
+
+// The entries of a program; in shared memory, where it takes no registers.
+struct Stretch {
+  int first, end, total;  // total: of all programs
+  int tile, start;  // of the first item
+  int in_warps[kProgram / 32];  // room
+};
+
+// The lists of a call, of rows or of columns.
+template <class T>
+class Work {
+ public:
+  const Problem<T>& p;
+  const Lists& lists;
+  const bool by_rows;
+  Stretch& stretch;
+
+  // By all threads of a program.
+  __device__ Work(const Problem<T>& p, const Lists& lists, bool by_rows, void* room)
+      : p(p), lists(lists), by_rows(by_rows), stretch(*static_cast<Stretch*>(room)) {
+    const int tiles = p.n_heads * lists.tiles, share = (tiles + kProgram - 1) / kProgram;
+    const int from = min(tiles, int(threadIdx.x) * share), to = min(tiles, from + share);
+    int own = 0;
+    for (int tile = from; tile < to; ++tile) own += counted(tile);
+    int total, start = sum_before<kProgram>(own, stretch.in_warps, total);
+    const int first = int(int64_t(total) * blockIdx.x / gridDim.x);
+    const int end = int(int64_t(total) * (blockIdx.x + 1) / gridDim.x);
+    if (threadIdx.x == 0) stretch.first = first, stretch.end = end, stretch.total = total;
+    if (first < end && start <= first && first < start + own) {
+      int tile = from;
+      for (; start + counted(tile) <= first; ++tile) start += counted(tile);
+      stretch.tile = tile, stretch.start = start;
+    }
+    __syncthreads();
+  }
+
+  // Calls use(item) for all of them.
+  template <class Use>
+  __device__ __forceinline__ void each(Use use) const {
+    int tile = stretch.tile, start = stretch.start, first = stretch.first - start;
+    if (stretch.first == stretch.end) return;
+    for (; start < stretch.end; start += counted(tile++), first = 0)
+      use(Item{tile, first, min(length(tile), stretch.end - start), start});
+  }
+
+  __device__ __forceinline__ int length(int tile) const {
+    const int image = image_of(tile / lists.tiles, p.heads, p.per_image);
+    const int n = (by_rows ? p.rows : p.keys).counts[image], others = (by_rows ? p.keys : p.rows).counts[image];
+    return length_of(lists, tile, n, others);
+  }
+  __device__ __forceinline__ int counted(int tile) const { return max(length(tile), 1); }
+  // Of an item.
+  __device__ __forceinline__ int counted(const Item& item) const {
+    return min(counted(item.tile), stretch.end - item.start) - item.first;
+  }
+  __device__ __forceinline__ int head(const Item& item) const { return item.tile / lists.tiles; }
+  __device__ __forceinline__ int block(const Item& item) const { return item.tile % lists.tiles * lists.blocks; }
+
+  // The program that has an entry.
+  __device__ __forceinline__ int program_of(int entry) const {
+    return int(((int64_t(entry) + 1) * gridDim.x - 1) / stretch.total);
+  }
+  // The programs that have parts of the list of an item.
+  __device__ __forceinline__ int first_program(const Item& item) const { return program_of(item.start); }
+  __device__ __forceinline__ int last_program(const Item& item) const {
+    return program_of(item.start + counted(item.tile) - 1);
+  }
+  // Where a program leaves its part of the list: it has one of a list that others began, and one of a list that others
+  // end.
+  __device__ __forceinline__ int slot(const Item& item, int program) const {
+    const int first = int(int64_t(stretch.total) * program / gridDim.x);
+    return first >= item.start ? program : int(gridDim.x) + program;
+  }
+};
+
+// The same in all lanes, and known to be so.
+__device__ __forceinline__ Item uniform_item(const Item& x) {
+  return {uniform(x.tile), uniform(x.first), uniform(x.end), uniform(x.start)};
+}
+
+// Stores a thread's numbers of a row of `dim` numbers, D at most: value(n, k) is that in column 8 n + `column` + k.
+template <class T, int D, class Value>
+__device__ __forceinline__ void store_row(T* row, int dim, int column, Value value) {
+  if (dim % 2 == 0) {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+      if (8 * n + column < dim) *reinterpret_cast<uint32_t*>(row + 8 * n + column) = pack<T>(value(n, 0), value(n, 1));
+  } else {
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+#pragma unroll
+      for (int k = 0; k < 2; ++k)
+        if (8 * n + column + k < dim) row[8 * n + column + k] = from_float<T>(value(n, k));
+  }
+}
+
+// A list that several programs share: each leaves its part in memory, and the last one to come adds them up in order.
+// A warpgroup's fragment of a part, at number `at` of all; D numbers a row.
+template <int D>
+__device__ __forceinline__ void leave_part(float* parts, int64_t at, const float (&sum)[D / 2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n)
+      *reinterpret_cast<float2*>(parts + at + 8 * half * D + 8 * n) =
+          float2{sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]};
+}
+template <int D>
+__device__ __forceinline__ void add_part(const float* parts, int64_t at, float low, float high, float (&sum)[D / 2]) {
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+#pragma unroll
+    for (int n = 0; n < D / 8; ++n) {
+      const float2 x = load_fresh(reinterpret_cast<const float2*>(parts + at + 8 * half * D + 8 * n));
+      const float weight = half == 0 ? low : high;
+      sum[4 * n + 2 * half] = fmaf(x.x, weight, sum[4 * n + 2 * half]);
+      sum[4 * n + 2 * half + 1] = fmaf(x.y, weight, sum[4 * n + 2 * half + 1]);
+    }
+}
+
+// Adds up the parts of an item's list, by both warpgroups; `at` is where a thread's
+// numbers lie in a part of `numbers`. Returns whether `sum` is that of the whole list now.
+template <class T, int D>
+__device__ __forceinline__ bool sum_parts(const Work<T>& work, const Item& item, const PartialSums& parts, int64_t at,
+                                          int64_t numbers, float (&sum)[D / 2]) {
+  const int first = work.first_program(item), last = work.last_program(item);
+  if (first == last) return true;
+  leave_part<D>(parts.sums, work.slot(item, blockIdx.x) * numbers + at, sum);
+  if (!arrive_last_of(parts.done + item.tile, 1, last - first + 1, kReaders + 1, kReaders * kGroup)) return false;
+#pragma unroll
+  for (int n = 0; n < D / 2; ++n) sum[n] = 0;
+  for (int program = first; program <= last; ++program)
+    add_part<D>(parts.sums, work.slot(item, program) * numbers + at, 1, 1, sum);
+  return true;
+}
+
+}  // namespace asa_ops::cuda::hopper

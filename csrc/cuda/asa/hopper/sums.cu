@@ -1,0 +1,344 @@
+// The output of every row for compute capability 9.0: values summed over survivors, and the row ended.
+//
+// An item is two blocks of queries, one a warpgroup, and a stretch of their list. Q stays, blocks of K and V pass in the
+// order K0 K1 V0 K2 V1 .. in which they are used: a warpgroup starts the scores of the next block before it sums the
+// values of this one, and takes exponentials while the latter runs. One without survivors in a block lets it pass. The
+// base of exponentials grows with the largest score met. A list that several programs share leaves parts; the last of
+// them to come adds these up, in order.
+
+#include "../thresholds.h"
+#include "pipeline.h"
+
+namespace asa_ops::cuda::hopper {
+namespace {
+
+template <int D>
+struct Shape {
+  static constexpr int kBlockBytes = kBlock * D * 2;
+  using Others = Ring<D == 256 ? 5 : 6, kBlockBytes>;
+  static constexpr int kOwnBytes = kReaders * kBlockBytes;
+  static constexpr int kBytes =
+      1024 + kOwnBytes + Others::kBytes + (Others::kBarriers + 2) * int(sizeof(Barrier)) + int(sizeof(Stretch));
+  static_assert(kBytes <= kSharedBytes);
+};
+
+// The position, among those of an item of `count` entries, of an entry's K and V.
+__device__ __forceinline__ int position_k(int entry) { return entry == 0 ? 0 : 2 * entry - 1; }
+__device__ __forceinline__ int position_v(int entry, int count) {
+  return entry == count - 1 ? 2 * entry + 1 : 2 * entry + 2;
+}
+
+// Of a thread's two rows, what is known of their survivors.
+struct Rows {
+  float base[2], total[2];  // the largest score in base 2, and the sum of exponentials below it
+  int count[2];
+  bool broken[2];  // a value is not finite
+};
+
+// Counts survivors, and looks for values that are not finite: the four threads of a row share its entries.
+template <class T>
+__device__ __forceinline__ void count_survivors(const Problem<T>& p, const Entries& entries, int z, int row, int length,
+                                                uint32_t use, int n_keys, Rows& rows) {
+  int counts[2] = {0, 0}, broken[2] = {0, 0};
+  const uint32_t* const words = p.survivors.words == nullptr ? nullptr : p.survivors.of(z) + row;
+  const uint32_t* const not_finite = p.not_finite + row_at(z, p.keys.padded, 0) / 32;
+  for (int e = int(threadIdx.x) % 4; e < length; e += 4) {
+    const uint32_t entry = entries[e];
+    if (!(entry & use)) continue;
+    const int j = int(entry & kEntryBlock);
+#pragma unroll
+    for (int side = 0; side < 2; ++side) {
+      const uint32_t bad = not_finite[2 * j + side], all = first_bits(n_keys - 64 * j - 32 * side);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t word = words == nullptr ? all : words[int64_t(2 * j + side) * p.rows.padded + 8 * half];
+        counts[half] += __popc(word), broken[half] += (word & bad) != 0;
+      }
+    }
+  }
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    rows.count[half] += sum_over_quad(counts[half]), rows.broken[half] |= sum_over_quad(broken[half]) != 0;
+}
+
+// The output and the statistics of a thread's two rows, as asa_finish_out_kernel ends them.
+template <class T, int D>
+__device__ __forceinline__ void end_rows(const Problem<T>& p, const Saved<T>& saved, int z, int row,
+                                         const float (&sum)[D / 2], const Rows& rows) {
+  const int image = image_of(z, p.heads, p.per_image), column = int(threadIdx.x) % 4 * 2;
+#pragma unroll
+  for (int half = 0; half < 2; ++half) {
+    const int token = p.rows.order[row_at(image, p.rows.padded, row + 8 * half)];
+    if (token < 0) continue;
+    const int64_t to = row_at(z, p.rows.n, token);
+    // A row of scores with NaN or +inf has no softmax, a multiplier that is NaN or negative no threshold.
+    const bool empty = rows.count[half] == 0;
+    const float lse = p.has_bits ? saved.lse[to] : (rows.base[half] + log2f(rows.total[half])) * kLn2;
+    const bool finite = fabsf(lse) < INFINITY;
+    bool nan_row = rows.broken[half] || (p.keys.counts[image] > 0 && !finite);
+    if (p.alpha.data != nullptr) nan_row = nan_row || !(multiplier_at(p.alpha, z, p.heads, token) >= 0);
+    if (p.beta.data != nullptr) nan_row = nan_row || !(multiplier_at(p.beta, z, p.heads, token) >= 0);
+    const float total = empty ? 1 : rows.total[half], share = 1 / total;
+    const auto exact = [&](int n, int k) { return nan_row ? NAN : empty ? 0 : sum[4 * n + 2 * half + k] * share; };
+    store_row<T, D>(saved.out + to * p.dim_v, p.dim_v, column, exact);
+    if (saved.residual.data != nullptr)
+      store_row<T, D>(saved.residual.of(z) + int64_t(token) * p.dim_v, p.dim_v, column, [&](int n, int k) {
+        const float x = exact(n, k);
+        return x - to_float(from_float<T>(x));
+      });
+    if (threadIdx.x % 4 != 0) continue;
+    if (!p.has_bits) saved.lse[to] = lse;
+    saved.lse_kept[to] = finite ? (rows.base[half] + log2f(total)) * kLn2 : lse;
+    saved.survivors[to] = rows.count[half];
+    if (saved.base2.data == nullptr) continue;
+    float* const base2 = saved.base2.of(z) + token;
+    if (!p.has_bits) base2[0] = lse / kLn2;
+    base2[p.rows.n] = rows.base[half];
+    base2[2 * int64_t(p.rows.n)] = total;
+  }
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kProgram, 1)
+    asa_values_kernel(Problem<T> p, Lists lists, Saved<T> saved, PartialSums parts) {
+#if ASA_OPS_SM90A
+  using Others = typename Shape<D>::Others;
+  constexpr int kBlockBytes = Shape<D>::kBlockBytes, kRows = kReaders * kBlock;
+  char* const memory = aligned_shared_memory();
+  Barrier* const barriers = reinterpret_cast<Barrier*>(memory + Shape<D>::kOwnBytes + Others::kBytes);
+  const Others others(memory + Shape<D>::kOwnBytes, barriers);
+  Barrier *const own_full = barriers + Others::kBarriers, *const own_empty = own_full + 1;
+  const int group = group_of_thread();
+  if (threadIdx.x == 0) {
+    others.init(kReaders * 4);
+    barrier_init(own_full, 1), barrier_init(own_empty, kReaders * 4);
+    barrier_init_done();
+  }
+  __syncthreads();
+  const Work<T> work(p, lists, true, own_empty + 1);
+
+  if (group == kReaders) {
+    fewer_registers<kCopierRegisters>();
+    if (threadIdx.x != kReaders * kGroup) return;
+    uint32_t position = 0, turn = 0;
+    work.each([&](const Item& item) {
+      if (item.first >= item.end) return;
+      const int z = work.head(item), block = work.block(item);
+      const Entries entries(lists, item.tile);
+      const int own_bytes = min(p.rows.blocks() - block, kReaders) * kBlockBytes;
+      const int64_t keys = row_at(z, p.keys.padded, 0) * D;
+      barrier_wait(own_empty, (turn++ & 1) ^ 1);
+      barrier_expect(own_full, own_bytes);
+      copy_bytes(memory, p.q + row_at(z, p.rows.padded, block * kBlock) * D, own_bytes, own_full);
+      const auto fill = [&](const T* tokens, int e) {
+        others.fill(position++, kBlockBytes, [&](char* to, Barrier* full) {
+          copy_bytes(to, tokens + keys + int64_t(entries.block(e)) * kBlock * D, kBlockBytes, full);
+        });
+      };
+      fill(p.k, item.first);
+      for (int e = item.first; e < item.end; ++e) {
+        if (e + 1 < item.end) fill(p.k, e + 1);
+        fill(p.v, e);
+      }
+    });
+    return;
+  }
+
+  more_registers<kReaderRegisters>();
+  const Place at;
+  const int lane = threadIdx.x % 32;
+  const uint32_t query = shared_address(memory) + group * kBlockBytes;
+  uint32_t before = 0, turn = 0;  // positions that items before took
+
+  work.each([&](const Item& x) {
+    const Item item = uniform_item(x);
+    const int z = work.head(item), block = work.block(item) + group;
+    const int n_keys = p.keys.counts[image_of(z, p.heads, p.per_image)], count = item.end - item.first;
+    const int row = block * kBlock + at.row;
+    const Entries entries(lists, item.tile);
+    const uint32_t* const words = p.survivors.words == nullptr ? nullptr : p.survivors.of(z) + row;
+    const uint32_t use = kEntryFirst << group;
+    const auto entry_at = [&](int e) { return uint32_t(uniform(int(entries[item.first + e]))); };
+    const auto uses = [&](int e) { return e < count && (entry_at(e) & use) && block < p.rows.blocks(); };
+
+    Rows rows{{-INFINITY, -INFINITY}, {0, 0}, {0, 0}, {false, false}};
+    float sum[D / 2], s[kBlock / 2];
+    uint32_t weights[kBlock / 4];
+    float shrink[2] = {1, 1};
+#pragma unroll
+    for (int n = 0; n < D / 2; ++n) sum[n] = 0;
+    uint32_t low[2], high[2];  // the bits of the thread's rows, shifted right by its column
+    const auto load_bits = [&](int e) {
+      const int j = int(entry_at(e) & kEntryBlock);
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const uint32_t* const from = words + int64_t(2 * j) * p.rows.padded + 8 * half;
+        low[half] = (words == nullptr ? first_bits(n_keys - 64 * j) : from[0]) >> at.column;
+        high[half] = (words == nullptr ? first_bits(n_keys - 64 * j - 32) : from[p.rows.padded]) >> at.column;
+      }
+    };
+    const auto exponentials = [&] {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = -INFINITY;
+#pragma unroll
+        for (int n = 0; n < kBlock / 8; ++n)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            float& x = s[4 * n + 2 * half + k];
+            x = survives_in(low[half], high[half], n, k) ? x : -INFINITY;
+            largest = fmaxf(largest, x);
+          }
+        const float grown = fmaxf(rows.base[half], max_over_quad(largest) * p.scale2);
+        const float from = grown == -INFINITY ? 0 : grown;
+        shrink[half] = exp2_fast(rows.base[half] - from);
+        rows.base[half] = grown;
+        float more[2] = {0, 0};
+#pragma unroll
+        for (int n = 0; n < kBlock / 8; ++n)
+#pragma unroll
+          for (int k = 0; k < 2; ++k) {
+            float& x = s[4 * n + 2 * half + k];
+            x = exp2_fast(fmaf(x, p.scale2, -from));
+            more[k] += x;
+          }
+        rows.total[half] = fmaf(rows.total[half], shrink[half], more[0] + more[1]);
+      }
+    };
+    const auto rescale = [&] {
+#pragma unroll
+      for (int n = 0; n < D / 2; ++n) sum[n] *= shrink[n / 2 % 2];
+    };
+
+    if (count > 0) barrier_wait(own_full, turn++ & 1);
+    // Runs of entries that the warpgroup uses; no branch is taken while products are under way.
+    for (int e = 0; e < count; ++e) {
+      uint32_t at_k = before + position_k(e), at_v = before + position_v(e, count);
+      if (!uses(e)) {
+        others.wait(at_k), others.free(at_k);
+        others.wait(at_v), others.free(at_v);
+        continue;
+      }
+      bool next = uses(e + 1);
+      load_bits(e);
+      others.wait(at_k);
+      products_fence();
+      multiply_rows<T, kBlock, D>(s, query, kChunkBytes, others.address(at_k), kChunkBytes, true);
+      products_commit();
+      products_wait<0>();
+      settled(s);
+      others.free(at_k);
+      exponentials();
+      rescale();
+      pack_weights<T, kBlock>(weights, s);
+      for (; next; ++e) {
+        at_k = before + position_k(e + 1), at_v = before + position_v(e, count);
+        next = uses(e + 2);  // asked for early
+        load_bits(e + 1);
+        others.wait(at_k);
+        products_fence();
+        multiply_rows<T, kBlock, D>(s, query, kChunkBytes, others.address(at_k), kChunkBytes, true);
+        products_commit();
+        others.wait(at_v);
+        products_fence();
+        multiply_weights<T, D, kBlock>(sum, weights, others.address(at_v), kChunkBytes, false);
+        products_commit();
+        products_wait<1>();
+        settled(s);
+        others.free(at_k);
+        exponentials();
+        products_wait<0>();
+        settled(sum);
+        settled(weights);
+        others.free(at_v);
+        rescale();
+        pack_weights<T, kBlock>(weights, s);
+      }
+      at_v = before + position_v(e, count);
+      others.wait(at_v);
+      products_fence();
+      multiply_weights<T, D, kBlock>(sum, weights, others.address(at_v), kChunkBytes, false);
+      products_commit();
+      products_wait<0>();
+      settled(sum);
+      others.free(at_v);
+    }
+    before += 2 * count;
+    if (count > 0) {
+      __syncwarp();
+      if (lane == 0) barrier_arrive(own_empty);
+    }
+
+#pragma unroll
+    for (int half = 0; half < 2; ++half) rows.total[half] = sum_over_quad(rows.total[half]);
+    const int from_program = work.first_program(item), last_program = work.last_program(item);
+    if (from_program < last_program) {
+      const auto place = [&](int program) {
+        return int64_t(work.slot(item, program)) * kRows + group * kBlock + at.row;
+      };
+      leave_part<D>(parts.sums, place(blockIdx.x) * D + at.column, sum);
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        if (lane % 4 == 0)
+          *reinterpret_cast<float2*>(parts.numbers + 2 * (place(blockIdx.x) + 8 * half)) =
+              float2{rows.base[half], rows.total[half]};
+      const int programs = last_program - from_program + 1;
+      if (!arrive_last_of(parts.done + item.tile, 1, programs, kReaders + 1, kReaders * kGroup)) return;
+      const auto numbers_of = [&](int program, int half) {
+        return load_fresh(reinterpret_cast<const float2*>(parts.numbers + 2 * (place(program) + 8 * half)));
+      };
+      float finite[2];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        rows.base[half] = -INFINITY, rows.total[half] = 0;
+        for (int program = from_program; program <= last_program; ++program)
+          rows.base[half] = fmaxf(rows.base[half], numbers_of(program, half).x);
+        finite[half] = rows.base[half] == -INFINITY ? 0 : rows.base[half];
+      }
+#pragma unroll
+      for (int n = 0; n < D / 2; ++n) sum[n] = 0;
+      for (int program = from_program; program <= last_program; ++program) {
+        float weight[2];
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const float2 own = numbers_of(program, half);
+          weight[half] = exp2_fast(own.x - finite[half]);
+          rows.total[half] = fmaf(own.y, weight[half], rows.total[half]);
+        }
+        add_part<D>(parts.sums, place(program) * D + at.column, weight[0], weight[1], sum);
+      }
+    }
+    if (block >= p.rows.blocks()) return;
+    count_survivors(p, entries, z, row, work.length(item.tile), use, n_keys, rows);
+    end_rows<T, D>(p, saved, z, row, sum, rows);
+  });
+#endif
+}
+
+template <class T, int D>
+void run(const Problem<T>& p, const Lists& lists, const Saved<T>& saved, const PartialSums& parts, int programs,
+         cudaStream_t stream) {
+  launch("asa_values_kernel", &asa_values_kernel<T, D>, dim3(programs), kProgram, Shape<D>::kBytes, stream, p, lists,
+         saved, parts);
+}
+
+}  // namespace
+
+int programs_of(const Lists& lists, int n_heads) {
+  const int64_t most = int64_t(n_heads) * lists.tiles * lists.others;
+  return int(std::max<int64_t>(1, std::min<int64_t>(processors(), most / 4)));
+}
+
+template <class T>
+void aggregate(const Problem<T>& p, const Lists& lists, const Saved<T>& saved, const PartialSums& parts, int programs,
+               cudaStream_t stream) {
+  if (p.width == 64) return run<T, 64>(p, lists, saved, parts, programs, stream);
+  if (p.width == 128) return run<T, 128>(p, lists, saved, parts, programs, stream);
+  run<T, 256>(p, lists, saved, parts, programs, stream);
+}
+
+template void aggregate(const Problem<Half>&, const Lists&, const Saved<Half>&, const PartialSums&, int, cudaStream_t);
+template void aggregate(const Problem<BFloat16>&, const Lists&, const Saved<BFloat16>&, const PartialSums&, int,
+                        cudaStream_t);
+
+}  // namespace asa_ops::cuda::hopper
