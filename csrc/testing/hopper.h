@@ -455,10 +455,14 @@ class Hopper : public Engine {
     float right[16 * N];
     decode(product.right, product.form.number, product.form.right_across, 0, N,
            [&](int j, int k, float x) { right[k * N + j] = x; });
+    constexpr int kPart = 32;  // so many sums fit registers
     for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < product.form.depth(); ++k) {
-        const float x = left[i * 16 + k];
-        for (int j = 0; j < N; ++j) sums[i * N + j] += x * right[k * N + j];
+      for (int part = 0; part < N; part += kPart) {
+        float partial[kPart];
+        std::copy_n(sums + i * N + part, kPart, partial);
+        for (int k = 0; k < product.form.depth(); ++k)
+          for (int j = 0; j < kPart; ++j) partial[j] += left[i * 16 + k] * right[k * N + part + j];
+        std::copy_n(partial, kPart, sums + i * N + part);
       }
   }
 
