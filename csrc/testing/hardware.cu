@@ -397,6 +397,8 @@ enum Mistake {
   kWrongPanel,
   kAnotherCopy,
   kBarrierOverwritten,
+  kBarrierMadeTwice,
+  kNotUniform,
   kMistakes,
 };
 
@@ -412,13 +414,14 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
   char* const slots = memory + kQueryBytes;
   Barrier* const full = reinterpret_cast<Barrier*>(slots + kSlots * kTileBytes);
   Barrier *const empty = full + kSlots, *const query_full = empty + kSlots;
-  const int group = uniform(threadIdx.x / kGroup), lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / (MISTAKE == kNotUniform ? 16 : kGroup)), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, 8 + (MISTAKE == kOneArrivalTooFew));
     }
     barrier_init(query_full, 1);
+    if (MISTAKE == kBarrierMadeTwice) barrier_init(full, 1);
     if (MISTAKE != kNotAnnounced) barrier_init_done();
   }
   if (MISTAKE != kNotSynchronized) __syncthreads();

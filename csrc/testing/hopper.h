@@ -51,7 +51,7 @@ struct Issue {
 class Hopper : public Engine {
   static constexpr int kWarps = 4;  // of a warpgroup
   static constexpr uint32_t kWindow = 0x480;  // address of dynamic shared memory: a multiple of 128, not of 1024
-  static constexpr uint32_t kPoison = 0x7fc5a5a5;
+  static constexpr uint32_t kPoison = 0x7fc5a5a5;  // a NaN, in registers of products under way
 
   struct BarrierState {
     int arrivals, missing;
@@ -244,7 +244,7 @@ class Hopper : public Engine {
     ++mine;
   }
 
-  // Products. All of these run once for a warp, when all its lanes are there.
+  // Products. Unless said otherwise these run once for a warp, when all its lanes are there.
 
   void fence() { this_warp().fenced = true; }
 
@@ -289,6 +289,7 @@ class Hopper : public Engine {
     if (warp.waits) wait_for_change(warp.waits_over, "products");
   }
 
+  // By every lane too.
   void settled(const float* numbers) {
     for (const Tile& tile : this_warp().tiles)
       if (tile.lanes[machine().current->lane] == numbers) fail("sums are taken as settled before the wait for them");

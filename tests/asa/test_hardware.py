@@ -43,6 +43,8 @@ TOLD = {
     "WrongPanel": "past the ends of shared memory",
     "AnotherCopy": "copies are under way at its end",
     "BarrierOverwritten": "a barrier was written over",
+    "BarrierMadeTwice": "a barrier is made twice",
+    "NotUniform": "lanes differ in what is uniform",
 }
 emulated = pytest.mark.skipif(not simt.AVAILABLE, reason="no C++ compiler here, or a GPU: kernels run there")
 extremes = pytest.mark.parametrize("reversed", [False, True], ids=["late", "early"])
