@@ -4,9 +4,10 @@
 // As unkind as the hardware may be. From the issue of a product until the wait for its batch its registers are NaN and
 // must not be touched. It reads shared memory when it is waited for and no thread can go on otherwise; with
 // ASA_OPS_SIMT_REVERSED=1 when it is issued. A copy spoils its destination when it is issued and arrives when it is
-// waited for and nothing else can go on; reversed, at once. What cannot be right on the hardware is an error: waiting
-// for what never comes, too many arrivals, barriers used before they are there for all, a batch without fence, commit or
-// wait, lanes or warps that should act alike and do not, registers that nobody gave back.
+// waited for and nothing else can go on; reversed, at once. Now and then a thread that comes to a barrier dawdles before
+// it looks whether the phase is over. What cannot be right on the hardware is an error: waiting for what never comes,
+// too many arrivals, barriers used before they are there for all, a batch without fence, commit or wait, lanes or warps
+// that should act alike and do not, registers that nobody gave back.
 //
 // Addressing is that of the PTX manual: the 128-byte swizzle is address bits 4 to 6 ^= bits 7 to 9, operands lie in its
 // canonical layouts. It does not tell of shared memory that products or copies read without fence_proxy_async before.
@@ -172,6 +173,11 @@ class Hopper : public Engine {
 
   void wait(const BarrierState& state, uint32_t parity) {
     if (parity > 1) fail("a parity is 0 or 1");
+    random_ = random_ * 1664525u + 1013904223u;
+    if (random_ >> 27 == 0) {  // one in 32
+      dawdlers_ = true;
+      wait_for_change(dawdled_, "nothing");
+    }
     while ((state.phase & 1) == parity) wait_for_change(state.phase, "a barrier in shared memory");
   }
 
@@ -188,7 +194,7 @@ class Hopper : public Engine {
       std::memset(copies_.back().to, 0xff, bytes);
   }
 
-  // The products that a warp waits for, or the oldest copy that may let somebody go on.
+  // The products that a warp waits for, or the oldest copy that may let somebody go on, or all who dawdle.
   bool advance() override {
     for (WarpState& warp : warps_)
       if (warp.waits) {
@@ -203,7 +209,8 @@ class Hopper : public Engine {
           deliver(copy);
           return true;
         }
-    return false;
+    dawdled_ += dawdlers_;
+    return std::exchange(dawdlers_, false);
   }
 
   // Registers.
@@ -473,6 +480,9 @@ class Hopper : public Engine {
   std::vector<std::vector<Step>> steps_;  // of warpgroups
   int pool_ = 0;  // registers a lane that were given back, of warps
   unsigned given_ = 0;
+  uint32_t random_ = 1;
+  bool dawdlers_ = false;
+  unsigned dawdled_ = 0;
 };
 
 }  // namespace simt

@@ -30,7 +30,7 @@ TOLD = {
     "NoHandOver": "wait in vain, for a barrier in shared memory and registers",
     "HandOverTooSmall": "wait in vain, for a barrier in shared memory and registers",
     "EveryLaneArrives": IN_VAIN,
-    "OneArrivalTooMany": "too few or too many for whole phases",
+    "OneArrivalTooMany": IN_VAIN,
     "OneArrivalTooFew": IN_VAIN,
     "NotAnnounced": "without barrier_init_done and __syncthreads",
     "NotSynchronized": "without barrier_init_done and __syncthreads",
@@ -45,6 +45,7 @@ TOLD = {
     "BarrierOverwritten": "a barrier was written over",
     "BarrierMadeTwice": "a barrier is made twice",
     "NotUniform": "lanes differ in what is uniform",
+    "NoSyncWarp": IN_VAIN,
 }
 emulated = pytest.mark.skipif(not simt.AVAILABLE, reason="no C++ compiler here, or a GPU: kernels run there")
 extremes = pytest.mark.parametrize("reversed", [False, True], ids=["late", "early"])
