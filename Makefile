@@ -8,7 +8,7 @@ CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 SOURCES := setup.py pyproject.toml requirements.txt $(filter-out csrc/testing/%,$(CSRC))
 # CUDA kernels are compiled for this machine's GPU only, or where there is none for one; `make wheel` takes the default.
 GPU = $(firstword $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
-	sed -n 's/^\([89]\|1[0-9]\)\.\([0-9]\)$$/\1\2/p') 80)
+	sed -n 's/^9\.0$$/90a/p; t; s/^\([89]\|1[0-9]\)\.\([0-9]\)$$/\1\2/p') 80)
 
 PAGE := build/bench/page.json
 BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,kind=channel efficient_attention \

@@ -1,8 +1,8 @@
 """Build the compiled extension asa_ops/_C.abi3.so; everything else is in pyproject.toml.
 
 Without a working C++ compiler the package installs all the same, without the extension; without a working nvcc the
-extension holds no CUDA kernels. Environment: ASA_OPS_CUDA_ARCHS (default "80;90") are the GPUs that CUDA kernels are
-compiled for, ASA_OPS_NO_CUDA=1 leaves them out, MAX_JOBS is how many files are compiled at a time.
+extension holds no CUDA kernels. Environment: ASA_OPS_CUDA_ARCHS (default "80;90a;100") are the GPUs that CUDA kernels
+are compiled for, ASA_OPS_NO_CUDA=1 leaves them out, MAX_JOBS is how many files are compiled at a time.
 """
 
 import os
@@ -64,19 +64,26 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
-def cuda_architectures() -> list[int]:
-    """Return the GPUs to compile for as 10 * compute capability, ascending."""
-    wanted = os.environ.get("ASA_OPS_CUDA_ARCHS") or "80;90"
-    if not re.fullmatch(r"\d+(;\d+)*", wanted) or min(map(int, wanted.split(";"))) < 80:
-        sys.exit(f'asa_ops: ASA_OPS_CUDA_ARCHS must be like "80;90", each 80 or more, got "{wanted}"')
-    return sorted({int(arch) for arch in wanted.split(";")})
+def cuda_architectures() -> list[str]:
+    """Return the GPUs to compile for as 10 * compute capability, ascending.
+
+    With an "a" after it the code uses what only this capability has, and runs on no other; that is taken of "90;90a".
+    """
+    wanted = os.environ.get("ASA_OPS_CUDA_ARCHS") or "80;90a;100"
+    if not re.fullmatch(r"\d+a?(;\d+a?)*", wanted) or min(map(int, re.findall(r"\d+", wanted))) < 80:
+        sys.exit(f'asa_ops: ASA_OPS_CUDA_ARCHS must be like "80;90a", each 80 or more, got "{wanted}"')
+    by_number = {int(arch.rstrip("a")): arch for arch in sorted(wanted.split(";"))}
+    return [by_number[number] for number in sorted(by_number)]
 
 
-def nvcc_flags(architectures: list[int]) -> list[str]:
-    """Return the flags for machine code of each architecture, and PTX of the last, from which newer GPUs are served."""
-    *older, last = architectures
-    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in older]
-    codes.append(f"arch=compute_{last},code=[sm_{last},compute_{last}]")
+def nvcc_flags(architectures: list[str]) -> list[str]:
+    """Return the flags for machine code of each architecture, and PTX of the last without a letter.
+
+    From that newer GPUs are served.
+    """
+    last = [arch for arch in architectures if arch.isdigit()][-1:]
+    codes = [f"arch=compute_{arch},code=sm_{arch}" for arch in architectures if arch not in last]
+    codes += [f"arch=compute_{arch},code=[sm_{arch},compute_{arch}]" for arch in last]
     host = ["-fPIC", "-fvisibility=hidden", *PREFIXES]
     # Products and sums are never fused: the same score must be the same number in every kernel.
     flags = ["-std=c++17", "-O3", "--fmad=false", "-Xptxas", "-v", *(f"-gencode={code}" for code in codes)]
@@ -93,9 +100,8 @@ class BuildWithCuda(BuildExtension):
             print(f"asa_ops: building without CUDA kernels ({reason})", file=sys.stderr)
             extension.define_macros.append(("ASA_OPS_CUDA_ARCHS", '""'))
         else:
-            numbers = list(map(str, architectures))
-            extension.define_macros += [("ASA_OPS_CUDA_ARCHS", f'"{";".join(numbers)}"'), ("USE_CUDA", None)]
-            add_cuda(extension, [nvcc, *flags], Path("build/cuda", "-".join(numbers)))
+            extension.define_macros += [("ASA_OPS_CUDA_ARCHS", f'"{";".join(architectures)}"'), ("USE_CUDA", None)]
+            add_cuda(extension, [nvcc, *flags], Path("build/cuda", "-".join(architectures)))
         super().build_extension(extension)
 
 

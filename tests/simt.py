@@ -11,6 +11,7 @@ import os
 import shlex
 import shutil
 import subprocess
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,6 +24,9 @@ from asa_ops.core import dispatch
 ROOT = Path(__file__).parents[1]
 SOURCES = sorted((ROOT / "csrc/cuda").rglob("*.cu"))
 HEADERS = [path for folder in ("", "cuda/**/", "testing/") for path in (ROOT / "csrc").glob(f"{folder}*.h")]
+# For this machine: emulated fused multiply-adds would be slow.
+FLAGS = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-Wall", "-Werror"]
+FLAGS += ["-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
 
 
@@ -47,23 +51,34 @@ def launches() -> int:
 
 
 def build(sanitize: bool = False) -> Path:
-    """Return the library, built anew if a source is newer; several processes may ask at once."""
+    """Return the library, built anew if a source is newer."""
     folder = ROOT / "build" / ("simt_sanitized" if sanitize else "simt")
-    folder.mkdir(parents=True, exist_ok=True)
     library = folder / "libasa_simt.so"
-    with open(folder / "lock", "w") as lock:
+    return _up_to_date(library, SOURCES, lambda: _compile(folder, library, SANITIZE if sanitize else []))
+
+
+def build_program(source: Path, sanitize: bool = False) -> Path:
+    """Return the program that one file of kernels with a main function is, built anew if it is newer."""
+    options = SANITIZE if sanitize else []
+    program = ROOT / "build" / ("simt_sanitized" if sanitize else "simt") / source.stem
+    command = [*shlex.split(get_cxx_compiler()), *FLAGS, *options, "-x", "c++", source, "-o", program]
+    return _up_to_date(program, [source], lambda: subprocess.run(command, check=True))
+
+
+def _up_to_date(built: Path, sources: list[Path], build: Callable[[], object]) -> Path:
+    """Return what was built, anew if a source is newer; several processes may ask at once."""
+    built.parent.mkdir(parents=True, exist_ok=True)
+    with open(built.parent / f"{built.stem}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        newest = max(path.stat().st_mtime for path in [*SOURCES, *HEADERS, Path(__file__)])
-        if not library.exists() or library.stat().st_mtime < newest:
-            _compile(folder, library, SANITIZE if sanitize else [])
-    return library
+        newest = max(path.stat().st_mtime for path in [*sources, *HEADERS, Path(__file__)])
+        if not built.exists() or built.stat().st_mtime < newest:
+            build()
+    return built
 
 
 def _compile(folder: Path, library: Path, sanitize: list[str]) -> None:
     compiler = shlex.split(get_cxx_compiler())
-    # For this machine: emulated fused multiply-adds would be slow.
-    flags = ["-std=c++17", "-O2", "-march=native", "-ffp-contract=off", "-fno-strict-aliasing", "-fPIC"]
-    flags += ["-fvisibility=hidden", "-Wall", "-Werror", "-Wno-unknown-pragmas", *sanitize]
+    flags = [*FLAGS, "-fPIC", "-fvisibility=hidden", *sanitize]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", include_paths()[0]]
 
     def compile_one(source: Path) -> Path:

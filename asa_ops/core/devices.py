@@ -98,12 +98,15 @@ def why_no_driver() -> str | None:
 def why_no_image(found: tuple[int, int]) -> str | None:
     """Return None if the extension holds code for a device of compute capability ``found``, otherwise a reason.
 
-    Machine code runs on devices of the same major and no smaller minor version, PTX on whatever is no older.
+    Machine code runs on devices of the same major and no smaller minor version, with a letter on those of the same
+    version alone; PTX runs on whatever is no older.
     """
     if found < MIN_CAPABILITY:
         return f"CUDA kernels need compute capability >= {MIN_CAPABILITY}, this device has {found}"
-    images = [divmod(arch, 10) for arch in extension.cuda_architectures()]
-    if found >= images[-1] or any(found[0] == major and found[1] >= minor for major, minor in images):
+    images = {arch: divmod(int(arch.rstrip("a")), 10) for arch in extension.cuda_architectures()}
+    portable = [image for arch, image in images.items() if arch.isdigit()]
+    runs = any(found[0] == major and found[1] >= minor for major, minor in portable)
+    if runs or found in images.values() or (portable and found >= portable[-1]):
         return None
-    held = ", ".join(map(str, images))
-    return f"this device has compute capability {found}, this build holds CUDA kernels for {held} and newer ones only"
+    held = ", ".join(map(str, images.values())) + (" and newer ones" if portable else "")
+    return f"this device has compute capability {found}, this build holds CUDA kernels for {held} only"

@@ -42,13 +42,14 @@ def has(op: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(f"asa_ops::{op}", key)
 
 
-def cuda_architectures() -> tuple[int, ...]:
+def cuda_architectures() -> tuple[str, ...]:
     """Return the GPUs that the extension holds machine code for, 10 * compute capability, ascending.
 
-    Of the last it also holds PTX, which newer GPUs compile. Empty: it was built without CUDA, or cannot be loaded.
+    "90a" is code for compute capability 9.0 alone. Of the last without a letter it also holds PTX, which newer GPUs
+    compile. Empty: it was built without CUDA, or cannot be loaded.
     """
     listed = "" if WHY_MISSING else torch.ops.asa_ops.cuda_architectures()
-    return tuple(int(arch) for arch in listed.split(";") if arch)
+    return tuple(arch for arch in listed.split(";") if arch)
 
 
 def cuda_versions() -> tuple[tuple[int, int], tuple[int, int]]:

@@ -314,6 +314,7 @@ void test_chain() {
 
 constexpr int kTurns = 100;
 
+template <bool SYNCS>
 __global__ void __launch_bounds__(3 * kGroup, 1) ring_kernel(const char* tiles, float* out) {
 #if ASA_OPS_SM90A
   constexpr int kTile = 64 * 128;
@@ -341,7 +342,7 @@ __global__ void __launch_bounds__(3 * kGroup, 1) ring_kernel(const char* tiles, 
       barrier_wait(full, i & 1);
       for (int group = 0; group < 8; ++group)
         sum += to_float(*reinterpret_cast<const BFloat16*>(memory + row * 128 + ((group ^ (row & 7)) << 4)));
-      __syncwarp();
+      if (SYNCS) __syncwarp();  // other lanes may still have to see that the slot is full
       if (threadIdx.x % 32 == 0) barrier_arrive(empty);
     }
     out[threadIdx.x] = sum;
@@ -349,13 +350,14 @@ __global__ void __launch_bounds__(3 * kGroup, 1) ring_kernel(const char* tiles, 
 #endif
 }
 
-void test_ring() {
+template <bool SYNCS>
+bool ring_is_right() {
   const auto at = [](int i, int row, int column) { return number_at((i * 64 + row) * 64 + column); };
   const Memory<char> tiles(kTurns * 64 * 128);
   for (int i = 0; i < kTurns; ++i)
     arrange<BFloat16>(tiles.data() + i * 64 * 128, 64, 64, [&](int row, int column) { return at(i, row, column); });
   const Memory<float> out(2 * kGroup, NAN);
-  run("ring", ring_kernel, 1, 3 * kGroup, 64 * 128 + 2 * sizeof(Barrier) + 1024, tiles.data(), out.data());
+  run("ring", ring_kernel<SYNCS>, 1, 3 * kGroup, 64 * 128 + 2 * sizeof(Barrier) + 1024, tiles.data(), out.data());
   bool ok = true;
   for (int thread = 0; thread < 2 * kGroup; ++thread) {
     int sum = 0;
@@ -363,7 +365,7 @@ void test_ring() {
       for (int group = 0; group < 8; ++group) sum += at(i, thread % 64, group * 8);
     ok &= out[thread] == float(sum);
   }
-  report(ok, "a ring of one slot over 100 turns, registers handed over");
+  return ok;
 }
 
 // A pipeline as kernels have it: one thread copies, two warpgroups multiply their 64 rows by tiles that pass through a
@@ -397,6 +399,9 @@ enum Mistake {
   kWrongPanel,
   kAnotherCopy,
   kBarrierOverwritten,
+  kBarrierMadeTwice,
+  kNotUniform,
+  kNoSyncWarp,  // in the ring
   kMistakes,
 };
 
@@ -412,13 +417,14 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
   char* const slots = memory + kQueryBytes;
   Barrier* const full = reinterpret_cast<Barrier*>(slots + kSlots * kTileBytes);
   Barrier *const empty = full + kSlots, *const query_full = empty + kSlots;
-  const int group = uniform(threadIdx.x / kGroup), lane = threadIdx.x % 32;
+  const int group = uniform(threadIdx.x / (MISTAKE == kNotUniform ? 16 : kGroup)), lane = threadIdx.x % 32;
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       barrier_init(full + i, 1);
       barrier_init(empty + i, 8 + (MISTAKE == kOneArrivalTooFew));
     }
     barrier_init(query_full, 1);
+    if (MISTAKE == kBarrierMadeTwice) barrier_init(full, 1);
     if (MISTAKE != kNotAnnounced) barrier_init_done();
   }
   if (MISTAKE != kNotSynchronized) __syncthreads();
@@ -464,7 +470,7 @@ __global__ void __launch_bounds__(3 * kGroup, 1)
     };
     const auto free = [&](int tile) {
       if (MISTAKE == kNeverFreed) return;
-      __syncwarp();  // other lanes may still have to see that the slot is full
+      __syncwarp();
       if (lane == 0 || MISTAKE == kEveryLaneArrives) barrier_arrive(empty + tile % kSlots);
       if (MISTAKE == kOneArrivalTooMany && threadIdx.x == 0) barrier_arrive(empty + tile % kSlots);
     };
@@ -530,7 +536,8 @@ template <int MISTAKE = 1>
 void run_mistakes() {
   if constexpr (MISTAKE < kMistakes) {
     try {
-      std::printf("%d: %s\n", MISTAKE, pipeline_is_right<MISTAKE>() ? "passes" : "wrong numbers");
+      const bool ok = MISTAKE == kNoSyncWarp ? ring_is_right<false>() : pipeline_is_right<MISTAKE>();
+      std::printf("%d: %s\n", MISTAKE, ok ? "passes" : "wrong numbers");
     } catch (const std::exception& error) {
       std::printf("%d: %s\n", MISTAKE, error.what());
     }
@@ -633,7 +640,7 @@ void test_type() {
 
 void test_all() {
   test_copies();
-  test_ring();
+  report(ring_is_right<true>(), "a ring of one slot over 100 turns, registers handed over");
   test_type<BFloat16>();
   test_type<Half>();
   test_type<TF32>();

@@ -4,9 +4,10 @@
 // As unkind as the hardware may be. From the issue of a product until the wait for its batch its registers are NaN and
 // must not be touched. It reads shared memory when it is waited for and no thread can go on otherwise; with
 // ASA_OPS_SIMT_REVERSED=1 when it is issued. A copy spoils its destination when it is issued and arrives when it is
-// waited for and nothing else can go on; reversed, at once. What cannot be right on the hardware is an error: waiting
-// for what never comes, too many arrivals, barriers used before they are there for all, a batch without fence, commit or
-// wait, lanes or warps that should act alike and do not, registers that nobody gave back.
+// waited for and nothing else can go on; reversed, at once. Now and then a thread that comes to a barrier dawdles before
+// it looks whether the phase is over. What cannot be right on the hardware is an error: waiting for what never comes,
+// too many arrivals, barriers used before they are there for all, a batch without fence, commit or wait, lanes or warps
+// that should act alike and do not, registers that nobody gave back.
 //
 // Addressing is that of the PTX manual: the 128-byte swizzle is address bits 4 to 6 ^= bits 7 to 9, operands lie in its
 // canonical layouts. It does not tell of shared memory that products or copies read without fence_proxy_async before.
@@ -51,7 +52,7 @@ struct Issue {
 class Hopper : public Engine {
   static constexpr int kWarps = 4;  // of a warpgroup
   static constexpr uint32_t kWindow = 0x480;  // address of dynamic shared memory: a multiple of 128, not of 1024
-  static constexpr uint32_t kPoison = 0x7fc5a5a5;
+  static constexpr uint32_t kPoison = 0x7fc5a5a5;  // a NaN, in registers of products under way
 
   struct BarrierState {
     int arrivals, missing;
@@ -172,6 +173,11 @@ class Hopper : public Engine {
 
   void wait(const BarrierState& state, uint32_t parity) {
     if (parity > 1) fail("a parity is 0 or 1");
+    random_ = random_ * 1664525u + 1013904223u;
+    if (random_ >> 27 == 0) {  // one in 32
+      dawdlers_ = true;
+      wait_for_change(dawdled_, "nothing");
+    }
     while ((state.phase & 1) == parity) wait_for_change(state.phase, "a barrier in shared memory");
   }
 
@@ -188,7 +194,7 @@ class Hopper : public Engine {
       std::memset(copies_.back().to, 0xff, bytes);
   }
 
-  // The products that a warp waits for, or the oldest copy that may let somebody go on.
+  // The products that a warp waits for, or the oldest copy that may let somebody go on, or all who dawdle.
   bool advance() override {
     for (WarpState& warp : warps_)
       if (warp.waits) {
@@ -203,7 +209,8 @@ class Hopper : public Engine {
           deliver(copy);
           return true;
         }
-    return false;
+    dawdled_ += dawdlers_;
+    return std::exchange(dawdlers_, false);
   }
 
   // Registers.
@@ -244,7 +251,7 @@ class Hopper : public Engine {
     ++mine;
   }
 
-  // Products. All of these run once for a warp, when all its lanes are there.
+  // Products. Unless said otherwise these run once for a warp, when all its lanes are there.
 
   void fence() { this_warp().fenced = true; }
 
@@ -289,6 +296,7 @@ class Hopper : public Engine {
     if (warp.waits) wait_for_change(warp.waits_over, "products");
   }
 
+  // By every lane too.
   void settled(const float* numbers) {
     for (const Tile& tile : this_warp().tiles)
       if (tile.lanes[machine().current->lane] == numbers) fail("sums are taken as settled before the wait for them");
@@ -455,10 +463,14 @@ class Hopper : public Engine {
     float right[16 * N];
     decode(product.right, product.form.number, product.form.right_across, 0, N,
            [&](int j, int k, float x) { right[k * N + j] = x; });
+    constexpr int kPart = 32;  // so many sums fit registers
     for (int i = 0; i < 16; ++i)
-      for (int k = 0; k < product.form.depth(); ++k) {
-        const float x = left[i * 16 + k];
-        for (int j = 0; j < N; ++j) sums[i * N + j] += x * right[k * N + j];
+      for (int part = 0; part < N; part += kPart) {
+        float partial[kPart];
+        std::copy_n(sums + i * N + part, kPart, partial);
+        for (int k = 0; k < product.form.depth(); ++k)
+          for (int j = 0; j < kPart; ++j) partial[j] += left[i * 16 + k] * right[k * N + part + j];
+        std::copy_n(partial, kPart, sums + i * N + part);
       }
   }
 
@@ -468,6 +480,9 @@ class Hopper : public Engine {
   std::vector<std::vector<Step>> steps_;  // of warpgroups
   int pool_ = 0;  // registers a lane that were given back, of warps
   unsigned given_ = 0;
+  uint32_t random_ = 1;
+  bool dawdlers_ = false;
+  unsigned dawdled_ = 0;
 };
 
 }  // namespace simt

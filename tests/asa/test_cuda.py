@@ -193,7 +193,7 @@ def check_budget(source: Path, told: str, compiled: Path) -> None:
 @pytest.mark.parametrize("source", KERNEL_SOURCES, ids=lambda source: source.stem)
 def test_built_kernels_keep_to_their_budget(source):
     """As they were compiled with the extension, for one architecture."""
-    built = [folder for folder in (simt.ROOT / "build/cuda").glob("*") if folder.name.isdigit()]
+    built = [folder for folder in (simt.ROOT / "build/cuda").glob("*") if "-" not in folder.name]
     if not built:
         pytest.skip("the extension was built without CUDA kernels, or for several architectures")
     for folder in built:
@@ -203,7 +203,7 @@ def test_built_kernels_keep_to_their_budget(source):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
-@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
 @pytest.mark.parametrize("source", KERNEL_SOURCES, ids=lambda source: source.stem)
 def test_kernels_keep_to_their_budget(source, architecture, tmp_path):
     flags = ["-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin"]

@@ -168,15 +168,22 @@ def test_setup_says_why_there_will_be_no_cuda_kernels(setup_file, tmp_path, monk
 def test_setup_reads_the_architectures(setup_file, monkeypatch):
     architectures, flags = setup_file["cuda_architectures"], setup_file["nvcc_flags"]
     monkeypatch.delenv("ASA_OPS_CUDA_ARCHS", raising=False)
-    assert architectures() == [80, 90]
-    monkeypatch.setenv("ASA_OPS_CUDA_ARCHS", "100;86")
-    assert architectures() == [86, 100]
-    codes = [flag for flag in flags([86, 100]) if flag.startswith("-gencode")]
-    assert codes == ["-gencode=arch=compute_86,code=sm_86", "-gencode=arch=compute_100,code=[sm_100,compute_100]"]
-    for wrong in ("8.0", "75", "80,90", "90a"):
+    assert architectures() == ["80", "90a", "100"]
+    for wanted, expected in {"100;86": ["86", "100"], "90a;80;90": ["80", "90a"], "90a": ["90a"]}.items():
+        monkeypatch.setenv("ASA_OPS_CUDA_ARCHS", wanted)
+        assert architectures() == expected
+    for wrong in ("8.0", "75", "75a", "80,90", "90A", "a", "80;"):
         monkeypatch.setenv("ASA_OPS_CUDA_ARCHS", wrong)
-        with pytest.raises(SystemExit, match=f'must be like "80;90", each 80 or more, got "{wrong}"'):
+        with pytest.raises(SystemExit, match=f'must be like "80;90a", each 80 or more, got "{wrong}"'):
             architectures()
+    codes = {
+        ("86", "100"): ["86,code=sm_86", "100,code=[sm_100,compute_100]"],
+        ("80", "90a"): ["90a,code=sm_90a", "80,code=[sm_80,compute_80]"],
+        ("90a",): ["90a,code=sm_90a"],
+    }
+    for wanted, expected in codes.items():
+        found = [flag for flag in flags(list(wanted)) if flag.startswith("-gencode")]
+        assert found == [f"-gencode=arch=compute_{code}" for code in expected]
 
 
 @pytest.mark.skipif("ASA_OPS_OTHER_PYTHON" not in os.environ, reason="ASA_OPS_OTHER_PYTHON names no Python with torch")

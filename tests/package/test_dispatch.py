@@ -11,7 +11,7 @@ from asa_ops.core import devices, dispatch, extension
 def machine(monkeypatch):
     """Return a function that sets what is found: a GPU with its driver, and an extension with CUDA kernels."""
 
-    def found(capability=(9, 0), driver=(13, 0), images=(80, 90), kernels=("CUDA",), missing=None):
+    def found(capability=(9, 0), driver=(13, 0), images=("80", "90a", "100"), kernels=("CUDA",), missing=None):
         monkeypatch.setattr(extension, "WHY_MISSING", missing)
         monkeypatch.setattr(extension, "cuda_architectures", lambda: images)
         monkeypatch.setattr(extension, "cuda_versions", lambda: (driver, (13, 0)))
@@ -39,12 +39,20 @@ REASONS = {
     "no device": ({"capability": None}, {}, "finds no CUDA device here"),
     "old device": ({"capability": (7, 5)}, {}, r"need compute capability >= \(8, 0\), this device has \(7, 5\)"),
     "no image": (
-        *({"capability": (8, 6), "images": (90,)}, {}),
+        *({"capability": (8, 6), "images": ("90",)}, {}),
         r"this device has compute capability \(8, 6\), this build holds CUDA kernels for \(9, 0\) and newer ones only",
     ),
     "minor": (
-        *({"capability": (8, 0), "images": (86, 90)}, {}),
+        *({"capability": (8, 0), "images": ("86", "90")}, {}),
         r"this device has compute capability \(8, 0\), this build holds CUDA kernels for \(8, 6\), \(9, 0\) and newer",
+    ),
+    "for another alone": (
+        *({"capability": (10, 0), "images": ("90a",)}, {}),
+        r"this device has compute capability \(10, 0\), this build holds CUDA kernels for \(9, 0\) only",
+    ),
+    "between": (
+        *({"capability": (9, 0), "images": ("100",)}, {}),
+        r"this device has compute capability \(9, 0\), this build holds CUDA kernels for \(10, 0\) and newer ones only",
     ),
     "on the cpu": ({}, {"device": "cpu"}, "CUDA kernels need CUDA tensors, these are on cpu"),
     "on meta": ({}, {"device": "meta"}, "CUDA kernels need CUDA tensors, these are on meta"),
@@ -60,10 +68,11 @@ def test_what_cuda_kernels_cannot_run_is_explained(name, machine):
     assert dispatch.resolve(call(**asked), "auto") != "cuda"
 
 
+@pytest.mark.parametrize("images", [("80", "90a", "100"), ("80", "90a"), ("80", "90")], ids="-".join)
 @pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)])
-def test_devices_that_an_image_serves(capability, machine):
-    """Machine code of sm_80 on 8.x, of sm_90 on 9.0, its PTX on what came later."""
-    machine(capability=capability)
+def test_devices_that_an_image_serves(capability, images, machine):
+    """Machine code of sm_80 on 8.x, of sm_90 or sm_90a on 9.0, PTX of the last without a letter on what came later."""
+    machine(capability=capability, images=images)
     assert dispatch.resolve(call(), "cuda") == "cuda"
 
 

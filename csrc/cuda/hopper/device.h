@@ -7,8 +7,10 @@
 // Panels start at multiples of 1024 bytes.
 //
 // Rules for whoever writes a kernel, most of which the emulation checks:
-// - products_fence before every batch, products_commit after it, products_wait before its registers are touched, and
-//   no branch in between: otherwise the assembler gives up overlap (C75xx) or the numbers are wrong;
+// - products_fence before every batch, products_commit after it, products_wait before its registers are touched;
+// - products do not stand in branches, waits for them not in one side of a branch: the assembler gives up overlap
+//   (C75xx). It does so too (CUDA 13.0) where two sets of sums take turns in a loop and what follows the loop is not a
+//   branch, on how many are left, say;
 // - one thread of a warp arrives at a barrier for all of it after __syncwarp, since other lanes may still have to look
 //   whether the phase before is over;
 // - what the threads wrote to shared memory needs fence_proxy_async and a barrier before a product or a copy.
