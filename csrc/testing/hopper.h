@@ -491,6 +491,9 @@ namespace asa_ops::cuda {
 
 inline uint32_t shared_address(const void* at) { return simt::Hopper::address_of(at); }
 
+inline uint32_t opaque(uint32_t x) { return x; }
+inline int thread_number() { return int(threadIdx.x); }
+
 inline int uniform(int x) {
   const simt::Exchange& slots = simt::exchange("uniform", x);
   const int first = simt::shown<int>(slots, 0);

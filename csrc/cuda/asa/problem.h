@@ -201,8 +201,10 @@ __device__ __forceinline__ float admission_weight(float gap2, bool kept, bool em
 // twice the product of these.
 __device__ __forceinline__ float shrink_of(const uint32_t* bounds, int n_heads, int z) {
   if (bounds == nullptr) return 1;
-  const float largest = bits_as<float>(bounds[z]) * bits_as<float>(bounds[n_heads + z]);
-  return exp2f(-fminf(fmaxf(ceilf(log2f(largest)) + (1 - 15), 0), 27));  // 27: what a Half can reach at head dim 256
+  const uint32_t largest = bits_as<uint32_t>(bits_as<float>(bounds[z]) * bits_as<float>(bounds[n_heads + z]));
+  const int log2 = int(largest >> 23) - 127 + ((largest & 0x7fffff) != 0);  // rounded up
+  return bits_as<float>(uint32_t(127 - min(max(log2 + 1 - 15, 0), 27))
+                        << 23);  // 27: what a Half can reach at head dim 256
 }
 
 // d(z): a triangle of half width `band` and area 1.

@@ -49,6 +49,20 @@ namespace asa_ops::cuda {
 
 __device__ __forceinline__ uint32_t shared_address(const void* at) { return uint32_t(__cvta_generic_to_shared(at)); }
 
+// The number of this thread in the program, read anew: the assembler keeps what was read before registers are handed over
+// in memory.
+__device__ __forceinline__ int thread_number() {
+  int x;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(x));
+  return x;
+}
+
+// The same number, of which the compiler does not know that it has it already.
+__device__ __forceinline__ uint32_t opaque(uint32_t x) {
+  asm volatile("" : "+r"(x));
+  return x;
+}
+
 // A number that is the same in every lane: the compiler may keep it, and what follows from it, in uniform registers.
 __device__ __forceinline__ int uniform(int x) { return __shfl_sync(~0u, x, 0); }
 
@@ -226,10 +240,11 @@ ASA_OPS_PRODUCT(256, ASA_OPS_D128, ASA_OPS_128, "128", "129", "130", "131", "132
 
 namespace asa_ops::cuda {
 
-// Dynamic shared memory from the first multiple of 1024 bytes on; launches ask for 1024 bytes more.
+// Dynamic shared memory from the first multiple of 1024 bytes on; launches ask for 1024 bytes more. It is found anew each
+// time, as thread_number is.
 __device__ __forceinline__ char* aligned_shared_memory() {
   char* const memory = shared_memory();
-  return memory + (-shared_address(memory) & 1023);
+  return memory + (-opaque(shared_address(memory)) & 1023);
 }
 
 // Where an operand lies, for products. K-major: its rows are rows of a panel, the summed index starts at `address`.

@@ -17,13 +17,23 @@ namespace {
 constexpr int kExchanges = 2;  // of p, in turn
 
 template <int D>
-struct Shape {
-  static constexpr int kBlockBytes = kBlock * D * 2;
-  using Others = Ring<D == 256 ? 2 : 4, kBlockBytes>;  // of Q, and of dO
-  static constexpr int kExchangeBytes = kExchanges * kBlock * kBlock * int(sizeof(float));
+struct Memory {
+  static constexpr int kBlockBytes = kBlock * D * 2, kExchangeBytes = kBlock * kBlock * int(sizeof(float));
+  using Others = Ring<D == 256 ? 2 : 4, kBlockBytes>;
+  char* const key = aligned_shared_memory();
+  char* const value = key + kBlockBytes;
+  char* const first_query = value + kBlockBytes;
+  char* const first_gradient = first_query + Others::kBytes;
+  float4* const exchange = reinterpret_cast<float4*>(first_gradient + Others::kBytes);  // [kExchanges][8][kGroup]
+  Barrier* const barriers = reinterpret_cast<Barrier*>(exchange + kExchanges * 8 * kGroup);
+  const Others queries{first_query, barriers}, gradients{first_gradient, barriers + Others::kBarriers};
+  Barrier *const own_full = barriers + 2 * Others::kBarriers, *const own_empty = own_full + 1;
+  Barrier *const given = own_empty + 1, *const taken = given + kExchanges;  // p is there; it may be overwritten
+  Stretches& stretches = *reinterpret_cast<Stretches*>(taken + kExchanges);
+
   static constexpr int kBarriers = 2 * Others::kBarriers + 2 + 2 * kExchanges;
-  static constexpr int kBytes = 1024 + 2 * kBlockBytes + 2 * Others::kBytes + kExchangeBytes +
-                                kBarriers * int(sizeof(Barrier)) + int(sizeof(Stretch));
+  static constexpr int kBytes = 1024 + 2 * kBlockBytes + 2 * Others::kBytes + kExchanges * kExchangeBytes +
+                                kBarriers * int(sizeof(Barrier)) + int(sizeof(Stretches));
   static_assert(kBytes <= kSharedBytes);
 };
 
@@ -37,171 +47,179 @@ __device__ __forceinline__ void each_column(const float* of_queries, int64_t fir
   }
 }
 
+// What one thread copies to shared memory.
 template <class T, int D>
-__global__ void __launch_bounds__(kProgram, 1)
-    asa_dkv_kernel(Problem<T> p, Lists lists, RowGradients rows, PartialSums parts, T* dk, T* dv) {
-#if ASA_OPS_SM90A
-  using Others = typename Shape<D>::Others;
-  constexpr int kBlockBytes = Shape<D>::kBlockBytes;
-  char* const memory = aligned_shared_memory();
-  char* const first_query = memory + 2 * kBlockBytes;
-  char* const first_gradient = first_query + Others::kBytes;
-  float4* const exchange = reinterpret_cast<float4*>(first_gradient + Others::kBytes);  // [kExchanges][8][kGroup]
-  Barrier* const barriers = reinterpret_cast<Barrier*>(exchange + kExchanges * 8 * kGroup);
-  const Others queries(first_query, barriers), gradients(first_gradient, barriers + Others::kBarriers);
-  Barrier *const own_full = barriers + 2 * Others::kBarriers, *const own_empty = own_full + 1;
-  Barrier *const given = own_empty + 1, *const taken = given + kExchanges;  // p is there; it may be overwritten
-  const int group = group_of_thread();
-  if (threadIdx.x == 0) {
-    queries.init(kReaders * 4), gradients.init(kReaders * 4);
-    barrier_init(own_full, 1), barrier_init(own_empty, kReaders * 4);
-    for (int i = 0; i < kExchanges; ++i) barrier_init(given + i, kGroup), barrier_init(taken + i, kGroup);
-    barrier_init_done();
-  }
-  __syncthreads();
-  const Work<T> work(p, lists, false, given + 2 * kExchanges);
-
-  if (group == kReaders) {
-    fewer_registers<kCopierRegisters>();
-    if (threadIdx.x != kReaders * kGroup) return;
-    uint32_t position = 0, turn = 0;
-    work.each([&](const Item& item) {
-      if (item.first >= item.end) return;
-      const int z = work.head(item);
-      const Entries entries(lists, item.tile);
-      const int64_t own = row_at(z, p.keys.padded, work.block(item) * kBlock) * D;
-      barrier_wait(own_empty, (turn++ & 1) ^ 1);
-      barrier_expect(own_full, 2 * kBlockBytes);
-      copy_bytes(memory, p.k + own, kBlockBytes, own_full);
-      copy_bytes(memory + kBlockBytes, p.v + own, kBlockBytes, own_full);
-      for (int e = item.first; e < item.end; ++e, ++position) {
-        const int64_t other = row_at(z, p.rows.padded, entries.block(e) * kBlock) * D;
-        queries.fill(position, kBlockBytes,
-                     [&](char* to, Barrier* full) { copy_bytes(to, p.q + other, kBlockBytes, full); });
-        gradients.fill(position, kBlockBytes,
-                       [&](char* to, Barrier* full) { copy_bytes(to, p.d_out + other, kBlockBytes, full); });
-      }
-    });
-    return;
-  }
-
-  more_registers<kReaderRegisters>();
-  const Place at;
-  const int lane = threadIdx.x % 32;
-  const uint32_t key = shared_address(memory), value = key + kBlockBytes;
-  float4* const mine = exchange + threadIdx.x % kGroup;
+__device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lists) {
+  const Memory<D> memory;
+  const Work<T> work(p, lists, false, memory.stretches);
+  constexpr int kBlockBytes = Memory<D>::kBlockBytes;
   uint32_t position = 0, turn = 0;
-  float sum[D / 2], s[kBlock / 2];
-  uint32_t weights[kBlock / 4];
+  work.each([&](const Item& item) {
+    if (item.first >= item.end) return;
+    const int z = work.head(item);
+    const Entries entries(lists, item.tile);
+    const int64_t own = row_at(z, p.keys.padded, work.block(item) * kBlock) * D;
+    barrier_wait(memory.own_empty, (turn++ & 1) ^ 1);
+    barrier_expect(memory.own_full, 2 * kBlockBytes);
+    copy_bytes(memory.key, p.k + own, kBlockBytes, memory.own_full);
+    copy_bytes(memory.value, p.v + own, kBlockBytes, memory.own_full);
+    for (int e = item.first; e < item.end; ++e, ++position) {
+      const int64_t other = row_at(z, p.rows.padded, entries.block(e) * kBlock) * D;
+      memory.queries.fill(position, kBlockBytes,
+                          [&](char* to, Barrier* full) { copy_bytes(to, p.q + other, kBlockBytes, full); });
+      memory.gradients.fill(position, kBlockBytes,
+                            [&](char* to, Barrier* full) { copy_bytes(to, p.d_out + other, kBlockBytes, full); });
+    }
+  });
+}
+
+// What both other warpgroups have.
+template <class T, int D>
+struct Reader {
+  const Problem<T>& p;
+  const RowGradients& rows;
+  const PartialSums& parts;
+  const int group;
+  const Memory<D> memory;
+  const Work<T> work;
+  const Place at;
+  uint32_t turn = 0;
+
+  __device__ Reader(const Problem<T>& p, const Lists& lists, const RowGradients& rows, const PartialSums& parts,
+                    int group)
+      : p(p), rows(rows), parts(parts), group(group), work(p, lists, false, memory.stretches) {}
 
   // Starts an item: waits for K and V.
-  const auto begin = [&](const Item& item) {
+  __device__ __forceinline__ void begin(const Item& item, float (&sum)[D / 2]) {
 #pragma unroll
     for (int n = 0; n < D / 2; ++n) sum[n] = 0;
-    if (item.first < item.end) barrier_wait(own_full, turn++ & 1);
-  };
-  // Ends it: stores the rows of dv or dk, which have `dim` numbers.
-  const auto end = [&](const Item& item, T* out, int dim, float factor) {
-    if (item.first < item.end) {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(own_empty);
-    }
-    const int64_t part = (group * kBlock + at.row) * D + at.column;
-    if (!sum_parts<T, D>(work, item, parts, part, kReaders * kBlock * D, sum)) return;
-    const int z = work.head(item), image = image_of(z, p.heads, p.per_image);
-    if (rows.not_finite_head[z] != 0) factor = NAN;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int position_of = work.block(item) * kBlock + at.row + 8 * half;
-      const int token = p.keys.order[row_at(image, p.keys.padded, position_of)];
-      if (token >= 0)
-        store_row<T, D>(out + row_at(z, p.keys.n, token) * dim, dim, at.column,
-                        [&](int n, int k) { return sum[4 * n + 2 * half + k] * factor; });
-    }
-  };
-
-  if (group == 0) {  // p and dv
-    work.each([&](const Item& x) {
-      const Item item = uniform_item(x);
-      const int z = work.head(item), block = work.block(item), image = image_of(z, p.heads, p.per_image);
-      const int n_rows = p.rows.counts[image], keys_left = p.keys.counts[image] - block * kBlock - at.row / 32 * 32;
-      const Entries entries(lists, item.tile);
-      // Bits of the 32 keys among which the thread's rows are, of queries.
-      const uint32_t* const words =
-          p.survivors.words == nullptr
-              ? nullptr
-              : p.survivors.of(z) + int64_t(2 * block + at.row / 32) * p.rows.padded + at.column;
-      begin(item);
-      for (int e = item.first; e < item.end; ++e, ++position) {
-        const int i = uniform(entries.block(e));
-        uint32_t bits = 0;  // 4 n + 2 half + k
-#pragma unroll
-        for (int n = 0; n < kBlock / 8; ++n) {
-          uint2 two;
-          if (words != nullptr) {
-            two = *reinterpret_cast<const uint2*>(words + i * kBlock + 8 * n);
-          } else {
-            const int query = i * kBlock + 8 * n + at.column;
-            two = {query < n_rows ? first_bits(keys_left) : 0, query + 1 < n_rows ? first_bits(keys_left) : 0};
-          }
-          const uint32_t even = two.x >> at.row % 32, odd = two.y >> at.row % 32;
-          bits |= ((even & 1) | (odd & 1) << 1 | (even >> 8 & 1) << 2 | (odd >> 8 & 1) << 3) << (4 * n);
-        }
-        queries.wait(position);
-        products_fence();
-        multiply_rows<T, kBlock, D>(s, key, kChunkBytes, queries.address(position), kChunkBytes, true);
-        products_commit();
-        products_wait<0>();
-        settled(s);
-        queries.free(position);
-        const int64_t first = row_at(z, p.rows.padded, i * kBlock);
-        each_column(rows.top, first, at, [&](int n, int k, float top) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& p_ij = s[4 * n + 2 * half + k];
-            p_ij = exp2_fast(fminf(fmaf(p_ij, p.scale2, -top), 0));
-          }
-        });
-        // Not 0 where a pair survives: the other warpgroup tells survivors by that.
-        each_column(rows.share, first, at, [&](int n, int k, float share) {
-#pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            float& p_ij = s[4 * n + 2 * half + k];
-            p_ij = bits >> (4 * n + 2 * half + k) & 1 ? fmaxf(p_ij * share, FLT_MIN) : 0;
-          }
-        });
-        barrier_wait(taken + position % kExchanges, (position / kExchanges & 1) ^ 1);
-#pragma unroll
-        for (int n = 0; n < 8; ++n)
-          mine[(position % kExchanges * 8 + n) * kGroup] = float4{s[4 * n], s[4 * n + 1], s[4 * n + 2], s[4 * n + 3]};
-        barrier_arrive(given + position % kExchanges);
-        pack_weights<T, kBlock>(weights, s);
-        gradients.wait(position);
-        products_fence();
-        multiply_weights<T, D, kBlock>(sum, weights, gradients.address(position), kChunkBytes, false);
-        products_commit();
-        products_wait<0>();
-        settled(sum);
-        settled(weights);
-        gradients.free(position);
-      }
-      end(item, dv, p.dim_v, 1);
-    });
-    return;
+    if (item.first < item.end) barrier_wait(memory.own_full, turn++ & 1);
   }
 
-  work.each([&](const Item& x) {  // dk
+  // Ends it: stores the rows of dv or dk, which have `dim` numbers.
+  __device__ __forceinline__ void end(const Item& item, const float (&sum)[D / 2], T* out, int dim,
+                                      float factor) const {
+    if (item.first < item.end) {
+      __syncwarp();
+      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);
+    }
+    const int64_t part = (group * kBlock + at.row) * D + at.column;
+    const int z = work.head(item), image = image_of(z, p.heads, p.per_image);
+    if (rows.not_finite_head[z] != 0) factor = NAN;
+    with_whole_sum<T, D>(work, item, parts, part, kReaders * kBlock * D, sum, [&](auto unroll, int half, auto values) {
+      const int row = work.block(item) * kBlock + at.row + 8 * half;
+      const int token = p.keys.order[row_at(image, p.keys.padded, row)];
+      if (token < 0) return;
+      store_row<T, D, unroll>(out + row_at(z, p.keys.n, token) * dim, nullptr, dim, at.column, [&](int n) {
+        const float2 x = values(n);
+        return float2{x.x * factor, x.y * factor};
+      });
+    });
+  }
+};
+
+// The first warpgroup: p and dv.
+template <class T, int D>
+__device__ __forceinline__ void sum_dv(const Problem<T>& p, const Lists& lists, const RowGradients& rows,
+                                       const PartialSums& parts, T* dv) {
+  Reader<T, D> reader(p, lists, rows, parts, 0);
+  const Memory<D>& memory = reader.memory;
+  const Work<T>& work = reader.work;
+  const Place& at = reader.at;
+  float4* const mine = memory.exchange + thread_number() % kGroup;
+  float sum[D / 2], s[kBlock / 2];
+  uint32_t weights[kBlock / 4], position = 0;
+  work.each([&](const Item& x) {
+    const Item item = uniform_item(x);
+    const int z = work.head(item), block = work.block(item), image = image_of(z, p.heads, p.per_image);
+    const int n_rows = p.rows.counts[image], keys_left = p.keys.counts[image] - block * kBlock - at.row / 32 * 32;
+    const Entries entries(lists, item.tile);
+    // Bits of the 32 keys among which the thread's rows are, of queries.
+    const uint32_t* const words =
+        p.survivors.words == nullptr ? nullptr
+                                     : p.survivors.of(z) + int64_t(2 * block + at.row / 32) * p.rows.padded + at.column;
+    reader.begin(item, sum);
+    for (int e = item.first; e < item.end; ++e, ++position) {
+      const int i = uniform(entries.block(e));
+      uint32_t bits = 0;  // 4 n + 2 half + k
+#pragma unroll
+      for (int n = 0; n < kBlock / 8; ++n) {
+        uint2 two;
+        if (words != nullptr) {
+          two = *reinterpret_cast<const uint2*>(words + i * kBlock + 8 * n);
+        } else {
+          const int query = i * kBlock + 8 * n + at.column;
+          two = {query < n_rows ? first_bits(keys_left) : 0, query + 1 < n_rows ? first_bits(keys_left) : 0};
+        }
+        const uint32_t even = two.x >> at.row % 32, odd = two.y >> at.row % 32;
+        bits |= ((even & 1) | (odd & 1) << 1 | (even >> 8 & 1) << 2 | (odd >> 8 & 1) << 3) << (4 * n);
+      }
+      memory.queries.wait(position);
+      products_fence();
+      multiply_rows<T, kBlock, D>(s, shared_address(memory.key), kChunkBytes, memory.queries.address(position),
+                                  kChunkBytes, true);
+      products_commit();
+      products_wait<0>();
+      settled(s);
+      memory.queries.free(position);
+      const int64_t first = row_at(z, p.rows.padded, i * kBlock);
+      each_column(rows.top, first, at, [&](int n, int k, float top) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& p_ij = s[4 * n + 2 * half + k];
+          p_ij = exp2_fast(fminf(fmaf(p_ij, p.scale2, -top), 0));
+        }
+      });
+      // Not 0 where a pair survives: the other warpgroup tells survivors by that.
+      each_column(rows.share, first, at, [&](int n, int k, float share) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          float& p_ij = s[4 * n + 2 * half + k];
+          p_ij = bits >> (4 * n + 2 * half + k) & 1 ? fmaxf(p_ij * share, FLT_MIN) : 0;
+        }
+      });
+      barrier_wait(memory.taken + position % kExchanges, (position / kExchanges & 1) ^ 1);
+#pragma unroll
+      for (int n = 0; n < 8; ++n)
+        mine[(position % kExchanges * 8 + n) * kGroup] = float4{s[4 * n], s[4 * n + 1], s[4 * n + 2], s[4 * n + 3]};
+      barrier_arrive(memory.given + position % kExchanges);
+      pack_weights<T, kBlock>(weights, s);
+      memory.gradients.wait(position);
+      products_fence();
+      multiply_weights<T, D, kBlock>(sum, weights, memory.gradients.address(position), kChunkBytes, false);
+      products_commit();
+      products_wait<0>();
+      settled(sum);
+      settled(weights);
+      memory.gradients.free(position);
+    }
+    reader.end(item, sum, dv, p.dim_v, 1);
+  });
+}
+
+// The second one: dk.
+template <class T, int D>
+__device__ __forceinline__ void sum_dk(const Problem<T>& p, const Lists& lists, const RowGradients& rows,
+                                       const PartialSums& parts, T* dk) {
+  Reader<T, D> reader(p, lists, rows, parts, 1);
+  const Memory<D>& memory = reader.memory;
+  const Work<T>& work = reader.work;
+  const Place& at = reader.at;
+  float4* const mine = memory.exchange + thread_number() % kGroup;
+  float sum[D / 2], s[kBlock / 2];
+  uint32_t weights[kBlock / 4], position = 0;
+  work.each([&](const Item& x) {
     const Item item = uniform_item(x);
     const int z = work.head(item);
     const Entries entries(lists, item.tile);
     const float shrink = shrink_of(p.bounds, p.n_heads, z);
-    begin(item);
+    reader.begin(item, sum);
     // ds from <v, do> and p, at `position`.
     const auto weigh = [&](int e) {
       const int64_t first = row_at(z, p.rows.padded, uniform(entries.block(e)) * kBlock);
       each_column(rows.delta, first, at,
                   [&](int n, int k, float delta) { s[4 * n + k] -= delta, s[4 * n + 2 + k] -= delta; });
-      barrier_wait(given + position % kExchanges, position / kExchanges & 1);
+      barrier_wait(memory.given + position % kExchanges, position / kExchanges & 1);
 #pragma unroll
       for (int n = 0; n < 8; ++n) {
         const float4 p_ij = mine[(position % kExchanges * 8 + n) * kGroup];
@@ -210,60 +228,91 @@ __global__ void __launch_bounds__(kProgram, 1)
         s[4 * n + 2] = p_ij.z != 0 ? p_ij.z * s[4 * n + 2] * shrink : 0;
         s[4 * n + 3] = p_ij.w != 0 ? p_ij.w * s[4 * n + 3] * shrink : 0;
       }
-      barrier_arrive(taken + position % kExchanges);
+      barrier_arrive(memory.taken + position % kExchanges);
       // A single survivor has all the weight, so no gradient.
       each_column(rows.grad_top, first, at, [&](int n, int k, float top) {
         if (top == INFINITY) s[4 * n + k] = s[4 * n + 2 + k] = 0;
       });
     };
     if (item.first < item.end) {
-      gradients.wait(position);
+      memory.gradients.wait(position);
       products_fence();
-      multiply_rows<T, kBlock, D>(s, value, kChunkBytes, gradients.address(position), kChunkBytes, true);
+      multiply_rows<T, kBlock, D>(s, shared_address(memory.value), kChunkBytes, memory.gradients.address(position),
+                                  kChunkBytes, true);
       products_commit();
       products_wait<0>();
       settled(s);
-      gradients.free(position);
+      memory.gradients.free(position);
       weigh(item.first);
       pack_weights<T, kBlock>(weights, s);
       for (int e = item.first + 1; e < item.end; ++e) {
-        gradients.wait(position + 1);
+        memory.gradients.wait(position + 1);
         products_fence();
-        multiply_rows<T, kBlock, D>(s, value, kChunkBytes, gradients.address(position + 1), kChunkBytes, true);
+        multiply_rows<T, kBlock, D>(s, shared_address(memory.value), kChunkBytes,
+                                    memory.gradients.address(position + 1), kChunkBytes, true);
         products_commit();
-        queries.wait(position);
+        memory.queries.wait(position);
         products_fence();
-        multiply_weights<T, D, kBlock>(sum, weights, queries.address(position), kChunkBytes, false);
+        multiply_weights<T, D, kBlock>(sum, weights, memory.queries.address(position), kChunkBytes, false);
         products_commit();
         products_wait<1>();
         settled(s);
-        gradients.free(position + 1);
+        memory.gradients.free(position + 1);
         ++position;
         weigh(e);
         products_wait<0>();
         settled(sum);
         settled(weights);
-        queries.free(position - 1);
+        memory.queries.free(position - 1);
         pack_weights<T, kBlock>(weights, s);
       }
-      queries.wait(position);
+      memory.queries.wait(position);
       products_fence();
-      multiply_weights<T, D, kBlock>(sum, weights, queries.address(position), kChunkBytes, false);
+      multiply_weights<T, D, kBlock>(sum, weights, memory.queries.address(position), kChunkBytes, false);
       products_commit();
       products_wait<0>();
       settled(sum);
-      queries.free(position);
+      memory.queries.free(position);
       ++position;
     }
-    end(item, dk, p.dim, p.scale / shrink);
+    reader.end(item, sum, dk, p.dim, p.scale / shrink);
   });
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kProgram, 1)
+    asa_dkv_kernel(Problem<T> p, Lists lists, RowGradients rows, PartialSums parts, T* dk, T* dv) {
+#if ASA_OPS_SM90A
+  {
+    const Memory<D> memory;
+    if (threadIdx.x == 0) {
+      memory.queries.init(kReaders * 4), memory.gradients.init(kReaders * 4);
+      barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
+      for (int i = 0; i < kExchanges; ++i)
+        barrier_init(memory.given + i, kGroup), barrier_init(memory.taken + i, kGroup);
+      barrier_init_done();
+    }
+    __syncthreads();
+    Work<T>(p, lists, false, memory.stretches).cut();
+  }
+  const int group = group_of_thread();
+  if (group == kReaders) {
+    fewer_registers<kCopierRegisters>();
+    if (threadIdx.x == kReaders * kGroup) copy_tiles<T, D>(p, lists);
+  } else {
+    more_registers<kReaderRegisters>();
+    if (group == 0)
+      sum_dv<T, D>(p, lists, rows, parts, dv);
+    else
+      sum_dk<T, D>(p, lists, rows, parts, dk);
+  }
 #endif
 }
 
 template <class T, int D>
 void run(const Problem<T>& p, const Lists& lists, const RowGradients& row, const PartialSums& parts, int programs,
          T* dk, T* dv, cudaStream_t stream) {
-  launch("asa_dkv_kernel", &asa_dkv_kernel<T, D>, dim3(programs), kProgram, Shape<D>::kBytes, stream, p, lists, row,
+  launch("asa_dkv_kernel", &asa_dkv_kernel<T, D>, dim3(programs), kProgram, Memory<D>::kBytes, stream, p, lists, row,
          parts, dk, dv);
 }
 

@@ -44,7 +44,7 @@ struct Ring {
   }
   __device__ __forceinline__ void free(uint32_t position) const {
     __syncwarp();  // other lanes may still have to look whether it is full
-    if (threadIdx.x % 32 == 0) barrier_arrive(empty + position % SLOTS);
+    if (thread_number() % 32 == 0) barrier_arrive(empty + position % SLOTS);
   }
   __device__ __forceinline__ uint32_t address(uint32_t position) const {
     return shared_address(memory) + position % SLOTS * BYTES;
@@ -56,7 +56,7 @@ struct Ring {
 struct Place {
   int row, column;
   __device__ Place()
-      : row(int(threadIdx.x) % kGroup / 32 * 16 + int(threadIdx.x) % 32 / 4), column(int(threadIdx.x) % 4 * 2) {}
+      : row(thread_number() % kGroup / 32 * 16 + thread_number() % 32 / 4), column(thread_number() % 4 * 2) {}
 };
 
 // Whether a thread's column of a row survives, by the row's two words shifted right by `column`; n, k as in Place.
@@ -72,10 +72,12 @@ struct Item {
   int start;  // of the list, among all entries
 };
 
-// The entries of a program; in shared memory, where it takes no registers.
-struct Stretch {
-  int first, end, total;  // total: of all programs
-  int tile, start;  // of the first item
+constexpr int kMostPrograms = 160;
+
+// Where the stretches of all programs begin; in shared memory, where it takes no registers.
+struct Stretches {
+  int first[kMostPrograms + 1];
+  int tile, start;  // of this program's first item
   int in_warps[kProgram / 32];  // room
 };
 
@@ -86,34 +88,38 @@ class Work {
   const Problem<T>& p;
   const Lists& lists;
   const bool by_rows;
-  Stretch& stretch;
+  Stretches& stretches;
 
-  // By all threads of a program.
-  __device__ Work(const Problem<T>& p, const Lists& lists, bool by_rows, void* room)
-      : p(p), lists(lists), by_rows(by_rows), stretch(*static_cast<Stretch*>(room)) {
+  __device__ Work(const Problem<T>& p, const Lists& lists, bool by_rows, Stretches& stretches)
+      : p(p), lists(lists), by_rows(by_rows), stretches(stretches) {}
+
+  // Finds the stretches; by all threads of a program.
+  __device__ __forceinline__ void cut() const {
     const int tiles = p.n_heads * lists.tiles, share = (tiles + kProgram - 1) / kProgram;
     const int from = min(tiles, int(threadIdx.x) * share), to = min(tiles, from + share);
     int own = 0;
     for (int tile = from; tile < to; ++tile) own += counted(tile);
-    int total, start = sum_before<kProgram>(own, stretch.in_warps, total);
-    const int first = int(int64_t(total) * blockIdx.x / gridDim.x);
-    const int end = int(int64_t(total) * (blockIdx.x + 1) / gridDim.x);
-    if (threadIdx.x == 0) stretch.first = first, stretch.end = end, stretch.total = total;
-    if (first < end && start <= first && first < start + own) {
+    int total, start = sum_before<kProgram>(own, stretches.in_warps, total);
+    const auto first_of = [&](int program) { return int(int64_t(total) * program / gridDim.x); };
+    if (threadIdx.x <= gridDim.x) stretches.first[threadIdx.x] = first_of(threadIdx.x);
+    const int first = first_of(blockIdx.x);
+    if (start <= first && first < start + own) {
       int tile = from;
       for (; start + counted(tile) <= first; ++tile) start += counted(tile);
-      stretch.tile = tile, stretch.start = start;
+      stretches.tile = tile, stretches.start = start;
     }
     __syncthreads();
   }
 
+  __device__ __forceinline__ int end() const { return stretches.first[blockIdx.x + 1]; }
+
   // Calls use(item) for all of them.
   template <class Use>
   __device__ __forceinline__ void each(Use use) const {
-    int tile = stretch.tile, start = stretch.start, first = stretch.first - start;
-    if (stretch.first == stretch.end) return;
-    for (; start < stretch.end; start += counted(tile++), first = 0)
-      use(Item{tile, first, min(length(tile), stretch.end - start), start});
+    if (stretches.first[blockIdx.x] == end()) return;
+    int tile = stretches.tile, start = stretches.start, first = stretches.first[blockIdx.x] - start;
+    for (; start < end(); start += counted(tile++), first = 0)
+      use(Item{tile, first, min(length(tile), end() - start), start});
   }
 
   __device__ __forceinline__ int length(int tile) const {
@@ -124,25 +130,26 @@ class Work {
   __device__ __forceinline__ int counted(int tile) const { return max(length(tile), 1); }
   // Of an item.
   __device__ __forceinline__ int counted(const Item& item) const {
-    return min(counted(item.tile), stretch.end - item.start) - item.first;
+    return min(counted(item.tile), end() - item.start) - item.first;
   }
   __device__ __forceinline__ int head(const Item& item) const { return item.tile / lists.tiles; }
   __device__ __forceinline__ int block(const Item& item) const { return item.tile % lists.tiles * lists.blocks; }
 
-  // The program that has an entry.
-  __device__ __forceinline__ int program_of(int entry) const {
-    return int(((int64_t(entry) + 1) * gridDim.x - 1) / stretch.total);
-  }
   // The programs that have parts of the list of an item.
-  __device__ __forceinline__ int first_program(const Item& item) const { return program_of(item.start); }
+  __device__ __forceinline__ int first_program(const Item& item) const {
+    int program = blockIdx.x;
+    while (stretches.first[program] > item.start) --program;
+    return program;
+  }
   __device__ __forceinline__ int last_program(const Item& item) const {
-    return program_of(item.start + counted(item.tile) - 1);
+    int program = blockIdx.x;
+    while (stretches.first[program + 1] < item.start + counted(item.tile)) ++program;
+    return program;
   }
   // Where a program leaves its part of the list: it has one of a list that others began, and one of a list that others
   // end.
   __device__ __forceinline__ int slot(const Item& item, int program) const {
-    const int first = int(int64_t(stretch.total) * program / gridDim.x);
-    return first >= item.start ? program : int(gridDim.x) + program;
+    return stretches.first[program] >= item.start ? program : int(gridDim.x) + program;
   }
 };
 
@@ -151,24 +158,42 @@ __device__ __forceinline__ Item uniform_item(const Item& x) {
   return {uniform(x.tile), uniform(x.first), uniform(x.end), uniform(x.start)};
 }
 
-// Stores a thread's numbers of a row of `dim` numbers, D at most: value(n, k) is that in column 8 n + `column` + k.
-template <class T, int D, class Value>
-__device__ __forceinline__ void store_row(T* row, int dim, int column, Value value) {
+// Stores a thread's numbers of a row, rounded, to the `dim` numbers of `row`, and unless it is null to `rest` what rounding
+// took: value(n) are those in columns 8 n + `column` and the next one, D at most.
+template <class T, int D, int UNROLL, class Value>
+__device__ __forceinline__ void store_row(T* row, T* rest, int dim, int column, Value value) {
   if (dim % 2 == 0) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-      if (8 * n + column < dim) *reinterpret_cast<uint32_t*>(row + 8 * n + column) = pack<T>(value(n, 0), value(n, 1));
+#pragma unroll UNROLL
+    for (int n = 0; n < D / 8; ++n) {
+      const float2 x = value(n);
+      const uint32_t rounded = pack<T>(x.x, x.y);
+      if (8 * n + column >= dim) continue;
+      *reinterpret_cast<uint32_t*>(row + 8 * n + column) = rounded;
+      if (rest != nullptr)
+        *reinterpret_cast<uint32_t*>(rest + 8 * n + column) =
+            pack<T>(x.x - to_float(T{uint16_t(rounded)}), x.y - to_float(T{uint16_t(rounded >> 16)}));
+    }
   } else {
+#pragma unroll UNROLL
+    for (int n = 0; n < D / 8; ++n) {
+      const float2 x = value(n);
 #pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-      for (int k = 0; k < 2; ++k)
-        if (8 * n + column + k < dim) row[8 * n + column + k] = from_float<T>(value(n, k));
+      for (int k = 0; k < 2; ++k) {
+        const float exact = k == 0 ? x.x : x.y;
+        const T rounded = from_float<T>(exact);
+        if (8 * n + column + k >= dim) continue;
+        row[8 * n + column + k] = rounded;
+        if (rest != nullptr) rest[8 * n + column + k] = from_float<T>(exact - to_float(rounded));
+      }
+    }
   }
 }
 
-// A list that several programs share: each leaves its part in memory, and the last one to come adds them up in order.
-// A warpgroup's fragment of a part, at number `at` of all; D numbers a row.
+// A list that several programs share: each leaves its part in memory, and the last one to come adds them up in order. It
+// reads them a few numbers at a time, not to registers, which are full of its own sum otherwise.
+constexpr int kTogether = 8;  // of them, for store_row
+
+// A warpgroup's fragment of a part, D numbers a row, from number `at` of all on.
 template <int D>
 __device__ __forceinline__ void leave_part(float* parts, int64_t at, const float (&sum)[D / 2]) {
 #pragma unroll
@@ -178,33 +203,33 @@ __device__ __forceinline__ void leave_part(float* parts, int64_t at, const float
       *reinterpret_cast<float2*>(parts + at + 8 * half * D + 8 * n) =
           float2{sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]};
 }
-template <int D>
-__device__ __forceinline__ void add_part(const float* parts, int64_t at, float low, float high, float (&sum)[D / 2]) {
-#pragma unroll
-  for (int half = 0; half < 2; ++half)
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      const float2 x = load_fresh(reinterpret_cast<const float2*>(parts + at + 8 * half * D + 8 * n));
-      const float weight = half == 0 ? low : high;
-      sum[4 * n + 2 * half] = fmaf(x.x, weight, sum[4 * n + 2 * half]);
-      sum[4 * n + 2 * half + 1] = fmaf(x.y, weight, sum[4 * n + 2 * half + 1]);
-    }
-}
 
-// Adds up the parts of an item's list, by both warpgroups; `at` is where a thread's
-// numbers lie in a part of `numbers`. Returns whether `sum` is that of the whole list now.
-template <class T, int D>
-__device__ __forceinline__ bool sum_parts(const Work<T>& work, const Item& item, const PartialSums& parts, int64_t at,
-                                          int64_t numbers, float (&sum)[D / 2]) {
+// Calls store(values, unrolled) for each of a thread's two rows, `half`, if this program has the whole sum of an item's
+// list: values(n) are the numbers in columns 8 n and 8 n + 1 of the thread's. `at` is where they lie in a part of
+// `numbers`, in which all of both warpgroups do.
+template <class T, int D, class Store>
+__device__ __forceinline__ void with_whole_sum(const Work<T>& work, const Item& item, const PartialSums& parts,
+                                               int64_t at, int64_t numbers, const float (&sum)[D / 2], Store store) {
   const int first = work.first_program(item), last = work.last_program(item);
-  if (first == last) return true;
-  leave_part<D>(parts.sums, work.slot(item, blockIdx.x) * numbers + at, sum);
-  if (!arrive_last_of(parts.done + item.tile, 1, last - first + 1, kReaders + 1, kReaders * kGroup)) return false;
+  if (first == last) {
 #pragma unroll
-  for (int n = 0; n < D / 2; ++n) sum[n] = 0;
-  for (int program = first; program <= last; ++program)
-    add_part<D>(parts.sums, work.slot(item, program) * numbers + at, 1, 1, sum);
-  return true;
+    for (int half = 0; half < 2; ++half)
+      store(std::integral_constant<int, D / 8>(), half,
+            [&](int n) { return float2{sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]}; });
+    return;
+  }
+  leave_part<D>(parts.sums, work.slot(item, blockIdx.x) * numbers + at, sum);
+  if (!arrive_last_of(parts.done + item.tile, 1, last - first + 1, kReaders + 1, kReaders * kGroup)) return;
+  for (int half = 0; half < 2; ++half)
+    store(std::integral_constant<int, kTogether>(), half, [&](int n) {
+      float2 all{0, 0};
+      for (int program = first; program <= last; ++program) {
+        const float2 x = load_fresh(reinterpret_cast<const float2*>(parts.sums + work.slot(item, program) * numbers +
+                                                                    at + 8 * half * D + 8 * n));
+        all.x += x.x, all.y += x.y;
+      }
+      return all;
+    });
 }
 
 }  // namespace asa_ops::cuda::hopper

@@ -13,12 +13,16 @@ namespace {
 constexpr int kKeys = 2 * kBlock;  // of a tile
 
 template <int D>
-struct Shape {
+struct Memory {
   static constexpr int kColumns = D < 128 ? D : 128;  // of a slot
   static constexpr int kParts = D / kColumns;  // slots of a tile
-  static constexpr int kSlots = D == 256 ? 5 : 4;
-  using Keys = Ring<kSlots, kKeys * kColumns * 2>;
-  static constexpr int kOwnBytes = kReaders * kBlock * D * 2;
+  static constexpr int kBlockBytes = kBlock * D * 2, kOwnBytes = kReaders * kBlockBytes;
+  using Keys = Ring<D == 256 ? 5 : 4, kKeys * kColumns * 2>;
+  char* const queries = aligned_shared_memory();
+  Barrier* const barriers = reinterpret_cast<Barrier*>(queries + kOwnBytes + Keys::kBytes);
+  const Keys keys{queries + kOwnBytes, barriers};
+  Barrier *const own_full = barriers + Keys::kBarriers, *const own_empty = own_full + 1;
+
   static constexpr int kBytes = 1024 + kOwnBytes + Keys::kBytes + (Keys::kBarriers + 2) * int(sizeof(Barrier));
   static_assert(kBytes <= kSharedBytes);
 };
@@ -40,67 +44,55 @@ __device__ __forceinline__ void each_pair(const Problem<T>& p, const Statistics&
   }
 }
 
+// What one thread copies to shared memory.
 template <class T, int D>
-__global__ void __launch_bounds__(kProgram, 1) asa_statistics_kernel(Problem<T> p, Statistics statistics) {
-#if ASA_OPS_SM90A
-  using Keys = typename Shape<D>::Keys;
-  constexpr int kColumns = Shape<D>::kColumns, kParts = Shape<D>::kParts, kBlockBytes = kBlock * D * 2;
-  char* const memory = aligned_shared_memory();
-  Barrier* const barriers = reinterpret_cast<Barrier*>(memory + Shape<D>::kOwnBytes + Keys::kBytes);
-  const Keys keys(memory + Shape<D>::kOwnBytes, barriers);
-  Barrier *const own_full = barriers + Keys::kBarriers, *const own_empty = own_full + 1;
-  const int group = group_of_thread();
-  if (threadIdx.x == 0) {
-    keys.init(kReaders * 4);
-    barrier_init(own_full, 1), barrier_init(own_empty, kReaders * 4);
-    barrier_init_done();
-  }
-  __syncthreads();
+__device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Statistics& statistics) {
+  const Memory<D> memory;
+  constexpr int kColumns = Memory<D>::kColumns, kParts = Memory<D>::kParts, kBlockBytes = Memory<D>::kBlockBytes;
+  uint32_t position = 0, turn = 0;
+  each_pair(p, statistics, [&](int z, int block, int first, int end, int) {
+    if (first >= end) return;
+    const int own_bytes = min(p.rows.blocks() - block, kReaders) * kBlockBytes;
+    barrier_wait(memory.own_empty, (turn++ & 1) ^ 1);
+    barrier_expect(memory.own_full, own_bytes);
+    copy_bytes(memory.queries, p.q + row_at(z, p.rows.padded, block * kBlock) * D, own_bytes, memory.own_full);
+    for (int tile = first; tile < end; ++tile) {
+      const int blocks = min(p.keys.blocks() - 2 * tile, 2);
+      const char* const from = reinterpret_cast<const char*>(p.k + row_at(z, p.keys.padded, tile * kKeys) * D);
+      for (int part = 0; part < kParts; ++part)
+        memory.keys.fill(position++, blocks * kColumns / 64 * kChunkBytes, [&](char* to, Barrier* full) {
+          for (int b = 0; b < blocks; ++b)
+            for (int c = 0; c < kColumns / 64; ++c)
+              copy_bytes(to + (2 * c + b) * kChunkBytes,
+                         from + b * kBlockBytes + (part * (kColumns / 64) + c) * kChunkBytes, kChunkBytes, full);
+        });
+    }
+  });
+}
 
-  if (group == kReaders) {
-    fewer_registers<kCopierRegisters>();
-    if (threadIdx.x != kReaders * kGroup) return;
-    uint32_t position = 0, turn = 0;
-    each_pair(p, statistics, [&](int z, int block, int first, int end, int) {
-      if (first >= end) return;
-      const int own_bytes = min(p.rows.blocks() - block, kReaders) * kBlockBytes;
-      barrier_wait(own_empty, (turn++ & 1) ^ 1);
-      barrier_expect(own_full, own_bytes);
-      copy_bytes(memory, p.q + row_at(z, p.rows.padded, block * kBlock) * D, own_bytes, own_full);
-      for (int tile = first; tile < end; ++tile) {
-        const int blocks = min(p.keys.blocks() - 2 * tile, 2);
-        const char* const from = reinterpret_cast<const char*>(p.k + row_at(z, p.keys.padded, tile * kKeys) * D);
-        for (int part = 0; part < kParts; ++part)
-          keys.fill(position++, blocks * kColumns / 64 * kChunkBytes, [&](char* to, Barrier* full) {
-            for (int b = 0; b < blocks; ++b)
-              for (int c = 0; c < kColumns / 64; ++c)
-                copy_bytes(to + (2 * c + b) * kChunkBytes,
-                           from + b * kBlockBytes + (part * (kColumns / 64) + c) * kChunkBytes, kChunkBytes, full);
-          });
-      }
-    });
-    return;
-  }
-
-  more_registers<kReaderRegisters>();
+// What the other warpgroups do with it.
+template <class T, int D>
+__device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics& statistics, int group) {
+  const Memory<D> memory;
+  constexpr int kColumns = Memory<D>::kColumns, kParts = Memory<D>::kParts;
   const Place at;
-  const int lane = threadIdx.x % 32;
-  const uint32_t own = shared_address(memory) + group * kBlockBytes;
+  const int lane = thread_number() % 32;
+  const uint32_t own = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
   uint32_t position = 0, freed = 0, turn = 0;
   // Starts the products of a tile, a batch a slot.
   const auto start = [&](float (&s)[kKeys / 2]) {
 #pragma unroll
     for (int part = 0; part < kParts; ++part, ++position) {
-      keys.wait(position);
+      memory.keys.wait(position);
       products_fence();
       multiply_rows<T, kKeys, kColumns>(s, own + part * (kColumns / 64) * kChunkBytes, kChunkBytes,
-                                        keys.address(position), 2 * kChunkBytes, part == 0);
+                                        memory.keys.address(position), 2 * kChunkBytes, part == 0);
       products_commit();
     }
   };
   const auto free_tile = [&] {
 #pragma unroll
-    for (int part = 0; part < kParts; ++part) keys.free(freed++);
+    for (int part = 0; part < kParts; ++part) memory.keys.free(freed++);
   };
 
   each_pair(p, statistics, [&](int z_, int block_, int first_, int end_, int part_) {
@@ -110,7 +102,7 @@ __global__ void __launch_bounds__(kProgram, 1) asa_statistics_kernel(Problem<T> 
     const bool there = block + group < p.rows.blocks();
     float high[2] = {-INFINITY, -INFINITY}, sum[2] = {0, 0};  // of the thread's columns
     if (first < end) {
-      barrier_wait(own_full, turn++ & 1);
+      barrier_wait(memory.own_full, turn++ & 1);
 
       const auto take = [&](float (&s)[kKeys / 2], int tile) {
         if ((tile + 1) * kKeys > n_keys) {
@@ -159,7 +151,7 @@ __global__ void __launch_bounds__(kProgram, 1) asa_statistics_kernel(Problem<T> 
         products_wait<0>();
         settled(now);
         free_tile();
-        if (lane == 0) barrier_arrive(own_empty);  // after __syncwarp in free_tile
+        if (lane == 0) barrier_arrive(memory.own_empty);  // after __syncwarp in free_tile
         take(now, tile);
       };
       // Waits stand where no branch is: the assembler gives up overlap otherwise.
@@ -185,13 +177,35 @@ __global__ void __launch_bounds__(kProgram, 1) asa_statistics_kernel(Problem<T> 
       if (lane % 4 == 0 && there) statistics.largest[to] = base, statistics.total[to] = all;
     }
   });
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kProgram, 1) asa_statistics_kernel(Problem<T> p, Statistics statistics) {
+#if ASA_OPS_SM90A
+  {
+    const Memory<D> memory;
+    if (threadIdx.x == 0) {
+      memory.keys.init(kReaders * 4);
+      barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
+      barrier_init_done();
+    }
+    __syncthreads();
+  }
+  const int group = group_of_thread();
+  if (group == kReaders) {
+    fewer_registers<kCopierRegisters>();
+    if (threadIdx.x == kReaders * kGroup) copy_tiles<T, D>(p, statistics);
+  } else {
+    more_registers<kReaderRegisters>();
+    take_tiles<T, D>(p, statistics, group);
+  }
 #endif
 }
 
 template <class T, int D>
 void run(const Problem<T>& p, const Statistics& statistics, cudaStream_t stream) {
   launch("asa_statistics_kernel<sm_90a>", &asa_statistics_kernel<T, D>, dim3(statistics.programs), kProgram,
-         Shape<D>::kBytes, stream, p, statistics);
+         Memory<D>::kBytes, stream, p, statistics);
 }
 
 }  // namespace

@@ -12,71 +12,70 @@ namespace asa_ops::cuda::hopper {
 namespace {
 
 template <int D>
-struct Shape {
-  static constexpr int kBlockBytes = kBlock * D * 2;
+struct Memory {
+  static constexpr int kBlockBytes = kBlock * D * 2, kOwnBytes = kReaders * kBlockBytes;
   using Others = Ring<D == 256 ? 3 : 6, kBlockBytes>;
-  static constexpr int kOwnBytes = 2 * kReaders * kBlockBytes;  // of Q, then of K
-  static constexpr int kBitsBytes = kReaders * int(sizeof(Bits));
-  static constexpr int kBytes = 1024 + kOwnBytes + Others::kBytes + kBitsBytes +
-                                (Others::kBarriers + 2) * int(sizeof(Barrier)) + int(sizeof(Stretch));
+  char* const queries = aligned_shared_memory();
+  char* const keys = queries + kOwnBytes;
+  Bits* const tiles = reinterpret_cast<Bits*>(keys + kOwnBytes + Others::kBytes);  // one a warpgroup
+  Barrier* const barriers = reinterpret_cast<Barrier*>(tiles + kReaders);
+  const Others others{keys + kOwnBytes, barriers};
+  Barrier *const own_full = barriers + Others::kBarriers, *const own_empty = own_full + 1;
+  Stretches& stretches = *reinterpret_cast<Stretches*>(own_empty + 1);
+
+  static constexpr int kBytes = 1024 + 2 * kOwnBytes + Others::kBytes + kReaders * int(sizeof(Bits)) +
+                                (Others::kBarriers + 2) * int(sizeof(Barrier)) + int(sizeof(Stretches));
   static_assert(kBytes <= kSharedBytes);
 };
 
+// Whether two products decide a tile: that of the transposed one too.
+template <class T>
+__device__ __forceinline__ bool takes_two(const Problem<T>& p) {
+  return p.mutual && !p.symmetric;
+}
+
+// What one thread copies to shared memory.
 template <class T, int D>
-__global__ void __launch_bounds__(kProgram, 1)
-    asa_mask_kernel(Problem<T> p, Plan plan, Saved<T> saved, uint32_t* done, Lists found) {
-#if ASA_OPS_SM90A
-  using Others = typename Shape<D>::Others;
-  constexpr int kBlockBytes = Shape<D>::kBlockBytes;
-  char* const memory = aligned_shared_memory();
-  char* const own_keys = memory + kReaders * kBlockBytes;
-  auto* const tiles = reinterpret_cast<Bits*>(memory + Shape<D>::kOwnBytes + Others::kBytes);
-  Barrier* const barriers = reinterpret_cast<Barrier*>(tiles + kReaders);
-  const Others others(memory + Shape<D>::kOwnBytes, barriers);
-  Barrier *const own_full = barriers + Others::kBarriers, *const own_empty = own_full + 1;
-  const int group = group_of_thread();
-  if (threadIdx.x == 0) {
-    others.init(kReaders * 4);
-    barrier_init(own_full, 1), barrier_init(own_empty, kReaders * 4);
-    barrier_init_done();
-  }
-  __syncthreads();
+__device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lists) {
+  const Memory<D> memory;
+  const Work<T> work(p, lists, true, memory.stretches);
+  constexpr int kBlockBytes = Memory<D>::kBlockBytes;
+  const bool two = takes_two(p);
+  uint32_t position = 0, turn = 0;
+  work.each([&](const Item& item) {
+    const int z = work.head(item), block = work.block(item);
+    const uint32_t* const entries = lists.entries + int64_t(item.tile) * lists.others;
+    const int own_bytes = min(p.rows.blocks() - block, kReaders) * kBlockBytes;
+    const int64_t own = row_at(z, p.rows.padded, block * kBlock) * D, keys = row_at(z, p.keys.padded, 0) * D;
+    if (item.first >= item.end) return;
+    barrier_wait(memory.own_empty, (turn++ & 1) ^ 1);
+    barrier_expect(memory.own_full, two ? 2 * own_bytes : own_bytes);
+    copy_bytes(memory.queries, p.q + own, own_bytes, memory.own_full);
+    if (two) copy_bytes(memory.keys, p.k + own, own_bytes, memory.own_full);
+    for (int e = item.first; e < item.end; ++e) {
+      const int64_t other = keys + int64_t(entries[e] & kEntryBlock) * kBlock * D;
+      const auto fill = [&](const T* from) {
+        memory.others.fill(position++, kBlockBytes,
+                           [&](char* to, Barrier* full) { copy_bytes(to, from, kBlockBytes, full); });
+      };
+      fill(p.k + other);
+      if (two) fill(p.q + other);
+    }
+  });
+}
+
+// What the other warpgroups do with it.
+template <class T, int D>
+__device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& plan, const Saved<T>& saved,
+                                             uint32_t* done, const Lists& found, int group) {
   const Lists& lists = plan.lists;
-  const Work<T> work(p, lists, true, own_empty + 1);
-  const bool two = p.mutual && !p.symmetric;  // products a tile
-
-  if (group == kReaders) {
-    fewer_registers<kCopierRegisters>();
-    if (threadIdx.x != kReaders * kGroup) return;
-    uint32_t position = 0, turn = 0;
-    work.each([&](const Item& item) {
-      const int z = work.head(item), block = work.block(item);
-      const uint32_t* const entries = lists.entries + int64_t(item.tile) * lists.others;
-      const int own_bytes = min(p.rows.blocks() - block, kReaders) * kBlockBytes;
-      const int64_t own = row_at(z, p.rows.padded, block * kBlock) * D, keys = row_at(z, p.keys.padded, 0) * D;
-      if (item.first >= item.end) return;
-      barrier_wait(own_empty, (turn++ & 1) ^ 1);
-      barrier_expect(own_full, two ? 2 * own_bytes : own_bytes);
-      copy_bytes(memory, p.q + own, own_bytes, own_full);
-      if (two) copy_bytes(own_keys, p.k + own, own_bytes, own_full);
-      for (int e = item.first; e < item.end; ++e) {
-        const int64_t other = keys + int64_t(entries[e] & kEntryBlock) * kBlock * D;
-        const auto fill = [&](const T* from) {
-          others.fill(position++, kBlockBytes,
-                      [&](char* to, Barrier* full) { copy_bytes(to, from, kBlockBytes, full); });
-        };
-        fill(p.k + other);
-        if (two) fill(p.q + other);
-      }
-    });
-    return;
-  }
-
-  more_registers<kReaderRegisters>();
+  const Memory<D> memory;
+  const Work<T> work(p, lists, true, memory.stretches);
   const Place at;
-  const int lane = threadIdx.x % 32, thread = threadIdx.x % kGroup;
-  const uint32_t query = shared_address(memory) + group * kBlockBytes,
-                 key = shared_address(own_keys) + group * kBlockBytes;
+  const int thread = thread_number() % kGroup;
+  const uint32_t query = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t key = shared_address(memory.keys) + group * Memory<D>::kBlockBytes;
+  const bool two = takes_two(p);
   const Thresholds& thresholds = plan.thresholds;
   const bool has_topk = thresholds.kappa2 != nullptr;
   uint32_t position = 0, turn = 0;
@@ -95,25 +94,25 @@ __global__ void __launch_bounds__(kProgram, 1)
         const int64_t row = row_at(z, p.rows.padded, min(block, p.rows.blocks() - 1) * kBlock + at.row + 8 * half);
         own[half] = {thresholds.lse2[row], thresholds.cut2[row], has_topk ? thresholds.kappa2[row] : -INFINITY};
       }
-      barrier_wait(own_full, turn++ & 1);
+      barrier_wait(memory.own_full, turn++ & 1);
       for (int e = item.first; e < item.end; ++e) {
         const uint32_t entry = uint32_t(uniform(int(entries[e])));
         const uint32_t first = position, second = two ? position + 1 : position;
         position = second + 1;
         if (!(entry & kEntryFirst << group)) {
-          others.wait(first), others.free(first);
-          if (two) others.wait(second), others.free(second);
+          memory.others.wait(first), memory.others.free(first);
+          if (two) memory.others.wait(second), memory.others.free(second);
           continue;
         }
         const int j = int(entry & kEntryBlock);
         float s[kBlock / 2];
-        others.wait(first);
+        memory.others.wait(first);
         products_fence();
-        multiply_rows<T, kBlock, D>(s, query, kChunkBytes, others.address(first), kChunkBytes, true);
+        multiply_rows<T, kBlock, D>(s, query, kChunkBytes, memory.others.address(first), kChunkBytes, true);
         products_commit();
         products_wait<0>();
         settled(s);
-        others.free(first);
+        memory.others.free(first);
         uint32_t bits = 0, back = 0;
 #pragma unroll
         for (int n = 0; n < kBlock / 8; ++n)
@@ -126,13 +125,13 @@ __global__ void __launch_bounds__(kProgram, 1)
           }
         if (p.mutual) {
           if (two) {
-            others.wait(second);
+            memory.others.wait(second);
             products_fence();
-            multiply_rows<T, kBlock, D>(s, key, kChunkBytes, others.address(second), kChunkBytes, true);
+            multiply_rows<T, kBlock, D>(s, key, kChunkBytes, memory.others.address(second), kChunkBytes, true);
             products_commit();
             products_wait<0>();
             settled(s);
-            others.free(second);
+            memory.others.free(second);
           }
           const int64_t column = keys + j * kBlock + at.column;
 #pragma unroll
@@ -150,16 +149,40 @@ __global__ void __launch_bounds__(kProgram, 1)
             }
         }
         const int row = thread % kBlock, side = thread / kBlock;
-        const Found words = exchange_bits(p, tiles[group], bits, back, j == block, at.row, at.column, row, side,
+        const Found words = exchange_bits(p, memory.tiles[group], bits, back, j == block, at.row, at.column, row, side,
                                           [&] { named_barrier(1 + group, kGroup); });
         store_bits(p, saved, z, image, block, j, entry & kEntryLocal, words, row, side);
       }
       __syncwarp();
-      if (lane == 0) barrier_arrive(own_empty);
+      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);
     }
     if (!p.few && arrive_last_of(done + z, work.counted(item), load_fresh(plan.entries + z), 3, kReaders * kGroup))
-      list_occupied(p, found, z, true, threadIdx.x, kReaders * kGroup);
+      list_occupied(p, found, z, true, thread_number(), kReaders * kGroup);
   });
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kProgram, 1)
+    asa_mask_kernel(Problem<T> p, Plan plan, Saved<T> saved, uint32_t* done, Lists found) {
+#if ASA_OPS_SM90A
+  {
+    const Memory<D> memory;
+    if (threadIdx.x == 0) {
+      memory.others.init(kReaders * 4);
+      barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
+      barrier_init_done();
+    }
+    __syncthreads();
+    Work<T>(p, plan.lists, true, memory.stretches).cut();
+  }
+  const int group = group_of_thread();
+  if (group == kReaders) {
+    fewer_registers<kCopierRegisters>();
+    if (threadIdx.x == kReaders * kGroup) copy_tiles<T, D>(p, plan.lists);
+  } else {
+    more_registers<kReaderRegisters>();
+    decide_tiles<T, D>(p, plan, saved, done, found, group);
+  }
 #endif
 }
 
@@ -167,7 +190,7 @@ template <class T, int D>
 void run(const Problem<T>& p, const Plan& plan, const Saved<T>& saved, uint32_t* done, const Lists& lists,
          cudaStream_t stream) {
   launch("asa_mask_kernel<sm_90a>", &asa_mask_kernel<T, D>, dim3(programs_of(plan.lists, p.n_heads)), kProgram,
-         Shape<D>::kBytes, stream, p, plan, saved, done, lists);
+         Memory<D>::kBytes, stream, p, plan, saved, done, lists);
 }
 
 }  // namespace

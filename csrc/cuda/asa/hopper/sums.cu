@@ -12,13 +12,23 @@
 namespace asa_ops::cuda::hopper {
 namespace {
 
+// Survivors of the rows of an item; those of a row with a value that is not finite are negated and one less. In shared
+// memory, where they take no registers.
+using Counted = int[kReaders * kBlock];
+
 template <int D>
-struct Shape {
-  static constexpr int kBlockBytes = kBlock * D * 2;
+struct Memory {
+  static constexpr int kBlockBytes = kBlock * D * 2, kOwnBytes = kReaders * kBlockBytes;
   using Others = Ring<D == 256 ? 5 : 6, kBlockBytes>;
-  static constexpr int kOwnBytes = kReaders * kBlockBytes;
-  static constexpr int kBytes =
-      1024 + kOwnBytes + Others::kBytes + (Others::kBarriers + 2) * int(sizeof(Barrier)) + int(sizeof(Stretch));
+  char* const own = aligned_shared_memory();
+  Barrier* const barriers = reinterpret_cast<Barrier*>(own + kOwnBytes + Others::kBytes);
+  const Others others{own + kOwnBytes, barriers};
+  Barrier *const own_full = barriers + Others::kBarriers, *const own_empty = own_full + 1;
+  int* const counted = reinterpret_cast<int*>(own_empty + 1);
+  Stretches& stretches = *reinterpret_cast<Stretches*>(reinterpret_cast<Counted*>(counted) + 1);
+
+  static constexpr int kBytes = 1024 + kOwnBytes + Others::kBytes + (Others::kBarriers + 2) * int(sizeof(Barrier)) +
+                                int(sizeof(Counted)) + int(sizeof(Stretches));
   static_assert(kBytes <= kSharedBytes);
 };
 
@@ -28,21 +38,15 @@ __device__ __forceinline__ int position_v(int entry, int count) {
   return entry == count - 1 ? 2 * entry + 1 : 2 * entry + 2;
 }
 
-// Of a thread's two rows, what is known of their survivors.
-struct Rows {
-  float base[2], total[2];  // the largest score in base 2, and the sum of exponentials below it
-  int count[2];
-  bool broken[2];  // a value is not finite
-};
-
-// Counts survivors, and looks for values that are not finite: the four threads of a row share its entries.
+// Counts the survivors of a thread's two rows, whose words are from `row` on, and looks for values that are not finite:
+// the four threads of a row share its entries.
 template <class T>
 __device__ __forceinline__ void count_survivors(const Problem<T>& p, const Entries& entries, int z, int row, int length,
-                                                uint32_t use, int n_keys, Rows& rows) {
+                                                uint32_t use, int n_keys, int* counted) {
   int counts[2] = {0, 0}, broken[2] = {0, 0};
   const uint32_t* const words = p.survivors.words == nullptr ? nullptr : p.survivors.of(z) + row;
   const uint32_t* const not_finite = p.not_finite + row_at(z, p.keys.padded, 0) / 32;
-  for (int e = int(threadIdx.x) % 4; e < length; e += 4) {
+  for (int e = thread_number() % 4; e < length; e += 4) {
     const uint32_t entry = entries[e];
     if (!(entry & use)) continue;
     const int j = int(entry & kEntryBlock);
@@ -52,102 +56,95 @@ __device__ __forceinline__ void count_survivors(const Problem<T>& p, const Entri
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint32_t word = words == nullptr ? all : words[int64_t(2 * j + side) * p.rows.padded + 8 * half];
-        counts[half] += __popc(word), broken[half] += (word & bad) != 0;
+        counts[half] += __popc(word), broken[half] |= (word & bad) != 0;
       }
     }
   }
 #pragma unroll
-  for (int half = 0; half < 2; ++half)
-    rows.count[half] += sum_over_quad(counts[half]), rows.broken[half] |= sum_over_quad(broken[half]) != 0;
-}
-
-// The output and the statistics of a thread's two rows, as asa_finish_out_kernel ends them.
-template <class T, int D>
-__device__ __forceinline__ void end_rows(const Problem<T>& p, const Saved<T>& saved, int z, int row,
-                                         const float (&sum)[D / 2], const Rows& rows) {
-  const int image = image_of(z, p.heads, p.per_image), column = int(threadIdx.x) % 4 * 2;
-#pragma unroll
   for (int half = 0; half < 2; ++half) {
-    const int token = p.rows.order[row_at(image, p.rows.padded, row + 8 * half)];
-    if (token < 0) continue;
-    const int64_t to = row_at(z, p.rows.n, token);
-    // A row of scores with NaN or +inf has no softmax, a multiplier that is NaN or negative no threshold.
-    const bool empty = rows.count[half] == 0;
-    const float lse = p.has_bits ? saved.lse[to] : (rows.base[half] + log2f(rows.total[half])) * kLn2;
-    const bool finite = fabsf(lse) < INFINITY;
-    bool nan_row = rows.broken[half] || (p.keys.counts[image] > 0 && !finite);
-    if (p.alpha.data != nullptr) nan_row = nan_row || !(multiplier_at(p.alpha, z, p.heads, token) >= 0);
-    if (p.beta.data != nullptr) nan_row = nan_row || !(multiplier_at(p.beta, z, p.heads, token) >= 0);
-    const float total = empty ? 1 : rows.total[half], share = 1 / total;
-    const auto exact = [&](int n, int k) { return nan_row ? NAN : empty ? 0 : sum[4 * n + 2 * half + k] * share; };
-    store_row<T, D>(saved.out + to * p.dim_v, p.dim_v, column, exact);
-    if (saved.residual.data != nullptr)
-      store_row<T, D>(saved.residual.of(z) + int64_t(token) * p.dim_v, p.dim_v, column, [&](int n, int k) {
-        const float x = exact(n, k);
-        return x - to_float(from_float<T>(x));
-      });
-    if (threadIdx.x % 4 != 0) continue;
-    if (!p.has_bits) saved.lse[to] = lse;
-    saved.lse_kept[to] = finite ? (rows.base[half] + log2f(total)) * kLn2 : lse;
-    saved.survivors[to] = rows.count[half];
-    if (saved.base2.data == nullptr) continue;
-    float* const base2 = saved.base2.of(z) + token;
-    if (!p.has_bits) base2[0] = lse / kLn2;
-    base2[p.rows.n] = rows.base[half];
-    base2[2 * int64_t(p.rows.n)] = total;
+    const int count = sum_over_quad(counts[half]), is_broken = sum_over_quad(broken[half]);
+    if (thread_number() % 4 == 0) counted[8 * half] = is_broken ? ~count : count;
   }
+  __syncwarp();
 }
 
+// The output and the statistics of a row, as asa_finish_out_kernel ends them, by the four threads that share it: `base`
+// and `total` are the largest score of a survivor in base 2, and the sum of exponentials below it.
+template <class T, int D, int UNROLL, class Values>
+__device__ __forceinline__ void end_row(const Problem<T>& p, const Saved<T>& saved, int z, int row, int counted,
+                                        float base, float total, Values values) {
+  const int image = image_of(z, p.heads, p.per_image);
+  const int token = p.rows.order[row_at(image, p.rows.padded, row)];
+  if (token < 0) return;
+  const int64_t to = row_at(z, p.rows.n, token);
+  const int count = counted < 0 ? ~counted : counted;
+  const float all = count == 0 ? 1 : total;
+  const float lse = p.has_bits ? saved.lse[to] : (base + log2f(total)) * kLn2;
+  // A row of scores with NaN or +inf has no softmax, a multiplier that is NaN or negative no threshold.
+  const bool finite = fabsf(lse) < INFINITY;
+  bool nan_row = counted < 0 || (p.keys.counts[image] > 0 && !finite);
+  if (p.alpha.data != nullptr) nan_row = nan_row || !(multiplier_at(p.alpha, z, p.heads, token) >= 0);
+  if (p.beta.data != nullptr) nan_row = nan_row || !(multiplier_at(p.beta, z, p.heads, token) >= 0);
+  if (thread_number() % 4 == 0) {
+    if (!p.has_bits) saved.lse[to] = lse;
+    saved.lse_kept[to] = finite ? (base + log2f(all)) * kLn2 : lse;
+    saved.survivors[to] = count;
+    if (saved.base2.data != nullptr) {
+      float* const base2 = saved.base2.of(z) + token;
+      if (!p.has_bits) base2[0] = lse / kLn2;
+      base2[p.rows.n] = base;
+      base2[2 * int64_t(p.rows.n)] = all;
+    }
+  }
+  const float share = nan_row ? NAN : count == 0 ? 0 : 1 / all;
+  T* const rest = saved.residual.data == nullptr ? nullptr : saved.residual.of(z) + int64_t(token) * p.dim_v;
+  store_row<T, D, UNROLL>(saved.out + to * p.dim_v, rest, p.dim_v, thread_number() % 4 * 2, [&](int n) {
+    const float2 x = values(n);
+    return float2{x.x * share, x.y * share};
+  });
+}
+
+// What one thread copies to shared memory.
 template <class T, int D>
-__global__ void __launch_bounds__(kProgram, 1)
-    asa_values_kernel(Problem<T> p, Lists lists, Saved<T> saved, PartialSums parts) {
-#if ASA_OPS_SM90A
-  using Others = typename Shape<D>::Others;
-  constexpr int kBlockBytes = Shape<D>::kBlockBytes, kRows = kReaders * kBlock;
-  char* const memory = aligned_shared_memory();
-  Barrier* const barriers = reinterpret_cast<Barrier*>(memory + Shape<D>::kOwnBytes + Others::kBytes);
-  const Others others(memory + Shape<D>::kOwnBytes, barriers);
-  Barrier *const own_full = barriers + Others::kBarriers, *const own_empty = own_full + 1;
-  const int group = group_of_thread();
-  if (threadIdx.x == 0) {
-    others.init(kReaders * 4);
-    barrier_init(own_full, 1), barrier_init(own_empty, kReaders * 4);
-    barrier_init_done();
-  }
-  __syncthreads();
-  const Work<T> work(p, lists, true, own_empty + 1);
+__device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lists) {
+  const Memory<D> memory;
+  const Work<T> work(p, lists, true, memory.stretches);
+  constexpr int kBlockBytes = Memory<D>::kBlockBytes;
+  uint32_t position = 0, turn = 0;
+  work.each([&](const Item& item) {
+    if (item.first >= item.end) return;
+    const int z = work.head(item), block = work.block(item);
+    const Entries entries(lists, item.tile);
+    const int own_bytes = min(p.rows.blocks() - block, kReaders) * kBlockBytes;
+    const int64_t keys = row_at(z, p.keys.padded, 0) * D;
+    barrier_wait(memory.own_empty, (turn++ & 1) ^ 1);
+    barrier_expect(memory.own_full, own_bytes);
+    copy_bytes(memory.own, p.q + row_at(z, p.rows.padded, block * kBlock) * D, own_bytes, memory.own_full);
+    const auto fill = [&](const T* tokens, int e) {
+      memory.others.fill(position++, kBlockBytes, [&](char* to, Barrier* full) {
+        copy_bytes(to, tokens + keys + int64_t(entries.block(e)) * kBlock * D, kBlockBytes, full);
+      });
+    };
+    fill(p.k, item.first);
+    for (int e = item.first; e < item.end; ++e) {
+      if (e + 1 < item.end) fill(p.k, e + 1);
+      fill(p.v, e);
+    }
+  });
+}
 
-  if (group == kReaders) {
-    fewer_registers<kCopierRegisters>();
-    if (threadIdx.x != kReaders * kGroup) return;
-    uint32_t position = 0, turn = 0;
-    work.each([&](const Item& item) {
-      if (item.first >= item.end) return;
-      const int z = work.head(item), block = work.block(item);
-      const Entries entries(lists, item.tile);
-      const int own_bytes = min(p.rows.blocks() - block, kReaders) * kBlockBytes;
-      const int64_t keys = row_at(z, p.keys.padded, 0) * D;
-      barrier_wait(own_empty, (turn++ & 1) ^ 1);
-      barrier_expect(own_full, own_bytes);
-      copy_bytes(memory, p.q + row_at(z, p.rows.padded, block * kBlock) * D, own_bytes, own_full);
-      const auto fill = [&](const T* tokens, int e) {
-        others.fill(position++, kBlockBytes, [&](char* to, Barrier* full) {
-          copy_bytes(to, tokens + keys + int64_t(entries.block(e)) * kBlock * D, kBlockBytes, full);
-        });
-      };
-      fill(p.k, item.first);
-      for (int e = item.first; e < item.end; ++e) {
-        if (e + 1 < item.end) fill(p.k, e + 1);
-        fill(p.v, e);
-      }
-    });
-    return;
-  }
-
-  more_registers<kReaderRegisters>();
+// What the other warpgroups do with it.
+template <class T, int D>
+__device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& lists, const Saved<T>& saved,
+                                          const PartialSums& parts, int group) {
+  const Memory<D> memory;
+  const auto& others = memory.others;
+  const Work<T> work(p, lists, true, memory.stretches);
+  constexpr int kRows = kReaders * kBlock;
   const Place at;
-  const int lane = threadIdx.x % 32;
-  const uint32_t query = shared_address(memory) + group * kBlockBytes;
+  const int lane = thread_number() % 32;
+  int* const counted = memory.counted + group * kBlock + at.row;
+  const uint32_t query = shared_address(memory.own) + group * Memory<D>::kBlockBytes;
   uint32_t before = 0, turn = 0;  // positions that items before took
 
   work.each([&](const Item& x) {
@@ -161,7 +158,8 @@ __global__ void __launch_bounds__(kProgram, 1)
     const auto entry_at = [&](int e) { return uint32_t(uniform(int(entries[item.first + e]))); };
     const auto uses = [&](int e) { return e < count && (entry_at(e) & use) && block < p.rows.blocks(); };
 
-    Rows rows{{-INFINITY, -INFINITY}, {0, 0}, {0, 0}, {false, false}};
+    if (block < p.rows.blocks()) count_survivors(p, entries, z, row, work.length(item.tile), use, n_keys, counted);
+    float base[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
     float sum[D / 2], s[kBlock / 2];
     uint32_t weights[kBlock / 4];
     float shrink[2] = {1, 1};
@@ -189,10 +187,10 @@ __global__ void __launch_bounds__(kProgram, 1)
             x = survives_in(low[half], high[half], n, k) ? x : -INFINITY;
             largest = fmaxf(largest, x);
           }
-        const float grown = fmaxf(rows.base[half], max_over_quad(largest) * p.scale2);
+        const float grown = fmaxf(base[half], max_over_quad(largest) * p.scale2);
         const float from = grown == -INFINITY ? 0 : grown;
-        shrink[half] = exp2_fast(rows.base[half] - from);
-        rows.base[half] = grown;
+        shrink[half] = exp2_fast(base[half] - from);
+        base[half] = grown;
         float more[2] = {0, 0};
 #pragma unroll
         for (int n = 0; n < kBlock / 8; ++n)
@@ -202,7 +200,7 @@ __global__ void __launch_bounds__(kProgram, 1)
             x = exp2_fast(fmaf(x, p.scale2, -from));
             more[k] += x;
           }
-        rows.total[half] = fmaf(rows.total[half], shrink[half], more[0] + more[1]);
+        total[half] = fmaf(total[half], shrink[half], more[0] + more[1]);
       }
     };
     const auto rescale = [&] {
@@ -210,7 +208,7 @@ __global__ void __launch_bounds__(kProgram, 1)
       for (int n = 0; n < D / 2; ++n) sum[n] *= shrink[n / 2 % 2];
     };
 
-    if (count > 0) barrier_wait(own_full, turn++ & 1);
+    if (count > 0) barrier_wait(memory.own_full, turn++ & 1);
     // Runs of entries that the warpgroup uses; no branch is taken while products are under way.
     for (int e = 0; e < count; ++e) {
       uint32_t at_k = before + position_k(e), at_v = before + position_v(e, count);
@@ -266,59 +264,85 @@ __global__ void __launch_bounds__(kProgram, 1)
     before += 2 * count;
     if (count > 0) {
       __syncwarp();
-      if (lane == 0) barrier_arrive(own_empty);
+      if (lane == 0) barrier_arrive(memory.own_empty);
     }
 
 #pragma unroll
-    for (int half = 0; half < 2; ++half) rows.total[half] = sum_over_quad(rows.total[half]);
-    const int from_program = work.first_program(item), last_program = work.last_program(item);
-    if (from_program < last_program) {
-      const auto place = [&](int program) {
-        return int64_t(work.slot(item, program)) * kRows + group * kBlock + at.row;
-      };
-      leave_part<D>(parts.sums, place(blockIdx.x) * D + at.column, sum);
+    for (int half = 0; half < 2; ++half) total[half] = sum_over_quad(total[half]);
+    const int first_program = work.first_program(item), last_program = work.last_program(item);
+    const bool there = block < p.rows.blocks();
+    if (first_program == last_program) {
 #pragma unroll
       for (int half = 0; half < 2; ++half)
-        if (lane % 4 == 0)
-          *reinterpret_cast<float2*>(parts.numbers + 2 * (place(blockIdx.x) + 8 * half)) =
-              float2{rows.base[half], rows.total[half]};
-      const int programs = last_program - from_program + 1;
-      if (!arrive_last_of(parts.done + item.tile, 1, programs, kReaders + 1, kReaders * kGroup)) return;
-      const auto numbers_of = [&](int program, int half) {
-        return load_fresh(reinterpret_cast<const float2*>(parts.numbers + 2 * (place(program) + 8 * half)));
-      };
-      float finite[2];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        rows.base[half] = -INFINITY, rows.total[half] = 0;
-        for (int program = from_program; program <= last_program; ++program)
-          rows.base[half] = fmaxf(rows.base[half], numbers_of(program, half).x);
-        finite[half] = rows.base[half] == -INFINITY ? 0 : rows.base[half];
-      }
-#pragma unroll
-      for (int n = 0; n < D / 2; ++n) sum[n] = 0;
-      for (int program = from_program; program <= last_program; ++program) {
-        float weight[2];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const float2 own = numbers_of(program, half);
-          weight[half] = exp2_fast(own.x - finite[half]);
-          rows.total[half] = fmaf(own.y, weight[half], rows.total[half]);
-        }
-        add_part<D>(parts.sums, place(program) * D + at.column, weight[0], weight[1], sum);
-      }
+        if (there)
+          end_row<T, D, D / 8>(p, saved, z, row + 8 * half, counted[8 * half], base[half], total[half],
+                               [&](int n) { return float2{sum[4 * n + 2 * half], sum[4 * n + 2 * half + 1]}; });
+      return;
     }
-    if (block >= p.rows.blocks()) return;
-    count_survivors(p, entries, z, row, work.length(item.tile), use, n_keys, rows);
-    end_rows<T, D>(p, saved, z, row, sum, rows);
+    const auto part_of = [&](int program) {
+      return int64_t(work.slot(item, program)) * kRows + group * kBlock + at.row;
+    };
+    const int64_t own = part_of(blockIdx.x);
+    leave_part<D>(parts.sums, own * D + at.column, sum);
+    auto* const numbers = reinterpret_cast<float2*>(parts.numbers);
+    if (lane % 4 == 0) numbers[own] = float2{base[0], total[0]}, numbers[own + 8] = float2{base[1], total[1]};
+    const int programs = last_program - first_program + 1;
+    if (!arrive_last_of(parts.done + item.tile, 1, programs, kReaders + 1, kReaders * kGroup) || !there) return;
+    for (int half = 0; half < 2; ++half) {
+      float largest = -INFINITY, all = 0;
+      for (int program = first_program; program <= last_program; ++program)
+        largest = fmaxf(largest, load_fresh(numbers + part_of(program) + 8 * half).x);
+      for (int program = first_program; program <= last_program; ++program) {
+        const float2 of_part = load_fresh(numbers + part_of(program) + 8 * half);
+        const float weight = exp2_fast(of_part.x - (largest == -INFINITY ? 0 : largest));
+        all = fmaf(of_part.y, weight, all);
+        __syncwarp();  // all four have read it
+        if (lane % 4 == 0) numbers[part_of(program) + 8 * half].x = weight;
+      }
+      __syncwarp();
+      end_row<T, D, kTogether>(p, saved, z, row + 8 * half, counted[8 * half], largest, all, [&](int n) {
+        float2 x{0, 0};
+        for (int program = first_program; program <= last_program; ++program) {
+          const int64_t part = part_of(program) + 8 * half;
+          const float weight = load_fresh(numbers + part).x;
+          const float2 of_part = load_fresh(reinterpret_cast<const float2*>(parts.sums + part * D + at.column + 8 * n));
+          x.x = fmaf(of_part.x, weight, x.x), x.y = fmaf(of_part.y, weight, x.y);
+        }
+        return x;
+      });
+    }
   });
+}
+
+template <class T, int D>
+__global__ void __launch_bounds__(kProgram, 1)
+    asa_values_kernel(Problem<T> p, Lists lists, Saved<T> saved, PartialSums parts) {
+#if ASA_OPS_SM90A
+  {
+    const Memory<D> memory;
+    if (threadIdx.x == 0) {
+      memory.others.init(kReaders * 4);
+      barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
+      barrier_init_done();
+    }
+    __syncthreads();
+    Work<T>(p, lists, true, memory.stretches).cut();
+  }
+  const int group = group_of_thread();
+  if (group == kReaders) {
+    fewer_registers<kCopierRegisters>();
+    if (threadIdx.x == kReaders * kGroup) copy_tiles<T, D>(p, lists);
+  } else {
+    more_registers<kReaderRegisters>();
+    sum_tiles<T, D>(p, lists, saved, parts, group);
+  }
 #endif
 }
 
 template <class T, int D>
 void run(const Problem<T>& p, const Lists& lists, const Saved<T>& saved, const PartialSums& parts, int programs,
          cudaStream_t stream) {
-  launch("asa_values_kernel", &asa_values_kernel<T, D>, dim3(programs), kProgram, Shape<D>::kBytes, stream, p, lists,
+  launch("asa_values_kernel", &asa_values_kernel<T, D>, dim3(programs), kProgram, Memory<D>::kBytes, stream, p, lists,
          saved, parts);
 }
 
@@ -326,7 +350,7 @@ void run(const Problem<T>& p, const Lists& lists, const Saved<T>& saved, const P
 
 int programs_of(const Lists& lists, int n_heads) {
   const int64_t most = int64_t(n_heads) * lists.tiles * lists.others;
-  return int(std::max<int64_t>(1, std::min<int64_t>(processors(), most / 4)));
+  return int(std::max<int64_t>(1, std::min<int64_t>(std::min(processors(), kMostPrograms), most / 4)));
 }
 
 template <class T>
