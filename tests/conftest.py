@@ -77,6 +77,13 @@ def emulation():
 
 
 @pytest.fixture
+def kernel_set(request, monkeypatch):
+    """Have the CUDA kernels of a set run: "general", or "hopper" for compute capability 9.0."""
+    monkeypatch.setenv("ASA_OPS_HOPPER", str(int(request.param == "hopper")))
+    return request.param
+
+
+@pytest.fixture
 def full_disk():
     """Return a context in which no file may become longer than 100 bytes, not even what pytest writes to."""
 

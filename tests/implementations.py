@@ -20,6 +20,9 @@ each_fast = pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
+SETS = ("general", "hopper")  # of CUDA kernels: those for compute capability 9.0 take half precisions
+
+
 def slow(*values, when: bool = True, **options):
     """Return arguments of a test that are left to `make test-all`, if ``when``."""
     return pytest.param(*values, marks=[pytest.mark.slow] * when, **options)

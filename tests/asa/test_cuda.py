@@ -1,7 +1,7 @@
 """The CUDA kernels of csrc/cuda on the CPU, behind csrc/testing/simt.h: tiny and ragged sizes.
 
-What every implementation must do is in test_implementations.py; here is every case in every precision, what these
-kernels are made of, and how they compile.
+What every implementation must do is in test_implementations.py; here is every case in every precision, on both sets
+of kernels, what these are made of, and how they compile.
 """
 
 import math
@@ -11,12 +11,13 @@ import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import simt
 import torch
-from cases import Case, make, named, with_grad
+from cases import Case, each_case, make, named, with_grad
 from compare import (
     call_and_gradients,
     check_against_reference,
@@ -25,7 +26,7 @@ from compare import (
     exact_scores,
     survivors,
 )
-from implementations import each_dtype, slow
+from implementations import DTYPES, SETS, slow
 from torch.utils.cpp_extension import get_cxx_compiler
 
 from asa_ops import asa_attention
@@ -37,6 +38,25 @@ if not simt.AVAILABLE:
 HALVES = (torch.bfloat16, torch.float16)
 
 
+def each_set(*dtypes):
+    """Parametrize the set of kernels and the dtype; float32 has one set."""
+    rows = [x if hasattr(x, "marks") else pytest.param(x) for x in dtypes]
+    return pytest.mark.parametrize(
+        "kernel_set,dtype",
+        [
+            pytest.param(kernels, *x.values, marks=x.marks, id=f"{kernels}-{str(x.values[0]).removeprefix('torch.')}")
+            for x in rows
+            for kernels in (SETS if x.values[0] in HALVES else SETS[:1])
+        ],
+        indirect=["kernel_set"],
+    )
+
+
+each_set_and_dtype = each_set(*DTYPES.values())
+on_hopper = pytest.mark.parametrize("kernel_set", ["hopper"], indirect=True)
+each_half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+
+
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     simt.load()
@@ -45,23 +65,56 @@ def kernels():
 # Against the reference.
 
 
-@each_dtype
+@each_set_and_dtype
 @pytest.mark.parametrize("dims", [(64, 128), (65, 40), (130, 64), (256, 256)], ids=str)
 @pytest.mark.parametrize("options", [slow({}), {"reciprocal": False}], ids=["mutual", "one_way"])
-def test_wide_heads_in_several_tiles(dtype, dims, options):
+def test_wide_heads_in_several_tiles(kernel_set, dtype, dims, options):
     dim, dim_v = dims
     case = Case("wide", grid=(9, 15), batch=1, heads=1, dim=dim, dim_v=dim_v, sharpness=3.0, options=options)
     check_against_reference("cuda", *make(case, dtype))
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.float32), slow(torch.bfloat16)])
+@each_set(torch.float16, slow(torch.float32), slow(torch.bfloat16))
 @pytest.mark.parametrize("options", [{}, {"reciprocal": False}, {"topk": 20}], ids=["mutual", "one_way", "topk"])
-def test_threshold_gradients_of_several_tiles(dtype, options):
+def test_threshold_gradients_of_several_tiles(kernel_set, dtype, options):
     """An offset of the values cancels in what an admitted pair changes."""
     inputs, options = make(Case("tiles", grid=(9, 15), batch=1, heads=4, dim=70, dim_v=66, options=options), dtype)
     inputs[2] += 10
     inputs[3:] = [x.float() for x in inputs[3:]]
     check_threshold_gradients("cuda", inputs, options)
+
+
+@on_hopper  # the general set does so in test_implementations.py
+@each_half
+@each_case
+def test_equals_reference(kernel_set, dtype, case):
+    check_against_reference("cuda", *make(case, dtype))
+
+
+LONG = Case("long", grid=(20, 29), batch=1, heads=2, dim=64, sharpness=3.0)  # ten blocks, the last one of four tokens
+
+
+@on_hopper
+@each_half
+@pytest.mark.parametrize(
+    "case",
+    [
+        LONG,
+        replace(LONG, dim=200, heads=1),
+        replace(LONG, alpha=None, beta=None),
+        replace(LONG, sharpness=20.0),  # most lists are short, some are empty
+        replace(LONG, padding=True, batch=2),
+        replace(LONG, options={"reciprocal": False}),
+        replace(LONG, n_keys=333, beta=None, options={"reciprocal": False}),
+    ],
+    ids=["plain", "wide", "dense", "sharp", "padding", "one_way", "fewer_keys"],
+)
+def test_lists_that_programs_share(kernel_set, dtype, case):
+    """Parts of a list are added up by the last program to come; rings of slots are used many times."""
+    inputs, options = make(case, dtype)
+    check_against_reference("cuda", inputs, options)
+    once, again = (call_and_gradients("cuda", inputs, options) for _ in range(2))
+    assert equal(once, again)
 
 
 def test_few_neighbours_one_by_one_are_those_of_tiles():
@@ -90,8 +143,8 @@ def check_topk(inputs, options, topk: int) -> None:
 
 
 @pytest.mark.parametrize("topk", [1, 5, 40])
-@each_dtype
-def test_topk(dtype, topk):
+@each_set_and_dtype
+def test_topk(kernel_set, dtype, topk):
     inputs, options = make(named("alpha_only", grid=(9, 15), dim=19), dtype)
     check_topk(inputs, options, topk)
 
@@ -150,18 +203,34 @@ def test_nobody_is_mutual_without_neighbours():
 
 
 @pytest.mark.parametrize(
-    "name,forward,backward",
-    [("plain", 6, 6), ("alpha_only", 6, 6), ("dense", 5, 6), ("topk", 6, 3), ("one_way", 6, 6)],
+    "kernel_set,name,forward,backward",
+    [
+        ("general", "plain", 6, 6),
+        ("general", "alpha_only", 6, 6),
+        ("general", "dense", 5, 6),
+        ("general", "topk", 6, 3),
+        ("general", "one_way", 6, 6),
+        ("hopper", "plain", 5, 3),
+        ("hopper", "dense", 2, 3),
+        ("hopper", "topk", 6, 3),
+        ("hopper", "topk_one_way", 6, 3),
+        ("hopper", "padding", 5, 3),
+        ("hopper", "one_way", 5, 3),
+    ],
+    indirect=["kernel_set"],
 )
-def test_launches_of_a_call(name, forward, backward):
-    """What launching costs the host is most of a small call."""
+@pytest.mark.parametrize("learns", [False, True])
+def test_launches_of_a_call(kernel_set, name, forward, backward, learns):
+    """What launching costs the host is most of a small call; thresholds that learn take one launch more."""
     inputs, options = make(named(name, batch=1, heads=1), torch.float16)
+    options["threshold_grad"] = "straight_through" if learns else None
+    learns = learns and inputs[3:] != [None, None]
     counts = [simt.launches()]
     out = asa_attention(*with_grad(inputs), **options, impl="cuda")
     counts.append(simt.launches())
     out.sum().backward()
     counts.append(simt.launches())
-    assert (counts[1] - counts[0], counts[2] - counts[1]) == (forward, backward)
+    assert (counts[1] - counts[0], counts[2] - counts[1]) == (forward, backward + learns)
 
 
 # How the kernels compile.
