@@ -48,7 +48,7 @@ TILED = {
     "asa/sums": ("asa_sums_kernel",),
     "asa/dt": ("asa_dt_kernel",),
 }
-# The assembler waits for every product before it starts the next.
+# What the assembler says where it waits for every product before it starts the next, or leaves out what was asked for.
 SERIALISED = re.compile(r".*(?:\(C75\d\d\)|Potential Performance Loss).*")
 
 

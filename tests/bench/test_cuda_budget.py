@@ -123,8 +123,8 @@ def test_kernels_beyond_their_budget(source, name, instructions, numbers, wrong)
     "line",
     [
         "ptxas info    : (C7510) Potential Performance Loss: wgmma.mma_async instructions are serialized due to",
-        "ptxas info    : (C7519) something else about wgmma.mma_async in function 'x'",
-        "ptxas warning : Potential Performance Loss: 'setmaxnreg' ignored",
+        "ptxas info    : (C7519) warpgroup.arrive is injected in around line 27412 by compiler to allow use of",
+        "ptxas info    : Potential Performance Loss: 'setmaxnreg' ignored to maintain minimum register requirements.",
     ],
 )
 def test_products_one_after_another(line):
