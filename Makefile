@@ -16,7 +16,7 @@ BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,ki
 	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo segment test test-avx2 test-all kernels sanitize bench bench-page bench-check gpu wheel lint format clean
+.PHONY: demo segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -38,6 +38,9 @@ test-all: $(READY)  ## also what is slow
 kernels:  ## compile every Triton kernel without a GPU and hold it to its budget, with PYTHON's triton (default: .venv's)
 	@$(if $(filter file,$(origin PYTHON)),$(MAKE) --no-print-directory $(READY))
 	$(if $(filter file,$(origin PYTHON)),$(RUN),$(PYTHON)) -m bench.triton.budget $(ARGS)
+
+cuda-kernels: $(READY)  ## the same for the CUDA kernels with nvcc, in minutes; ARGS="--archs 90a --sources hopper/sums"
+	$(RUN) -m bench.cuda.budget $(ARGS)
 
 sanitize: $(READY)  ## the tests of the C++ kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	rm -rf build/sanitize

@@ -30,8 +30,9 @@ FLAGS += ["-Wno-unknown-pragmas"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-g1"]
 
 
+COMPILER = shutil.which(shlex.split(get_cxx_compiler())[0])
 # With a GPU kernels run there.
-AVAILABLE = bool(shutil.which(shlex.split(get_cxx_compiler())[0])) and not torch.cuda.is_available()
+AVAILABLE = bool(COMPILER) and not torch.cuda.is_available()
 
 
 def load(sanitize: bool = False) -> None:
@@ -48,6 +49,18 @@ def launches() -> int:
     count = ctypes.CDLL(str(build())).simt_launches
     count.restype = ctypes.c_int64
     return count()
+
+
+def programs() -> list[tuple[str, int, int]]:
+    """Return the different launches of this process: the kernel's mangled name, its threads, its shared memory."""
+    library = build()
+    symbols = subprocess.run(["nm", library], check=True, capture_output=True, text=True).stdout
+    names = {int(words[0], 16): words[2] for words in map(str.split, symbols.splitlines()) if len(words) == 3}
+    origin = next(address for address, name in names.items() if name == "simt_launches")
+    told = ctypes.CDLL(str(library)).simt_programs
+    told.restype = ctypes.c_char_p
+    lines = [[int(word) for word in line.split()] for line in told().decode().splitlines()]
+    return [(names[origin + offset], threads, shared) for offset, threads, shared in lines]
 
 
 def build(sanitize: bool = False) -> Path:

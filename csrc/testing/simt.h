@@ -22,6 +22,7 @@
 #include <set>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -198,6 +199,7 @@ struct Machine {
   int ulps = 0;
   uint32_t random = 1;
   int64_t launches = 0;  // of kernels, so far
+  std::set<std::tuple<const void*, int, size_t>> programs;  // launched so far: kernel, threads, bytes of shared memory
 };
 
 inline Machine& machine() {
@@ -320,6 +322,18 @@ inline void run_block() {
 // How many kernels ran in this process, for the tests.
 extern "C" __attribute__((used, visibility("default"))) inline int64_t simt_launches() { return machine().launches; }
 
+// The different programs launched in this process, a line each: where the kernel lies behind simt_launches, its threads,
+// its bytes of shared memory.
+extern "C" __attribute__((used, visibility("default"))) inline const char* simt_programs() {
+  static thread_local std::string lines;
+  lines.clear();
+  for (const auto& [kernel, threads, shared] : machine().programs) {
+    const auto offset = reinterpret_cast<intptr_t>(kernel) - reinterpret_cast<intptr_t>(&simt_launches);
+    lines += std::to_string(offset) + " " + std::to_string(threads) + " " + std::to_string(shared) + "\n";
+  }
+  return lines.c_str();
+}
+
 // Runs a kernel as kernel<<<grid, block, shared>>>(args...) would.
 template <class Kernel, class... Args>
 void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shared, Args... args) {
@@ -328,6 +342,7 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
     throw std::logic_error(std::string(name) + ": threads not in whole warps");
   m.name = name;
   ++m.launches;
+  m.programs.emplace(reinterpret_cast<const void*>(kernel), threads, shared);
   m.grid = grid;
   const char* const ulps = std::getenv("ASA_OPS_SIMT_ULPS");  // at every launch, since one process may ask for both
   m.ulps = ulps == nullptr ? 0 : std::atoi(ulps);

@@ -1,14 +1,12 @@
 """The CUDA kernels of csrc/cuda on the CPU, behind csrc/testing/simt.h: tiny and ragged sizes.
 
 What every implementation must do is in test_implementations.py; here is every case in every precision, on both sets
-of kernels, what these are made of, and how they compile.
+of kernels, and what these are made of. How they compile is in tests/bench/test_cuda_budget.py.
 """
 
 import math
 import os
-import re
 import shlex
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -231,54 +229,6 @@ def test_launches_of_a_call(kernel_set, name, forward, backward, learns):
     out.sum().backward()
     counts.append(simt.launches())
     assert (counts[1] - counts[0], counts[2] - counts[1]) == (forward, backward + learns)
-
-
-# How the kernels compile.
-
-
-# Bytes that kernels of float32 may spill: wide sums of products that no tensor core forms. Half precisions: none.
-SINGLE_SPILLS = 32
-FUSED = ("asa_topk", "asa_statistics", "asa_mask", "asa_sums", "asa_dt")  # kernels with tiles
-KERNEL_SOURCES = [x for x in simt.SOURCES if x.name != "call.cu"]
-
-
-def check_budget(source: Path, told: str, compiled: Path) -> None:
-    """Check registers and spills, and tensor cores and asynchronous copies in kernels with tiles."""
-    reports = re.findall(r"Compiling entry function '(\S+)'.*?(\d+) bytes spill stores.*?Used (\d+)", told, re.S)
-    for name, spilt, registers in reports:
-        halves = "Half" in name or "BFloat16" in name
-        assert int(spilt) <= (0 if halves else SINGLE_SPILLS) and int(registers) <= 255, (name, spilt, registers)
-    triton = pytest.importorskip("triton")  # which brings a disassembler along
-    disassemble = [Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump", "-sass", compiled]
-    listing = subprocess.run(disassemble, check=True, capture_output=True, text=True).stdout
-    kernels = [(kernel.split()[0], kernel) for kernel in listing.split("Function : ")[1:]]
-    assert sorted(name for name, _ in kernels) == sorted(name for name, *_ in reports) and kernels
-    kernels = [(name, kernel) for name, kernel in kernels if any(f"{x}_kernel" in name for x in FUSED)]
-    assert len(kernels) >= 3 * (source.stem in ("scores", "select", "sums"))
-    for name, kernel in kernels:
-        assert ("HMMA" in kernel) == ("Half" in name or "BFloat16" in name) and "LDGSTS" in kernel, name
-
-
-@pytest.mark.parametrize("source", KERNEL_SOURCES, ids=lambda source: source.stem)
-def test_built_kernels_keep_to_their_budget(source):
-    """As they were compiled with the extension, for one architecture."""
-    built = [folder for folder in (simt.ROOT / "build/cuda").glob("*") if "-" not in folder.name]
-    if not built:
-        pytest.skip("the extension was built without CUDA kernels, or for several architectures")
-    for folder in built:
-        compiled = folder / source.relative_to(simt.ROOT / "csrc/cuda").with_suffix(".o")
-        check_budget(source, compiled.with_suffix(".registers").read_text(), compiled)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc here")
-@pytest.mark.parametrize("architecture", ["80", "90a", "100"])
-@pytest.mark.parametrize("source", KERNEL_SOURCES, ids=lambda source: source.stem)
-def test_kernels_keep_to_their_budget(source, architecture, tmp_path):
-    flags = ["-std=c++17", "-O3", "--fmad=false", f"-arch=sm_{architecture}", "-Xptxas", "-v", "-cubin"]
-    run = subprocess.run(["nvcc", *flags, source, "-o", tmp_path / "kernels.cubin"], capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    check_budget(source, run.stderr, tmp_path / "kernels.cubin")
 
 
 # In processes of their own.

@@ -95,7 +95,7 @@ def test_a_mistake_is_told(mistake, mistakes):
 @emulated
 @pytest.mark.slow
 @extremes
-def test_nothing_out_of_bounds_under_sanitizers(reversed):
+def test_wrappers_stay_in_bounds_under_sanitizers(reversed):
     told(sanitize=True, ASAN_OPTIONS="detect_leaks=0", **({"ASA_OPS_SIMT_REVERSED": "1"} if reversed else {}))
 
 

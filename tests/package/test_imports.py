@@ -20,6 +20,7 @@ TRITON = ["asa_ops.asa.triton", "asa_ops.criss_cross.triton", "asa_ops.core.trit
 # Beside asa_ops and its own folder: what files of bench, examples and tests import of the others.
 ACROSS = {
     "bench": ["examples.files"],  # how files are written there and here
+    "bench.cuda": ["tests.simt"],  # the emulation of the kernels
     "tests.bench": ["bench", "examples.files"],
     "tests.bench_cases": ["bench"],
     "tests.examples": ["examples"],

@@ -85,7 +85,7 @@ __global__ void __launch_bounds__(kThreads)
 
 // dq.
 template <class T>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, kPrograms)
     asa_finish_dq_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts sums, T* dq) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;

@@ -238,7 +238,9 @@ void sum_survivors(Sum what, const Problem<T>& p, const Lists& lists, const RowG
   g.lists = lists, g.parts = parts, g.totals = totals;
   switch (what) {
     case Sum::kValues: return run<T, Form::kGrowing>(g, p.v, p.width_v, stream);
-    case Sum::kDelta: return run<T, 64, Form::kDelta>(g, stream);
+    case Sum::kDelta:
+      if constexpr (std::is_same_v<T, float>) run<T, 64, Form::kDelta>(g, stream);  // finish.cu says why
+      return;
     case Sum::kDq: return run<T, Form::kGradient>(g, p.k, p.width, stream);
     case Sum::kDk: return run<T, Form::kGradient>(g, p.q, p.width, stream);
     case Sum::kDv: return run<T, Form::kWeight>(g, p.d_out, p.width_v, stream);
