@@ -49,7 +49,7 @@ struct Operands {
 };
 
 template <class T, int WIDTH, Form FORM>
-__global__ void __launch_bounds__(kThreads) asa_sums_kernel(Operands<T> g) {
+__global__ void __launch_bounds__(kThreads, 2) asa_sums_kernel(Operands<T> g) {
   constexpr bool kGradients = FORM == Form::kGradient || FORM == Form::kDelta;
   constexpr int kSummed = FORM == Form::kDelta ? 0 : WIDTH / kColumns<T>;  // chunks
   using Shape = Layout<T, WIDTH>;
