@@ -46,7 +46,16 @@ def load(sanitize: bool = False) -> None:
 
 def launches() -> int:
     """Return how many kernels ran in this process."""
-    count = ctypes.CDLL(str(build())).simt_launches
+    return _count("launches")
+
+
+def products() -> int:
+    """Return how many products of warpgroups they formed."""
+    return _count("products")
+
+
+def _count(what: str) -> int:
+    count = getattr(ctypes.CDLL(str(build())), f"simt_{what}")
     count.restype = ctypes.c_int64
     return count()
 

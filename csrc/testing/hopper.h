@@ -279,6 +279,7 @@ class Hopper : public Engine {
 
   void commit() {
     WarpState& warp = this_warp();
+    machine().products += static_cast<int64_t>(warp.open.size());
     warp.batches.push_back(std::exchange(warp.open, {}));
     warp.fenced = false;
   }

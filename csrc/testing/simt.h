@@ -199,6 +199,7 @@ struct Machine {
   int ulps = 0;
   uint32_t random = 1;
   int64_t launches = 0;  // of kernels, so far
+  int64_t products = 0;  // of warpgroups so far, each counted by its four warps
   std::set<std::tuple<const void*, int, size_t>> programs;  // launched so far: kernel, threads, bytes of shared memory
 };
 
@@ -321,6 +322,11 @@ inline void run_block() {
 
 // How many kernels ran in this process, for the tests.
 extern "C" __attribute__((used, visibility("default"))) inline int64_t simt_launches() { return machine().launches; }
+
+// How many products of warpgroups.
+extern "C" __attribute__((used, visibility("default"))) inline int64_t simt_products() {
+  return machine().products / 4;
+}
 
 // The different programs launched in this process, a line each: where the kernel lies behind simt_launches, its threads,
 // its bytes of shared memory.

@@ -28,6 +28,9 @@ struct Memory {
   static_assert(kBytes <= kSharedBytes);
 };
 
+// For which warpgroups, a bit each, products decide the tile of an entry.
+__device__ __forceinline__ uint32_t undecided(uint32_t entry) { return entry / kEntryFirst & ~(entry / kEntryWhole); }
+
 // Whether two products decide a tile: that of the transposed one too.
 template <class T>
 __device__ __forceinline__ bool takes_two(const Problem<T>& p) {
@@ -53,6 +56,7 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lis
     copy_bytes(memory.queries, p.q + own, own_bytes, memory.own_full);
     if (two) copy_bytes(memory.keys, p.k + own, own_bytes, memory.own_full);
     for (int e = item.first; e < item.end; ++e) {
+      if (!undecided(entries[e])) continue;
       const int64_t other = keys + int64_t(entries[e] & kEntryBlock) * kBlock * D;
       const auto fill = [&](const T* from) {
         memory.others.fill(position++, kBlockBytes,
@@ -96,12 +100,18 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
       }
       barrier_wait(memory.own_full, turn++ & 1);
       for (int e = item.first; e < item.end; ++e) {
-        const uint32_t entry = uint32_t(uniform(int(entries[e])));
+        const uint32_t entry = uint32_t(uniform(int(entries[e]))), open = undecided(entry);
         const uint32_t first = position, second = two ? position + 1 : position;
-        position = second + 1;
-        if (!(entry & kEntryFirst << group)) {
-          memory.others.wait(first), memory.others.free(first);
-          if (two) memory.others.wait(second), memory.others.free(second);
+        if (open) position = second + 1;
+        if (!(open >> group & 1)) {
+          if (open) {
+            memory.others.wait(first), memory.others.free(first);
+            if (two) memory.others.wait(second), memory.others.free(second);
+          }
+          const Words all{~0u, ~0u};
+          if (entry & kEntryFirst << group)
+            store_bits(p, saved, z, image, block, int(entry & kEntryBlock), entry & kEntryLocal, {all, all, all},
+                       thread % kBlock, thread / kBlock);
           continue;
         }
         const int j = int(entry & kEntryBlock);
