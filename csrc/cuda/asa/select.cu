@@ -192,7 +192,6 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int blocks = p.rows.blocks(), padded = p.rows.padded;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, image = image_of(z, p.heads, p.per_image);
-  const int n_keys = p.keys.counts[image];
   const Entries list(plan.lists, blockIdx.x);
   const int length = plan.lists.lengths[blockIdx.x];
   const Thresholds& thresholds = plan.thresholds;
@@ -225,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
 #pragma unroll
         for (int i = 2 * high; i < 2 * high + 2; ++i) {
           const float s2 = s[n][i] * p.scale2;
-          const bool kept = s2 - lse2 > cut2 && s2 >= kappa2 && j * kBlock + at.column_of(n, i) < n_keys;
+          const bool kept = s2 - lse2 > cut2 && s2 >= kappa2;
           bits |= uint32_t(kept) << (4 * n + i);
         }
     }
@@ -241,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
 #pragma unroll
           for (int high = 0; high < 2; ++high) {
             const float s2 = s[n][i + 2 * high] * p.scale2;
-            const bool kept = s2 - lse2 > cut2 && s2 >= kappa2 && block * kBlock + at.row + 8 * high < n_keys;
+            const bool kept = s2 - lse2 > cut2 && s2 >= kappa2;
             back |= uint32_t(kept) << (4 * n + i + 2 * high);
           }
         }

@@ -87,7 +87,7 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
   work.each([&](const Item& x) {
     const Item item = uniform_item(x);
     const int z = work.head(item), block = work.block(item) + group;
-    const int image = image_of(z, p.heads, p.per_image), n_keys = p.keys.counts[image];
+    const int image = image_of(z, p.heads, p.per_image);
     const uint32_t* const entries = lists.entries + int64_t(item.tile) * lists.others;
     const int64_t keys = row_at(z, p.keys.padded, 0);
     if (item.first < item.end) {
@@ -115,48 +115,57 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
           continue;
         }
         const int j = int(entry & kEntryBlock);
-        float s[kBlock / 2];
-        memory.others.wait(first);
-        products_fence();
-        multiply_rows<T, kBlock, D>(s, query, kChunkBytes, memory.others.address(first), kChunkBytes, true);
-        products_commit();
-        products_wait<0>();
-        settled(s);
-        memory.others.free(first);
-        uint32_t bits = 0, back = 0;
+        float s[kBlock / 2], t[kBlock / 2];
+        const auto start = [&](uint32_t at_position, uint32_t left, float (&sum)[kBlock / 2]) {
+          memory.others.wait(at_position);
+          products_fence();
+          multiply_rows<T, kBlock, D>(sum, left, kChunkBytes, memory.others.address(at_position), kChunkBytes, true);
+          products_commit();
+        };
+        // A_ij from s_ij, and A_ji from s_ji laid out alike.
+        const auto judge_rows = [&](const float (&sum)[kBlock / 2]) {
+          uint32_t bits = 0;
 #pragma unroll
-        for (int n = 0; n < kBlock / 8; ++n)
+          for (int x = 0; x < kBlock / 2; ++x)
+            bits |= uint32_t(sum[x] * p.scale2 - own[x / 2 % 2].lse2 > own[x / 2 % 2].cut2) << x;
+          if (has_topk)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float s2 = s[4 * n + i] * p.scale2;
-            const bool kept = s2 - own[i / 2].lse2 > own[i / 2].cut2 && s2 >= own[i / 2].kappa2 &&
-                              j * kBlock + 8 * n + at.column + i % 2 < n_keys;
-            bits |= uint32_t(kept) << (4 * n + i);
-          }
-        if (p.mutual) {
-          if (two) {
-            memory.others.wait(second);
-            products_fence();
-            multiply_rows<T, kBlock, D>(s, key, kChunkBytes, memory.others.address(second), kChunkBytes, true);
-            products_commit();
-            products_wait<0>();
-            settled(s);
-            memory.others.free(second);
-          }
+            for (int x = 0; x < kBlock / 2; ++x)
+              bits &= ~(uint32_t(!(sum[x] * p.scale2 >= own[x / 2 % 2].kappa2)) << x);
+          return bits;
+        };
+        const auto judge_columns = [&](const float (&sum)[kBlock / 2]) {
           const int64_t column = keys + j * kBlock + at.column;
+          uint32_t bits = 0;
 #pragma unroll
-          for (int n = 0; n < kBlock / 8; ++n)
+          for (int x = 0; x < kBlock / 2; ++x) {
+            const int64_t row = column + x / 4 * 8 + x % 2;
+            bits |= uint32_t(sum[x] * p.scale2 - thresholds.lse2[row] > thresholds.cut2[row]) << x;
+          }
+          if (has_topk)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              const float lse2 = thresholds.lse2[column + 8 * n + k], cut2 = thresholds.cut2[column + 8 * n + k];
-              const float kappa2 = has_topk ? thresholds.kappa2[column + 8 * n + k] : -INFINITY;
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const float s2 = s[4 * n + 2 * half + k] * p.scale2;
-                const bool kept = s2 - lse2 > cut2 && s2 >= kappa2 && block * kBlock + at.row + 8 * half < n_keys;
-                back |= uint32_t(kept) << (4 * n + 2 * half + k);
-              }
-            }
+            for (int x = 0; x < kBlock / 2; ++x)
+              bits &= ~(uint32_t(!(sum[x] * p.scale2 >= thresholds.kappa2[column + x / 4 * 8 + x % 2])) << x);
+          return bits;
+        };
+        uint32_t bits, back = 0;
+        start(first, query, s);
+        if (two) {  // no branch is taken while products are under way
+          start(second, key, t);
+          products_wait<1>();
+          settled(s);
+          memory.others.free(first);
+          bits = judge_rows(s);
+          products_wait<0>();
+          settled(t);
+          memory.others.free(second);
+          back = judge_columns(t);
+        } else {
+          products_wait<0>();
+          settled(s);
+          memory.others.free(first);
+          bits = judge_rows(s);
+          if (p.mutual) back = judge_columns(s);
         }
         const int row = thread % kBlock, side = thread / kBlock;
         const Found words = exchange_bits(p, memory.tiles[group], bits, back, j == block, at.row, at.column, row, side,
