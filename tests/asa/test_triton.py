@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -174,7 +175,7 @@ LAUNCHES = {  # of a forward and of a backward
 
 
 @pytest.mark.parametrize("name", LAUNCHES)
-def test_launches_of_a_call(monkeypatch, name):
+def test_a_call_is_at_most_nine_launches(monkeypatch, name):
     """What launching costs the host is most of a small call: kernels, and whatever torch does beside them.
 
     As on Hopper at head dim 256, where most sums are kernels of their own; on tensors without memory.
@@ -410,13 +411,56 @@ def test_every_kernel_can_be_read_at_once():
     assert {"_asa_mask_kernel", "_asa_finish_gradients_kernel", "_criss_cross_fwd_kernel"} < set(kernels)
 
 
-def compile_kernels(*options: str) -> str:
-    """Run what `make kernels` does, outside the interpreter; return its output."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.triton.budget", *options]
+def run_compiler(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python outside the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, *arguments]
     run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, env=environment, check=False)
     assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
-    return run.stdout
+    return run
+
+
+def compile_kernels(*options: str) -> str:
+    """Run what `make kernels` does; return its output."""
+    return run_compiler("-m", "bench.triton.budget", *options).stdout
+
+
+COMPILE_SOME = """
+import sys, triton
+from asa_ops.core import triton_launch
+from bench.triton import budget
+
+triton_launch.SLOW = float(sys.argv[1])
+missed = []
+triton.knobs.compilation.listener.others = lambda cache_hit, **_: missed.append(not cache_hit)
+for source in budget.sources((90,), (64,), ("bfloat16",), ("order", "lists", "arrange_backward")):
+    triton.compile(source.text, target=budget.GPUTarget("cuda", 90, 32), options=vars(source.options))
+print(len(missed), sum(missed))
+"""
+
+
+def test_compiling_is_told_and_done_once_for_all_processes(tmp_path):
+    """Nothing in a kernel's key changes from process to process, and a process that compiles nothing is silent."""
+    told = "asa_ops: Triton compiles kernels"
+    cold, warm = (run_compiler("-c", COMPILE_SOME, "0", TRITON_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    (looked_up, compiled), again = map(int, cold.stdout.split()), warm.stdout.split()
+    assert compiled > 3 and cold.stderr.count(told) == 1
+    assert again == [str(looked_up), "0"] and told not in warm.stderr
+
+
+def test_compiling_is_told_after_two_seconds(caplog):
+    """Of our kernels, compiled and not found in Triton's cache; whoever listened before still hears of all."""
+    heard = []
+    listener = triton_launch.CompileListener(lambda **given: heard.append(given["cache_hit"]))
+
+    def compile_for(seconds, cache_hit=False, module="asa_ops.asa.triton.sums"):
+        kernel, times = SimpleNamespace(__module__=module), SimpleNamespace(total=1e6 * seconds)
+        listener(src=SimpleNamespace(fn=kernel), metadata={}, metadata_group={}, times=times, cache_hit=cache_hit)
+        return len(caplog.messages)
+
+    assert [compile_for(9, cache_hit=True), compile_for(9, module="somebody"), compile_for(1.5)] == [0, 0, 0]
+    assert [compile_for(1), compile_for(3)] == [1, 1] and caplog.messages[0].endswith(" 2 s so far.")
+    assert heard == [True, False, False, False, False]
 
 
 def test_kernels_keep_to_their_budget_at_head_dim_256_on_hopper():
