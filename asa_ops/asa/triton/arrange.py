@@ -315,12 +315,12 @@ def find_orders(problem: Problem) -> Orders:
     rows = keys if problem.n == problem.n_keys else new(problem.n)
     orders = Orders(rows, keys, problem.new(problem.n_heads, NOTES, dtype=torch.int32))
     height, width = grid if 0 not in grid else (1, problem.n_keys)
-    longest = max(rows.padded, keys.padded)
-    programs = (longest // PAD, PAD) if real is None else (1, 1024)
+    # With padding, one program an image counts the real tokens.
+    programs, block = (max(rows.padded, keys.padded) // PAD, PAD) if real is None else (1, 1024)
     triton_launch.launch(
-        _asa_order_kernel, (images, programs[0], 1 if rows is keys else 2),
+        _asa_order_kernel, (images, programs, 1 if rows is keys else 2),
         None if real is None else real.contiguous().view(torch.uint8), orders, height, width, problem.n,
-        problem.n_keys, problem.n_heads, BLOCK=programs[1],
+        problem.n_keys, problem.n_heads, BLOCK=block,
     )  # fmt: skip
     return orders
 

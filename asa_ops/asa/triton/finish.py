@@ -507,13 +507,13 @@ def finish_gradients(
     """Write all gradients, of thresholds where they are asked for."""
     alpha, beta = problem.inputs[3:5]
     factors = Factors(problem.scale, problem.scale2, band or 1.0)
-    # Rows take more registers than keys, those of thresholds that learn most. Small programs leave room for more of
-    # them side by side: three on a multiprocessor where a thread has at most 168.
-    block = problem.block // (problem.warps // 4)
+    # Rows take more registers than keys, most where thresholds learn and in float32. Small programs leave room for more
+    # of them side by side: three on a multiprocessor where a thread has at most 168.
+    block, learns = problem.block // (problem.warps // 4), band is not None
     triton_launch.launch(
         _asa_finish_gradients_kernel, (problem.n_heads * (problem.padded + problem.key_padded) // block,), sums,
         bits, tokens, thresholds, row, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
         Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
         problem.sharing, problem.n_heads, problem.n, problem.n_keys, problem.grid_width, problem.dim, problem.dim_v,
-        ROWS=_rows(problem, block), registers=255 if band is not None else 168,
+        ROWS=_rows(problem, block), registers=255 if learns or problem.dtype.itemsize == 4 else 168,
     )  # fmt: skip

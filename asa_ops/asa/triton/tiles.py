@@ -32,9 +32,8 @@ UNROLL = tl.constexpr(3)  # offsets of the window at a time, so that their loads
 
 # Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
 SCALARS = [
-    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach", "blocks",
-    "others", "row_blocks", "key_blocks", "tiles", "other_tiles", "alpha_stride_b", "alpha_stride_h", "alpha_stride_n",
-    "beta_stride_b", "beta_stride_h", "beta_stride_n",
+    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach",
+    "alpha_stride_b", "alpha_stride_h", "alpha_stride_n", "beta_stride_b", "beta_stride_h", "beta_stride_n",
 ]  # fmt: skip
 
 
