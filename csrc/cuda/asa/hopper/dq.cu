@@ -58,8 +58,8 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
   const Work<T> work(p, lists, true, memory.stretches);
   constexpr int kRows = kReaders * kBlock;
   const Place at;
-  const uint32_t query = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
-  const uint32_t gradient = shared_address(memory.gradients) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t gradient = uniform_address(memory.gradients) + group * Memory<D>::kBlockBytes;
   uint32_t position = 0, turn = 0;
 
   work.each([&](const Item& x) {

@@ -77,7 +77,7 @@ __device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics
   constexpr int kColumns = Memory<D>::kColumns, kParts = Memory<D>::kParts;
   const Place at;
   const int lane = thread_number() % 32;
-  const uint32_t own = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t own = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
   uint32_t position = 0, freed = 0, turn = 0;
   // Starts the products of a tile, a batch a slot.
   const auto start = [&](float (&s)[kKeys / 2]) {

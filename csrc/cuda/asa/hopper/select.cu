@@ -77,8 +77,8 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
   const Work<T> work(p, lists, true, memory.stretches);
   const Place at;
   const int thread = thread_number() % kGroup;
-  const uint32_t query = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
-  const uint32_t key = shared_address(memory.keys) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t key = uniform_address(memory.keys) + group * Memory<D>::kBlockBytes;
   const bool two = takes_two(p);
   const Thresholds& thresholds = plan.thresholds;
   const bool has_topk = thresholds.kappa2 != nullptr;

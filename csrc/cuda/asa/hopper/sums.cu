@@ -144,7 +144,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
   const Place at;
   const int lane = thread_number() % 32;
   int* const counted = memory.counted + group * kBlock + at.row;
-  const uint32_t query = shared_address(memory.own) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.own) + group * Memory<D>::kBlockBytes;
   uint32_t before = 0, turn = 0;  // positions that items before took
 
   work.each([&](const Item& x) {
