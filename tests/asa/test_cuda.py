@@ -85,7 +85,7 @@ def test_threshold_gradients_of_several_tiles(kernel_set, dtype, options):
 @on_hopper  # the general set does so in test_implementations.py
 @each_half
 @each_case
-def test_equals_reference(kernel_set, dtype, case):
+def test_hopper_equals_reference(kernel_set, dtype, case):
     check_against_reference("cuda", *make(case, dtype))
 
 
