@@ -172,8 +172,7 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
                                           [&] { named_barrier(1 + group, kGroup); });
         store_bits(p, saved, z, image, block, j, entry & kEntryLocal, words, row, side);
       }
-      __syncwarp();
-      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);
+      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);  // after __syncwarp in free
     }
     if (!p.few && arrive_last_of(done + z, work.counted(item), load_fresh(plan.entries + z), 3, kReaders * kGroup))
       list_occupied(p, found, z, true, thread_number(), kReaders * kGroup);
@@ -191,8 +190,7 @@ __global__ void __launch_bounds__(kProgram, 1)
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
       barrier_init_done();
     }
-    __syncthreads();
-    Work<T>(p, plan.lists, true, memory.stretches).cut();
+    Work<T>(p, plan.lists, true, memory.stretches).cut();  // all threads meet there
   }
   const int group = group_of_thread();
   if (group == kReaders) {
