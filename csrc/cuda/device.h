@@ -167,8 +167,7 @@ inline int processors() { return device_attribute(cudaDevAttrMultiProcessorCount
 
 // 90 for 9.0.
 inline int compute_capability() {
-  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) +
-         device_attribute(cudaDevAttrComputeCapabilityMinor);
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 }  // namespace asa_ops::cuda
