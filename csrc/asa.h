@@ -178,7 +178,7 @@ struct MultiplierStrides {
         row(x.size(2) > 1 ? x.stride(2) : 0) {}
 };
 
-// Where the pieces of what is kept of one head begin, in bytes. asa_ops.asa.types.kept_sizes is the same in Python.
+// Where the pieces of what is kept of one head begin, in bytes. asa_ops.asa.types.kept_bytes is the same in Python.
 struct Kept {
   int64_t bits, kappa, log_mean, local, residual, base2, bytes = 0;
 

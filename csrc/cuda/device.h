@@ -186,7 +186,7 @@ void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads,
 
 inline void clear_memory(void* at, size_t bytes, cudaStream_t) { std::memset(at, 0, bytes); }
 
-inline int processors() { return 7; }  // so few that even small calls are cut into parts
+inline int processors() { return simt::processors(); }
 
 }  // namespace asa_ops::cuda
 

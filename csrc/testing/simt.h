@@ -7,7 +7,7 @@
 // run from the last to the first, copies arrive at once, and some blocks run at a time, which overtake one another where
 // one tells others of its results or reads theirs. A kernel that lacks a barrier gives other results then.
 // ASA_OPS_SIMT_ULPS=4 rounds as another kernel might: every product and sum is off by up to 4 units in the last place,
-// at random.
+// at random. ASA_OPS_SIMT_PROCESSORS=132 cuts work as for a GPU with so many.
 
 #pragma once
 
@@ -366,6 +366,12 @@ inline bool continue_block() {
     for (const auto& group : fiber.copies)
       if (!group.empty()) fail("asynchronous copies are under way at its end");
   return true;
+}
+
+// Multiprocessors: so few that even small calls are cut into parts, unless ASA_OPS_SIMT_PROCESSORS says how many.
+inline int processors() {
+  const char* const asked = std::getenv("ASA_OPS_SIMT_PROCESSORS");
+  return asked == nullptr ? 7 : std::atoi(asked);
 }
 
 // How many kernels ran in this process, for the tests.

@@ -107,12 +107,51 @@ LONG = Case("long", grid=(20, 29), batch=1, heads=2, dim=64, sharpness=3.0)  # t
     ],
     ids=["plain", "wide", "dense", "sharp", "padding", "one_way", "fewer_keys"],
 )
-def test_lists_that_programs_share(kernel_set, dtype, case):
+def test_lists_that_programs_share(kernel_set, dtype, case, monkeypatch):
     """Parts of a list are added up by the last program to come; rings of slots are used many times."""
     inputs, options = make(case, dtype)
     check_against_reference("cuda", inputs, options)
+    monkeypatch.setenv("ASA_OPS_SIMT_PROCESSORS", "100")
+    check_against_reference("cuda", inputs, options)
     once, again = (call_and_gradients("cuda", inputs, options) for _ in range(2))
     assert equal(once, again)
+
+
+@each_half
+@pytest.mark.parametrize("processors", [7, 20, 132])
+def test_programs_without_work_are_not_waited_for(dtype, processors, monkeypatch):
+    """One list has all entries but those that empty ones count as: fewer than programs, which share it."""
+    monkeypatch.setenv("ASA_OPS_SIMT_PROCESSORS", str(processors))
+    short, options = make(Case("short", (16, 32), 1, 1, 64, 64, beta=None, options={"reciprocal": False}), dtype)
+    query, key, _, alpha, _ = short
+    alpha.fill_(math.inf)
+    alpha[0, 0, 130], query[0, 0, 130, 0], key[0, 0, [3, 70], 0] = 1, 40, 4
+    dense, others = make(replace(LONG, heads=1, alpha=None, beta=None), dtype)
+    others["key_padding_mask"] = torch.arange(580)[None] < 128  # one list has entries
+    for inputs, options in ((short, options), (dense, others)):
+        results = []
+        for asked in "01":
+            monkeypatch.setenv("ASA_OPS_HOPPER", asked)
+            results.append(call_and_gradients("cuda", inputs, options))
+        assert torch.equal(results[0][3], results[1][3])  # survivors
+        for general, hopper in zip(*results, strict=True):
+            torch.testing.assert_close(hopper, general, rtol=0.01, atol=1e-3)
+
+
+@each_half
+def test_a_backward_of_one_set_follows_a_forward_of_the_other(dtype, monkeypatch):
+    """What a forward keeps is the same: a process may be told otherwise in between."""
+    inputs, options = make(replace(LONG, heads=1, grid=(9, 15)), dtype)
+    results = []
+    for forward, backward in (("1", "1"), ("1", "0"), ("0", "1")):
+        monkeypatch.setenv("ASA_OPS_HOPPER", forward)
+        leaves = with_grad(inputs)
+        out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl="cuda")
+        monkeypatch.setenv("ASA_OPS_HOPPER", backward)
+        results.append(torch.autograd.grad(out.float().square().sum(), leaves))
+    for others in results[1:]:
+        for x, y in zip(results[0], others, strict=True):
+            torch.testing.assert_close(x, y, rtol=0.05, atol=0.02 * float(x.abs().max()))
 
 
 @on_hopper

@@ -104,7 +104,7 @@ bool keeps_peaks(const Arguments& x) { return x.options.band > 0 && x.alpha; }
 
 int groups_of(int64_t n) { return (padded(n) / kBlock + 31) / 32; }
 
-// What is kept of the bits of a head, and where it begins, in bytes. asa_ops.asa.types.bits_bytes is the same in Python.
+// What is kept of the bits of a head, and where it begins, in bytes. asa_ops.asa.types.bits_shape is the same in Python.
 struct KeptBits {
   int64_t one_way, peaks, occupied, occupied_columns, offered, bytes;  // survivors come first
 
@@ -141,7 +141,9 @@ template <class T>
 bool runs_on_hopper(const Arguments& x) {
   const char* const asked = std::getenv("ASA_OPS_HOPPER");
   if (asked == nullptr || std::string(asked) != "1") return false;
-  if (std::is_same_v<T, float> || !(x.options.scale > 0)) return false;
+  if (std::is_same_v<T, float> || !(static_cast<float>(x.options.scale * kLog2E) > 0)) return false;
+  // Entries of lists are counted in 32 bits.
+  if (x.n_heads() * (padded(x.n_q()) / kBlock) > INT32_MAX / (padded(x.n_k()) / kBlock)) return false;
 #if defined(__CUDACC__)
   return std::string(ASA_OPS_CUDA_ARCHS).find("90a") != std::string::npos && compute_capability() == 90;
 #else
@@ -223,7 +225,8 @@ class Call {
         return PerHead<Half>{scratch_.template get<Half>(p_.n_heads * stride), stride};
       };
       if (p_.peaks.data == nullptr) p_.peaks = new_bounds();
-      if (on_hopper_) p_.floors = new_bounds();
+      // With alpha a row with a score that is NaN, which no floor shows, has no neighbours.
+      if (on_hopper_ && arguments_.alpha) p_.floors = new_bounds();
       plan.thresholds = {scratch_.template get<float>(rows), scratch_.template get<float>(rows),
                          p_.topk > 0 ? scratch_.template get<float>(rows) : nullptr};
       // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i: in these tiles too.
@@ -232,7 +235,7 @@ class Call {
       plan.reached = tile_bits(scratch_.template get<uint32_t>(p_.n_heads * tile_words));
       plan.reached_back = tile_bits(get_cleared(p_.n_heads * tile_words));
       plan.local = tile_bits(get_cleared(p_.n_heads * tile_words));
-      if (on_hopper_) {
+      if (p_.floors.data != nullptr) {
         plan.whole = tile_bits(scratch_.template get<uint32_t>(p_.n_heads * tile_words));
         plan.whole_back = tile_bits(get_cleared(p_.n_heads * tile_words));
       }

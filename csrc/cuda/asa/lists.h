@@ -28,8 +28,8 @@ __device__ __forceinline__ int sum_before(int x, int* in_warps, int& all) {
 }
 
 // A thread a tile of rows, among `threads`: lists of a head. word_of(block, group) has the bits of 32 tiles of a block
-// of rows, local_of those that may hold pairs of a window.
-// whole_of those whose pairs are all neighbours. `all`, if given, counts those of all lists, and an empty one as one.
+// of rows, local_of those that may hold pairs of a window, whole_of those whose pairs are all neighbours. `all`, if
+// given, counts the entries of all lists, and an empty one as one.
 template <class Words, class Local, class Whole>
 __device__ __forceinline__ void list_tiles(const Lists& lists, int z, int row_blocks, int thread, int threads,
                                            Words word_of, Local local_of, Whole whole_of, uint32_t* all = nullptr) {

@@ -114,8 +114,9 @@ struct Problem {
   TileBits occupied, occupied_columns;  // tiles with a survivor, [row block, key block] and transposed
   TileBits offered;  // beside `one_way`: whether a key of the block J has a query of the block I as its neighbour
   PerHead<Half> peaks;  // [key block, row] at least the largest score of a row with the keys of a block
-  PerHead<Half>
-      floors;  // [key block, row] at least the smallest one, negated; -inf if a key is missing; may be left out
+  // [key block, row] the smallest of these scores with its sign turned, or a little more; inf if a key is missing. They
+  // may be left out.
+  PerHead<Half> floors;
 };
 
 // What a forward pass returns, in raster order, [n_heads, n] and more, and what it keeps of every head.

@@ -1,4 +1,4 @@
-// The graph of all survivors.
+// The columns of all survivors, row by row.
 
 #include "rows.h"
 

@@ -119,7 +119,7 @@ __device__ __forceinline__ void copy_bytes(void* to, const void* from, uint32_t 
                : "memory");
 }
 
-// A thread's registers from here on, of all threads of a warpgroup: a multiple of 8 from 24 to 240. Registers of a
+// A thread's registers from here on, of all threads of a warpgroup: a multiple of 8 from 24 to 256. Registers of a
 // program are handed on: `more` waits until others have given as many back by `fewer`.
 template <int COUNT>
 __device__ __forceinline__ void more_registers() {

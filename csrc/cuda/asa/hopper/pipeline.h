@@ -105,7 +105,9 @@ class Work {
     int own = 0;
     for (int tile = from; tile < to; ++tile) own += counted(tile);
     int total, start = sum_before<kProgram>(own, stretches.in_warps, total);
-    const auto first_of = [&](int program) { return int(int64_t(total) * program / gridDim.x); };
+    // No stretch is empty but those of the last programs: whoever has a part of a list comes to add it up.
+    const int busy = min(total, int(gridDim.x));
+    const auto first_of = [&](int program) { return program < busy ? int(int64_t(total) * program / busy) : total; };
     if (threadIdx.x <= gridDim.x) stretches.first[threadIdx.x] = first_of(threadIdx.x);
     const int first = first_of(blockIdx.x);
     if (start <= first && first < start + own) {

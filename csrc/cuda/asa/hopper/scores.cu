@@ -137,8 +137,9 @@ __device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics
               const float top = max_over_quad(peak[side]) * p.scale2;
               const float bottom = max_over_quad(-floor[side]) * p.scale2;
               const int64_t to = int64_t(2 * tile + side) * p.rows.padded + row + 8 * half;
-              if (lane % 4 == 0 && there && 2 * tile + side < p.keys.blocks())
-                p.peaks.of(z)[to] = above(top), p.floors.of(z)[to] = above(bottom);
+              if (lane % 4 == 0 && there && 2 * tile + side < p.keys.blocks()) p.peaks.of(z)[to] = above(top);
+              if (lane % 4 == 0 && there && 2 * tile + side < p.keys.blocks() && p.floors.data != nullptr)
+                p.floors.of(z)[to] = above(bottom);
             }
           }
         }
