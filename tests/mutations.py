@@ -160,10 +160,9 @@ class Source:
         """Positions and turns, whose parity is a phase."""
         declared = re.findall(r"\buint32_t ([^;(]+);", self.code)
         for name in dict.fromkeys(re.findall(r"\b(\w+) = 0\b", ", ".join(declared))):
-            advance = rf"\b{name}\+\+|\+\+{name}\b|\b{name} (?:\+=|=) (?!0\b)[^;,){{}}]+"
+            advance = rf"\b{name}\+\+|\+\+{name}\b|\b{name} \+= [^;,){{}}]+|\b{name} = \w+ \+ \w+(?=;)"
             for place in re.finditer(advance, self.code):
-                if "&" not in place[0]:
-                    self._add(place.start(), place.end(), "phase", name)
+                self._add(place.start(), place.end(), "phase", name)
 
     def mutated(self) -> str:
         text, done = "", 0

@@ -4,10 +4,10 @@
 // As unkind as the hardware may be. From the issue of a product until the wait for its batch its registers are NaN and
 // must not be touched. It reads shared memory when it is waited for and no thread can go on otherwise; with
 // ASA_OPS_SIMT_REVERSED=1 when it is issued. A copy spoils its destination when it is issued and arrives when it is
-// waited for and nothing else can go on; reversed, at once. Now and then a thread that comes to a barrier dawdles before
-// it looks whether the phase is over. What cannot be right on the hardware is an error: waiting for what never comes,
+// waited for and nothing else can go on, mostly later than those issued after it; reversed, at once. Now and then a
+// thread that comes to a barrier dawdles before it looks whether the phase is over. What cannot be right on the hardware is an error: waiting for what never comes,
 // too many arrivals, barriers used before they are there for all, a batch without fence, commit or wait, lanes or warps
-// that should act alike and do not, registers that nobody gave back.
+// that should act alike and do not, registers that nobody gave back or that nobody took.
 //
 // Addressing is that of the PTX manual: the 128-byte swizzle is address bits 4 to 6 ^= bits 7 to 9, operands lie in its
 // canonical layouts. It does not tell of shared memory that products or copies read without fence_proxy_async before.

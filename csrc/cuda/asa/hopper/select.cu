@@ -172,7 +172,7 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
                                           [&] { named_barrier(1 + group, kGroup); });
         store_bits(p, saved, z, image, block, j, entry & kEntryLocal, words, row, side);
       }
-      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);  // after __syncwarp in free
+      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);  // lanes have met in uniform since their wait
     }
     if (!p.few && arrive_last_of(done + z, work.counted(item), load_fresh(plan.entries + z), 3, kReaders * kGroup))
       list_occupied(p, found, z, true, thread_number(), kReaders * kGroup);
