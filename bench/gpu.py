@@ -52,7 +52,7 @@ from .measure import ROOT
 from .record import Case, Profile, Record, Step, Tally
 
 # Shares of the budget: of the first steps, and of those behind them.
-SECONDS = {"build": 60, "hardware": 20, "correct": 80, "blind": 25, "timings": 80, "profile": 25}
+SECONDS = {"build": 60, "hardware": 30, "correct": 80, "blind": 30, "timings": 80, "profile": 25}
 LATER = {"tests": 150, "configs": 110, "sanitizer": 60}
 STEPS = SECONDS | LATER
 ENOUGH = 20  # seconds for a later step to begin
@@ -69,12 +69,12 @@ BLIND = (
     "(test_scores_far_below_zero or test_equals_reference and sharp) and triton",  # bounded sums in the statistics
 )
 SANITIZED = """
-import torch
+import sys, torch
 from asa_ops import asa_attention
 from bench import workloads
 
 spec = workloads.Spec("asa", "11x13", 64, 2, 1, "bfloat16", "iid", None)
-impls, why_not = workloads.runnable(spec, "cuda", ["triton", "cuda"])
+impls, why_not = workloads.runnable(spec, "cuda", sys.argv[1:])
 for dtype, dim, options in (
     (torch.bfloat16, 64, {}),
     (torch.bfloat16, 256, {"topk": 9}),
@@ -85,8 +85,10 @@ for dtype, dim, options in (
     leaves += [torch.rand(1, 2, 143, device="cuda").add(0.5).requires_grad_() for _ in range(2)]
     for learn in (None, "straight_through"):
         for impl in impls:
-            out = asa_attention(*leaves, grid=(11, 13), threshold_grad=learn, impl=impl, **options)
-            torch.autograd.grad(out.float().square().sum(), leaves)
+            options["impl"] = "cuda" if impl == workloads.HOPPER else impl
+            with workloads.kernel_set(impl):
+                out = asa_attention(*leaves, grid=(11, 13), threshold_grad=learn, **options)
+                torch.autograd.grad(out.float().square().sum(), leaves)
 torch.cuda.synchronize()
 print("the calls ended:", impls, why_not)
 """
@@ -269,14 +271,17 @@ def sanitize(path: Path, limit: float) -> tuple[str, str]:
     sanitizer, log = tool("compute-sanitizer"), log_of(path)
     if sanitizer is None:
         return "skipped", "compute-sanitizer not found"
-    program = ["-c", SANITIZED]
+    impls = list(timings.IMPLS) if why_not_hopper(path.parent) is None else list(timings.IMPLS[:2])
     deadline = time.monotonic() + limit
-    status = run(program, log, limit / 2)  # compiles the kernels, which is slow under the tool
+    status = run(["-c", SANITIZED, *impls], log, limit / 2)  # compiles the kernels, which is slow under the tool
     if status != 0:
         return "timed out" if status is None else "failed", f"the program without the tool, see {log.name}"
     notes = []
     for check in ("memcheck", "racecheck"):
-        command = [sanitizer, "--tool", check, "--error-exitcode", "9", sys.executable, *program]
+        # It is not known that racecheck follows barriers that copies arrive at.
+        of_check = [impl for impl in impls if check == "memcheck" or impl != workloads.HOPPER]
+        program = [sys.executable, "-c", SANITIZED, *of_check]
+        command = [sanitizer, "--tool", check, "--error-exitcode", "9", *program]
         part = log.with_name(f"{check}.log")
         # Every tensor an allocation of its own, so that a step beyond its end shows.
         alone = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}

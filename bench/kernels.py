@@ -83,16 +83,13 @@ def launched(call: Callable) -> list[tuple[str, float]]:
 
 def profiled(spec: Spec, impl: str) -> Profile:
     workload = workloads.build(spec, "cuda", [impl], [])
-    method = f"asa {impl}"
-    if method in workload.skipped:
-        raise RuntimeError(workload.skipped[method])
-    call = workload.call(method, True)
+    call = workload.call(f"asa {impl}", True)
     if impl == "triton":
         flops = triton_operations(call, spec)
     else:
         flops = operations(spec, accounting.sparsity(workload.tensors, spec.grid))
     label = f"{spec.inputs} {spec.size}, D {spec.dim}"
-    return Profile(label, method, by_kernel(launched(call), flops, REPEATS))
+    return Profile(label, f"asa {impl}", by_kernel(launched(call), flops, REPEATS))
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -104,7 +101,8 @@ def main(arguments: list[str] | None = None) -> None:
     def row(spec: Spec, impl: str) -> Callable[[], object]:
         return lambda: dataclasses.asdict(profiled(spec, impl))
 
-    impls = timings.without_what_died(options.impl, options.file)
+    impls, why_not = workloads.runnable(SPECS[0], "cuda", timings.without_what_died(options.impl, options.file))
+    print("\n".join(f"{impl}: {reason}" for impl, reason in why_not.items()))
     # "hopper" first: it is what nobody has measured.
     rows = {f"{spec.inputs} {spec.dim} {impl}": row(spec, impl) for spec in SPECS for impl in reversed(impls)}
     progress.work(options.file, rows)

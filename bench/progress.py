@@ -3,6 +3,7 @@
     {"event": "state", "state": STATE}                the first line: what results are of, others begin anew
     {"event": "selected", "items": [ITEM, ...]}       what is to be done
     {"event": "started", "item": ITEM}
+    {"event": "cut", "item": ITEM}                    it was started, and the limit ended the call
     {"event": "outcome", "item": ITEM, "outcome": "passed", "seconds": 0.1, "message": "", ...}
     {"event": "step", "status": "passed", "seconds": 9.9, "note": ""}       how a call of the step ended
 
@@ -15,7 +16,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from examples import files
@@ -25,7 +26,7 @@ LOST = 77  # the exit status of a process that lost its device
 FATAL = ("illegal memory access", "misaligned address", "device-side assert", "unspecified launch failure")
 FATAL += ("illegal instruction", "invalid program counter", "hardware stack error")
 ENDED = "ended its process: a crash, or it hung"  # the message of such an item
-SECONDS = 60  # that an item may take: more than what compiles for long
+SECONDS = 45  # that an item may take: more than what compiles for long
 # A command again while it loses the device or dies, as often as that may help.
 AGAIN = f"""
 tries=0
@@ -82,17 +83,23 @@ def died(events: list[dict]) -> list[str]:
     return [x["item"] for x in events if x["event"] == "started" and x["item"] not in ended]
 
 
+def in_order(items: Iterable[str], events: list[dict]) -> list[str]:
+    """Return what has not ended, last what an earlier call was cut in."""
+    ended, cut = outcomes(events), {x["item"] for x in events if x["event"] == "cut"}
+    return sorted((item for item in items if item not in ended), key=cut.__contains__)
+
+
 def begin(path: Path, state: str) -> list[dict]:
     """Prepare the file for a call of the step and return its events: none of another state.
 
-    What a limit ended is to be done again, so it counts as not started.
+    What a limit ended is to be done again, after all others: it may hang.
     """
     header = {"event": "state", "state": state}
     events = read(path)
     if events[:1] != [header]:
         events = [header]
-    ended = outcomes(events)
-    events = [x for x in events if x["event"] != "started" or x["item"] in ended]
+    unfinished = died(events)
+    events = [x | {"event": "cut"} if x["event"] == "started" and x["item"] in unfinished else x for x in events]
     files.write(path, "".join(json.dumps(event) + "\n" for event in events))
     return events
 
@@ -109,18 +116,16 @@ def work(path: Path, items: dict[str, Callable[[], object]], seconds: int = SECO
     for item in died(events):
         append(path, event="outcome", item=item, outcome="failed", seconds=0, message=ENDED)
     append(path, event="selected", items=list(items))
-    ended = outcomes(read(path))
-    for item, do in items.items():
-        if item in ended:
-            continue
+    for item in in_order(items, read(path)):
         append(path, event="started", item=item)
         signal.alarm(seconds)
         started, outcome = time.monotonic(), {"outcome": "passed", "message": ""}
         try:
-            outcome["result"] = do()
+            outcome["result"] = items[item]()
         except Exception as error:  # whatever it raises is the finding
             outcome |= {"outcome": "failed", "message": describe(error)}
         signal.alarm(0)
+        print(f"{item}: {outcome['outcome']} {outcome['message']}", flush=True)
         append(path, event="outcome", item=item, seconds=round(time.monotonic() - started, 3), **outcome)
         if any(words in json.dumps(outcome) for words in FATAL):
             sys.exit(LOST)

@@ -45,16 +45,15 @@ def _to_do(path: Path, items: list) -> list:
     mine = {item.nodeid for item in items}
     for test in mine.intersection(progress.died(progress.read(path))):
         progress.append(path, event="outcome", item=test, outcome="failed", seconds=0, message=progress.ENDED)
-    ended = progress.outcomes(progress.read(path))
+    events = progress.read(path)
+    ended, tests = progress.outcomes(events), {item.nodeid: item for item in items}
     hung = collections.Counter(kernels(x["item"]) for x in ended.values() if x["message"] == progress.ENDED)
     found = []
-    for item in items:
-        if item.nodeid in ended:
-            continue
-        if kernels(item.nodeid) and hung[kernels(item.nodeid)] >= HUNG:
-            progress.append(path, event="outcome", item=item.nodeid, outcome="skipped", seconds=0, message=NOT_TRIED)
+    for test in progress.in_order(tests, events):
+        if kernels(test) and hung[kernels(test)] >= HUNG:
+            progress.append(path, event="outcome", item=test, outcome="skipped", seconds=0, message=NOT_TRIED)
         else:
-            found.append(item)
+            found.append(tests[test])
     return found
 
 

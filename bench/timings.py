@@ -23,7 +23,7 @@ from .record import MODES
 from .workloads import Spec
 
 ROUNDS = 15
-SECONDS = 120  # that a row may take: FlexAttention compiles for long
+SECONDS = 90  # that a row may take: FlexAttention compiles for long
 IMPLS = ("triton", "cuda", workloads.HOPPER)
 SDPA = ("sdpa cudnn", "sdpa flash", "sdpa efficient")
 CALLS = MODES[:2]

@@ -7,6 +7,7 @@ to work.
 
 import contextlib
 import fcntl
+import os
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -135,12 +136,16 @@ def impl(request):
 
 @contextlib.contextmanager
 def in_turn(case: Case) -> Iterator[None]:
-    """Let the large calls of all processes run one after another; skip what the memory left does not hold."""
+    """Let the large calls of a set of kernels run one after another; skip what the memory left does not hold.
+
+    Another set does not wait, for one that hangs would hold up both.
+    """
     n = case.grid[0] * case.grid[1]
     if n <= LARGE:
         yield
         return
-    with open(f"{tempfile.gettempdir()}/asa_ops_large_calls", "w") as lock:
+    kernels = os.environ.get(workloads.HOPPER_VARIABLE, "triton")
+    with open(f"{tempfile.gettempdir()}/asa_ops_large_{os.getuid()}_{kernels}", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         try:
             yield

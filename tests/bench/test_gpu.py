@@ -227,6 +227,7 @@ def test_rows_left_by_a_limit_are_done_by_the_next_call(monkeypatch, tmp_path):
     assert status == "timed out" and note.endswith("without the kernels for 9.0: the step hardware failed")
     events = progress.begin(path, "now")
     assert len(progress.left(events)) == 4 and not progress.died(events)
+    assert progress.in_order(["first", "wrong", "last"], events) == ["last", "wrong"]  # it may hang
     assert gpu.measure_rows(path, 100, "rows")[0] == "passed"
     assert progress.outcomes(progress.read(path))["last"]["result"] == {"impl": ["triton", "cuda"]}
     assert (tmp_path / "count").read_text() == "xx"
@@ -449,8 +450,9 @@ def test_timings_and_profiles_of_both_sets_in_the_emulation(monkeypatch, tmp_pat
         launches.append(simt.launches() - before)
         return [("asa_statistics_kernel", 10.0)] * kernels.REPEATS
 
-    build = workloads.build
-    monkeypatch.setattr(workloads, "build", lambda spec, device, *args: build(spec, "cpu", *args))
+    for name in ("build", "runnable"):
+        function = getattr(workloads, name)
+        monkeypatch.setattr(workloads, name, lambda spec, device, *args, f=function: f(spec, "cpu", *args))
     monkeypatch.setattr(kernels, "launched", counted)
     monkeypatch.setattr(kernels, "SPECS", [small])
     monkeypatch.setattr(timings, "ROWS", [timings.Row("labels", "5x13", 8, peers=("sdpa flash",))])
@@ -502,13 +504,15 @@ def test_the_command_shares_its_time_writes_after_every_step_and_keeps_the_summa
     """What a step leaves, later ones get by their shares; the long ones get what is left behind the first."""
     out = tmp_path / "out"
     assert status_of("--out", str(out), "--only", "timings,build,configs,correct,tests", "--keep") == 0
-    assert no_gpu_needed == {
-        "build": 295,
-        "correct": 285 * 80 / 160,
-        "timings": 275,
-        "tests": 265 * 150 / 260,
-        "configs": 255,
-    }
+    assert no_gpu_needed == pytest.approx(
+        {
+            "build": 295,
+            "correct": 285 * 80 / 160,
+            "timings": 275,
+            "tests": 265 * 150 / 260,
+            "configs": 255,
+        }
+    )
     written = record.read(out / "results.json")
     assert [(x.step, x.status) for x in written.steps] == [
         (name, "passed") for name in ("build", "correct", "timings", "tests", "configs")
