@@ -155,9 +155,13 @@ def build(path: Path, limit: float) -> tuple[str, str]:
     if built and newest(built) >= newest(sources) and run(["-c", there.format(wanted)], log_of(path), limit) == 0:
         return "passed", "was built before"
     status = run(["setup.py", "build_ext", "--inplace"], log_of(path), limit, ASA_OPS_CUDA_ARCHS=wanted)
-    if status == 0 and list(ROOT.glob("asa_ops/_C*.so")):
-        return "passed", ""
-    return "skipped", "no C++ extension: the limit was reached" if status is None else "no C++ extension, see build.log"
+    if status:
+        return "failed", "it does not compile, see build.log"
+    if status is None:
+        return "timed out", "no C++ extension, or an old one"
+    if not list(ROOT.glob("asa_ops/_C*.so")):
+        return "skipped", "no C++ extension, see build.log"
+    return "passed", ""
 
 
 def hardware(path: Path, limit: float) -> tuple[str, str]:
@@ -346,6 +350,13 @@ def state(environment: dict[str, object]) -> str:
     return ", ".join([digest.hexdigest()[:16], *machine])
 
 
+def begin(out: Path, environment: dict[str, object]) -> None:
+    """Prepare the files of all steps for the current state: what is there of another goes."""
+    current = state(environment)
+    for step in STEPS:
+        progress.begin(out / f"{step}.jsonl", current)
+
+
 def what_is_left(events: list[dict]) -> str:
     """Return what is left to a further call of a step, "" if nothing."""
     calls = [x for x in events if x["event"] == "step"]
@@ -364,13 +375,11 @@ def is_done(events: list[dict]) -> bool:
     return calls[-1]["status"] == "passed" or bool(progress.outcomes(events))
 
 
-def gather(out: Path, current: str, environment: dict[str, object]) -> Record:
-    """Return everything that the steps' files say of the current state."""
+def gather(out: Path, environment: dict[str, object]) -> Record:
+    """Return everything that the steps' files say."""
     results = Record(environment, {}, [])
     for step in STEPS:
         events = progress.read(out / f"{step}.jsonl")
-        if events[:1] != [{"event": "state", "state": current}]:
-            events = []
         if left := what_is_left(events):
             results.left[step] = left
         if calls := [x for x in events if x["event"] == "step"]:
@@ -450,35 +459,38 @@ def main(arguments: list[str] | None = None) -> None:
     }
     print(json.dumps(environment, indent=1), flush=True)
     todo = [step for step in STEPS if step in wanted]
-    current = state(environment)
-    results = gather(out, current, environment)
+    begin(out, environment)
+    results = gather(out, environment)
     for i, step in enumerate(todo):
         path, left = out / f"{step}.jsonl", deadline - time.monotonic()
         if left < (ENOUGH if step in LATER else 1):
             print(f"\n=== {step}: no time is left", flush=True)
             continue
         # The build is of no use to others before it is done, and cheap to ask for again.
-        if step != "build" and is_done(progress.begin(path, current)):
+        if step != "build" and is_done(progress.read(path)):
             print(f"\n=== {step}: done before", flush=True)
             continue
-        limit = left if step == "build" else left * shares(todo[i:])
+        to_do = [x for x in todo[i:] if not is_done(progress.read(out / f"{x}.jsonl"))]
+        limit = left if step == "build" else left * shares(to_do)
         print(f"\n=== {step}, at most {limit:.0f} s", flush=True)
         log_of(path).unlink(missing_ok=True)
         started = time.monotonic()
-        status, note = RUN[step](path, limit)
+        try:
+            status, note = RUN[step](path, limit)
+        except Exception as error:  # other steps can do without it
+            status, note = "failed", progress.describe(error)
         seconds = round(time.monotonic() - started, 1)
         if step == "build":
-            current = state(environment)
-            path.unlink(missing_ok=True)
-            progress.begin(path, current)
+            begin(out, environment)
         progress.append(path, event="step", status=status, seconds=seconds, note=note)
         print(f"=== {step} {status} after {seconds} s. {note}", flush=True)
-        results = gather(out, current, environment)
+        results = gather(out, environment)
         results.write(out / "results.json")
         files.write(out / "summary.md", goals.render(results))
     results.write(out / "results.json")
     files.write(out / "summary.md", goals.render(results))
-    print(f"\n{files.read(out / 'summary.md')}\nin {out}", flush=True)
+    title, verdict, *_ = (summary := files.read(out / "summary.md")).split("\n\n")
+    print(f"\n{summary}\n{title} in {out}\n{verdict}", flush=True)  # again where the last lines are all that is seen
     for name in ("summary.md", "results.json") if options.keep else ():
         kept = report.FOLDER / f"{record.slug(str(results.environment['device']))}-summary{Path(name).suffix}"
         files.write(kept, files.read(out / name))

@@ -403,6 +403,26 @@ def card(monkeypatch, tmp_path):
     return card
 
 
+def test_the_extension_is_built_if_sources_are_newer_or_it_is_for_another_card(monkeypatch, tmp_path):
+    asked, statuses = [], [0, 1, 0, None, 1]
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(
+        gpu, "run", lambda command, *args, **more: (asked.append((command[0], more)), statuses.pop(0))[1]
+    )
+    source, built = tmp_path / "csrc/cuda/op.cu", tmp_path / "asa_ops/_C.abi3.so"
+    for path in (source, built):
+        path.parent.mkdir(parents=True)
+        path.write_text("")
+    os.utime(source, (1, 1))
+    path = tmp_path / "build.jsonl"
+    assert gpu.build(path, 9) == ("passed", "was built before") and asked.pop() == ("-c", {})
+    assert gpu.build(path, 9) == ("passed", "")
+    assert asked[1:] == [("setup.py", {"ASA_OPS_CUDA_ARCHS": "90a"})]
+    os.utime(built, (0, 0))
+    assert [gpu.build(path, 9)[0] for _ in range(2)] == ["timed out", "failed"] and len(asked) == 4
+
+
 def test_what_the_hardware_said(card, monkeypatch):
     printed = [f"echo '{line}'" for line in LINES]
     path = card(*printed)
@@ -465,7 +485,7 @@ def test_timings_and_profiles_of_both_sets_in_the_emulation(monkeypatch, tmp_pat
         progress.begin(tmp_path / f"{step}.jsonl", "now")
         main([str(tmp_path / f"{step}.jsonl"), "--impl", "cuda", "hopper"])
         assert gpu.what_is_left(progress.read(tmp_path / f"{step}.jsonl")) == "not begun"
-    results = gpu.gather(tmp_path, "now", {})
+    results = gpu.gather(tmp_path, {})
     assert [case.mode for case in results.cases] == ["fwd", "fwd+bwd"]
     assert all(case.ours == ["asa cuda", "asa hopper"] and not run.failed(case) for case in results.cases)
     assert results.ceilings == {"copy GB/s": 1.0} and results.first_call == {"first forward": 1.0}
