@@ -156,21 +156,21 @@ def in_turn(case: Case) -> Iterator[None]:
 
 
 @each(calls())
-def test_equals_float64(impl, dtype, case):
+def test_whole_equals_float64(impl, dtype, case):
     """Survivors, output, statistics and the gradients of query, key and value."""
     with in_turn(case):
         check_against_reference(impl, *make(case, dtype, device=DEVICE))
 
 
 @each(learning())
-def test_thresholds_learn(impl, dtype, case):
+def test_whole_thresholds_learn(impl, dtype, case):
     """The straight-through gradients of thresholds, and those beside them."""
     inputs, options = make(case, dtype, device=DEVICE)
     check_threshold_gradients(impl, in_gaps(inputs, options), options, band=1.3, others=True)
 
 
 @each({name: [x for x in found if x[1].name == "plain"] for name, found in learning().items()})
-def test_heads_share_keys(impl, dtype, case):
+def test_whole_heads_share_keys(impl, dtype, case):
     """All heads of query one of key and value, whose gradients add up."""
     inputs, options = make(case, dtype, device=DEVICE)
     inputs[1:3] = (x[:, :1].expand_as(x) for x in inputs[1:3])
@@ -180,7 +180,7 @@ def test_heads_share_keys(impl, dtype, case):
 
 
 @each(repeated())
-def test_repeats_bitwise(impl, dtype, case):
+def test_whole_repeats_bitwise(impl, dtype, case):
     """100 calls with all gradients, without waiting for the device between them."""
     inputs, options = make(case, dtype, device=DEVICE)
     first = call_and_gradients(impl, inputs, options, torch.ones_like(inputs[2]))

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -587,13 +588,19 @@ def test_state_is_that_of_sources_build_and_machine(monkeypatch, tmp_path):
 
 def test_cases_are_counted_as_kernels_pad_them():
     names = ["hopper-bfloat16-8-plain-9x7", "hopper-bfloat16-64-plain-9x7", "cuda-float16-70-topk-31x33"]
-    items = [f"tests/asa/test_whole.py::test_equals_float64[{name}]" for name in names]
+    items = [f"tests/asa/test_whole.py::test_whole_equals_float64[{name}]" for name in names]
     events = [{"event": "selected", "items": items}]
     events += [{"event": "outcome", "item": items[0], "outcome": "passed", "seconds": 0, "message": ""}]
     assert gpu.by_kernels(events) == {
         "hopper bfloat16 64": {"cases": 2, "passed": 1, "skipped": 0},
         "cuda float16 128": {"cases": 1, "passed": 0, "skipped": 0},
     }
+
+
+def test_what_was_changed_blind_has_its_tests():
+    written = "".join(Path(path).read_text() for path in gpu.test_files())
+    names = [name for chosen in gpu.BLIND for name in re.findall(r"test_\w+", chosen)]
+    assert len(names) == 6 and all(f"def {name}(" in written for name in names)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
