@@ -136,6 +136,7 @@ def kernel_operations(kernel: str, pairs: int, dim: int, dim_v: int, mutual: boo
         "dq": 2 * dim + dim_v,  # scores, do v, ds k
         "dk": 2 * dim + dim_v,
         "dv": dim + dim_v,  # scores, p do
+        "dk_dv": 3 * dim + 2 * dim_v,
         "dkv": 2 * dim + 2 * dim_v,
         "dt": (dim + dim_v) * (2 if mutual else 1),
     }

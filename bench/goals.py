@@ -9,7 +9,7 @@ from . import report
 from .peers import DENSE
 from .record import MODES, Case, Kernel, Record
 
-BACKWARD = ("dq", "dk", "dv", "dkv")
+BACKWARD = ("dq", "dk", "dv", "dk_dv", "dkv")
 MET, MISSED = "met", "MISSED"
 SHOWN = 40  # failures, at most
 DIMS = (64, 128, 256)  # what kernels pad head dims to

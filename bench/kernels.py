@@ -65,7 +65,7 @@ def triton_operations(call: Callable, spec: Spec) -> dict[str, int]:
     from .triton import launches  # where there is Triton
 
     found = launches.operations(call, spec.tokens)
-    return found | {"dkv": sum(found.get(name, 0) for name in ("dk", "dv", "dkv"))}
+    return found | {"dkv": sum(found.get(name, 0) for name in ("dk", "dv", "dk_dv", "dkv"))}
 
 
 def launched(call: Callable) -> list[tuple[str, float]]:

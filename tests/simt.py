@@ -35,9 +35,9 @@ COMPILER = shutil.which(shlex.split(get_cxx_compiler())[0])
 AVAILABLE = bool(COMPILER) and not torch.cuda.is_available()
 
 
-def load(sanitize: bool = False) -> None:
-    """Register the ops for CPU tensors in this process: impl="cuda" runs from now on."""
-    library = build(sanitize)
+def load(sanitize: bool = False, library: Path | None = None) -> None:
+    """Register the ops for CPU tensors in this process, of a library built before if given: impl="cuda" runs then."""
+    library = library or build(sanitize)
     if not hasattr(torch.ops.asa_ops, "asa_emulated_fwd"):
         torch.ops.load_library(library)
         ops.register("asa_emulated", "cuda")
@@ -46,7 +46,16 @@ def load(sanitize: bool = False) -> None:
 
 def launches() -> int:
     """Return how many kernels ran in this process."""
-    count = ctypes.CDLL(str(build())).simt_launches
+    return _count("launches")
+
+
+def products() -> int:
+    """Return how many products of warpgroups they formed."""
+    return _count("products")
+
+
+def _count(what: str) -> int:
+    count = getattr(ctypes.CDLL(str(build())), f"simt_{what}")
     count.restype = ctypes.c_int64
     return count()
 
@@ -67,7 +76,7 @@ def build(sanitize: bool = False) -> Path:
     """Return the library, built anew if a source is newer."""
     folder = ROOT / "build" / ("simt_sanitized" if sanitize else "simt")
     library = folder / "libasa_simt.so"
-    return _up_to_date(library, SOURCES, lambda: _compile(folder, library, SANITIZE if sanitize else []))
+    return up_to_date(library, SOURCES, lambda: compile_all(library, SANITIZE if sanitize else []))
 
 
 def build_program(source: Path, sanitize: bool = False) -> Path:
@@ -75,10 +84,10 @@ def build_program(source: Path, sanitize: bool = False) -> Path:
     options = SANITIZE if sanitize else []
     program = ROOT / "build" / ("simt_sanitized" if sanitize else "simt") / source.stem
     command = [*shlex.split(get_cxx_compiler()), *FLAGS, *options, "-x", "c++", source, "-o", program]
-    return _up_to_date(program, [source], lambda: subprocess.run(command, check=True))
+    return up_to_date(program, [source], lambda: subprocess.run(command, check=True))
 
 
-def _up_to_date(built: Path, sources: list[Path], build: Callable[[], object]) -> Path:
+def up_to_date(built: Path, sources: list[Path], build: Callable[[], object]) -> Path:
     """Return what was built, anew if a source is newer; several processes may ask at once."""
     built.parent.mkdir(parents=True, exist_ok=True)
     with open(built.parent / f"{built.stem}.lock", "w") as lock:
@@ -89,18 +98,20 @@ def _up_to_date(built: Path, sources: list[Path], build: Callable[[], object]) -
     return built
 
 
-def _compile(folder: Path, library: Path, sanitize: list[str]) -> None:
-    compiler = shlex.split(get_cxx_compiler())
-    flags = [*FLAGS, "-fPIC", "-fvisibility=hidden", *sanitize]
+def compile_all(library: Path, options: list[str], csrc: Path = ROOT / "csrc") -> None:
+    """Compile the kernels, of a copy of the sources if given, to a library, with its objects in a folder beside it."""
+    compiler, folder = shlex.split(get_cxx_compiler()), library.parent
+    flags = [*FLAGS, "-fPIC", "-fvisibility=hidden", *options]
     flags += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", include_paths()[0]]
 
     def compile_one(source: Path) -> Path:
-        compiled = folder / source.relative_to(ROOT / "csrc/cuda").with_suffix(".o")
+        source = source.relative_to(ROOT / "csrc")
+        compiled = (folder / source.relative_to("cuda")).with_suffix(".o")
         compiled.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([*compiler, *flags, "-x", "c++", "-c", source, "-o", compiled], check=True)
+        subprocess.run([*compiler, *flags, "-x", "c++", "-c", csrc / source, "-o", compiled], check=True)
         return compiled
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(compile_one, SOURCES))
     links = [f"-L{library_paths()[0]}", "-ltorch_cpu", "-ltorch", "-lc10"]
-    subprocess.run([*compiler, *sanitize, "-shared", *objects, *links, "-o", library], check=True)
+    subprocess.run([*compiler, *options, "-shared", *objects, *links, "-o", library], check=True)

@@ -85,7 +85,13 @@ def _define(impl: str) -> None:
         if found != expected:
             raise RuntimeError(f"asa_attention: kept must be of {expected} bytes a head, got {found}")
         saved = Saved.of(inputs, options, impl, True, *outputs)
-        gradients = dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band or None)
+        gradients = list(dispatch.load("asa", impl).bwd(grad_out, inputs, saved, options, band or None))
+        # Thresholds that do not learn have zeros: one launch for both.
+        constant = [i for i in (3, 4) if tensors[i] is not None and gradients[i] is None]
+        for i in constant:
+            gradients[i] = tensors[i].new_empty(tensors[i].shape)
+        if constant:
+            torch._foreach_zero_([gradients[i] for i in constant])
         return tuple(_like(dx, x, grad_out) for dx, x in zip(gradients, tensors[:5], strict=True))
 
     for name, schema, run in (("fwd", FORWARD, forward), ("bwd", BACKWARD, backward)):

@@ -211,16 +211,11 @@ def new_outputs(inputs: Inputs, kept: int) -> tuple[Tensor, Tensor, Tensor, Tens
 
 
 def prepare_outputs(inputs: Inputs, saved: Saved) -> bool:
-    """Write what the GPU kernels leave alone, padding; return whether there is anything left for them."""
-    empty = (0, -torch.inf, -torch.inf, 0)
-    rows, keys = inputs.query.shape[2], inputs.key.shape[2]
-    if not keys:  # nobody to attend to
-        for x, value in zip(saved[:4], empty, strict=True):
+    """Write what is known without kernels; return whether there is anything left for them."""
+    if not inputs.key.shape[2]:  # nobody to attend to
+        for x, value in zip(saved[:4], (0, -torch.inf, -torch.inf, 0), strict=True):
             x.fill_(value)
-    elif inputs.key_padding_mask is not None and rows == keys:  # rows that are padding
-        for x, value in zip((*saved[:4], saved.local, saved.residual, saved.base2), (*empty, False, 0, 0), strict=True):
-            x.fill_(value)
-    return saved.lse.numel() > 0 and keys > 0
+    return saved.lse.numel() > 0 and inputs.key.shape[2] > 0
 
 
 def new_gradients(
@@ -228,7 +223,7 @@ def new_gradients(
 ) -> tuple[tuple[Tensor, Tensor, Tensor], tuple[Tensor | None, Tensor | None], bool]:
     """Return room for dq, dk, dv, for dalpha and dbeta where they are asked for, and whether kernels have to run."""
     wanted = saved.lse.numel() > 0 and inputs.key.shape[2] > 0
-    new = torch.empty if wanted and inputs.key_padding_mask is None else torch.zeros
+    new = torch.empty if wanted else torch.zeros
     dq, dk, dv = (new(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
     learns = [x is not None and band is not None for x in (inputs.alpha, inputs.beta)]
     dalpha, dbeta = (new(saved.lse.shape, dtype=torch.float32, device=saved.lse.device) if x else None for x in learns)

@@ -1,4 +1,4 @@
-"""What all Triton kernels of asa_ops share: how they are launched, and what they do about rounding.
+"""What all Triton kernels of asa_ops share: how they are compiled and launched, and what they do about rounding.
 
 Scores are formed more than once: by the backward, and in adaptive sparse attention by later steps of the forward too,
 in tiles of another shape. A score may then differ in its last bits from what an earlier kernel saw, and large scores
@@ -6,10 +6,41 @@ have large last bits: :func:`last_bits` bounds the difference, :func:`top_of` ke
 """
 
 import functools
+import logging
 
 import torch
 import triton
 import triton.language as tl
+
+SLOW = 2.0  # seconds of compiling after which a process is told what it waits for
+
+
+class CompileListener:
+    """Says, once in a process, that it waits for Triton to compile kernels of ours.
+
+    Triton calls it after every compilation and every look into its cache, never when it launches what it has. A line of
+    the logger "asa_ops" reaches stderr unless somebody asks for less.
+    """
+
+    def __init__(self, others):
+        self.others, self.seconds = others, 0.0
+
+    def __call__(self, *, src, times, cache_hit, **more) -> None:
+        if self.others is not None:
+            self.others(src=src, times=times, cache_hit=cache_hit, **more)
+        if cache_hit or not getattr(getattr(src, "fn", None), "__module__", "").startswith("asa_ops."):
+            return
+        was_told = self.seconds > SLOW
+        self.seconds += times.total / 1e6
+        if self.seconds > SLOW and not was_told:
+            logging.getLogger("asa_ops").warning(
+                "asa_ops: Triton compiles kernels for this kind of call, once on this machine: it keeps them in its "
+                "cache. %.0f s so far.",
+                self.seconds,
+            )
+
+
+triton.knobs.compilation.listener = CompileListener(triton.knobs.compilation.listener)
 
 
 @functools.cache

@@ -12,6 +12,7 @@ import argparse
 import concurrent.futures
 import functools
 import itertools
+import logging
 import os
 import re
 import subprocess
@@ -37,7 +38,6 @@ ASYNC_COPIES = r"\b(LDGSTS|UTMALDG)\b"
 
 # Spilled stores of what is known to need them. Everything not named here must have none.
 SPILL_CEILING = {
-    ("finish_dq", 64, 80): 1,
     ("finish_out", 256, 80): 2,
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
     ("dk", 256, 90): 10,  # 83 us on an H200, 105 us in the best row without (bench/results/nvidia-h200-tune.txt)
@@ -55,8 +55,8 @@ CALLS = (  # of asa_attention: arguments, whether thresholds learn
 )
 
 # Constants that distinguish a launch from others of its kernel.
-VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "HAS_TOPK", "BY_ROWS", "BY_COLUMNS", "HAS_BITS", "HAS_PEAKS")
-VARIANTS += ("NEGATIVE", "SPLITS", "COLUMN", "OF_KEYS", "DELTA", "DELTA_ERROR")
+VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "BY_ROWS", "BY_COLUMNS", "WINDOW", "NEGATIVE")
+VARIANTS += ("SPLITS", "COLUMN", "OF_KEYS", "DELTA", "DELTA_ERROR")
 
 
 class Source(NamedTuple):
@@ -179,6 +179,7 @@ def main() -> None:
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
         sys.exit("TRITON_INTERPRET is set: nothing would be compiled")
+    logging.getLogger("asa_ops").setLevel(logging.ERROR)  # that it compiles is known
     if args.quick:
         args.archs, args.dims, args.dtypes = [90], [256], ["bfloat16"]
         args.kernels = args.kernels or list(launches.MATRIX_KERNELS)

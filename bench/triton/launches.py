@@ -55,9 +55,11 @@ class Launch(NamedTuple):
 
     @property
     def label(self) -> str:
-        """The short name of the kernel; one kernel makes dk, dv or both."""
+        """The short name of the kernel; one kernel makes dk, dv, both at once or both by programs of their own."""
         label = self.kernel.__name__.removeprefix("_").removeprefix("asa_").removesuffix("_kernel")
-        if label == "dkv" and not (self.options["WANT_DK"] and self.options["WANT_DV"]):
+        if label == "dkv" and self.options["CHUNKS_K"]:
+            label = "dk_dv"
+        elif label == "dkv" and not (self.options["WANT_DK"] and self.options["WANT_DV"]):
             label = "dk" if self.options["WANT_DK"] else "dv"
         return label
 
@@ -127,8 +129,8 @@ def operations(call: Callable, tokens: int) -> dict[str, int]:
         if label == "statistics":  # by tokens, not by what they are padded to
             pairs = given["statistics.largest"].shape[1] * tokens**2
         elif label == "mask":
-            pairs = given["count"].sum().item() * given["SCORES.BLOCK_M"] ** 2
-        elif label in ("aggregate", "dq", "dk", "dv", "dkv", "dt"):
+            pairs = given["notes"][0, -1].item() * given["SCORES.BLOCK_M"] ** 2
+        elif label in ("aggregate", "dq", "dk", "dv", "dk_dv", "dkv", "dt"):
             pairs = given["lists.lengths"].sum().item() * given["SCORES.BLOCK_M"] * max(given["SCORES.BLOCK_N"], 64)
         else:  # no products of tiles
             return

@@ -154,12 +154,20 @@ inline void clear_memory(void* at, size_t bytes, cudaStream_t stream) {
   check_cuda(cudaMemsetAsync(at, 0, bytes, stream), "clearing memory");
 }
 
-// Multiprocessors of the current device: how many programs run at a time, at least.
-inline int processors() {
-  int device = 0, count = 0;
+// What the current device says of itself.
+inline int device_attribute(cudaDeviceAttr attribute) {
+  int device = 0, value = 0;
   check_cuda(cudaGetDevice(&device), "finding the device");
-  check_cuda(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "asking the device");
-  return count;
+  check_cuda(cudaDeviceGetAttribute(&value, attribute, device), "asking the device");
+  return value;
+}
+
+// Its multiprocessors: how many programs run at a time, at least.
+inline int processors() { return device_attribute(cudaDevAttrMultiProcessorCount); }
+
+// 90 for 9.0.
+inline int compute_capability() {
+  return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor) + device_attribute(cudaDevAttrComputeCapabilityMinor);
 }
 
 }  // namespace asa_ops::cuda

@@ -173,11 +173,7 @@ class Hopper : public Engine {
 
   void wait(const BarrierState& state, uint32_t parity) {
     if (parity > 1) fail("a parity is 0 or 1");
-    random_ = random_ * 1664525u + 1013904223u;
-    if (random_ >> 27 == 0) {  // one in 32
-      dawdlers_ = true;
-      wait_for_change(dawdled_, "nothing");
-    }
+    dawdle();
     while ((state.phase & 1) == parity) wait_for_change(state.phase, "a barrier in shared memory");
   }
 
@@ -194,7 +190,8 @@ class Hopper : public Engine {
       std::memset(copies_.back().to, 0xff, bytes);
   }
 
-  // The products that a warp waits for, or the oldest copy that may let somebody go on, or all who dawdle.
+  // The products that a warp waits for, or a copy that may let somebody go on: they overtake one another, so mostly the
+  // newest.
   bool advance() override {
     for (WarpState& warp : warps_)
       if (warp.waits) {
@@ -203,14 +200,16 @@ class Hopper : public Engine {
         ++warp.waits_over;
         return true;
       }
+    std::vector<std::list<BulkCopy>::iterator> awaited;
     for (auto copy = copies_.begin(); copy != copies_.end(); ++copy)
-      for (const Fiber& fiber : machine().fibers)
-        if (!fiber.done && fiber.watched == &copy->barrier->phase) {
-          deliver(copy);
-          return true;
-        }
-    dawdled_ += dawdlers_;
-    return std::exchange(dawdlers_, false);
+      if (std::any_of(machine().fibers.begin(), machine().fibers.end(),
+                      [&](const Fiber& fiber) { return !fiber.done && fiber.watched == &copy->barrier->phase; }))
+        awaited.push_back(copy);
+    if (!awaited.empty()) {
+      deliver(chance(8) == 0 ? awaited[chance(awaited.size())] : awaited.back());
+      return true;
+    }
+    return false;
   }
 
   // Registers.
@@ -279,6 +278,7 @@ class Hopper : public Engine {
 
   void commit() {
     WarpState& warp = this_warp();
+    machine().products += static_cast<int64_t>(warp.open.size());
     warp.batches.push_back(std::exchange(warp.open, {}));
     warp.fenced = false;
   }
@@ -304,6 +304,7 @@ class Hopper : public Engine {
 
   void finish() override {
     if (!copies_.empty()) fail("copies are under way at its end");
+    if (pool_ != 0) fail("registers were given back that nobody took");
     for (const auto& [at, state] : barriers_) {
       if (state.bytes != 0) fail("bytes of copies are not those that a barrier was to expect");
       if (state.missing != state.arrivals) fail("arrivals at a barrier are too few or too many for whole phases");
@@ -480,9 +481,6 @@ class Hopper : public Engine {
   std::vector<std::vector<Step>> steps_;  // of warpgroups
   int pool_ = 0;  // registers a lane that were given back, of warps
   unsigned given_ = 0;
-  uint32_t random_ = 1;
-  bool dawdlers_ = false;
-  unsigned dawdled_ = 0;
 };
 
 }  // namespace simt

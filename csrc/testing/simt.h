@@ -1,11 +1,13 @@
 // CUDA's model of execution on a CPU, for tests: csrc/cuda compiled as ordinary C++ runs behind this header.
 //
 // Blocks run one after another, the threads of a block as fibers of one thread of the machine. A fiber runs until it
-// must wait for the others, at a barrier or in a collective of its warp. Where a GPU leaves something to chance, the
-// worst case happens: asynchronous copies arrive when they are waited for and not before, shared memory starts as NaN.
-// ASA_OPS_SIMT_REVERSED=1 is the opposite case: fibers run from the last to the first and copies arrive at once. A
-// kernel that lacks a barrier gives other results then. ASA_OPS_SIMT_ULPS=4 rounds as another kernel might: every
-// product and sum is off by up to 4 units in the last place, at random.
+// must wait for the others, at a barrier or in a collective of its warp; now and then one dawdles behind a barrier until
+// no other can go on. Where a GPU leaves something to chance, the worst case happens: asynchronous copies arrive when
+// they are waited for and not before, shared memory starts as NaN. ASA_OPS_SIMT_REVERSED=1 is the opposite case: fibers
+// run from the last to the first, copies arrive at once, and some blocks run at a time, which overtake one another where
+// one tells others of its results or reads theirs. A kernel that lacks a barrier gives other results then.
+// ASA_OPS_SIMT_ULPS=4 rounds as another kernel might: every product and sum is off by up to 4 units in the last place,
+// at random.
 
 #pragma once
 
@@ -49,6 +51,7 @@ namespace simt {
 
 constexpr int kWarp = 32;
 constexpr size_t kStack = 128 * 1024;
+constexpr int kBlocks = 4;  // that run at a time, reversed
 
 // The stack pointer of a fiber that does not run; its registers lie on its stack.
 #if defined(__x86_64__) || defined(__aarch64__)
@@ -182,23 +185,37 @@ struct Engine {
   virtual void finish() = 0;
 };
 
-struct Machine {
-  Context scheduler;
+// What belongs to a block.
+struct Block {
   std::vector<Fiber> fibers;
   std::vector<Warp> warps;
   Barrier block, named[16];
   std::unique_ptr<Engine> engine;
-  Fiber* current = nullptr;
   std::vector<char> shared;
+  dim3 block_index;
+  size_t left = 0;  // threads that are not done
+};
+
+// The block that runs is its own part; others at rest are swapped with it, so that it is always at the same place.
+struct Machine : Block {
+  Context scheduler;
+  std::vector<Block> resting;
+  Fiber* current = nullptr;
   std::function<void()> kernel;
   std::string name, failure;
-  dim3 block_index, grid;
+  dim3 grid;
   const void* main_stack = nullptr;
   size_t main_stack_size = 0;
   const bool reversed = std::getenv("ASA_OPS_SIMT_REVERSED") != nullptr;
   int ulps = 0;
   uint32_t random = 1;
+  uint32_t chance = 1;  // what happens now and then
+  bool dawdlers = false;
+  unsigned dawdled = 0;
+  bool overtaken = false;  // another block is to run
+  int loads = 0;  // of what others wrote, until then
   int64_t launches = 0;  // of kernels, so far
+  int64_t products = 0;  // of warpgroups so far, each counted by its four warps
   std::set<std::tuple<const void*, int, size_t>> programs;  // launched so far: kernel, threads, bytes of shared memory
 };
 
@@ -260,6 +277,26 @@ inline void wait_for_change(const unsigned& watched, const char* what) {
   leave(fiber);
 }
 
+// A number below `count`.
+inline unsigned chance(size_t count) {
+  Machine& m = machine();
+  m.chance = m.chance * 1664525u + 1013904223u;
+  return (m.chance >> 16) % count;
+}
+
+// Now and then lets all others go on as far as they can.
+inline void dawdle() {
+  if (chance(32) != 0) return;
+  machine().dawdlers = true;
+  wait_for_change(machine().dawdled, "nothing");
+}
+
+// Lets other blocks run.
+inline void be_overtaken() {
+  machine().overtaken = true;
+  leave(*machine().current);
+}
+
 inline bool wait_at(Barrier& barrier, const char* what, bool vote = false) {
   barrier.vote |= vote;
   if (++barrier.arrived < barrier.members) {
@@ -272,7 +309,7 @@ inline bool wait_at(Barrier& barrier, const char* what, bool vote = false) {
   return barrier.result;
 }
 
-inline void run_block() {
+inline void start_block() {
   Machine& m = machine();
   // A block must not rely on what it finds in shared memory.
   std::fill(m.shared.begin(), m.shared.end(), char(0xff));
@@ -293,8 +330,14 @@ inline void run_block() {
     fiber.watched = nullptr;
     fiber.copies.assign(1, {});
   }
+  m.left = m.fibers.size();
+}
+
+// Returns whether a block came to its end; otherwise others are to run.
+inline bool continue_block() {
+  Machine& m = machine();
   const size_t count = m.fibers.size();
-  for (size_t left = count; left > 0;) {
+  while (m.left > 0) {
     bool moved = false;
     for (size_t i = 0; i < count; ++i) {
       Fiber& fiber = m.fibers[m.reversed ? count - 1 - i : i];
@@ -303,9 +346,14 @@ inline void run_block() {
       enter(fiber);
       if (!m.failure.empty()) throw std::logic_error(std::exchange(m.failure, ""));
       moved = true;
-      left -= fiber.done;
+      m.left -= fiber.done;
+      if (std::exchange(m.overtaken, false)) return false;
     }
     if (moved || (m.engine && m.engine->advance())) continue;
+    if (std::exchange(m.dawdlers, false)) {
+      ++m.dawdled;
+      continue;
+    }
     std::set<std::string> waits;
     for (const Fiber& fiber : m.fibers)
       if (!fiber.done) waits.insert(fiber.waits_for);
@@ -317,10 +365,16 @@ inline void run_block() {
   for (const Fiber& fiber : m.fibers)
     for (const auto& group : fiber.copies)
       if (!group.empty()) fail("asynchronous copies are under way at its end");
+  return true;
 }
 
 // How many kernels ran in this process, for the tests.
 extern "C" __attribute__((used, visibility("default"))) inline int64_t simt_launches() { return machine().launches; }
+
+// How many products of warpgroups.
+extern "C" __attribute__((used, visibility("default"))) inline int64_t simt_products() {
+  return machine().products / 4;
+}
 
 // The different programs launched in this process, a line each: where the kernel lies behind simt_launches, its threads,
 // its bytes of shared memory.
@@ -347,21 +401,41 @@ void launch(const char* name, Kernel kernel, dim3 grid, int threads, size_t shar
   const char* const ulps = std::getenv("ASA_OPS_SIMT_ULPS");  // at every launch, since one process may ask for both
   m.ulps = ulps == nullptr ? 0 : std::atoi(ulps);
   m.kernel = [=] { kernel(args...); };
-  m.shared = std::vector<char>(shared);  // of the exact size, for AddressSanitizer
-  m.warps.resize(threads / kWarp);
-  m.fibers.resize(threads);
-  for (int i = 0; i < threads; ++i) {
-    Fiber& fiber = m.fibers[i];
-    if (!fiber.stack) fiber.stack.reset(new char[kStack]);
-    fiber.thread = dim3(i, 0, 0);
-    fiber.lane = i % kWarp, fiber.warp = i / kWarp;
+  m.dawdlers = m.overtaken = false;
+  m.resting.resize(m.reversed ? kBlocks : 1);
+  for (Block& block : m.resting) {
+    block.shared = std::vector<char>(shared);  // of the exact size, for AddressSanitizer
+    block.warps.resize(threads / kWarp);
+    block.fibers.resize(threads);
+    for (int i = 0; i < threads; ++i) {
+      Fiber& fiber = block.fibers[i];
+      if (!fiber.stack) fiber.stack.reset(new char[kStack]);
+      fiber.thread = dim3(i, 0, 0);
+      fiber.lane = i % kWarp, fiber.warp = i / kWarp;
+    }
+    block.left = 0;
   }
-  for (unsigned z = 0; z < grid.z; ++z)
-    for (unsigned y = 0; y < grid.y; ++y)
-      for (unsigned x = 0; x < grid.x; ++x) {
-        m.block_index = dim3(x, y, z);
-        run_block();
-      }
+  const unsigned blocks = grid.x * grid.y * grid.z;
+  unsigned started = 0;
+  // Lets a resting block go on, or a new one, and returns whether it has not come to its end.
+  const auto visit = [&](Block& block) {
+    const bool fresh = block.left == 0;
+    if (fresh && started == blocks) return false;
+    std::swap(static_cast<Block&>(m), block);
+    if (fresh) {
+      const unsigned index = started++;
+      m.block_index = dim3(index % grid.x, index / grid.x % grid.y, index / grid.x / grid.y);
+      start_block();
+    }
+    const bool rests = !continue_block();
+    std::swap(static_cast<Block&>(m), block);
+    return rests;
+  };
+  for (size_t resting = 0; started < blocks || resting > 0;) {
+    Block& block = m.resting[chance(m.resting.size())];
+    resting -= block.left != 0;
+    resting += visit(block);
+  }
 }
 
 // x, off by up to as many units in the last place as the machine is asked to be.
@@ -411,9 +485,15 @@ inline void check_mask(unsigned mask) {
 #define blockIdx (simt::machine().block_index)
 #define gridDim (simt::machine().grid)
 
-inline void __syncthreads() { simt::wait_at(simt::machine().block, "all threads"); }
-inline bool __syncthreads_or(bool vote) { return simt::wait_at(simt::machine().block, "all threads", vote); }
-inline void __threadfence() {}  // fibers see each other's writes
+inline bool __syncthreads_or(bool vote) {
+  const bool any = simt::wait_at(simt::machine().block, "all threads", vote);
+  simt::dawdle();
+  return any;
+}
+inline void __syncthreads() { __syncthreads_or(false); }
+inline void __threadfence() {  // fibers see each other's writes
+  if (simt::machine().reversed && simt::chance(2) == 0) simt::be_overtaken();
+}
 
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
@@ -541,7 +621,14 @@ inline float fmaf(float x, float y, float z) {
 
 template <class T>
 T load_fresh(const T* at) {
-  return *at;
+  const T value = *at;
+  // After a few times or after very many: the others come as far.
+  simt::Machine& m = simt::machine();
+  if (m.reversed && --m.loads < 0) {
+    m.loads = 1 << simt::chance(12);
+    simt::be_overtaken();
+  }
+  return value;
 }
 
 inline bool named_barrier_any(int id, int threads, bool vote) {
@@ -549,7 +636,9 @@ inline bool named_barrier_any(int id, int threads, bool vote) {
   simt::Barrier& barrier = simt::machine().named[id];
   if (barrier.arrived != 0 && barrier.members != threads) simt::fail("threads differ in who is to meet at a barrier");
   barrier.members = threads;
-  return simt::wait_at(barrier, "threads at a named barrier", vote);
+  const bool any = simt::wait_at(barrier, "threads at a named barrier", vote);
+  simt::dawdle();
+  return any;
 }
 
 inline void named_barrier(int id, int threads) { named_barrier_any(id, threads, false); }

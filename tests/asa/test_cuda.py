@@ -85,7 +85,7 @@ def test_threshold_gradients_of_several_tiles(kernel_set, dtype, options):
 @on_hopper  # the general set does so in test_implementations.py
 @each_half
 @each_case
-def test_equals_reference(kernel_set, dtype, case):
+def test_hopper_equals_reference(kernel_set, dtype, case):
     check_against_reference("cuda", *make(case, dtype))
 
 
@@ -113,6 +113,30 @@ def test_lists_that_programs_share(kernel_set, dtype, case):
     check_against_reference("cuda", inputs, options)
     once, again = (call_and_gradients("cuda", inputs, options) for _ in range(2))
     assert equal(once, again)
+
+
+@on_hopper
+@each_half
+@pytest.mark.parametrize("learns", [False, True])
+def test_no_product_decides_tiles_of_which_all_pairs_are_neighbours(kernel_set, dtype, learns):
+    """With alpha 0 only the last blocks, which are not full, need any."""
+    case = replace(LONG, heads=1, alpha="zero", beta=None)
+    options = {"threshold_grad": "straight_through" if learns else None}
+
+    def products(alpha: float) -> int:
+        inputs, others = make(case, dtype)
+        inputs[3].fill_(alpha)
+        before = simt.products()
+        asa_attention(*inputs, **others, **options, impl="cuda")
+        return simt.products() - before
+
+    check_against_reference("cuda", *make(case, dtype))
+    # Ten blocks: pass 1 takes 5 x 5 tiles of 128 x 128, aggregation all of 10 x 10, with 4 steps of 16 columns each.
+    tiles, steps = 10 * 10, 4
+    without_mask = 5 * 5 * 2 * steps + tiles * 2 * steps
+    decided = 10  # tiles of the last block, two products each
+    assert products(0.0) == without_mask + decided * 2 * steps
+    assert products(1e-30) == products(0.0)
 
 
 def test_few_neighbours_one_by_one_are_those_of_tiles():

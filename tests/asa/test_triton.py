@@ -11,12 +11,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import Case, make, named, with_grad
 from compare import check_against_reference, check_threshold_gradients
 from implementations import DTYPES, slow
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import asa_ops
 from asa_ops import asa_attention, reciprocal_neighbors
@@ -129,8 +131,86 @@ def test_nothing_is_found_or_listed_twice(launches):
     launches.clear()
     out.sum().backward()
     names = [name for name, _ in launches]
-    assert names.count("dq") == 2 and names.count("dkv") == 2, "what delta misses, dq, dk and dv"
-    assert names.count("occupied") == 1 and names.count("lists") == 2, "of rows as of keys, and of the thresholds"
+    assert names.count("dq") == 2 and names.count("dkv") == 1, "what delta misses, dq, dk and dv"
+    assert names.count("lists") == 1, "of rows as of keys, and of the thresholds"
+
+
+class Writes(TorchDispatchMode):
+    """Adds to a list the operations of torch that fill, copy or compute, each a launch on a GPU."""
+
+    FREE = ("empty", "new_empty", "view", "slice", "expand", "detach", "unsafe_view", "as_strided")
+
+    def __init__(self, found):
+        super().__init__()
+        self.found = found
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__.strip("_")
+        if not name.startswith(self.FREE):
+            self.found.append(name)
+        return function(*args, **(kwargs or {}))
+
+
+SINGLE = {"dtype": torch.float32}
+DENSE = {"alpha": False, "beta": False}
+LAUNCHES = {  # of a forward and of a backward
+    "plain": ({}, 9, 7),
+    "plain_at_head_dim_64": ({"dim": 64}, 9, 6),
+    "float16": ({"dtype": torch.float16}, 9, 7),
+    "no_beta": ({"beta": False}, 9, 7),
+    "no_alpha": ({"alpha": False}, 6, 3),
+    "padding": ({"padding": True}, 9, 7),
+    "few": ({"topk": 16}, 9, 7),
+    "many": ({"topk": 400}, 9, 7),
+    "one_way": ({"reciprocal": False}, 9, 7),
+    "more_keys": ({"reciprocal": False, "beta": False, "n_keys": 5000, "padding": True}, 9, 7),
+    "learning": ({"band": 2.0}, 9, 8),
+    "learning_one_way": ({"band": 2.0, "reciprocal": False}, 9, 8),
+    "float32": (SINGLE, 9, 8),
+    "float32_learning": (SINGLE | {"band": 2.0, "topk": 16, "padding": True}, 9, 9),
+    "dense": (DENSE, 8, 8),
+    "dense_with_padding": (DENSE | {"padding": True}, 8, 8),
+    "float32_dense": (SINGLE | DENSE, 8, 9),
+}
+
+
+@pytest.mark.parametrize("name", LAUNCHES)
+def test_a_call_is_at_most_nine_launches(monkeypatch, name):
+    """What launching costs the host is most of a small call: kernels, and whatever torch does beside them.
+
+    As on Hopper at head dim 256, where most sums are kernels of their own; on tensors without memory.
+    """
+    given, *expected = LAUNCHES[name]
+    dim, dtype = given.get("dim", 256), given.get("dtype", torch.bfloat16)
+    n, n_keys, band = 4096, given.get("n_keys", 4096), given.get("band")
+    query, key, value = (torch.empty(2, 2, x, dim, dtype=dtype, device="meta") for x in (n, n_keys, n_keys))
+    thresholds = [torch.empty(2, 2, n, device="meta") if given.get(x, True) else None for x in ("alpha", "beta")]
+    real = torch.empty(2, n_keys, dtype=torch.bool, device="meta") if given.get("padding") else None
+    inputs = Inputs(query, key, value, *thresholds, real)
+    options = Options((64, 64), 3, given.get("topk", 0), given.get("reciprocal", True), 0.1)
+    saved = Saved.new(inputs, options, "triton", keep=True, band=band or 0.0)
+    found = []
+    monkeypatch.setattr(triton_launch, "architecture", lambda device: 90)
+    monkeypatch.setattr(triton_launch, "launch", lambda kernel, *_, **__: found.append(kernel.__name__))
+    counts = []
+    with Writes(found):
+        call.fwd(inputs, options, saved, band)
+        counts.append(len(found))
+        call.bwd(torch.empty_like(saved.out), inputs, saved, options, band)
+        counts.append(len(found) - counts[0])
+    assert counts == expected and max(counts) <= 9, found
+    assert all(x.startswith("_asa_") for x in found), "torch does nothing"
+
+
+def test_thresholds_that_do_not_learn_take_one_launch():
+    """For the zeros that are the gradients of both."""
+    leaves = with_grad(make(named("plain", grid=(3, 3), batch=1, heads=1), torch.float32)[0])
+    out = asa_attention(*leaves, grid=(3, 3), impl="triton")
+    with torch.profiler.profile() as profile:
+        out.sum().backward()
+    names = [event.name for event in profile.events()]
+    assert names.count("aten::_foreach_zero_") == 1 and "aten::new_zeros" not in names
+    assert all((x.grad == 0).all() for x in leaves[3:])
 
 
 # The parts.
@@ -162,7 +242,7 @@ def tokens_of(problem):
 @pytest.mark.parametrize("grid", [(1, 1), (8, 8), (9, 7), (17, 19), (40, 3), (3, 40), (1, 130)], ids=str)
 def test_order_cuts_the_map_into_tiles(grid):
     height, width = grid
-    order, _ = arrange.find_orders(problem_of(Case("order", grid=grid, batch=1, heads=1)))
+    order = arrange.find_orders(problem_of(Case("order", grid=grid, batch=1, heads=1))).keys
     n = height * width
     tokens = order.order[0, :n].long()
     assert sorted(tokens.tolist()) == list(range(n)) and (order.order[0, n:] == -1).all()
@@ -172,17 +252,20 @@ def test_order_cuts_the_map_into_tiles(grid):
     assert len(runs) == len(set(tiles)) == math.ceil(height / 8) * math.ceil(width / 8)  # each tile in one run
 
 
-def test_order_leaves_padding_out():
+def test_order_has_padding_last():
+    """Where the kernels that finish rows find it, to write what it gets."""
     case = named("padding", grid=(40, 33))
     problem = problem_of(case)
-    order, _ = arrange.find_orders(problem)
+    order = arrange.find_orders(problem).keys
     real = problem.inputs.key_padding_mask
     assert order.counts.tolist() == real.sum(-1).tolist()
     assert torch.equal(order.place >= 0, real)
     for tokens, is_real in zip(order.order, real, strict=True):
         count = int(is_real.sum())
         assert torch.equal(tokens[:count].long().sort().values, is_real.nonzero()[:, 0])
-        assert (tokens[count:] == -1).all()
+        padding = -2 - tokens[count : len(is_real)].long()
+        assert torch.equal(padding.sort().values, (~is_real).nonzero()[:, 0])
+        assert (tokens[len(is_real) :] == -1).all()
 
 
 def test_arranged_tokens_are_padded_with_zeros():
@@ -208,14 +291,21 @@ def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and not torch.equal(expected, exact)
 
 
-def test_occupied_tiles_are_those_with_bits():
+@pytest.mark.parametrize("block", [64, slow(128)])
+def test_occupied_tiles_are_those_with_bits(monkeypatch, block):
+    """As the forward flags them when it decides pairs, and the backward when it reads the bits."""
+    find, lists = triton_configs.find, []
+    square = find("mask", 8, torch.float32, 0)._replace(block_m=block, block_n=block)
+    monkeypatch.setattr(triton_configs, "find", lambda kernel, *x: square if kernel == "mask" else find(kernel, *x))
+    monkeypatch.setattr(call, "Listing", lambda *args: lists.append(select.Listing(*args)) or lists[-1])
     problem = problem_of(Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=4.0, beta=None))
     saved = Saved.new(problem.inputs, problem.options, "triton", keep=True)
-    call.forward(problem, arrange.find_orders(problem), saved, None)
-    bits = problem.bits(saved.bits)
-    flags = select.find_occupied(problem, tokens_of(problem), bits)[0]
-    tiles = (bits.words.view(8, 2, 8, 64) != 0).any(3).any(1)
-    assert torch.equal(flags != 0, tiles) and tiles.any() and not tiles[:7, :7].all()
+    call.fwd(problem.inputs, problem.options, saved, None)
+    call.bwd(torch.ones_like(saved.out), problem.inputs, saved, problem.options, None)
+    tiles = (problem.bits(saved.bits).words.view(8, 2, 8, 64) != 0).any(3).any(1)
+    assert len(lists) == 2 and tiles.any() and not tiles[:7, :7].all()
+    for listing in lists:
+        assert torch.equal(listing.occupied[0] != 0, tiles.T)
 
 
 @pytest.mark.parametrize("scale", [-0.4, slow(0.0)])
@@ -318,16 +408,59 @@ def test_every_kernel_can_be_read_at_once():
                 assert len(node.args.args) <= 25, node.name
                 assert node.end_lineno - node.lineno < 70, node.name
                 kernels.append(node.name)
-    assert {"_asa_mask_kernel", "_asa_finish_dq_kernel", "_criss_cross_fwd_kernel"} < set(kernels)
+    assert {"_asa_mask_kernel", "_asa_finish_gradients_kernel", "_criss_cross_fwd_kernel"} < set(kernels)
+
+
+def run_compiler(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run Python outside the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | environment
+    command = [sys.executable, *arguments]
+    run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, env=environment, check=False)
+    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
+    return run
 
 
 def compile_kernels(*options: str) -> str:
-    """Run what `make kernels` does, outside the interpreter; return its output."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "bench.triton.budget", *options]
-    run = subprocess.run(command, cwd=PACKAGE.parent, capture_output=True, text=True, env=environment, check=False)
-    assert run.returncode == 0, run.stdout[-5000:] + run.stderr[-5000:]
-    return run.stdout
+    """Run what `make kernels` does; return its output."""
+    return run_compiler("-m", "bench.triton.budget", *options).stdout
+
+
+COMPILE_SOME = """
+import sys, triton
+from asa_ops.core import triton_launch
+from bench.triton import budget
+
+triton_launch.SLOW = float(sys.argv[1])
+missed = []
+triton.knobs.compilation.listener.others = lambda cache_hit, **_: missed.append(not cache_hit)
+for source in budget.sources((90,), (64,), ("bfloat16",), ("order", "lists", "arrange_backward")):
+    triton.compile(source.text, target=budget.GPUTarget("cuda", 90, 32), options=vars(source.options))
+print(len(missed), sum(missed))
+"""
+
+
+def test_compiling_is_told_and_done_once_for_all_processes(tmp_path):
+    """Nothing in a kernel's key changes from process to process, and a process that compiles nothing is silent."""
+    told = "asa_ops: Triton compiles kernels"
+    cold, warm = (run_compiler("-c", COMPILE_SOME, "0", TRITON_CACHE_DIR=str(tmp_path)) for _ in range(2))
+    (looked_up, compiled), again = map(int, cold.stdout.split()), warm.stdout.split()
+    assert compiled > 3 and cold.stderr.count(told) == 1
+    assert again == [str(looked_up), "0"] and told not in warm.stderr
+
+
+def test_compiling_is_told_after_two_seconds(caplog):
+    """Of our kernels, compiled and not found in Triton's cache; whoever listened before still hears of all."""
+    heard = []
+    listener = triton_launch.CompileListener(lambda **given: heard.append(given["cache_hit"]))
+
+    def compile_for(seconds, cache_hit=False, module="asa_ops.asa.triton.sums"):
+        kernel, times = SimpleNamespace(__module__=module), SimpleNamespace(total=1e6 * seconds)
+        listener(src=SimpleNamespace(fn=kernel), metadata={}, metadata_group={}, times=times, cache_hit=cache_hit)
+        return len(caplog.messages)
+
+    assert [compile_for(9, cache_hit=True), compile_for(9, module="somebody"), compile_for(1.5)] == [0, 0, 0]
+    assert [compile_for(1), compile_for(3)] == [1, 1] and caplog.messages[0].endswith(" 2 s so far.")
+    assert heard == [True, False, False, False, False]
 
 
 def test_kernels_keep_to_their_budget_at_head_dim_256_on_hopper():

@@ -50,7 +50,7 @@ def test_operations_of_a_call_are_counted(on_cpu):
     assert flops["statistics"] == 2 * n * n * 16
     times = launches.kernel_seconds(call, repeats=2)
     assert set(flops) < set(times) and all(seconds > 0 and count > 0 for seconds, count in times.values())
-    assert times["statistics"][1] == 1 and times["arrange"][1] > 1
+    assert all(times[name][1] == 1 for name in ("statistics", "arrange", "arrange_backward"))
     active = tiles(survivors("reference", inputs, options), grid)
     assert not active.all()
     assert flops["aggregate"] == 2 * (16 + 16) * 64**2 * active.sum()  # the interpreter's blocks are 64 rows

@@ -3,6 +3,9 @@
 Attention does not depend on the order of tokens, but skipping does: tokens that are neighbours on the map become
 neighbours in memory when the map is cut into tiles of 8 x 8. Real positions come first and padding is left out; zeros
 follow, up to whole blocks.
+
+What does not depend on each other is one launch, in which programs do different things: tokens are arranged beside what
+a forward clears, or beside all that a backward can begin with.
 """
 
 from typing import NamedTuple
@@ -16,8 +19,23 @@ from ...core import triton_launch
 from ...core.triton_launch import top_of
 from ..types import Saved
 from .configs import PAD, padded_length
-from .problem import Order, PerHead, Problem, Tokens
-from .tiles import SCALARS, note_largest, of_head, operand, own_rows
+from .problem import LOG2_E, NOTES, Bits, Order, Orders, Peaks, PerHead, Problem, Tokens
+from .select import NO_NEIGHBOURS, Neighbours, Thresholds, flag_tiles, note_occupied, thresholds_of_rows
+from .tiles import (
+    NUMBER_OF_NOTES,
+    SCALARS,
+    clear,
+    constants,
+    gradient_note,
+    nan_note,
+    note_largest,
+    of_head,
+    operand,
+    rows_of,
+    value_note,
+)
+
+BLOCKS_A_TIME = tl.constexpr(16)  # of 64 keys, that a program of a backward flags
 
 
 @triton.jit
@@ -32,163 +50,279 @@ def _token_at(position, height, width):
     return (8 * band + in_tile // wide) * width + 8 * tile + in_tile % wide
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_order_kernel(
-    real, order, place, counts, height, width, n, padded, HAS_PADDING: tl.constexpr, BLOCK: tl.constexpr
-):
-    """order[p]: the token at position p (left as it is where there is none); place[token]: its position, or -1.
+@triton.jit
+def _order(real, out, height, width, n, BLOCK: tl.constexpr):
+    """Find the order of n tokens of an image, with padding where ``real`` says so. Axis 0 of the grid: images.
 
     One program an image if there is padding, which takes its blocks one after another.
     """
     image = tl.cast(tl.program_id(0), tl.int64)
+    padded = out.padded
     placed = 0
-    for start in range(tl.program_id(1) * BLOCK, n, tl.num_programs(1) * BLOCK):
+    for start in range(tl.program_id(1) * BLOCK, padded, tl.num_programs(1) * BLOCK):
         p = start + tl.arange(0, BLOCK)
         token = _token_at(p, height, width)
         inside = p < n
         position = p
         is_real = inside
-        if HAS_PADDING:
+        if real is not None:
             is_real = inside & (tl.load(real + image * n + token, mask=inside, other=0) != 0)
-            position = placed + tl.cumsum(is_real.to(tl.int32), 0) - 1
+            up_to_here = placed + tl.cumsum(is_real.to(tl.int32), 0)
+            # Padding fills the places up to n from the last one on.
+            position = tl.where(inside, tl.where(is_real, up_to_here - 1, n - 1 - (p - up_to_here)), p)
             placed += tl.sum(is_real.to(tl.int32), 0)
-        tl.store(order + image * padded + position, token, mask=is_real)
-        tl.store(place + image * n + token, tl.where(is_real, position, -1), mask=inside)
-    if not HAS_PADDING:
+        found = tl.where(is_real, token, tl.where(inside, -2 - token, -1))
+        tl.store(out.order + image * padded + position, found, mask=p < padded)
+        tl.store(out.place + image * n + token, tl.where(is_real, position, -1), mask=inside)
+    if real is None:
         placed = n
-    tl.store(counts + image, placed)
+    tl.store(out.counts + image, placed)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_order_kernel(real, orders, height, width, n, n_keys, n_heads, BLOCK: tl.constexpr):
+    """The order of keys and, axis 2 of the grid, that of rows where it is another; notes are 0."""
+    if tl.program_id(2) == 0:
+        _order(real, orders.keys, height, width, n_keys, BLOCK)
+    else:
+        _order(None, orders.rows, 1, n, n, BLOCK)
+    if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
+        clear(orders.notes, 0, n_heads * NUMBER_OF_NOTES)
+
+
+class Source(NamedTuple):
+    """Tokens as they are given, [B, heads, n, width], with their strides."""
+
+    numbers: Tensor
+    image: int
+    head: int
+    token: int
+    channel: int
+
+    @classmethod
+    def of(cls, x: Tensor) -> "Source":
+        return cls(x, *x.stride())
+
+
+class Cut(NamedTuple):
+    """What the kernels that arrange are compiled for; constants."""
+
+    BLOCK: int  # tokens of a program
+    DIM: int
+    DIM_V: int
+    PRECISION: str
+    GRADIENTS: int  # gradients of tokens of a program
+
+
+@triton.jit
+def _load_source(x, z, token, d, heads, there):
+    """Columns d of tokens of a head, 0 where they are not ``there``."""
+    source = x.numbers + z // heads * x.image + z % heads * x.head
+    return tl.load(source + token[:, None] * x.token + d[None, :].to(tl.int64) * x.channel, mask=there, other=0)
 
 
 @triton.jit
 def _arrange(
-    x, out, not_finite, bounds, order, stride_b, stride_h, stride_n, stride_d, heads, sharing, n_heads, dim,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr, CLEAN: tl.constexpr,
+    program, x, out, not_finite, bounds, order, heads, sharing, dim,
+    DIM: tl.constexpr, CLEAN: tl.constexpr, CUT,
 ):  # fmt: skip
     """out[z, p] = x[token at p], zeros up to DIM; if CLEAN, 0 for what is not finite, noted in words ``not_finite``.
 
     The largest number of a head is noted in ``bounds`` then, if there are some.
     """
-    if tl.program_id(0) < n_heads * (order.padded // BLOCK):
-        z, p = own_rows(order.padded, BLOCK)
-        token = tl.load(order.order + z // sharing * order.padded + p).to(tl.int64)
-        d = tl.arange(0, DIM)
-        there = (token >= 0)[:, None] & (d < dim)[None, :]
-        source = x + z // heads * stride_b + z % heads * stride_h
-        tile = tl.load(source + token[:, None] * stride_n + d[None, :].to(tl.int64) * stride_d, mask=there, other=0)
-        if CLEAN:
-            finite = tl.abs(tile.to(tl.float32)) < float("inf")
-            bits = tl.max((finite == 0).to(tl.int32), 1) << (tl.arange(0, BLOCK) % 32)
-            group = tl.program_id(0) * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
-            tl.store(not_finite + group, tl.sum(tl.reshape(bits, [BLOCK // 32, 32]), 1))
-            tile = tl.where(finite, tile, 0)
-            if bounds is not None:
-                note_largest(bounds + 2 * z, tl.max(tl.abs(tile.to(tl.float32)), 1))
-        tl.store(out + (z * order.padded + p)[:, None] * DIM + d[None, :], operand(tile, PRECISION))
+    BLOCK: tl.constexpr = CUT.BLOCK
+    z, p = rows_of(program, order.padded, BLOCK)
+    token = tl.load(order.order + z // sharing * order.padded + p).to(tl.int64)
+    d = tl.arange(0, DIM)
+    tile = _load_source(x, z, token, d, heads, (token >= 0)[:, None] & (d < dim)[None, :])
+    if CLEAN:
+        finite = tl.abs(tile.to(tl.float32)) < float("inf")
+        bits = tl.max((finite == 0).to(tl.int32), 1) << (tl.arange(0, BLOCK) % 32)
+        group = program * (BLOCK // 32) + tl.arange(0, BLOCK // 32)
+        tl.store(not_finite + group, tl.sum(tl.reshape(bits, [BLOCK // 32, 32]), 1))
+        tile = tl.where(finite, tile, 0)
+        if bounds is not None:
+            note_largest(value_note(bounds, z), tl.max(tl.abs(tile.to(tl.float32)), 1))
+    tl.store(out + (z * order.padded + p)[:, None] * DIM + d[None, :], operand(tile, CUT.PRECISION))
+
+
+@triton.jit
+def _programs(tokens, key, n_heads, CUT):
+    """How many programs arrange queries, and with values, and with keys, which come last."""
+    of_rows = n_heads * (tokens.rows.padded // CUT.BLOCK)
+    of_keys = n_heads * (tokens.keys.padded // CUT.BLOCK)
+    end = of_rows + of_keys
+    if key is not None:
+        end += of_keys
+    return of_rows, of_rows + of_keys, end
+
+
+@triton.jit
+def _arrange_some(query, key, value, tokens, heads, sharing, n_heads, dim, dim_v, CUT):
+    """Arrange the tokens of this program: queries, values, or keys where those are not the queries."""
+    program = tl.program_id(0)
+    of_queries, of_values, _ = _programs(tokens, key, n_heads, CUT)
+    if program < of_queries:
+        _arrange(program, query, tokens.q, None, None, tokens.rows, heads, sharing, dim, CUT.DIM, False, CUT)
+    elif program < of_values:
+        _arrange(program - of_queries, value, tokens.v, tokens.not_finite, tokens.bounds, tokens.keys, heads, sharing,
+                 dim_v, CUT.DIM_V, True, CUT)  # fmt: skip
+    elif key is not None:
+        _arrange(program - of_values, key, tokens.k, None, None, tokens.keys, heads, sharing, dim, CUT.DIM, False, CUT)
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_arrange_kernel(
-    query, key, value, tokens,
-    q_stride_b, q_stride_h, q_stride_n, q_stride_d, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-    v_stride_b, v_stride_h, v_stride_n, v_stride_d, heads, sharing, n_heads, dim, dim_v,
-    DIM: tl.constexpr, DIM_V: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Tokens in order. Axis 1 of the grid: query, value, and key if it is not query."""
-    which = tl.program_id(1)
-    if which == 0:
-        _arrange(query, tokens.q, None, None, tokens.rows, q_stride_b, q_stride_h, q_stride_n, q_stride_d,
-                 heads, sharing, n_heads, dim, DIM, BLOCK, PRECISION, False)  # fmt: skip
-    elif which == 1:
-        _arrange(value, tokens.v, tokens.not_finite, tokens.bounds, tokens.keys, v_stride_b, v_stride_h, v_stride_n,
-                 v_stride_d, heads, sharing, n_heads, dim_v, DIM_V, BLOCK, PRECISION, True)  # fmt: skip
-    else:
-        _arrange(key, tokens.k, None, None, tokens.keys, k_stride_b, k_stride_h, k_stride_n, k_stride_d,
-                 heads, sharing, n_heads, dim, DIM, BLOCK, PRECISION, False)  # fmt: skip
+def _asa_arrange_kernel(query, key, value, tokens, neighbours, heads, sharing, n_heads, dim, dim_v, CUT):
+    """Tokens in order; and, where pairs will be decided, nobody has a neighbour yet."""
+    _, _, end = _programs(tokens, key, n_heads, CUT)
+    program = tl.program_id(0) - end
+    if program < 0:
+        _arrange_some(query, key, value, tokens, heads, sharing, n_heads, dim, dim_v, CUT)
+    elif neighbours.occupied is not None:
+        padded = tokens.rows.padded
+        z, p = rows_of(program, padded, CUT.BLOCK)
+        tl.store(neighbours.stats.largest + z * padded + p, tl.full([CUT.BLOCK], -float("inf"), tl.float32))
+        tl.store(neighbours.stats.counts + z * padded + p, tl.zeros([CUT.BLOCK], tl.int32))
+        tl.store(neighbours.stats.not_finite + z * padded + p, tl.zeros([CUT.BLOCK], tl.int32))
+        words = tokens.keys.padded // 32 * CUT.BLOCK
+        of_head = program % (padded // CUT.BLOCK)
+        clear(neighbours.bits.words + z * neighbours.bits.stride, tl.cast(of_head, tl.int64) * words, words)
+        flags = tokens.keys.padded // 128 * (CUT.BLOCK // 32)
+        clear(neighbours.occupied, tl.cast(program, tl.int64) * flags, flags)
 
 
 class RowGradients(NamedTuple):
-    """What the backward needs to know of rows, arranged: [n_heads, padded], ``not_finite`` [n_heads]."""
+    """What the backward needs to know of rows, arranged: [n_heads, padded]."""
 
     delta: Tensor  # <do_i, out_i>
     top: Tensor  # score in base 2 from which on exponentials are 1: -inf without survivors, inf at padding
     share: Tensor  # 1 over the sum of these exponentials
     lse_kept2: Tensor  # log-sum-exp over survivors in base 2, in terms of the largest instead of top
-    not_finite: Tensor  # int32, not 0 if a row of the head has the output NaN
+    notes: Tensor  # of heads
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_arrange_gradient_kernel(
-    do, out, residual, base2, survivors, tokens, rows, stride_b, stride_h, stride_n, stride_d, heads, sharing, n, dim,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """tokens.do = do in order, delta_i = <do_i, out_i>, and the other fields of RowGradients, ``rows``.
+class Kept(NamedTuple):
+    """What a forward kept of rows, in raster order."""
+
+    out: Tensor
+    residual: PerHead
+    base2: PerHead
+    survivors: Tensor
+    kappa: PerHead
+
+
+@triton.jit
+def _arrange_gradient(program, d_out, kept, tokens, rows, heads, sharing, n, dim, CUT):
+    """tokens.do = the gradient of out in order, delta_i = <do_i, out_i>, and the other fields of ``rows``.
 
     A gradient that reaches the constant output of a row without survivors ends there, even a NaN, but for the row's
     thresholds: do is 0 and delta NaN then. A row whose output is NaN marks its image and head.
     """
-    z, p = own_rows(tokens.rows.padded, BLOCK)
+    BLOCK: tl.constexpr = CUT.GRADIENTS
+    z, p = rows_of(program, tokens.rows.padded, BLOCK)
     at = z * tokens.rows.padded + p
     token = tl.load(tokens.rows.order + z // sharing * tokens.rows.padded + p).to(tl.int64)
     real = token >= 0
     row = z * n + token
-    d = tl.arange(0, DIM)
-    there = real[:, None] & (d < dim)[None, :]
-    source = do + z // heads * stride_b + z % heads * stride_h
-    g = tl.load(source + token[:, None] * stride_n + d[None, :].to(tl.int64) * stride_d, mask=there, other=0)
-    o = tl.load(out + row[:, None] * dim + d[None, :], mask=there, other=0)
-    nan_row = tl.max((o != o).to(tl.int32), 1) != 0
-    finite = tl.abs(g.to(tl.float32)) < float("inf")
-    empty = tl.load(survivors + row, mask=real, other=0) == 0
-    ended = (empty | nan_row)[:, None] & (finite == 0)
-    g = tl.where(ended, 0, g)
-    g = operand(g, PRECISION)
-    tl.store(tokens.do + at[:, None] * DIM + d[None, :], g)
+    # Chunk by chunk: every warp holds all that a product of so few rows multiplies.
+    CHUNK: tl.constexpr = CUT.DIM_V if CUT.DIM_V < 128 else 128
+    nan_row = tl.zeros([BLOCK], tl.int32)
+    for c in tl.static_range(0, CUT.DIM_V, CHUNK):
+        d = c + tl.arange(0, CHUNK)
+        o = tl.load(kept.out + row[:, None] * dim + d[None, :], mask=real[:, None] & (d < dim)[None, :], other=0)
+        nan_row |= tl.max((o != o).to(tl.int32), 1)
+    empty = tl.load(kept.survivors + row, mask=real, other=0) == 0
+    ends = empty | (nan_row != 0)
+    ended = tl.zeros([BLOCK], tl.int32)
+    size = tl.zeros([BLOCK], tl.float32)
+    products = tl.zeros([BLOCK, BLOCK], tl.float32)
+    of_residual = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for c in tl.static_range(0, CUT.DIM_V, CHUNK):
+        d = c + tl.arange(0, CHUNK)
+        there = real[:, None] & (d < dim)[None, :]
+        g = _load_source(d_out, z, token, d, heads, there)
+        o = tl.load(kept.out + row[:, None] * dim + d[None, :], mask=there, other=0)
+        finite = tl.abs(g.to(tl.float32)) < float("inf")
+        stops = ends[:, None] & (finite == 0)
+        ended |= tl.max(stops.to(tl.int32), 1)
+        g = operand(tl.where(stops, 0, g), CUT.PRECISION)
+        tl.store(tokens.do + at[:, None] * CUT.DIM_V + d[None, :], g)
+        size += tl.sum(tl.abs(g.to(tl.float32)), 1)
+        # By products of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
+        o = operand(tl.where(o == o, o, 0), CUT.PRECISION)
+        products = tl.dot(g, o.T, products, input_precision=CUT.PRECISION)
+        if kept.residual.numbers is not None:
+            low = tl.load(of_head(kept.residual, z) + token[:, None] * dim + d[None, :], mask=there, other=0)
+            of_residual = tl.dot(g, tl.where(low == low, low, 0).T, of_residual, input_precision=CUT.PRECISION)
     if tokens.bounds is not None:
-        note_largest(tokens.bounds + 2 * z + 1, tl.sum(tl.abs(g.to(tl.float32)), 1))
-    # By a product of tiles, as <do_i, v_j> is: where one survivor is all of a row, the two are to be equal.
-    products = tl.dot(g, operand(tl.where(o == o, o, 0), PRECISION).T, input_precision=PRECISION)
-    if residual.numbers is not None:
-        low = tl.load(of_head(residual, z) + token[:, None] * dim + d[None, :], mask=there, other=0)
-        products += tl.dot(g, tl.where(low == low, low, 0).T, input_precision=PRECISION)
+        note_largest(gradient_note(tokens.bounds, z), size)
     i = tl.arange(0, BLOCK)
-    of_row = tl.sum(tl.where(i[:, None] == i[None, :], products, 0), 1)
-    tl.store(rows.delta + at, tl.where(tl.max(ended.to(tl.int32), 1) != 0, float("nan"), of_row))
-    largest = tl.load(of_head(base2, z) + n + token, mask=real, other=float("inf"))
-    total = tl.load(of_head(base2, z) + 2 * n + token, mask=real, other=1)
+    of_row = tl.sum(tl.where(i[:, None] == i[None, :], products + of_residual, 0), 1)
+    tl.store(rows.delta + at, tl.where(ended != 0, float("nan"), of_row))
+    largest = tl.load(of_head(kept.base2, z) + n + token, mask=real, other=float("inf"))
+    total = tl.load(of_head(kept.base2, z) + 2 * n + token, mask=real, other=1)
     tl.store(rows.top + at, tl.where(real, top_of(largest), largest))
     tl.store(rows.share + at, 1 / total)
     tl.store(rows.lse_kept2 + at, largest + tl.log2(total))
-    tl.atomic_max(rows.not_finite + z, tl.max((nan_row & real).to(tl.int32), 0), sem="relaxed")
+    tl.atomic_max(nan_note(rows.notes, z), tl.max(tl.where(real, nan_row, 0), 0), sem="relaxed")
 
 
-def find_order(n: int, grid: tuple[int, int], real: Tensor | None, like: Tensor) -> Order:
-    """Find the order of n tokens on a map, of every image where some are not ``real``, bool [B, n]."""
-    images = 1 if real is None else real.shape[0]
-    height, width = grid if 0 not in grid else (1, n)
-    padded = padded_length(n)
-    order = like.new_full((images, padded), -1, dtype=torch.int32)
-    place = like.new_empty((images, n), dtype=torch.int32)
-    counts = like.new_empty((images,), dtype=torch.int32)
-    mask = None if real is None else real.contiguous().view(torch.uint8)
-    programs = (images, 1) if real is not None else (1, padded // PAD)
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_arrange_backward_kernel(
+    query, key, value, d_out, tokens, kept, rows, bits, occupied, alpha, peaks, thresholds,
+    alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n_heads, n, dim, dim_v, band2, CUT,
+):  # fmt: skip
+    """Tokens and gradients of the output in order; tiles of pairs that hold bits, and those that thresholds reach."""
+    _, _, end = _programs(tokens, key, n_heads, CUT)
+    of_gradients = n_heads * (tokens.rows.padded // CUT.GRADIENTS)
+    program = tl.program_id(0) - end
+    if program < 0:
+        _arrange_some(query, key, value, tokens, heads, sharing, n_heads, dim, dim_v, CUT)
+    elif program < of_gradients:
+        _arrange_gradient(program, d_out, kept, tokens, rows, heads, sharing, n, dim_v, CUT)
+    elif occupied is not None:
+        BLOCK_J: tl.constexpr = BLOCKS_A_TIME
+        padded = tokens.rows.padded
+        key_blocks = tokens.keys.padded // 64
+        chunks = tl.cdiv(key_blocks, BLOCK_J)
+        block = (program - of_gradients) // chunks
+        first = (program - of_gradients) % chunks * BLOCK_J
+        z, p = rows_of(block, padded, 64)
+        note_occupied(bits, occupied, z, p, block, first, padded, key_blocks, BLOCK_J)
+        if thresholds.flags is not None:
+            lse2, cut2, kth = thresholds_of_rows(
+                None, None, kept.base2, alpha, None, kept.kappa, tokens, thresholds, z, p, first == 0,
+                alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n, 0, 64,
+            )  # fmt: skip
+            n_keys = tl.load(tokens.keys.counts + z // sharing)
+            flag_tiles(peaks, thresholds.flags, z, p, block, first, lse2, cut2 - band2, kth, n_keys, padded, key_blocks,
+                       64, BLOCK_J)  # fmt: skip
+
+
+def find_orders(problem: Problem) -> Orders:
+    """Find the orders of rows and of keys, of every image where some keys are padding, and clear the notes."""
+    query, real, grid = problem.inputs.query, problem.inputs.key_padding_mask, problem.options.grid
+    images = 1 if real is None else query.shape[0]
+
+    def new(n: int) -> Order:
+        padded = padded_length(n)
+        order, place, counts = (
+            problem.new(*shape, dtype=torch.int32) for shape in ((images, padded), (images, n), (images,))
+        )
+        return Order(order, place, counts, padded)
+
+    keys = new(problem.n_keys)
+    rows = keys if problem.n == problem.n_keys else new(problem.n)
+    orders = Orders(rows, keys, problem.new(problem.n_heads, NOTES, dtype=torch.int32))
+    height, width = grid if 0 not in grid else (1, problem.n_keys)
+    # With padding, one program an image counts the real tokens.
+    programs, block = (max(rows.padded, keys.padded) // PAD, PAD) if real is None else (1, 1024)
     triton_launch.launch(
-        _asa_order_kernel, programs, mask, order, place, counts, height, width, n, padded,
-        HAS_PADDING=real is not None, BLOCK=1024 if real is not None else PAD,
+        _asa_order_kernel, (images, programs, 1 if rows is keys else 2),
+        None if real is None else real.contiguous().view(torch.uint8), orders, height, width, problem.n,
+        problem.n_keys, problem.n_heads, BLOCK=block,
     )  # fmt: skip
-    return Order(order, place, counts, padded)
-
-
-def find_orders(problem: Problem) -> tuple[Order, Order]:
-    """Find the orders of rows and of keys, one where they are as many."""
-    query, key, real = problem.inputs.query, problem.inputs.key, problem.inputs.key_padding_mask
-    keys = find_order(problem.n_keys, problem.options.grid, real, key)
-    if problem.n == problem.n_keys:
-        return keys, keys
-    rows = find_order(problem.n, (0, 0), None, query)
-    if real is not None:  # one order of rows for every image, where kernels expect one each
-        order, place, counts = (x.expand(query.shape[0], *x.shape[1:]).contiguous() for x in rows[:3])
-        rows = Order(order, place, counts, rows.padded)
-    return rows, keys
+    return orders
 
 
 def _one_tensor(x: Tensor, y: Tensor) -> bool:
@@ -196,42 +330,60 @@ def _one_tensor(x: Tensor, y: Tensor) -> bool:
     return x is y or (x.data_ptr() == y.data_ptr() != 0 and x.shape == y.shape and x.stride() == y.stride())
 
 
-def arrange_tokens(problem: Problem, orders: tuple[Order, Order], backward: bool = False) -> Tokens:
-    """Arrange query, key and value; ``backward``: note too what gradients of scores are bounded by."""
-    query, key, value = problem.inputs[:3]
-    rows, keys = orders
-    one = _one_tensor(query, key)
-    halves = backward and problem.dtype == torch.float16
-    q = problem.new(problem.n_heads * rows.padded, problem.width, dtype=problem.dtype)
-    tokens = Tokens(
-        rows, keys, q,
-        k=q if one else problem.new(problem.n_heads * keys.padded, problem.width, dtype=problem.dtype),
-        v=problem.new(problem.n_heads * keys.padded, problem.width_v, dtype=problem.dtype),
-        do=None,
-        not_finite=problem.new(problem.n_heads, keys.padded // 32, dtype=torch.int32),
-        bounds=query.new_zeros((problem.n_heads, 2), dtype=torch.int32) if halves else None,
-    )  # fmt: skip
-    block = max(problem.block, 32)
+class _Arranging:
+    """Room for the tokens of a call in order, and the arguments of the kernels that fill it."""
+
+    def __init__(self, problem: Problem, orders: Orders, backward: bool):
+        rows, keys, notes = orders
+        query, key, value = problem.inputs[:3]
+        one, dtype = _one_tensor(query, key), problem.dtype
+        rooms = [(rows, problem.width), (keys, problem.width), (keys, problem.width_v), (rows, problem.width_v)]
+        q, k, v, do = (
+            None if skipped else problem.new(problem.n_heads * order.padded, width, dtype=dtype)
+            for skipped, (order, width) in zip((False, one, False, not backward), rooms, strict=True)
+        )
+        not_finite = problem.new(problem.n_heads, keys.padded // 32, dtype=torch.int32)
+        bounds = notes if backward and dtype == torch.float16 else None
+        self.tokens = Tokens(rows, keys, q, q if one else k, v, do, not_finite, bounds)
+        self.sources = [Source.of(query), None if one else Source.of(key), Source.of(value)]
+        self.cut = Cut(max(problem.block, 32), problem.width, problem.width_v, problem.precision, problem.block)
+        sides = [rows, keys] if one else [rows, keys, keys]
+        self.programs = problem.n_heads * sum(side.padded // self.cut.BLOCK for side in sides)
+
+
+def arrange_tokens(problem: Problem, orders: Orders, neighbours: Neighbours = NO_NEIGHBOURS) -> Tokens:
+    """Arrange query, key and value; clear what will be known of ``neighbours``."""
+    arranging = _Arranging(problem, orders, backward=False)
+    tokens, cut = arranging.tokens, arranging.cut
+    clearing = 0 if neighbours.occupied is None else problem.n_heads * (tokens.rows.padded // cut.BLOCK)
     triton_launch.launch(
-        _asa_arrange_kernel, (problem.n_heads * max(rows.padded, keys.padded) // block, 2 if one else 3),
-        query, key, value, tokens, *query.stride(), *key.stride(), *value.stride(), problem.heads, problem.sharing,
-        problem.n_heads, problem.dim, problem.dim_v, DIM=problem.width, DIM_V=problem.width_v, BLOCK=block,
-        PRECISION=problem.precision, warps=problem.warps,
+        _asa_arrange_kernel, (arranging.programs + clearing,), *arranging.sources, tokens, neighbours, problem.heads,
+        problem.sharing, problem.n_heads, problem.dim, problem.dim_v, CUT=constants(cut), warps=problem.warps,
     )  # fmt: skip
     return tokens
 
 
-def arrange_gradient(problem: Problem, tokens: Tokens, do: Tensor, saved: Saved) -> tuple[Tokens, RowGradients]:
-    """Arrange the gradient of the output; return tokens with it, and what the backward needs to know of rows."""
-    arranged = problem.new(problem.n_heads * tokens.rows.padded, problem.width_v, dtype=problem.dtype)
-    tokens = tokens._replace(do=arranged)
-    not_finite = do.new_zeros((problem.n_heads,), dtype=torch.int32)
+def arrange_backward(
+    problem: Problem, orders: Orders, do: Tensor, saved: Saved, bits: Bits, peaks: Peaks, occupied: Tensor | None,
+    thresholds: Thresholds, band: float | None,
+) -> tuple[Tokens, RowGradients]:  # fmt: skip
+    """Arrange tokens and the gradient of the output; return them and what the backward needs to know of rows.
+
+    Beside it flag the tiles that are ``occupied``, and those within ``band`` of ``thresholds``, each if asked for.
+    """
+    arranging = _Arranging(problem, orders, backward=True)
+    tokens, cut, alpha = arranging.tokens, arranging.cut, problem.inputs.alpha
     delta, top, share, lse_kept2 = (problem.new(problem.n_heads, tokens.rows.padded) for _ in range(4))
-    rows = RowGradients(delta, top, share, lse_kept2, not_finite)
+    rows = RowGradients(delta, top, share, lse_kept2, orders.notes)
+    kept = Kept(saved.out, PerHead.of(saved.residual), PerHead.of(saved.base2), saved.survivors,
+                PerHead.of(saved.kappa))  # fmt: skip
+    programs = arranging.programs + problem.n_heads * tokens.rows.padded // cut.GRADIENTS
+    if occupied is not None:
+        programs += occupied.shape[0] * occupied.shape[1] * triton.cdiv(occupied.shape[2], BLOCKS_A_TIME.value)
     triton_launch.launch(
-        _asa_arrange_gradient_kernel, (problem.n_heads * tokens.rows.padded // problem.block,), do, saved.out,
-        PerHead.of(saved.residual), PerHead.of(saved.base2), saved.survivors, tokens, rows, *do.stride(), problem.heads,
-        problem.sharing, problem.n, problem.dim_v, DIM=problem.width_v, BLOCK=problem.block,
-        PRECISION=problem.precision, warps=problem.warps,
+        _asa_arrange_backward_kernel, (programs,), *arranging.sources, Source.of(do), tokens, kept, rows, bits,
+        occupied, alpha, peaks, thresholds, *problem.strides(alpha), problem.heads, problem.sharing, problem.n_heads,
+        problem.n, problem.dim, problem.dim_v, (band or 0.0) * LOG2_E, CUT=constants(cut), warps=problem.warps,
+        registers=128 if max(problem.width, problem.width_v) <= 64 else None,
     )  # fmt: skip
     return tokens, rows

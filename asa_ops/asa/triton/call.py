@@ -1,6 +1,8 @@
 """The order of a call, on one page: forward, backward, neighbours.
 
-Everything runs on the device in one stream: no size depends on the data, nothing is read back.
+Everything runs on the device in one stream: no size depends on the data, nothing is read back. Launches are most of a
+small call: at most 9 a forward and 9 a backward, and torch fills no memory beside them. What does not depend on each
+other is one launch therefore, and what has to begin with 0 is cleared by an earlier one.
 """
 
 import functools
@@ -9,19 +11,20 @@ import torch
 from torch import Tensor
 
 from ..types import Inputs, NeighborGraph, Options, Saved, new_gradients, new_graph, prepare_outputs
-from .arrange import arrange_gradient, arrange_tokens, find_orders
-from .finish import Gradients, correct_delta, finish_dkv, finish_dq, finish_out
-from .problem import Order, Problem
-from .scores import NO_STATISTICS, find_kth, find_statistics
+from .arrange import arrange_backward, arrange_tokens, find_orders
+from .finish import Gradients, GradientSums, correct_delta, finish_gradients, finish_out
+from .problem import Orders, Problem
+from .scores import NO_STATISTICS, find_statistics
 from .select import (
+    NO_NEIGHBOURS,
     NO_ROW_STATS,
     NO_THRESHOLDS,
     Listing,
-    RowStats,
+    Neighbours,
     find_neighbours,
-    find_occupied,
     find_thresholds,
     keep_everybody,
+    new_thresholds,
 )
 from .sums import NO_SUMS, sum_columns, sum_out, sum_rows, sum_thresholds
 from .window import find_local_survivors, write_columns
@@ -58,7 +61,7 @@ def bwd(
     tokens, learning, wanted = new_gradients(inputs, saved, band)
     if wanted:
         problem = Problem(inputs, options, band is not None)
-        backward(problem, find_orders(problem), do, saved, band, *tokens, *learning)
+        backward(problem, find_orders(problem), do, saved, band, Gradients(*tokens, *learning))
     return *tokens, *learning
 
 
@@ -77,59 +80,55 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     return graph
 
 
-def forward(problem: Problem, orders: tuple[Order, Order], saved: Saved, band: float | None) -> None:
+def forward(problem: Problem, orders: Orders, saved: Saved, band: float | None) -> None:
     """Write into ``saved``; ``band``: half width of the window in which thresholds learn."""
-    tokens = arrange_tokens(problem, orders)
     buffer = saved.bits if saved.bits.shape[-1] or not problem.has_tiles else problem.new_bits()
     bits, peaks = problem.bits(buffer), problem.peaks(buffer)
+    neighbours = Neighbours.new(problem, bits) if problem.has_tiles else NO_NEIGHBOURS
+    tokens = arrange_tokens(problem, orders, neighbours if problem.has_bits else NO_NEIGHBOURS)
     statistics = find_statistics(problem, tokens, peaks)
-    if problem.has_topk:
-        find_kth(problem, tokens, saved)
     # Threshold gradients ask for A_ji of pairs (i, j) in the band below the threshold of i: those tiles too.
-    reach = band if problem.one_way_bits else 0.0
+    reach = band if band is not None and problem.one_way_bits else 0.0
     thresholds = find_thresholds(problem, tokens, saved, peaks, statistics, reach)
-    stats = RowStats.new(problem)
-    if problem.has_bits:
-        bits.words.zero_()
-        find_neighbours(problem, tokens, thresholds, bits, stats)
+    if problem.has_bits:  # local survivors are found beside them
+        find_neighbours(problem, tokens, orders.notes, saved, thresholds, neighbours)
     elif problem.dense:
-        keep_everybody(problem, tokens, bits, statistics, stats)
-    if problem.window:
+        keep_everybody(problem, tokens, statistics, neighbours)
+    else:
         find_local_survivors(problem, tokens, saved)
     sums = NO_SUMS
     if problem.has_tiles:
-        occupied = find_occupied(problem, tokens, bits)
-        sums = sum_out(problem, tokens, Listing(problem, tokens, occupied, occupied), bits, stats)
-    finish_out(problem, tokens, saved, bits, stats, sums)
+        sums = sum_out(problem, tokens, Listing(problem, tokens, neighbours.occupied, ("aggregate",)), neighbours)
+    finish_out(problem, tokens, saved, neighbours, sums)
 
 
 def backward(
-    problem: Problem, orders: tuple[Order, Order], do: Tensor, saved: Saved, band: float | None,
-    dq: Tensor, dk: Tensor, dv: Tensor, dalpha: Tensor | None, dbeta: Tensor | None,
-) -> None:  # fmt: skip
+    problem: Problem, orders: Orders, do: Tensor, saved: Saved, band: float | None, gradients: Gradients
+) -> None:
     """Write the gradients, of thresholds where they are not None."""
-    tokens = arrange_tokens(problem, orders, backward=True)
-    tokens, row = arrange_gradient(problem, tokens, do, saved)
+    learn_alpha = gradients.dalpha is not None
     bits = problem.bits(problem.new_bits() if problem.dense else saved.bits)
+    occupied = problem.new_flags() if problem.has_tiles else None
+    # Tiles with a score in the band around their rows' thresholds, and a neighbour the other way.
+    thresholds = new_thresholds(problem) if learn_alpha else NO_THRESHOLDS
+    tokens, row = arrange_backward(
+        problem, orders, do, saved, bits, problem.peaks(saved.bits), None if problem.dense else occupied, thresholds,
+        band,
+    )  # fmt: skip
     if problem.dense:
-        keep_everybody(problem, tokens, bits, NO_STATISTICS, NO_ROW_STATS)
-    delta_error = sums = sums_k = sums_v = sums_t = NO_SUMS
-    thresholds = NO_THRESHOLDS
+        keep_everybody(problem, tokens, NO_STATISTICS, Neighbours(bits, NO_ROW_STATS, occupied))
+    delta_error = NO_SUMS
+    sums = GradientSums(NO_SUMS, NO_SUMS, NO_SUMS, NO_SUMS)
     if problem.has_tiles:
-        occupied = find_occupied(problem, tokens, bits)
-        listing = Listing(problem, tokens, occupied, occupied)
+        kernels = ("dq", *problem.column_sums, "dt") if learn_alpha else ("dq", *problem.column_sums)
+        listing = Listing(problem, tokens, occupied, kernels, thresholds.flags)
     if problem.dtype == torch.float32:
         if problem.has_tiles:
             delta_error = sum_rows(problem, tokens, listing, bits, row, delta_error=True)
         correct_delta(problem, tokens, saved, bits, row, delta_error)
     if problem.has_tiles:
-        sums = sum_rows(problem, tokens, listing, bits, row)
+        sums_q = sum_rows(problem, tokens, listing, bits, row)
         sums_k, sums_v = sum_columns(problem, tokens, listing, bits, row)
-    if dalpha is not None:
-        # Tiles with a score in the band around their rows' thresholds, and a neighbour the other way.
-        thresholds = find_thresholds(problem, tokens, saved, problem.peaks(saved.bits), NO_STATISTICS, band)
-        listing = Listing(problem, tokens, thresholds.flags, occupied)
-        sums_t = sum_thresholds(problem, tokens, listing, bits, row, thresholds, band)
-    gradients = Gradients(dq, dalpha, dbeta)
-    finish_dq(problem, tokens, saved, bits, row, thresholds, band, sums, sums_t, gradients)
-    finish_dkv(problem, tokens, saved, bits, row, sums_k, sums_v, dk, dv)
+        sums_t = sum_thresholds(problem, tokens, listing, bits, row, thresholds, band) if learn_alpha else NO_SUMS
+        sums = GradientSums(sums_q, sums_t, sums_k, sums_v)
+    finish_gradients(problem, tokens, saved, bits, row, thresholds, band, sums, gradients)

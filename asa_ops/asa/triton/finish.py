@@ -13,7 +13,7 @@ from ...core import triton_launch
 from ..types import Saved
 from .arrange import RowGradients
 from .problem import Bits, PerHead, Problem, Tokens
-from .select import RowStats, Thresholds
+from .select import Neighbours, Thresholds
 from .sums import Sums
 from .tiles import (
     LN_2,
@@ -25,11 +25,15 @@ from .tiles import (
     exponential,
     in_window,
     multiplier_of,
+    nan_note,
     of_head,
     own_rows,
+    raster_of,
+    rows_of,
     shrink_of,
     step_derivative,
 )
+from .window import Local
 
 
 class Rows(NamedTuple):
@@ -42,8 +46,8 @@ class Rows(NamedTuple):
     ONE_WAY_BITS: bool
 
 
-def _rows(problem: Problem) -> Rows:
-    return constants(Rows(problem.block, problem.width, problem.width_v, problem.window, problem.one_way_bits))
+def _rows(problem: Problem, block: int | None = None) -> Rows:
+    return constants(Rows(block or problem.block, problem.width, problem.width_v, problem.window, problem.one_way_bits))
 
 
 class Multipliers(NamedTuple):
@@ -71,9 +75,22 @@ class Outputs(NamedTuple):
 
 
 class Gradients(NamedTuple):
+    """What a backward writes, in raster order; 0 at padding."""
+
     dq: Tensor
+    dk: Tensor
+    dv: Tensor
     dalpha: Tensor | None
     dbeta: Tensor | None
+
+
+class GradientSums(NamedTuple):
+    """Sums over neighbours: dq / scale, -dl/dt, dk / scale and dv."""
+
+    q: Sums
+    t: Sums
+    k: Sums
+    v: Sums
 
 
 class Window(NamedTuple):
@@ -99,23 +116,23 @@ def _load_rows(x, at, valid, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def _sum_of_parts(partial, rows, at, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
-    """The sum of the parts of one number a row."""
+def _sum_of_parts(numbers, sums, at, BLOCK: tl.constexpr):
+    """The sum of the parts of one number a row, a field of ``sums``."""
     acc = tl.zeros([BLOCK], tl.float32)
-    if SPLITS > 0:
-        for split in range(SPLITS):
-            acc += tl.load(partial + split * tl.cast(rows, tl.int64) + at)
+    if sums.SPLITS > 0:
+        for split in range(sums.SPLITS):
+            acc += tl.load(numbers + split * tl.cast(sums.rows, tl.int64) + at)
     return acc
 
 
 @triton.jit
-def _sum_of_wide_parts(partial, rows, at, WIDTH: tl.constexpr, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_of_wide_parts(sums, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """The sums of the parts of WIDTH numbers a row."""
     d = tl.arange(0, WIDTH)
     acc = tl.zeros([BLOCK, WIDTH], tl.float32)
-    if SPLITS > 0:
-        for split in range(SPLITS):
-            acc += tl.load(partial + (split * tl.cast(rows, tl.int64) + at)[:, None] * WIDTH + d[None, :])
+    if sums.SPLITS > 0:
+        for split in range(sums.SPLITS):
+            acc += tl.load(sums.partial + (split * tl.cast(sums.rows, tl.int64) + at)[:, None] * WIDTH + d[None, :])
     return acc
 
 
@@ -186,22 +203,25 @@ def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, t
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_out_kernel(
-    sums, stats, bits, tokens, local, outputs, multipliers, alpha_stride_b, alpha_stride_h, alpha_stride_n,
-    beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, dim_v, SPLITS: tl.constexpr, ROWS,
+    sums, neighbours, tokens, local, outputs, multipliers, alpha_stride_b, alpha_stride_h, alpha_stride_n,
+    beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, dim_v, ROWS,
 ):  # fmt: skip
     """Finish rows: the parts of the sum over neighbours, the local survivors beside them, output and statistics.
 
-    Rows that are padding are not touched.
+    Those of padding are 0, -inf and 0.
     """
+    stats, bits = neighbours.stats, neighbours.bits
     padded = tokens.rows.padded
     z, p = own_rows(padded, ROWS.BLOCK)
     image = z // sharing
     token = tl.load(tokens.rows.order + image * padded + p)
     real = token >= 0
     at_row = z * padded + p
-    acc = _sum_of_wide_parts(sums.partial, sums.rows, at_row, ROWS.DIM_V, SPLITS, ROWS.BLOCK)
-    summed = _sum_of_parts(sums.total, sums.rows, at_row, SPLITS, ROWS.BLOCK)
-    m = tl.load(stats.largest + at_row)
+    acc = _sum_of_wide_parts(sums, at_row, ROWS.DIM_V, ROWS.BLOCK)
+    summed = _sum_of_parts(sums.total, sums, at_row, ROWS.BLOCK)
+    m = tl.full([ROWS.BLOCK], -float("inf"), tl.float32)
+    if stats.largest is not None:
+        m = tl.load(stats.largest + at_row)
     count = tl.zeros([ROWS.BLOCK], tl.int32)
     nan_row = count != 0
     if ROWS.WINDOW > 0:
@@ -210,10 +230,12 @@ def _asa_finish_out_kernel(
             acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
         )
     # Neighbours are counted after the window: held through it, the two numbers would spill.
-    count += tl.load(stats.counts + at_row)
-    nan_row |= tl.load(stats.not_finite + at_row) != 0
-    row = z * n + token
-    row_lse = tl.load(outputs.lse + row, mask=real, other=0)
+    if stats.largest is not None:
+        count += tl.load(stats.counts + at_row)
+        nan_row |= tl.load(stats.not_finite + at_row) != 0
+    written, in_raster = token != -1, raster_of(token)
+    row = z * n + in_raster
+    row_lse = tl.load(outputs.lse + row, mask=real, other=-float("inf"))
     empty = count == 0
     summed = tl.where(empty, 1, summed)
     acc = tl.where(empty[:, None], 0, acc / summed[:, None])
@@ -227,32 +249,34 @@ def _asa_finish_out_kernel(
         beta = multiplier_of(multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
         undefined |= (beta >= 0) == 0
     undefined &= tl.load(tokens.keys.counts + image) > 0
-    acc = tl.where((nan_row | undefined)[:, None], float("nan"), acc)
-    tl.store(outputs.lse_kept + row, tl.where(finite, (m + tl.log2(summed)) * LN_2, row_lse), mask=real)
-    tl.store(outputs.survivors + row, count, mask=real)
+    acc = tl.where((real & (nan_row | undefined))[:, None], float("nan"), acc)
+    tl.store(outputs.lse + row, row_lse, mask=written & (real == 0))
+    tl.store(outputs.lse_kept + row, tl.where(finite, (m + tl.log2(summed)) * LN_2, row_lse), mask=written)
+    tl.store(outputs.survivors + row, count, mask=written)
     rounded = acc.to(outputs.out.dtype.element_ty)
     d_v = tl.arange(0, ROWS.DIM_V)
-    at_out = token.to(tl.int64)[:, None] * dim_v + d_v[None, :]
-    there = real[:, None] & (d_v < dim_v)[None, :]
+    at_out = in_raster.to(tl.int64)[:, None] * dim_v + d_v[None, :]
+    there = written[:, None] & (d_v < dim_v)[None, :]
     tl.store(outputs.out + z * n * dim_v + at_out, rounded, mask=there)
     if outputs.base2.numbers is not None:
-        tl.store(of_head(outputs.base2, z) + n + token, m, mask=real)
-        tl.store(of_head(outputs.base2, z) + 2 * n + token, summed, mask=real)
+        base2 = of_head(outputs.base2, z) + in_raster
+        tl.store(base2, 0.0, mask=written & (real == 0))
+        tl.store(base2 + n, tl.where(real, m, 0), mask=written)
+        tl.store(base2 + 2 * n, tl.where(real, summed, 0), mask=written)
     if outputs.residual.numbers is not None:
         residual = (acc - rounded.to(tl.float32)).to(outputs.out.dtype.element_ty)
         tl.store(of_head(outputs.residual, z) + at_out, residual, mask=there)
 
 
-def finish_out(problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, stats: RowStats, sums: Sums) -> None:
+def finish_out(problem: Problem, tokens: Tokens, saved: Saved, neighbours: Neighbours, sums: Sums) -> None:
     """Write the output and its statistics to ``saved``."""
     alpha, beta = problem.inputs[3:5]
     residual, base2 = PerHead.of(saved.residual), PerHead.of(saved.base2)
     outputs = Outputs(saved.out, residual, saved.lse, saved.lse_kept, base2, saved.survivors)
     triton_launch.launch(
-        _asa_finish_out_kernel, problem.row_programs, sums, stats, bits, tokens, PerHead.of(saved.local),
-        outputs, Multipliers(alpha, beta), *problem.strides(alpha), *problem.strides(beta), problem.scale2,
-        problem.heads, problem.sharing, problem.n, problem.grid_width, problem.dim_v, SPLITS=sums.splits,
-        ROWS=_rows(problem), warps=problem.warps,
+        _asa_finish_out_kernel, problem.row_programs, sums, neighbours, tokens, PerHead.of(saved.local), outputs,
+        Multipliers(alpha, beta), *problem.strides(alpha), *problem.strides(beta), problem.scale2, problem.heads,
+        problem.sharing, problem.n, problem.grid_width, problem.dim_v, ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip
 
 
@@ -264,7 +288,7 @@ def _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, width, SPLITS: tl.constexpr, ROWS):
+def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, width, ROWS):
     """Add to delta what is missing until sum_j p_ij (<do_i, v_j> - delta_i) is 0, neighbours' parts given.
 
     delta comes from the output; its rounding reaches every pair of a row with the same sign. In float32 that is the
@@ -274,7 +298,7 @@ def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n
     z, p = own_rows(padded, ROWS.BLOCK)
     at_row = z * padded + p
     delta_i = tl.load(row.delta + at_row)
-    missing = _sum_of_parts(sums.partial, sums.rows, at_row, SPLITS, ROWS.BLOCK)
+    missing = _sum_of_parts(sums.partial, sums, at_row, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
         token = tl.load(tokens.rows.order + z // sharing * padded + p)
         window = Window(of_head(local, z), _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
@@ -296,8 +320,7 @@ def correct_delta(
     """Correct delta in place by what it misses over neighbours, ``delta_error``, and over local survivors."""
     triton_launch.launch(
         _asa_correct_delta_kernel, problem.row_programs, delta_error, bits, tokens, PerHead.of(saved.local), row,
-        problem.scale2, problem.sharing, problem.n, problem.grid_width, SPLITS=delta_error.splits,
-        ROWS=_rows(problem), warps=problem.warps,
+        problem.scale2, problem.sharing, problem.n, problem.grid_width, ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip
 
 
@@ -370,29 +393,29 @@ def _add_window_gradients(
 
 
 @triton.jit
-def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real):
-    """Store dl/dalpha from -dl/dt, or dl/dbeta from -dl/du; 0 where the multiplier is 0."""
+def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real, written):
+    """Store dl/dalpha from -dl/dt, or dl/dbeta from -dl/du; 0 where the multiplier is 0, as it is of padding."""
     gradient = tl.where(multiplier == 0, 0, -negative / tl.where(multiplier == 0, 1, multiplier))
-    tl.store(out + at, tl.where(not_finite, float("nan"), gradient), mask=real)
+    tl.store(out + at, tl.where(not_finite & real, float("nan"), gradient), mask=written)
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_finish_dq_kernel(
-    sums, sums_t, bits, tokens, thresholds, row, local, log_mean2, multipliers, gradients, factors,
+@triton.jit
+def _finish_dq(
+    program, sums, bits, tokens, thresholds, row, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-    heads, sharing, n, width, dim, SPLITS: tl.constexpr, T_SPLITS: tl.constexpr, ROWS,
+    heads, sharing, n, width, dim, ROWS,
 ):  # fmt: skip
     """dq, dalpha and dbeta of BLOCK rows."""
     padded = tokens.rows.padded
-    z, p = own_rows(padded, ROWS.BLOCK)
+    z, p = rows_of(program, padded, ROWS.BLOCK)
     token = tl.load(tokens.rows.order + z // sharing * padded + p)
     real = token >= 0
     at_row = z * padded + p
     LEARN_ALPHA: tl.constexpr = gradients.dalpha is not None
     LEARN_BETA: tl.constexpr = gradients.dbeta is not None
-    acc = _sum_of_wide_parts(sums.partial, sums.rows, at_row, ROWS.DIM, SPLITS, ROWS.BLOCK)
+    acc = _sum_of_wide_parts(sums.q, at_row, ROWS.DIM, ROWS.BLOCK)
     acc /= shrink_of(tokens.bounds, z)
-    dt = _sum_of_parts(sums_t.partial, sums_t.rows, at_row, T_SPLITS, ROWS.BLOCK)  # -dl/dt
+    dt = _sum_of_parts(sums.t.partial, sums.t, at_row, ROWS.BLOCK)  # -dl/dt
     du = tl.zeros([ROWS.BLOCK], tl.float32)  # -dl/du
     if ROWS.WINDOW > 0:
         log_beta2 = du
@@ -400,55 +423,37 @@ def _asa_finish_dq_kernel(
             log_beta2 = tl.log2(multiplier_of(
                 multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
             ))  # fmt: skip
-        window = Window(of_head(local, z), _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        place = tokens.rows.place + z // sharing * n
+        window = Window(of_head(local.survives, z), _words_of(bits, z), place, n, width, padded)
         acc, dt, du = _add_window_gradients(
-            acc, dt, du, tokens, thresholds, row, window, log_mean2, log_beta2, z, p, token, factors,
+            acc, dt, du, tokens, thresholds, row, window, local.log_mean2, log_beta2, z, p, token, factors,
             LEARN_ALPHA, LEARN_BETA, ROWS,
         )  # fmt: skip
-    not_finite = tl.load(row.not_finite + z) != 0
-    acc = tl.where(not_finite, float("nan"), acc * factors.scale)
+    not_finite = tl.load(nan_note(row.notes, z)) != 0
+    acc = tl.where(real[:, None], tl.where(not_finite, float("nan"), acc * factors.scale), 0)
     d = tl.arange(0, ROWS.DIM)
-    at = z * n + token
-    there = real[:, None] & (d < dim)[None, :]
+    written, at = token != -1, z * n + raster_of(token)
+    there = written[:, None] & (d < dim)[None, :]
     tl.store(gradients.dq + at[:, None] * dim + d[None, :], acc.to(gradients.dq.dtype.element_ty), mask=there)
     if LEARN_ALPHA:
         alpha = multiplier_of(multipliers.alpha, z, token, real, heads, alpha_stride_b, alpha_stride_h, alpha_stride_n)
-        _store_threshold_gradient(gradients.dalpha, at, dt, alpha, not_finite, real)
+        _store_threshold_gradient(gradients.dalpha, at, dt, alpha, not_finite, real, written)
     if LEARN_BETA:
         beta = multiplier_of(multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
-        _store_threshold_gradient(gradients.dbeta, at, du, beta, not_finite, real)
+        _store_threshold_gradient(gradients.dbeta, at, du, beta, not_finite, real, written)
 
 
-def finish_dq(
-    problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, thresholds: Thresholds,
-    band: float | None, sums: Sums, sums_t: Sums, gradients: Gradients,
-) -> None:  # fmt: skip
-    """Write dq, and dalpha and dbeta where they are asked for."""
-    alpha, beta = problem.inputs[3:5]
-    factors = Factors(problem.scale, problem.scale2, band or 1.0)
-    triton_launch.launch(
-        _asa_finish_dq_kernel, problem.row_programs, sums, sums_t, bits, tokens, thresholds, row,
-        PerHead.of(saved.local), PerHead.of(saved.log_mean), Multipliers(alpha, beta), gradients, factors,
-        *problem.strides(alpha), *problem.strides(beta), problem.heads, problem.sharing, problem.n, problem.grid_width,
-        problem.dim, SPLITS=sums.splits, T_SPLITS=sums_t.splits, ROWS=_rows(problem), warps=problem.warps,
-        registers=255,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_finish_dkv_kernel(
-    sums_k, sums_v, bits, tokens, local, row, dk, dv, scale, scale2, sharing, n, width, dim, dim_v,
-    SPLITS_K: tl.constexpr, SPLITS_V: tl.constexpr, ROWS,
-):  # fmt: skip
+@triton.jit
+def _finish_dkv(program, sums, bits, tokens, local, row, gradients, scale, scale2, sharing, n, width, dim, dim_v, ROWS):
     """dk and dv of BLOCK keys; in the window of a key are the queries whose windows hold it."""
     padded = tokens.keys.padded
-    z, p = own_rows(padded, ROWS.BLOCK)
+    z, p = rows_of(program, padded, ROWS.BLOCK)
     token = tl.load(tokens.keys.order + z // sharing * padded + p)
     real = token >= 0
     at_key = z * padded + p
-    acc_k = _sum_of_wide_parts(sums_k.partial, sums_k.rows, at_key, ROWS.DIM, SPLITS_K, ROWS.BLOCK)
+    acc_k = _sum_of_wide_parts(sums.k, at_key, ROWS.DIM, ROWS.BLOCK)
     acc_k /= shrink_of(tokens.bounds, z)
-    acc_v = _sum_of_wide_parts(sums_v.partial, sums_v.rows, at_key, ROWS.DIM_V, SPLITS_V, ROWS.BLOCK)
+    acc_v = _sum_of_wide_parts(sums.v, at_key, ROWS.DIM_V, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
         window = Window(of_head(local, z), _words_of(bits, z), tokens.keys.place + z // sharing * n, n, width, padded)
         k_j = _load_rows(tokens.k, at_key, None, ROWS.DIM)
@@ -463,25 +468,52 @@ def _asa_finish_dkv_kernel(
             weight, ds = _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2)
             acc_k += ds[:, None] * q_i
             acc_v += weight[:, None] * do_i
-    not_finite = tl.load(row.not_finite + z) != 0
-    acc_k = tl.where(not_finite, float("nan"), acc_k * scale)
-    acc_v = tl.where(not_finite, float("nan"), acc_v)
-    at = z * n + token
+    not_finite = tl.load(nan_note(row.notes, z)) != 0
+    acc_k = tl.where(real[:, None], tl.where(not_finite, float("nan"), acc_k * scale), 0)
+    acc_v = tl.where(real[:, None], tl.where(not_finite, float("nan"), acc_v), 0)
+    written, at = token != -1, z * n + raster_of(token)
     d, d_v = tl.arange(0, ROWS.DIM), tl.arange(0, ROWS.DIM_V)
-    there = real[:, None] & (d < dim)[None, :]
-    tl.store(dk + at[:, None] * dim + d[None, :], acc_k.to(dk.dtype.element_ty), mask=there)
-    there = real[:, None] & (d_v < dim_v)[None, :]
-    tl.store(dv + at[:, None] * dim_v + d_v[None, :], acc_v.to(dv.dtype.element_ty), mask=there)
+    there = written[:, None] & (d < dim)[None, :]
+    tl.store(gradients.dk + at[:, None] * dim + d[None, :], acc_k.to(gradients.dk.dtype.element_ty), mask=there)
+    there = written[:, None] & (d_v < dim_v)[None, :]
+    tl.store(gradients.dv + at[:, None] * dim_v + d_v[None, :], acc_v.to(gradients.dv.dtype.element_ty), mask=there)
 
 
-def finish_dkv(
-    problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, sums_k: Sums, sums_v: Sums,
-    dk: Tensor, dv: Tensor,
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_finish_gradients_kernel(
+    sums, bits, tokens, thresholds, row, local, multipliers, gradients, factors,
+    alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
+    heads, sharing, n_heads, n, n_keys, width, dim, dim_v, ROWS,
+):  # fmt: skip
+    """All gradients: some programs finish BLOCK rows each, those that follow BLOCK keys each."""
+    program = tl.program_id(0) - n_heads * (tokens.rows.padded // ROWS.BLOCK)
+    if program < 0:
+        _finish_dq(
+            tl.program_id(0), sums, bits, tokens, thresholds, row, local, multipliers, gradients, factors,
+            alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
+            heads, sharing, n, width, dim, ROWS,
+        )  # fmt: skip
+    else:
+        _finish_dkv(
+            program, sums, bits, tokens, local.survives, row, gradients, factors.scale, factors.scale2, sharing,
+            n_keys, width, dim, dim_v, ROWS,
+        )  # fmt: skip
+
+
+def finish_gradients(
+    problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, thresholds: Thresholds,
+    band: float | None, sums: GradientSums, gradients: Gradients,
 ) -> None:  # fmt: skip
-    """Write dk and dv."""
+    """Write all gradients, of thresholds where they are asked for."""
+    alpha, beta = problem.inputs[3:5]
+    factors = Factors(problem.scale, problem.scale2, band or 1.0)
+    # Rows take more registers than keys, most where thresholds learn and in float32. Small programs leave room for more
+    # of them side by side: three on a multiprocessor where a thread has at most 168.
+    block, learns = problem.block // (problem.warps // 4), band is not None
     triton_launch.launch(
-        _asa_finish_dkv_kernel, (problem.n_heads * tokens.keys.padded // problem.block,), sums_k, sums_v, bits, tokens,
-        PerHead.of(saved.local), row, dk, dv, problem.scale, problem.scale2, problem.sharing, problem.n_keys,
-        problem.grid_width, problem.dim, problem.dim_v, SPLITS_K=sums_k.splits, SPLITS_V=sums_v.splits,
-        ROWS=_rows(problem), warps=problem.warps, registers=255 if problem.one_way_bits else None,
+        _asa_finish_gradients_kernel, (problem.n_heads * (problem.padded + problem.key_padded) // block,), sums,
+        bits, tokens, thresholds, row, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
+        Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
+        problem.sharing, problem.n_heads, problem.n, problem.n_keys, problem.grid_width, problem.dim, problem.dim_v,
+        ROWS=_rows(problem, block), registers=255 if learns or problem.dtype.itemsize == 4 else 168,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from . import configs
 
 LOG2_E = math.log2(math.e)
 MAX_SPLITS = 4  # parts of a sum, each of which takes memory
+NOTES = 4  # numbers of a head in ``Orders.notes``
 
 
 class Problem:
@@ -50,6 +51,10 @@ class Problem:
         """Allocate the bits of all heads where they are not to be kept."""
         return self.new(self.n_heads, *bits_shape("triton", self.n, self.n_keys), dtype=torch.uint8)
 
+    def new_flags(self) -> Tensor:
+        """Allocate a flag for every tile of 64 x 64 pairs."""
+        return self.new(self.n_heads, self.padded // 64, self.key_padded // 64, dtype=torch.int8)
+
     def bits(self, buffer: Tensor) -> "Bits":
         """Return the first part of a buffer [n_heads or B, heads, ...], if it holds any."""
         if not buffer.shape[-1]:
@@ -73,6 +78,12 @@ class Problem:
         both = self.one_way_bits or (kernel == "mask" and self.has_topk)
         return configs.find(kernel, max(self.width, self.width_v), self.dtype, self.architecture, both)
 
+    @property
+    def column_sums(self) -> tuple[str, ...]:
+        """The rows of the table by which dk and dv are summed: both at once if it fits, or one by one."""
+        fused = self.config("dkv")
+        return ("dkv",) if fused is not None and fused.columns >= max(self.width, self.width_v) else ("dk", "dv")
+
     def splits(self, programs: int, limit: int) -> int:
         """Return into how many parts to cut each program's work so that waves of programs fill the device."""
         slots = triton_launch.processors(self.device)
@@ -92,10 +103,20 @@ class Problem:
 class Order(NamedTuple):
     """In which order the tokens of every image stand; the same for all images where there is no padding."""
 
-    order: Tensor  # int32 [images, padded] token at a position, -1 where there is none
+    order: Tensor  # int32 [images, padded] token at a position; -2 - token of padding, which comes last; -1: none
     place: Tensor  # int32 [images, n] position of a token, -1 for padding
     counts: Tensor  # int32 [images] real tokens
     padded: int  # a multiple of 128
+
+
+class Orders(NamedTuple):
+    """The orders of both sides, one where they have as many tokens, and what a call counts and notes from 0 on."""
+
+    rows: Order  # of query and do
+    keys: Order  # of key and value
+    # int32 [n_heads, NOTES]. Of every head, of a backward: the largest |v| and the largest sum of |do| of a query,
+    # float32 as int32; whether a row has the output NaN. Of all heads, in the first: how many tiles a forward decides.
+    notes: Tensor
 
 
 class Tokens(NamedTuple):
@@ -108,8 +129,7 @@ class Tokens(NamedTuple):
     v: Tensor  # 0 where it is not finite
     do: Tensor | None  # the gradient of the output, in a backward
     not_finite: Tensor  # int32 [n_heads, key_padded / 32]: bits of the keys whose value is not finite
-    # Of every head the largest |v| and the largest sum of |do| of a query, where gradients of scores may overflow.
-    bounds: Tensor | None  # float32 as int32 [n_heads, 2]
+    bounds: Tensor | None  # the notes, where gradients of scores may overflow: in a backward of float16
 
 
 class Bits(NamedTuple):

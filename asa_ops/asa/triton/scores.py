@@ -1,4 +1,4 @@
-"""Every score once: lse and block maxima of rows, and the k-th largest score.
+"""Every score once: lse and block maxima of rows; and the k-th largest score, from as many more sweeps as it takes.
 
 Scores are in base 2, s2_ij = log2(e) * scale * <q_i, k_j>, and never stored.
 """
@@ -9,9 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..types import Saved
-from .problem import Peaks, PerHead, Problem, Tokens
-from .tiles import SCALARS, TileKernel, load_whole, of_head, own_block, product
+from .problem import Peaks, Problem, Tokens
+from .tiles import SCALARS, TileKernel, load_whole, own_block, product
 
 
 class Statistics(NamedTuple):
@@ -155,19 +154,15 @@ def _around(q, q_whole, q_row, k, k_row, floor, n_keys, scale2, SCORES):
     return above, below
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_topk_kernel(q, k, tokens, kappa, scale2, topk, sharing, SCORES, CUTS: tl.constexpr):
-    """A threshold between the ``topk``-th largest score of every row and the next smaller one, exactly, for any topk.
+@triton.jit
+def kth_largest(q, k, tokens, z, i0, real, n_keys, scale2, topk, CUTS: tl.constexpr, SCORES):
+    """A threshold between the ``topk``-th largest score of ``real`` rows and the next smaller one, exactly.
 
     The bits of a float, as an integer, order as it does: every sweep over the keys counts how many scores reach each of
     CUTS values that divide the interval known to hold the k-th largest, until exactly topk scores reach its lower end
     or it holds a single value. The last sweep finds the two neighbours of the gap; any threshold between them selects
     the same scores, however a later product rounds.
     """
-    z, i0 = own_block(tokens.rows.padded, SCORES.BLOCK_M)
-    n_keys = tl.load(tokens.keys.counts + z // sharing)
-    rows = i0 + tl.arange(0, SCORES.BLOCK_M)
-    real = rows < tl.load(tokens.rows.counts + z // sharing)
     q_row, k_row = z * tokens.rows.padded + i0, z * tokens.keys.padded
     q_whole = load_whole(q, q_row, SCORES.BLOCK_M, SCORES)
     # low: at least topk scores reach it (-inf: all do). high: fewer do.
@@ -192,16 +187,4 @@ def _asa_topk_kernel(q, k, tokens, kappa, scale2, topk, sharing, SCORES, CUTS: t
     kth = tl.where(kth == float("inf"), floor, kth)  # formed again, those that had reached the floor may all miss it
     middle = following + (kth - following) * 0.5
     threshold = tl.where((middle > following) & (middle < kth), middle, kth)
-    threshold = tl.where((n_keys <= topk) | (reached == n_keys), -float("inf"), threshold)
-    image = tl.cast(z // sharing, tl.int64)
-    token = tl.load(tokens.rows.order + image * tokens.rows.padded + rows, mask=real, other=0)
-    tl.store(of_head(kappa, z) + token, threshold, mask=real)
-
-
-def find_kth(problem: Problem, tokens: Tokens, saved: Saved) -> None:
-    """Write kappa of ``saved``."""
-    kernel = TileKernel(problem, tokens, "topk")
-    kernel.launch(
-        _asa_topk_kernel, (kernel.programs,), "q k", tokens, PerHead.of(saved.kappa),
-        problem.scale2, problem.options.topk, problem.sharing, CUTS=8,
-    )  # fmt: skip
+    return tl.where((n_keys <= topk) | (reached == n_keys), -float("inf"), threshold)

@@ -18,20 +18,24 @@ from ...core.triton_launch import last_bits
 from ..types import Saved
 from .configs import PAD
 from .problem import LOG2_E, Bits, Peaks, PerHead, Problem, Tokens
-from .scores import Statistics
+from .scores import Statistics, kth_largest
 from .tiles import (
     LN_2,
+    OF_KEYS,
     SCALARS,
     TileKernel,
     count_bits,
     first_bits,
     multiplier_of,
     of_head,
+    own_block,
     own_rows,
     pack_columns,
     pack_rows,
     products_both_ways,
+    tile_count,
 )
+from .window import Local, window_cut, window_of_rows
 
 
 class Thresholds(NamedTuple):
@@ -53,25 +57,36 @@ class RowStats(NamedTuple):
     counts: Tensor | None  # int32
     not_finite: Tensor | None  # int32, not 0 if the value of a neighbour is not finite
 
-    @classmethod
-    def new(cls, problem: Problem) -> "RowStats":
-        """Return what rows without neighbours know."""
-        rows, like = (problem.n_heads, problem.padded), problem.inputs.query
-        largest = like.new_full(rows, -torch.inf, dtype=torch.float32)
-        return cls(largest, *like.new_zeros((2, *rows), dtype=torch.int32))
-
 
 NO_ROW_STATS = RowStats(None, None, None)
 
 
+class Neighbours(NamedTuple):
+    """What a forward decides of pairs."""
+
+    bits: Bits
+    stats: RowStats
+    occupied: Tensor | None  # int8 [n_heads, row blocks, key blocks]: tiles that hold a bit
+
+    @classmethod
+    def new(cls, problem: Problem, bits: Bits) -> "Neighbours":
+        """Allocate what is known of rows and tiles beside the ``bits``."""
+        largest = problem.new(problem.n_heads, problem.padded)
+        counts, not_finite = (problem.new(problem.n_heads, problem.padded, dtype=torch.int32) for _ in range(2))
+        return cls(bits, RowStats(largest, counts, not_finite), problem.new_flags())
+
+
+NO_NEIGHBOURS = Neighbours(Bits(None, 0), NO_ROW_STATS, None)
+
+
 @triton.jit
-def _lse_of_parts(statistics, at, SPLITS: tl.constexpr):
+def _lse_of_parts(statistics, at, SPLITS: tl.constexpr, ROWS: tl.constexpr):
     """The largest score of rows (0 without any) and lse, base 2. NaN scores are in the sum, not in the maximum."""
-    m = tl.full([64], -float("inf"), tl.float32)
+    m = tl.full([ROWS], -float("inf"), tl.float32)
     for split in tl.static_range(SPLITS):
         m = tl.maximum(m, tl.load(statistics.largest + split * statistics.rows + at))
     m = tl.where(m == -float("inf"), 0, m)
-    summed = tl.zeros([64], tl.float32)
+    summed = tl.zeros([ROWS], tl.float32)
     for split in tl.static_range(SPLITS):
         part = tl.load(statistics.total + split * statistics.rows + at)
         weight = tl.exp2(tl.load(statistics.largest + split * statistics.rows + at) - m)
@@ -79,97 +94,164 @@ def _lse_of_parts(statistics, at, SPLITS: tl.constexpr):
     return m, m + tl.log2(summed)
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_flags_kernel(
-    statistics, lse, base2, alpha, kappa, tokens, peaks, thresholds, alpha_stride_b, alpha_stride_h, alpha_stride_n,
-    heads, sharing, n, key_blocks, band2, SPLITS: tl.constexpr, HAS_TOPK: tl.constexpr, BLOCK_J: tl.constexpr,
+@triton.jit
+def thresholds_of_rows(
+    statistics, lse, base2, alpha, kth, kappa, tokens, thresholds, z, p, writes,
+    alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n, SPLITS: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Thresholds of 64 rows, and which blocks of 64 keys they reach within ``band2`` (base 2).
+    """lse2, cut2 and kappa2 of rows, written if ``writes``; the last is ``kth`` or, without it, what was kept.
 
-    SPLITS > 0: lse comes from the parts of the statistics and is written; 0: it is read from ``base2``. Axis 1 of the
-    grid: BLOCK_J blocks of keys each; the first writes what is one number a row.
+    SPLITS > 0: lse comes from the parts of the statistics and is written; 0: it is read from ``base2``.
     """
-    padded = tokens.rows.padded
-    z, p = own_rows(padded, 64)
-    at = z * padded + p
-    first = (tl.zeros([64], tl.int32) + tl.program_id(1)) == 0
-    token = tl.load(tokens.rows.order + z // sharing * padded + p).to(tl.int64)
+    at = z * tokens.rows.padded + p
+    first = (tl.zeros([ROWS], tl.int32) + writes) != 0
+    token = tl.load(tokens.rows.order + z // sharing * tokens.rows.padded + p).to(tl.int64)
     real = p < tl.load(tokens.rows.counts + z // sharing)
     if SPLITS > 0:
-        m, row_lse2 = _lse_of_parts(statistics, at, SPLITS)
+        m, row_lse2 = _lse_of_parts(statistics, at, SPLITS, ROWS)
         tl.store(lse + z * n + token, row_lse2 * LN_2, mask=real & first)
         if base2.numbers is not None:
             tl.store(of_head(base2, z) + token, row_lse2, mask=real & first)
     else:
         row_lse2 = tl.load(of_head(base2, z) + token, mask=real, other=0)
-    if alpha is None:
-        row_lse2 = tl.zeros_like(row_lse2)  # the cut is -inf, which differences of huge scores may reach
-    tl.store(thresholds.lse2 + at, row_lse2, mask=first)
+    cut = tl.full([ROWS], -float("inf"), tl.float32)
+    smallest = tl.full([ROWS], -float("inf"), tl.float32)
     if thresholds.flags is not None:
-        n_keys = tl.load(tokens.keys.counts + z // sharing)
-        cut = tl.full([64], -float("inf"), tl.float32)
-        if alpha is not None:
+        if alpha is None:
+            row_lse2 = tl.zeros_like(row_lse2)  # the cut is -inf, which differences of huge scores may reach
+        else:
+            n_keys = tl.load(tokens.keys.counts + z // sharing)
             multiplier = multiplier_of(alpha, z, token, real, heads, alpha_stride_b, alpha_stride_h, alpha_stride_n)
             cut = tl.log2(multiplier) - tl.log2(n_keys.to(tl.float32))
             cut = tl.where(multiplier >= 0, cut, float("nan"))
-        kth = tl.full([64], -float("inf"), tl.float32)
-        if HAS_TOPK:
-            kth = tl.load(of_head(kappa, z) + token, mask=real, other=0)
+        if kth is not None:
+            smallest = kth
+        elif thresholds.kappa2 is not None:
+            smallest = tl.load(of_head(kappa, z) + token, mask=real, other=0)
         if SPLITS > 0:
             # Pairs are decided by scores that are formed again: the largest may not miss a threshold that it exceeds.
             above = m - row_lse2
             cut = tl.where(above > cut, tl.minimum(cut, above - last_bits(m)), cut)
-            kth = tl.minimum(kth, m - last_bits(m))
+            smallest = tl.minimum(smallest, m - last_bits(m))
         else:
-            kth -= 2 * last_bits(kth)  # nor may a neighbour miss it here
+            smallest -= 2 * last_bits(smallest)  # nor may a neighbour miss it here
         cut = tl.where(real, cut, float("inf"))
+        tl.store(thresholds.lse2 + at, row_lse2, mask=first)
         tl.store(thresholds.cut2 + at, cut, mask=first)
-        if HAS_TOPK:
-            tl.store(thresholds.kappa2 + at, kth, mask=first)
-        j = tl.program_id(1) * BLOCK_J + tl.arange(0, BLOCK_J)
-        there = j * 64 < n_keys
-        at_peak = peaks.peaks + z * peaks.stride + tl.cast(j, tl.int64)[None, :] * padded + p[:, None]
-        peak = tl.load(at_peak, mask=there[None, :], other=-float("inf")).to(tl.float32)
-        reached = ((peak - row_lse2[:, None]) > (cut[:, None] - band2)) & (peak >= kth[:, None])
-        reached = tl.max(reached.to(tl.int32), 0) * there.to(tl.int32)
-        row = tl.cast(tl.program_id(0), tl.int64) * key_blocks  # programs are row blocks, of all heads
-        tl.store(thresholds.flags + row + j, reached.to(tl.int8), mask=j < key_blocks)
+        if thresholds.kappa2 is not None:
+            tl.store(thresholds.kappa2 + at, smallest, mask=first)
+    return row_lse2, cut, smallest
 
 
-def find_thresholds(
-    problem: Problem, tokens: Tokens, saved: Saved, peaks: Peaks, statistics: Statistics, band: float = 0.0
-) -> Thresholds:
-    """Find thresholds and the tiles that reach them, or come within ``band`` of them.
-
-    lse is written to ``saved`` from the ``statistics`` of a forward; without them it is read there.
-    """
-    rows, alpha = tokens.rows, problem.inputs.alpha
-    row_blocks, key_blocks = rows.padded // 64, tokens.keys.padded // 64
-    lse2, cut2, kappa2 = (problem.new(problem.n_heads, rows.padded) for _ in range(3))
-    flags = problem.new(problem.n_heads, row_blocks, key_blocks, dtype=torch.int8) if problem.has_bits else None
-    thresholds = Thresholds(lse2, cut2, kappa2 if problem.has_topk else None, flags)
-    triton_launch.launch(
-        _asa_flags_kernel, (problem.n_heads * row_blocks, triton.cdiv(key_blocks, 32) if problem.has_bits else 1),
-        statistics, saved.lse, PerHead.of(saved.base2), alpha, PerHead.of(saved.kappa), tokens, peaks,
-        thresholds, *problem.strides(alpha), problem.heads, problem.sharing, problem.n, key_blocks, band * LOG2_E,
-        SPLITS=statistics.splits, HAS_TOPK=problem.has_topk, BLOCK_J=32,
-    )  # fmt: skip
-    return thresholds
+@triton.jit
+def flag_tiles(
+    peaks, flags, z, p, block, first, lse2, cut2, kappa2, n_keys, padded, key_blocks,
+    ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """Flag which of BLOCK_J blocks of 64 keys, from ``first`` on, ROWS rows reach; ``block``: their first of 64."""
+    SUB: tl.constexpr = ROWS // 64
+    j = first + tl.arange(0, BLOCK_J)
+    there = j * 64 < n_keys
+    at_peak = peaks.peaks + z * peaks.stride + tl.cast(j, tl.int64)[None, :] * padded + p[:, None]
+    peak = tl.load(at_peak, mask=there[None, :], other=-float("inf")).to(tl.float32)
+    reached = ((peak - lse2[:, None]) > cut2[:, None]) & (peak >= kappa2[:, None])
+    reached = tl.max(tl.reshape(reached.to(tl.int32), [SUB, 64, BLOCK_J]), 1) * there.to(tl.int32)[None, :]
+    row = (tl.cast(block, tl.int64) + tl.arange(0, SUB)) * key_blocks  # of all heads
+    tl.store(flags + row[:, None] + j[None, :], reached.to(tl.int8), mask=(j < key_blocks)[None, :])
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_pairs_kernel(
-    flags, pairs, count, row_blocks, key_blocks, tiles, other_tiles,
-    TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr,
+def _asa_flags_kernel(
+    statistics, lse, base2, alpha, tokens, peaks, thresholds, alpha_stride_b, alpha_stride_h, alpha_stride_n,
+    heads, sharing, n, band2, SPLITS: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
+    """lse and thresholds of 64 rows, and which blocks of 64 keys they reach within ``band2`` (base 2).
+
+    Axis 1 of the grid: BLOCK_J blocks of keys each; the first writes what is one number a row.
+    """
+    padded = tokens.rows.padded
+    z, p = own_rows(padded, 64)
+    lse2, cut2, kappa2 = thresholds_of_rows(
+        statistics, lse, base2, alpha, None, None, tokens, thresholds, z, p, tl.program_id(1) == 0,
+        alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n, SPLITS, 64,
+    )  # fmt: skip
+    if thresholds.flags is not None:
+        n_keys = tl.load(tokens.keys.counts + z // sharing)
+        flag_tiles(peaks, thresholds.flags, z, p, tl.program_id(0), tl.program_id(1) * BLOCK_J, lse2, cut2 - band2,
+                   kappa2, n_keys, padded, tokens.keys.padded // 64, 64, BLOCK_J)  # fmt: skip
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_topk_kernel(
+    q, k, statistics, lse, base2, alpha, kappa, tokens, peaks, thresholds,
+    alpha_stride_b, alpha_stride_h, alpha_stride_n, scale2, topk, heads, sharing, n, band2,
+    SCORES, CUTS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_J: tl.constexpr,
+):  # fmt: skip
+    """The k-th largest score of rows, kept as kappa; with it their thresholds and flags, as in the kernel above."""
+    BLOCK_M: tl.constexpr = SCORES.BLOCK_M
+    padded, key_padded = tokens.rows.padded, tokens.keys.padded
+    z, i0 = own_block(padded, BLOCK_M)
+    n_keys = tl.load(tokens.keys.counts + z // sharing)
+    p = i0 + tl.arange(0, BLOCK_M)
+    real = p < tl.load(tokens.rows.counts + z // sharing)
+    kth = kth_largest(q, k, tokens, z, i0, real, n_keys, scale2, topk, CUTS, SCORES)
+    z = z.to(tl.int64)
+    token = tl.load(tokens.rows.order + z // sharing * padded + p, mask=real, other=0)
+    tl.store(of_head(kappa, z) + token, kth, mask=real)
+    lse2, cut2, kappa2 = thresholds_of_rows(
+        statistics, lse, base2, alpha, tl.where(real, kth, 0), None, tokens, thresholds, z, p, True,
+        alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n, SPLITS, BLOCK_M,
+    )  # fmt: skip
+    key_blocks = key_padded // 64
+    for first in range(0, key_blocks, BLOCK_J):
+        flag_tiles(peaks, thresholds.flags, z, p, tl.program_id(0) * (BLOCK_M // 64), first, lse2, cut2 - band2, kappa2,
+                   n_keys, padded, key_blocks, BLOCK_M, BLOCK_J)  # fmt: skip
+
+
+def new_thresholds(problem: Problem) -> Thresholds:
+    """Allocate thresholds and flags, if there are any."""
+    if not problem.has_bits:
+        return NO_THRESHOLDS
+    lse2, cut2 = (problem.new(problem.n_heads, problem.padded) for _ in range(2))
+    kappa2 = problem.new(problem.n_heads, problem.padded) if problem.has_topk else None
+    return Thresholds(lse2, cut2, kappa2, problem.new_flags())
+
+
+def find_thresholds(
+    problem: Problem, tokens: Tokens, saved: Saved, peaks: Peaks, statistics: Statistics, band: float
+) -> Thresholds:
+    """Find thresholds and the tiles that reach them, or come within ``band`` of them; write lse and kappa of saved."""
+    alpha, thresholds = problem.inputs.alpha, new_thresholds(problem)
+    base2, strides = PerHead.of(saved.base2), problem.strides(alpha)
+    cut = {"SPLITS": statistics.splits, "BLOCK_J": 32}
+    if problem.has_topk:
+        kernel = TileKernel(problem, tokens, "topk")
+        kernel.launch(
+            _asa_topk_kernel, (kernel.programs,), "q k", statistics, saved.lse, base2, alpha, PerHead.of(saved.kappa),
+            tokens, peaks, thresholds, *strides, problem.scale2, problem.options.topk, problem.heads, problem.sharing,
+            problem.n, band * LOG2_E, CUTS=8, **cut,
+        )  # fmt: skip
+    else:
+        chunks = triton.cdiv(tokens.keys.padded // 64, 32) if problem.has_bits else 1
+        triton_launch.launch(
+            _asa_flags_kernel, (problem.n_heads * (tokens.rows.padded // 64), chunks), statistics, saved.lse, base2,
+            alpha, tokens, peaks, thresholds, *strides, problem.heads, problem.sharing, problem.n, band * LOG2_E, **cut,
+        )  # fmt: skip
+    return thresholds
+
+
+@triton.jit
+def _collect_pairs(flags, pairs, count, tokens, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr):
     """Collect the active tiles of TILE x TILE pairs, unordered if mutual, as z * tiles * other_tiles + I * .. + J.
 
     Their order is left to chance: each is worked on alone, and sums over them are sums of integers.
     """
+    tiles, other_tiles = tokens.rows.padded // TILE, tokens.keys.padded // TILE
+    key_blocks = tokens.keys.padded // 64
     z = tl.cast(tl.program_id(0) // tiles, tl.int64)
     tile = tl.program_id(0) % tiles
     first = tile // BLOCK_J * BLOCK_J if MUTUAL else 0
-    flags += z * row_blocks * key_blocks
+    flags += z * (tokens.rows.padded // 64) * key_blocks
     SUB: tl.constexpr = TILE // 64
     for start in range(first, other_tiles, BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
@@ -184,22 +266,40 @@ def _asa_pairs_kernel(
                 active |= flag
         if MUTUAL:
             active = tl.where(j >= tile, active, 0)
-        wanted = active != 0
         slot = tl.atomic_add(count, tl.sum(active, 0), sem="relaxed") + tl.cumsum(active, 0) - 1
-        tl.store(pairs + slot, (z * tiles + tile) * other_tiles + j, mask=wanted)
+        tl.store(pairs + slot, (z * tiles + tile) * other_tiles + j, mask=active != 0)
 
 
-def collect_pairs(problem: Problem, tokens: Tokens, flags: Tensor, tile: int) -> tuple[Tensor, Tensor]:
-    """Collect the active tiles of ``tile`` x ``tile`` pairs; return room for all their numbers, and their count."""
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_pairs_kernel(
+    flags, pairs, notes, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2,
+    heads, sharing, n_heads, n, width, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr, CUT,
+):  # fmt: skip
+    """Collect the tiles whose pairs are to be decided; the other programs find local survivors meanwhile."""
+    programs = n_heads * (tokens.rows.padded // TILE)
+    if tl.program_id(0) < programs:
+        _collect_pairs(flags, pairs, tile_count(notes), tokens, TILE, MUTUAL, BLOCK_J)
+    elif CUT.WINDOW > 0:
+        window_of_rows(tl.program_id(0) - programs, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n,
+                       scale2, heads, sharing, n, width, CUT)  # fmt: skip
+
+
+def collect_pairs(problem: Problem, tokens: Tokens, notes: Tensor, saved: Saved, flags: Tensor, tile: int) -> Tensor:
+    """Collect the active tiles of ``tile`` x ``tile`` pairs, counted in ``notes``; return room for all their numbers.
+
+    Local survivors are found too: log_mean and local of ``saved``.
+    """
     tiles, other_tiles = tokens.rows.padded // tile, tokens.keys.padded // tile
     capacity = problem.n_heads * (tiles * (tiles + 1) // 2 if problem.mutual else tiles * other_tiles)
     pairs = problem.new(capacity, dtype=torch.int64)
-    count = flags.new_zeros((1,), dtype=torch.int32)
+    beta, kept = problem.inputs.beta, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local))
+    programs = problem.n_heads * tiles + (problem.row_programs[0] if problem.window else 0)
     triton_launch.launch(
-        _asa_pairs_kernel, (problem.n_heads * tiles,), flags, pairs, count, *flags.shape[1:], tiles, other_tiles,
-        TILE=tile, MUTUAL=problem.mutual, BLOCK_J=128,
+        _asa_pairs_kernel, (programs,), flags, pairs, notes, tokens, beta, kept, *problem.strides(beta), problem.scale2,
+        problem.heads, problem.sharing, problem.n_heads, problem.n, problem.grid_width, TILE=tile,
+        MUTUAL=problem.mutual, BLOCK_J=128, CUT=window_cut(problem), warps=problem.warps, registers=128,
     )  # fmt: skip
-    return pairs, count
+    return pairs
 
 
 @triton.jit
@@ -232,12 +332,30 @@ def _add_to_rows(stats, at, largest, count, not_finite):
 
 
 @triton.jit
+def _hold_bits(words, TILE: tl.constexpr):
+    """Which tiles of 64 x 64 pairs hold a bit, from the words [TILE, TILE // 32] of a larger one."""
+    SUB: tl.constexpr = TILE // 64
+    holds = tl.max(tl.reshape((words != 0).to(tl.int32), [SUB, 64, SUB * 2]), 1)
+    return tl.max(tl.reshape(holds, [SUB, SUB, 2]), 2)
+
+
+@triton.jit
+def _store_occupied(occupied, holds, row_block, other_block, others, SUB: tl.constexpr):
+    """Flag tiles of 64 x 64 pairs, ``holds`` [SUB, SUB]."""
+    sub = tl.arange(0, SUB)
+    at = (row_block + sub)[:, None] * others + (other_block + sub)[None, :]
+    tl.store(occupied + at, holds.to(tl.int8))
+
+
+@triton.jit
 def _decide_tile(
-    q, k, z, i_tile, j_tile, tokens, thresholds, bits, stats, scale2, sharing,
+    q, k, z, i_tile, j_tile, tokens, thresholds, neighbours, scale2, sharing,
     MUTUAL: tl.constexpr, SYMMETRIC: tl.constexpr, ONE_WAY_BITS: tl.constexpr, SCORES,
 ):  # fmt: skip
-    """Decide the pairs of one tile: write its bits and add to what its rows know."""
+    """Decide the pairs of one tile: write its bits and whether it has any, and add to what its rows know."""
     TILE: tl.constexpr = SCORES.BLOCK_M
+    SUB: tl.constexpr = TILE // 64
+    stats, bits = neighbours.stats, neighbours.bits
     padded, key_padded = tokens.rows.padded, tokens.keys.padded
     i0, j0 = i_tile * TILE, j_tile * TILE
     BOTH: tl.constexpr = MUTUAL and not SYMMETRIC
@@ -262,6 +380,8 @@ def _decide_tile(
     words = bits.words + z.to(tl.int64) * bits.stride
     at_rows = (j0 // 32 + group).to(tl.int64)[None, :] * padded + (i0 + tl.arange(0, TILE))[:, None]
     not_finite = tokens.not_finite + z * (key_padded // 32)
+    key_blocks = key_padded // 64
+    occupied = neighbours.occupied + z.to(tl.int64) * (padded // 64) * key_blocks
     if MUTUAL:
         real_i = first_bits(n_keys - i0 - 32 * group)[:, None]
         of_columns = pack_columns(kept, TILE, TILE) & real_i
@@ -279,19 +399,24 @@ def _decide_tile(
         else:
             of_rows = stored_rows
         tl.store(words + at_rows, stored_rows)
+        holds_rows = _hold_bits(stored_rows, TILE)
+        _store_occupied(occupied, holds_rows, i_tile * SUB, j_tile * SUB, key_blocks, SUB)
         if not diagonal:
             tl.store(words + at_columns, stored_columns)
+            holds_columns = _hold_bits(tl.trans(stored_columns), TILE) if ONE_WAY_BITS else tl.trans(holds_rows)
+            _store_occupied(occupied, holds_columns, j_tile * SUB, i_tile * SUB, key_blocks, SUB)
             holds = _keeps_not_finite(tl.trans(of_columns), not_finite, i_tile, TILE)
             _add_to_rows(stats, columns, largest_columns, tl.sum(count_bits(of_columns), 0), holds)
     else:
         tl.store(words + at_rows, of_rows)
+        _store_occupied(occupied, _hold_bits(of_rows, TILE), i_tile * SUB, j_tile * SUB, key_blocks, SUB)
     holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
     _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_mask_kernel(
-    q, k, pairs, count, tokens, thresholds, bits, stats, scale2, sharing, tiles, other_tiles, SCORES,
+    q, k, pairs, notes, tokens, thresholds, neighbours, scale2, sharing, SCORES,
     MUTUAL: tl.constexpr, SYMMETRIC: tl.constexpr, ONE_WAY_BITS: tl.constexpr,
 ):  # fmt: skip
     """Decide every pair of the listed tiles, and what rows need to know about their neighbours.
@@ -300,42 +425,54 @@ def _asa_mask_kernel(
     product laid out [i, j] (none if SYMMETRIC, query is key), so that M = A_ij and A_ji, as bits of the rows i and of
     the rows j. Stored is M, or A if ONE_WAY_BITS.
     """
-    n_listed = tl.load(count)
+    n_listed = tl.load(tile_count(notes))
+    tiles, other_tiles = tokens.rows.padded // SCORES.BLOCK_M, tokens.keys.padded // SCORES.BLOCK_M
     for t in tl.range(tl.program_id(0), n_listed, tl.num_programs(0)):
         code = tl.load(pairs + t)
         j_tile = (code % other_tiles).to(tl.int32)
         i_tile = (code // other_tiles % tiles).to(tl.int32)
         z = (code // other_tiles // tiles).to(tl.int32)
-        _decide_tile(q, k, z, i_tile, j_tile, tokens, thresholds, bits, stats, scale2, sharing,
+        _decide_tile(q, k, z, i_tile, j_tile, tokens, thresholds, neighbours, scale2, sharing,
                      MUTUAL, SYMMETRIC, ONE_WAY_BITS, SCORES)  # fmt: skip
 
 
-def find_neighbours(problem: Problem, tokens: Tokens, thresholds: Thresholds, bits: Bits, stats: RowStats) -> None:
-    """Decide the pairs of all tiles that reach thresholds: write bits and what rows know."""
+def find_neighbours(
+    problem: Problem, tokens: Tokens, notes: Tensor, saved: Saved, thresholds: Thresholds, neighbours: Neighbours
+) -> None:
+    """Decide the pairs of all tiles that reach thresholds; also write log_mean and local of ``saved``."""
     kernel = TileKernel(problem, tokens, "mask")
     tile = kernel.config.block_m
-    pairs, count = collect_pairs(problem, tokens, thresholds.flags, tile)
+    pairs = collect_pairs(problem, tokens, notes, saved, thresholds.flags, tile)
     kernel.launch(
         _asa_mask_kernel, (min(len(pairs), 4 * triton_launch.processors(problem.device)),),
-        "q k", pairs, count, tokens, thresholds, bits, stats, problem.scale2,
-        problem.sharing, tokens.rows.padded // tile, tokens.keys.padded // tile,
+        "q k", pairs, notes, tokens, thresholds, neighbours, problem.scale2, problem.sharing,
         MUTUAL=problem.mutual, SYMMETRIC=problem.mutual and tokens.k is tokens.q, ONE_WAY_BITS=problem.one_way_bits,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_everybody_kernel(statistics, tokens, bits, stats, sharing, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+def _asa_everybody_kernel(statistics, tokens, neighbours, sharing, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     """Dense attention: everybody real is everybody's neighbour."""
+    bits, stats = neighbours.bits, neighbours.stats
     padded, key_padded = tokens.rows.padded, tokens.keys.padded
     z, p = own_rows(padded, BLOCK)
     n_keys = tl.load(tokens.keys.counts + z // sharing)
-    real = p < tl.load(tokens.rows.counts + z // sharing)
+    n_rows = tl.load(tokens.rows.counts + z // sharing)
+    real = p < n_rows
     not_finite = tl.zeros([BLOCK], tl.int32)
     for group in range(0, key_padded // 32):
         valid = first_bits(tl.zeros([BLOCK], tl.int32) + n_keys - 32 * group)
         word = tl.where(real, valid, 0)
         tl.store(bits.words + z * bits.stride + tl.cast(group, tl.int64) * padded + p, word)
         not_finite |= (word & tl.load(tokens.not_finite + z * (key_padded // 32) + group)) != 0
+    SUB: tl.constexpr = BLOCK // 64
+    block = tl.program_id(0) * SUB + tl.arange(0, SUB)  # of all heads
+    real_block = (block % (padded // 64)) * 64 < n_rows
+    for start in range(0, key_padded // 64, 128):
+        j = start + tl.arange(0, 128)
+        holds = real_block[:, None] & (j * 64 < n_keys)[None, :]
+        at = block.to(tl.int64)[:, None] * (key_padded // 64) + j[None, :]
+        tl.store(neighbours.occupied + at, holds.to(tl.int8), mask=(j < key_padded // 64)[None, :])
     if stats.counts is not None:
         m = tl.full([BLOCK], -float("inf"), tl.float32)
         at = z * padded + p
@@ -346,109 +483,144 @@ def _asa_everybody_kernel(statistics, tokens, bits, stats, sharing, SPLITS: tl.c
         tl.store(stats.not_finite + at, not_finite)
 
 
-def keep_everybody(problem: Problem, tokens: Tokens, bits: Bits, statistics: Statistics, stats: RowStats) -> None:
-    """Write the bits of dense attention, and what rows know where that is asked for."""
+def keep_everybody(problem: Problem, tokens: Tokens, statistics: Statistics, neighbours: Neighbours) -> None:
+    """Write the bits of dense attention and the tiles that hold some, and what rows know where that is asked for."""
     triton_launch.launch(
-        _asa_everybody_kernel, (problem.n_heads * tokens.rows.padded // PAD,), statistics, tokens, bits, stats,
+        _asa_everybody_kernel, (problem.n_heads * tokens.rows.padded // PAD,), statistics, tokens, neighbours,
         problem.sharing, SPLITS=statistics.splits, BLOCK=PAD,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_occupied_kernel(bits, flags, padded, key_blocks, BLOCK_J: tl.constexpr):
-    """flags[I, J]: whether any bit of a tile of 64 x 64 pairs is set."""
-    z, i = own_rows(padded, 64)
-    start = tl.program_id(1) * BLOCK_J
-    c = 2 * start + tl.arange(0, 2 * BLOCK_J)
-    word = tl.load(bits.words + z * bits.stride + tl.cast(c, tl.int64)[None, :] * padded + i[:, None],
+@triton.jit
+def note_occupied(bits, occupied, z, p, block, first, padded, key_blocks, BLOCK_J: tl.constexpr):
+    """Flag which of BLOCK_J tiles of 64 x 64 pairs hold a bit; ``block``: that of the rows p, of all heads."""
+    c = 2 * first + tl.arange(0, 2 * BLOCK_J)
+    word = tl.load(bits.words + z * bits.stride + tl.cast(c, tl.int64)[None, :] * padded + p[:, None],
                    mask=(c < 2 * key_blocks)[None, :], other=0)  # fmt: skip
-    occupied = tl.max(tl.reshape(tl.max((word != 0).to(tl.int32), 0), [BLOCK_J, 2]), 1)
-    j = start + tl.arange(0, BLOCK_J)
-    row = tl.cast(tl.program_id(0), tl.int64) * key_blocks  # programs are row blocks, of all heads
-    tl.store(flags + row + j, occupied.to(tl.int8), mask=j < key_blocks)
+    holds = tl.max(tl.reshape(tl.max((word != 0).to(tl.int32), 0), [BLOCK_J, 2]), 1)
+    j = first + tl.arange(0, BLOCK_J)
+    tl.store(occupied + tl.cast(block, tl.int64) * key_blocks + j, holds.to(tl.int8), mask=j < key_blocks)
 
 
-def find_occupied(problem: Problem, tokens: Tokens, bits: Bits) -> Tensor:
-    """Return flags int8 [n_heads, row blocks, key blocks] of the tiles that hold a bit."""
-    row_blocks, key_blocks = tokens.rows.padded // 64, tokens.keys.padded // 64
-    flags = problem.new(problem.n_heads, row_blocks, key_blocks, dtype=torch.int8)
-    triton_launch.launch(
-        _asa_occupied_kernel, (problem.n_heads * row_blocks, triton.cdiv(key_blocks, 16)), bits, flags,
-        tokens.rows.padded, key_blocks, BLOCK_J=16,
-    )  # fmt: skip
-    return flags
-
-
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_lists_kernel(
-    by_rows, by_columns, lists, lengths, blocks, others, row_blocks, key_blocks,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr, BLOCK_J: tl.constexpr,
-):  # fmt: skip
+@triton.jit
+def _list(cut, padded, key_padded, n_heads, BLOCK_J: tl.constexpr):
     """For every block of ROWS rows the blocks of COLUMNS columns that hold an active tile, ascending.
 
-    A tile (I, J) of 64 x 64 is active if by_rows[I, J] and by_columns[J, I] say so, each if asked for; ``row_blocks``
-    and ``key_blocks`` are the sides of a flag matrix.
+    A tile (I, J) of 64 x 64 is active if by_rows[I, J] and by_columns[J, I] say so, each if asked for. Rows are keys
+    and columns queries if OF_KEYS.
     """
-    z = tl.cast(tl.program_id(0) // blocks, tl.int64)
-    block = tl.program_id(0) % blocks
-    offset = z * row_blocks * key_blocks
-    SUB_I: tl.constexpr = ROWS // 64
-    SUB_J: tl.constexpr = COLUMNS // 64
-    length = 0
-    for start in range(0, others, BLOCK_J):
-        j = start + tl.arange(0, BLOCK_J)
-        there = j < others
-        active = tl.zeros([BLOCK_J], tl.int32)
-        for a in tl.static_range(SUB_I):
-            for b in tl.static_range(SUB_J):
-                i, jj = block * SUB_I + a, j * SUB_J + b
-                flag = there.to(tl.int32)
-                if BY_ROWS:
-                    flag &= tl.load(by_rows + offset + i * key_blocks + jj, mask=there, other=0).to(tl.int32)
-                if BY_COLUMNS:
-                    flag &= tl.load(by_columns + offset + jj * key_blocks + i, mask=there, other=0).to(tl.int32)
-                active |= flag
-        slot = length + tl.cumsum(active, 0) - 1
-        tl.store(lists + (z * blocks + block) * others + slot, j, mask=active != 0)
-        length += tl.sum(active, 0)
-    tl.store(lengths + z * blocks + block, length)
+    if cut.OF_KEYS:
+        blocks, others = key_padded // cut.ROWS, padded // cut.COLUMNS
+    else:
+        blocks, others = padded // cut.ROWS, key_padded // cut.COLUMNS
+    if tl.program_id(0) < n_heads * blocks:
+        z = tl.cast(tl.program_id(0) // blocks, tl.int64)
+        block = tl.program_id(0) % blocks
+        key_blocks = key_padded // 64
+        offset = z * (padded // 64) * key_blocks
+        SUB_I: tl.constexpr = cut.ROWS // 64
+        SUB_J: tl.constexpr = cut.COLUMNS // 64
+        length = 0
+        for start in range(0, others, BLOCK_J):
+            j = start + tl.arange(0, BLOCK_J)
+            there = j < others
+            active = tl.zeros([BLOCK_J], tl.int32)
+            for a in tl.static_range(SUB_I):
+                for b in tl.static_range(SUB_J):
+                    i, jj = block * SUB_I + a, j * SUB_J + b
+                    flag = there.to(tl.int32)
+                    if cut.by_rows is not None:
+                        flag &= tl.load(cut.by_rows + offset + i * key_blocks + jj, mask=there, other=0).to(tl.int32)
+                    if cut.by_columns is not None:
+                        flag &= tl.load(cut.by_columns + offset + jj * key_blocks + i, mask=there, other=0).to(tl.int32)
+                    active |= flag
+            slot = length + tl.cumsum(active, 0) - 1
+            number = j.to(cut.lists.dtype.element_ty)
+            tl.store(cut.lists + (z * blocks + block) * others + slot, number, mask=active != 0)
+            length += tl.sum(active, 0)
+        tl.store(cut.lengths + z * blocks + block, length)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_lists_kernel(first, second, third, fourth, padded, key_padded, n_heads, BLOCK_J: tl.constexpr):
+    """Up to four lists of blocks, axis 1 of the grid."""
+    if tl.program_id(1) == 0:
+        _list(first, padded, key_padded, n_heads, BLOCK_J)
+    elif tl.program_id(1) == 1:
+        if second is not None:
+            _list(second, padded, key_padded, n_heads, BLOCK_J)
+    elif tl.program_id(1) == 2:
+        if third is not None:
+            _list(third, padded, key_padded, n_heads, BLOCK_J)
+    elif fourth is not None:
+        _list(fourth, padded, key_padded, n_heads, BLOCK_J)
 
 
 class Lists(NamedTuple):
     """For every block of rows, or of keys, the blocks of the other side to visit."""
 
-    lists: Tensor  # int32 [n_heads, blocks, others], ascending
+    lists: Tensor  # [n_heads, blocks, others], ascending
     lengths: Tensor  # int32 [n_heads, blocks]
 
 
-class Listing:
-    """The blocks to visit, listed when a kernel asks for them, once for all kernels that ask for the same.
+class ListCut(NamedTuple):
+    """A list to be made, how it is cut and what from."""
 
-    Blocks of rows visit the tiles (I, J) of 64 x 64 pairs for which the flag ``by_rows[I, J]`` is set, those of keys
-    the tiles for which ``by_columns[J, I]`` is; both flags must be set where neighbours must be mutual.
+    lists: Tensor
+    lengths: Tensor
+    by_rows: Tensor | None
+    by_columns: Tensor | None
+    ROWS: tl.constexpr
+    COLUMNS: tl.constexpr
+    OF_KEYS: tl.constexpr
+
+
+class Listing:
+    """The blocks that ``kernels``, rows of the table, visit; listed at once, and once for all that visit the same.
+
+    Blocks of rows visit the tiles (I, J) of 64 x 64 pairs that are ``occupied``, those of keys the tiles (J, I); both
+    must be where neighbours must be mutual. "dt" visits tiles that reach thresholds instead, by the flags ``reached``.
     """
 
-    def __init__(self, problem: Problem, tokens: Tokens, by_rows: Tensor, by_columns: Tensor):
-        self.problem, self.tokens = problem, tokens
-        self.by_rows, self.by_columns = by_rows, by_columns
-        self.listed: dict[tuple[bool, int, int], Lists] = {}
-
-    def of(self, kernel: TileKernel) -> Lists:
-        symmetric = self.problem.mutual and self.by_rows is self.by_columns  # then rows and keys have one list
-        cut = kernel.of_keys and not symmetric, kernel.config.block_m, max(kernel.config.block_n, 64)
-        if cut not in self.listed:
-            self.listed[cut] = self._list(*cut)
-        return self.listed[cut]
-
-    def _list(self, of_keys: bool, own_size: int, other_size: int) -> Lists:
-        problem, rows, keys = self.problem, self.tokens.rows, self.tokens.keys
-        own, other = (keys, rows) if of_keys else (rows, keys)
-        blocks, others = own.padded // own_size, other.padded // other_size
-        lists = problem.new(problem.n_heads, blocks, others, dtype=torch.int32)
-        lengths = problem.new(problem.n_heads, blocks, dtype=torch.int32)
+    def __init__(
+        self,
+        problem: Problem,
+        tokens: Tokens,
+        occupied: Tensor,
+        kernels: tuple[str, ...],
+        reached: Tensor | None = None,
+    ):
+        self.problem, self.tokens, self.occupied, self.reached = problem, tokens, occupied, reached
+        self.cuts: dict[tuple[bool, bool, int, int], ListCut] = {}
+        for name in kernels:
+            key = self._key(name)
+            if key not in self.cuts:
+                self.cuts[key] = self._cut(*key)
+        cuts = list(self.cuts.values())
+        programs = max(cut.lengths.numel() for cut in cuts)
         triton_launch.launch(
-            _asa_lists_kernel, (problem.n_heads * blocks,), self.by_rows, self.by_columns, lists, lengths, blocks,
-            others, *self.by_rows.shape[1:], ROWS=own_size, COLUMNS=other_size,
-            BY_ROWS=problem.mutual or not of_keys, BY_COLUMNS=problem.mutual or of_keys, BLOCK_J=128,
+            _asa_lists_kernel, (programs, len(cuts)), *cuts, *[None] * (4 - len(cuts)), tokens.rows.padded,
+            tokens.keys.padded, problem.n_heads, BLOCK_J=128,
         )  # fmt: skip
-        return Lists(lists, lengths)
+
+    def of(self, name: str) -> Lists:
+        cut = self.cuts[self._key(name)]
+        return Lists(cut.lists, cut.lengths)
+
+    def _key(self, name: str) -> tuple[bool, bool, int, int]:
+        config = self.problem.config(name)
+        of_keys = name in OF_KEYS and not self.problem.mutual  # if mutual, rows and keys have one list
+        return name == "dt", of_keys, config.block_m, max(config.block_n, 64)
+
+    def _cut(self, by_thresholds: bool, of_keys: bool, own_size: int, other_size: int) -> ListCut:
+        problem, own, other = self.problem, self.tokens.rows, self.tokens.keys
+        if of_keys:
+            own, other = other, own
+        by_rows = None if of_keys else self.reached if by_thresholds else self.occupied
+        by_columns = self.occupied if of_keys or problem.mutual else None
+        blocks, others = own.padded // own_size, other.padded // other_size
+        # Up to three lists are there at once: numbers as short as they may be.
+        number = torch.int16 if others <= 2**15 else torch.int32
+        lists = problem.new(problem.n_heads, blocks, others, dtype=number)
+        lengths = problem.new(problem.n_heads, blocks, dtype=torch.int32)
+        return ListCut(lists, lengths, by_rows, by_columns, *map(tl.constexpr, (own_size, other_size, of_keys)))

@@ -14,7 +14,7 @@ from torch import Tensor
 from ...core.triton_launch import top_of
 from .arrange import RowGradients
 from .problem import Bits, Problem, Tokens
-from .select import Listing, RowStats, Thresholds
+from .select import Listing, Neighbours, Thresholds
 from .tiles import (
     LN_2,
     SCALARS,
@@ -37,22 +37,19 @@ from .tiles import (
 class Sums(NamedTuple):
     """A sum over neighbours in parts."""
 
-    partial: Tensor | None  # [splits, n_heads * padded, width], or without width
-    total: Tensor | None  # [splits, n_heads * padded] sum of exponentials, beside the output
+    partial: Tensor | None  # [SPLITS, n_heads * padded, width], or without width
+    total: Tensor | None  # [SPLITS, n_heads * padded] sum of exponentials, beside the output
     rows: int  # from part to part: n_heads * padded, a multiple of 128
-
-    @property
-    def splits(self) -> int:
-        return 0 if self.partial is None else self.partial.shape[0]
+    SPLITS: tl.constexpr
 
 
-NO_SUMS = Sums(None, None, 0)
+NO_SUMS = Sums(None, None, 0, tl.constexpr(0))
 
 
 def _new_sums(kernel: TileKernel, splits: int, *width: int, totals: bool = False) -> Sums:
     rows = kernel.problem.n_heads * kernel.own.padded
     total = kernel.problem.new(splits, rows) if totals else None
-    return Sums(kernel.problem.new(splits, rows, *width), total, rows)
+    return Sums(kernel.problem.new(splits, rows, *width), total, rows, tl.constexpr(splits))
 
 
 @triton.jit
@@ -69,7 +66,7 @@ def _listed(first, t, TILE):
     SUB: tl.constexpr = TILE.BLOCK_N if TILE.BLOCK_N > 64 else 64
     PARTS: tl.constexpr = SUB // TILE.BLOCK_N
     t = tl.cast(t, tl.int32)  # in the interpreter it is an integer of Python
-    return tl.load(first + t // PARTS) * SUB + t % PARTS * TILE.BLOCK_N
+    return tl.load(first + t // PARTS).to(tl.int32) * SUB + t % PARTS * TILE.BLOCK_N
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -111,16 +108,16 @@ def _asa_aggregate_kernel(
         tl.store(sums.total + at, summed)
 
 
-def sum_out(problem: Problem, tokens: Tokens, listing: Listing, bits: Bits, stats: RowStats) -> Sums:
+def sum_out(problem: Problem, tokens: Tokens, listing: Listing, neighbours: Neighbours) -> Sums:
     """Return the sums of weights, and of weights times values, over neighbours."""
     kernel = TileKernel(problem, tokens, "aggregate")
-    lists = listing.of(kernel)
+    lists = listing.of("aggregate")
     chunks = problem.width_v // kernel.columns_v
     splits = kernel.splits(chunks)
     sums = _new_sums(kernel, splits, problem.width_v, totals=True)
     kernel.launch(
         _asa_aggregate_kernel, (kernel.programs, splits, chunks),
-        "q k v", tokens, lists, bits, stats.largest, sums,
+        "q k v", tokens, lists, neighbours.bits, neighbours.stats.largest, sums,
         problem.scale2, BY_COLUMNS=problem.one_way_bits,
     )  # fmt: skip
     return sums
@@ -181,7 +178,7 @@ def sum_rows(
 ) -> Sums:
     """Return dq / scale over neighbours, [.., D]; ``delta_error``: what delta misses, one number a row."""
     kernel = TileKernel(problem, tokens, "dq")
-    lists = listing.of(kernel)
+    lists = listing.of("dq")
     chunks = 1 if delta_error else problem.width // kernel.columns
     splits = kernel.splits(chunks)
     sums = _new_sums(kernel, splits, *(() if delta_error else (problem.width,)))
@@ -194,22 +191,20 @@ def sum_rows(
     return sums
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_dkv_kernel(
-    q, k, v, do, tokens, lists, bits, row, sums_k, sums_v, scale2, SCORES, VALUES,
+@triton.jit
+def _sum_columns_of_block(
+    q, k, v, do, tokens, lists, bits, row, sums_k, sums_v, scale2, chunk, SCORES, VALUES,
     COLUMNS: tl.constexpr, COLUMNS_V: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr,
     WANT_DK: tl.constexpr, WANT_DV: tl.constexpr,
 ):  # fmt: skip
-    """dv_j = sum_i p_ij do_i and dk_j / scale = sum_i p_ij (<do_i, v_j> - delta_i) q_i, one or both.
+    """dv_j = sum_i p_ij do_i and dk_j / scale = sum_i p_ij (<do_i, v_j> - delta_i) q_i, one or both, a chunk of each.
 
-    Tiles are [keys, queries], so that neither p nor its gradient is ever transposed. Axis 1 of the grid: which of n, as
-    in dq; axis 2: chunks of the result.
+    Tiles are [keys, queries], so that neither p nor its gradient is ever transposed.
     """
     padded, key_padded = tokens.rows.padded, tokens.keys.padded
     BLOCK_M: tl.constexpr = SCORES.BLOCK_M
     BLOCK_N: tl.constexpr = SCORES.BLOCK_N
     z, j0 = own_block(key_padded, BLOCK_M)
-    chunk = tl.program_id(2)
     words = bits.words + z.to(tl.int64) * bits.stride
     first, length = _own_list(lists, z, j0 // BLOCK_M, key_padded // BLOCK_M, padded, SCORES)
     at_j = z * key_padded + j0
@@ -249,31 +244,61 @@ def _asa_dkv_kernel(
         tl.store(sums_v.partial + at_v + (chunk * COLUMNS_V + tl.arange(0, COLUMNS_V))[None, :], dv)
 
 
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_dkv_kernel(
+    q, k, v, do, tokens, lists, bits, row, sums_k, sums_v, scale2, SCORES, VALUES,
+    COLUMNS: tl.constexpr, COLUMNS_V: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr,
+    WANT_DK: tl.constexpr, WANT_DV: tl.constexpr, CHUNKS_K: tl.constexpr,
+):  # fmt: skip
+    """Axis 1 of the grid: which of n parts, as in dq; axis 2: chunks of the result.
+
+    CHUNKS_K > 0: so many programs sum chunks of dk, those that follow chunks of dv; 0: what is wanted, at once.
+    """
+    chunk = tl.program_id(2)
+    if CHUNKS_K > 0:
+        if chunk < CHUNKS_K:
+            _sum_columns_of_block(q, k, v, do, tokens, lists, bits, row, sums_k, sums_v, scale2, chunk, SCORES, VALUES,
+                                  COLUMNS, COLUMNS_V, BY_ROWS, BY_COLUMNS, True, False)  # fmt: skip
+        else:
+            _sum_columns_of_block(q, k, v, do, tokens, lists, bits, row, sums_k, sums_v, scale2, chunk - CHUNKS_K,
+                                  SCORES, VALUES, COLUMNS, COLUMNS_V, BY_ROWS, BY_COLUMNS, False, True)  # fmt: skip
+    else:
+        _sum_columns_of_block(q, k, v, do, tokens, lists, bits, row, sums_k, sums_v, scale2, chunk, SCORES, VALUES,
+                              COLUMNS, COLUMNS_V, BY_ROWS, BY_COLUMNS, WANT_DK, WANT_DV)  # fmt: skip
+
+
 def sum_columns(problem: Problem, tokens: Tokens, listing: Listing, bits: Bits, row: RowGradients) -> tuple[Sums, Sums]:
-    """Return dk / scale, [.., D], and dv, [.., Dv], over neighbours: by one kernel if it fits, or by two."""
-    fused = problem.config("dkv")
-    if fused is not None and fused.columns >= max(problem.width, problem.width_v):
-        return _sum_columns(problem, tokens, listing, bits, row, "dkv")
-    dk, _ = _sum_columns(problem, tokens, listing, bits, row, "dk")
-    _, dv = _sum_columns(problem, tokens, listing, bits, row, "dv")
+    """Return dk / scale, [.., D], and dv, [.., Dv], over neighbours: by one kernel if it fits, or by two.
+
+    Those two are one launch, of programs of either kind, where the table cuts them alike.
+    """
+    names = problem.column_sums
+    if len(names) == 1:
+        return _sum_columns(problem, tokens, listing, bits, row, names[0], True, True)
+    if problem.config("dk") == problem.config("dv"):
+        return _sum_columns(problem, tokens, listing, bits, row, "dk", True, True, together=False)
+    dk, _ = _sum_columns(problem, tokens, listing, bits, row, "dk", True, False)
+    _, dv = _sum_columns(problem, tokens, listing, bits, row, "dv", False, True)
     return dk, dv
 
 
 def _sum_columns(
-    problem: Problem, tokens: Tokens, listing: Listing, bits: Bits, row: RowGradients, name: str
-) -> tuple[Sums, Sums]:
-    kernel = TileKernel(problem, tokens, name, of_keys=True)
-    lists = listing.of(kernel)
-    chunks = {"dkv": 1, "dk": problem.width // kernel.columns, "dv": problem.width_v // kernel.columns_v}[name]
+    problem: Problem, tokens: Tokens, listing: Listing, bits: Bits, row: RowGradients, name: str,
+    want_dk: bool, want_dv: bool, together: bool = True,
+) -> tuple[Sums, Sums]:  # fmt: skip
+    kernel = TileKernel(problem, tokens, name)
+    chunks_k = problem.width // kernel.columns if want_dk else 0
+    chunks_v = problem.width_v // kernel.columns_v if want_dv else 0
+    chunks = max(chunks_k, chunks_v) if together else chunks_k + chunks_v
     splits = kernel.splits(chunks)
-    sums_k = _new_sums(kernel, splits, problem.width) if name != "dv" else NO_SUMS
-    sums_v = _new_sums(kernel, splits, problem.width_v) if name != "dk" else NO_SUMS
+    sums_k = _new_sums(kernel, splits, problem.width) if want_dk else NO_SUMS
+    sums_v = _new_sums(kernel, splits, problem.width_v) if want_dv else NO_SUMS
     kernel.launch(
         _asa_dkv_kernel, (kernel.programs, splits, chunks),
-        "q k v do", tokens, lists, bits, row,
+        "q k v do", tokens, listing.of(name), bits, row,
         sums_k, sums_v, problem.scale2, COLUMNS=kernel.columns,
         COLUMNS_V=kernel.columns_v, BY_ROWS=problem.mutual, BY_COLUMNS=problem.one_way_bits or not problem.mutual,
-        WANT_DK=name != "dv", WANT_DV=name != "dk",
+        WANT_DK=want_dk, WANT_DV=want_dv, CHUNKS_K=0 if together else chunks_k,
     )  # fmt: skip
     return sums_k, sums_v
 
@@ -342,7 +367,7 @@ def sum_thresholds(
 ) -> Sums:  # fmt: skip
     """Return -dl/dt over pairs outside the window, one number a row."""
     kernel = TileKernel(problem, tokens, "dt")
-    lists = listing.of(kernel)
+    lists = listing.of("dt")
     splits = kernel.splits()
     sums = _new_sums(kernel, splits)
     kernel.launch(

@@ -23,16 +23,17 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...core import triton_launch
-from .problem import MAX_SPLITS, Problem, Tokens
+from .problem import MAX_SPLITS, NOTES, Problem, Tokens
 
 LN_2 = tl.constexpr(0.6931471805599453)
+NUMBER_OF_NOTES = tl.constexpr(NOTES)
+OF_KEYS = ("dkv", "dk", "dv")  # kernels whose programs own keys
 UNROLL = tl.constexpr(3)  # offsets of the window at a time, so that their loads are under way together
 
 # Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
 SCALARS = [
-    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach", "blocks",
-    "others", "row_blocks", "key_blocks", "tiles", "other_tiles", "alpha_stride_b", "alpha_stride_h", "alpha_stride_n",
-    "beta_stride_b", "beta_stride_h", "beta_stride_n",
+    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach",
+    "alpha_stride_b", "alpha_stride_h", "alpha_stride_n", "beta_stride_b", "beta_stride_h", "beta_stride_n",
 ]  # fmt: skip
 
 
@@ -63,10 +64,10 @@ class TileKernel:
     A program owns a block of ``own`` and goes through blocks of the other side: rows and keys, or keys and rows.
     """
 
-    def __init__(self, problem: Problem, tokens: Tokens, name: str, of_keys: bool = False):
-        self.problem, self.tokens, self.of_keys = problem, tokens, of_keys
+    def __init__(self, problem: Problem, tokens: Tokens, name: str):
+        self.problem, self.tokens, self.of_keys = problem, tokens, name in OF_KEYS
         self.config = config = problem.config(name)
-        self.own = tokens.keys if of_keys else tokens.rows
+        self.own = tokens.keys if self.of_keys else tokens.rows
         self.programs = problem.n_heads * self.own.padded // config.block_m
         self.columns, self.columns_v = (min(config.columns, width) for width in (problem.width, problem.width_v))
         shape = config.block_m, config.block_n
@@ -177,10 +178,30 @@ def own_block(padded, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def own_rows(padded, BLOCK: tl.constexpr):
+def rows_of(program, padded, BLOCK: tl.constexpr):
     """The head of a program, in 64 bits, and the BLOCK positions that it owns."""
-    z, first = own_block(padded, BLOCK)
-    return tl.cast(z, tl.int64), first + tl.arange(0, BLOCK)
+    blocks = padded // BLOCK
+    return tl.cast(program // blocks, tl.int64), program % blocks * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def own_rows(padded, BLOCK: tl.constexpr):
+    """:func:`rows_of` this program, where all programs of a kernel do the same."""
+    return rows_of(tl.program_id(0), padded, BLOCK)
+
+
+@triton.jit
+def clear(x, first, count):
+    """Make ``count`` numbers 0, from ``first`` on."""
+    for start in range(0, count, 1024):
+        i = start + tl.arange(0, 1024)
+        tl.store(x + first + i, tl.zeros([1024], x.dtype.element_ty), mask=i < count)
+
+
+@triton.jit
+def raster_of(token):
+    """The tokens at positions of an order, those of padding too; below 0 where there is none."""
+    return tl.where(token >= 0, token, -2 - token)
 
 
 @triton.jit
@@ -290,9 +311,33 @@ def in_window(place, token, offset, n, width, WINDOW: tl.constexpr):
 
 
 @triton.jit
-def note_largest(bounds, x):
-    """Take the largest of finite numbers >= 0 into ``bounds``, as bits, which order as the numbers do."""
-    tl.atomic_max(bounds, tl.max(tl.where(x < float("inf"), x, 0), 0).to(tl.int32, bitcast=True), sem="relaxed")
+def value_note(notes, z):
+    """Where the largest |v| of a head is noted; see ``Orders.notes``."""
+    return notes + z * NUMBER_OF_NOTES
+
+
+@triton.jit
+def gradient_note(notes, z):
+    """Where the largest sum of |do| of a query of a head is."""
+    return notes + z * NUMBER_OF_NOTES + 1
+
+
+@triton.jit
+def nan_note(notes, z):
+    """Where it stands that a row of a head has the output NaN."""
+    return notes + z * NUMBER_OF_NOTES + 2
+
+
+@triton.jit
+def tile_count(notes):
+    """Where the tiles that a forward decides are counted."""
+    return notes + 3
+
+
+@triton.jit
+def note_largest(note, x):
+    """Take the largest of finite numbers >= 0 into a note, as bits, which order as the numbers do."""
+    tl.atomic_max(note, tl.max(tl.where(x < float("inf"), x, 0), 0).to(tl.int32, bitcast=True), sem="relaxed")
 
 
 @triton.jit
@@ -302,8 +347,8 @@ def shrink_of(bounds, z):
     They are at most twice the largest sum of |do| of a query times the largest |v|, both in ``bounds``.
     """
     if bounds is not None:
-        value = tl.load(bounds + 2 * z).to(tl.float32, bitcast=True)
-        gradient = tl.load(bounds + 2 * z + 1).to(tl.float32, bitcast=True)
+        value = tl.load(value_note(bounds, z)).to(tl.float32, bitcast=True)
+        gradient = tl.load(gradient_note(bounds, z)).to(tl.float32, bitcast=True)
         beyond = tl.ceil(tl.log2(value * gradient)) + (1 - 15)
         shrink = tl.exp2(-tl.minimum(tl.maximum(beyond, 0), 27))  # 27: what float16 can reach at head dim 256
     else:

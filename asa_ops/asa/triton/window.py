@@ -4,14 +4,26 @@ Pairs of a window are few and scattered, so kernels take them one offset at a ti
 tile kernels know the mutual neighbours M only; ``finish`` adds the pairs that survive locally without being neighbours.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ...core import triton_launch
 from ..types import Saved
-from .problem import Bits, Order, PerHead, Problem, Tokens
-from .tiles import SCALARS, UNROLL, bit_at, in_window, multiplier_of, of_head, own_rows
+from .problem import Bits, Orders, PerHead, Problem, Tokens
+from .tiles import (
+    SCALARS,
+    UNROLL,
+    bit_at,
+    constants,
+    in_window,
+    multiplier_of,
+    of_head,
+    raster_of,
+    rows_of,
+)
 
 MAX_HELD = 32
 
@@ -24,66 +36,96 @@ def _score(q_i, k, z, at, valid, padded, scale2, DIM: tl.constexpr):
     return tl.sum(q_i * k_j, 1) * scale2
 
 
-@triton.jit(do_not_specialize=SCALARS)
-def _asa_window_kernel(
-    tokens, beta, log_mean2, local, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width,
-    DIM: tl.constexpr, WINDOW: tl.constexpr, HELD: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+class Local(NamedTuple):
+    """What is kept of windows."""
+
+    log_mean2: PerHead
+    survives: PerHead
+
+
+class WindowCut(NamedTuple):
+    """What the local block is compiled for; constants."""
+
+    BLOCK: int  # rows of a program
+    DIM: int
+    WINDOW: int
+    HELD: int  # so many scores a row are held until the mean is known; 0: they are formed again, for any window
+
+
+@triton.jit
+def window_of_rows(
+    program, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, CUT
+):
     """log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i.
 
-    HELD: so many scores a row are held until the mean is known; 0: they are formed again, so that a window of any size
-    needs no memory.
+    Padding has no local survivors.
     """
+    BLOCK: tl.constexpr = CUT.BLOCK
+    WINDOW: tl.constexpr = CUT.WINDOW
     padded = tokens.rows.padded
-    z, p = own_rows(padded, BLOCK)
+    z, p = rows_of(program, padded, BLOCK)
     image = z // sharing
     token = tl.load(tokens.rows.order + image * padded + p)
     place = tokens.rows.place + image * n
     real = token >= 0
-    q_i = tl.load(tokens.q + (z * padded + p)[:, None] * DIM + tl.arange(0, DIM)[None, :]).to(tl.float32)
+    q_i = tl.load(tokens.q + (z * padded + p)[:, None] * CUT.DIM + tl.arange(0, CUT.DIM)[None, :]).to(tl.float32)
     m = tl.full([BLOCK], -float("inf"), tl.float32)
     summed = tl.zeros([BLOCK], tl.float32)
     members = tl.zeros([BLOCK], tl.float32)
     first = tl.zeros([BLOCK], tl.int32)  # offset of the largest
-    if HELD > 0:
-        index = tl.arange(0, HELD)[None, :]
-        scores = tl.full([BLOCK, HELD], -float("inf"), tl.float32)
+    if CUT.HELD > 0:
+        index = tl.arange(0, CUT.HELD)[None, :]
+        scores = tl.full([BLOCK, CUT.HELD], -float("inf"), tl.float32)
     for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
         _, at, there = in_window(place, token, offset, n, width, WINDOW)
-        s = tl.where(there, _score(q_i, tokens.k, z, at, there, padded, scale2, DIM), -float("inf"))
+        s = tl.where(there, _score(q_i, tokens.k, z, at, there, padded, scale2, CUT.DIM), -float("inf"))
         first = tl.where(s > m, offset, first)
         m_new = tl.maximum(m, s)
         base = tl.where(m_new == -float("inf"), 0, m_new)
         summed = summed * tl.exp2(m - base) + tl.exp2(s - base)
         members += there.to(tl.float32)
         m = m_new
-        if HELD > 0:
+        if CUT.HELD > 0:
             scores = tl.where(index == offset, s[:, None], scores)
     mean2 = m + tl.log2(summed) - tl.log2(members)
-    tl.store(of_head(log_mean2, z) + token, mean2, mask=real)
+    tl.store(of_head(kept.log_mean2, z) + token, mean2, mask=real)
     multiplier = multiplier_of(beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
     cut = tl.where(multiplier >= 0, tl.log2(multiplier), float("nan"))
-    flags = of_head(local, z) + token.to(tl.int64) * (WINDOW * WINDOW)
-    if HELD > 0:
-        survives = scores - mean2[:, None] > cut[:, None]
-        inside = real[:, None] & (index < WINDOW * WINDOW)
+    written, in_raster = token != -1, raster_of(token)
+    flags = of_head(kept.survives, z) + in_raster.to(tl.int64) * (WINDOW * WINDOW)
+    if CUT.HELD > 0:
+        survives = real[:, None] & (scores - mean2[:, None] > cut[:, None])
+        inside = written[:, None] & (index < WINDOW * WINDOW)
         tl.store(flags[:, None] + index, survives, mask=inside)
     else:
         for offset in range(WINDOW * WINDOW):
             _, at, there = in_window(place, token, offset, n, width, WINDOW)
             # The largest must not miss a cut that it exceeds by its last bits.
-            s = tl.where(offset == first, m, _score(q_i, tokens.k, z, at, there, padded, scale2, DIM))
-            tl.store(flags + offset, there & (s - mean2 > cut), mask=real)
+            s = tl.where(offset == first, m, _score(q_i, tokens.k, z, at, there, padded, scale2, CUT.DIM))
+            tl.store(flags + offset, there & (s - mean2 > cut), mask=written)
+
+
+@triton.jit(do_not_specialize=SCALARS)
+def _asa_window_kernel(
+    tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, CUT
+):
+    """:func:`window_of_rows`, where there is nothing else to do meanwhile."""
+    window_of_rows(tl.program_id(0), tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads,
+                   sharing, n, width, CUT)  # fmt: skip
+
+
+def window_cut(problem: Problem) -> WindowCut:
+    """Return what the local block is compiled for, WINDOW 0 without one."""
+    held = triton.next_power_of_2(problem.window**2)
+    return constants(WindowCut(problem.block, problem.width, problem.window, held if held <= MAX_HELD else 0))
 
 
 def find_local_survivors(problem: Problem, tokens: Tokens, saved: Saved) -> None:
     """Write log_mean and local of ``saved``."""
-    beta, held = problem.inputs.beta, triton.next_power_of_2(problem.window**2)
+    beta, kept = problem.inputs.beta, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local))
     triton_launch.launch(
-        _asa_window_kernel, problem.row_programs, tokens, beta, PerHead.of(saved.log_mean), PerHead.of(saved.local),
-        *problem.strides(beta), problem.scale2, problem.heads, problem.sharing, problem.n, problem.grid_width,
-        DIM=problem.width, WINDOW=problem.window, HELD=held if held <= MAX_HELD else 0, BLOCK=problem.block,
-        warps=problem.warps,
+        _asa_window_kernel, problem.row_programs, tokens, beta, kept, *problem.strides(beta), problem.scale2,
+        problem.heads, problem.sharing, problem.n, problem.grid_width, CUT=window_cut(problem), warps=problem.warps,
     )  # fmt: skip
 
 
@@ -119,11 +161,11 @@ def _asa_neighbors_kernel(
 
 
 def write_columns(
-    problem: Problem, orders: tuple[Order, Order], bits: Bits, saved: Saved, row_offsets: Tensor, col_indices: Tensor
+    problem: Problem, orders: Orders, bits: Bits, saved: Saved, row_offsets: Tensor, col_indices: Tensor
 ) -> None:
     """Fill ``col_indices`` from the bits and local survivors of a forward; tokens in raster order."""
     triton_launch.launch(
         _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(saved.local),
-        *orders, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width,
-        DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
+        orders.rows, orders.keys, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys,
+        problem.grid_width, DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
     )  # fmt: skip

@@ -207,7 +207,7 @@ class Call {
     const int row_blocks = p_.rows.blocks(), key_blocks = p_.keys.blocks();
     const int64_t rows = all_rows();
     const int64_t tile_words = int64_t(row_blocks) * groups_of(arguments_.n_k());
-    reserve_cleared(p_.n_heads * (2 * tile_words + 3) + lists_of_pairs());
+    reserve_cleared(p_.n_heads * (3 * tile_words + 3) + lists_of_pairs());
     Plan plan{};
     Statistics& statistics = plan.statistics;
     if (on_hopper_)
@@ -218,10 +218,12 @@ class Call {
     statistics.total = scratch_.template get<float>(statistics.splits * rows);
     uint32_t* done = nullptr;
     if (p_.has_bits) {
-      if (p_.peaks.data == nullptr) {
-        p_.peaks.stride = int64_t(key_blocks) * p_.rows.padded;
-        p_.peaks.data = reinterpret_cast<Half*>(scratch_.template get<uint16_t>(p_.n_heads * p_.peaks.stride));
-      }
+      const auto new_bounds = [&] {  // of the scores of a row with a block of keys
+        const int64_t stride = int64_t(key_blocks) * p_.rows.padded;
+        return PerHead<Half>{scratch_.template get<Half>(p_.n_heads * stride), stride};
+      };
+      if (p_.peaks.data == nullptr) p_.peaks = new_bounds();
+      if (on_hopper_) p_.floors = new_bounds();
       plan.thresholds = {scratch_.template get<float>(rows), scratch_.template get<float>(rows),
                          p_.topk > 0 ? scratch_.template get<float>(rows) : nullptr};
       // Threshold gradients read A_ji of pairs (i, j) in the band below the threshold of i: in these tiles too.
@@ -230,6 +232,10 @@ class Call {
       plan.reached = tile_bits(scratch_.template get<uint32_t>(p_.n_heads * tile_words));
       plan.reached_back = tile_bits(get_cleared(p_.n_heads * tile_words));
       plan.local = tile_bits(get_cleared(p_.n_heads * tile_words));
+      if (on_hopper_) {
+        plan.whole = tile_bits(scratch_.template get<uint32_t>(p_.n_heads * tile_words));
+        plan.whole_back = tile_bits(get_cleared(p_.n_heads * tile_words));
+      }
       plan.done = get_cleared(p_.n_heads), plan.entries = get_cleared(p_.n_heads), done = get_cleared(p_.n_heads);
       plan.lists = new_lists(true, blocks_of_lists());
     }

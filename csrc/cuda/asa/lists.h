@@ -29,10 +29,10 @@ __device__ __forceinline__ int sum_before(int x, int* in_warps, int& all) {
 
 // A thread a tile of rows, among `threads`: lists of a head. word_of(block, group) has the bits of 32 tiles of a block
 // of rows, local_of those that may hold pairs of a window.
-// `all`, if given, counts those of all lists, and an empty one as one.
-template <class Words, class Local>
+// whole_of those whose pairs are all neighbours. `all`, if given, counts those of all lists, and an empty one as one.
+template <class Words, class Local, class Whole>
 __device__ __forceinline__ void list_tiles(const Lists& lists, int z, int row_blocks, int thread, int threads,
-                                           Words word_of, Local local_of, uint32_t* all = nullptr) {
+                                           Words word_of, Local local_of, Whole whole_of, uint32_t* all = nullptr) {
   const int groups = (lists.others + 31) / 32;
   for (int tile = thread; tile < lists.tiles; tile += threads) {
     const int64_t row = int64_t(z) * lists.tiles + tile;
@@ -43,10 +43,12 @@ __device__ __forceinline__ void list_tiles(const Lists& lists, int z, int row_bl
       const bool two = lists.blocks == 2 && first + 1 < row_blocks;
       const uint32_t one = word_of(first, group), other = two ? word_of(first + 1, group) : 0;
       const uint32_t local = local_of(first, group) | (two ? local_of(first + 1, group) : 0);
+      const uint32_t whole = whole_of(first, group), other_whole = two ? whole_of(first + 1, group) : 0;
       for (uint32_t left = one | other; left != 0; left &= left - 1) {
         const int bit = __ffs(int(left)) - 1;
         entries[length++] = uint32_t(32 * group + bit) | (local >> bit & 1) * kEntryLocal |
-                            ((one >> bit & 1) | (other >> bit & 1) << 1) * kEntryFirst;
+                            ((one >> bit & 1) | (other >> bit & 1) << 1) * kEntryFirst |
+                            ((whole >> bit & 1) | (other_whole >> bit & 1) << 1) * kEntryWhole;
       }
     }
     lists.lengths[row] = length;
@@ -79,9 +81,10 @@ template <class T>
 __device__ __forceinline__ void list_occupied(const Problem<T>& p, const Lists& lists, int z, bool by_rows, int thread,
                                               int threads) {
   const TileBits& tiles = by_rows ? p.occupied : p.occupied_columns;
+  const auto none = [](int, int) { return 0u; };
   list_tiles(
       lists, z, (by_rows ? p.rows : p.keys).blocks(), thread, threads,
-      [&](int block, int group) { return load_fresh(tiles.word(z, block, group)); }, [](int, int) { return 0u; });
+      [&](int block, int group) { return load_fresh(tiles.word(z, block, group)); }, none, none);
 }
 
 }  // namespace asa_ops::cuda

@@ -33,6 +33,18 @@ __device__ __forceinline__ uint32_t transposed(const Bits& tile, int row, int si
   return word;
 }
 
+// Of 32 words, one a lane, the transpose: lane x gets bit x of all of them.
+__device__ __forceinline__ uint32_t transposed_in_warp(uint32_t word) {
+  const int lane = threadIdx.x % 32;
+  uint32_t low = 0x0000ffff;  // bits whose number has a 0 where `step` has its 1
+#pragma unroll
+  for (int step = 16; step > 0; step /= 2, low ^= low << step) {
+    const uint32_t other = __shfl_xor_sync(~0u, word, step);
+    word = lane & step ? (word & ~low) | (other & ~low) >> step : (word & low) | (other & low) << step;
+  }
+  return word;
+}
+
 // The local survivors of a query among 32 keys, and notes which of them are its `neighbours` too.
 template <class T>
 __device__ __forceinline__ uint32_t local_bits(const Problem<T>& p, const Saved<T>& saved, int z, int image, int query,
@@ -50,59 +62,67 @@ __device__ __forceinline__ uint32_t local_bits(const Problem<T>& p, const Saved<
   return word;
 }
 
-// A word of a tile's bits: that of the rows i, and, if neighbours must be mutual, that of the transposed tile's.
+// The words of a tile that a thread stores: word `side` of row `row` of a tile (I, J), and, if neighbours must be mutual,
+// a word of (J, I). A warp has 32 rows, and transposes 32 x 32 bits; so the second is word row / 32 of row 32 side + row
+// % 32.
 struct Words {
   uint32_t there, back;
 };
 
-// What a thread stores of a tile (I, J), and of (J, I) if neighbours must be mutual.
 struct Found {
   Words neighbours;
   Words own, other;  // A_ij and A_ji, where both are stored
 };
 
-// From the bits of a thread's numbers, A_ij and, if neighbours must be mutual, A_ji laid out [i, j], to word `side` of
-// row `row`, by way of `tile`. sync() is a barrier of those that share it.
+// From the bits of a thread's numbers, A_ij and, if neighbours must be mutual, A_ji laid out [i, j], by way of `tile`.
+// sync() is a barrier of those that share it.
 template <class T, class Sync>
 __device__ __forceinline__ Found exchange_bits(const Problem<T>& p, Bits& tile, uint32_t own, uint32_t other,
                                                bool diagonal, int at_row, int at_column, int row, int side, Sync sync) {
+  uint32_t across = 0;  // on the diagonal, the thread's word of the transpose
   const auto pass = [&](uint32_t bits) {
     write_bits(tile, bits, at_row, at_column);
     sync();
-    const Words words{tile[row][side], p.mutual ? transposed(tile, row, side) : 0};
+    const uint32_t there = tile[row][side];
+    if (p.mutual && diagonal) across = transposed(tile, row, side);
     sync();
-    return words;
+    return Words{there, p.mutual && !diagonal ? transposed_in_warp(there) : 0};
   };
   Found found{};
   if (p.one_way.words == nullptr) {
     found.neighbours = pass(p.mutual && !diagonal ? own & other : own);
-    if (p.mutual && diagonal) found.neighbours.there &= found.neighbours.back;  // symmetric, come what may
+    if (p.mutual && diagonal) found.neighbours.there &= across;  // symmetric, come what may
     return found;
   }
   found.own = pass(own);
-  found.other = diagonal ? Words{found.own.back, found.own.there} : pass(other);
+  found.other = diagonal ? Words{across, 0} : pass(other);
   found.neighbours = {found.own.there & found.other.there, found.own.back & found.other.back};
   return found;
 }
 
-// Stores it: a thread a word, a warp 32 rows.
+// Stores it: a thread a word.
 template <class T>
 __device__ __forceinline__ void store_bits(const Problem<T>& p, const Saved<T>& saved, int z, int image, int i, int j,
                                            bool has_local, const Found& found, int row, int side) {
-  const auto store = [&](int own, int other, uint32_t neighbours, uint32_t offers, uint32_t offered) {
+  const int n_keys = p.keys.counts[image];
+  const auto store = [&](int own, int other, int row, int side, uint32_t neighbours, uint32_t offers,
+                         uint32_t offered) {
     const int query = own * kBlock + row, group = 2 * other + side;
     const int64_t at = int64_t(group) * p.rows.padded + query;
+    const uint32_t real = first_bits(n_keys - 32 * group);  // zeros, which stand where there are no keys, may score
+    neighbours &= real;
     uint32_t word = neighbours;
     if (has_local) word |= local_bits(p, saved, z, image, query, group, neighbours);
     p.survivors.of(z)[at] = word;
     const bool any = __any_sync(~0u, word != 0), speaks = row % 32 == 0;
     if (any && speaks) p.occupied.set(z, own, other), p.occupied_columns.set(z, other, own);
     if (p.one_way.words == nullptr) return;
-    p.one_way.of(z)[at] = offers;
+    p.one_way.of(z)[at] = offers & real;
     if (__any_sync(~0u, offered != 0) && speaks) p.offered.set(z, own, other);
   };
-  store(i, j, found.neighbours.there, found.own.there, found.other.there);
-  if (p.mutual && i != j) store(j, i, found.neighbours.back, found.other.back, found.own.back);
+  store(i, j, row, side, found.neighbours.there, found.own.there, found.other.there);
+  if (p.mutual && i != j)
+    store(j, i, 32 * side + row % 32, row / 32, found.neighbours.back, found.other.back, found.own.back);
 }
 
 }  // namespace asa_ops::cuda

@@ -114,6 +114,8 @@ struct Problem {
   TileBits occupied, occupied_columns;  // tiles with a survivor, [row block, key block] and transposed
   TileBits offered;  // beside `one_way`: whether a key of the block J has a query of the block I as its neighbour
   PerHead<Half> peaks;  // [key block, row] at least the largest score of a row with the keys of a block
+  PerHead<Half>
+      floors;  // [key block, row] at least the smallest one, negated; -inf if a key is missing; may be left out
 };
 
 // What a forward pass returns, in raster order, [n_heads, n] and more, and what it keeps of every head.
@@ -141,8 +143,9 @@ struct Lists {
   int blocks = 1;  // of a tile
 };
 
-// An entry: a block, for which blocks of the tile of rows it is, and whether it may hold pairs of a window.
-constexpr uint32_t kEntryBlock = (1u << 28) - 1, kEntryLocal = 1u << 28, kEntryFirst = 1u << 30;
+// An entry: a block; whether it may hold pairs of a window; for which blocks of the tile of rows it is, the first or the
+// second; and for which of them all pairs are neighbours.
+constexpr uint32_t kEntryBlock = (1u << 24) - 1, kEntryLocal = 1u << 24, kEntryFirst = 1u << 30, kEntryWhole = 1u << 28;
 
 // A sum over survivors in parts, [splits, n_heads * padded, width]; no parts: there is nothing to sum.
 struct Parts {
@@ -277,6 +280,7 @@ struct Plan {
   float band2;  // tiles within it of a threshold are visited too
   TileBits reached;  // tiles whose peaks exceed a threshold of their rows
   TileBits reached_back;  // the same transposed, if neighbours must be mutual; zeroed
+  TileBits whole, whole_back;  // the same of tiles whose floors exceed all thresholds; none where floors are left out
   TileBits local;  // tiles with a local survivor, either way round if neighbours must be mutual; zeroed
   uint32_t* done;  // [n_heads] programs; zeroed
   Lists lists;  // tiles that may hold a survivor, J >= I only if neighbours must be mutual

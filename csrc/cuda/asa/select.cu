@@ -136,33 +136,48 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
     for (int group = thread; group < p.occupied_columns.groups; group += kPlanThreads)
       *p.occupied_columns.word(z, j, group) = 0;
   __syncthreads();
-  auto* const reached = reinterpret_cast<uint8_t*>(plan.reached.word(z, block, 0));
-  for (int eight = warp; eight < 4 * plan.reached.groups; eight += kPlanWarps) {
-    unsigned bits = 0;
+  // Sets the bits of this block's tiles whose rows any, or all, pass in a block of keys, and those of their transposes.
+  const auto mark = [&](const TileBits& tiles, const TileBits& back, auto passes) {
+    auto* const bytes = reinterpret_cast<uint8_t*>(tiles.word(z, block, 0));
+    for (int eight = warp; eight < 4 * tiles.groups; eight += kPlanWarps) {
+      unsigned bits = 0;
 #pragma unroll
-    for (int k = 0; k < 8; ++k) {
-      const int j = 8 * eight + k;
-      if (j * kBlock >= n_keys) break;
-      const Half* const peaks = p.peaks.of(z) + int64_t(j) * p.rows.padded + block * kBlock;
-      const bool here = is_reached(rows[lane], to_float(peaks[lane]), plan.band2) ||
-                        is_reached(rows[lane + 32], to_float(peaks[lane + 32]), plan.band2);
-      const bool any = __any_sync(~0u, here);
-      bits |= unsigned(any) << k;
-      if (any && p.mutual && lane == 0) plan.reached_back.set(z, j, block);
+      for (int k = 0; k < 8; ++k) {
+        const int j = 8 * eight + k;
+        if (j * kBlock >= n_keys) break;
+        const bool marked = passes(int64_t(j) * p.rows.padded + block * kBlock + lane);
+        bits |= unsigned(marked) << k;
+        if (marked && p.mutual && lane == 0) back.set(z, j, block);
+      }
+      if (lane == 0) bytes[eight] = uint8_t(bits);
     }
-    if (lane == 0) reached[eight] = uint8_t(bits);
-  }
+  };
+  mark(plan.reached, plan.reached_back, [&](int64_t at) {
+    const Half* const peaks = p.peaks.of(z) + at;
+    return __any_sync(~0u, is_reached(rows[lane], to_float(peaks[0]), plan.band2) ||
+                               is_reached(rows[lane + 32], to_float(peaks[32]), plan.band2));
+  });
+  if (p.floors.data != nullptr)
+    mark(plan.whole, plan.whole_back, [&](int64_t at) {
+      const Half* const floors = p.floors.of(z) + at;
+      return !__any_sync(~0u, !is_reached(rows[lane], -to_float(floors[0]), 0) ||
+                                  !is_reached(rows[lane + 32], -to_float(floors[32]), 0));
+    });
   if (!arrive_last(plan.done + z, 1, blocks)) return;
+  const auto of = [&](const TileBits& tiles, const TileBits& back, int i, int group) {
+    const uint32_t there = load_fresh(tiles.word(z, i, group));
+    return p.mutual ? there & load_fresh(back.word(z, i, group)) : there;
+  };
   const auto local_of = [&](int i, int group) { return p.window > 0 ? load_fresh(plan.local.word(z, i, group)) : 0; };
   list_tiles(
       plan.lists, z, blocks, thread, kPlanThreads,
       [&](int i, int group) {
-        const uint32_t there = load_fresh(plan.reached.word(z, i, group));
-        if (!p.mutual) return there | local_of(i, group);
-        const uint32_t both = there & load_fresh(plan.reached_back.word(z, i, group));
-        return (both | local_of(i, group)) & ~first_bits(i - 32 * group);
+        const uint32_t there = of(plan.reached, plan.reached_back, i, group) | local_of(i, group);
+        return p.mutual ? there & ~first_bits(i - 32 * group) : there;
       },
-      local_of, plan.entries + z);
+      local_of,
+      [&](int i, int group) { return p.floors.data != nullptr ? of(plan.whole, plan.whole_back, i, group) : 0; },
+      plan.entries + z);
 }
 
 struct Shared {
@@ -177,7 +192,6 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   const int blocks = p.rows.blocks(), padded = p.rows.padded;
   const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, image = image_of(z, p.heads, p.per_image);
-  const int n_keys = p.keys.counts[image];
   const Entries list(plan.lists, blockIdx.x);
   const int length = plan.lists.lengths[blockIdx.x];
   const Thresholds& thresholds = plan.thresholds;
@@ -210,7 +224,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
 #pragma unroll
         for (int i = 2 * high; i < 2 * high + 2; ++i) {
           const float s2 = s[n][i] * p.scale2;
-          const bool kept = s2 - lse2 > cut2 && s2 >= kappa2 && j * kBlock + at.column_of(n, i) < n_keys;
+          const bool kept = s2 - lse2 > cut2 && s2 >= kappa2;
           bits |= uint32_t(kept) << (4 * n + i);
         }
     }
@@ -226,7 +240,7 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
 #pragma unroll
           for (int high = 0; high < 2; ++high) {
             const float s2 = s[n][i + 2 * high] * p.scale2;
-            const bool kept = s2 - lse2 > cut2 && s2 >= kappa2 && block * kBlock + at.row + 8 * high < n_keys;
+            const bool kept = s2 - lse2 > cut2 && s2 >= kappa2;
             back |= uint32_t(kept) << (4 * n + i + 2 * high);
           }
         }

@@ -28,9 +28,10 @@ __device__ __forceinline__ RowThresholds thresholds_of(const Problem<T>& p, cons
   return own;
 }
 
-// Whether a row may have a neighbour in a block of keys, or a score within band2 of its threshold, by its peak there.
-__device__ __forceinline__ bool is_reached(const RowThresholds& row, float peak, float band2) {
-  return peak - row.lse2 > row.cut2 - band2 && peak >= row.kappa2;
+// Whether a row may have a neighbour in a block of keys, or a score within band2 of its threshold, by its peak there; or,
+// by its floor and without a band, whether all of them are its neighbours.
+__device__ __forceinline__ bool is_reached(const RowThresholds& row, float score, float band2) {
+  return score - row.lse2 > row.cut2 - band2 && score >= row.kappa2;
 }
 
 }  // namespace asa_ops::cuda

@@ -99,10 +99,8 @@ struct Reader {
   // Ends it: stores the rows of dv or dk, which have `dim` numbers.
   __device__ __forceinline__ void end(const Item& item, const float (&sum)[D / 2], T* out, int dim,
                                       float factor) const {
-    if (item.first < item.end) {
-      __syncwarp();
-      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);
-    }
+    if (item.first < item.end && thread_number() % 32 == 0)
+      barrier_arrive(memory.own_empty);  // after __syncwarp in free
     const int64_t part = (group * kBlock + at.row) * D + at.column;
     const int z = work.head(item), image = image_of(z, p.heads, p.per_image);
     if (rows.not_finite_head[z] != 0) factor = NAN;
@@ -214,7 +212,7 @@ __device__ __forceinline__ void sum_dk(const Problem<T>& p, const Lists& lists, 
     const Entries entries(lists, item.tile);
     const float shrink = shrink_of(p.bounds, p.n_heads, z);
     reader.begin(item, sum);
-    // ds from <v, do> and p, at `position`.
+    // ds from <v, do> and p, at `position`. Queries are there too then: the other warpgroup waited for them.
     const auto weigh = [&](int e) {
       const int64_t first = row_at(z, p.rows.padded, uniform(entries.block(e)) * kBlock);
       each_column(rows.delta, first, at,
@@ -251,7 +249,6 @@ __device__ __forceinline__ void sum_dk(const Problem<T>& p, const Lists& lists, 
         multiply_rows<T, kBlock, D>(s, shared_address(memory.value), kChunkBytes,
                                     memory.gradients.address(position + 1), kChunkBytes, true);
         products_commit();
-        memory.queries.wait(position);
         products_fence();
         multiply_weights<T, D, kBlock>(sum, weights, memory.queries.address(position), kChunkBytes, false);
         products_commit();
@@ -266,7 +263,6 @@ __device__ __forceinline__ void sum_dk(const Problem<T>& p, const Lists& lists, 
         memory.queries.free(position - 1);
         pack_weights<T, kBlock>(weights, s);
       }
-      memory.queries.wait(position);
       products_fence();
       multiply_weights<T, D, kBlock>(sum, weights, memory.queries.address(position), kChunkBytes, false);
       products_commit();
@@ -292,8 +288,7 @@ __global__ void __launch_bounds__(kProgram, 1)
         barrier_init(memory.given + i, kGroup), barrier_init(memory.taken + i, kGroup);
       barrier_init_done();
     }
-    __syncthreads();
-    Work<T>(p, lists, false, memory.stretches).cut();
+    Work<T>(p, lists, false, memory.stretches).cut();  // all threads meet there
   }
   const int group = group_of_thread();
   if (group == kReaders) {

@@ -58,8 +58,8 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
   const Work<T> work(p, lists, true, memory.stretches);
   constexpr int kRows = kReaders * kBlock;
   const Place at;
-  const uint32_t query = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
-  const uint32_t gradient = shared_address(memory.gradients) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t gradient = uniform_address(memory.gradients) + group * Memory<D>::kBlockBytes;
   uint32_t position = 0, turn = 0;
 
   work.each([&](const Item& x) {
@@ -131,10 +131,8 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
       settled(weights);
       memory.others.free(position);
     }
-    if (item.first < item.end) {
-      __syncwarp();
-      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);
-    }
+    if (item.first < item.end && thread_number() % 32 == 0)
+      barrier_arrive(memory.own_empty);  // after __syncwarp in free
     const int64_t part = (group * kBlock + at.row) * D + at.column;
     const float factor = rows.not_finite_head[z] != 0 ? NAN : p.scale / shrink_of(p.bounds, p.n_heads, z);
     with_whole_sum<T, D>(work, item, parts, part, kRows * D, sum, [&](auto unroll, int half, auto values) {
@@ -159,8 +157,7 @@ __global__ void __launch_bounds__(kProgram, 1)
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
       barrier_init_done();
     }
-    __syncthreads();
-    Work<T>(p, lists, true, memory.stretches).cut();
+    Work<T>(p, lists, true, memory.stretches).cut();  // all threads meet there
   }
   const int group = group_of_thread();
   if (group == kReaders) {

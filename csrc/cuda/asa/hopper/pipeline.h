@@ -17,6 +17,11 @@ constexpr int kSharedBytes = 232448;  // that a program may have
 // Which warpgroup a thread is in, the same number in all lanes.
 __device__ __forceinline__ int group_of_thread() { return uniform(int(threadIdx.x) / kGroup); }
 
+// An address that is the same in all lanes, and known to be so: descriptors made of it take no registers of theirs.
+__device__ __forceinline__ uint32_t uniform_address(const void* at) {
+  return uint32_t(uniform(int(shared_address(at))));
+}
+
 // Slots of shared memory that tiles pass through: position p is in slot p % SLOTS. Whoever reads waits until a position
 // is full, and frees it when products have read it.
 template <int SLOTS, int BYTES>
@@ -47,7 +52,7 @@ struct Ring {
     if (thread_number() % 32 == 0) barrier_arrive(empty + position % SLOTS);
   }
   __device__ __forceinline__ uint32_t address(uint32_t position) const {
-    return shared_address(memory) + position % SLOTS * BYTES;
+    return uniform_address(memory + position % SLOTS * BYTES);
   }
 };
 

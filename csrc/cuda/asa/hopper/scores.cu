@@ -77,7 +77,7 @@ __device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics
   constexpr int kColumns = Memory<D>::kColumns, kParts = Memory<D>::kParts;
   const Place at;
   const int lane = thread_number() % 32;
-  const uint32_t own = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t own = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
   uint32_t position = 0, freed = 0, turn = 0;
   // Starts the products of a tile, a batch a slot.
   const auto start = [&](float (&s)[kKeys / 2]) {
@@ -114,10 +114,12 @@ __device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics
         }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          float peak[2] = {-INFINITY, -INFINITY};
+          float peak[2] = {-INFINITY, -INFINITY}, floor[2] = {INFINITY, INFINITY};
 #pragma unroll
-          for (int n = 0; n < kKeys / 8; ++n)
-            peak[n / 8] = fmaxf(peak[n / 8], fmaxf(s[4 * n + 2 * half], s[4 * n + 2 * half + 1]));
+          for (int n = 0; n < kKeys / 8; ++n) {
+            const float x = s[4 * n + 2 * half], y = s[4 * n + 2 * half + 1];
+            peak[n / 8] = fmaxf(peak[n / 8], fmaxf(x, y)), floor[n / 8] = fminf(floor[n / 8], fminf(x, y));
+          }
           const float base = fmaxf(high[half], fmaxf(peak[0], peak[1]) * p.scale2);
           const float finite = base == -INFINITY ? 0 : base;
           float parts[2] = {sum[half] * exp2_fast(high[half] - finite), 0};
@@ -130,11 +132,13 @@ __device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics
           if (p.has_bits) {
 #pragma unroll
             for (int side = 0; side < 2; ++side) {
+              // A little above, and below, however another kernel's product rounds.
+              const auto above = [](float x) { return half_above(fmaf(fabsf(x), 1e-4f, x) + 1e-6f); };
               const float top = max_over_quad(peak[side]) * p.scale2;
-              // A little above, so that no tile is missed however another kernel's product rounds.
+              const float bottom = max_over_quad(-floor[side]) * p.scale2;
+              const int64_t to = int64_t(2 * tile + side) * p.rows.padded + row + 8 * half;
               if (lane % 4 == 0 && there && 2 * tile + side < p.keys.blocks())
-                p.peaks.of(z)[int64_t(2 * tile + side) * p.rows.padded + row + 8 * half] =
-                    half_above(fmaf(fabsf(top), 1e-4f, top) + 1e-6f);
+                p.peaks.of(z)[to] = above(top), p.floors.of(z)[to] = above(bottom);
             }
           }
         }

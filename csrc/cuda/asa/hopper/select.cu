@@ -28,6 +28,9 @@ struct Memory {
   static_assert(kBytes <= kSharedBytes);
 };
 
+// For which warpgroups, a bit each, products decide the tile of an entry.
+__device__ __forceinline__ uint32_t undecided(uint32_t entry) { return entry / kEntryFirst & ~(entry / kEntryWhole); }
+
 // Whether two products decide a tile: that of the transposed one too.
 template <class T>
 __device__ __forceinline__ bool takes_two(const Problem<T>& p) {
@@ -53,6 +56,7 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lis
     copy_bytes(memory.queries, p.q + own, own_bytes, memory.own_full);
     if (two) copy_bytes(memory.keys, p.k + own, own_bytes, memory.own_full);
     for (int e = item.first; e < item.end; ++e) {
+      if (!undecided(entries[e])) continue;
       const int64_t other = keys + int64_t(entries[e] & kEntryBlock) * kBlock * D;
       const auto fill = [&](const T* from) {
         memory.others.fill(position++, kBlockBytes,
@@ -73,8 +77,8 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
   const Work<T> work(p, lists, true, memory.stretches);
   const Place at;
   const int thread = thread_number() % kGroup;
-  const uint32_t query = shared_address(memory.queries) + group * Memory<D>::kBlockBytes;
-  const uint32_t key = shared_address(memory.keys) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t key = uniform_address(memory.keys) + group * Memory<D>::kBlockBytes;
   const bool two = takes_two(p);
   const Thresholds& thresholds = plan.thresholds;
   const bool has_topk = thresholds.kappa2 != nullptr;
@@ -83,7 +87,7 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
   work.each([&](const Item& x) {
     const Item item = uniform_item(x);
     const int z = work.head(item), block = work.block(item) + group;
-    const int image = image_of(z, p.heads, p.per_image), n_keys = p.keys.counts[image];
+    const int image = image_of(z, p.heads, p.per_image);
     const uint32_t* const entries = lists.entries + int64_t(item.tile) * lists.others;
     const int64_t keys = row_at(z, p.keys.padded, 0);
     if (item.first < item.end) {
@@ -96,65 +100,79 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
       }
       barrier_wait(memory.own_full, turn++ & 1);
       for (int e = item.first; e < item.end; ++e) {
-        const uint32_t entry = uint32_t(uniform(int(entries[e])));
+        const uint32_t entry = uint32_t(uniform(int(entries[e]))), open = undecided(entry);
         const uint32_t first = position, second = two ? position + 1 : position;
-        position = second + 1;
-        if (!(entry & kEntryFirst << group)) {
-          memory.others.wait(first), memory.others.free(first);
-          if (two) memory.others.wait(second), memory.others.free(second);
+        if (open) position = second + 1;
+        if (!(open >> group & 1)) {
+          if (open) {
+            memory.others.wait(first), memory.others.free(first);
+            if (two) memory.others.wait(second), memory.others.free(second);
+          }
+          const Words all{~0u, ~0u};
+          if (entry & kEntryFirst << group)
+            store_bits(p, saved, z, image, block, int(entry & kEntryBlock), entry & kEntryLocal, {all, all, all},
+                       thread % kBlock, thread / kBlock);
           continue;
         }
         const int j = int(entry & kEntryBlock);
-        float s[kBlock / 2];
-        memory.others.wait(first);
-        products_fence();
-        multiply_rows<T, kBlock, D>(s, query, kChunkBytes, memory.others.address(first), kChunkBytes, true);
-        products_commit();
-        products_wait<0>();
-        settled(s);
-        memory.others.free(first);
-        uint32_t bits = 0, back = 0;
+        float s[kBlock / 2], t[kBlock / 2];
+        const auto start = [&](uint32_t at_position, uint32_t left, float (&sum)[kBlock / 2]) {
+          memory.others.wait(at_position);
+          products_fence();
+          multiply_rows<T, kBlock, D>(sum, left, kChunkBytes, memory.others.address(at_position), kChunkBytes, true);
+          products_commit();
+        };
+        // A_ij from s_ij, and A_ji from s_ji laid out alike.
+        const auto judge_rows = [&](const float (&sum)[kBlock / 2]) {
+          uint32_t bits = 0;
 #pragma unroll
-        for (int n = 0; n < kBlock / 8; ++n)
+          for (int x = 0; x < kBlock / 2; ++x)
+            bits |= uint32_t(sum[x] * p.scale2 - own[x / 2 % 2].lse2 > own[x / 2 % 2].cut2) << x;
+          if (has_topk)
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const float s2 = s[4 * n + i] * p.scale2;
-            const bool kept = s2 - own[i / 2].lse2 > own[i / 2].cut2 && s2 >= own[i / 2].kappa2 &&
-                              j * kBlock + 8 * n + at.column + i % 2 < n_keys;
-            bits |= uint32_t(kept) << (4 * n + i);
-          }
-        if (p.mutual) {
-          if (two) {
-            memory.others.wait(second);
-            products_fence();
-            multiply_rows<T, kBlock, D>(s, key, kChunkBytes, memory.others.address(second), kChunkBytes, true);
-            products_commit();
-            products_wait<0>();
-            settled(s);
-            memory.others.free(second);
-          }
+            for (int x = 0; x < kBlock / 2; ++x)
+              bits &= ~(uint32_t(!(sum[x] * p.scale2 >= own[x / 2 % 2].kappa2)) << x);
+          return bits;
+        };
+        const auto judge_columns = [&](const float (&sum)[kBlock / 2]) {
           const int64_t column = keys + j * kBlock + at.column;
+          uint32_t bits = 0;
 #pragma unroll
-          for (int n = 0; n < kBlock / 8; ++n)
+          for (int x = 0; x < kBlock / 2; ++x) {
+            const int64_t row = column + x / 4 * 8 + x % 2;
+            bits |= uint32_t(sum[x] * p.scale2 - thresholds.lse2[row] > thresholds.cut2[row]) << x;
+          }
+          if (has_topk)
 #pragma unroll
-            for (int k = 0; k < 2; ++k) {
-              const float lse2 = thresholds.lse2[column + 8 * n + k], cut2 = thresholds.cut2[column + 8 * n + k];
-              const float kappa2 = has_topk ? thresholds.kappa2[column + 8 * n + k] : -INFINITY;
-#pragma unroll
-              for (int half = 0; half < 2; ++half) {
-                const float s2 = s[4 * n + 2 * half + k] * p.scale2;
-                const bool kept = s2 - lse2 > cut2 && s2 >= kappa2 && block * kBlock + at.row + 8 * half < n_keys;
-                back |= uint32_t(kept) << (4 * n + 2 * half + k);
-              }
-            }
+            for (int x = 0; x < kBlock / 2; ++x)
+              bits &= ~(uint32_t(!(sum[x] * p.scale2 >= thresholds.kappa2[column + x / 4 * 8 + x % 2])) << x);
+          return bits;
+        };
+        uint32_t bits, back = 0;
+        start(first, query, s);
+        if (two) {  // no branch is taken while products are under way
+          start(second, key, t);
+          products_wait<1>();
+          settled(s);
+          memory.others.free(first);
+          bits = judge_rows(s);
+          products_wait<0>();
+          settled(t);
+          memory.others.free(second);
+          back = judge_columns(t);
+        } else {
+          products_wait<0>();
+          settled(s);
+          memory.others.free(first);
+          bits = judge_rows(s);
+          if (p.mutual) back = judge_columns(s);
         }
         const int row = thread % kBlock, side = thread / kBlock;
         const Found words = exchange_bits(p, memory.tiles[group], bits, back, j == block, at.row, at.column, row, side,
                                           [&] { named_barrier(1 + group, kGroup); });
         store_bits(p, saved, z, image, block, j, entry & kEntryLocal, words, row, side);
       }
-      __syncwarp();
-      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);
+      if (thread_number() % 32 == 0) barrier_arrive(memory.own_empty);  // after __syncwarp in free
     }
     if (!p.few && arrive_last_of(done + z, work.counted(item), load_fresh(plan.entries + z), 3, kReaders * kGroup))
       list_occupied(p, found, z, true, thread_number(), kReaders * kGroup);
@@ -172,8 +190,7 @@ __global__ void __launch_bounds__(kProgram, 1)
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
       barrier_init_done();
     }
-    __syncthreads();
-    Work<T>(p, plan.lists, true, memory.stretches).cut();
+    Work<T>(p, plan.lists, true, memory.stretches).cut();  // all threads meet there
   }
   const int group = group_of_thread();
   if (group == kReaders) {

@@ -144,7 +144,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
   const Place at;
   const int lane = thread_number() % 32;
   int* const counted = memory.counted + group * kBlock + at.row;
-  const uint32_t query = shared_address(memory.own) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.own) + group * Memory<D>::kBlockBytes;
   uint32_t before = 0, turn = 0;  // positions that items before took
 
   work.each([&](const Item& x) {
@@ -262,10 +262,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
       others.free(at_v);
     }
     before += 2 * count;
-    if (count > 0) {
-      __syncwarp();
-      if (lane == 0) barrier_arrive(memory.own_empty);
-    }
+    if (count > 0 && lane == 0) barrier_arrive(memory.own_empty);  // after __syncwarp in free
 
 #pragma unroll
     for (int half = 0; half < 2; ++half) total[half] = sum_over_quad(total[half]);
@@ -325,8 +322,7 @@ __global__ void __launch_bounds__(kProgram, 1)
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
       barrier_init_done();
     }
-    __syncthreads();
-    Work<T>(p, lists, true, memory.stretches).cut();
+    Work<T>(p, lists, true, memory.stretches).cut();  // all threads meet there
   }
   const int group = group_of_thread();
   if (group == kReaders) {
