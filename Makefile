@@ -71,7 +71,7 @@ bench-page: $(READY)  ## the page of this machine in bench/results, scaling and 
 bench-check: $(READY)  ## a minute: has a ratio to dense attention moved by more than its spread since the page was made?
 	$(RUN) -m bench.check $(ARGS)
 
-gpu:  ## on a CUDA machine, with its own Python: tests, checks and timings, in minutes; OUT=folder, KEEP=1 keeps the summary
+gpu:  ## on a CUDA machine, with its own Python: tests, timings, profiles, 5 minutes a call, which goes on; OUT=folder, KEEP=1
 	$(PYTHON) -m bench.gpu --out $(OUT) $(if $(KEEP),--keep) $(ARGS)
 
 wheel: $(READY)  ## one wheel for CPU and GPU, every Python and torch that pyproject.toml allows, in dist, and its audit

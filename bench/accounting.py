@@ -100,8 +100,9 @@ def units(impl: str, backward: bool, sparsity: Sparsity, dim: int = 64, half: bo
     """
     if impl == "cpu":
         return 1 + (7 if backward else 2) * sparsity.strips
-    if impl in ("triton", "cuda"):
-        of_backward = 10 if not half else 7 if impl == "triton" and dim <= 128 else 8
+    if impl in ("triton", "cuda", "hopper"):
+        dkv = impl == "hopper" or (impl == "triton" and dim <= 128)  # in one kernel, which forms scores once
+        of_backward = 10 if not half else 7 if dkv else 8
         return 1 + sparsity.plausible + (2 + of_backward * backward) * sparsity.active
     return (3 if impl == "blocked" else 2) + 5 * backward  # 2: dense, the reference and the peers
 

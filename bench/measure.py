@@ -23,7 +23,7 @@ import torch
 from asa_ops import asa_attention
 from asa_ops.core import extension
 
-from . import inputs, workloads
+from . import inputs, progress, workloads
 from .workloads import Spec
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +113,7 @@ def interleaved(
         try:
             taken = seconds_of(call, device, repeats)
         except Exception as error:  # whatever a method raises is the finding
-            errors[name], times[name] = describe(error), []
+            errors[name], times[name] = progress.describe(error), []
             warm.pop(name, None)
             continue
         if i < WARM_UP:
@@ -141,12 +141,6 @@ def in_graphs(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]
     replays.clear()
     torch.cuda.empty_cache()  # what the graphs held
     return times
-
-
-def describe(error: BaseException) -> str:
-    """Return an exception in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else ''}"[:200]
 
 
 def resident(name: str) -> int:

@@ -128,6 +128,15 @@ class Tally:
 
 
 @dataclass
+class Profile:
+    """The kernels of a call with its backward, by torch's profiler; those of PyTorch together."""
+
+    label: str  # of the case
+    method: str
+    kernels: dict[str, Kernel]
+
+
+@dataclass
 class Step:
     step: str  # of the GPU suite
     status: str  # "passed", "failed", "timed out" or "skipped"
@@ -144,6 +153,10 @@ class Record:
     first_call: dict[str, float] = field(default_factory=dict)  # seconds of the first calls in a fresh process
     steps: list[Step] = field(default_factory=list)  # of the GPU suite
     tests: dict[str, Tally] = field(default_factory=dict)  # by its step
+    left: dict[str, str] = field(default_factory=dict)  # by step, what is left to a further call
+    # Of the whole op against float64, by "kernels dtype D", D as kernels pad it: how many "cases", "passed", "skipped".
+    correct: dict[str, dict[str, int]] = field(default_factory=dict)
+    profiles: list[Profile] = field(default_factory=list)
 
     def add(self, case: Case) -> None:
         self.cases = [each for each in self.cases if each.key != case.key] + [case]
@@ -167,6 +180,11 @@ def read(path: Path) -> Record:
     except ValueError as error:
         what = "not JSON: " if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{path}: {what}{error}") from error
+
+
+def of(form: type, content: object) -> object:
+    """Return an object of this module from what ``dataclasses.asdict`` made of it."""
+    return _load(form, content, form.__name__)
 
 
 def _load(form: object, content: object, where: str) -> object:

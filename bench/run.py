@@ -34,10 +34,9 @@ from pathlib import Path
 
 import torch
 
-from asa_ops.core import dispatch
 from examples import files
 
-from . import accounting, measure, record, report, workloads
+from . import accounting, measure, progress, record, report, workloads
 from .inputs import INPUTS
 from .peers import INDIFFERENT, PEERS
 from .record import MODES, Case, Kernel, Method, Record
@@ -46,9 +45,9 @@ from .workloads import Spec
 try:
     from tqdm import tqdm
 
-    progress = functools.partial(tqdm, desc="cases", unit="case", file=sys.stdout)
+    shown = functools.partial(tqdm, desc="cases", unit="case", file=sys.stdout)
 except ImportError:  # a GPU machine has torch, Triton and NumPy
-    progress = iter
+    shown = iter
 
 NO_BACKWARD = "has no backward on a CPU"
 SIZES = ["32x32", "48x48", "64x64", "96x96", "128x128", "192x192", "256x256"]
@@ -93,7 +92,7 @@ def _noted(method: Method) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        method.error = method.error or measure.describe(error)
+        method.error = method.error or progress.describe(error)
 
 
 def _measure_seconds(device, workload, methods, backward, rounds) -> None:
@@ -230,7 +229,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--alpha", nargs="+", type=threshold, help="one threshold for all pixels, not the input's")
     parser.add_argument("--mode", nargs="+", choices=MODES, help="default: all")
     parser.add_argument("--sweep", nargs="+", choices=[*report.SWEEPS, "calls"], help="see above")
-    parser.add_argument("--impl", nargs="+", choices=dispatch.NAMES, default=["auto"], help="of attention (auto)")
+    parser.add_argument("--impl", nargs="+", choices=workloads.IMPLS, default=["auto"], help="of attention (auto)")
     parser.add_argument("--peers", nargs="*", choices=PEERS, help="default: all; in a sweep sdpa flash and eager")
     parser.add_argument("--dtype", choices=workloads.DTYPES, default="float32")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -249,7 +248,7 @@ def main(given: list[str] | None = None) -> None:
     results = start(parser, options, [spec for _, spec, _ in todo])
     print("\n".join(f"{name}: {value}" for name, value in (results.environment | results.ceilings).items()), flush=True)
     mine = []
-    for sweep, spec, mode in progress(todo):
+    for sweep, spec, mode in shown(todo):
         rounds = 1 if sweep and spec.tokens > LARGE else options.rounds
         case = measured(spec, mode, options.device, options.impl, options.peers, rounds, sweep)
         mine.append(case)

@@ -4,8 +4,9 @@ import ast
 import contextlib
 import functools
 import math
+import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from asa_ops import asa_attention, criss_cross_attention, nn
-from asa_ops.core import dispatch
+from asa_ops.core import dispatch, extension
 
 from . import eager, inputs
 from .peers import PEERS, Problem
@@ -22,6 +23,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = [name for name in nn.available() if name != "asa"]
 OPS = ("asa", "criss_cross_attention", *BLOCKS)
 OURS = "asa_ops"  # the name of our method where there is one
+# Of "asa" the kernels of impl="cuda" for compute capability 9.0 are an implementation more: csrc/cuda/asa/call.cu takes
+# them, or those for every GPU, by this variable.
+HOPPER, HOPPER_VARIABLE = "hopper", "ASA_OPS_HOPPER"
+IMPLS = (*dispatch.NAMES, HOPPER)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,39 @@ class Workload:
             every = [*leaves, *self.parameters]
             return torch.autograd.grad(out, every, self.grad_out, allow_unused=True) if backward else out
 
-        return run
+        if name not in ("asa cuda", f"asa {HOPPER}"):
+            return run
+
+        def run_on_a_set():
+            with kernel_set(name.removeprefix("asa ")):
+                return run()
+
+        return run_on_a_set
+
+
+@contextlib.contextmanager
+def kernel_set(impl: str) -> Iterator[None]:
+    """Let the CUDA kernels be those of "hopper" or of "cuda", backward included: the variable is read at every call."""
+    before = os.environ.get(HOPPER_VARIABLE)
+    os.environ[HOPPER_VARIABLE] = str(int(impl == HOPPER))
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[HOPPER_VARIABLE]
+        else:
+            os.environ[HOPPER_VARIABLE] = before
+
+
+def why_no_hopper(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why the kernels for compute capability 9.0 cannot run a call that impl="cuda" can, None if they can."""
+    if dtype not in (torch.float16, torch.bfloat16):
+        return "the kernels for compute capability 9.0 take half precisions"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) != (9, 0):
+        return "the kernels for compute capability 9.0 run on no other"
+    if device.type == "cuda" and "90a" not in extension.cuda_architectures():
+        return "the extension was not built for 90a"
+    return None
 
 
 def parse_op(text: str) -> tuple[str, dict]:
@@ -141,9 +178,14 @@ def runnable(spec: Spec, device: str, impls: list[str]) -> tuple[list[str], dict
     found, why_not = {}, {}  # names, in order
     for impl in impls:
         try:
-            found[dispatch.resolve(call, impl)] = None
-        except RuntimeError as error:  # noqa: PERF203  (each may)
+            ran = dispatch.resolve(call, "cuda" if impl == HOPPER else impl)
+        except RuntimeError as error:
             why_not[impl] = str(error)
+            continue
+        if impl == HOPPER and (reason := why_no_hopper(*kind)):
+            why_not[impl] = reason
+        else:
+            found[impl if impl == HOPPER else ran] = None
     return list(found), why_not
 
 
@@ -169,7 +211,8 @@ def _asa(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workloa
     *leaves, alpha, beta = tensors
 
     def ours(impl: str) -> Callable:
-        return lambda: lambda q, k, v: asa_attention(q, k, v, alpha, beta, grid=spec.grid, impl=impl)
+        named = "cuda" if impl == HOPPER else impl
+        return lambda: lambda q, k, v: asa_attention(q, k, v, alpha, beta, grid=spec.grid, impl=named)
 
     found, why_not = runnable(spec, device, impls)
     prepare = {f"asa {impl}": ours(impl) for impl in found}

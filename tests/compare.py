@@ -68,6 +68,42 @@ def find_survivors(s: Tensor, inputs, options, real):
     return reference.find_survivors(s, *inputs[3:], *arguments, *real)
 
 
+def in_gaps(inputs, options):
+    """Return inputs with float32 thresholds that lie in the middle of gaps between scores.
+
+    No pair is then near its threshold, so that survivors are the same in every precision of the products.
+    """
+    query, key, value, alpha, beta = inputs
+    s, (_, real_k) = exact_scores(inputs, options)
+    if alpha is not None:
+        alpha = _in_gaps(s, alpha, s.isfinite())
+    if beta is not None:
+        near = real_k[:, None, None, :] & reference.in_window(options["grid"], options.get("window", 3), s.device)
+        beta = _in_gaps(s.masked_fill(~near, -torch.inf), beta, near)
+    return [query, key, value, alpha, beta]
+
+
+def _in_gaps(s, multiplier, member):
+    """Move the thresholds lse + log(multiplier / members) of ``s`` to the middle of the widest gap nearby."""
+    if s.shape[-1] < 2:
+        return multiplier.float()
+    count = member.sum(-1)
+    lse, log_n = s.logsumexp(-1), count.clamp(min=1).double().log()
+    threshold = lse + multiplier.double().log() - log_n
+    ordered = s.sort(-1, descending=True).values
+    above = (s > threshold[..., None]).sum(-1)  # this many are above: the gaps nearby end at these ranks
+    ranks = above[..., None] + torch.arange(-8, 9, device=s.device)
+    inside = (ranks >= 1) & (ranks < count[..., None])
+    ranks = ranks.clamp(1, s.shape[-1] - 1)
+    upper, lower = ordered.gather(-1, ranks - 1), ordered.gather(-1, ranks)
+    gap = torch.where(inside, upper - lower, -1.0)
+    widest = gap.argmax(-1, keepdim=True)
+    middle = ((upper + lower) / 2).gather(-1, widest)[..., 0]
+    moved = (middle - lse + log_n).exp()
+    usable = inside.any(-1) & threshold.isfinite() & moved.isfinite()
+    return torch.where(usable, moved, multiplier.double()).float()
+
+
 def exact_results(inputs, options, kept: Tensor, grad_out: Tensor) -> list[Tensor]:
     """Return output, gradients of query, key and value, and log-sum-exps in float64 with these survivors."""
     leaves = with_grad([x.double() for x in inputs[:3]])

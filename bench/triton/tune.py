@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import torch
 
-from .. import measure, workloads
+from .. import measure, progress, workloads
 from ..inputs import INPUTS
 from . import launches
 
@@ -110,7 +110,7 @@ def main() -> None:
                 result = calls[kind][candidate.kernel not in FORWARD]()
                 torch.cuda.synchronize()
         except Exception as error:  # too much shared memory, too many registers: a finding
-            return measure.describe(error)
+            return progress.describe(error)
         return result
 
     shape = options.grid, options.dim, options.heads, 1, "bfloat16"

@@ -1,10 +1,13 @@
 """What the benchmarks measure: inputs, peers, and blocks as published, which equal ours."""
 
+import dataclasses
 import math
+import os
 import sys
 from types import SimpleNamespace
 
 import pytest
+import simt
 import torch
 
 from asa_ops import nn
@@ -50,6 +53,30 @@ def test_implementations_that_cannot_run_are_skipped():
     spec = workloads.Spec("asa", "8x8", 512, 1, 1, "float32", "iid", None)
     workload = workloads.build(spec, "cpu", ["triton", "blocked"], [])
     assert workload.ours == ["asa blocked"] and "impl='triton' cannot run" in workload.skipped["asa triton"]
+
+
+@pytest.mark.skipif(not simt.AVAILABLE, reason="no C++ compiler here, or a GPU: kernels run there")
+def test_kernels_for_compute_capability_9_are_an_implementation_more(emulation, monkeypatch):
+    """Of half precisions; in a call with its backward they run in both, and nowhere else."""
+    spec = workloads.Spec("asa", "5x13", 8, 1, 1, "bfloat16", "iid", None)
+    monkeypatch.setenv(workloads.HOPPER_VARIABLE, "as before")
+    workload = workloads.build(spec, "cpu", ["cuda", "hopper"], ["sdpa flash"])
+    launches = []
+    for name in workload.prepare:
+        before = simt.launches()
+        workload.call(name, True)()
+        launches.append(simt.launches() - before)
+        assert os.environ[workloads.HOPPER_VARIABLE] == "as before"
+    assert workload.ours == ["asa cuda", "asa hopper"] and launches[0] > launches[1] > launches[2] == 0
+    single = workloads.build(dataclasses.replace(spec, dtype="float32"), "cpu", ["hopper"], [])
+    assert not single.ours and "half precisions" in single.skipped["asa hopper"]
+    device, half = torch.device("cuda"), torch.bfloat16
+    for capability, built, reason in (((8, 0), ("90a",), "run on no other"), ((9, 0), ("90",), "not built for 90a")):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, x=capability: x)
+        monkeypatch.setattr(workloads.extension, "cuda_architectures", lambda x=built: x)
+        assert reason in workloads.why_no_hopper(device, half)
+    monkeypatch.setattr(workloads.extension, "cuda_architectures", lambda: ("90a",))
+    assert workloads.why_no_hopper(device, half) is None
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ TRITON = ["asa_ops.asa.triton", "asa_ops.criss_cross.triton", "asa_ops.core.trit
 ACROSS = {
     "bench": ["examples.files"],  # how files are written there and here
     "bench.cuda": ["tests.simt"],  # the emulation of the kernels
+    "tests.asa.test_whole": ["bench.workloads"],  # whose cases are counted there
     "tests.bench": ["bench", "examples.files"],
     "tests.bench_cases": ["bench"],
     "tests.examples": ["examples"],
