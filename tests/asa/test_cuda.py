@@ -122,13 +122,13 @@ def test_lists_that_programs_share(kernel_set, dtype, case, monkeypatch):
 def test_programs_without_work_are_not_waited_for(dtype, processors, monkeypatch):
     """One list has all entries but those that empty ones count as: fewer than programs, which share it."""
     monkeypatch.setenv("ASA_OPS_SIMT_PROCESSORS", str(processors))
-    short, options = make(Case("short", (16, 32), 1, 1, 64, 64, beta=None, options={"reciprocal": False}), dtype)
+    short, few = make(Case("short", (16, 32), 1, 1, 64, 64, beta=None, options={"reciprocal": False}), dtype)
     query, key, _, alpha, _ = short
     alpha.fill_(math.inf)
     alpha[0, 0, 130], query[0, 0, 130, 0], key[0, 0, [3, 70], 0] = 1, 40, 4
-    dense, others = make(replace(LONG, heads=1, alpha=None, beta=None), dtype)
-    others["key_padding_mask"] = torch.arange(580)[None] < 128  # one list has entries
-    for inputs, options in ((short, options), (dense, others)):
+    dense, padded = make(replace(LONG, heads=1, alpha=None, beta=None), dtype)
+    padded["key_padding_mask"] = torch.arange(580)[None] < 128  # one list has entries
+    for inputs, options in ((short, few), (dense, padded)):
         results = []
         for asked in "01":
             monkeypatch.setenv("ASA_OPS_HOPPER", asked)
