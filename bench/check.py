@@ -80,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
     pairs = ((name, known.environment.get(name), environment.get(name)) for name in names)
     differs = [f"{name} {there} there, {here} here" for name, there, here in pairs if there != here]
     rows = []
-    for case in run.progress(cases):
+    for case in run.shown(cases):
         now, moved = compare(case, options.rounds)
         ratios = [report.with_quartiles(x) for x in (case.ratio(case.ours[0], PEER), now)]
         rows.append([case.label, *ratios, moved or "within the spread"])
