@@ -246,6 +246,21 @@ def test_a_backward_takes_tf32_where_its_forward_did(kernel_set):
         assert not equal(run(first, first), run(second, second))
 
 
+@on_hopper
+def test_compiled_calls_follow_the_setting(kernel_set):
+    def attend(query, key, value):
+        return asa_attention(query, key, value, reciprocal=False, impl="cuda")
+
+    tensors = torch.randn(3, 1, 1, 70, 8).unbind()
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    results = []
+    for setting in ("highest", "high", "highest"):
+        torch.set_float32_matmul_precision(setting)
+        results.append(compiled(*tensors))
+        assert torch.equal(results[-1], attend(*tensors))
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+
+
 # The parts: the k-th largest score, the window.
 
 
