@@ -1,8 +1,8 @@
 // Maximum and sum of exponentials of every row over all keys, and peaks, for compute capability 9.0.
 //
-// Two blocks of queries stay in shared memory, one a warpgroup; tiles of 128 keys pass, up to 256 bytes of a token at a time.
-// While the exponentials of a tile are taken, the products of the next one run: two sets of accumulators in turn. All
-// tiles of a call are laid end to end and cut into stretches of equal length, so that one head fills the device; a
+// Two blocks of queries stay in shared memory, one a warpgroup; tiles of 128 keys pass, up to 256 bytes of a token at a
+// time. While the exponentials of a tile are taken, the products of the next one run: two sets of accumulators in turn.
+// All tiles of a call are laid end to end and cut into stretches of equal length, so that one head fills the device; a
 // stretch leaves a part for each two blocks of rows that it crosses.
 
 #include "pipeline.h"
