@@ -18,11 +18,12 @@ namespace asa_ops {
 #define ASA_INPUTS "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
 #define ASA_OPTIONS "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, "
 #define ASA_ROWS "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
+#define ASA_PRECISION "bool tf32=False"
 #define ASA_OUTPUTS "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
 constexpr const char* kForwardSchema =
-    "(" ASA_INPUTS ASA_OPTIONS "float band, bool keep, " ASA_ROWS ") -> (" ASA_OUTPUTS ")";
+    "(" ASA_INPUTS ASA_OPTIONS "float band, bool keep, " ASA_ROWS ", " ASA_PRECISION ") -> (" ASA_OUTPUTS ")";
 constexpr const char* kBackwardSchema =
-    "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, " ASA_ROWS
+    "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, " ASA_ROWS ", " ASA_PRECISION
     ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)";
 constexpr const char* kListSurvivorsSchema =
     "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, Tensor row_offsets, Tensor(a!) col_indices) -> ()";

@@ -189,10 +189,12 @@ def count_flops(function: Callable[[], object]) -> int:
 NAMES = ("out", "grad of query", "grad of key", "grad of value")
 
 
-def check_against_reference(impl: str, inputs, options, ulps: int = 0) -> None:
+def check_against_reference(impl: str, inputs, options, ulps: int = 0, factors: torch.dtype | None = None) -> None:
     """Check survivors, output, statistics and the gradients of query, key, value of ``impl``.
 
-    ``ulps``: by how many units in the last place its products and sums are off, beside rounding.
+    Args:
+        ulps: by how many units in the last place its products and sums are off, beside rounding.
+        factors: what products take numbers as, if that is coarser than the inputs, which are of that kind.
     """
     precision = torch.promote_types(inputs[0].dtype, torch.float32)
     expected, uncertain = uncertain_pairs(inputs, options, torch.finfo(precision).eps * (1 + ulps))
@@ -206,23 +208,38 @@ def check_against_reference(impl: str, inputs, options, ulps: int = 0) -> None:
     assert out.dtype == inputs[0].dtype and out.is_contiguous()
     if not ulps:  # the same numbers at every call
         assert torch.equal(stats.survivors, kept.sum(-1))
-    grad_out = torch.randn(out.shape, dtype=torch.float64).to(out)
+    grad_out = torch.randn(out.shape, dtype=torch.float64).to(factors or out.dtype).to(out)
     results = out, *torch.autograd.grad(out, leaves, grad_out), stats.lse, stats.lse_kept
     exact = functools.partial(exact_results, inputs, options, kept, grad_out)
-    check_errors((*NAMES, "lse", "lse_kept"), results, exact, precision, ulps=ulps)
+    names = (*NAMES, "lse", "lse_kept")
+    if factors is None:
+        check_errors(names, results, exact, precision, ulps=ulps)
+    else:
+        sums, statistics = slice(len(NAMES)), slice(len(NAMES), None)
+        check_errors(names[sums], results[sums], lambda: exact()[sums], precision, factors, ulps=ulps)
+        check_errors(names[statistics], results[statistics], lambda: exact()[statistics], precision, ulps=ulps)
 
 
 def check_threshold_gradients(
-    impl: str, inputs, options, band: float = 2.0, others: bool = False, ulps: int = 0
+    impl: str,
+    inputs,
+    options,
+    band: float = 2.0,
+    others: bool = False,
+    ulps: int = 0,
+    factors: torch.dtype | None = None,
 ) -> None:
     """Check the straight-through dalpha and dbeta of ``impl``; no pair may be so close that precision decides it.
 
-    ``others``: also the gradients beside them, of query, key and value.
+    Args:
+        others: also the gradients beside them, of query, key and value.
+        ulps, factors: see :func:`check_against_reference`.
     """
+    factors = factors or inputs[0].dtype
     kept = survivors(impl, inputs, options)
     exact_inputs = [x if x is None else x.double() for x in inputs]
     assert torch.equal(kept, survivors("reference", exact_inputs, options)), "pick another seed"
-    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64).to(inputs[0])
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3], dtype=torch.float64).to(factors).to(inputs[0])
     wanted = [i for i, x in enumerate(inputs) if x is not None and (others or i > 2)]
     names = [f"grad of {('query', 'key', 'value', 'alpha', 'beta')[i]}" for i in wanted]
 
@@ -233,6 +250,6 @@ def check_threshold_gradients(
 
     ours = run(impl, inputs)
     precision = torch.promote_types(inputs[0].dtype, torch.float32)
-    check_errors(names, ours, lambda: run("reference", exact_inputs), precision, inputs[0].dtype, ulps=ulps)
+    check_errors(names, ours, lambda: run("reference", exact_inputs), precision, factors, ulps=ulps)
     for i, x in zip(wanted, ours, strict=True):
         assert x.dtype == inputs[i].dtype and (not x.numel() or x.abs().max() > 0)

@@ -78,9 +78,12 @@ def emulation():
 
 @pytest.fixture
 def kernel_set(request, monkeypatch):
-    """Have the CUDA kernels of a set run: "general", or "hopper" for compute capability 9.0."""
+    """Have the CUDA kernels of a set run: "general", or "hopper" for compute capability 9.0, float32 as TF32 then."""
     monkeypatch.setenv("ASA_OPS_HOPPER", str(int(request.param == "hopper")))
-    return request.param
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if request.param == "hopper" else before)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture

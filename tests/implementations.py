@@ -20,7 +20,7 @@ each_fast = pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
-SETS = ("general", "hopper")  # of CUDA kernels: those for compute capability 9.0 take half precisions
+SETS = ("general", "hopper")  # of CUDA kernels: those for compute capability 9.0 take half precisions and TF32
 
 
 def slow(*values, when: bool = True, **options):

@@ -12,6 +12,7 @@ extension loads). The implementations in Python have ops of the same schemas: ``
     keep             whether a backward will follow: ``kept`` holds what it needs, otherwise nothing
     row_start, row_stop, rows_statistics
                      for calls that compute some rows of a problem only, which do not work yet
+    tf32             whether CUDA kernels may take the products of float32 in TF32; nobody else asks
 """
 
 import math
@@ -24,7 +25,14 @@ from torch.autograd import forward_ad
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core import dispatch, extension
-from ..core.contracts import backward_of, below_autograd, differentiate, outside_autocast, run_outside_autocast
+from ..core.contracts import (
+    allows_tf32,
+    backward_of,
+    below_autograd,
+    differentiate,
+    outside_autocast,
+    run_outside_autocast,
+)
 from . import reference
 from .types import AsaStats, Inputs, NeighborGraph, Options, Saved, kept_bytes, new_graph, new_outputs
 
@@ -32,11 +40,12 @@ Shape = Sequence[int]
 
 _OPTIONS = "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band"
 _ROWS = "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
+_PRECISION = "bool tf32=False"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask"
 _OUTPUTS = "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
-FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep, {_ROWS}) -> ({_OUTPUTS})"
+FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep, {_ROWS}, {_PRECISION}) -> ({_OUTPUTS})"
 BACKWARD = (
-    f"(Tensor grad_out, {_INPUTS}, {_OUTPUTS}, {_OPTIONS}, {_ROWS}) "
+    f"(Tensor grad_out, {_INPUTS}, {_OUTPUTS}, {_OPTIONS}, {_ROWS}, {_PRECISION}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)"
 )
 # What an op takes between ``inputs`` and ``band``: grid, window, topk, reciprocal, scale.
@@ -49,6 +58,9 @@ _FORWARD_MODE = (
 _DOUBLE_BACKWARD = (
     "asa_attention has no double backward in this implementation: use impl='reference', threshold_grad=None"
 )
+
+
+_EVERY_ROW = (0, None, None)
 
 
 def _every_row(query: Tensor, start: int = 0, stop: int | None = None, statistics: Tensor | None = None) -> None:
@@ -68,7 +80,7 @@ def _define(impl: str) -> None:
     """Define the ops of an implementation in Python."""
 
     def forward(*args: Any) -> Any:
-        tensors, options, (band, keep), rows = args[:6], args[6:11], args[11:13], args[13:]
+        tensors, options, (band, keep), rows = args[:6], args[6:11], args[11:13], args[13:16]
         _every_row(tensors[0], *rows)
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
         saved = Saved.new(inputs, options, impl, keep, band)
@@ -76,7 +88,7 @@ def _define(impl: str) -> None:
         return *saved[:4], saved.kept if keep else saved.kept.new_empty(*saved.kept.shape[:2], 0)
 
     def backward(grad_out: Tensor, *args: Any) -> Any:
-        tensors, outputs, options, band, rows = args[:6], args[6:11], args[11:16], args[16], args[17:]
+        tensors, outputs, options, band, rows = args[:6], args[6:11], args[11:16], args[16], args[17:20]
         _every_row(tensors[0], *rows)
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
         expected, found = kept_bytes(inputs, options, impl, band=band), outputs[4].shape[2]
@@ -142,7 +154,7 @@ class _Ops:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what a backward needs."""
-    ctx.options, ctx.others = inputs[6:12], len(inputs) - 5
+    ctx.options, ctx.others = (*inputs[6:12], *inputs[13:]), len(inputs) - 5  # all but `keep`
     ctx.save_for_backward(*inputs[:6], *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # what is kept would get a gradient of zeros as large as it is
@@ -230,7 +242,7 @@ def asa_neighbors(
     if impl not in ("cpu", "cuda"):
         return dispatch.load("asa", impl).neighbor_graph(_broadcast(inputs), Options.of(*options))
     ops = of(impl, query.device)
-    outputs = ops.fwd(*inputs, *options, 0.0, True)
+    outputs = ops.fwd(*inputs, *options, 0.0, True, *_EVERY_ROW, _takes_tf32(impl, query.dtype))
     graph = new_graph(outputs[3])
     assert ops.list_survivors is not None
     ops.list_survivors(*inputs, *outputs, *options, 0.0, *graph)
@@ -246,6 +258,11 @@ def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
 @register_flop_formula(torch.ops.asa_ops.asa_neighbors)
 def _neighbors_flops(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) -> int:
     return flops(q_shape, k_shape, q_shape, pairs=0)
+
+
+def _takes_tf32(impl: str, dtype: torch.dtype) -> bool:
+    """Return what an op of ``impl`` is told of TF32: torch's setting at the call, for its backward too."""
+    return impl == "cuda" and dtype == torch.float32 and allows_tf32()
 
 
 def neighbors(inputs: Inputs, options: OpOptions, impl: str) -> NeighborGraph:
@@ -288,7 +305,8 @@ def attend(
         run = ops.with_grad
     else:
         run = ops.no_grad
-    out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep)
+    tf32 = _takes_tf32(impl, inputs.query.dtype)
+    out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep, *_EVERY_ROW, tf32)
     return out, AsaStats(lse, lse_kept, survivors)
 
 

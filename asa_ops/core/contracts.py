@@ -27,6 +27,12 @@ def constant_under_compile(function: _F) -> _F:
     return function
 
 
+@constant_under_compile  # a change of it compiles anew
+def allows_tf32() -> bool:
+    """Return whether torch forms its own products of float32 matrices in TF32, whichever of its settings said so."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @constant_under_compile  # torch 2.11 cannot trace the question
 def has_autocast(device: str) -> bool:
     """Return whether ``device`` has autocast."""

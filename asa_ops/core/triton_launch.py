@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .contracts import allows_tf32
+
 SLOW = 2.0  # seconds of compiling after which a process is told what it waits for
 
 
@@ -70,8 +72,8 @@ def compile_options(warps: int = 4, stages: int = 1, registers: int | None = Non
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How products of float32 are formed: as torch's own, whichever of its settings said so."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """How products of float32 are formed: as torch's own."""
+    return "tf32" if dtype == torch.float32 and allows_tf32() else "ieee"
 
 
 def launch(

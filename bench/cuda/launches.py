@@ -15,6 +15,8 @@ import torch
 from asa_ops import asa_attention, reciprocal_neighbors
 from tests import simt
 
+from ..peers import matmul_precision
+
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 WIDTHS = (64, 128, 256)  # of heads, as kernels are compiled for
 
@@ -28,7 +30,9 @@ def recorded() -> dict[str, list[Launch]]:
     """Return the launches of every kernel, of both sets, by its ``label``."""
     simt.load()
     for hopper, dtype, dim, dim_v in itertools.product("01", DTYPES, WIDTHS, WIDTHS):
-        with mock.patch.dict(os.environ, ASA_OPS_HOPPER=hopper):
+        # The set for compute capability 9.0 takes float32 as TF32.
+        precision = "high" if hopper == "1" else "highest"
+        with mock.patch.dict(os.environ, ASA_OPS_HOPPER=hopper), matmul_precision(precision):
             _call(dtype, dim, dim_v)
     programs = simt.programs()
     found: dict[str, list[Launch]] = {}

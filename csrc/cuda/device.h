@@ -64,6 +64,13 @@ __device__ __forceinline__ T load_fresh(const T* at) {
 // The smallest 16-bit number that is no smaller.
 __device__ __forceinline__ Half half_above(float x) { return {__half_as_ushort(__float2half_ru(x))}; }
 
+// The nearest TF32, ties away from zero.
+__device__ __forceinline__ uint32_t tf32_bits(float x) {
+  uint32_t bits;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
+  return bits;
+}
+
 // Two numbers side by side, the first one in the lower half.
 template <class T>
 __device__ __forceinline__ uint32_t pack(float x, float y) {

@@ -504,11 +504,6 @@ inline float exp2_fast(float x) {
   return y < FLT_MIN ? 0.0f : y;
 }
 
-inline uint32_t tf32_bits(float x) {
-  const uint32_t bits = bits_as<uint32_t>(x);
-  return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000 : bits;
-}
-
 inline void barrier_init(Barrier* barrier, int arrivals) { simt::Hopper::here().init(barrier, arrivals); }
 inline void barrier_init_done() { simt::Hopper::here().announce(); }
 inline void barrier_arrive(Barrier* barrier) {

@@ -615,6 +615,11 @@ inline Half half_above(float x) {
   return {static_cast<uint16_t>(nearest.bits & 0x8000 ? nearest.bits - 1 : nearest.bits + 1)};
 }
 
+inline uint32_t tf32_bits(float x) {
+  const uint32_t bits = bits_as<uint32_t>(x);
+  return std::isfinite(x) ? (bits + 0x1000) & 0xffffe000 : bits;
+}
+
 template <class T>
 uint32_t pack(float x, float y) {
   return uint32_t(from_float<T>(x).bits) | uint32_t(from_float<T>(y).bits) << 16;

@@ -37,27 +37,42 @@ HALVES = (torch.bfloat16, torch.float16)
 
 
 def each_set(*dtypes):
-    """Parametrize the set of kernels and the dtype; float32 has one set."""
+    """Parametrize the set of kernels and the dtype; that for compute capability 9.0 takes float32 as TF32."""
     rows = [x if hasattr(x, "marks") else pytest.param(x) for x in dtypes]
     return pytest.mark.parametrize(
         "kernel_set,dtype",
         [
             pytest.param(kernels, *x.values, marks=x.marks, id=f"{kernels}-{str(x.values[0]).removeprefix('torch.')}")
             for x in rows
-            for kernels in (SETS if x.values[0] in HALVES else SETS[:1])
+            for kernels in SETS
         ],
         indirect=["kernel_set"],
     )
 
 
 each_set_and_dtype = each_set(*DTYPES.values())
+both_sets = pytest.mark.parametrize("kernel_set", SETS, indirect=True)
 on_hopper = pytest.mark.parametrize("kernel_set", ["hopper"], indirect=True)
 each_half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
+on_hopper_each_dtype = pytest.mark.parametrize(
+    "kernel_set,dtype", [("hopper", x) for x in DTYPES.values()], ids=DTYPES, indirect=["kernel_set"]
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def kernels():
     simt.load()
+
+
+def exactly(kernel_set, inputs) -> tuple[list, dict]:
+    """Return inputs that the products of a set take as they are, and what checks are told of these products.
+
+    Numbers of float16 are numbers of TF32, which has as many bits: their scores are exact, weights are rounded.
+    """
+    if kernel_set == "general" or inputs[0].dtype != torch.float32:
+        return inputs, {}
+    factors = torch.float16
+    return [*(x.to(factors).float() for x in inputs[:3]), *inputs[3:]], {"factors": factors}
 
 
 # Against the reference.
@@ -69,7 +84,9 @@ def kernels():
 def test_wide_heads_in_several_tiles(kernel_set, dtype, dims, options):
     dim, dim_v = dims
     case = Case("wide", grid=(9, 15), batch=1, heads=1, dim=dim, dim_v=dim_v, sharpness=3.0, options=options)
-    check_against_reference("cuda", *make(case, dtype))
+    inputs, options = make(case, dtype)
+    inputs, factors = exactly(kernel_set, inputs)
+    check_against_reference("cuda", inputs, options, **factors)
 
 
 @each_set(torch.float16, slow(torch.float32), slow(torch.bfloat16))
@@ -79,25 +96,27 @@ def test_threshold_gradients_of_several_tiles(kernel_set, dtype, options):
     inputs, options = make(Case("tiles", grid=(9, 15), batch=1, heads=4, dim=70, dim_v=66, options=options), dtype)
     inputs[2] += 10
     inputs[3:] = [x.float() for x in inputs[3:]]
-    check_threshold_gradients("cuda", inputs, options)
+    inputs, factors = exactly(kernel_set, inputs)
+    check_threshold_gradients("cuda", inputs, options, **factors)
 
 
-@on_hopper  # the general set does so in test_implementations.py
-@each_half
+@on_hopper_each_dtype  # the general set does so in test_implementations.py
 @each_case
 def test_hopper_equals_reference(kernel_set, dtype, case):
-    check_against_reference("cuda", *make(case, dtype))
+    inputs, options = make(case, dtype)
+    inputs, factors = exactly(kernel_set, inputs)
+    check_against_reference("cuda", inputs, options, **factors)
 
 
 LONG = Case("long", grid=(20, 29), batch=1, heads=2, dim=64, sharpness=3.0)  # ten blocks, the last one of four tokens
 
 
-@on_hopper
-@each_half
+@on_hopper_each_dtype
 @pytest.mark.parametrize(
     "case",
     [
         LONG,
+        replace(LONG, dim=100, heads=1),
         replace(LONG, dim=200, heads=1),
         replace(LONG, alpha=None, beta=None),
         replace(LONG, sharpness=20.0),  # most lists are short, some are empty
@@ -105,14 +124,15 @@ LONG = Case("long", grid=(20, 29), batch=1, heads=2, dim=64, sharpness=3.0)  # t
         replace(LONG, options={"reciprocal": False}),
         replace(LONG, n_keys=333, beta=None, options={"reciprocal": False}),
     ],
-    ids=["plain", "wide", "dense", "sharp", "padding", "one_way", "fewer_keys"],
+    ids=["plain", "wide", "wider", "dense", "sharp", "padding", "one_way", "fewer_keys"],
 )
 def test_lists_that_programs_share(kernel_set, dtype, case, monkeypatch):
     """Parts of a list are added up by the last program to come; rings of slots are used many times."""
     inputs, options = make(case, dtype)
-    check_against_reference("cuda", inputs, options)
+    inputs, factors = exactly(kernel_set, inputs)
+    check_against_reference("cuda", inputs, options, **factors)
     monkeypatch.setenv("ASA_OPS_SIMT_PROCESSORS", "100")
-    check_against_reference("cuda", inputs, options)
+    check_against_reference("cuda", inputs, options, **factors)
     once, again = (call_and_gradients("cuda", inputs, options) for _ in range(2))
     assert equal(once, again)
 
@@ -154,8 +174,7 @@ def test_a_backward_of_one_set_follows_a_forward_of_the_other(dtype, monkeypatch
             torch.testing.assert_close(x, y, rtol=0.05, atol=0.02 * float(x.abs().max()))
 
 
-@on_hopper
-@each_half
+@on_hopper_each_dtype
 @pytest.mark.parametrize("learns", [False, True])
 def test_no_product_decides_tiles_of_which_all_pairs_are_neighbours(kernel_set, dtype, learns):
     """With alpha 0 only the last blocks, which are not full, need any."""
@@ -169,9 +188,11 @@ def test_no_product_decides_tiles_of_which_all_pairs_are_neighbours(kernel_set, 
         asa_attention(*inputs, **others, **options, impl="cuda")
         return simt.products() - before
 
-    check_against_reference("cuda", *make(case, dtype))
-    # Ten blocks: pass 1 takes 5 x 5 tiles of 128 x 128, aggregation all of 10 x 10, with 4 steps of 16 columns each.
-    tiles, steps = 10 * 10, 4
+    inputs, options_ = make(case, dtype)
+    inputs, factors = exactly(kernel_set, inputs)
+    check_against_reference("cuda", inputs, options_, **factors)
+    # Ten blocks: pass 1 takes 5 x 5 tiles of 128 x 128, aggregation all of 10 x 10, with steps of 32 bytes each.
+    tiles, steps = 10 * 10, 2 * dtype.itemsize
     without_mask = 5 * 5 * 2 * steps + tiles * 2 * steps
     decided = 10  # tiles of the last block, two products each
     assert products(0.0) == without_mask + decided * 2 * steps
@@ -190,13 +211,102 @@ def test_few_neighbours_one_by_one_are_those_of_tiles():
     assert not any(map(torch.equal, (one_by_one[0], *one_by_one[4:7]), (tiles[0], *tiles[4:7])))  # summed another way
 
 
+# TF32.
+
+
+def in_tf32(x: torch.Tensor) -> torch.Tensor:
+    """Return float32 rounded to the nearest TF32, ties away from zero."""
+    return ((x.contiguous().view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+
+
+TF32_CASES = [LONG, replace(LONG, dim=100, heads=1), named("dense"), named("padding_topk"), named("beta_only")]
+each_tf32_case = pytest.mark.parametrize("case", TF32_CASES, ids=["long", "wide", "dense", "topk", "window"])
+
+
+@on_hopper
+@each_tf32_case
+def test_tokens_are_rounded_to_tf32(kernel_set, case):
+    """Those of the output's gradient too. All kernels of the set read the same numbers."""
+    inputs, options = make(case, torch.float32)
+    grad_out = torch.randn(*inputs[0].shape[:3], inputs[2].shape[3])
+    rounded = [*map(in_tf32, inputs[:3]), *inputs[3:]]
+    assert not any(map(torch.equal, inputs[:3], rounded[:3]))
+    results = call_and_gradients("cuda", inputs, options, grad_out)
+    assert equal(results, call_and_gradients("cuda", rounded, options, in_tf32(grad_out)))
+
+
+@on_hopper
+def test_the_largest_numbers_stay_finite_in_tf32(kernel_set):
+    """The nearest TF32 of the largest float32 would be infinite."""
+    query, key, value = torch.randn(3, 1, 1, 70, 8).unbind()
+    value[0, 0, 3, 2] = torch.finfo(torch.float32).max
+    out = asa_attention(query, key, value, impl="cuda", reciprocal=False)
+    assert out.isfinite().all() and out[..., 2].abs().min() > 1e30
+
+
+@on_hopper
+@each_tf32_case
+def test_float32_takes_the_general_set_where_torch_forbids_tf32(kernel_set, case, monkeypatch):
+    inputs, options = make(case, torch.float32)
+    coarse = call_and_gradients("cuda", inputs, options)
+    torch.set_float32_matmul_precision("highest")
+    before = simt.products()
+    exact = call_and_gradients("cuda", inputs, options)
+    assert simt.products() == before and not equal(coarse, exact)
+    monkeypatch.setenv("ASA_OPS_HOPPER", "0")
+    assert equal(exact, call_and_gradients("cuda", inputs, options))
+
+
+@on_hopper
+@pytest.mark.parametrize("dims", [(129, 40), (40, 129)], ids=str)
+def test_float32_takes_the_general_set_where_its_tiles_would_not_fit(kernel_set, dims, monkeypatch):
+    case = Case("wide", grid=(5, 13), batch=1, heads=1, dim=dims[0], dim_v=dims[1])
+    inputs, options = make(case, torch.float32)
+    before = simt.products()
+    results = call_and_gradients("cuda", inputs, options)
+    assert simt.products() == before
+    monkeypatch.setenv("ASA_OPS_HOPPER", "0")
+    assert equal(results, call_and_gradients("cuda", inputs, options))
+
+
+@on_hopper
+def test_a_backward_takes_tf32_where_its_forward_did(kernel_set):
+    inputs, options = make(named("plain"), torch.float32)
+
+    def run(forward: str, backward: str) -> list[torch.Tensor]:
+        leaves = with_grad(inputs)
+        torch.set_float32_matmul_precision(forward)
+        out = asa_attention(*leaves, **options, impl="cuda")
+        torch.set_float32_matmul_precision(backward)
+        return [out.detach(), *torch.autograd.grad(out.square().sum(), leaves[:3])]
+
+    for first, second in (("high", "highest"), ("highest", "high")):
+        assert equal(run(first, second), run(first, first))
+        assert not equal(run(first, first), run(second, second))
+
+
+@on_hopper
+def test_compiled_calls_follow_the_setting(kernel_set):
+    def attend(query, key, value):
+        return asa_attention(query, key, value, reciprocal=False, impl="cuda")
+
+    tensors = torch.randn(3, 1, 1, 70, 8).unbind()
+    compiled = torch.compile(attend, fullgraph=True, backend="eager")
+    results = []
+    for setting in ("highest", "high", "highest"):
+        torch.set_float32_matmul_precision(setting)
+        results.append(compiled(*tensors))
+        assert torch.equal(results[-1], attend(*tensors))
+    assert torch.equal(results[0], results[2]) and not torch.equal(results[0], results[1])
+
+
 # The parts: the k-th largest score, the window.
 
 
-def check_topk(inputs, options, topk: int) -> None:
+def check_topk(inputs, options, topk: int, **factors) -> None:
     """Exactly the ``topk`` largest scores of every real row survive, but for ties of the last."""
     inputs, options = [*inputs[:3], None, None], options | {"topk": topk, "reciprocal": False}
-    check_against_reference("cuda", inputs, options)
+    check_against_reference("cuda", inputs, options, **factors)
     s, (real_q, _) = exact_scores(inputs, options)
     counts, expected = survivors("cuda", inputs, options).sum(-1), s.isfinite().sum(-1).clamp(max=topk)
     rows = real_q[:, None].expand(counts.shape)
@@ -207,7 +317,8 @@ def check_topk(inputs, options, topk: int) -> None:
 @each_set_and_dtype
 def test_topk(kernel_set, dtype, topk):
     inputs, options = make(named("alpha_only", grid=(9, 15), dim=19), dtype)
-    check_topk(inputs, options, topk)
+    inputs, factors = exactly(kernel_set, inputs)
+    check_topk(inputs, options, topk, **factors)
 
 
 @pytest.mark.parametrize("dim", [1, 64, 65, 200, 256])
@@ -281,9 +392,12 @@ def test_nobody_is_mutual_without_neighbours():
     indirect=["kernel_set"],
 )
 @pytest.mark.parametrize("learns", [False, True])
-def test_launches_of_a_call(kernel_set, name, forward, backward, learns):
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["float16", "float32"])
+def test_launches_of_a_call(kernel_set, name, forward, backward, dtype, learns):
     """What launching costs the host is most of a small call; thresholds that learn take one launch more."""
-    inputs, options = make(named(name, batch=1, heads=1), torch.float16)
+    if kernel_set == "general" and dtype == torch.float32:
+        backward += 2 - (name == "topk")  # sums that correct delta
+    inputs, options = make(named(name, batch=1, heads=1), dtype)
     options["threshold_grad"] = "straight_through" if learns else None
     learns = learns and inputs[3:] != [None, None]
     counts = [simt.launches()]
@@ -300,6 +414,7 @@ PROGRAM = """
 import sys, torch
 sys.path.insert(0, {tests!r})
 import asa_ops, simt
+torch.set_float32_matmul_precision({precision!r})
 from cases import make, named
 from compare import call_and_gradients
 simt.load(sanitize={sanitize})
@@ -318,8 +433,10 @@ torch.save(results, {out!r})
 
 
 def run_elsewhere(out: Path, sanitize: bool = False, **environment: str) -> list[torch.Tensor]:
-    """Run a few calls in a process of its own, and return what they gave."""
-    program = PROGRAM.format(tests=str(Path(__file__).parents[1]), sanitize=sanitize, out=str(out))
+    """Run a few calls in a process of its own, and return what they gave; by the set of kernels that runs here."""
+    precision = torch.get_float32_matmul_precision()
+    tests = str(Path(__file__).parents[1])
+    program = PROGRAM.format(tests=tests, precision=precision, sanitize=sanitize, out=str(out))
     environment = os.environ | {"PYTHONPATH": str(simt.ROOT)} | environment
     run = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
@@ -327,7 +444,8 @@ def run_elsewhere(out: Path, sanitize: bool = False, **environment: str) -> list
 
 
 @pytest.mark.slow
-def test_the_order_of_threads_does_not_matter(tmp_path):
+@both_sets
+def test_the_order_of_threads_does_not_matter(kernel_set, tmp_path):
     """A missing barrier shows as another result."""
     plain = run_elsewhere(tmp_path / "plain")
     backwards = run_elsewhere(tmp_path / "reversed", ASA_OPS_SIMT_REVERSED="1")
@@ -335,7 +453,8 @@ def test_the_order_of_threads_does_not_matter(tmp_path):
 
 
 @pytest.mark.slow
-def test_nothing_out_of_bounds_under_sanitizers(tmp_path):
+@both_sets
+def test_nothing_out_of_bounds_under_sanitizers(kernel_set, tmp_path):
     compiler = shlex.split(get_cxx_compiler())[0]
     commands = [[compiler, f"-print-file-name={x}.so"] for x in ("libasan", "libubsan")]
     libraries = [subprocess.run(x, check=True, capture_output=True, text=True).stdout.strip() for x in commands]

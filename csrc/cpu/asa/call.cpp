@@ -508,12 +508,10 @@ Call call_of(const Tensor& query, const Tensor& key, const Tensor& value, const 
   return Call({query, key, value, alpha, beta, copied ? torch::stable::contiguous(*real) : real, options});
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
-                                                           Optional beta, Optional key_padding_mask,
-                                                           std::vector<int64_t> grid, std::vector<int64_t> window,
-                                                           int64_t topk, bool reciprocal, double scale, double band,
-                                                           bool keep, int64_t row_start,
-                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
+    Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
+    std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band,
+    bool keep, int64_t row_start, std::optional<int64_t> row_stop, Optional rows_statistics, bool) {
   check_rows(query, row_start, row_stop, rows_statistics);
   const Call call =
       call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
@@ -525,13 +523,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor 
   return {x.out, x.lse, x.lse_kept, x.survivors, x.kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
-                                                           Optional alpha, Optional beta, Optional key_padding_mask,
-                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
-                                                           Tensor kept, std::vector<int64_t> grid,
-                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
-                                                           double scale, double band, int64_t row_start,
-                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
+    Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, std::vector<int64_t> grid,
+    std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band, int64_t row_start,
+    std::optional<int64_t> row_stop, Optional rows_statistics, bool) {
   check_rows(query, row_start, row_stop, rows_statistics);
   const Call call =
       call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));

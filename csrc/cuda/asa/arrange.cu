@@ -91,6 +91,15 @@ __device__ __forceinline__ void load_block(const Tokens<T>& x, int z, int heads,
   }
 }
 
+// Rounds a block to TF32: products of its numbers are exact in every kernel then, whatever multiplies them. What is
+// finite stays so.
+__device__ __forceinline__ void round_block(float* stage, int count) {
+  for (int i = threadIdx.x; i < count; i += kArrangeThreads) {
+    const float x = stage[i], rounded = bits_as<float>(tf32_bits(x));
+    stage[i] = fabsf(x) < INFINITY && !(fabsf(rounded) < INFINITY) ? x : rounded;
+  }
+}
+
 // Values that are not finite become 0, and the bits of their tokens are set; with `bounds` the head's largest is noted.
 template <class T>
 __device__ __forceinline__ void check_values(const Problem<T>& p, int z, int block, T* stage, Shared& shared) {
@@ -205,6 +214,11 @@ __global__ void __launch_bounds__(kArrangeThreads)
   find_tokens(tokens.order, image_of(z, p.heads, p.per_image), block, stores, shared);
   load_block(tokens, z, p.heads, shared.tokens, stage);
   __syncthreads();
+  if constexpr (std::is_same_v<T, float>)
+    if (all.to_tf32) {
+      round_block(stage, kBlock * tokens.width);
+      __syncthreads();
+    }
   if (blockIdx.y == kValue) check_values(p, z, block, stage, shared);
   if (blockIdx.y == kGradient) find_row_gradients(p, z, block, saved, row, shared.tokens, stage);
   __syncthreads();
@@ -212,6 +226,16 @@ __global__ void __launch_bounds__(kArrangeThreads)
       reinterpret_cast<float4*>(tokens.out + row_at(z, tokens.order.padded, block * kBlock) * tokens.width);
   for (int i = threadIdx.x; i < kBlock * tokens.width * int(sizeof(T)) / 16; i += kArrangeThreads)
     out[i] = reinterpret_cast<const float4*>(stage)[i];
+  if constexpr (std::is_same_v<T, float>)
+    if (tokens.transposed != nullptr) {
+      float* const transposed = tokens.transposed + row_at(z, tokens.order.padded, block * kBlock) * tokens.width;
+      for (int i = threadIdx.x; i < kBlock / 4 * tokens.width; i += kArrangeThreads) {  // four tokens, every other one
+        const int d = i / 8 % tokens.width, first = i / 8 / tokens.width * 32 + i % 8 / 2 * 8 + i % 2;
+        const auto at = [&](int row) { return stage[arranged_at<T>(row, d, tokens.width)]; };
+        *reinterpret_cast<float4*>(transposed + transposed_at(first, d, tokens.width)) =
+            float4{at(first), at(first + 2), at(first + 4), at(first + 6)};
+      }
+    }
 }
 
 template <class T>

@@ -136,12 +136,14 @@ void check_all(const Arguments& x) {
 }
 
 // Whether the kernels for compute capability 9.0 run a call: THE place that decides it. Only where they are asked for,
-// as long as no GPU has shown that they are right there and faster.
+// as long as no GPU has shown that they are right there and faster. They take float32 as TF32, if `tf32` allows it and
+// its tiles fit.
 template <class T>
-bool runs_on_hopper(const Arguments& x) {
+bool runs_on_hopper(const Arguments& x, bool tf32) {
   const char* const asked = std::getenv("ASA_OPS_HOPPER");
   if (asked == nullptr || std::string(asked) != "1") return false;
-  if (std::is_same_v<T, float> || !(static_cast<float>(x.options.scale * kLog2E) > 0)) return false;
+  if (!(static_cast<float>(x.options.scale * kLog2E) > 0)) return false;
+  if (std::is_same_v<T, float> && !(tf32 && padded_width(std::max(x.dim(), x.dim_v())) <= 128)) return false;
   // Entries of lists are counted in 32 bits.
   if (x.n_heads() * (padded(x.n_q()) / kBlock) > INT32_MAX / (padded(x.n_k()) / kBlock)) return false;
 #if defined(__CUDACC__)
@@ -160,15 +162,15 @@ struct Gradients {
 template <class T>
 class Call {
  public:
-  // `keep`: whether `saved` has, or gets, what a backward needs.
-  Call(const Arguments& arguments, const Outputs& saved, bool keep)
+  // `keep`: whether `saved` has, or gets, what a backward needs. `tf32`: whether products of float32 may take TF32.
+  Call(const Arguments& arguments, const Outputs& saved, bool keep, bool tf32)
       : arguments_(arguments), scratch_(arguments.query), stream_(current_stream(arguments.query)) {
     const Arguments& x = arguments;
     const Options& options = x.options;
     p_.heads = static_cast<int>(x.heads()), p_.n_heads = static_cast<int>(x.batch() * x.heads());
     p_.dim = static_cast<int>(x.dim()), p_.dim_v = static_cast<int>(x.dim_v());
     p_.width = padded_width(p_.dim), p_.width_v = padded_width(p_.dim_v);
-    on_hopper_ = runs_on_hopper<T>(x);
+    on_hopper_ = runs_on_hopper<T>(x, tf32);
     if (on_hopper_) p_.width = p_.width_v = std::max(p_.width, p_.width_v);
     p_.per_image = x.real ? 1 : 0;
     p_.window = x.beta ? static_cast<int>(options.window) : 0;
@@ -199,13 +201,12 @@ class Call {
   }
 
   void forward() {
-    if constexpr (!std::is_same_v<T, float>)
-      if (on_hopper_ && is_dense()) {  // no thresholds, so no statistics but those of the output
-        reserve_cleared(lists_of_pairs());
-        uint32_t* const counters = get_cleared(lists_of_pairs());
-        arrange(p_, arranging(), stream_);
-        return aggregate(every_block(true, 2), counters);
-      }
+    if (on_hopper_ && is_dense()) {  // no thresholds, so no statistics but those of the output
+      reserve_cleared(lists_of_pairs());
+      uint32_t* const counters = get_cleared(lists_of_pairs());
+      arrange(p_, arranging(kForward), stream_);
+      return aggregate(every_block(true, 2), counters);
+    }
     const int row_blocks = p_.rows.blocks(), key_blocks = p_.keys.blocks();
     const int64_t rows = all_rows();
     const int64_t tile_words = int64_t(row_blocks) * groups_of(arguments_.n_k());
@@ -243,27 +244,22 @@ class Call {
       plan.lists = new_lists(true, blocks_of_lists());
     }
     uint32_t* const counters = get_cleared(lists_of_pairs());
-    arrange(p_, arranging(), stream_);
-    on_set([&](auto hopper) {
-      if constexpr (hopper)
-        hopper::find_statistics(p_, statistics, stream_);
-      else
-        find_statistics(p_, statistics, stream_);
-    });
+    arrange(p_, arranging(kForward), stream_);
+    if (on_hopper_)
+      hopper::find_statistics(p_, statistics, stream_);
+    else
+      find_statistics(p_, statistics, stream_);
     if (p_.topk > 0) find_kth(p_, saved_.kappa2, stream_);
     make_plan(p_, plan, saved_, stream_);
     Lists lists{};
     if (p_.has_bits) {
       lists = new_lists(true, blocks_of_lists());
-      on_set([&](auto hopper) {
-        if constexpr (hopper)
-          hopper::find_survivors(p_, plan, saved_, done, lists, stream_);
-        else
-          find_survivors(p_, plan, saved_, done, lists, stream_);
-      });
+      if (on_hopper_)
+        hopper::find_survivors(p_, plan, saved_, done, lists, stream_);
+      else
+        find_survivors(p_, plan, saved_, done, lists, stream_);
     }
-    if constexpr (!std::is_same_v<T, float>)
-      if (on_hopper_ && has_tiles()) return aggregate(lists, counters);
+    if (on_hopper_ && has_tiles()) return aggregate(lists, counters);
     Parts values;
     Totals totals{};
     if (has_tiles()) {
@@ -297,9 +293,9 @@ class Call {
       learning.done = get_cleared(blocks);
     }
     uint32_t *const row_counters = get_cleared(lists_of_pairs()), *const key_counters = get_cleared(key_blocks);
-    Arranging<T> all = arranging();
-    all.gradient = tokens(d_out, p_.rows, p_.width_v);
-    p_.d_out = all.gradient.out;
+    Arranging<T> all = arranging(kBackward);
+    all.gradient = tokens(d_out, p_.rows, p_.width_v, true);
+    p_.d_out = all.gradient.out, p_.d_out_transposed = all.gradient.transposed;
     const bool listed = p_.has_bits && !p_.few;
     const int row_blocks = on_hopper ? blocks_of_lists() : 1;  // of a list
     const Lists by_rows = listed ? new_lists(true, row_blocks) : every_block(true, row_blocks);
@@ -308,29 +304,29 @@ class Call {
     const auto learn = [&] {
       if (dalpha != nullptr || dbeta != nullptr) find_threshold_gradients(p_, saved_, row, learning, stream_);
     };
-    if constexpr (!std::is_same_v<T, float>)
-      if (on_hopper) {
-        learn();
-        {
-          Scratch scratch(arguments_.query);
-          const int programs = hopper::programs_of(by_rows, p_.n_heads);
-          const auto parts = new_partial_sums(scratch, by_rows, programs, row_counters);
-          hopper::find_dq(p_, by_rows, row, parts, programs, data<T>(gradients.dq), stream_);
-        }
+    if (on_hopper) {
+      learn();
+      {
         Scratch scratch(arguments_.query);
-        const int programs = hopper::programs_of(by_columns, p_.n_heads);
-        const auto parts = new_partial_sums(scratch, by_columns, programs, key_counters);
-        hopper::find_dkv(p_, by_columns, row, parts, programs, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
-        return;
+        const int programs = hopper::programs_of(by_rows, p_.n_heads);
+        const auto parts = new_partial_sums(scratch, by_rows, programs, row_counters);
+        hopper::find_dq(p_, by_rows, row, parts, programs, data<T>(gradients.dq), stream_);
       }
+      Scratch scratch(arguments_.query);
+      const int programs = hopper::programs_of(by_columns, p_.n_heads);
+      const auto parts = new_partial_sums(scratch, by_columns, programs, key_counters);
+      hopper::find_dkv(p_, by_columns, row, parts, programs, data<T>(gradients.dk), data<T>(gradients.dv), stream_);
+      return;
+    }
     {
       Scratch scratch(arguments_.query);
-      if constexpr (std::is_same_v<T, float>) {
-        Parts errors;
-        if (has_tiles())
-          sum_survivors(Sum::kDelta, p_, by_rows, row, errors = new_parts(scratch, true, 1), {}, stream_);
-        correct_delta(p_, saved_, row, errors, stream_);
-      }
+      if constexpr (std::is_same_v<T, float>)
+        if (!on_hopper_) {  // TF32 rounds more than delta is off
+          Parts errors;
+          if (has_tiles())
+            sum_survivors(Sum::kDelta, p_, by_rows, row, errors = new_parts(scratch, true, 1), {}, stream_);
+          correct_delta(p_, saved_, row, errors, stream_);
+        }
       Parts sums;
       if (has_tiles())
         sum_survivors(Sum::kDq, p_, by_rows, row, sums = new_parts(scratch, true, p_.width), {}, stream_);
@@ -347,18 +343,12 @@ class Call {
   }
 
   void graph(const int64_t* row_offsets, int32_t* col_indices, int64_t columns) {
-    arrange(p_, arranging(), stream_);  // for the orders
+    arrange(p_, arranging(kForward), stream_);  // for the orders
     write_columns(p_, saved_, row_offsets, col_indices, columns, stream_);
   }
 
  private:
-  // Calls run(whether the kernels for compute capability 9.0 are to do it).
-  template <class Run>
-  void on_set(Run run) const {
-    if constexpr (!std::is_same_v<T, float>)
-      if (on_hopper_) return run(std::true_type());
-    run(std::false_type());
-  }
+  enum Pass { kForward, kBackward };
 
   // Blocks of rows of a list.
   int blocks_of_lists() const { return on_hopper_ ? 2 : 1; }
@@ -392,11 +382,16 @@ class Call {
             scratch_.template get<int32_t>(images)};
   }
 
-  Tokens<T> tokens(const Tensor& x, const Order& order, int width) {
-    T* const out = scratch_.template get<T>(int64_t(p_.n_heads) * order.padded * width);
-    return {
-        data<const T>(x), strides_of(x, p_.heads), order, static_cast<int>(x.size(3)), width, reads_by_groups(x), out};
+  // `summed`: whether products sum over the tokens, which takes them transposed in TF32.
+  Tokens<T> tokens(const Tensor& x, const Order& order, int width, bool summed) {
+    const int64_t count = int64_t(p_.n_heads) * order.padded * width;
+    T* const out = scratch_.template get<T>(count);
+    T* const transposed = summed && takes_tf32() && has_tiles() ? scratch_.template get<T>(count) : nullptr;
+    const int dim = static_cast<int>(x.size(3));
+    return {data<const T>(x), strides_of(x, p_.heads), order, dim, width, reads_by_groups(x), out, transposed};
   }
+
+  bool takes_tf32() const { return std::is_same_v<T, float> && on_hopper_; }
 
   // Whether every token lies at a multiple of 16 bytes, and is as long.
   static bool reads_by_groups(const Tensor& x) {
@@ -407,15 +402,18 @@ class Call {
   }
 
   // The inputs, and room for them arranged. Call it last: it takes what was asked for to be cleared.
-  Arranging<T> arranging() {
+  Arranging<T> arranging(Pass pass) {
     p_.not_finite = scratch_.template get<uint32_t>(int64_t(p_.n_heads) * p_.keys.padded / 32);
     p_.symmetric = is_same(arguments_.query, arguments_.key);
     Arranging<T> all{};
-    all.value = tokens(arguments_.value, p_.keys, p_.width_v);
-    all.query = tokens(arguments_.query, p_.rows, p_.width);
-    if (!p_.symmetric) all.key = tokens(arguments_.key, p_.keys, p_.width);
+    all.value = tokens(arguments_.value, p_.keys, p_.width_v, pass == kForward);
+    all.query = tokens(arguments_.query, p_.rows, p_.width, pass == kBackward);
+    if (!p_.symmetric) all.key = tokens(arguments_.key, p_.keys, p_.width, pass == kBackward);
+    all.to_tf32 = takes_tf32();
     all.cleared = cleared_, all.cleared_words = cleared_words_;
-    p_.q = all.query.out, p_.k = p_.symmetric ? all.query.out : all.key.out, p_.v = all.value.out;
+    const Tokens<T>& key = p_.symmetric ? all.query : all.key;
+    p_.q = all.query.out, p_.k = key.out, p_.v = all.value.out;
+    p_.q_transposed = all.query.transposed, p_.k_transposed = key.transposed, p_.v_transposed = all.value.transposed;
     return all;
   }
 
@@ -504,18 +502,16 @@ Arguments arguments_of(const Tensor& query, const Tensor& key, const Tensor& val
           options};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
-                                                           Optional beta, Optional key_padding_mask,
-                                                           std::vector<int64_t> grid, std::vector<int64_t> window,
-                                                           int64_t topk, bool reciprocal, double scale, double band,
-                                                           bool keep, int64_t row_start,
-                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
+    Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
+    std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band,
+    bool keep, int64_t row_start, std::optional<int64_t> row_stop, Optional rows_statistics, bool tf32) {
   check_rows(query, row_start, row_stop, rows_statistics);
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
                                    Options(grid, window, topk, reciprocal, scale, keep ? band : 0));
   const Outputs outputs = x.new_outputs(keep ? kept_of(x, true).bytes : 0);
   if (x.is_empty() || (x.real && x.n_q() == x.n_k())) Arguments::clear(outputs);  // kernels do not write padding
-  if (!x.is_empty()) for_type(query, [&](auto zero) { Call<decltype(zero)>(x, outputs, keep).forward(); });
+  if (!x.is_empty()) for_type(query, [&](auto zero) { Call<decltype(zero)>(x, outputs, keep, tf32).forward(); });
   return {outputs.out, outputs.lse, outputs.lse_kept, outputs.survivors, outputs.kept};
 }
 
@@ -528,13 +524,11 @@ Tensor sum_to(const Tensor& multiplier, Tensor rows) {
   return rows.scalar_type() == multiplier.scalar_type() ? rows : torch::stable::to(rows, multiplier.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
-                                                           Optional alpha, Optional beta, Optional key_padding_mask,
-                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
-                                                           Tensor kept, std::vector<int64_t> grid,
-                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
-                                                           double scale, double band, int64_t row_start,
-                                                           std::optional<int64_t> row_stop, Optional rows_statistics) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
+    Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, std::vector<int64_t> grid,
+    std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band, int64_t row_start,
+    std::optional<int64_t> row_stop, Optional rows_statistics, bool tf32) {
   check_rows(query, row_start, row_stop, rows_statistics);
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
                                    Options(grid, window, topk, reciprocal, scale, band));
@@ -554,7 +548,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tens
   };
   const Gradients gradients{x.new_gradient(query, written), of_keys(key), of_keys(value), rows(alpha), rows(beta)};
   if (!x.is_empty())
-    for_type(query, [&](auto zero) { Call<decltype(zero)>(x, saved, true).backward(grad_out, gradients); });
+    for_type(query, [&](auto zero) { Call<decltype(zero)>(x, saved, true, tf32).backward(grad_out, gradients); });
   const auto of_multiplier = [&](const Optional& multiplier, const Optional& of_rows) {
     if (!multiplier) return torch::stable::new_empty(query, {x.batch(), 0, 0});
     return of_rows ? sum_to(*multiplier, *of_rows) : x.new_gradient(*multiplier, false);
@@ -580,7 +574,7 @@ void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, 
   check_contiguous(col_indices, "col_indices", query, ScalarType::Int, {col_indices.numel()});
   if (col_indices.numel() == 0) return;
   for_type(query, [&](auto zero) {
-    Call<decltype(zero)>(x, saved, true)
+    Call<decltype(zero)>(x, saved, true, false)
         .graph(data<const int64_t>(row_offsets), data<int32_t>(col_indices), col_indices.numel());
   });
 }

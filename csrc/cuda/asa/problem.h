@@ -51,6 +51,7 @@ struct Tokens {
   int dim = 0, width = 0;  // before and after
   bool by_groups = false;  // whether 16 bytes of a token are read at a time
   T* out = nullptr;
+  T* transposed = nullptr;  // the same as transposed_at has it; null: not asked for
 };
 
 // A multiplier of thresholds, float32, with strides of 0 where it is the same for all; no data: there is none.
@@ -106,6 +107,8 @@ struct Problem {
   float scale, scale2;
   Multiplier alpha, beta;
   const T *q, *k, *v, *d_out;  // arranged
+  // The same transposed, of float32 whose products take TF32: v in a forward, the others in a backward.
+  const T *q_transposed, *k_transposed, *v_transposed, *d_out_transposed;
   uint32_t* not_finite;  // [n_heads, keys / 32] keys whose value is not finite, which is 0 in v
   // [2, n_heads] the largest |v|, the largest finite sum of |do| of a query, as bits; null but in a backward of Half
   uint32_t* bounds;
@@ -224,6 +227,13 @@ __host__ __device__ __forceinline__ int64_t arranged_at(int64_t row, int d, int 
          ((d % kColumns / kGroup) ^ (within & 7)) * kGroup + d % kGroup;
 }
 
+// Where it lies among transposed ones, of float32: a block has two panels of `width` rows by 32 tokens, swizzled alike.
+// Every eight tokens stand in the order 0, 2, 4, 6, 1, 3, 5, 7, in which weights are multiplied with them.
+__host__ __device__ __forceinline__ int64_t transposed_at(int64_t row, int d, int width) {
+  const int within = int(row % kBlock), group = within % 32 / 8 * 2 + within % 2;
+  return (row - within) * width + (within / 32 * width + d) * 32 + (group ^ (d & 7)) * 4 + within % 8 / 2;
+}
+
 // Launchers, in the order of a call.
 
 // arrange.cu: the orders, and tokens in them; of value it is noted what is not finite, and the bounds. Key may be left
@@ -231,6 +241,7 @@ __host__ __device__ __forceinline__ int64_t arranged_at(int64_t row, int d, int 
 template <class T>
 struct Arranging {
   Tokens<T> value, query, key, gradient;  // no out: left out
+  bool to_tf32;  // rounded to what products take
   uint32_t* cleared;
   int64_t cleared_words;
 };

@@ -72,13 +72,6 @@ __device__ __forceinline__ float exp2_fast(float x) {
   return y;
 }
 
-// The nearest TF32, ties away from zero.
-__device__ __forceinline__ uint32_t tf32_bits(float x) {
-  uint32_t bits;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
-  return bits;
-}
-
 __device__ __forceinline__ void barrier_init(Barrier* barrier, int arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }

@@ -4,8 +4,9 @@
 // An item is a block of 64 keys and a stretch of its list. K and V stay, blocks of Q and dO pass. Both sums of 64 x 256
 // would fill a thread's registers, so the warpgroups divide the work, not the rows: the first forms p transposed and
 // sums dv; the second forms <v, do> transposed, gets p from the first through shared memory (a thread's numbers lie
-// alike in both), and sums dk one block behind, so that its products run while the first takes exponentials. Lists that
-// programs share are as in sums.cu.
+// alike in both), and sums dk one block behind, so that its products run while the first takes exponentials. Of float32
+// either has tiles of its own, in the order in which it reads them: the first Q and dO transposed of every block, the
+// second dO, and Q transposed of the block before. Lists that programs share are as in sums.cu.
 
 #include "pipeline.h"
 
@@ -16,17 +17,18 @@ namespace {
 
 constexpr int kExchanges = 2;  // of p, in turn
 
-template <int D>
+template <class T, int D>
 struct Memory {
-  static constexpr int kBlockBytes = kBlock * D * 2, kExchangeBytes = kBlock * kBlock * int(sizeof(float));
-  using Others = Ring<D == 256 ? 2 : 4, kBlockBytes>;
+  static constexpr int kTokenBytes = D * int(sizeof(T));
+  static constexpr int kBlockBytes = kBlock * kTokenBytes, kExchangeBytes = kBlock * kBlock * int(sizeof(float));
+  using Others = Ring<kTokenBytes == 512 ? 2 : 4, kBlockBytes>;
   char* const key = aligned_shared_memory();
   char* const value = key + kBlockBytes;
-  char* const first_query = value + kBlockBytes;
-  char* const first_gradient = first_query + Others::kBytes;
-  float4* const exchange = reinterpret_cast<float4*>(first_gradient + Others::kBytes);  // [kExchanges][8][kGroup]
+  char* const others = value + kBlockBytes;
+  float4* const exchange = reinterpret_cast<float4*>(others + 2 * Others::kBytes);  // [kExchanges][8][kGroup]
   Barrier* const barriers = reinterpret_cast<Barrier*>(exchange + kExchanges * 8 * kGroup);
-  const Others queries{first_query, barriers}, gradients{first_gradient, barriers + Others::kBarriers};
+  // Of Q and dO, which both warpgroups read; of float32 one for each warpgroup, which begins with these.
+  const Others queries{others, barriers}, gradients{others + Others::kBytes, barriers + Others::kBarriers};
   Barrier *const own_full = barriers + 2 * Others::kBarriers, *const own_empty = own_full + 1;
   Barrier *const given = own_empty + 1, *const taken = given + kExchanges;  // p is there; it may be overwritten
   Stretches& stretches = *reinterpret_cast<Stretches*>(taken + kExchanges);
@@ -50,10 +52,13 @@ __device__ __forceinline__ void each_column(const float* of_queries, int64_t fir
 // What one thread copies to shared memory.
 template <class T, int D>
 __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lists) {
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const Work<T> work(p, lists, false, memory.stretches);
-  constexpr int kBlockBytes = Memory<D>::kBlockBytes;
-  uint32_t position = 0, turn = 0;
+  constexpr int kBlockBytes = Memory<T, D>::kBlockBytes;
+  uint32_t positions[2] = {0, 0}, turn = 0;  // in both rings
+  const auto fill = [&](const auto& ring, uint32_t& position, const T* tokens) {
+    ring.fill(position++, kBlockBytes, [&](char* to, Barrier* full) { copy_bytes(to, tokens, kBlockBytes, full); });
+  };
   work.each([&](const Item& item) {
     if (item.first >= item.end) return;
     const int z = work.head(item);
@@ -63,13 +68,18 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lis
     barrier_expect(memory.own_full, 2 * kBlockBytes);
     copy_bytes(memory.key, p.k + own, kBlockBytes, memory.own_full);
     copy_bytes(memory.value, p.v + own, kBlockBytes, memory.own_full);
-    for (int e = item.first; e < item.end; ++e, ++position) {
+    int64_t before = 0;
+    for (int e = item.first; e < item.end; ++e) {
       const int64_t other = row_at(z, p.rows.padded, entries.block(e) * kBlock) * D;
-      memory.queries.fill(position, kBlockBytes,
-                          [&](char* to, Barrier* full) { copy_bytes(to, p.q + other, kBlockBytes, full); });
-      memory.gradients.fill(position, kBlockBytes,
-                            [&](char* to, Barrier* full) { copy_bytes(to, p.d_out + other, kBlockBytes, full); });
+      fill(memory.queries, positions[0], p.q + other);
+      fill(memory.gradients, positions[1], p.d_out + other);
+      if constexpr (kTransposed<T>) {
+        fill(memory.queries, positions[0], p.d_out_transposed + other);
+        if (e > item.first) fill(memory.gradients, positions[1], p.q_transposed + before);
+        before = other;
+      }
     }
+    if constexpr (kTransposed<T>) fill(memory.gradients, positions[1], p.q_transposed + before);
   });
 }
 
@@ -80,7 +90,7 @@ struct Reader {
   const RowGradients& rows;
   const PartialSums& parts;
   const int group;
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const Work<T> work;
   const Place at;
   uint32_t turn = 0;
@@ -121,12 +131,16 @@ template <class T, int D>
 __device__ __forceinline__ void sum_dv(const Problem<T>& p, const Lists& lists, const RowGradients& rows,
                                        const PartialSums& parts, T* dv) {
   Reader<T, D> reader(p, lists, rows, parts, 0);
-  const Memory<D>& memory = reader.memory;
+  const Memory<T, D>& memory = reader.memory;
   const Work<T>& work = reader.work;
   const Place& at = reader.at;
+  // Where the dO of a block passes, at which position, and where Q does.
+  const auto& gradients = kTransposed<T> ? memory.queries : memory.gradients;
+  const auto position_of_gradient = [](uint32_t position) { return kTransposed<T> ? 2 * position + 1 : position; };
+  const auto position_of_query = [](uint32_t position) { return kTransposed<T> ? 2 * position : position; };
   float4* const mine = memory.exchange + thread_number() % kGroup;
   float sum[D / 2], s[kBlock / 2];
-  uint32_t weights[kBlock / 4], position = 0;
+  uint32_t weights[kWeights<T>], position = 0;
   work.each([&](const Item& x) {
     const Item item = uniform_item(x);
     const int z = work.head(item), block = work.block(item), image = image_of(z, p.heads, p.per_image);
@@ -152,14 +166,14 @@ __device__ __forceinline__ void sum_dv(const Problem<T>& p, const Lists& lists, 
         const uint32_t even = two.x >> at.row % 32, odd = two.y >> at.row % 32;
         bits |= ((even & 1) | (odd & 1) << 1 | (even >> 8 & 1) << 2 | (odd >> 8 & 1) << 3) << (4 * n);
       }
-      memory.queries.wait(position);
+      memory.queries.wait(position_of_query(position));
       products_fence();
-      multiply_rows<T, kBlock, D>(s, shared_address(memory.key), kChunkBytes, memory.queries.address(position),
-                                  kChunkBytes, true);
+      multiply_rows<Factor<T>, kBlock, D>(s, shared_address(memory.key), kChunkBytes,
+                                          memory.queries.address(position_of_query(position)), kChunkBytes, true);
       products_commit();
       products_wait<0>();
       settled(s);
-      memory.queries.free(position);
+      memory.queries.free(position_of_query(position));
       const int64_t first = row_at(z, p.rows.padded, i * kBlock);
       each_column(rows.top, first, at, [&](int n, int k, float top) {
 #pragma unroll
@@ -181,15 +195,16 @@ __device__ __forceinline__ void sum_dv(const Problem<T>& p, const Lists& lists, 
       for (int n = 0; n < 8; ++n)
         mine[(position % kExchanges * 8 + n) * kGroup] = float4{s[4 * n], s[4 * n + 1], s[4 * n + 2], s[4 * n + 3]};
       barrier_arrive(memory.given + position % kExchanges);
-      pack_weights<T, kBlock>(weights, s);
-      memory.gradients.wait(position);
+      pack_weights<Factor<T>, kBlock>(weights, s);
+      gradients.wait(position_of_gradient(position));
       products_fence();
-      multiply_weights<T, D, kBlock>(sum, weights, memory.gradients.address(position), kChunkBytes, false);
+      multiply_weights<Factor<T>, D, kBlock>(sum, weights, gradients.address(position_of_gradient(position)),
+                                             kSummedPanel<T, D>, false);
       products_commit();
       products_wait<0>();
       settled(sum);
       settled(weights);
-      memory.gradients.free(position);
+      gradients.free(position_of_gradient(position));
     }
     reader.end(item, sum, dv, p.dim_v, 1);
   });
@@ -200,12 +215,21 @@ template <class T, int D>
 __device__ __forceinline__ void sum_dk(const Problem<T>& p, const Lists& lists, const RowGradients& rows,
                                        const PartialSums& parts, T* dk) {
   Reader<T, D> reader(p, lists, rows, parts, 1);
-  const Memory<D>& memory = reader.memory;
+  const Memory<T, D>& memory = reader.memory;
   const Work<T>& work = reader.work;
   const Place& at = reader.at;
+  // Where the Q of a block passes, and at which positions, those of dO too: of blocks before the `last` of an item, the
+  // next block's dO comes first.
+  const auto& queries = kTransposed<T> ? memory.gradients : memory.queries;
+  const auto position_of_query = [](uint32_t position, bool last) {
+    return kTransposed<T> ? 2 * position + 2 - last : position;
+  };
+  const auto position_of_gradient = [](uint32_t position, bool first) {
+    return kTransposed<T> ? 2 * position - !first : position;
+  };
   float4* const mine = memory.exchange + thread_number() % kGroup;
   float sum[D / 2], s[kBlock / 2];
-  uint32_t weights[kBlock / 4], position = 0;
+  uint32_t weights[kWeights<T>], position = 0;
   work.each([&](const Item& x) {
     const Item item = uniform_item(x);
     const int z = work.head(item);
@@ -233,42 +257,50 @@ __device__ __forceinline__ void sum_dk(const Problem<T>& p, const Lists& lists, 
       });
     };
     if (item.first < item.end) {
-      memory.gradients.wait(position);
+      memory.gradients.wait(position_of_gradient(position, true));
       products_fence();
-      multiply_rows<T, kBlock, D>(s, shared_address(memory.value), kChunkBytes, memory.gradients.address(position),
-                                  kChunkBytes, true);
+      multiply_rows<Factor<T>, kBlock, D>(s, shared_address(memory.value), kChunkBytes,
+                                          memory.gradients.address(position_of_gradient(position, true)), kChunkBytes,
+                                          true);
       products_commit();
       products_wait<0>();
       settled(s);
-      memory.gradients.free(position);
+      memory.gradients.free(position_of_gradient(position, true));
       weigh(item.first);
-      pack_weights<T, kBlock>(weights, s);
+      pack_weights<Factor<T>, kBlock>(weights, s);
       for (int e = item.first + 1; e < item.end; ++e) {
-        memory.gradients.wait(position + 1);
+        memory.gradients.wait(position_of_gradient(position + 1, false));
         products_fence();
-        multiply_rows<T, kBlock, D>(s, shared_address(memory.value), kChunkBytes,
-                                    memory.gradients.address(position + 1), kChunkBytes, true);
+        multiply_rows<Factor<T>, kBlock, D>(s, shared_address(memory.value), kChunkBytes,
+                                            memory.gradients.address(position_of_gradient(position + 1, false)),
+                                            kChunkBytes, true);
         products_commit();
+        if constexpr (kTransposed<T>)
+          queries.wait(position_of_query(position, false));  // the other warpgroup waits for what it reads itself
         products_fence();
-        multiply_weights<T, D, kBlock>(sum, weights, memory.queries.address(position), kChunkBytes, false);
+        multiply_weights<Factor<T>, D, kBlock>(sum, weights, queries.address(position_of_query(position, false)),
+                                               kSummedPanel<T, D>, false);
         products_commit();
         products_wait<1>();
         settled(s);
-        memory.gradients.free(position + 1);
+        memory.gradients.free(position_of_gradient(position + 1, false));
         ++position;
         weigh(e);
         products_wait<0>();
         settled(sum);
         settled(weights);
-        memory.queries.free(position - 1);
-        pack_weights<T, kBlock>(weights, s);
+        queries.free(position_of_query(position - 1, false));
+        pack_weights<Factor<T>, kBlock>(weights, s);
       }
+      if constexpr (kTransposed<T>)
+        queries.wait(position_of_query(position, true));  // the other warpgroup waits for what it reads itself
       products_fence();
-      multiply_weights<T, D, kBlock>(sum, weights, memory.queries.address(position), kChunkBytes, false);
+      multiply_weights<Factor<T>, D, kBlock>(sum, weights, queries.address(position_of_query(position, true)),
+                                             kSummedPanel<T, D>, false);
       products_commit();
       products_wait<0>();
       settled(sum);
-      memory.queries.free(position);
+      queries.free(position_of_query(position, true));
       ++position;
     }
     reader.end(item, sum, dk, p.dim, p.scale / shrink);
@@ -280,9 +312,10 @@ __global__ void __launch_bounds__(kProgram, 1)
     asa_dkv_kernel(Problem<T> p, Lists lists, RowGradients rows, PartialSums parts, T* dk, T* dv) {
 #if ASA_OPS_SM90A
   {
-    const Memory<D> memory;
+    const Memory<T, D> memory;
     if (threadIdx.x == 0) {
-      memory.queries.init(kReaders * 4), memory.gradients.init(kReaders * 4);
+      const int readers = kTransposed<T> ? 4 : kReaders * 4;
+      memory.queries.init(readers), memory.gradients.init(readers);
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
       for (int i = 0; i < kExchanges; ++i)
         barrier_init(memory.given + i, kGroup), barrier_init(memory.taken + i, kGroup);
@@ -307,7 +340,7 @@ __global__ void __launch_bounds__(kProgram, 1)
 template <class T, int D>
 void run(const Problem<T>& p, const Lists& lists, const RowGradients& row, const PartialSums& parts, int programs,
          T* dk, T* dv, cudaStream_t stream) {
-  launch("asa_dkv_kernel", &asa_dkv_kernel<T, D>, dim3(programs), kProgram, Memory<D>::kBytes, stream, p, lists, row,
+  launch("asa_dkv_kernel", &asa_dkv_kernel<T, D>, dim3(programs), kProgram, Memory<T, D>::kBytes, stream, p, lists, row,
          parts, dk, dv);
 }
 
@@ -316,14 +349,14 @@ void run(const Problem<T>& p, const Lists& lists, const RowGradients& row, const
 template <class T>
 void find_dkv(const Problem<T>& p, const Lists& lists, const RowGradients& row, const PartialSums& parts, int programs,
               T* dk, T* dv, cudaStream_t stream) {
-  if (p.width == 64) return run<T, 64>(p, lists, row, parts, programs, dk, dv, stream);
-  if (p.width == 128) return run<T, 128>(p, lists, row, parts, programs, dk, dv, stream);
-  run<T, 256>(p, lists, row, parts, programs, dk, dv, stream);
+  with_width<T>(p.width, [&](auto width) { run<T, width>(p, lists, row, parts, programs, dk, dv, stream); });
 }
 
 template void find_dkv(const Problem<Half>&, const Lists&, const RowGradients&, const PartialSums&, int, Half*, Half*,
                        cudaStream_t);
 template void find_dkv(const Problem<BFloat16>&, const Lists&, const RowGradients&, const PartialSums&, int, BFloat16*,
                        BFloat16*, cudaStream_t);
+template void find_dkv(const Problem<float>&, const Lists&, const RowGradients&, const PartialSums&, int, float*,
+                       float*, cudaStream_t);
 
 }  // namespace asa_ops::cuda::hopper

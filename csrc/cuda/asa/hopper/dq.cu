@@ -1,17 +1,19 @@
 // dq for compute capability 9.0: ds = p (<do, v> - delta), and dq = scale * ds k, summed over the survivors of rows.
 //
 // An item is two blocks of queries, one a warpgroup, and a stretch of their list. Q and dO stay, blocks of K and V pass;
-// K is read along its rows for scores and across them for the sum. Lists that programs share are as in sums.cu.
+// K is read along its rows for scores and across them for the sum; of float32 it passes a second time, transposed. Lists
+// that programs share are as in sums.cu.
 
 #include "pipeline.h"
 
 namespace asa_ops::cuda::hopper {
 namespace {
 
-template <int D>
+template <class T, int D>
 struct Memory {
-  static constexpr int kBlockBytes = kBlock * D * 2, kOwnBytes = kReaders * kBlockBytes;
-  using Others = Ring<D == 256 ? 3 : D == 128 ? 6 : 8, kBlockBytes>;
+  static constexpr int kTokenBytes = D * int(sizeof(T));
+  static constexpr int kBlockBytes = kBlock * kTokenBytes, kOwnBytes = kReaders * kBlockBytes;
+  using Others = Ring<kTokenBytes == 512 ? 3 : kTokenBytes == 256 ? 6 : 8, kBlockBytes>;
   char* const queries = aligned_shared_memory();
   char* const gradients = queries + kOwnBytes;
   Barrier* const barriers = reinterpret_cast<Barrier*>(gradients + kOwnBytes + Others::kBytes);
@@ -27,9 +29,9 @@ struct Memory {
 // What one thread copies to shared memory.
 template <class T, int D>
 __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lists) {
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const Work<T> work(p, lists, true, memory.stretches);
-  constexpr int kBlockBytes = Memory<D>::kBlockBytes;
+  constexpr int kBlockBytes = Memory<T, D>::kBlockBytes;
   uint32_t position = 0, turn = 0;
   work.each([&](const Item& item) {
     if (item.first >= item.end) return;
@@ -43,9 +45,12 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lis
     copy_bytes(memory.gradients, p.d_out + own, own_bytes, memory.own_full);
     for (int e = item.first; e < item.end; ++e) {
       const int64_t other = keys + int64_t(entries.block(e)) * kBlock * D;
-      for (const T* const tokens : {p.k, p.v})
+      const auto fill = [&](const T* tokens) {
         memory.others.fill(position++, kBlockBytes,
                            [&](char* to, Barrier* full) { copy_bytes(to, tokens + other, kBlockBytes, full); });
+      };
+      fill(p.k), fill(p.v);
+      if (kTransposed<T>) fill(p.k_transposed);
     }
   });
 }
@@ -54,12 +59,14 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lis
 template <class T, int D>
 __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& lists, const RowGradients& rows,
                                           const PartialSums& parts, T* dq, int group) {
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const Work<T> work(p, lists, true, memory.stretches);
   constexpr int kRows = kReaders * kBlock;
   const Place at;
-  const uint32_t query = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
-  const uint32_t gradient = uniform_address(memory.gradients) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.queries) + group * Memory<T, D>::kBlockBytes;
+  const uint32_t gradient = uniform_address(memory.gradients) + group * Memory<T, D>::kBlockBytes;
+  constexpr int kSlots = kTransposed<T> ? 3 : 2;  // of an entry: K and V, and what is summed, the last one or K
+  constexpr int kSummed = kTransposed<T> ? 2 : 0;
   uint32_t position = 0, turn = 0;
 
   work.each([&](const Item& x) {
@@ -79,15 +86,16 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
       delta[half] = rows.delta[index];
     }
     float sum[D / 2], s[kBlock / 2], ds[kBlock / 2];
-    uint32_t weights[kBlock / 4];
+    uint32_t weights[kWeights<T>];
 #pragma unroll
     for (int n = 0; n < D / 2; ++n) sum[n] = 0;
     if (item.first < item.end) barrier_wait(memory.own_full, turn++ & 1);
-    for (int e = item.first; e < item.end; ++e, position += 2) {
+    for (int e = item.first; e < item.end; ++e, position += kSlots) {
       const uint32_t entry = uint32_t(uniform(int(entries[e])));
       if (!(entry & use)) {
-        memory.others.wait(position), memory.others.free(position);
-        memory.others.wait(position + 1), memory.others.free(position + 1);
+#pragma unroll
+        for (int slot = 0; slot < kSlots; ++slot)
+          memory.others.wait(position + slot), memory.others.free(position + slot);
         continue;
       }
       const int j = int(entry & kEntryBlock);
@@ -100,14 +108,16 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
       }
       memory.others.wait(position);
       products_fence();
-      multiply_rows<T, kBlock, D>(s, query, kChunkBytes, memory.others.address(position), kChunkBytes, true);
+      multiply_rows<Factor<T>, kBlock, D>(s, query, kChunkBytes, memory.others.address(position), kChunkBytes, true);
       products_commit();
       memory.others.wait(position + 1);
       products_fence();
-      multiply_rows<T, kBlock, D>(ds, gradient, kChunkBytes, memory.others.address(position + 1), kChunkBytes, true);
+      multiply_rows<Factor<T>, kBlock, D>(ds, gradient, kChunkBytes, memory.others.address(position + 1), kChunkBytes,
+                                          true);
       products_commit();
       products_wait<1>();
       settled(s);
+      if (kTransposed<T>) memory.others.free(position);
 #pragma unroll
       for (int n = 0; n < kBlock / 8; ++n)
 #pragma unroll
@@ -122,14 +132,16 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
           s[4 * n + i] = survives_in(low[i / 2], high[i / 2], n, i % 2)
                              ? s[4 * n + i] * share[i / 2] * (ds[4 * n + i] - delta[i / 2])
                              : 0;
-      pack_weights<T, kBlock>(weights, s);
+      pack_weights<Factor<T>, kBlock>(weights, s);
+      if (kTransposed<T>) memory.others.wait(position + kSummed);
       products_fence();
-      multiply_weights<T, D, kBlock>(sum, weights, memory.others.address(position), kChunkBytes, false);
+      multiply_weights<Factor<T>, D, kBlock>(sum, weights, memory.others.address(position + kSummed),
+                                             kSummedPanel<T, D>, false);
       products_commit();
       products_wait<0>();
       settled(sum);
       settled(weights);
-      memory.others.free(position);
+      memory.others.free(position + kSummed);
     }
     if (item.first < item.end && thread_number() % 32 == 0)
       barrier_arrive(memory.own_empty);  // after __syncwarp in free
@@ -151,7 +163,7 @@ __global__ void __launch_bounds__(kProgram, 1)
     asa_dq_kernel(Problem<T> p, Lists lists, RowGradients rows, PartialSums parts, T* dq) {
 #if ASA_OPS_SM90A
   {
-    const Memory<D> memory;
+    const Memory<T, D> memory;
     if (threadIdx.x == 0) {
       memory.others.init(kReaders * 4);
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
@@ -173,7 +185,7 @@ __global__ void __launch_bounds__(kProgram, 1)
 template <class T, int D>
 void run(const Problem<T>& p, const Lists& lists, const RowGradients& row, const PartialSums& parts, int programs,
          T* dq, cudaStream_t stream) {
-  launch("asa_dq_kernel", &asa_dq_kernel<T, D>, dim3(programs), kProgram, Memory<D>::kBytes, stream, p, lists, row,
+  launch("asa_dq_kernel", &asa_dq_kernel<T, D>, dim3(programs), kProgram, Memory<T, D>::kBytes, stream, p, lists, row,
          parts, dq);
 }
 
@@ -182,14 +194,14 @@ void run(const Problem<T>& p, const Lists& lists, const RowGradients& row, const
 template <class T>
 void find_dq(const Problem<T>& p, const Lists& lists, const RowGradients& row, const PartialSums& parts, int programs,
              T* dq, cudaStream_t stream) {
-  if (p.width == 64) return run<T, 64>(p, lists, row, parts, programs, dq, stream);
-  if (p.width == 128) return run<T, 128>(p, lists, row, parts, programs, dq, stream);
-  run<T, 256>(p, lists, row, parts, programs, dq, stream);
+  with_width<T>(p.width, [&](auto width) { run<T, width>(p, lists, row, parts, programs, dq, stream); });
 }
 
 template void find_dq(const Problem<Half>&, const Lists&, const RowGradients&, const PartialSums&, int, Half*,
                       cudaStream_t);
 template void find_dq(const Problem<BFloat16>&, const Lists&, const RowGradients&, const PartialSums&, int, BFloat16*,
+                      cudaStream_t);
+template void find_dq(const Problem<float>&, const Lists&, const RowGradients&, const PartialSums&, int, float*,
                       cudaStream_t);
 
 }  // namespace asa_ops::cuda::hopper

@@ -1,6 +1,6 @@
-// The heavy kernels for compute capability 9.0, in half precisions: what those of their names in problem.h do, and
-// aggregation and gradients that end rows and columns by themselves. `width` and `width_v` are the same, `scale` is
-// above 0.
+// The heavy kernels for compute capability 9.0, in half precisions, and in float32 taken as TF32 up to a width of 128:
+// what those of their names in problem.h do, and aggregation and gradients that end rows and columns by themselves.
+// `width` and `width_v` are the same, `scale` is above 0. Tokens of float32 are rounded to TF32, and transposed too.
 
 #pragma once
 

@@ -14,6 +14,31 @@ constexpr int kProgram = (kReaders + 1) * kGroup;  // threads; the last warpgrou
 constexpr int kReaderRegisters = 240, kCopierRegisters = 24;
 constexpr int kSharedBytes = 232448;  // that a program may have
 
+// As what products take numbers: float32 as TF32, to which its tokens are rounded.
+template <class T>
+using Factor = std::conditional_t<std::is_same_v<T, float>, TF32, T>;
+
+// Whether the right operand of sums over tokens lies transposed: TF32 is read along rows only.
+template <class T>
+constexpr bool kTransposed = std::is_same_v<T, float>;
+
+// Bytes from one panel of that operand to the next: of a block of tokens, or of its transpose.
+template <class T, int D>
+constexpr int kSummedPanel = kTransposed<T> ? D * 128 : kChunkBytes;
+
+// Registers of a thread's numbers of a block of columns as weights.
+template <class T>
+constexpr int kWeights = kBlock * int(sizeof(T)) / 8;
+
+// Calls run(width) for the width of tokens, a constant. Tiles of float32 at 256 do not fit.
+template <class T, class Run>
+void with_width(int width, Run run) {
+  if (width == 64) return run(std::integral_constant<int, 64>());
+  if constexpr (!std::is_same_v<T, float>)
+    if (width == 256) return run(std::integral_constant<int, 256>());
+  run(std::integral_constant<int, 128>());
+}
+
 // Which warpgroup a thread is in, the same number in all lanes.
 __device__ __forceinline__ int group_of_thread() { return uniform(int(threadIdx.x) / kGroup); }
 
@@ -173,12 +198,16 @@ __device__ __forceinline__ void store_row(T* row, T* rest, int dim, int column, 
 #pragma unroll UNROLL
     for (int n = 0; n < D / 8; ++n) {
       const float2 x = value(n);
-      const uint32_t rounded = pack<T>(x.x, x.y);
-      if (8 * n + column >= dim) continue;
-      *reinterpret_cast<uint32_t*>(row + 8 * n + column) = rounded;
-      if (rest != nullptr)
-        *reinterpret_cast<uint32_t*>(rest + 8 * n + column) =
-            pack<T>(x.x - to_float(T{uint16_t(rounded)}), x.y - to_float(T{uint16_t(rounded >> 16)}));
+      if constexpr (sizeof(T) == 4) {
+        if (8 * n + column < dim) *reinterpret_cast<float2*>(row + 8 * n + column) = x;
+      } else {
+        const uint32_t rounded = pack<T>(x.x, x.y);
+        if (8 * n + column >= dim) continue;
+        *reinterpret_cast<uint32_t*>(row + 8 * n + column) = rounded;
+        if (rest != nullptr)
+          *reinterpret_cast<uint32_t*>(rest + 8 * n + column) =
+              pack<T>(x.x - to_float(T{uint16_t(rounded)}), x.y - to_float(T{uint16_t(rounded >> 16)}));
+      }
     }
   } else {
 #pragma unroll UNROLL

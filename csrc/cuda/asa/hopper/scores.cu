@@ -1,8 +1,8 @@
 // Maximum and sum of exponentials of every row over all keys, and peaks, for compute capability 9.0.
 //
-// Two blocks of queries stay in shared memory, one a warpgroup; tiles of 128 keys pass, up to 128 columns at a time.
-// While the exponentials of a tile are taken, the products of the next one run: two sets of accumulators in turn. All
-// tiles of a call are laid end to end and cut into stretches of equal length, so that one head fills the device; a
+// Two blocks of queries stay in shared memory, one a warpgroup; tiles of 128 keys pass, up to 256 bytes of a token at a
+// time. While the exponentials of a tile are taken, the products of the next one run: two sets of accumulators in turn.
+// All tiles of a call are laid end to end and cut into stretches of equal length, so that one head fills the device; a
 // stretch leaves a part for each two blocks of rows that it crosses.
 
 #include "pipeline.h"
@@ -12,12 +12,13 @@ namespace {
 
 constexpr int kKeys = 2 * kBlock;  // of a tile
 
-template <int D>
+template <class T, int D>
 struct Memory {
-  static constexpr int kColumns = D < 128 ? D : 128;  // of a slot
-  static constexpr int kParts = D / kColumns;  // slots of a tile
-  static constexpr int kBlockBytes = kBlock * D * 2, kOwnBytes = kReaders * kBlockBytes;
-  using Keys = Ring<D == 256 ? 5 : 4, kKeys * kColumns * 2>;
+  static constexpr int kTokenBytes = D * int(sizeof(T));
+  static constexpr int kPanels = kTokenBytes < 256 ? 1 : 2;  // of a slot
+  static constexpr int kParts = kTokenBytes / (kPanels * 128);  // slots of a tile
+  static constexpr int kBlockBytes = kBlock * kTokenBytes, kOwnBytes = kReaders * kBlockBytes;
+  using Keys = Ring<kTokenBytes == 512 ? 5 : 4, kKeys * kPanels * 128>;
   char* const queries = aligned_shared_memory();
   Barrier* const barriers = reinterpret_cast<Barrier*>(queries + kOwnBytes + Keys::kBytes);
   const Keys keys{queries + kOwnBytes, barriers};
@@ -47,8 +48,8 @@ __device__ __forceinline__ void each_pair(const Problem<T>& p, const Statistics&
 // What one thread copies to shared memory.
 template <class T, int D>
 __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Statistics& statistics) {
-  const Memory<D> memory;
-  constexpr int kColumns = Memory<D>::kColumns, kParts = Memory<D>::kParts, kBlockBytes = Memory<D>::kBlockBytes;
+  const Memory<T, D> memory;
+  constexpr int kPanels = Memory<T, D>::kPanels, kBlockBytes = Memory<T, D>::kBlockBytes;
   uint32_t position = 0, turn = 0;
   each_pair(p, statistics, [&](int z, int block, int first, int end, int) {
     if (first >= end) return;
@@ -59,12 +60,12 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Statistics
     for (int tile = first; tile < end; ++tile) {
       const int blocks = min(p.keys.blocks() - 2 * tile, 2);
       const char* const from = reinterpret_cast<const char*>(p.k + row_at(z, p.keys.padded, tile * kKeys) * D);
-      for (int part = 0; part < kParts; ++part)
-        memory.keys.fill(position++, blocks * kColumns / 64 * kChunkBytes, [&](char* to, Barrier* full) {
+      for (int part = 0; part < Memory<T, D>::kParts; ++part)
+        memory.keys.fill(position++, blocks * kPanels * kChunkBytes, [&](char* to, Barrier* full) {
           for (int b = 0; b < blocks; ++b)
-            for (int c = 0; c < kColumns / 64; ++c)
-              copy_bytes(to + (2 * c + b) * kChunkBytes,
-                         from + b * kBlockBytes + (part * (kColumns / 64) + c) * kChunkBytes, kChunkBytes, full);
+            for (int c = 0; c < kPanels; ++c)
+              copy_bytes(to + (2 * c + b) * kChunkBytes, from + b * kBlockBytes + (part * kPanels + c) * kChunkBytes,
+                         kChunkBytes, full);
         });
     }
   });
@@ -73,11 +74,11 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Statistics
 // What the other warpgroups do with it.
 template <class T, int D>
 __device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics& statistics, int group) {
-  const Memory<D> memory;
-  constexpr int kColumns = Memory<D>::kColumns, kParts = Memory<D>::kParts;
+  const Memory<T, D> memory;
+  constexpr int kPanels = Memory<T, D>::kPanels, kParts = Memory<T, D>::kParts;
   const Place at;
   const int lane = thread_number() % 32;
-  const uint32_t own = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
+  const uint32_t own = uniform_address(memory.queries) + group * Memory<T, D>::kBlockBytes;
   uint32_t position = 0, freed = 0, turn = 0;
   // Starts the products of a tile, a batch a slot.
   const auto start = [&](float (&s)[kKeys / 2]) {
@@ -85,8 +86,8 @@ __device__ __forceinline__ void take_tiles(const Problem<T>& p, const Statistics
     for (int part = 0; part < kParts; ++part, ++position) {
       memory.keys.wait(position);
       products_fence();
-      multiply_rows<T, kKeys, kColumns>(s, own + part * (kColumns / 64) * kChunkBytes, kChunkBytes,
-                                        memory.keys.address(position), 2 * kChunkBytes, part == 0);
+      multiply_rows<Factor<T>, kKeys, D / kParts>(s, own + part * kPanels * kChunkBytes, kChunkBytes,
+                                                  memory.keys.address(position), 2 * kChunkBytes, part == 0);
       products_commit();
     }
   };
@@ -188,7 +189,7 @@ template <class T, int D>
 __global__ void __launch_bounds__(kProgram, 1) asa_statistics_kernel(Problem<T> p, Statistics statistics) {
 #if ASA_OPS_SM90A
   {
-    const Memory<D> memory;
+    const Memory<T, D> memory;
     if (threadIdx.x == 0) {
       memory.keys.init(kReaders * 4);
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
@@ -210,7 +211,7 @@ __global__ void __launch_bounds__(kProgram, 1) asa_statistics_kernel(Problem<T> 
 template <class T, int D>
 void run(const Problem<T>& p, const Statistics& statistics, cudaStream_t stream) {
   launch("asa_statistics_kernel<sm_90a>", &asa_statistics_kernel<T, D>, dim3(statistics.programs), kProgram,
-         Memory<D>::kBytes, stream, p, statistics);
+         Memory<T, D>::kBytes, stream, p, statistics);
 }
 
 }  // namespace
@@ -226,12 +227,11 @@ Statistics cut_statistics(int row_blocks, int key_blocks, int n_heads) {
 
 template <class T>
 void find_statistics(const Problem<T>& p, const Statistics& statistics, cudaStream_t stream) {
-  if (p.width == 64) return run<T, 64>(p, statistics, stream);
-  if (p.width == 128) return run<T, 128>(p, statistics, stream);
-  run<T, 256>(p, statistics, stream);
+  with_width<T>(p.width, [&](auto width) { run<T, width>(p, statistics, stream); });
 }
 
 template void find_statistics(const Problem<Half>&, const Statistics&, cudaStream_t);
 template void find_statistics(const Problem<BFloat16>&, const Statistics&, cudaStream_t);
+template void find_statistics(const Problem<float>&, const Statistics&, cudaStream_t);
 
 }  // namespace asa_ops::cuda::hopper

@@ -11,10 +11,11 @@
 namespace asa_ops::cuda::hopper {
 namespace {
 
-template <int D>
+template <class T, int D>
 struct Memory {
-  static constexpr int kBlockBytes = kBlock * D * 2, kOwnBytes = kReaders * kBlockBytes;
-  using Others = Ring<D == 256 ? 3 : 6, kBlockBytes>;
+  static constexpr int kTokenBytes = D * int(sizeof(T));
+  static constexpr int kBlockBytes = kBlock * kTokenBytes, kOwnBytes = kReaders * kBlockBytes;
+  using Others = Ring<kTokenBytes == 512 ? 3 : 6, kBlockBytes>;
   char* const queries = aligned_shared_memory();
   char* const keys = queries + kOwnBytes;
   Bits* const tiles = reinterpret_cast<Bits*>(keys + kOwnBytes + Others::kBytes);  // one a warpgroup
@@ -40,9 +41,9 @@ __device__ __forceinline__ bool takes_two(const Problem<T>& p) {
 // What one thread copies to shared memory.
 template <class T, int D>
 __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lists) {
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const Work<T> work(p, lists, true, memory.stretches);
-  constexpr int kBlockBytes = Memory<D>::kBlockBytes;
+  constexpr int kBlockBytes = Memory<T, D>::kBlockBytes;
   const bool two = takes_two(p);
   uint32_t position = 0, turn = 0;
   work.each([&](const Item& item) {
@@ -73,12 +74,12 @@ template <class T, int D>
 __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& plan, const Saved<T>& saved,
                                              uint32_t* done, const Lists& found, int group) {
   const Lists& lists = plan.lists;
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const Work<T> work(p, lists, true, memory.stretches);
   const Place at;
   const int thread = thread_number() % kGroup;
-  const uint32_t query = uniform_address(memory.queries) + group * Memory<D>::kBlockBytes;
-  const uint32_t key = uniform_address(memory.keys) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.queries) + group * Memory<T, D>::kBlockBytes;
+  const uint32_t key = uniform_address(memory.keys) + group * Memory<T, D>::kBlockBytes;
   const bool two = takes_two(p);
   const Thresholds& thresholds = plan.thresholds;
   const bool has_topk = thresholds.kappa2 != nullptr;
@@ -119,7 +120,8 @@ __device__ __forceinline__ void decide_tiles(const Problem<T>& p, const Plan& pl
         const auto start = [&](uint32_t at_position, uint32_t left, float (&sum)[kBlock / 2]) {
           memory.others.wait(at_position);
           products_fence();
-          multiply_rows<T, kBlock, D>(sum, left, kChunkBytes, memory.others.address(at_position), kChunkBytes, true);
+          multiply_rows<Factor<T>, kBlock, D>(sum, left, kChunkBytes, memory.others.address(at_position), kChunkBytes,
+                                              true);
           products_commit();
         };
         // A_ij from s_ij, and A_ji from s_ji laid out alike.
@@ -184,7 +186,7 @@ __global__ void __launch_bounds__(kProgram, 1)
     asa_mask_kernel(Problem<T> p, Plan plan, Saved<T> saved, uint32_t* done, Lists found) {
 #if ASA_OPS_SM90A
   {
-    const Memory<D> memory;
+    const Memory<T, D> memory;
     if (threadIdx.x == 0) {
       memory.others.init(kReaders * 4);
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
@@ -207,7 +209,7 @@ template <class T, int D>
 void run(const Problem<T>& p, const Plan& plan, const Saved<T>& saved, uint32_t* done, const Lists& lists,
          cudaStream_t stream) {
   launch("asa_mask_kernel<sm_90a>", &asa_mask_kernel<T, D>, dim3(programs_of(plan.lists, p.n_heads)), kProgram,
-         Memory<D>::kBytes, stream, p, plan, saved, done, lists);
+         Memory<T, D>::kBytes, stream, p, plan, saved, done, lists);
 }
 
 }  // namespace
@@ -215,14 +217,14 @@ void run(const Problem<T>& p, const Plan& plan, const Saved<T>& saved, uint32_t*
 template <class T>
 void find_survivors(const Problem<T>& p, const Plan& plan, const Saved<T>& saved, uint32_t* done, const Lists& lists,
                     cudaStream_t stream) {
-  if (p.width == 64) return run<T, 64>(p, plan, saved, done, lists, stream);
-  if (p.width == 128) return run<T, 128>(p, plan, saved, done, lists, stream);
-  run<T, 256>(p, plan, saved, done, lists, stream);
+  with_width<T>(p.width, [&](auto width) { run<T, width>(p, plan, saved, done, lists, stream); });
 }
 
 template void find_survivors(const Problem<Half>&, const Plan&, const Saved<Half>&, uint32_t*, const Lists&,
                              cudaStream_t);
 template void find_survivors(const Problem<BFloat16>&, const Plan&, const Saved<BFloat16>&, uint32_t*, const Lists&,
+                             cudaStream_t);
+template void find_survivors(const Problem<float>&, const Plan&, const Saved<float>&, uint32_t*, const Lists&,
                              cudaStream_t);
 
 }  // namespace asa_ops::cuda::hopper

@@ -16,10 +16,11 @@ namespace {
 // memory, where they take no registers.
 using Counted = int[kReaders * kBlock];
 
-template <int D>
+template <class T, int D>
 struct Memory {
-  static constexpr int kBlockBytes = kBlock * D * 2, kOwnBytes = kReaders * kBlockBytes;
-  using Others = Ring<D == 256 ? 5 : 6, kBlockBytes>;
+  static constexpr int kTokenBytes = D * int(sizeof(T));
+  static constexpr int kBlockBytes = kBlock * kTokenBytes, kOwnBytes = kReaders * kBlockBytes;
+  using Others = Ring<kTokenBytes == 512 ? 5 : 6, kBlockBytes>;
   char* const own = aligned_shared_memory();
   Barrier* const barriers = reinterpret_cast<Barrier*>(own + kOwnBytes + Others::kBytes);
   const Others others{own + kOwnBytes, barriers};
@@ -107,9 +108,9 @@ __device__ __forceinline__ void end_row(const Problem<T>& p, const Saved<T>& sav
 // What one thread copies to shared memory.
 template <class T, int D>
 __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lists) {
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const Work<T> work(p, lists, true, memory.stretches);
-  constexpr int kBlockBytes = Memory<D>::kBlockBytes;
+  constexpr int kBlockBytes = Memory<T, D>::kBlockBytes;
   uint32_t position = 0, turn = 0;
   work.each([&](const Item& item) {
     if (item.first >= item.end) return;
@@ -128,7 +129,7 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lis
     fill(p.k, item.first);
     for (int e = item.first; e < item.end; ++e) {
       if (e + 1 < item.end) fill(p.k, e + 1);
-      fill(p.v, e);
+      fill(kTransposed<T> ? p.v_transposed : p.v, e);
     }
   });
 }
@@ -137,14 +138,14 @@ __device__ __forceinline__ void copy_tiles(const Problem<T>& p, const Lists& lis
 template <class T, int D>
 __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& lists, const Saved<T>& saved,
                                           const PartialSums& parts, int group) {
-  const Memory<D> memory;
+  const Memory<T, D> memory;
   const auto& others = memory.others;
   const Work<T> work(p, lists, true, memory.stretches);
   constexpr int kRows = kReaders * kBlock;
   const Place at;
   const int lane = thread_number() % 32;
   int* const counted = memory.counted + group * kBlock + at.row;
-  const uint32_t query = uniform_address(memory.own) + group * Memory<D>::kBlockBytes;
+  const uint32_t query = uniform_address(memory.own) + group * Memory<T, D>::kBlockBytes;
   uint32_t before = 0, turn = 0;  // positions that items before took
 
   work.each([&](const Item& x) {
@@ -161,7 +162,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
     if (block < p.rows.blocks()) count_survivors(p, entries, z, row, work.length(item.tile), use, n_keys, counted);
     float base[2] = {-INFINITY, -INFINITY}, total[2] = {0, 0};
     float sum[D / 2], s[kBlock / 2];
-    uint32_t weights[kBlock / 4];
+    uint32_t weights[kWeights<T>];
     float shrink[2] = {1, 1};
 #pragma unroll
     for (int n = 0; n < D / 2; ++n) sum[n] = 0;
@@ -221,25 +222,25 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
       load_bits(e);
       others.wait(at_k);
       products_fence();
-      multiply_rows<T, kBlock, D>(s, query, kChunkBytes, others.address(at_k), kChunkBytes, true);
+      multiply_rows<Factor<T>, kBlock, D>(s, query, kChunkBytes, others.address(at_k), kChunkBytes, true);
       products_commit();
       products_wait<0>();
       settled(s);
       others.free(at_k);
       exponentials();
       rescale();
-      pack_weights<T, kBlock>(weights, s);
+      pack_weights<Factor<T>, kBlock>(weights, s);
       for (; next; ++e) {
         at_k = before + position_k(e + 1), at_v = before + position_v(e, count);
         next = uses(e + 2);  // asked for early
         load_bits(e + 1);
         others.wait(at_k);
         products_fence();
-        multiply_rows<T, kBlock, D>(s, query, kChunkBytes, others.address(at_k), kChunkBytes, true);
+        multiply_rows<Factor<T>, kBlock, D>(s, query, kChunkBytes, others.address(at_k), kChunkBytes, true);
         products_commit();
         others.wait(at_v);
         products_fence();
-        multiply_weights<T, D, kBlock>(sum, weights, others.address(at_v), kChunkBytes, false);
+        multiply_weights<Factor<T>, D, kBlock>(sum, weights, others.address(at_v), kSummedPanel<T, D>, false);
         products_commit();
         products_wait<1>();
         settled(s);
@@ -250,12 +251,12 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const Lists& list
         settled(weights);
         others.free(at_v);
         rescale();
-        pack_weights<T, kBlock>(weights, s);
+        pack_weights<Factor<T>, kBlock>(weights, s);
       }
       at_v = before + position_v(e, count);
       others.wait(at_v);
       products_fence();
-      multiply_weights<T, D, kBlock>(sum, weights, others.address(at_v), kChunkBytes, false);
+      multiply_weights<Factor<T>, D, kBlock>(sum, weights, others.address(at_v), kSummedPanel<T, D>, false);
       products_commit();
       products_wait<0>();
       settled(sum);
@@ -316,7 +317,7 @@ __global__ void __launch_bounds__(kProgram, 1)
     asa_values_kernel(Problem<T> p, Lists lists, Saved<T> saved, PartialSums parts) {
 #if ASA_OPS_SM90A
   {
-    const Memory<D> memory;
+    const Memory<T, D> memory;
     if (threadIdx.x == 0) {
       memory.others.init(kReaders * 4);
       barrier_init(memory.own_full, 1), barrier_init(memory.own_empty, kReaders * 4);
@@ -338,8 +339,8 @@ __global__ void __launch_bounds__(kProgram, 1)
 template <class T, int D>
 void run(const Problem<T>& p, const Lists& lists, const Saved<T>& saved, const PartialSums& parts, int programs,
          cudaStream_t stream) {
-  launch("asa_values_kernel", &asa_values_kernel<T, D>, dim3(programs), kProgram, Memory<D>::kBytes, stream, p, lists,
-         saved, parts);
+  launch("asa_values_kernel", &asa_values_kernel<T, D>, dim3(programs), kProgram, Memory<T, D>::kBytes, stream, p,
+         lists, saved, parts);
 }
 
 }  // namespace
@@ -352,13 +353,13 @@ int programs_of(const Lists& lists, int n_heads) {
 template <class T>
 void aggregate(const Problem<T>& p, const Lists& lists, const Saved<T>& saved, const PartialSums& parts, int programs,
                cudaStream_t stream) {
-  if (p.width == 64) return run<T, 64>(p, lists, saved, parts, programs, stream);
-  if (p.width == 128) return run<T, 128>(p, lists, saved, parts, programs, stream);
-  run<T, 256>(p, lists, saved, parts, programs, stream);
+  with_width<T>(p.width, [&](auto width) { run<T, width>(p, lists, saved, parts, programs, stream); });
 }
 
 template void aggregate(const Problem<Half>&, const Lists&, const Saved<Half>&, const PartialSums&, int, cudaStream_t);
 template void aggregate(const Problem<BFloat16>&, const Lists&, const Saved<BFloat16>&, const PartialSums&, int,
+                        cudaStream_t);
+template void aggregate(const Problem<float>&, const Lists&, const Saved<float>&, const PartialSums&, int,
                         cudaStream_t);
 
 }  // namespace asa_ops::cuda::hopper
