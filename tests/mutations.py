@@ -132,7 +132,7 @@ class Source:
     def _calls(self) -> None:
         names = "|".join(sorted(CALLS | ARGUMENTS, key=len, reverse=True))
         for call in re.finditer(rf"(?<![\w.:])({names})\(", self.code):
-            before = self.text[: call.start()].rstrip()
+            before = self.code[: call.start()].rstrip()
             if re.search(r"[\w*&>]$", before) and not before.endswith(("return", "else", "&&")):
                 continue  # a definition
             name = next(x for x in CALLS | ARGUMENTS if re.fullmatch(x, call[1]))

@@ -55,7 +55,9 @@ both_sets = pytest.mark.parametrize("kernel_set", SETS, indirect=True)
 on_hopper = pytest.mark.parametrize("kernel_set", ["hopper"], indirect=True)
 each_half = pytest.mark.parametrize("dtype", HALVES, ids=["bfloat16", "float16"])
 on_hopper_each_dtype = pytest.mark.parametrize(
-    "kernel_set,dtype", [("hopper", x) for x in DTYPES.values()], ids=DTYPES, indirect=["kernel_set"]
+    "kernel_set,dtype",
+    [slow("hopper", x, id=name, when=x == torch.bfloat16) for name, x in DTYPES.items()],
+    indirect=["kernel_set"],
 )
 
 
@@ -111,20 +113,27 @@ def test_hopper_equals_reference(kernel_set, dtype, case):
 LONG = Case("long", grid=(20, 29), batch=1, heads=2, dim=64, sharpness=3.0)  # ten blocks, the last one of four tokens
 
 
-@on_hopper_each_dtype
+SHARED = {
+    "plain": LONG,
+    "wide": replace(LONG, dim=100, heads=1),
+    "wider": replace(LONG, dim=200, heads=1),
+    "dense": replace(LONG, alpha=None, beta=None),
+    "sharp": replace(LONG, sharpness=20.0),  # most lists are short, some are empty
+    "padding": replace(LONG, padding=True, batch=2),
+    "one_way": replace(LONG, options={"reciprocal": False}),
+    "fewer_keys": replace(LONG, n_keys=333, beta=None, options={"reciprocal": False}),
+}
+IN_TEST = {(torch.float32, "plain"), (torch.bfloat16, "wider"), (torch.float16, "sharp"), (torch.float16, "padding")}
+
+
+@on_hopper
 @pytest.mark.parametrize(
-    "case",
+    "dtype,case",
     [
-        LONG,
-        replace(LONG, dim=100, heads=1),
-        replace(LONG, dim=200, heads=1),
-        replace(LONG, alpha=None, beta=None),
-        replace(LONG, sharpness=20.0),  # most lists are short, some are empty
-        replace(LONG, padding=True, batch=2),
-        replace(LONG, options={"reciprocal": False}),
-        replace(LONG, n_keys=333, beta=None, options={"reciprocal": False}),
+        slow(dtype, case, id=f"{name}-{str(dtype).removeprefix('torch.')}", when=(dtype, name) not in IN_TEST)
+        for name, case in SHARED.items()
+        for dtype in DTYPES.values()
     ],
-    ids=["plain", "wide", "wider", "dense", "sharp", "padding", "one_way", "fewer_keys"],
 )
 def test_lists_that_programs_share(kernel_set, dtype, case, monkeypatch):
     """Parts of a list are added up by the last program to come; rings of slots are used many times."""
@@ -137,8 +146,8 @@ def test_lists_that_programs_share(kernel_set, dtype, case, monkeypatch):
     assert equal(once, again)
 
 
-@each_half
-@pytest.mark.parametrize("processors", [7, 20, 132])
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.bfloat16)], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("processors", [slow(7), 20, slow(132)])
 def test_programs_without_work_are_not_waited_for(dtype, processors, monkeypatch):
     """One list has all entries but those that empty ones count as: fewer than programs, which share it."""
     monkeypatch.setenv("ASA_OPS_SIMT_PROCESSORS", str(processors))
