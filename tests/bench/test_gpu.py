@@ -424,6 +424,7 @@ def test_the_extension_is_built_if_sources_are_newer_or_it_is_for_another_card(m
     assert [gpu.build(path, 9)[0] for _ in range(2)] == ["timed out", "failed"] and len(asked) == 4
 
 
+@pytest.mark.slow  # it compiles what test_hardware.py does too
 def test_what_the_hardware_said(card, monkeypatch):
     printed = [f"echo '{line}'" for line in LINES]
     path = card(*printed)
