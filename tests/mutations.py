@@ -113,6 +113,7 @@ class Source:
     def __init__(self, file: str, function: str | None, first: int):
         self.file, self.text = file, (simt.ROOT / "csrc" / file).read_text()
         code = re.sub(r"//.*|^#.*", lambda x: " " * len(x[0]), self.text, flags=re.M)
+        self.without_comments = code
         begin = re.search(rf"\b{function}\(", code).start() if function else 0
         self.code = " " * begin + code[begin : code.index("\n}\n", begin) if function else None]
         self.first, self.mutations, self.inserted = first, [], []
@@ -132,7 +133,7 @@ class Source:
     def _calls(self) -> None:
         names = "|".join(sorted(CALLS | ARGUMENTS, key=len, reverse=True))
         for call in re.finditer(rf"(?<![\w.:])({names})\(", self.code):
-            before = self.code[: call.start()].rstrip()
+            before = self.without_comments[: call.start()].rstrip()
             if re.search(r"[\w*&>]$", before) and not before.endswith(("return", "else", "&&")):
                 continue  # a definition
             name = next(x for x in CALLS | ARGUMENTS if re.fullmatch(x, call[1]))
