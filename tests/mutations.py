@@ -214,13 +214,15 @@ class Call:
     """A call, and what the kernels as they are make of it."""
 
     arguments: tuple  # of the forward op
+    tf32: bool
     grad_out: Tensor
     forward: list[Tensor]
     backward: list[Tensor]
 
     @classmethod
     def of(cls, case: Case) -> "Call":
-        (query, key, value, alpha, beta), options = make(case, torch.bfloat16)
+        tf32 = case.name.endswith("tf32")
+        (query, key, value, alpha, beta), options = make(case, torch.float32 if tf32 else torch.bfloat16)
         generator = torch.Generator().manual_seed(1)
         if case.name.startswith("sparse"):
             query += blocks_that_meet(query.shape, generator)
@@ -230,18 +232,19 @@ class Call:
             query = key
         arguments = op_arguments([query, key, value, alpha, beta], options, band=0.0)
         grad_out = torch.randn(*query.shape[:3], case.dim_v, generator=generator).to(query.dtype)
-        call = cls(arguments, grad_out, [], [])
+        call = cls(arguments, tf32, grad_out, [], [])
         call.forward = call.run_forward()
         call.backward = call.run_backward()
         return call
 
     def run_forward(self) -> list[Tensor]:
-        return list(ops.of("cuda", self.grad_out.device).fwd(*self.arguments))
+        return list(ops.of("cuda", self.grad_out.device).fwd(*self.arguments, 0, None, None, self.tf32))
 
     def run_backward(self) -> list[Tensor]:
         """Return the gradients, from what a forward kept as it should."""
         backward = ops.of("cuda", self.grad_out.device).bwd
-        return list(backward(self.grad_out, *self.arguments[:6], *self.forward, *self.arguments[6:12]))
+        options = (*self.arguments[6:12], 0, None, None, self.tf32)
+        return list(backward(self.grad_out, *self.arguments[:6], *self.forward, *options))
 
 
 ONE_WAY = {"reciprocal": False}
@@ -254,6 +257,8 @@ CASES = [
     Case("padding", grid=(19, 36), batch=2, heads=1, dim=64, dim_v=64, padding=True),
     Case("one_tensor", grid=(15, 28), batch=1, dim=128, dim_v=128),
     Case("wide", grid=(15, 28), batch=1, heads=1, dim=256, dim_v=256),
+    Case("sparse_tf32", grid=(1, 1131), batch=1, heads=1, dim=64, dim_v=64, beta=None),
+    Case("wide_tf32", grid=(15, 28), batch=1, heads=1, dim=128, dim_v=128),
 ]
 
 
