@@ -4,7 +4,7 @@ VENV := .venv
 RUN := $(VENV)/bin/python
 READY := $(VENV)/ready
 OUT ?= build/gpu
-CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
+CSRC := $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.* csrc/*/*/*/*.*)
 SOURCES := setup.py pyproject.toml requirements.txt $(filter-out csrc/testing/%,$(CSRC))
 # CUDA kernels are compiled for this machine's GPU only, or where there is none for one; `make wheel` takes the default.
 GPU = $(firstword $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null | \
