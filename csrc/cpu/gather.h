@@ -70,6 +70,74 @@ static void accumulate(const T* weights, const T* rows, int64_t dim, const int32
   }
 }
 
+// The same for kRows rows that share a list; numbers of pairs lie by columns of the list, [count][kRows].
+
+// s[c][r] = <x[r], rows[list[c]]> for c < count, x [kRows][dim]; writes s up to a multiple of kColumns.
+constexpr int64_t kColumns = kRows == 8 ? 3 : 2;
+
+template <class T>
+static void some_shared_dots(const T* x, const T* rows, int64_t dim, const int32_t* list, T* s) {
+  const T* y[kColumns];
+  for (int c = 0; c < kColumns; ++c) y[c] = rows + list[c] * dim;
+  Vec<T> sum[kColumns][kRows] = {};
+  for (int64_t d = 0; d < dim; d += kLanes<T>) {
+    Vec<T> z[kColumns];
+#pragma GCC unroll 4
+    for (int c = 0; c < kColumns; ++c) z[c] = load(y[c] + d);
+#pragma GCC unroll 8
+    for (int r = 0; r < kRows; ++r) {
+      const Vec<T> u = load(x + r * dim + d);
+#pragma GCC unroll 4
+      for (int c = 0; c < kColumns; ++c) sum[c][r] += u * z[c];
+    }
+  }
+#pragma GCC unroll 4
+  for (int c = 0; c < kColumns; ++c)
+#pragma GCC unroll 2
+    for (int r = 0; r < kRows; r += 4) sums_of_four(sum[c] + r, s + c * kRows + r);
+}
+
+template <class T>
+static void shared_dots(const T* x, const T* rows, int64_t dim, const int32_t* list, int64_t count, T* s) {
+  int64_t c = 0;
+  for (; c + kColumns <= count; c += kColumns) some_shared_dots(x, rows, dim, list + c, s + c * kRows);
+  if (c == count) return;
+  int32_t padded[kColumns];
+  for (int64_t i = 0; i < kColumns; ++i) padded[i] = list[c + i < count ? c + i : c];
+  some_shared_dots(x, rows, dim, padded, s + c * kRows);
+}
+
+// rows[list[c]][d] += sum over r of weights[c][r] * x[r][d], for c < count and r < kSharing, x [kSharing][dim].
+template <int64_t kSharing, int kWide, class T>
+ASA_INLINE void scatter_some(const T* weights, const T* x, int64_t dim, const int32_t* list, int64_t count, T* rows) {
+  Vec<T> u[kSharing][kWide];
+#pragma GCC unroll 8
+  for (int r = 0; r < kSharing; ++r)
+#pragma GCC unroll 8
+    for (int i = 0; i < kWide; ++i) u[r][i] = load(x + r * dim + i * kLanes<T>);
+  for (int64_t c = 0; c < count; ++c) {
+    T* const y = rows + list[c] * dim;
+    Vec<T> sum[kWide] = {};
+#pragma GCC unroll 8
+    for (int r = 0; r < kSharing; ++r)
+#pragma GCC unroll 8
+      for (int i = 0; i < kWide; ++i) sum[i] += weights[c * kSharing + r] * u[r][i];
+#pragma GCC unroll 8
+    for (int i = 0; i < kWide; ++i) store(y + i * kLanes<T>, load(y + i * kLanes<T>) + sum[i]);
+  }
+}
+
+template <int64_t kSharing, class T>
+static void scatter(const T* weights, const T* x, int64_t dim, const int32_t* list, int64_t count, T* rows) {
+  constexpr int kWide = kSharing == 1 ? 8 : 2;  // as many as registers hold
+  int64_t d = 0;
+  for (; d + kWide * kLanes<T> <= dim; d += kWide * kLanes<T>)
+    scatter_some<kSharing, kWide>(weights, x + d, dim, list, count, rows + d);
+  if constexpr (kSharing == 1)
+    for (; d + 4 * kLanes<T> <= dim; d += 4 * kLanes<T>) scatter_some<1, 4>(weights, x + d, dim, list, count, rows + d);
+  for (; d < dim; d += kLanes<T>) scatter_some<kSharing, 1>(weights, x + d, dim, list, count, rows + d);
+}
+
 // Ascending lists of row numbers, list[i] of count[i], read side by side: all lists pass one stretch of rows, which
 // stays in the cache, before the next.
 template <int64_t kSize>

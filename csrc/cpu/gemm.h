@@ -7,7 +7,8 @@ constexpr int64_t kRows =
 #else
 constexpr int64_t kRows = 4;
 #endif
-constexpr int64_t kDepth = 256;  // terms of a sum added one after the other; more are added in parts, which round less
+constexpr int64_t kDepth = 128;  // terms of a sum added one after the other; more are added in parts: they round less,
+// and what they read of the right factor stays in the first-level cache
 
 // Keys are packed for tile() by panels [D][kPanel], so that a row of a panel is one tile wide.
 template <class T>
@@ -41,18 +42,36 @@ void pack_panels(const T* x, int64_t n, int64_t dim, T* panels, Queue& queue) {
 // How the left factor of a product lies: a(row, term) = a[row * stride + term], or a[term * stride + row].
 enum class Left { by_row, by_term };
 
-// c[kRows][kWide vectors] = sum over terms of a(row, term) * b[term][.], or adds it to c.
-template <Left kLeft, int kWide, class T>
-static void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t terms, T* c, int64_t c_stride,
-                 bool add) {
+// The right factor of a product: rows that lie one after the other, or those of a list.
+template <class T>
+struct Consecutive {
+  const T* rows;
+  int64_t stride;
+  const T* operator()(int64_t t) const { return rows + t * stride; }
+  Consecutive at(int64_t t, int64_t d) const { return {rows + t * stride + d, stride}; }
+};
+
+template <class T>
+struct Listed {
+  const T* rows;
+  int64_t stride;
+  const int32_t* list;
+  const T* operator()(int64_t t) const { return rows + list[t] * stride; }
+  Listed at(int64_t t, int64_t d) const { return {rows + d, stride, list + t}; }
+};
+
+// c[kRows][kWide vectors] = sum over terms of a(row, term) * b(term)[.], or adds it to c.
+template <Left kLeft, int kWide, class T, class Right>
+static void tile(const T* a, int64_t a_stride, Right b, int64_t terms, T* c, int64_t c_stride, bool add) {
   constexpr int64_t kStep = kLanes<T>;
   Vec<T> sum[kRows][kWide] = {};
   const T* row[kRows];
   for (int64_t r = 0; r < kRows; ++r) row[r] = kLeft == Left::by_row ? a + r * a_stride : a + r;
-  for (int64_t t = 0; t < terms; ++t, b += b_stride) {
+  for (int64_t t = 0; t < terms; ++t) {
+    const T* const from = b(t);
     Vec<T> y[kWide];
 #pragma GCC unroll 4
-    for (int i = 0; i < kWide; ++i) y[i] = load(b + i * kStep);
+    for (int i = 0; i < kWide; ++i) y[i] = load(from + i * kStep);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       const T x = kLeft == Left::by_row ? row[r][t] : a[t * a_stride + r];
@@ -69,35 +88,42 @@ static void tile(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int
     }
 }
 
-// One tile-wide column of a product, or a narrower one at its end.
-template <Left kLeft, int kWide, class T>
-static void column(const T* a, int64_t a_stride, const T* b, int64_t b_stride, int64_t terms, T* c, int64_t c_stride,
-                   bool add) {
-  for (int64_t t = 0; t == 0 || t < terms; t += kDepth) {
+// c[kRows][dim] += sum over terms of a(row, term) * b(term)[dim].
+template <Left kLeft, class T, class Right>
+static void add_product(const T* a, int64_t a_stride, Right b, int64_t terms, int64_t dim, T* c) {
+  for (int64_t t = 0; t < terms; t += kDepth) {
     const T* const x = kLeft == Left::by_row ? a + t : a + t * a_stride;
-    tile<kLeft, kWide>(x, a_stride, b + t * b_stride, b_stride, terms - t < kDepth ? terms - t : kDepth, c, c_stride,
-                       add || t > 0);
+    const int64_t depth = smaller(kDepth, terms - t);
+    for (int64_t d = 0; d < dim;) {
+      const int64_t remaining = (dim - d) / kLanes<T>;
+      const int64_t wide = remaining == 4 || remaining == 2 ? 2 : remaining == 1 ? 1 : kVectors;
+      if (wide == 1) tile<kLeft, 1>(x, a_stride, b.at(t, d), depth, c + d, dim, true);
+      if (wide == 2) tile<kLeft, 2>(x, a_stride, b.at(t, d), depth, c + d, dim, true);
+      if (wide == 3) tile<kLeft, 3>(x, a_stride, b.at(t, d), depth, c + d, dim, true);
+      d += wide * kLanes<T>;
+    }
   }
 }
 
-// c[kRows][dim] += sum over terms of a(row, term) * b[term][dim].
 template <Left kLeft, class T>
 static void add_product(const T* a, int64_t a_stride, const T* b, int64_t terms, int64_t dim, T* c) {
-  for (int64_t d = 0; d < dim;) {
-    const int64_t remaining = (dim - d) / kLanes<T>;
-    const int64_t wide = remaining == 4 || remaining == 2 ? 2 : remaining == 1 ? 1 : kVectors;
-    if (wide == 1) column<kLeft, 1>(a, a_stride, b + d, dim, terms, c + d, dim, true);
-    if (wide == 2) column<kLeft, 2>(a, a_stride, b + d, dim, terms, c + d, dim, true);
-    if (wide == 3) column<kLeft, 3>(a, a_stride, b + d, dim, terms, c + d, dim, true);
-    d += wide * kLanes<T>;
-  }
+  add_product<kLeft>(a, a_stride, Consecutive<T>{b, dim}, terms, dim, c);
 }
 
 // s[kRows][kPanel] = the products of kRows packed rows with the keys of a panel, of which there are n from its first on;
-// vectors beyond them are left alone. s has rows of `stride`.
+// vectors beyond them are left alone. s has rows of `stride`. Of head dims only [begin, end) are added, to those before.
 template <class T>
-ASA_INLINE void scores(const T* packed, const T* panel, int64_t n, int64_t dim, T* s, int64_t stride) {
-  if (n <= kLanes<T>) return column<Left::by_term, 1>(packed, kRows, panel, kPanel<T>, dim, s, stride, false);
-  if (n <= 2 * kLanes<T>) return column<Left::by_term, 2>(packed, kRows, panel, kPanel<T>, dim, s, stride, false);
-  column<Left::by_term, kVectors>(packed, kRows, panel, kPanel<T>, dim, s, stride, false);
+ASA_INLINE void add_scores(const T* packed, const T* panel, int64_t n, int64_t begin, int64_t end, T* s,
+                           int64_t stride) {
+  const T* const x = packed + begin * kRows;
+  const Consecutive<T> keys{panel + begin * kPanel<T>, kPanel<T>};
+  const int64_t dim = end - begin;
+  if (n <= kLanes<T>) return tile<Left::by_term, 1>(x, kRows, keys, dim, s, stride, begin > 0);
+  if (n <= 2 * kLanes<T>) return tile<Left::by_term, 2>(x, kRows, keys, dim, s, stride, begin > 0);
+  tile<Left::by_term, kVectors>(x, kRows, keys, dim, s, stride, begin > 0);
+}
+
+template <class T>
+void scores(const T* packed, const T* panel, int64_t n, int64_t dim, T* s, int64_t stride) {
+  for (int64_t d = 0; d < dim; d += kDepth) add_scores(packed, panel, n, d, smaller(dim, d + kDepth), s, stride);
 }

@@ -1,10 +1,10 @@
 // The second pass of the forward: M from bits alone, softmax over the survivors, times v.
 
-// p.out and statistics of one row from its unnormalised sum of values.
+// p.out and statistics of one row from its sum of exp(s - shift) v, where `sum` is that of exp(s - shift).
 template <class T>
-void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count, T largest, T sum, const T* values) {
+void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count, T shift, T sum, const T* values) {
   p.survivors[i] = static_cast<int32_t>(count);
-  p.lse_kept[i] = count ? T(largest + __builtin_log(static_cast<double>(sum))) : T(-kInfinity);
+  p.lse_kept[i] = count ? T(shift + __builtin_log(static_cast<double>(sum))) : T(-kInfinity);
   if (!p.scanned()) p.lse[i] = p.lse_kept[i];
   if (!__builtin_isfinite(p.lse[i])) p.lse_kept[i] = p.lse[i];
   bool nan_row = false;
@@ -20,25 +20,95 @@ ASA_INLINE void scale_row(const T* x, int64_t dim, T factor, T* scaled) {
   for (int64_t d = 0; d < dim; d += kLanes<T>) store(scaled + d, load(x + d) * factor);
 }
 
-// One stretch of a row's softmax: scores of survivors, by the bits m, become exp(s - largest), other scores 0. Returns
-// the factor by which earlier sums shrink.
+// One stretch of a row's softmax: scores of survivors, by the bits m, become exp(s - shift), other scores 0, where the
+// shift is the largest score so far. Returns the factor by which earlier sums shrink.
 template <class T>
-T masked_exponentials(T* s, const uint64_t* m, int64_t from, int64_t to, T& largest, T& sum) {
-  Vec<T> most = splat(largest);
+T masked_exponentials(T* s, const uint64_t* m, int64_t from, int64_t to, T& shift, T& sum) {
+  Vec<T> most = splat(T(-kInfinity));
   for (int64_t j = from; j < to; j += kLanes<T>)
     most = maximum(most, choose(lane_bits<T>(m, j), load(s + j - from), splat(T(-kInfinity))));
-  const T before = largest;
-  largest = largest_of<T>(most);
-  const Vec<T> shift = splat(largest == T(-kInfinity) ? T(0) : largest);
+  const T before = shift;
+  shift = largest_of<T>(maximum(splat(shift), most));
+  const T finite = shift == T(-kInfinity) ? T(0) : shift;
   Vec<T> part = {};
   for (int64_t j = from; j < to; j += kLanes<T>) {
-    const Vec<T> e = choose(lane_bits<T>(m, j), exponential(load(s + j - from) - shift), Vec<T>{});
+    const Vec<T> e = choose(lane_bits<T>(m, j), exponential(load(s + j - from) - finite), Vec<T>{});
     store(s + j - from, e);
     part += e;
   }
-  const T factor = largest == before ? T(1) : exponential(splat(before) - shift)[0];
+  const T factor = shift == before ? T(1) : exponential(splat(T(before - finite)))[0];
   sum = sum * factor + sum_of<T>(part);
   return factor;
+}
+
+// A number of each of kRows rows, in the lanes of vectors that go on with the rows where those before end.
+template <class T>
+struct ByRow {
+  static constexpr int64_t kVectors = kRows > kLanes<T> ? kRows / kLanes<T> : 1;
+  static constexpr int64_t kNumbers = kVectors * kLanes<T>;
+  Vec<T> part[kVectors];
+
+  static ByRow of(const T* numbers) {
+    T all[kNumbers];
+    for (int64_t x = 0; x < kNumbers; ++x) all[x] = numbers[x % kRows];
+    ByRow y;
+    for (int64_t i = 0; i < kVectors; ++i) y.part[i] = load(all + i * kLanes<T>);
+    return y;
+  }
+
+  template <class F>
+  void fold(T* numbers, const F& f) const {
+    T all[kNumbers];
+    for (int64_t i = 0; i < kVectors; ++i) store(all + i * kLanes<T>, part[i]);
+    for (int64_t x = kRows; x < kNumbers; ++x) all[x % kRows] = f(all[x % kRows], all[x]);
+    for (int64_t r = 0; r < kRows; ++r) numbers[r] = all[r];
+  }
+};
+
+// Room for the numbers of `count` keys that kRows rows share, read and written by whole vectors and columns.
+template <class T>
+int64_t shared_room(int64_t count) {
+  return rounded_up((count + kColumns) * kRows, larger(kPad, ByRow<T>::kNumbers));
+}
+
+// Calls f(i, x) for the i-th vector of a ByRow and the numbers [x, x + lanes) of shared keys.
+template <class T, class F>
+ASA_INLINE void for_shared(int64_t count, const F& f) {
+  for (int64_t x = 0; x < count * kRows; x += ByRow<T>::kNumbers)
+#pragma GCC unroll 4
+    for (int64_t i = 0; i < ByRow<T>::kVectors; ++i) f(i, x + i * kLanes<T>);
+}
+
+// The sums over the shared keys of f(i, x), row by row.
+template <class T, class F>
+void sums_of_shared(int64_t count, T* sums, const F& f) {
+  ByRow<T> sum = {}, part = {};
+  int64_t added = 0;
+  for_shared<T>(count, [&](int64_t i, int64_t x) {
+    part.part[i] += f(i, x);
+    if (i + 1 == ByRow<T>::kVectors && ++added % 64 == 0)  // in parts, which rounds less
+      for (int64_t v = 0; v < ByRow<T>::kVectors; ++v) sum.part[v] += part.part[v], part.part[v] = Vec<T>{};
+  });
+  for (int64_t v = 0; v < ByRow<T>::kVectors; ++v) sum.part[v] += part.part[v];
+  sum.fold(sums, [](T a, T b) { return a + b; });
+}
+
+// Scores of shared keys become exp(s - largest) where they survive, else 0.
+template <class T>
+void shared_exponentials(T* s, const uint64_t* members, int64_t count, T* shift, T* sum) {
+  ByRow<T> most;
+  for (auto& part : most.part) part = splat(T(-kInfinity));
+  for_shared<T>(count, [&](int64_t i, int64_t x) {
+    most.part[i] = maximum(most.part[i], choose(lane_bits<T>(members, x), load(s + x), splat(T(-kInfinity))));
+  });
+  most.fold(shift, [](T a, T b) { return a > b ? a : b; });
+  for (int64_t r = 0; r < kRows; ++r) shift[r] = shift[r] == T(-kInfinity) ? T(0) : shift[r];
+  const ByRow<T> all = ByRow<T>::of(shift);
+  sums_of_shared<T>(count, sum, [&](int64_t i, int64_t x) {
+    const Vec<T> e = choose(lane_bits<T>(members, x), exponential(load(s + x) - all.part[i]), Vec<T>{});
+    store(s + x, e);
+    return e;
+  });
 }
 
 template <class T>
@@ -47,21 +117,60 @@ struct AggregateScratch {
   int64_t stretch;  // panels
   T *sums, *s, *q, *whole;
   int32_t* columns;
+  uint64_t *members, *changed;
 
   AggregateScratch(Arena& arena, const Problem<T>& p) : survivors(arena, p) {
-    const int64_t listed = p.q_at_a_time * (p.n_k / 4 + 1 + 2 * kPad);  // room for the lists of rows that are not dense
+    // Lists of single rows are taken up to n_k / 4 keys on average, those of kRows rows up to most_shared().
+    const int64_t listed = p.q_at_a_time * (p.n_k / 4 + 1 + 2 * kPad);
+    const int64_t shared = p.q_at_a_time / kRows * shared_room<T>(most_shared(p.n_k));
     stretch = smaller(panels_of<T>(p.n_k), larger(1, cached_rows<T>(p.dim + p.dim_v) / kPanel<T>));
     sums = arena.take<T>(p.q_at_a_time * p.dim_v);
-    s = arena.take<T>(listed);
     q = arena.take<T>(p.q_at_a_time * p.dim);
     whole = arena.take<T>(kRows * stretch * kPanel<T>);
-    columns = arena.take<int32_t>(listed);
+    changed = arena.take<uint64_t>(p.blocks_k);
+    members = arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_shared(p.n_k)));
+    columns = arena.take<int32_t>(larger(listed, p.q_at_a_time / kRows * list_room(p.n_k)));
+    s = arena.take<T>(larger(listed, shared));
   }
 };
 
 template <class T>
 int64_t aggregate_bytes(const Problem<T>& p) {
   return bytes_of<AggregateScratch>(p);
+}
+
+// Completes what scan() began of row i, if that is exact: adds what the local block adds to its sums, and subtracts what
+// reciprocity removes. These are sums of the same terms up to rounding, so what is left of a difference is rounded as a
+// sum of all of them would be: at worst twice as much as without it, where half of the mass is left.
+template <class T>
+bool complete_row(const Problem<T>& p, const AggregateScratch<T>& w, int64_t i, const uint64_t* m, int64_t count) {
+  const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+  for (int64_t j = 0; j < p.blocks_k; ++j) w.changed[j] = bits[j * kBlock] ^ m[j];
+  const int64_t changes = count_bits(w.changed, p.blocks_k);
+  if (8 * changes > p.n_k) return false;  // whole rows are faster
+  const T lse = p.lse[i];
+  T mass = p.mass[i];
+  T *const sums = w.sums, *const s = w.s;
+  __builtin_memcpy(sums, p.out + i * p.dim_v, p.dim_v * sizeof(T));
+  if (changes > 0) {
+    list_bits(w.changed, p.blocks_k, 0, w.columns);
+    scale_row(p.q + i * p.dim, p.dim, p.scale, w.q);
+    dots(w.q, p.k, p.dim, w.columns, changes, s);
+    Vec<T> part = {};
+    for (int64_t c = changes; c < rounded_up(changes, kPad); ++c) s[c] = -kInfinity, w.columns[c] = w.columns[0];
+    for (int64_t c = 0; c < changes; c += kLanes<T>) store(s + c, exponential(load(s + c) - lse));
+    for (int64_t c = 0; c < changes; ++c) {
+      const int64_t j = w.columns[c];
+      if ((m[j / kBlock] >> j % kBlock & 1) == 0) s[c] = -s[c];
+    }
+    for (int64_t c = changes; c < rounded_up(changes, kPad); ++c) s[c] = 0;
+    for (int64_t c = 0; c < changes; c += kLanes<T>) part += load(s + c);
+    mass += sum_of<T>(part);
+    if (!(2 * mass >= p.mass[i])) return false;
+    accumulate(s, p.v, p.dim_v, w.columns, changes, sums);
+  }
+  finish_row(p, i, m, count, lse, mass, sums);
+  return true;
 }
 
 template <class T>
@@ -73,41 +182,85 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
   const int64_t panels = panels_of<T>(p.n_k), stretch = w.stretch, stride = stretch * kPanel<T>;
 
   while (survivors.take(p, queue)) {
+    bool done[kMostRows / kRows] = {};
+    for (int64_t r = 0; p.begun != nullptr && r < survivors.rows; r += kRows) {
+      if (!p.begun[survivors.first + r]) continue;
+      bool& all = done[r / kRows] = true;
+      for (int64_t x = r; all && x < smaller(survivors.rows, r + kRows); ++x)
+        all = complete_row(p, w, survivors.first + x, survivors.row(p, x), survivors.count[x]);
+    }
+    const auto for_each = [&](Kind kind, const auto& f) {
+      survivors.for_each(kind, [&](int64_t first, int64_t rows) {
+        if (!done[first / kRows]) f(first, rows);
+      });
+    };
+
     for (int64_t x = 0; x < survivors.rows * p.dim_v; ++x) sums[x] = 0;
-    T largest[kMostRows], sum[kMostRows];
-    for (int64_t r = 0; r < survivors.rows; ++r) largest[r] = -kInfinity, sum[r] = 0;
-
-    Lists<kMostRows> lists = {};
-    int64_t offset[kMostRows], used = 0;
-    survivors.for_listed([&](int64_t r) {
-      scale_row(p.q + (survivors.first + r) * p.dim, p.dim, p.scale, q + r * p.dim);
-      lists.list[r] = w.columns + used;
-      lists.count[r] = survivors.count[r];
-      offset[r] = used;
-      list_bits(survivors.row(p, r), p.blocks_k, 0, w.columns + used);
-      used += list_room(lists.count[r]);
+    T shift[kMostRows], sum[kMostRows];
+    Lists<kMostRows> lists = {};  // of a row, or of the first of kRows rows that share it
+    int64_t offset[kMostRows], columns = 0, numbers = 0, words = 0;
+    for_each(Kind::listed, [&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + rows; ++r) {
+        scale_row(p.q + (survivors.first + r) * p.dim, p.dim, p.scale, q + r * p.dim);
+        lists.list[r] = w.columns + columns;
+        lists.count[r] = survivors.count[r];
+        offset[r] = numbers;
+        list_bits(survivors.row(p, r), p.blocks_k, 0, w.columns + columns);
+        columns += list_room(lists.count[r]);
+        numbers += list_room(lists.count[r]);
+      }
     });
+    uint64_t* members[kMostRows];
+    for_each(Kind::shared, [&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + rows; ++r)
+        scale_row(p.q + (survivors.first + r) * p.dim, p.dim, p.scale, q + r * p.dim);
+      for (int64_t x = (first + rows) * p.dim; x < (first + kRows) * p.dim; ++x) q[x] = 0;
+      lists.list[first] = w.columns + columns;
+      offset[first] = numbers;
+      members[first] = w.members + words;
+      const int64_t count = survivors.list_shared(p, first, w.columns + columns, members[first]);
+      lists.count[first] = count;
+      columns += list_room(count);
+      numbers += shared_room<T>(count);
+      words += Survivors<T>::members_room(count);
+    });
+    const auto is_shared = [&](int64_t r) { return survivors.kind[r / kRows] == Kind::shared; };
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
-      dots(q + r * p.dim, p.k, p.dim, lists.list[r] + from, to - from, s + offset[r] + from);
+      const int32_t* const list = lists.list[r] + from;
+      if (is_shared(r))
+        shared_dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from * kRows);
+      else
+        dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from);
     });
-    survivors.for_listed([&](int64_t r) { sum[r] = exponentials(s + offset[r], lists.count[r], largest[r]); });
+    for_each(Kind::listed, [&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + rows; ++r) sum[r] = exponentials(s + offset[r], lists.count[r], shift[r]);
+    });
+    for_each(Kind::shared, [&](int64_t r, int64_t) {
+      shared_exponentials(s + offset[r], members[r], lists.count[r], shift + r, sum + r);
+    });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
-      accumulate(s + offset[r] + from, p.v, p.dim_v, lists.list[r] + from, to - from, sums + r * p.dim_v);
+      const int32_t* const list = lists.list[r] + from;
+      if (is_shared(r))
+        add_product<Left::by_term>(s + offset[r] + from * kRows, kRows, Listed<T>{p.v, p.dim_v, list}, to - from,
+                                   p.dim_v, sums + r * p.dim_v);
+      else
+        accumulate(s + offset[r] + from, p.v, p.dim_v, list, to - from, sums + r * p.dim_v);
     });
 
-    survivors.for_dense([&](int64_t first, int64_t rows) {
+    for_each(Kind::whole, [&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + kRows; ++r) shift[r] = -kInfinity, sum[r] = 0;
       pack(p.q + (survivors.first + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch) {
       const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>,
                     to = smaller(p.n_k, end * kPanel<T>);
-      survivors.for_dense([&](int64_t first, int64_t rows) {
+      for_each(Kind::whole, [&](int64_t first, int64_t rows) {
         for (int64_t x = begin; x < end; ++x)
           scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.n_k - x * kPanel<T>, p.dim,
                  w.whole + (x - begin) * kPanel<T>, stride);
         for (int64_t r = first; r < first + rows; ++r) {
           T* const row = w.whole + (r - first) * stride;
-          const T factor = masked_exponentials(row, survivors.row(p, r), from, to, largest[r], sum[r]);
+          const T factor = masked_exponentials(row, survivors.row(p, r), from, to, shift[r], sum[r]);
           if (factor != 1) scale_row(sums + r * p.dim_v, p.dim_v, factor, sums + r * p.dim_v);
         }
         add_product<Left::by_row>(w.whole, stride, p.v + from * p.dim_v, to - from, p.dim_v, sums + first * p.dim_v);
@@ -115,8 +268,9 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     }
 
     for (int64_t r = 0; r < survivors.rows; ++r)
-      finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r], largest[r], sum[r],
-                 sums + r * p.dim_v);
+      if (!done[r / kRows])
+        finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r], shift[r], sum[r],
+                   sums + r * p.dim_v);
   }
 }
 
@@ -129,7 +283,7 @@ template <class T>
 void list_survivors(const Problem<T>& p, const int64_t* offsets, int32_t* columns, Queue& queue, void* scratch) {
   Arena arena(scratch);
   Survivors<T> survivors(arena, p);
-  while (survivors.take(p, queue))
+  while (survivors.take(p, queue, false))
     for (int64_t r = 0; r < survivors.rows; ++r) {
       const int64_t i = survivors.first + r;
       if (offsets[i + 1] - offsets[i] != survivors.count[r]) {

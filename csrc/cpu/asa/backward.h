@@ -1,52 +1,104 @@
 // The gradients of q, k, v: rows first, which give dq and leave p and ds of every survivor in a slab, then columns,
 // which sum them to dv and dk. No two threads add to the same number.
 
-// The same choice of dense strips as Survivors::take, from the counts that the forward left.
 template <class T>
-bool is_dense_strip(const Problem<T>& p, int64_t row) {
-  const int64_t first = row / kRows * kRows;
-  return Survivors<T>::is_dense(p, p.survivors + first, smaller(kRows, p.n_q - first));
-}
-
-template <class T>
-int64_t dense_stride(const Problem<T>& p) {
+int64_t whole_stride(const Problem<T>& p) {
   return rounded_up(panels_of<T>(p.n_k) * kPanel<T>, kPad) + kPad;  // not a multiple of a page for most n_k
 }
 
 template <class T>
-bool lay_out(const Problem<T>& p, int64_t* offsets, bool* dense) {
-  bool any = false;
-  offsets[0] = 0;
-  for (int64_t i = 0; i < p.n_q; ++i) {
-    dense[i] = is_dense_strip(p, i);
-    offsets[i + 1] = offsets[i] + (dense[i] ? dense_stride(p) : list_room(p.survivors[i]));
-    any |= dense[i];
-  }
-  // Dense strips are written whole.
-  if (p.n_q > 0 && dense[p.n_q - 1]) offsets[p.n_q] += (rounded_up(p.n_q, kRows) - p.n_q) * dense_stride(p);
-  return any;
+int64_t find_groups_bytes(const Problem<T>& p) {
+  return bytes_of<Survivors>(p);
 }
 
-// Turns dp of a row into ds, in place; returns <p, dp>.
+// How the passes will treat every kRows rows.
 template <class T>
-T score_gradients(const T* probability, T* dp, int64_t count) {
+void find_groups(const Problem<T>& p, const Groups& groups, Queue& queue, void* scratch) {
+  Arena arena(scratch);
+  Survivors<T> survivors(arena, p);
+  while (survivors.take(p, queue, false))
+    for (int64_t r = 0; r < survivors.rows; ++r) {
+      const int64_t i = survivors.first + r;
+      if (p.survivors[i] != survivors.count[r]) queue.failed = true;
+      groups.kind[i] = survivors.kind[r / kRows];
+      groups.keys[i] = static_cast<int32_t>(survivors.together[r / kRows]);
+    }
+}
+
+// Where the entries of rows lie: in numbers, and in keys.
+template <class T>
+void lay_out(const Problem<T>& p, const Groups& groups) {
+  int64_t *const numbers = groups.numbers, *const columns = groups.columns;
+  numbers[0] = columns[0] = 0;
+  for (int64_t i = 0; i < p.n_q; ++i) {
+    const bool leads = i % kRows == 0;
+    const int64_t listed = list_room(p.survivors[i]), shared = groups.keys[i];
+    switch (groups.kind[i]) {
+      case Kind::whole: numbers[i + 1] = whole_stride(p), columns[i + 1] = 0; break;
+      case Kind::listed: numbers[i + 1] = columns[i + 1] = listed; break;
+      case Kind::shared:
+        numbers[i + 1] = leads ? shared_room<T>(shared) : 0, columns[i + 1] = leads ? list_room(shared) : 0;
+    }
+    numbers[i + 1] += numbers[i], columns[i + 1] += columns[i];
+  }
+  // Whole rows are written kRows at a time.
+  if (p.n_q > 0 && groups.kind[p.n_q - 1] == Kind::whole)
+    numbers[p.n_q] += (rounded_up(p.n_q, kRows) - p.n_q) * whole_stride(p);
+}
+
+// Turns dp of a row into ds, in place, where its pairs survive, by the bits m; returns <p, dp>.
+template <class T>
+T score_gradients(const T* probability, T* dp, int64_t count, const uint64_t* m) {
   Vec<T> part = {};
-  for (int64_t c = 0; c < count; c += kLanes<T>) part += load(probability + c) * load(dp + c);
+  const auto kept = [&](int64_t c, Vec<T> x) { return m ? choose(lane_bits<T>(m, c), x, Vec<T>{}) : x; };
+  for (int64_t c = 0; c < count; c += kLanes<T>) part += kept(c, load(probability + c) * load(dp + c));
   const T mean = sum_of<T>(part);
-  for (int64_t c = 0; c < count; c += kLanes<T>) store(dp + c, load(probability + c) * (load(dp + c) - mean));
+  for (int64_t c = 0; c < count; c += kLanes<T>) store(dp + c, kept(c, load(probability + c) * (load(dp + c) - mean)));
   return mean;
+}
+
+// The same for the shared keys of kRows rows, whose scores become probabilities; `means` are the <p, dp>.
+template <class T>
+void shared_gradients(T* s, T* dp, const uint64_t* members, int64_t count, T* means) {
+  T shift[kRows], sum[kRows];
+  shared_exponentials(s, members, count, shift, sum);
+  for (int64_t r = 0; r < kRows; ++r) sum[r] = sum[r] > 0 ? 1 / sum[r] : T(0);
+  const ByRow<T> factor = ByRow<T>::of(sum);
+  sums_of_shared<T>(count, means, [&](int64_t i, int64_t x) {
+    const Vec<T> probability = load(s + x) * factor.part[i];
+    store(s + x, probability);
+    return choose(lane_bits<T>(members, x), probability * load(dp + x), Vec<T>{});
+  });
+  const ByRow<T> mean = ByRow<T>::of(means);
+  for_shared<T>(count, [&](int64_t i, int64_t x) {
+    store(dp + x, choose(lane_bits<T>(members, x), load(s + x) * (load(dp + x) - mean.part[i]), Vec<T>{}));
+  });
+}
+
+// Rows [first, first + kRows) of x; those that keep nobody, or that there are not, are 0: then in `room`.
+template <class T>
+const T* rows_of_group(const Problem<T>& p, const T* x, int64_t dim, int64_t first, T* room) {
+  bool all = first + kRows <= p.n_q;
+  for (int64_t i = first; all && i < first + kRows; ++i) all = p.survivors[i] > 0;
+  if (all) return x + first * dim;
+  for (int64_t r = 0; r < kRows; ++r)
+    for (int64_t d = 0; d < dim; ++d)
+      room[r * dim + d] = first + r < p.n_q && p.survivors[first + r] > 0 ? x[(first + r) * dim + d] : T(0);
+  return room;
 }
 
 template <class T>
 struct RowsScratch {
   Survivors<T> survivors;
   T *sums, *q, *d_out;
+  uint64_t* members;
 
   RowsScratch(Arena& arena, const Problem<T>& p)
       : survivors(arena, p),
         sums(arena.take<T>(p.q_at_a_time * p.dim)),
         q(arena.take<T>(p.q_at_a_time * p.dim)),
-        d_out(arena.take<T>(p.q_at_a_time * p.dim_v)) {}
+        d_out(arena.take<T>(p.q_at_a_time * p.dim_v)),
+        members(arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_shared(p.n_k)))) {}
 };
 
 template <class T>
@@ -60,65 +112,93 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
   RowsScratch<T> w(arena, p);
   Survivors<T>& survivors = w.survivors;
   T *const sums = w.sums, *const q = w.q, *const d_out = w.d_out;
-  const int64_t rows_of_slab = slab.end - slab.begin, panels = panels_of<T>(p.n_k), stride = dense_stride(p);
+  const int64_t rows_of_slab = slab.end - slab.begin, panels = panels_of<T>(p.n_k), stride = whole_stride(p);
   const int64_t stretch = larger(1, cached_rows<T>(p.dim + p.dim_v) / kPanel<T>);  // panels
 
   while (survivors.take(p, queue)) {
     const int64_t group = survivors.first;
-    Lists<kMostRows> lists = {};
+    Lists<kMostRows> lists = {};  // of a row, or of the first of kRows rows that share it
     T *probability[kMostRows], *ds[kMostRows];
-    bool same = true;
+    const T* gradient[kMostRows];
     for (int64_t r = 0; r < survivors.rows; ++r) {
-      const int64_t offset = slab.offsets[group + r] - slab.offsets[slab.begin];
+      const int64_t offset = slab.groups.numbers[group + r] - slab.groups.numbers[slab.begin];
       probability[r] = slab.p + offset;
       ds[r] = slab.ds + offset;
-      same &= p.survivors[group + r] == survivors.count[r];
+      gradient[r] = p.d_out + (group + r) * p.dim_v;
     }
-    if (!same) {
-      queue.failed = true;
-      continue;
-    }
-    for (int64_t x = 0; x < survivors.rows * p.dim; ++x) sums[x] = 0;
+    for (int64_t x = 0; x < rounded_up(survivors.rows, kRows) * p.dim; ++x) sums[x] = 0;
 
-    survivors.for_listed([&](int64_t r) {
-      scale_row(p.q + (group + r) * p.dim, p.dim, p.scale, q + r * p.dim);
-      int32_t* const list = slab.columns + (slab.offsets[group + r] - slab.offsets[slab.begin]);
-      int32_t *start = slab.starts + group + r - slab.begin, *end = list;
-      for (int64_t j = 0; j < p.blocks_k; ++j, start += rows_of_slab) {
-        *start = static_cast<int32_t>(end - list);
-        end = list_bits(survivors.row(p, r) + j, 1, j * kBlock, end);
+    const auto list_of = [&](int64_t r) {
+      return slab.columns + (slab.groups.columns[group + r] - slab.groups.columns[slab.begin]);
+    };
+    survivors.for_each(Kind::listed, [&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + rows; ++r) {
+        scale_row(p.q + (group + r) * p.dim, p.dim, p.scale, q + r * p.dim);
+        lists.list[r] = list_of(r);
+        lists.count[r] = survivors.count[r];
+        list_bits(survivors.row(p, r), p.blocks_k, 0, list_of(r));
       }
-      *start = static_cast<int32_t>(end - list);
-      lists.list[r] = list;
-      lists.count[r] = survivors.count[r];
     });
+    uint64_t *members[kMostRows], *next = w.members;
+    survivors.for_each(Kind::shared, [&](int64_t r, int64_t) {
+      scale_row(rows_of_group(p, p.q, p.dim, group + r, q + r * p.dim), kRows * p.dim, p.scale, q + r * p.dim);
+      gradient[r] = rows_of_group(p, p.d_out, p.dim_v, group + r, d_out + r * p.dim_v);
+      lists.list[r] = list_of(r);
+      lists.count[r] = survivors.list_shared(p, r, list_of(r), members[r] = next);
+      next += Survivors<T>::members_room(lists.count[r]);
+    });
+    const auto is_shared = [&](int64_t r) { return survivors.kind[r / kRows] == Kind::shared; };
+    const auto all_dots = [&](int64_t r, const T* x, const T* rows, int64_t dim, int64_t from, int64_t to, T* s) {
+      const int32_t* const list = lists.list[r] + from;
+      if (is_shared(r))
+        shared_dots(x, rows, dim, list, to - from, s + from * kRows);
+      else
+        dots(x, rows, dim, list, to - from, s + from);
+    };
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
-      dots(q + r * p.dim, p.k, p.dim, lists.list[r] + from, to - from, probability[r] + from);
+      all_dots(r, q + r * p.dim, p.k, p.dim, from, to, probability[r]);
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
-      dots(p.d_out + (group + r) * p.dim_v, p.v, p.dim_v, lists.list[r] + from, to - from, ds[r] + from);
+      all_dots(r, gradient[r], p.v, p.dim_v, from, to, ds[r]);
     });
-    survivors.for_listed([&](int64_t r) {
-      T largest;
-      const int64_t count = lists.count[r];
-      const T sum = exponentials(probability[r], count, largest);
-      scale_row(probability[r], count, count ? 1 / sum : T(0), probability[r]);
-      for (int64_t c = count; c < rounded_up(count, kPad); ++c) probability[r][c] = ds[r][c] = 0;
-      p.delta[group + r] = score_gradients(probability[r], ds[r], count);
+    survivors.for_each(Kind::listed, [&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + rows; ++r) {
+        T shift;
+        const int64_t count = lists.count[r];
+        const T sum = exponentials(probability[r], count, shift);
+        scale_row(probability[r], count, count ? 1 / sum : T(0), probability[r]);
+        for (int64_t c = count; c < rounded_up(count, kPad); ++c) probability[r][c] = ds[r][c] = 0;
+        p.delta[group + r] = score_gradients<T>(probability[r], ds[r], count, nullptr);
+      }
+    });
+    survivors.for_each(Kind::shared, [&](int64_t first, int64_t rows) {
+      T means[kRows];
+      shared_gradients(probability[first], ds[first], members[first], lists.count[first], means);
+      for (int64_t r = 0; r < rows; ++r) p.delta[group + first + r] = means[r];
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
-      accumulate(ds[r] + from, p.k, p.dim, lists.list[r] + from, to - from, sums + r * p.dim);
+      const int32_t* const list = lists.list[r] + from;
+      if (is_shared(r))
+        add_product<Left::by_term>(ds[r] + from * kRows, kRows, Listed<T>{p.k, p.dim, list}, to - from, p.dim,
+                                   sums + r * p.dim);
+      else
+        accumulate(ds[r] + from, p.k, p.dim, list, to - from, sums + r * p.dim);
     });
+    for (int64_t r = 0; r < survivors.rows; ++r) {  // where the keys of a block start in a list
+      int64_t at = 0;
+      const bool leads = survivors.kind[r / kRows] == Kind::listed || (is_shared(r) && r % kRows == 0);
+      for (int64_t j = 0; j <= p.blocks_k; ++j) {
+        while (leads && at < lists.count[r] && lists.list[r][at] < j * kBlock) ++at;
+        slab.starts[j * rows_of_slab + group + r - slab.begin] = static_cast<int32_t>(at);
+      }
+    }
 
-    survivors.for_dense([&](int64_t first, int64_t rows) {
-      for (int64_t j = 0; j <= p.blocks_k; ++j)
-        for (int64_t r = group + first; r < group + first + rows; ++r)
-          slab.starts[j * rows_of_slab + r - slab.begin] = 0;
+    survivors.for_each(Kind::whole, [&](int64_t first, int64_t rows) {
       pack(p.q + (group + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
       pack(p.d_out + (group + first) * p.dim_v, rows, kRows, p.dim_v, d_out + first * p.dim_v);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch)
-      survivors.for_dense([&](int64_t first, int64_t) {
+      survivors.for_each(Kind::whole, [&](int64_t first, int64_t) {
         for (int64_t x = begin; x < smaller(panels, begin + stretch); ++x) {
           const T* const keys = p.k_panels + x * panel_size<T>(p.dim);
           const T* const values = p.v_panels + x * panel_size<T>(p.dim_v);
@@ -126,17 +206,17 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
           scores(d_out + first * p.dim_v, values, p.n_k - x * kPanel<T>, p.dim_v, ds[first] + x * kPanel<T>, stride);
         }
       });
-    survivors.for_dense([&](int64_t first, int64_t rows) {
+    survivors.for_each(Kind::whole, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + rows; ++r) {
-        T largest = -kInfinity, sum = 0;
-        masked_exponentials(probability[r], survivors.row(p, r), 0, p.n_k, largest, sum);
+        T shift = -kInfinity, sum = 0;
+        masked_exponentials(probability[r], survivors.row(p, r), 0, p.n_k, shift, sum);
         scale_row(probability[r], p.n_k, survivors.count[r] ? 1 / sum : T(0), probability[r]);
-        p.delta[group + r] = score_gradients(probability[r], ds[r], p.n_k);
+        p.delta[group + r] = score_gradients(probability[r], ds[r], p.n_k, survivors.row(p, r));
       }
     });
     const int64_t keys = cached_rows<T>(p.dim);
     for (int64_t from = 0; from < p.n_k; from += keys)
-      survivors.for_dense([&](int64_t first, int64_t) {
+      survivors.for_each(Kind::whole, [&](int64_t first, int64_t) {
         add_product<Left::by_row>(ds[first] + from, stride, p.k + from * p.dim, smaller(keys, p.n_k - from), p.dim,
                                   sums + first * p.dim);
       });
@@ -145,78 +225,48 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
   }
 }
 
-constexpr int64_t kTerms = 256;  // dense rows that are summed by column at a time
+constexpr int64_t kTerms = 256;  // whole rows that are summed by column at a time
 
 template <class T>
 struct ColumnsScratch {
-  char* entries;  // survivors of some columns, sorted by column
-  T *dense_p, *dense_ds;  // of some dense rows and a block of columns
-  T* sums;
+  T *whole_p, *whole_ds;  // of some whole rows and a block of columns
+  T *sums, *q, *d_out;
 
-  ColumnsScratch(Arena& arena, const Problem<T>& problem, int64_t rows_of_slab, int64_t entries_of_slab) {
-    Arena count(nullptr);
-    Sorted(count, smaller(kMostRows * rows_of_slab, entries_of_slab));
-    entries = arena.take<char>(count.used);
-    dense_p = arena.take<T>(kTerms * kBlock);
-    dense_ds = arena.take<T>(kTerms * kBlock);
-    sums = arena.take<T>(kRows * larger(problem.dim, problem.dim_v));
+  ColumnsScratch(Arena& arena, const Problem<T>& p) {
+    whole_p = arena.take<T>(kTerms * kBlock);
+    whole_ds = arena.take<T>(kTerms * kBlock);
+    sums = arena.take<T>(kRows * larger(p.dim, p.dim_v));
+    q = arena.take<T>(kRows * p.dim);
+    d_out = arena.take<T>(kRows * p.dim_v);
   }
-
-  // Entries lie side by side: memory beyond their number is not touched.
-  struct Sorted {
-    int32_t* rows;
-    T *p, *ds;
-    Sorted(Arena& arena, int64_t count)
-        : rows(arena.take<int32_t>(count)), p(arena.take<T>(count)), ds(arena.take<T>(count)) {}
-  };
 };
 
 template <class T>
-int64_t backward_columns_bytes(const Problem<T>& p, int64_t rows, int64_t entries) {
-  return bytes_of<ColumnsScratch>(p, rows, entries);
+int64_t backward_columns_bytes(const Problem<T>& p) {
+  return bytes_of<ColumnsScratch>(p);
 }
 
 // Adds what the lists of the slab's rows contribute to dk and dv of columns [begin, end).
 template <class T>
 void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>& w, int64_t begin, int64_t end) {
-  const int64_t rows_of_slab = slab.end - slab.begin, base = slab.offsets[slab.begin];
+  const int64_t rows_of_slab = slab.end - slab.begin;
+  const Groups& groups = slab.groups;
   const int32_t* const from = slab.starts + begin / kBlock * rows_of_slab;
   const int32_t* const to = slab.starts + (end + kBlock - 1) / kBlock * rows_of_slab;
-  const auto for_entries = [&](const auto& f) {
-    for (int64_t i = 0; i < rows_of_slab; ++i) {
-      const int64_t offset = slab.offsets[slab.begin + i] - base;
-      // Entries of different rows lie far apart, so they are fetched ahead.
-      const int64_t ahead = smaller(i + 8, rows_of_slab - 1),
-                    later = slab.offsets[slab.begin + ahead] - base + from[ahead];
-      __builtin_prefetch(slab.columns + later);
-      __builtin_prefetch(slab.p + later);
-      __builtin_prefetch(slab.ds + later);
-      for (int64_t e = offset + from[i]; e < offset + to[i]; ++e) f(slab.begin + i, slab.columns[e] - begin, e);
+  for (int64_t x = 0; x < rows_of_slab; ++x) {
+    const int64_t i = slab.begin + x, count = to[x] - from[x];
+    if (count == 0) continue;
+    const int32_t* const list = slab.columns + (groups.columns[i] - groups.columns[slab.begin]) + from[x];
+    const int64_t numbers = groups.numbers[i] - groups.numbers[slab.begin];
+    if (groups.kind[i] == Kind::shared) {
+      const int64_t at = numbers + from[x] * kRows;
+      scatter<kRows>(slab.p + at, rows_of_group(p, p.d_out, p.dim_v, i, w.d_out), p.dim_v, list, count, p.dv);
+      scatter<kRows>(slab.ds + at, rows_of_group(p, p.q, p.dim, i, w.q), p.dim, list, count, p.dk);
+    } else {
+      scatter<1>(slab.p + numbers + from[x], p.d_out + i * p.dim_v, p.dim_v, list, count, p.dv);
+      scatter<1>(slab.ds + numbers + from[x], p.q + i * p.dim, p.dim, list, count, p.dk);
     }
-  };
-  int64_t next[kMostRows] = {}, count = 0;
-  for_entries([&](int64_t, int64_t column, int64_t) { ++next[column], ++count; });
-  Arena arena(w.entries);
-  const typename ColumnsScratch<T>::Sorted sorted(arena, count);
-  Lists<kMostRows> lists;
-  for (int64_t c = 0, used = 0; c < kMostRows; ++c) {
-    lists.list[c] = sorted.rows + used;
-    lists.count[c] = next[c];
-    next[c] = used;
-    used += lists.count[c];
   }
-  for_entries([&](int64_t row, int64_t column, int64_t entry) {
-    const int64_t x = next[column]++;
-    sorted.rows[x] = static_cast<int32_t>(row);
-    sorted.p[x] = slab.p[entry];
-    sorted.ds[x] = slab.ds[entry];
-  });
-  lists.by_stretches(
-      slab.begin, slab.end, cached_rows<T>(p.dim + p.dim_v), [&](int64_t c, int64_t first, int64_t last) {
-        const int64_t x = lists.list[c] - sorted.rows + first, column = begin + c;
-        accumulate(sorted.p + x, p.d_out, p.dim_v, sorted.rows + x, last - first, p.dv + column * p.dim_v);
-        accumulate(sorted.ds + x, p.q, p.dim, sorted.rows + x, last - first, p.dk + column * p.dim);
-      });
 }
 
 // x[rows][dim] += the product of left[terms][kBlock], transposed, with right[terms][dim].
@@ -230,37 +280,36 @@ void add_transposed(const T* left, const T* right, int64_t terms, int64_t rows, 
   for (int64_t d = 0; d < (rows - r) * dim; ++d) x[r * dim + d] += sums[d];
 }
 
-// Adds what the slab's dense rows contribute to dk and dv of the columns of a block.
+// Adds what the slab's whole rows contribute to dk and dv of the columns of a block.
 template <class T>
-void add_dense(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>& w, int64_t begin) {
-  const int64_t columns = smaller(kBlock, p.n_k - begin), base = slab.offsets[slab.begin];
+void add_whole(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>& w, int64_t begin) {
+  const int64_t columns = smaller(kBlock, p.n_k - begin), base = slab.groups.numbers[slab.begin];
   for (int64_t i = slab.begin, end; i < slab.end; i = end) {
-    for (end = i; end < slab.end && end - i < kTerms && slab.dense[end];) ++end;
+    for (end = i; end < slab.end && end - i < kTerms && slab.groups.kind[end] == Kind::whole;) ++end;
     if (end == i) {
       ++end;
       continue;
     }
     for (int64_t t = i; t < end; ++t) {
-      const int64_t entry = slab.offsets[t] - base + begin, to = (t - i) * kBlock;
+      const int64_t entry = slab.groups.numbers[t] - base + begin, to = (t - i) * kBlock;
       for (int64_t c = 0; c < kBlock; ++c) {
-        w.dense_p[to + c] = c < columns ? slab.p[entry + c] : T(0);
-        w.dense_ds[to + c] = c < columns ? slab.ds[entry + c] : T(0);
+        w.whole_p[to + c] = c < columns ? slab.p[entry + c] : T(0);
+        w.whole_ds[to + c] = c < columns ? slab.ds[entry + c] : T(0);
       }
     }
-    add_transposed(w.dense_p, p.d_out + i * p.dim_v, end - i, columns, p.dim_v, p.dv + begin * p.dim_v, w.sums);
-    add_transposed(w.dense_ds, p.q + i * p.dim, end - i, columns, p.dim, p.dk + begin * p.dim, w.sums);
+    add_transposed(w.whole_p, p.d_out + i * p.dim_v, end - i, columns, p.dim_v, p.dv + begin * p.dim_v, w.sums);
+    add_transposed(w.whole_ds, p.q + i * p.dim, end - i, columns, p.dim, p.dk + begin * p.dim, w.sums);
   }
 }
 
 template <class T>
 void backward_columns(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void* scratch) {
   Arena arena(scratch);
-  const int64_t base = slab.offsets[slab.begin];
-  const ColumnsScratch<T> w(arena, p, slab.end - slab.begin, slab.offsets[slab.end] - base);
+  const ColumnsScratch<T> w(arena, p);
   for (int64_t taken; queue.take(taken);) {
     const int64_t begin = taken * p.k_at_a_time, end = smaller(p.n_k, begin + p.k_at_a_time);
     add_listed(p, slab, w, begin, end);
-    for (int64_t first = begin; first < end; first += kBlock) add_dense(p, slab, w, first);
+    for (int64_t first = begin; first < end; first += kBlock) add_whole(p, slab, w, first);
     if (slab.end == p.n_q) scale_row(p.dk + begin * p.dim, (end - begin) * p.dim, p.scale, p.dk + begin * p.dim);
   }
 }

@@ -133,18 +133,24 @@ ASA_INLINE uint64_t lane_bits(const uint64_t* words, int64_t j) {
   return words[j / kBlock] >> j % kBlock;
 }
 
-// The survivors of some consecutive queries, and which strips of rows have so many that whole rows are computed.
+constexpr int64_t most_shared(int64_t n_k) { return 2 * n_k / 3; }  // keys: where more are kept, whole rows are taken
+
+// The survivors of some consecutive queries.
 template <class T>
 struct Survivors {
   int64_t first, rows;
   uint64_t* m;
   int64_t count[kMostRows];
-  bool dense[kMostRows / kRows];
+  // Of kRows rows each:
+  Kind kind[kMostRows / kRows];
+  int64_t together[kMostRows / kRows];  // keys that any of them keeps
 
-  Survivors(Arena& arena, const Problem<T>& p) : m(arena.take<uint64_t>(p.q_at_a_time * p.blocks_k)) {}
+  Survivors(Arena& arena, const Problem<T>& p)
+      : m(arena.take<uint64_t>(p.q_at_a_time * p.blocks_k)),
+        by_key_(arena.take<uint64_t>(p.q_at_a_time * p.blocks_k)) {}
 
-  // Takes the next rows from a queue.
-  bool take(const Problem<T>& p, Queue& queue) {
+  // Takes the next rows from a queue; `lists` says whether list_shared() will be asked for.
+  bool take(const Problem<T>& p, Queue& queue, bool lists = true) {
     int64_t taken;
     if (!queue.take(taken)) return false;
     first = taken * p.q_at_a_time;
@@ -155,31 +161,71 @@ struct Survivors {
       add_local(p, (first + r) / kBlock, false, words);
     }
     for (int64_t r = 0; r < rows; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
-    for (int64_t r = 0; r < rows; r += kRows) dense[r / kRows] = is_dense(p, count + r, smaller(kRows, rows - r));
+    for (int64_t r = 0; r < rows; r += kRows) {
+      int64_t sum = 0, any = 0;
+      for (int64_t x = r; x < smaller(rows, r + kRows); ++x) sum += count[x];
+      for (int64_t j = 0; j < p.blocks_k; ++j) any += __builtin_popcountll(together_at(p, r, j));
+      together[r / kRows] = any;
+      // Beside a pair of whole rows, one of shared keys takes half as long again, and one in a list four times as long.
+      const int64_t whole = 2 * kRows * p.n_k, shared = 3 * kRows * any, listed = 8 * sum;
+      kind[r / kRows] = whole < shared && whole < listed ? Kind::whole : shared < listed ? Kind::shared : Kind::listed;
+    }
+    if (lists) transpose(p);
     return true;
   }
 
   const uint64_t* row(const Problem<T>& p, int64_t r) const { return m + r * p.blocks_k; }
 
-  // Products with lists take about four times as long a pair as products of whole rows.
-  template <class Count>
-  static bool is_dense(const Problem<T>& p, const Count* count, int64_t rows) {
-    int64_t sum = 0;
-    for (int64_t r = 0; r < rows; ++r) sum += count[r];
-    return 4 * sum > kRows * p.n_k;
+  // Writes the keys that any of kRows rows keeps, ascending, and who keeps them: bit c * kRows + r of `members` says
+  // whether row r keeps the c-th. Returns how many there are; of members the rest of a vector and a word is 0.
+  int64_t list_shared(const Problem<T>& p, int64_t r, int32_t* list, uint64_t* members) const {
+    constexpr int64_t kInWord = kBlock / kRows;
+    const uint64_t* const by_key = by_key_ + r / kBlock * kBlock * p.blocks_k;
+    const int64_t shift = r % kBlock;
+    int64_t count = 0;
+    uint64_t word = 0;
+    for (int64_t j = 0; j < p.blocks_k; ++j)
+      for (uint64_t any = together_at(p, r, j); any != 0; any &= any - 1) {
+        const int64_t key = j * kBlock + __builtin_ctzll(any);
+        list[count] = static_cast<int32_t>(key);
+        word |= (by_key[key] >> shift & kAll) << count % kInWord * kRows;
+        if (++count % kInWord == 0) members[count / kInWord - 1] = word, word = 0;
+      }
+    members[count / kInWord] = word;
+    members[count / kInWord + 1] = 0;
+    return count;
   }
 
-  // Calls f(r) for the rows that have lists.
-  template <class F>
-  void for_listed(const F& f) const {
-    for (int64_t r = 0; r < rows; ++r)
-      if (!dense[r / kRows]) f(r);
-  }
+  static int64_t members_room(int64_t count) { return count * kRows / kBlock + 2; }
 
-  // Calls f(first row, rows) for the strips of which whole rows are computed.
+  // Calls f(first row, rows) for every kRows rows of a kind.
   template <class F>
-  void for_dense(const F& f) const {
+  void for_each(Kind wanted, const F& f) const {
     for (int64_t r = 0; r < rows; r += kRows)
-      if (dense[r / kRows]) f(r, smaller(kRows, rows - r));
+      if (kind[r / kRows] == wanted) f(r, smaller(kRows, rows - r));
+  }
+
+ private:
+  static constexpr uint64_t kAll = (uint64_t{1} << kRows) - 1;
+  uint64_t* by_key_;  // [blocks of rows][blocks_k][64] bit r says whether row r of the block keeps the key
+
+  uint64_t together_at(const Problem<T>& p, int64_t r, int64_t j) const {
+    uint64_t any = 0;
+    for (int64_t x = r; x < smaller(rows, r + kRows); ++x) any |= m[x * p.blocks_k + j];
+    return any;
+  }
+
+  void transpose(const Problem<T>& p) {
+    for (int64_t r = 0; r < rows; r += kBlock) {
+      const int64_t end = smaller(rows, r + kBlock);
+      bool any_shared = false;
+      for (int64_t x = r; x < end; x += kRows) any_shared |= kind[x / kRows] == Kind::shared;
+      for (int64_t j = 0; any_shared && j < p.blocks_k; ++j) {
+        uint64_t* const tile = by_key_ + (r * p.blocks_k + j * kBlock);
+        uint64_t any = 0;
+        for (int64_t x = 0; x < kBlock; ++x) any |= tile[x] = r + x < end ? m[(r + x) * p.blocks_k + j] : 0;
+        if (any != 0) transpose64(tile);
+      }
+    }
   }
 };

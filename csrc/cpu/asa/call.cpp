@@ -203,6 +203,11 @@ struct Call {
     p.local = reinterpret_cast<bool*>(memory + kept.local);
   }
 
+  // Fewer than kMostRows where threads would have nothing to do.
+  static int64_t at_a_time(int64_t blocks, int64_t threads) {
+    return blocks >= 16 * threads ? kMostRows : blocks >= 8 * threads ? kMostRows / 2 : kBlock;
+  }
+
   int64_t words() const { return parts(x.n_q(), kBlock) * parts(x.n_k(), kBlock) * kBlock; }  // of bits
 
  private:
@@ -211,11 +216,6 @@ struct Call {
     type_of(x.query);
     check(x.n_k() < INT32_MAX - 64 && x.n_q() < INT32_MAX - 64, "N", "below 2^31 - 65");
     return x;
-  }
-
-  // Fewer than kMostRows where threads would have nothing to do.
-  static int64_t at_a_time(int64_t blocks, int64_t threads) {
-    return blocks >= 16 * threads ? kMostRows : blocks >= 8 * threads ? kMostRows / 2 : kBlock;
   }
 };
 
@@ -301,6 +301,8 @@ void forward(const Call& call, const Outputs& outputs) {
     Inputs<T> inputs(call, kernels, p, i, workspace);
     const Written<T> out(kernels, call.rows(outputs.out, i), p.n_q, workspace);
     const auto memory = workspace.add<char>(keep ? 0 : call.kept.bytes);
+    const auto begun = workspace.add<bool>(p.thresholded ? p.n_q : 0);
+    const auto mass = workspace.add<T>(p.thresholded ? p.n_q : 0);
     const auto panels = workspace.add<T>(panels_size(kernels, p.n_k, p.dim));
     workspace.add_share(kernels.scan_bytes(p));
     workspace.add_share(kernels.aggregate_bytes(p));
@@ -309,6 +311,7 @@ void forward(const Call& call, const Outputs& outputs) {
     if (keep) prefer_huge_pages(p.bits, p.thresholded ? call.words() * 8 : 0);
     inputs.get(workspace);
     p.out = out.get(workspace);
+    if (p.thresholded) std::fill_n(p.begun = begun.get(workspace), p.n_q, false), p.mass = mass.get(workspace);
     p.k_panels = panels.get(workspace);
     pack_panels(kernels, p.k, p.n_k, p.dim, p.k_panels, workspace);
     if (p.scanned())
@@ -365,7 +368,7 @@ class OutputGradient {
 };
 
 // Bytes of survivors with their gradients that a backward holds at a time, for one head; kMostRows queries at least.
-constexpr int64_t kSlabBytes = 64 * 1024 * 1024;
+constexpr int64_t kSlabBytes = 16 * 1024 * 1024;
 
 // What a backward pass writes; gradients of thresholds, [B, heads, N_q] numbers T, where they are asked for.
 template <class T>
@@ -373,6 +376,17 @@ struct Gradients {
   Tensor dq, dk, dv;
   T *dalpha, *dbeta;
 };
+
+template <class T>
+void find_groups(const Call& call, const Kernels<T>& kernels, const Problem<T>& p, int64_t threads,
+                 const Groups& groups) {
+  Workspace workspace(threads);
+  workspace.add_share(kernels.find_groups_bytes(p));
+  workspace.allocate_all();
+  run({0, parts(p.n_q, p.q_at_a_time)}, workspace,
+      [&](Queue& queue, void* scratch) { kernels.find_groups(p, groups, queue, scratch); });
+  kernels.lay_out(p, groups);
+}
 
 // Sums up dq, dk, dv of head i slab by slab, then the gradients of the thresholds. dk_sum and dv_sum are those of the
 // heads before it that share its keys; null: none do.
@@ -386,34 +400,42 @@ void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d
   call.set_kept(p, data<char>(saved.kept, i * call.kept.bytes));
   if (gradients.dalpha) p.dalpha = gradients.dalpha + i * p.n_q;
   if (gradients.dbeta) p.dbeta = gradients.dbeta + i * p.n_q;
-  std::vector<int64_t> offsets(p.n_q + 1), ends;
-  const auto dense = std::make_unique<bool[]>(p.n_q);
-  const bool any_dense = kernels.lay_out(p, offsets.data(), dense.get());
-  const int64_t entry = 2 * sizeof(T) + sizeof(int32_t), row = (p.blocks_k + 1) * sizeof(int32_t);
-  int64_t entries = 0, rows = 0;  // of the largest slab
+  std::vector<int64_t> numbers(p.n_q + 1), columns_at(p.n_q + 1), ends;
+  std::vector<int32_t> keys(p.n_q);
+  std::vector<Kind> kinds(p.n_q);
+  const Groups groups{kinds.data(), keys.data(), numbers.data(), columns_at.data()};
+  find_groups(call, kernels, p, threads, groups);
+  const bool any_whole = std::count(kinds.begin(), kinds.end(), Kind::whole) > 0;
+  const int64_t row = (p.blocks_k + 1) * sizeof(int32_t);
+  int64_t entries = 0, listed = 0, rows = 0;  // of the largest slab
   for (int64_t begin = 0, end; begin < p.n_q; begin = end) {
     const auto longer = [&] { return std::min(p.n_q, end + kMostRows); };
-    const auto bytes = [&](int64_t to) { return (offsets[to] - offsets[begin]) * entry + (to - begin) * row; };
+    const auto bytes = [&](int64_t to) {
+      return (numbers[to] - numbers[begin]) * static_cast<int64_t>(2 * sizeof(T)) +
+             (columns_at[to] - columns_at[begin]) * static_cast<int64_t>(sizeof(int32_t)) + (to - begin) * row;
+    };
     end = begin;
     do end = longer();
     while (end < p.n_q && bytes(longer()) <= kSlabBytes);
-    entries = std::max(entries, offsets[end] - offsets[begin]);
+    entries = std::max(entries, numbers[end] - numbers[begin]);
+    listed = std::max(listed, columns_at[end] - columns_at[begin]);
     rows = std::max(rows, end - begin);
     ends.push_back(end);
   }
+  p.q_at_a_time = std::min(p.q_at_a_time, Call::at_a_time(parts(rows, kBlock), threads));
   Workspace workspace(threads);
   Inputs<T> inputs(call, kernels, p, i, workspace);
   const OutputGradient<T> output(call, kernels, p, i, d_out, saved.out, workspace);
   const Written<T> dq(kernels, call.rows(gradients.dq, i), p.n_q, workspace);
   const Written<T> dk(kernels, call.rows(gradients.dk, i), p.n_k, workspace, dk_sum);
   const Written<T> dv(kernels, call.rows(gradients.dv, i), p.n_k, workspace, dv_sum);
-  const auto k_panels = workspace.add<T>(any_dense ? panels_size(kernels, p.n_k, p.dim) : 0);
-  const auto v_panels = workspace.add<T>(any_dense ? panels_size(kernels, p.n_k, p.dim_v) : 0);
+  const auto k_panels = workspace.add<T>(any_whole ? panels_size(kernels, p.n_k, p.dim) : 0);
+  const auto v_panels = workspace.add<T>(any_whole ? panels_size(kernels, p.n_k, p.dim_v) : 0);
   const auto delta = workspace.add<T>(p.n_q);
   const auto probability = workspace.add<T>(entries), ds = workspace.add<T>(entries);
-  const auto columns = workspace.add<int32_t>(entries), starts = workspace.add<int32_t>((p.blocks_k + 1) * rows);
+  const auto columns = workspace.add<int32_t>(listed), starts = workspace.add<int32_t>((p.blocks_k + 1) * rows);
   workspace.add_share(kernels.backward_rows_bytes(p));
-  workspace.add_share(kernels.backward_columns_bytes(p, rows, entries));
+  workspace.add_share(kernels.backward_columns_bytes(p));
   if (p.dalpha || p.dbeta) workspace.add_share(kernels.backward_thresholds_bytes(p));
   workspace.allocate_all();
   inputs.get(workspace);
@@ -423,7 +445,7 @@ void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d
   std::fill_n(p.dk, p.n_k * p.dim, T(0));
   std::fill_n(p.dv, p.n_k * p.dim_v, T(0));
   p.delta = delta.get(workspace);
-  if (any_dense) {
+  if (any_whole) {
     pack_panels(kernels, p.k, p.n_k, p.dim, p.k_panels = k_panels.get(workspace), workspace);
     pack_panels(kernels, p.v, p.n_k, p.dim_v, p.v_panels = v_panels.get(workspace), workspace);
   }
@@ -431,8 +453,7 @@ void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d
   for (const int64_t end : ends) {
     const Slab<T> slab{begin,
                        end,
-                       offsets.data(),
-                       dense.get(),
+                       groups,
                        probability.get(workspace),
                        ds.get(workspace),
                        columns.get(workspace),

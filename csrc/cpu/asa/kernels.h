@@ -53,6 +53,8 @@ constexpr Kernels<T> kernels() {
           aggregate<T>,
           list_survivors_bytes<T>,
           list_survivors<T>,
+          find_groups_bytes<T>,
+          find_groups<T>,
           lay_out<T>,
           backward_rows_bytes<T>,
           backward_rows<T>,

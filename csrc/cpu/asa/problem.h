@@ -39,6 +39,8 @@ struct Problem {
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
+  bool* begun;  // [n_q] rows of which scan() leaves in `out` the sum of exp(s - lse) v over the adaptive neighbours,
+  T* mass;  // [n_q] and here that of exp(s - lse); null, both: it does not
   // If thresholded, [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as
   // adaptive neighbour.
   uint64_t* bits;
@@ -54,17 +56,28 @@ struct Problem {
   bool scanned() const { return thresholded || window > 0; }
 };
 
+// How the sums over the survivors of some rows are formed: from whole rows of keys, those that do not survive masked;
+// from the keys that any of the rows keeps, masked likewise; or row by row from lists.
+enum class Kind : uint8_t { whole, shared, listed };
+
+// What the backward knows of every row before its first pass.
+struct Groups {
+  Kind* kind;  // [n_q]
+  int32_t* keys;  // [n_q] how many keys the row and those that share with it keep together
+  int64_t *numbers, *columns;  // [n_q + 1] where its entries start
+};
+
 // The pairs of some consecutive query blocks between the two passes of the backward: the first writes probabilities
-// p_ij and gradients ds_ij, the second sums them by column. Row i has entries [offsets[i], offsets[i + 1]) -
-// offsets[begin]: its survivors in ascending order, or, in dense rows, all keys.
+// p_ij and gradients ds_ij, the second sums them by column. Row i has numbers from groups.numbers[i] -
+// groups.numbers[begin] on: those of all keys, of its survivors in ascending order, or, at the first of the rows that
+// share keys, of these, for each key those of all rows. Keys lie from groups.columns[i] - groups.columns[begin] on.
 template <class T>
 struct Slab {
   int64_t begin, end;  // rows; begin is a multiple of kMostRows
-  const int64_t* offsets;  // [n_q + 1]
-  const bool* dense;  // [n_q]
+  Groups groups;
   T *p, *ds;
   int32_t* columns;
-  int32_t* starts;  // [blocks_k + 1][end - begin]: where the entries of a column block start in a row, 0 in dense ones
+  int32_t* starts;  // [blocks_k + 1][end - begin]: where the keys of a column block start in a row's list, else 0
 };
 
 // Hands out the blocks of one pass to threads. Results do not depend on which thread takes a block.
@@ -97,10 +110,12 @@ struct Kernels {
   int64_t (*list_survivors_bytes)(const Problem<T>&);
   void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, Queue&, void* scratch);
 
-  bool (*lay_out)(const Problem<T>&, int64_t* offsets, bool* dense);  // for a Slab; returns whether any row is dense
+  int64_t (*find_groups_bytes)(const Problem<T>&);
+  void (*find_groups)(const Problem<T>&, const Groups&, Queue&, void* scratch);
+  void (*lay_out)(const Problem<T>&, const Groups&);  // for slabs
   int64_t (*backward_rows_bytes)(const Problem<T>&);
   void (*backward_rows)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
-  int64_t (*backward_columns_bytes)(const Problem<T>&, int64_t rows, int64_t entries);  // of a slab
+  int64_t (*backward_columns_bytes)(const Problem<T>&);
   void (*backward_columns)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
   int64_t (*backward_thresholds_bytes)(const Problem<T>&);
   void (*backward_thresholds)(const Problem<T>&, Queue&, void* scratch);

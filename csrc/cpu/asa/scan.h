@@ -11,16 +11,21 @@ T log_multiplier(const Problem<T>& p, int64_t i) {
   return __builtin_log(static_cast<double>(p.alpha[i])) - p.log_n_real;
 }
 
+template <class T>
+T largest_score(const T* s, int64_t count) {
+  Vec<T> most = splat(T(-kInfinity));
+  for (int64_t c = 0; c < count; c += kLanes<T>) most = maximum(most, load(s + c));
+  return largest_of<T>(most);
+}
+
 // s[0 .. count) to exp(s - largest), and their sum; s reaches to a multiple of kPad.
 template <class T>
 T exponentials(T* s, int64_t count, T& largest) {
   for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = -kInfinity;
-  Vec<T> m = splat(T(-kInfinity));
-  for (int64_t c = 0; c < count; c += kLanes<T>) m = maximum(m, load(s + c));
-  largest = largest_of<T>(m);
+  largest = largest_score(s, count);
   Vec<T> sum = {};
   for (int64_t c = 0; c < count; c += kLanes<T>) {
-    const Vec<T> e = exponential(load(s + c) - splat(largest));
+    const Vec<T> e = exponential(load(s + c) - largest);
     store(s + c, e);
     sum += e;
   }
@@ -45,66 +50,27 @@ void scan_window(const Problem<T>& p, int64_t i, const T* s, T* window) {
   for_window(p, i, [&](int64_t j, int64_t o) { flags[o] = real(p.real_k, j) && s[j] - p.log_mean[i] > log_beta; });
 }
 
-// A sum of exp(s) that grows stretch by stretch: sum * exp(shift). The shift is the largest score of the first stretch,
-// and moves only if a later one threatens to overflow, so that most scores are read once.
-template <class T>
-struct RunningSum {
-  T shift = -kInfinity, sum = 0;
-
-  // Adds `count` scores, a multiple of a vector's length. Scores of -inf add nothing.
-  void add(const T* s, int64_t count) {
-    constexpr T kMargin = 60;
-    if (shift == T(-kInfinity)) shift = largest(s, count);
-    if (shift == T(-kInfinity)) {
-      for (int64_t j = 0; j < count; ++j)
-        if (s[j] != s[j]) sum = s[j];  // the largest of NaN and -inf is -inf
-      return;
-    }
-    T most;
-    T part = exponentials(s, count, most);
-    if (most > shift + kMargin) {
-      sum *= exponential(splat(T(shift - most)))[0];
-      shift = most;
-      part = exponentials(s, count, most);
-    }
-    sum += part;
-  }
-
- private:
-  static T largest(const T* s, int64_t count) {
-    Vec<T> most = splat(T(-kInfinity));
-    for (int64_t j = 0; j < count; j += kLanes<T>) most = maximum(most, load(s + j));
-    return largest_of<T>(most);
-  }
-
-  T exponentials(const T* s, int64_t count, T& most) const {
-    Vec<T> sums[2] = {}, largest[2] = {splat(T(-kInfinity)), splat(T(-kInfinity))};
-    const auto take = [&](int i, Vec<T> x) {
-      largest[i] = maximum(largest[i], x);
-      sums[i] += exponential(x - shift);
-    };
-    int64_t j = 0;
-    for (; j + 2 * kLanes<T> <= count; j += 2 * kLanes<T>) take(0, load(s + j)), take(1, load(s + j + kLanes<T>));
-    if (j < count) take(0, load(s + j));
-    most = largest_of<T>(maximum(largest[0], largest[1]));
-    return sum_of<T>(sums[0] + sums[1]);
-  }
-};
-
+// Some rows whose scores are in the cache.
 template <class T>
 struct ScanScratch {
-  int64_t panels, stride, at_a_time;
-  T *q, *s, *work, *window;
+  int64_t panels, stride, at_a_time, keys;
+  T *q, *s, *parts, *work, *window, *weights, *sums;
 
   ScanScratch(Arena& arena, const Problem<T>& p)
       : panels(panels_of<T>(p.n_k)), stride(rounded_up(panels * kPanel<T>, kBlock) + kPad) {
     const int64_t fitting = kScoreBytes / (stride * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
     at_a_time = smaller(kBlock, larger(kFewest, fitting));
+    keys = smaller(kValues, rounded_up(p.n_k, kBlock));
     q = arena.take<T>(at_a_time * p.dim);
     s = arena.take<T>(at_a_time * stride);
+    parts = arena.take<T>(kBlock * kLanes<T>);
     work = arena.take<T>(p.topk ? p.n_k : 0);
     window = arena.take<T>(rounded_up(p.window * p.window, kPad));
+    weights = arena.take<T>(p.thresholded ? kRows * keys : 0);
+    sums = arena.take<T>(p.thresholded ? at_a_time * p.dim_v : 0);
   }
+
+  static constexpr int64_t kValues = 256;  // taken at a time, whose weights stay in the first-level cache
 };
 
 template <class T>
@@ -112,61 +78,166 @@ int64_t scan_bytes(const Problem<T>& p) {
   return bytes_of<ScanScratch>(p);
 }
 
+// The scores of some rows, and for each the sum of exp(s), as sum * exp(shift). The shift is the largest score of the
+// first panel: so each score is read once. Rows in which it turns out to be no good, because sums overflow or there is
+// no such score, are read again with the largest of all.
+template <class T>
+struct Scores {
+  const Problem<T>& p;
+  const ScanScratch<T>& w;
+  int64_t first, rows;
+  T shift[kBlock];
+  double sum[kBlock];
+
+  T* row(int64_t r) const { return w.s + r * w.stride; }
+
+  void form() {
+    for (int64_t r = 0; r < rows; r += kRows)
+      pack(p.q + (first + r) * p.dim, smaller(kRows, rows - r), kRows, p.dim, w.q + r * p.dim, p.scale);
+    for (int64_t r = 0; r < rows; ++r) sum[r] = 0;
+    constexpr int64_t kParts = 32;  // panels whose sums are added up by lanes
+    for (int64_t begin = 0; begin < w.panels; begin += kParts) {
+      for (int64_t x = 0; x < rows * kLanes<T>; ++x) w.parts[x] = 0;
+      for (int64_t i = begin; i < smaller(w.panels, begin + kParts); ++i) add_panel(i);
+      for (int64_t r = 0; r < rows; ++r) sum[r] += sum_of<T>(load(w.parts + r * kLanes<T>));
+    }
+    for (int64_t r = 0; r < rows; ++r) {
+      for (int64_t j = w.panels * kPanel<T>; j < p.blocks_k * kBlock; ++j) row(r)[j] = -kInfinity;
+      if (!(sum[r] < kInfinity && shift[r] > -kInfinity)) sum_again(r);
+    }
+  }
+
+  T lse(int64_t r) const { return T(shift[r] + __builtin_log(sum[r])); }
+
+ private:
+  void add_panel(int64_t i) {
+    const T* const panel = p.k_panels + i * panel_size<T>(p.dim);
+    const int64_t from = i * kPanel<T>, keys = smaller(kPanel<T>, p.n_k - from);
+    for (int64_t d = 0; d < p.dim; d += kDepth)
+      for (int64_t r = 0; r < rows; r += kRows) {
+        add_scores(w.q + r * p.dim, panel, keys, d, smaller(p.dim, d + kDepth), row(r) + from, w.stride);
+        if (d + kDepth < p.dim) continue;
+        for (int64_t x = r; x < smaller(rows, r + kRows); ++x) add_exponentials(x, row(x) + from, from, keys);
+      }
+  }
+
+  ASA_INLINE void hide(const Problem<T>& p, T* s, int64_t from, int64_t keys) {
+    for (int64_t j = keys; j < kPanel<T>; ++j) s[j] = -kInfinity;
+    if (p.real_k != nullptr)
+      for (int64_t j = 0; j < keys; ++j)
+        if (!p.real_k[from + j]) s[j] = -kInfinity;
+  }
+
+  void add_exponentials(int64_t r, T* s, int64_t from, int64_t keys) {
+    if (keys < kPanel<T> || p.real_k != nullptr) hide(p, s, from, keys);
+    if (from == 0) shift[r] = largest_score(s, kPanel<T>);
+    T* const part = w.parts + r * kLanes<T>;
+    Vec<T> total = load(part);
+#pragma GCC unroll 4
+    for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) total += exponential(load(s + j) - shift[r]);
+    store(part, total);
+  }
+
+  void sum_again(int64_t r) {
+    const T* const s = row(r);
+    const T largest = largest_score(s, p.blocks_k * kBlock);
+    const bool none = largest == T(-kInfinity);  // it is the largest of NaN and -inf, too
+    shift[r] = largest;
+    sum[r] = 0;
+    for (int64_t j = 0; j < p.blocks_k * kBlock; j += kBlock) {
+      Vec<T> part = {};
+      for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
+        const Vec<T> y = load(s + j + c);
+        part += none ? select<T>(y == y, Vec<T>{}, y) : exponential(y - shift[r]);
+      }
+      sum[r] += sum_of<T>(part);
+    }
+  }
+};
+
+// The one-way output of kRows rows of a strip, most of whose keys are adaptive neighbours: the weights exp(s - lse) of
+// these, times v. aggregate() corrects it for what reciprocity removes and the local block adds.
+template <class T>
+void begin_output(const Scores<T>& strip, int64_t r) {
+  const Problem<T>& p = strip.p;
+  const ScanScratch<T>& w = strip.w;
+  T* const sums = w.sums + r * p.dim_v;
+  Vec<T> mass[kRows] = {};
+  for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
+  for (int64_t from = 0; from < p.n_k; from += w.keys) {
+    const int64_t keys = smaller(w.keys, p.n_k - from);
+    for (int64_t x = r; x < r + kRows; ++x) {
+      const int64_t i = strip.first + x;
+      const bool present = x < strip.rows;
+      const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+      const T lse = present ? p.lse[i] : T(0);
+      T* const weights = w.weights + (x - r) * w.keys;
+      for (int64_t j = 0; j < keys; j += kLanes<T>) {
+        const uint64_t lanes = present ? bits[(from + j) / kBlock * kBlock] >> (from + j) % kBlock : 0;
+        const Vec<T> e = choose(lanes, exponential(load(strip.row(x) + from + j) - lse), Vec<T>{});
+        store(weights + j, e);
+        mass[x - r] += e;
+      }
+    }
+    add_product<Left::by_row>(w.weights, w.keys, p.v + from * p.dim_v, keys, p.dim_v, sums);
+  }
+  for (int64_t x = r; x < smaller(strip.rows, r + kRows); ++x) {
+    const int64_t i = strip.first + x;
+    p.begun[i] = true;
+    p.mass[i] = sum_of<T>(mass[x - r]);
+    __builtin_memcpy(p.out + i * p.dim_v, w.sums + x * p.dim_v, p.dim_v * sizeof(T));
+  }
+}
+
+// Which share of its keys kRows rows must have as adaptive neighbours for begin_output() to pay. Products with lists
+// take about four times as long a pair as products of whole rows, and of the neighbours of a row reciprocity removes
+// about as large a share as it has no neighbours.
+template <class T>
+bool begins_output(const Problem<T>& p, int64_t neighbours) {
+  return p.begun != nullptr && (p.reciprocal ? 10 * neighbours >= 9 * kRows * p.n_k : 8 * neighbours >= kRows * p.n_k);
+}
+
 template <class T>
 void scan(const Problem<T>& p, Queue& queue, void* scratch) {
   Arena arena(scratch);
   const ScanScratch<T> w(arena, p);
-  const int64_t panels = w.panels, stride = w.stride;
-  T *const q = w.q, *const s = w.s;
-  const int64_t stretch = larger(1, cached_rows<T>(2 * p.dim) / kPanel<T>);  // panels
 
-  const auto some_rows = [&](int64_t first, int64_t rows) {
-    for (int64_t r = 0; r < rows; r += kRows)
-      pack(p.q + (first + r) * p.dim, smaller(kRows, rows - r), kRows, p.dim, q + r * p.dim, p.scale);
-    RunningSum<T> total[kBlock];
-    for (int64_t begin = 0; begin < panels; begin += stretch) {
-      const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>, to = end * kPanel<T>;
-      for (int64_t i = begin; i < end; ++i)
-        for (int64_t r = 0; r < rows; r += kRows)
-          scores(q + r * p.dim, p.k_panels + i * panel_size<T>(p.dim), p.n_k - i * kPanel<T>, p.dim,
-                 s + r * stride + i * kPanel<T>, stride);
-      for (int64_t r = 0; r < rows; ++r) {
-        T* const x = s + r * stride;
-        if (p.real_k != nullptr)
-          for (int64_t j = from; j < smaller(to, p.n_k); ++j)
-            if (!p.real_k[j]) x[j] = -kInfinity;
-        for (int64_t j = larger(from, p.n_k); j < to; ++j) x[j] = -kInfinity;
-        total[r].add(x + from, smaller(to, rounded_up(p.n_k, kLanes<T>)) - from);
-      }
-    }
-    for (int64_t r = 0; r < rows; ++r) {
-      const int64_t i = first + r;
-      T* const x = s + r * stride;
-      for (int64_t j = panels * kPanel<T>; j < p.blocks_k * kBlock; ++j) x[j] = -kInfinity;
-      const T lse = total[r].shift + __builtin_log(static_cast<double>(total[r].sum));
-      const bool is_real = real(p.real_q, i);
-      p.lse[i] = is_real ? lse : T(-kInfinity);
-      if (p.topk) p.kappa[i] = kth_largest(x, p.n_k, p.topk, w.work);
-      if (p.beta != nullptr) scan_window(p, i, x, w.window);
-      if (!p.thresholded) continue;
-      const Vec<T> shift = splat(lse), log_alpha = splat(is_real ? log_multiplier(p, i) : T(kInfinity));
-      const Vec<T> kappa = splat(p.topk ? p.kappa[i] : T(-kInfinity));
-      uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
-      for (int64_t j = 0; j < p.blocks_k; ++j) {
-        uint64_t word = 0;
+  // Writes the adaptive neighbours of a row; returns how many there are.
+  const auto find_neighbours = [&](int64_t i, const T* s) {
+    const Vec<T> lse = splat(p.lse[i]), log_alpha = splat(real(p.real_q, i) ? log_multiplier(p, i) : T(kInfinity));
+    const Vec<T> kappa = splat(p.topk ? p.kappa[i] : T(-kInfinity));
+    uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+    int64_t count = 0;
+    for (int64_t j = 0; j < p.blocks_k; ++j) {
+      uint64_t word = 0;
 #pragma GCC unroll 4
-        for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
-          const Vec<T> y = load(x + j * kBlock + c);
-          word |= (greater(y - shift, log_alpha) & at_least(y, kappa)) << c;
-        }
-        bits[j * kBlock] = word;
+      for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
+        const Vec<T> y = load(s + j * kBlock + c);
+        word |= (greater(y - lse, log_alpha) & at_least(y, kappa)) << c;
       }
+      bits[j * kBlock] = word;
+      count += __builtin_popcountll(word);
     }
+    return count;
   };
 
   for (int64_t block; queue.take(block);) {
-    const int64_t first = block * kBlock, rows = smaller(kBlock, p.n_q - first);
-    for (int64_t r = 0; r < rows; r += w.at_a_time) some_rows(first + r, smaller(w.at_a_time, rows - r));
+    const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
+    for (int64_t from = 0; from < rows; from += w.at_a_time) {
+      Scores<T> strip{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from), {}, {}};
+      strip.form();
+      int64_t neighbours[kBlock / kRows] = {};
+      for (int64_t r = 0; r < strip.rows; ++r) {
+        const int64_t i = strip.first + r;
+        T* const s = strip.row(r);
+        p.lse[i] = real(p.real_q, i) ? strip.lse(r) : T(-kInfinity);
+        if (p.topk) p.kappa[i] = kth_largest(s, p.n_k, p.topk, w.work);
+        if (p.beta != nullptr) scan_window(p, i, s, w.window);
+        if (p.thresholded) neighbours[r / kRows] += find_neighbours(i, s);
+      }
+      for (int64_t r = 0; r < strip.rows; r += kRows)
+        if (begins_output(p, neighbours[r / kRows])) begin_output(strip, r);
+    }
     if (p.thresholded)
       for (int64_t j = 0; j < p.blocks_k; ++j)
         for (int64_t r = rows; r < kBlock; ++r) p.bits[(block * p.blocks_k + j) * kBlock + r] = 0;
