@@ -24,18 +24,31 @@ constexpr int64_t panel_size(int64_t dim) {
   return kPanel<T> * dim;
 }
 
-// packed[d][width] = factor * x[row][d] for row < rows, 0 for the missing ones.
+// panel[d][kPanel] = x[row][d] for row < rows, 0 for the missing ones; the dim is a multiple of kPad.
 template <class T>
-static void pack(const T* x, int64_t rows, int64_t width, int64_t dim, T* packed, T factor = 1) {
-  for (int64_t r = 0; r < width; ++r)
-    for (int64_t d = 0; d < dim; ++d) packed[d * width + r] = r < rows ? factor * x[r * dim + d] : T(0);
+static void pack_panel(const T* x, int64_t rows, int64_t dim, T* panel) {
+#if defined(ASA_AVX512)
+  constexpr int64_t kSide = kLanes<T>;
+  for (int64_t first = 0; first < kPanel<T>; first += kSide)
+    for (int64_t d = 0; d < dim; d += kSide) {
+      Vec<T> y[kSide];
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kSide; ++r) y[r] = first + r < rows ? load(x + (first + r) * dim + d) : Vec<T>{};
+      transpose<T>(y);
+#pragma GCC unroll 16
+      for (int64_t r = 0; r < kSide; ++r) store(panel + (d + r) * kPanel<T> + first, y[r]);
+    }
+#else
+  for (int64_t r = 0; r < kPanel<T>; ++r)
+    for (int64_t d = 0; d < dim; ++d) panel[d * kPanel<T> + r] = r < rows ? x[r * dim + d] : T(0);
+#endif
 }
 
 template <class T>
 void pack_panels(const T* x, int64_t n, int64_t dim, T* panels, Queue& queue) {
   for (int64_t i; queue.take(i);) {
     const int64_t first = i * kPanel<T>, rows = n - first < kPanel<T> ? n - first : kPanel<T>;
-    pack(x + first * dim, rows, kPanel<T>, dim, panels + first * dim);
+    pack_panel(x + first * dim, rows, dim, panels + first * dim);
   }
 }
 
@@ -110,20 +123,32 @@ static void add_product(const T* a, int64_t a_stride, const T* b, int64_t terms,
   add_product<kLeft>(a, a_stride, Consecutive<T>{b, dim}, terms, dim, c);
 }
 
-// s[kRows][kPanel] = the products of kRows packed rows with the keys of a panel, of which there are n from its first on;
-// vectors beyond them are left alone. s has rows of `stride`. Of head dims only [begin, end) are added, to those before.
+// y = factor * x, and of rows, as many as make a multiple of kRows: 0 beyond those there are.
 template <class T>
-ASA_INLINE void add_scores(const T* packed, const T* panel, int64_t n, int64_t begin, int64_t end, T* s,
-                           int64_t stride) {
-  const T* const x = packed + begin * kRows;
-  const Consecutive<T> keys{panel + begin * kPanel<T>, kPanel<T>};
-  const int64_t dim = end - begin;
-  if (n <= kLanes<T>) return tile<Left::by_term, 1>(x, kRows, keys, dim, s, stride, begin > 0);
-  if (n <= 2 * kLanes<T>) return tile<Left::by_term, 2>(x, kRows, keys, dim, s, stride, begin > 0);
-  tile<Left::by_term, kVectors>(x, kRows, keys, dim, s, stride, begin > 0);
+ASA_INLINE void scale_row(const T* x, int64_t dim, T factor, T* y) {
+  for (int64_t d = 0; d < dim; d += kLanes<T>) store(y + d, load(x + d) * factor);
 }
 
 template <class T>
-void scores(const T* packed, const T* panel, int64_t n, int64_t dim, T* s, int64_t stride) {
-  for (int64_t d = 0; d < dim; d += kDepth) add_scores(packed, panel, n, d, smaller(dim, d + kDepth), s, stride);
+static void scale_rows(const T* x, int64_t rows, int64_t dim, T factor, T* y) {
+  scale_row(x, rows * dim, factor, y);
+  for (int64_t d = rows * dim; d < rounded_up(rows, kRows) * dim; d += kLanes<T>) store(y + d, Vec<T>{});
+}
+
+// s[kRows][kPanel] = the products of x[kRows][dim] with the keys of a panel, of which there are n from its first on;
+// vectors beyond them are left alone. s has rows of `stride`. Of head dims only [begin, end) are added, to those before.
+template <class T>
+ASA_INLINE void add_scores(const T* x, const T* panel, int64_t n, int64_t dim, int64_t begin, int64_t end, T* s,
+                           int64_t stride) {
+  const Consecutive<T> keys{panel + begin * kPanel<T>, kPanel<T>};
+  const int64_t terms = end - begin;
+  x += begin;
+  if (n <= kLanes<T>) return tile<Left::by_row, 1>(x, dim, keys, terms, s, stride, begin > 0);
+  if (n <= 2 * kLanes<T>) return tile<Left::by_row, 2>(x, dim, keys, terms, s, stride, begin > 0);
+  tile<Left::by_row, kVectors>(x, dim, keys, terms, s, stride, begin > 0);
+}
+
+template <class T>
+void scores(const T* x, const T* panel, int64_t n, int64_t dim, T* s, int64_t stride) {
+  for (int64_t d = 0; d < dim; d += kDepth) add_scores(x, panel, n, dim, d, smaller(dim, d + kDepth), s, stride);
 }

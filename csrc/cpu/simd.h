@@ -141,21 +141,87 @@ ASA_INLINE V choose(uint64_t bits, V a, V b) {
 }
 #endif
 
-template <class T>
-ASA_INLINE T largest_of(Vec<T> x) {
-  T y = x[0];
-  for (int r = 1; r < kLanes<T>; ++r) y = x[r] > y ? x[r] : y;
-  return y;
-}
-
-template <class T>
-ASA_INLINE T sum_of(Vec<T> x) {
-  T y[kLanes<T>];
-  store(y, x);
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-    for (int r = 0; r < half; ++r) y[r] += y[r + half];
+#if defined(ASA_AVX512)
+ASA_INLINE float largest_lane(Vec<float> x) { return _mm512_reduce_max_ps(x); }
+ASA_INLINE double largest_lane(Vec<double> x) { return _mm512_reduce_max_pd(x); }
+ASA_INLINE float sum_of_lanes(Vec<float> x) { return _mm512_reduce_add_ps(x); }
+ASA_INLINE double sum_of_lanes(Vec<double> x) { return _mm512_reduce_add_pd(x); }
+#else
+// Half by half: f(x[r], x[r + half]).
+template <class V, class F>
+ASA_INLINE auto fold(V x, const F& f) {
+  constexpr int kCount = sizeof(x) / sizeof(x[0]);
+  using Number = decltype(x[0] + x[0]);
+  Number y[kCount];
+  __builtin_memcpy(y, &x, sizeof(x));
+#pragma GCC unroll 4
+  for (int half = kCount / 2; half > 0; half /= 2)
+#pragma GCC unroll 8
+    for (int r = 0; r < half; ++r) y[r] = f(y[r], y[r + half]);
   return y[0];
 }
+template <class V>
+ASA_INLINE auto largest_lane(V x) {
+  return fold(x, [](auto a, auto b) { return a > b ? a : b; });
+}
+template <class V>
+ASA_INLINE auto sum_of_lanes(V x) {
+  return fold(x, [](auto a, auto b) { return a + b; });
+}
+#endif
+template <class T>
+ASA_INLINE T largest_of(Vec<T> x) {
+  return largest_lane(x);
+}
+template <class T>
+ASA_INLINE T sum_of(Vec<T> x) {
+  return sum_of_lanes(x);
+}
+
+#if defined(ASA_AVX512)
+// Transposes as many vectors as each has lanes.
+ASA_INLINE Vec<float> lanes_of_two(Vec<float> a, Ints<float> index, Vec<float> b) {
+  return _mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(index), b);
+}
+ASA_INLINE Vec<double> lanes_of_two(Vec<double> a, Ints<double> index, Vec<double> b) {
+  return _mm512_permutex2var_pd(a, reinterpret_cast<__m512i>(index), b);
+}
+// Of lanes 0 .. kLanes of a pair of vectors, x and the one `step` further, those that each holds once squares of `step`
+// lanes are exchanged.
+template <class T>
+struct Exchanges {
+  using Index = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  static constexpr int kCount = kLanes<T>;
+  alignas(64) Index first[4][kCount] = {}, second[4][kCount] = {};
+  constexpr Exchanges() {
+    for (int i = 0; 1 << i < kCount; ++i)
+      for (int r = 0; r < kCount; ++r) {
+        const int step = 1 << i;
+        first[i][r] = r & step ? kCount + r - step : r;
+        second[i][r] = r & step ? kCount + r : r + step;
+      }
+  }
+};
+template <class T>
+constexpr Exchanges<T> kExchanges;
+
+template <class T>
+ASA_INLINE void transpose(Vec<T>* x) {
+  constexpr int kCount = kLanes<T>;
+#pragma GCC unroll 4
+  for (int i = 0; 1 << i < kCount; ++i) {
+    const auto first = *reinterpret_cast<const Ints<T>*>(kExchanges<T>.first[i]);
+    const auto second = *reinterpret_cast<const Ints<T>*>(kExchanges<T>.second[i]);
+#pragma GCC unroll 16
+    for (int r = 0; r < kCount; ++r) {
+      if (r >> i & 1) continue;
+      const Vec<T> a = x[r], b = x[r + (1 << i)];
+      x[r] = lanes_of_two(a, first, b);
+      x[r + (1 << i)] = lanes_of_two(a, second, b);
+    }
+  }
+}
+#endif
 
 // sums[0..3] = the sums of the lanes of four vectors.
 #if defined(ASA_AVX512)
@@ -207,8 +273,8 @@ ASA_INLINE Vec<float> exponential(Vec<float> x) {
   p = p * r + 0.24022242f;
   p = p * r + 0.693147f;
   p = p * r + 1.0f;
-  const Ints<float> exponent = (reinterpret_cast<Ints<float> >(shifted) - 0x4B400000 + 127) << 23;
-  return p * reinterpret_cast<Vec<float> >(exponent);
+  const Ints<float> exponent = (reinterpret_cast<Ints<float>>(shifted) - 0x4B400000 + 127) << 23;
+  return p * reinterpret_cast<Vec<float>>(exponent);
 }
 #endif
 
@@ -219,5 +285,30 @@ ASA_INLINE Vec<double> exponential(Vec<double> x) {
 }
 
 constexpr double kInfinity = __builtin_inf();
+
+// log(x) = n log(2) + log(y) for y = x / 2^n between sqrt(1/2) and sqrt(2), by the series of atanh at (y - 1) / (y + 1).
+// To 2 units in the last place or 1e-7, whatever is more; 0 for x = 1. Numbers that are 0, negative, denormal or not finite
+// are left to the library.
+ASA_INLINE Vec<float> logarithm(Vec<float> x) {
+  using I = Ints<float>;
+  const uint64_t normal = at_least(x, splat(0x1p-126f)) & greater(splat(__builtin_inff()), x);
+  if (normal != (uint64_t{1} << kLanes<float>)-1) {
+    for (int r = 0; r < kLanes<float>; ++r) x[r] = static_cast<float>(__builtin_log(static_cast<double>(x[r])));
+    return x;
+  }
+  const I shifted = reinterpret_cast<I>(x) - 0x3F3504F3;  // the bits of sqrt(1/2), so that n counts from there
+  const I n = shifted >> 23;
+  const Vec<float> y = reinterpret_cast<Vec<float>>((shifted & 0x7FFFFF) + 0x3F3504F3);
+  const Vec<float> z = (y - 1.0f) / (y + 1.0f), square = z * z, exponent = __builtin_convertvector(n, Vec<float>);
+  Vec<float> p = square * 0.2390005f + 0.28498738f;
+  p = p * square + 0.40000976f;
+  p = p * square + 0.66666666f;
+  return exponent * 0.693145752f + (z * (square * p) + (exponent * 1.42860677e-6f + 2.0f * z));  // log(2) in two parts
+}
+ASA_INLINE Vec<double> logarithm(Vec<double> x) {
+  for (int r = 0; r < kLanes<double>; ++r) x[r] = __builtin_log(x[r]);
+  return x;
+}
+
 template <class T>
 constexpr T kEpsilon = sizeof(T) == 4 ? T(1.2e-7) : T(2.3e-16);

@@ -1,10 +1,11 @@
 // The second pass of the forward: M from bits alone, softmax over the survivors, times v.
 
-// p.out and statistics of one row from its sum of exp(s - shift) v, where `sum` is that of exp(s - shift).
+// p.out and statistics of one row from the sum of exp(s - shift) v for some shift, where `sum` is that of exp(s - shift),
+// and `lse_kept` is log(sum) + shift.
 template <class T>
-void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count, T shift, T sum, const T* values) {
+void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count, T lse_kept, T sum, const T* values) {
   p.survivors[i] = static_cast<int32_t>(count);
-  p.lse_kept[i] = count ? T(shift + __builtin_log(static_cast<double>(sum))) : T(-kInfinity);
+  p.lse_kept[i] = count ? lse_kept : T(-kInfinity);
   if (!p.scanned()) p.lse[i] = p.lse_kept[i];
   if (!__builtin_isfinite(p.lse[i])) p.lse_kept[i] = p.lse[i];
   bool nan_row = false;
@@ -13,11 +14,6 @@ void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count
                          (p.beta && !(p.beta[i] >= 0));
   const T factor = (undefined && real(p.real_q, i)) || nan_row ? T(__builtin_nan("")) : count ? 1 / sum : T(0);
   for (int64_t d = 0; d < p.dim_v; ++d) p.out[i * p.dim_v + d] = values[d] * factor;
-}
-
-template <class T>
-ASA_INLINE void scale_row(const T* x, int64_t dim, T factor, T* scaled) {
-  for (int64_t d = 0; d < dim; d += kLanes<T>) store(scaled + d, load(x + d) * factor);
 }
 
 // One stretch of a row's softmax: scores of survivors, by the bits m, become exp(s - shift), other scores 0, where the
@@ -169,7 +165,7 @@ bool complete_row(const Problem<T>& p, const AggregateScratch<T>& w, int64_t i, 
     if (!(2 * mass >= p.mass[i])) return false;
     accumulate(s, p.v, p.dim_v, w.columns, changes, sums);
   }
-  finish_row(p, i, m, count, lse, mass, sums);
+  finish_row(p, i, m, count, T(lse + __builtin_log(static_cast<double>(mass))), mass, sums);
   return true;
 }
 
@@ -212,9 +208,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     });
     uint64_t* members[kMostRows];
     for_each(Kind::shared, [&](int64_t first, int64_t rows) {
-      for (int64_t r = first; r < first + rows; ++r)
-        scale_row(p.q + (survivors.first + r) * p.dim, p.dim, p.scale, q + r * p.dim);
-      for (int64_t x = (first + rows) * p.dim; x < (first + kRows) * p.dim; ++x) q[x] = 0;
+      scale_rows(p.q + (survivors.first + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);
       lists.list[first] = w.columns + columns;
       offset[first] = numbers;
       members[first] = w.members + words;
@@ -249,7 +243,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
 
     for_each(Kind::whole, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + kRows; ++r) shift[r] = -kInfinity, sum[r] = 0;
-      pack(p.q + (survivors.first + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
+      scale_rows(p.q + (survivors.first + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch) {
       const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>,
@@ -269,8 +263,8 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
 
     for (int64_t r = 0; r < survivors.rows; ++r)
       if (!done[r / kRows])
-        finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r], shift[r], sum[r],
-                   sums + r * p.dim_v);
+        finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r],
+                   T(shift[r] + __builtin_log(static_cast<double>(sum[r]))), sum[r], sums + r * p.dim_v);
   }
 }
 
@@ -293,4 +287,48 @@ void list_survivors(const Problem<T>& p, const int64_t* offsets, int32_t* column
       int32_t* next = columns + offsets[i];
       for_bits(survivors.row(p, r), p.blocks_k, [&](int64_t j) { *next++ = static_cast<int32_t>(j); });
     }
+}
+
+template <class T>
+struct BlockScratch {
+  ScanScratch<T> scan;
+  uint64_t* m;
+  T* sums;
+
+  BlockScratch(Arena& arena, const Problem<T>& p)
+      : scan(arena, p), m(arena.take<uint64_t>(kBlock)), sums(arena.take<T>(kRows * p.dim_v)) {}
+};
+
+template <class T>
+int64_t forward_block_bytes(const Problem<T>& p) {
+  return bytes_of<BlockScratch>(p);
+}
+
+// The whole forward where keys and queries are one block each, which stays in the cache.
+template <class T>
+void forward_block(const Problem<T>& p, void* scratch) {
+  Arena arena(scratch);
+  const BlockScratch<T> w(arena, p);
+  Scores<T> scores{p, w.scan, 0, p.n_q, {}, {}};
+  int64_t neighbours[kBlock / kRows];
+  scores.form();
+  if (p.scanned()) find_neighbours(scores, neighbours);
+  clear_bits(p, 0);
+  non_local(p, 0, w.m);
+  add_local(p, 0, false, w.m);
+  Column<T> sum(1), shift(-kInfinity), log_sum(1);
+  int64_t count[kBlock];
+  for (int64_t r = 0; r < p.n_q; ++r) {
+    count[r] = __builtin_popcountll(w.m[r]);
+    sum[r] = 0;
+    masked_exponentials(scores.row(r), w.m + r, 0, p.n_k, shift[r], sum[r]);
+    if (count[r] > 0) log_sum[r] = sum[r];
+  }
+  log_sum.take_logarithms(p.n_q);
+  for (int64_t first = 0; first < p.n_q; first += kRows) {
+    for (int64_t x = 0; x < kRows * p.dim_v; ++x) w.sums[x] = 0;
+    add_product<Left::by_row>(scores.row(first), w.scan.stride, p.v, p.n_k, p.dim_v, w.sums);
+    for (int64_t r = first; r < smaller(p.n_q, first + kRows); ++r)
+      finish_row(p, r, w.m + r, count[r], shift[r] + log_sum[r], sum[r], w.sums + (r - first) * p.dim_v);
+  }
 }

@@ -194,8 +194,8 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
     }
 
     survivors.for_each(Kind::whole, [&](int64_t first, int64_t rows) {
-      pack(p.q + (group + first) * p.dim, rows, kRows, p.dim, q + first * p.dim, p.scale);
-      pack(p.d_out + (group + first) * p.dim_v, rows, kRows, p.dim_v, d_out + first * p.dim_v);
+      scale_rows(p.q + (group + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);
+      scale_rows(p.d_out + (group + first) * p.dim_v, rows, p.dim_v, T(1), d_out + first * p.dim_v);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch)
       survivors.for_each(Kind::whole, [&](int64_t first, int64_t) {

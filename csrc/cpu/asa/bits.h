@@ -6,13 +6,10 @@ ASA_INLINE bool real(const bool* mask, int64_t i) { return mask == nullptr || ma
 template <class T, class F>
 void for_window(const Problem<T>& p, int64_t i, const F& f) {
   const int64_t reach = p.window / 2, row = i / p.width, column = i % p.width;
-  for (int64_t a = -reach; a <= reach; ++a) {
-    if (row + a < 0 || row + a >= p.height) continue;
-    for (int64_t b = -reach; b <= reach; ++b) {
-      if (column + b < 0 || column + b >= p.width) continue;
-      f((row + a) * p.width + column + b, (a + reach) * p.window + b + reach);
-    }
-  }
+  const int64_t top = larger(-reach, -row), bottom = smaller(reach, p.height - 1 - row);
+  const int64_t left = larger(-reach, -column), right = smaller(reach, p.width - 1 - column);
+  for (int64_t a = top; a <= bottom; ++a)
+    for (int64_t b = left; b <= right; ++b) f((row + a) * p.width + column + b, (a + reach) * p.window + b + reach);
 }
 
 // Exchange the high half of the words at the even multiples of kHalf with the low half of those at the odd ones.

@@ -304,8 +304,9 @@ void forward(const Call& call, const Outputs& outputs) {
     const auto begun = workspace.add<bool>(p.thresholded ? p.n_q : 0);
     const auto mass = workspace.add<T>(p.thresholded ? p.n_q : 0);
     const auto panels = workspace.add<T>(panels_size(kernels, p.n_k, p.dim));
-    workspace.add_share(kernels.scan_bytes(p));
-    workspace.add_share(kernels.aggregate_bytes(p));
+    const bool one_block = p.blocks_q == 1 && p.blocks_k == 1;
+    workspace.add_share(one_block ? kernels.forward_block_bytes(p) : kernels.scan_bytes(p));
+    workspace.add_share(one_block ? 0 : kernels.aggregate_bytes(p));
     workspace.allocate_all();
     call.set_kept(p, keep ? kept + i * call.kept.bytes : memory.get(workspace));
     if (keep) prefer_huge_pages(p.bits, p.thresholded ? call.words() * 8 : 0);
@@ -314,6 +315,7 @@ void forward(const Call& call, const Outputs& outputs) {
     if (p.thresholded) std::fill_n(p.begun = begun.get(workspace), p.n_q, false), p.mass = mass.get(workspace);
     p.k_panels = panels.get(workspace);
     pack_panels(kernels, p.k, p.n_k, p.dim, p.k_panels, workspace);
+    if (one_block) return kernels.forward_block(p, workspace.share(0)), out.finish(workspace);
     if (p.scanned())
       run({0, p.blocks_q}, workspace, [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
     run({0, parts(p.n_q, p.q_at_a_time)}, workspace,

@@ -51,6 +51,8 @@ constexpr Kernels<T> kernels() {
           scan<T>,
           aggregate_bytes<T>,
           aggregate<T>,
+          forward_block_bytes<T>,
+          forward_block<T>,
           list_survivors_bytes<T>,
           list_survivors<T>,
           find_groups_bytes<T>,

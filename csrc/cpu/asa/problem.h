@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace asa_ops::cpu {
 
@@ -107,6 +108,8 @@ struct Kernels {
   void (*scan)(const Problem<T>&, Queue&, void* scratch);
   int64_t (*aggregate_bytes)(const Problem<T>&);
   void (*aggregate)(const Problem<T>&, Queue&, void* scratch);
+  int64_t (*forward_block_bytes)(const Problem<T>&);
+  void (*forward_block)(const Problem<T>&, void* scratch);  // both of these at once, of one block
   int64_t (*list_survivors_bytes)(const Problem<T>&);
   void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, Queue&, void* scratch);
 

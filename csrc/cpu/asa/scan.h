@@ -3,14 +3,6 @@
 constexpr int64_t kScoreBytes = 1024 * 1024;  // of the scores formed at a time, but at least kFewest rows
 constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 
-// log(alpha_i / n): j is an adaptive neighbour if s_ij - lse_i exceeds it. The difference comes first: the logarithm
-// would be lost if it were added to a large score.
-template <class T>
-T log_multiplier(const Problem<T>& p, int64_t i) {
-  if (p.alpha == nullptr) return -kInfinity;
-  return __builtin_log(static_cast<double>(p.alpha[i])) - p.log_n_real;
-}
-
 template <class T>
 T largest_score(const T* s, int64_t count) {
   Vec<T> most = splat(T(-kInfinity));
@@ -32,22 +24,30 @@ T exponentials(T* s, int64_t count, T& largest) {
   return sum_of<T>(sum);
 }
 
-// The local block of row i from its scores: log-mean-exp of its window and the flags. `window` has room for its scores.
+// A number of each of some consecutive rows, at most kBlock.
 template <class T>
-void scan_window(const Problem<T>& p, int64_t i, const T* s, T* window) {
-  int64_t count = 0;
-  for_window(p, i, [&](int64_t j, int64_t) {
-    if (real(p.real_k, j)) window[count++] = s[j];
-  });
-  bool* flags = p.local + i * p.window * p.window;
-  for (int64_t o = 0; o < p.window * p.window; ++o) flags[o] = false;
-  p.log_mean[i] = -kInfinity;
-  if (!real(p.real_q, i) || count == 0) return;
-  T largest;
-  const T sum = exponentials(window, count, largest);
-  p.log_mean[i] = largest + __builtin_log(static_cast<double>(sum) / count);
-  const T log_beta = __builtin_log(static_cast<double>(p.beta[i]));
-  for_window(p, i, [&](int64_t j, int64_t o) { flags[o] = real(p.real_k, j) && s[j] - p.log_mean[i] > log_beta; });
+struct Column {
+  alignas(64) T numbers[kBlock];
+  explicit Column(T x) {
+    for (T& y : numbers) y = x;
+  }
+  T& operator[](int64_t r) { return numbers[r]; }
+  T operator[](int64_t r) const { return numbers[r]; }
+  void take_logarithms(int64_t rows) {
+    for (int64_t r = 0; r < rows; r += kLanes<T>) store(numbers + r, logarithm(load(numbers + r)));
+  }
+};
+
+// log(alpha_i / n) of some rows: j is an adaptive neighbour if s_ij - lse_i exceeds it. The difference comes first: the
+// logarithm would be lost if it were added to a large score.
+template <class T>
+Column<T> log_multipliers(const Problem<T>& p, int64_t first, int64_t rows) {
+  if (p.alpha == nullptr) return Column<T>(-kInfinity);
+  Column<T> x(1);
+  for (int64_t r = 0; r < rows; ++r) x[r] = p.alpha[first + r];
+  x.take_logarithms(rows);
+  for (int64_t r = 0; r < rows; ++r) x[r] -= static_cast<T>(p.log_n_real);
+  return x;
 }
 
 // Some rows whose scores are in the cache.
@@ -92,8 +92,7 @@ struct Scores {
   T* row(int64_t r) const { return w.s + r * w.stride; }
 
   void form() {
-    for (int64_t r = 0; r < rows; r += kRows)
-      pack(p.q + (first + r) * p.dim, smaller(kRows, rows - r), kRows, p.dim, w.q + r * p.dim, p.scale);
+    scale_rows(p.q + first * p.dim, rows, p.dim, p.scale, w.q);
     for (int64_t r = 0; r < rows; ++r) sum[r] = 0;
     constexpr int64_t kParts = 32;  // panels whose sums are added up by lanes
     for (int64_t begin = 0; begin < w.panels; begin += kParts) {
@@ -103,11 +102,17 @@ struct Scores {
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = w.panels * kPanel<T>; j < p.blocks_k * kBlock; ++j) row(r)[j] = -kInfinity;
-      if (!(sum[r] < kInfinity && shift[r] > -kInfinity)) sum_again(r);
+      if (!(sum[r] < 1e30 && shift[r] > -kInfinity)) sum_again(r);
     }
   }
 
-  T lse(int64_t r) const { return T(shift[r] + __builtin_log(sum[r])); }
+  Column<T> lse() const {
+    Column<T> x(1);
+    for (int64_t r = 0; r < rows; ++r) x[r] = static_cast<T>(sum[r]);
+    x.take_logarithms(rows);
+    for (int64_t r = 0; r < rows; ++r) x[r] += shift[r];
+    return x;
+  }
 
  private:
   void add_panel(int64_t i) {
@@ -115,7 +120,7 @@ struct Scores {
     const int64_t from = i * kPanel<T>, keys = smaller(kPanel<T>, p.n_k - from);
     for (int64_t d = 0; d < p.dim; d += kDepth)
       for (int64_t r = 0; r < rows; r += kRows) {
-        add_scores(w.q + r * p.dim, panel, keys, d, smaller(p.dim, d + kDepth), row(r) + from, w.stride);
+        add_scores(w.q + r * p.dim, panel, keys, p.dim, d, smaller(p.dim, d + kDepth), row(r) + from, w.stride);
         if (d + kDepth < p.dim) continue;
         for (int64_t x = r; x < smaller(rows, r + kRows); ++x) add_exponentials(x, row(x) + from, from, keys);
       }
@@ -134,7 +139,8 @@ struct Scores {
     T* const part = w.parts + r * kLanes<T>;
     Vec<T> total = load(part);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) total += exponential(load(s + j) - shift[r]);
+    for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>)
+      if (j < keys) total += exponential(load(s + j) - shift[r]);
     store(part, total);
   }
 
@@ -155,34 +161,34 @@ struct Scores {
   }
 };
 
-// The one-way output of kRows rows of a strip, most of whose keys are adaptive neighbours: the weights exp(s - lse) of
+// The one-way output of kRows of the rows, most of whose keys are adaptive neighbours: the weights exp(s - lse) of
 // these, times v. aggregate() corrects it for what reciprocity removes and the local block adds.
 template <class T>
-void begin_output(const Scores<T>& strip, int64_t r) {
-  const Problem<T>& p = strip.p;
-  const ScanScratch<T>& w = strip.w;
+void begin_output(const Scores<T>& scores, int64_t r) {
+  const Problem<T>& p = scores.p;
+  const ScanScratch<T>& w = scores.w;
   T* const sums = w.sums + r * p.dim_v;
   Vec<T> mass[kRows] = {};
   for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
   for (int64_t from = 0; from < p.n_k; from += w.keys) {
     const int64_t keys = smaller(w.keys, p.n_k - from);
     for (int64_t x = r; x < r + kRows; ++x) {
-      const int64_t i = strip.first + x;
-      const bool present = x < strip.rows;
+      const int64_t i = scores.first + x;
+      const bool present = x < scores.rows;
       const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
       const T lse = present ? p.lse[i] : T(0);
       T* const weights = w.weights + (x - r) * w.keys;
       for (int64_t j = 0; j < keys; j += kLanes<T>) {
         const uint64_t lanes = present ? bits[(from + j) / kBlock * kBlock] >> (from + j) % kBlock : 0;
-        const Vec<T> e = choose(lanes, exponential(load(strip.row(x) + from + j) - lse), Vec<T>{});
+        const Vec<T> e = choose(lanes, exponential(load(scores.row(x) + from + j) - lse), Vec<T>{});
         store(weights + j, e);
         mass[x - r] += e;
       }
     }
     add_product<Left::by_row>(w.weights, w.keys, p.v + from * p.dim_v, keys, p.dim_v, sums);
   }
-  for (int64_t x = r; x < smaller(strip.rows, r + kRows); ++x) {
-    const int64_t i = strip.first + x;
+  for (int64_t x = r; x < smaller(scores.rows, r + kRows); ++x) {
+    const int64_t i = scores.first + x;
     p.begun[i] = true;
     p.mass[i] = sum_of<T>(mass[x - r]);
     __builtin_memcpy(p.out + i * p.dim_v, w.sums + x * p.dim_v, p.dim_v * sizeof(T));
@@ -197,14 +203,50 @@ bool begins_output(const Problem<T>& p, int64_t neighbours) {
   return p.begun != nullptr && (p.reciprocal ? 10 * neighbours >= 9 * kRows * p.n_k : 8 * neighbours >= kRows * p.n_k);
 }
 
+// The local block of the rows: log-mean-exp of their windows, and the flags.
 template <class T>
-void scan(const Problem<T>& p, Queue& queue, void* scratch) {
-  Arena arena(scratch);
-  const ScanScratch<T> w(arena, p);
+void find_local(const Scores<T>& scores) {
+  const Problem<T>& p = scores.p;
+  const int64_t positions = p.window * p.window;
+  T* const window = scores.w.window;
+  Column<T> largest(-kInfinity), mean(1), log_beta(1);
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    const int64_t i = scores.first + r;
+    const T* const s = scores.row(r);
+    int64_t count = 0;
+    for_window(p, i, [&](int64_t j, int64_t) {
+      if (real(p.real_k, j)) window[count++] = s[j];
+    });
+    log_beta[r] = p.beta[i];
+    if (real(p.real_q, i) && count > 0) mean[r] = exponentials(window, count, largest[r]) / count;
+  }
+  mean.take_logarithms(scores.rows);
+  log_beta.take_logarithms(scores.rows);
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    const int64_t i = scores.first + r;
+    const T* const s = scores.row(r);
+    bool* const flags = p.local + i * positions;
+    for (int64_t o = 0; o < positions; ++o) flags[o] = false;
+    p.log_mean[i] = largest[r] + mean[r];
+    if (!real(p.real_q, i)) continue;
+    for_window(p, i, [&](int64_t j, int64_t o) { flags[o] = real(p.real_k, j) && s[j] - p.log_mean[i] > log_beta[r]; });
+  }
+}
 
-  // Writes the adaptive neighbours of a row; returns how many there are.
-  const auto find_neighbours = [&](int64_t i, const T* s) {
-    const Vec<T> lse = splat(p.lse[i]), log_alpha = splat(real(p.real_q, i) ? log_multiplier(p, i) : T(kInfinity));
+// The statistics of the rows, and who their adaptive neighbours are; `neighbours` are how many each kRows rows have.
+template <class T>
+void find_neighbours(const Scores<T>& scores, int64_t* neighbours) {
+  const Problem<T>& p = scores.p;
+  const Column<T> lse = scores.lse(), log_alpha = log_multipliers(p, scores.first, scores.rows);
+  for (int64_t r = 0; r < scores.rows; r += kRows) neighbours[r / kRows] = 0;
+  for (int64_t r = 0; r < scores.rows; ++r) {
+    const int64_t i = scores.first + r;
+    const T* const s = scores.row(r);
+    const bool present = real(p.real_q, i);
+    p.lse[i] = present ? lse[r] : T(-kInfinity);
+    if (p.topk) p.kappa[i] = kth_largest(s, p.n_k, p.topk, scores.w.work);
+    if (!p.thresholded) continue;
+    const Vec<T> shift = splat(p.lse[i]), least = splat(present ? log_alpha[r] : T(kInfinity));
     const Vec<T> kappa = splat(p.topk ? p.kappa[i] : T(-kInfinity));
     uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
     int64_t count = 0;
@@ -213,33 +255,38 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
 #pragma GCC unroll 4
       for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
         const Vec<T> y = load(s + j * kBlock + c);
-        word |= (greater(y - lse, log_alpha) & at_least(y, kappa)) << c;
+        word |= (greater(y - shift, least) & at_least(y, kappa)) << c;
       }
       bits[j * kBlock] = word;
       count += __builtin_popcountll(word);
     }
-    return count;
-  };
+    neighbours[r / kRows] += count;
+  }
+  if (p.beta != nullptr) find_local(scores);
+}
 
+// The bits of queries that there are not.
+template <class T>
+void clear_bits(const Problem<T>& p, int64_t block) {
+  for (int64_t j = 0; p.thresholded && j < p.blocks_k; ++j)
+    for (int64_t r = smaller(kBlock, p.n_q - block * kBlock); r < kBlock; ++r)
+      p.bits[(block * p.blocks_k + j) * kBlock + r] = 0;
+}
+
+template <class T>
+void scan(const Problem<T>& p, Queue& queue, void* scratch) {
+  Arena arena(scratch);
+  const ScanScratch<T> w(arena, p);
   for (int64_t block; queue.take(block);) {
     const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
     for (int64_t from = 0; from < rows; from += w.at_a_time) {
-      Scores<T> strip{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from), {}, {}};
-      strip.form();
-      int64_t neighbours[kBlock / kRows] = {};
-      for (int64_t r = 0; r < strip.rows; ++r) {
-        const int64_t i = strip.first + r;
-        T* const s = strip.row(r);
-        p.lse[i] = real(p.real_q, i) ? strip.lse(r) : T(-kInfinity);
-        if (p.topk) p.kappa[i] = kth_largest(s, p.n_k, p.topk, w.work);
-        if (p.beta != nullptr) scan_window(p, i, s, w.window);
-        if (p.thresholded) neighbours[r / kRows] += find_neighbours(i, s);
-      }
-      for (int64_t r = 0; r < strip.rows; r += kRows)
-        if (begins_output(p, neighbours[r / kRows])) begin_output(strip, r);
+      Scores<T> scores{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from), {}, {}};
+      int64_t neighbours[kBlock / kRows];
+      scores.form();
+      find_neighbours(scores, neighbours);
+      for (int64_t r = 0; r < scores.rows; r += kRows)
+        if (begins_output(p, neighbours[r / kRows])) begin_output(scores, r);
     }
-    if (p.thresholded)
-      for (int64_t j = 0; j < p.blocks_k; ++j)
-        for (int64_t r = rows; r < kBlock; ++r) p.bits[(block * p.blocks_k + j) * kBlock + r] = 0;
+    clear_bits(p, block);
   }
 }

@@ -97,7 +97,7 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
     return w.scaled;
   };
 
-  const auto alpha_gradient = [&](int64_t i, int64_t r) {
+  const auto alpha_gradient = [&](int64_t i, int64_t r, T log_alpha) {
     const int64_t row = r * p.blocks_k;
     int64_t count = 0;
     if (p.reciprocal) {
@@ -108,7 +108,6 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
     }
     dots(scaled(p.q + i * p.dim), p.k, p.dim, list, count, s);
     for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = -kInfinity;
-    const T log_alpha = log_multiplier(p, i);
     // These scores may differ from those of scan() in the last digits: the k-th largest itself must not fall below
     // kappa.
     const auto among_the_largest = [&](T score, int64_t j) {
@@ -178,10 +177,12 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
     add_local(p, block, false, local);
     add_local(p, block, true, local_back);
     if (p.dalpha != nullptr && p.reciprocal) neighbors_back(p, block, back);
-    for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
+    const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
+    const Column<T> log_alphas = log_multipliers(p, block * kBlock, rows);
+    for (int64_t r = 0; r < rows; ++r) {
       const int64_t i = block * kBlock + r;
       if (!real(p.real_q, i)) continue;
-      if (p.dalpha != nullptr) alpha_gradient(i, r);
+      if (p.dalpha != nullptr) alpha_gradient(i, r, log_alphas[r]);
       if (p.dbeta != nullptr) beta_gradient(i, r);
     }
   }
