@@ -291,19 +291,19 @@ constexpr double kInfinity = __builtin_inf();
 // are left to the library.
 ASA_INLINE Vec<float> logarithm(Vec<float> x) {
   using I = Ints<float>;
-  const uint64_t normal = at_least(x, splat(0x1p-126f)) & greater(splat(__builtin_inff()), x);
-  if (normal != (uint64_t{1} << kLanes<float>)-1) {
-    for (int r = 0; r < kLanes<float>; ++r) x[r] = static_cast<float>(__builtin_log(static_cast<double>(x[r])));
-    return x;
-  }
   const I shifted = reinterpret_cast<I>(x) - 0x3F3504F3;  // the bits of sqrt(1/2), so that n counts from there
-  const I n = shifted >> 23;
+  const Vec<float> n = __builtin_convertvector(shifted >> 23, Vec<float>);
   const Vec<float> y = reinterpret_cast<Vec<float>>((shifted & 0x7FFFFF) + 0x3F3504F3);
-  const Vec<float> z = (y - 1.0f) / (y + 1.0f), square = z * z, exponent = __builtin_convertvector(n, Vec<float>);
+  const Vec<float> z = (y - 1.0f) / (y + 1.0f), square = z * z;
   Vec<float> p = square * 0.2390005f + 0.28498738f;
   p = p * square + 0.40000976f;
   p = p * square + 0.66666666f;
-  return exponent * 0.693145752f + (z * (square * p) + (exponent * 1.42860677e-6f + 2.0f * z));  // log(2) in two parts
+  Vec<float> log = n * 0.693145752f + (z * (square * p) + (n * 1.42860677e-6f + 2.0f * z));  // log(2) in two parts
+  const uint64_t normal = at_least(x, splat(0x1p-126f)) & greater(splat(__builtin_inff()), x);
+  if (normal != (uint64_t{1} << kLanes<float>)-1)
+    for (int r = 0; r < kLanes<float>; ++r)
+      if ((normal >> r & 1) == 0) log[r] = static_cast<float>(__builtin_log(static_cast<double>(x[r])));
+  return log;
 }
 ASA_INLINE Vec<double> logarithm(Vec<double> x) {
   for (int r = 0; r < kLanes<double>; ++r) x[r] = __builtin_log(x[r]);
