@@ -12,7 +12,52 @@ void for_window(const Problem<T>& p, int64_t i, const F& f) {
     for (int64_t b = left; b <= right; ++b) f((row + a) * p.width + column + b, (a + reach) * p.window + b + reach);
 }
 
-// Exchange the high half of the words at the even multiples of kHalf with the low half of those at the odd ones.
+// Transpose a 64 x 64 bit matrix: bit c of word r to bit r of word c. Squares of 32 bits are exchanged, then of 16, ...:
+// of two rows as far apart as a square is large, the high halves of the squares in the first, by the mask `low`, with the
+// low halves of those in the second.
+#if defined(ASA_AVX512)
+template <int kHalf>
+ASA_INLINE void exchange(__m512i* x, uint64_t low) {  // rows of different vectors
+  const __m512i mask = _mm512_set1_epi64(static_cast<int64_t>(low));
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    constexpr int kApart = kHalf / 8;
+    if (i & kApart) continue;
+    const __m512i y = _mm512_and_si512(_mm512_xor_si512(_mm512_srli_epi64(x[i], kHalf), x[i + kApart]), mask);
+    x[i] = _mm512_xor_si512(x[i], _mm512_slli_epi64(y, kHalf));
+    x[i + kApart] = _mm512_xor_si512(x[i + kApart], y);
+  }
+}
+
+template <int kHalf>
+ASA_INLINE void exchange_within(__m512i* x, uint64_t low) {  // rows of the same
+  const __m512i mask = _mm512_set1_epi64(static_cast<int64_t>(low)), lanes = _mm512_setr_epi64(0, 1, 2, 3, 4, 5, 6, 7);
+  const __m512i partner = _mm512_xor_si512(lanes, _mm512_set1_epi64(kHalf));
+  const __mmask8 firsts = kHalf == 4 ? 0x0F : kHalf == 2 ? 0x33 : 0x55;
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) {
+    const __m512i other = _mm512_permutexvar_epi64(partner, x[i]);
+    const __m512i first = _mm512_mask_blend_epi64(firsts, other, x[i]);
+    const __m512i second = _mm512_mask_blend_epi64(firsts, x[i], other);
+    const __m512i y = _mm512_and_si512(_mm512_xor_si512(_mm512_srli_epi64(first, kHalf), second), mask);
+    x[i] = _mm512_xor_si512(x[i], _mm512_mask_slli_epi64(y, firsts, y, kHalf));
+  }
+}
+
+static void transpose64(uint64_t* words) {
+  __m512i x[8];
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) x[i] = _mm512_loadu_si512(words + 8 * i);
+  exchange<32>(x, 0x00000000FFFFFFFFull);
+  exchange<16>(x, 0x0000FFFF0000FFFFull);
+  exchange<8>(x, 0x00FF00FF00FF00FFull);
+  exchange_within<4>(x, 0x0F0F0F0F0F0F0F0Full);
+  exchange_within<2>(x, 0x3333333333333333ull);
+  exchange_within<1>(x, 0x5555555555555555ull);
+#pragma GCC unroll 8
+  for (int i = 0; i < 8; ++i) _mm512_storeu_si512(words + 8 * i, x[i]);
+}
+#else
 template <int kHalf>
 ASA_INLINE void exchange(uint64_t* x, uint64_t low) {
   for (int base = 0; base < 64; base += 2 * kHalf)
@@ -23,7 +68,6 @@ ASA_INLINE void exchange(uint64_t* x, uint64_t low) {
     }
 }
 
-// Transpose a 64 x 64 bit matrix: bit c of word r to bit r of word c.
 static void transpose64(uint64_t* x) {
   exchange<32>(x, 0x00000000FFFFFFFFull);
   exchange<16>(x, 0x0000FFFF0000FFFFull);
@@ -32,6 +76,7 @@ static void transpose64(uint64_t* x) {
   exchange<2>(x, 0x3333333333333333ull);
   exchange<1>(x, 0x5555555555555555ull);
 }
+#endif
 
 // A^T of a block: the queries that have its tokens as adaptive neighbours. Only where N_q = N_k.
 template <class T>
