@@ -184,14 +184,12 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
       else
         accumulate(ds[r] + from, p.k, p.dim, list, to - from, sums + r * p.dim);
     });
-    for (int64_t r = 0; r < survivors.rows; ++r) {  // where the keys of a block start in a list
-      int64_t at = 0;
-      const bool leads = survivors.kind[r / kRows] == Kind::listed || (is_shared(r) && r % kRows == 0);
-      for (int64_t j = 0; j <= p.blocks_k; ++j) {
-        while (leads && at < lists.count[r] && lists.list[r][at] < j * kBlock) ++at;
-        slab.starts[j * rows_of_slab + group + r - slab.begin] = static_cast<int32_t>(at);
+    int32_t at[kMostRows] = {};  // where the keys of a block start in a list
+    for (int64_t j = 0; j <= p.blocks_k; ++j)
+      for (int64_t r = 0; r < survivors.rows; ++r) {
+        slab.starts[j * rows_of_slab + group + r - slab.begin] = at[r];
+        if (j < p.blocks_k) at[r] += static_cast<int32_t>(survivors.count_listed(p, r, j));
       }
-    }
 
     survivors.for_each(Kind::whole, [&](int64_t first, int64_t rows) {
       scale_rows(p.q + (group + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);

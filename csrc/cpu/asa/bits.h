@@ -238,6 +238,15 @@ struct Survivors {
     return count;
   }
 
+  // How many keys of a block the list of row r holds; of rows that share one, the first has it.
+  int64_t count_listed(const Problem<T>& p, int64_t r, int64_t block) const {
+    switch (kind[r / kRows]) {
+      case Kind::listed: return __builtin_popcountll(row(p, r)[block]);
+      case Kind::shared: return r % kRows == 0 ? __builtin_popcountll(together_at(p, r, block)) : 0;
+      default: return 0;
+    }
+  }
+
   static int64_t members_room(int64_t count) { return count * kRows / kBlock + 2; }
 
   // Calls f(first row, rows) for every kRows rows of a kind.
