@@ -113,7 +113,7 @@ struct AggregateScratch {
   int64_t stretch;  // panels
   T *sums, *s, *q, *whole;
   int32_t* columns;
-  uint64_t *members, *changed;
+  uint64_t* members;
 
   AggregateScratch(Arena& arena, const Problem<T>& p) : survivors(arena, p) {
     // Lists of single rows are taken up to n_k / 4 keys on average, those of kRows rows up to most_shared().
@@ -123,7 +123,6 @@ struct AggregateScratch {
     sums = arena.take<T>(p.q_at_a_time * p.dim_v);
     q = arena.take<T>(p.q_at_a_time * p.dim);
     whole = arena.take<T>(kRows * stretch * kPanel<T>);
-    changed = arena.take<uint64_t>(p.blocks_k);
     members = arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_shared(p.n_k)));
     columns = arena.take<int32_t>(larger(listed, p.q_at_a_time / kRows * list_room(p.n_k)));
     s = arena.take<T>(larger(listed, shared));
@@ -135,38 +134,41 @@ int64_t aggregate_bytes(const Problem<T>& p) {
   return bytes_of<AggregateScratch>(p);
 }
 
-// Completes what scan() began of row i, if that is exact: adds what the local block adds to its sums, and subtracts what
-// reciprocity removes. These are sums of the same terms up to rounding, so what is left of a difference is rounded as a
-// sum of all of them would be: at worst twice as much as without it, where half of the mass is left.
+// What completes the outputs that scan() began: weights exp(s - lse) of what the local block adds, and their negatives of
+// what reciprocity removes. Both sums have the same terms up to rounding, so what is left is rounded as a sum of all of
+// them is: relative to what is left, at most twice as much, as long as half of the mass is left.
 template <class T>
-bool complete_row(const Problem<T>& p, const AggregateScratch<T>& w, int64_t i, const uint64_t* m, int64_t count) {
-  const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
-  for (int64_t j = 0; j < p.blocks_k; ++j) w.changed[j] = bits[j * kBlock] ^ m[j];
-  const int64_t changes = count_bits(w.changed, p.blocks_k);
-  if (8 * changes > p.n_k) return false;  // whole rows are faster
-  const T lse = p.lse[i];
-  T mass = p.mass[i];
-  T *const sums = w.sums, *const s = w.s;
-  __builtin_memcpy(sums, p.out + i * p.dim_v, p.dim_v * sizeof(T));
-  if (changes > 0) {
-    list_bits(w.changed, p.blocks_k, 0, w.columns);
-    scale_row(p.q + i * p.dim, p.dim, p.scale, w.q);
-    dots(w.q, p.k, p.dim, w.columns, changes, s);
-    Vec<T> part = {};
-    for (int64_t c = changes; c < rounded_up(changes, kPad); ++c) s[c] = -kInfinity, w.columns[c] = w.columns[0];
-    for (int64_t c = 0; c < changes; c += kLanes<T>) store(s + c, exponential(load(s + c) - lse));
-    for (int64_t c = 0; c < changes; ++c) {
-      const int64_t j = w.columns[c];
-      if ((m[j / kBlock] >> j % kBlock & 1) == 0) s[c] = -s[c];
-    }
-    for (int64_t c = changes; c < rounded_up(changes, kPad); ++c) s[c] = 0;
-    for (int64_t c = 0; c < changes; c += kLanes<T>) part += load(s + c);
-    mass += sum_of<T>(part);
-    if (!(2 * mass >= p.mass[i])) return false;
-    accumulate(s, p.v, p.dim_v, w.columns, changes, sums);
-  }
-  finish_row(p, i, m, count, T(lse + __builtin_log(static_cast<double>(mass))), mass, sums);
-  return true;
+ASA_INLINE bool is_neighbour(const Problem<T>& p, int64_t i, int64_t j) {
+  return p.bits[(i / kBlock * p.blocks_k + j / kBlock) * kBlock + i % kBlock] >> j % kBlock & 1;
+}
+
+// For row i: scores become weights; returns their sum.
+template <class T>
+T listed_corrections(const Problem<T>& p, int64_t i, const int32_t* list, int64_t count, T* s) {
+  Vec<T> sum = {};
+  for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = 0;
+  for (int64_t c = 0; c < count; c += kLanes<T>) store(s + c, exponential(load(s + c) - p.lse[i]));
+  for (int64_t c = 0; c < count; ++c)
+    if (is_neighbour(p, i, list[c])) s[c] = -s[c];
+  for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = 0;
+  for (int64_t c = 0; c < count; c += kLanes<T>) sum += load(s + c);
+  return sum_of<T>(sum);
+}
+
+// For kRows rows from row i on, of which there are `rows`.
+template <class T>
+void shared_corrections(const Problem<T>& p, int64_t i, int64_t rows, const int32_t* list, const uint64_t* members,
+                        int64_t count, T* s, T* sum) {
+  T lse[kRows] = {};
+  for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[i + r];
+  const ByRow<T> shift = ByRow<T>::of(lse);
+  for_shared<T>(count, [&](int64_t v, int64_t x) {
+    store(s + x, choose(lane_bits<T>(members, x), -exponential(load(s + x) - shift.part[v]), Vec<T>{}));
+  });
+  for (int64_t c = 0; p.window > 0 && c < count; ++c)
+    for (int64_t r = 0; r < rows; ++r)
+      if (!is_neighbour(p, i + r, list[c])) s[c * kRows + r] = -s[c * kRows + r];
+  sums_of_shared<T>(count, sum, [&](int64_t, int64_t x) { return load(s + x); });
 }
 
 template <class T>
@@ -178,19 +180,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
   const int64_t panels = panels_of<T>(p.n_k), stretch = w.stretch, stride = stretch * kPanel<T>;
 
   while (survivors.take(p, queue)) {
-    bool done[kMostRows / kRows] = {};
-    for (int64_t r = 0; p.begun != nullptr && r < survivors.rows; r += kRows) {
-      if (!p.begun[survivors.first + r]) continue;
-      bool& all = done[r / kRows] = true;
-      for (int64_t x = r; all && x < smaller(survivors.rows, r + kRows); ++x)
-        all = complete_row(p, w, survivors.first + x, survivors.row(p, x), survivors.count[x]);
-    }
-    const auto for_each = [&](Kind kind, const auto& f) {
-      survivors.for_each(kind, [&](int64_t first, int64_t rows) {
-        if (!done[first / kRows]) f(first, rows);
-      });
-    };
-
+    const auto for_each = [&](Kind kind, const auto& f) { survivors.for_each(kind, f); };
     for (int64_t x = 0; x < survivors.rows * p.dim_v; ++x) sums[x] = 0;
     T shift[kMostRows], sum[kMostRows];
     Lists<kMostRows> lists = {};  // of a row, or of the first of kRows rows that share it
@@ -199,9 +189,8 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       for (int64_t r = first; r < first + rows; ++r) {
         scale_row(p.q + (survivors.first + r) * p.dim, p.dim, p.scale, q + r * p.dim);
         lists.list[r] = w.columns + columns;
-        lists.count[r] = survivors.count[r];
+        lists.count[r] = list_bits(survivors.row(p, r), p.blocks_k, 0, w.columns + columns) - lists.list[r];
         offset[r] = numbers;
-        list_bits(survivors.row(p, r), p.blocks_k, 0, w.columns + columns);
         columns += list_room(lists.count[r]);
         numbers += list_room(lists.count[r]);
       }
@@ -227,10 +216,17 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
         dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from);
     });
     for_each(Kind::listed, [&](int64_t first, int64_t rows) {
-      for (int64_t r = first; r < first + rows; ++r) sum[r] = exponentials(s + offset[r], lists.count[r], shift[r]);
+      for (int64_t r = first; r < first + rows; ++r)
+        sum[r] = survivors.corrected[r / kRows]
+                     ? listed_corrections(p, survivors.first + r, lists.list[r], lists.count[r], s + offset[r])
+                     : exponentials(s + offset[r], lists.count[r], shift[r]);
     });
-    for_each(Kind::shared, [&](int64_t r, int64_t) {
-      shared_exponentials(s + offset[r], members[r], lists.count[r], shift + r, sum + r);
+    for_each(Kind::shared, [&](int64_t r, int64_t rows) {
+      if (survivors.corrected[r / kRows])
+        shared_corrections(p, survivors.first + r, rows, lists.list[r], members[r], lists.count[r], s + offset[r],
+                           sum + r);
+      else
+        shared_exponentials(s + offset[r], members[r], lists.count[r], shift + r, sum + r);
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim_v), [&](int64_t r, int64_t from, int64_t to) {
       const int32_t* const list = lists.list[r] + from;
@@ -240,6 +236,21 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       else
         accumulate(s + offset[r] + from, p.v, p.dim_v, list, to - from, sums + r * p.dim_v);
     });
+
+    for (int64_t r = 0; r < survivors.rows; r += kRows) {
+      if (!survivors.corrected[r / kRows]) continue;
+      const int64_t first = survivors.first + r, rows = smaller(kRows, survivors.rows - r);
+      bool exact = true;
+      for (int64_t x = 0; x < rows; ++x) {
+        shift[r + x] = p.lse[first + x];
+        sum[r + x] += p.mass[first + x];
+        exact &= 2 * sum[r + x] >= p.mass[first + x];
+      }
+      T* const values = sums + r * p.dim_v;
+      for (int64_t x = 0; x < rows * p.dim_v; ++x) values[x] = exact ? values[x] + p.out[first * p.dim_v + x] : T(0);
+      survivors.restore(p, r);
+      if (!exact) survivors.kind[r / kRows] = Kind::whole;
+    }
 
     for_each(Kind::whole, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + kRows; ++r) shift[r] = -kInfinity, sum[r] = 0;
@@ -262,9 +273,8 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     }
 
     for (int64_t r = 0; r < survivors.rows; ++r)
-      if (!done[r / kRows])
-        finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r],
-                   T(shift[r] + __builtin_log(static_cast<double>(sum[r]))), sum[r], sums + r * p.dim_v);
+      finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r],
+                 T(shift[r] + __builtin_log(static_cast<double>(sum[r]))), sum[r], sums + r * p.dim_v);
   }
 }
 

@@ -186,6 +186,9 @@ struct Survivors {
   // Of kRows rows each:
   Kind kind[kMostRows / kRows];
   int64_t together[kMostRows / kRows];  // keys that any of them keeps
+  // Of those whose output scan() began, unless whole rows are faster, m holds what differs from the adaptive neighbours,
+  // which is what kinds and lists are of; restore() makes it the survivors again.
+  bool corrected[kMostRows / kRows];
 
   Survivors(Arena& arena, const Problem<T>& p)
       : m(arena.take<uint64_t>(p.q_at_a_time * p.blocks_k)),
@@ -204,19 +207,21 @@ struct Survivors {
     }
     for (int64_t r = 0; r < rows; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
     for (int64_t r = 0; r < rows; r += kRows) {
-      int64_t sum = 0, any = 0;
-      for (int64_t x = r; x < smaller(rows, r + kRows); ++x) sum += count[x];
-      for (int64_t j = 0; j < p.blocks_k; ++j) any += __builtin_popcountll(together_at(p, r, j));
-      together[r / kRows] = any;
-      // Beside a pair of whole rows, one of shared keys takes half as long again, and one in a list four times as long.
-      const int64_t whole = 2 * kRows * p.n_k, shared = 3 * kRows * any, listed = 8 * sum;
-      kind[r / kRows] = whole < shared && whole < listed ? Kind::whole : shared < listed ? Kind::shared : Kind::listed;
+      bool& corrects = corrected[r / kRows] = p.begun != nullptr && p.begun[first + r];
+      if (corrects) exchange_with_neighbours(p, r);
+      kind[r / kRows] = kind_of(p, r);
+      if (corrects && kind[r / kRows] == Kind::whole) restore(p, r);
     }
     if (lists) transpose(p);
     return true;
   }
 
   const uint64_t* row(const Problem<T>& p, int64_t r) const { return m + r * p.blocks_k; }
+
+  void restore(const Problem<T>& p, int64_t r) {
+    exchange_with_neighbours(p, r);
+    corrected[r / kRows] = false;
+  }
 
   // Writes the keys that any of kRows rows keeps, ascending, and who keeps them: bit c * kRows + r of `members` says
   // whether row r keeps the c-th. Returns how many there are; of members the rest of a vector and a word is 0.
@@ -259,6 +264,25 @@ struct Survivors {
  private:
   static constexpr uint64_t kAll = (uint64_t{1} << kRows) - 1;
   uint64_t* by_key_;  // [blocks of rows][blocks_k][64] bit r says whether row r of the block keeps the key
+
+  // m becomes what differs between it and the adaptive neighbours, and the other way round.
+  void exchange_with_neighbours(const Problem<T>& p, int64_t r) {
+    for (int64_t x = r; x < smaller(rows, r + kRows); ++x) {
+      const int64_t i = first + x;
+      const uint64_t* const neighbours = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+      for (int64_t j = 0; j < p.blocks_k; ++j) m[x * p.blocks_k + j] ^= neighbours[j * kBlock];
+    }
+  }
+
+  Kind kind_of(const Problem<T>& p, int64_t r) {
+    int64_t sum = 0, any = 0;
+    for (int64_t x = r; x < smaller(rows, r + kRows); ++x) sum += count_bits(row(p, x), p.blocks_k);
+    for (int64_t j = 0; j < p.blocks_k; ++j) any += __builtin_popcountll(together_at(p, r, j));
+    together[r / kRows] = any;
+    // Beside a pair of whole rows, one of shared keys takes half as long again, and one in a list four times as long.
+    const int64_t whole = 2 * kRows * p.n_k, shared = 3 * kRows * any, listed = 8 * sum;
+    return whole < shared && whole < listed ? Kind::whole : shared < listed ? Kind::shared : Kind::listed;
+  }
 
   uint64_t together_at(const Problem<T>& p, int64_t r, int64_t j) const {
     uint64_t any = 0;
