@@ -66,6 +66,84 @@ def test_dense_rows_beside_sparse_ones(instruction_set, dim):
     check_against_reference("cpu", inputs, options)
 
 
+def regions(n: int, dim: int, dtype: torch.dtype) -> tuple[list, dict]:
+    """Neighbouring rows keep the same keys, a tenth of all, so they share lists; every 40th row is on its own."""
+    direction = torch.randn(10, dim, dtype=torch.float64)[torch.arange(n) // 20 % 10]
+    direction[::40] = torch.randn(n, dim, dtype=torch.float64)[::40]
+    query, key = (3 * direction + torch.randn(n, dim, dtype=torch.float64) * 0.3 for _ in range(2))
+    alpha, beta = torch.full((n,), 0.5), torch.full((n,), 0.8)
+    return [x[None, None].to(dtype) for x in (query, key, torch.randn(n, dim), alpha, beta)], {"reciprocal": True}
+
+
+@pytest.mark.parametrize("n,dim", [(301, 20), (520, 64)])
+def test_rows_that_share_lists(instruction_set, n, dim):
+    inputs, options = regions(n, dim, torch.float32)
+    options |= {"grid": (1, n), "window": 3}
+    assert 0.02 < fractions_of_rows(inputs, options).mean() < 0.2
+    check_against_reference("cpu", inputs, options)
+    check_equal_to("reference", [x.double() for x in inputs], options)
+
+
+def nearly_dense(removed: str, n: int, dtype: torch.dtype) -> tuple[list, dict]:
+    """Rows with more than 9 of 10 keys as adaptive neighbours, and what reciprocity ``removed`` of these."""
+    query, key, value = torch.randn(3, n, 24, dtype=torch.float64) * 0.3
+    alpha, beta = torch.full((n,), 1e-3), torch.full((n,), 0.9)
+    if removed == "the same keys":
+        alpha[::37] = 1.05
+    elif removed == "others in every row":
+        query, alpha = query * 5, torch.full((n,), 0.42)
+    elif removed == "half of the keys":
+        alpha[n // 2 :] = 50
+    elif removed in ("most of the mass", "less than half of the mass"):
+        share = 9 if removed == "most of the mass" else 0.8
+        query[:, 0], key[:, 0] = 5, 0
+        key[n // 2, 0] = torch.tensor(share * n).log() * 24**0.5 / 5
+        query[n // 2], alpha[n // 2] = 0, 1.5
+    return [x[None, None].to(dtype) for x in (query, key, value, alpha, beta)], {"grid": (1, n), "window": 3}
+
+
+@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize(
+    "removed",
+    [
+        "nothing",
+        "the same keys",
+        "others in every row",
+        "half of the keys",
+        "most of the mass",
+        "less than half of the mass",
+    ],
+)
+def test_outputs_that_the_scan_begins(instruction_set, removed, beta):
+    """What reciprocity removes is subtracted, in whichever way and to the accuracy of a sum over what is left."""
+    inputs, options = nearly_dense(removed, 333, torch.float32)
+    if not beta:
+        inputs[4] = None
+    _, one_way = asa_attention(*inputs, **options, reciprocal=False, impl="cpu", return_stats=True)
+    _, mutual = asa_attention(*inputs, **options, impl="cpu", return_stats=True)
+    begun = one_way.survivors > 0.9 * 333
+    assert begun.double().mean() > (0.45 if removed == "half of the keys" else 0.7)
+    lost = 1 - (mutual.lse_kept - one_way.lse_kept)[begun].exp()
+    if removed == "nothing":
+        assert lost.max() < 1e-5
+    elif removed == "most of the mass":
+        assert lost.median() > 0.5
+    elif removed == "less than half of the mass":
+        assert 0.3 < lost.median() < 0.5
+    else:
+        assert 0.005 < lost.mean() < 0.6
+    check_against_reference("cpu", inputs, options)
+    check_equal_to("reference", [x if x is None else x.double() for x in inputs], options)
+
+
+def test_scores_far_above_those_of_the_first_keys(instruction_set):
+    """The sum over a row starts from the largest of the first panel; 2^127 above it a float overflows."""
+    query, key, value = torch.randn(3, 1, 1, 200, 16)
+    query[..., 0], key[..., :100, 0], key[..., 100:, 0] = 40, 0, 40
+    key[..., 150, 0] = 41
+    check_against_reference("cpu", [query, key, value, torch.full((1, 1, 200), 0.3), None], {"reciprocal": False})
+
+
 def test_lists_as_long_as_they_get(instruction_set):
     """A quarter of all keys in every row, the most that lists are made for."""
     inputs = [*torch.randn(3, 1, 1, 1028, 16), None, None]

@@ -135,40 +135,56 @@ int64_t aggregate_bytes(const Problem<T>& p) {
 }
 
 // What completes the outputs that scan() began: weights exp(s - lse) of what the local block adds, and their negatives of
-// what reciprocity removes. Both sums have the same terms up to rounding, so what is left is rounded as a sum of all of
-// them is: relative to what is left, at most twice as much, as long as half of the mass is left.
+// what reciprocity removes.
+//
+// The weights that are subtracted are formed again, so they differ from those in the sum by their rounding, by relative
+// errors e_j that do not depend on each other. The sum over what is left has errors e_j w_j v_j already, of a size that
+// goes with the root of the sum of its w^2. Where the w^2 of what is removed add up to no more than half of it, the
+// errors grow by no more than sqrt(2); and where half of the mass is left, the rounding of sums at most doubles.
+template <class T>
+struct Change {
+  T mass = 0;
+  T removed = 0;  // the sum of squares
+  bool is_exact(T mass_before, T squares) const { return 2 * -mass <= mass_before && 3 * removed <= squares; }
+};
+
 template <class T>
 ASA_INLINE bool is_neighbour(const Problem<T>& p, int64_t i, int64_t j) {
   return p.bits[(i / kBlock * p.blocks_k + j / kBlock) * kBlock + i % kBlock] >> j % kBlock & 1;
 }
 
-// For row i: scores become weights; returns their sum.
+// Scores of row i become weights.
 template <class T>
-T listed_corrections(const Problem<T>& p, int64_t i, const int32_t* list, int64_t count, T* s) {
-  Vec<T> sum = {};
-  for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = 0;
+Change<T> listed_changes(const Problem<T>& p, int64_t i, const int32_t* list, int64_t count, T* s) {
   for (int64_t c = 0; c < count; c += kLanes<T>) store(s + c, exponential(load(s + c) - p.lse[i]));
-  for (int64_t c = 0; c < count; ++c)
-    if (is_neighbour(p, i, list[c])) s[c] = -s[c];
-  for (int64_t c = count; c < rounded_up(count, kPad); ++c) s[c] = 0;
-  for (int64_t c = 0; c < count; c += kLanes<T>) sum += load(s + c);
-  return sum_of<T>(sum);
+  Change<T> change;
+  for (int64_t c = 0; c < count; ++c) {
+    if (is_neighbour(p, i, list[c])) change.removed += s[c] * s[c], s[c] = -s[c];
+    change.mass += s[c];
+  }
+  return change;
 }
 
-// For kRows rows from row i on, of which there are `rows`.
+// The same for kRows rows from row i on, of which there are `rows`.
 template <class T>
-void shared_corrections(const Problem<T>& p, int64_t i, int64_t rows, const int32_t* list, const uint64_t* members,
-                        int64_t count, T* s, T* sum) {
-  T lse[kRows] = {};
-  for (int64_t r = 0; r < rows; ++r) lse[r] = p.lse[i + r];
-  const ByRow<T> shift = ByRow<T>::of(lse);
+void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t* list, const uint64_t* members,
+                    int64_t count, T* s, Change<T>* changes) {
+  T numbers[kRows] = {};
+  for (int64_t r = 0; r < rows; ++r) numbers[r] = p.lse[i + r];
+  const ByRow<T> lse = ByRow<T>::of(numbers);
   for_shared<T>(count, [&](int64_t v, int64_t x) {
-    store(s + x, choose(lane_bits<T>(members, x), -exponential(load(s + x) - shift.part[v]), Vec<T>{}));
+    store(s + x, choose(lane_bits<T>(members, x), -exponential(load(s + x) - lse.part[v]), Vec<T>{}));
   });
   for (int64_t c = 0; p.window > 0 && c < count; ++c)
     for (int64_t r = 0; r < rows; ++r)
       if (!is_neighbour(p, i + r, list[c])) s[c * kRows + r] = -s[c * kRows + r];
-  sums_of_shared<T>(count, sum, [&](int64_t, int64_t x) { return load(s + x); });
+  sums_of_shared<T>(count, numbers, [&](int64_t, int64_t x) { return load(s + x); });
+  for (int64_t r = 0; r < rows; ++r) changes[r].mass = numbers[r];
+  sums_of_shared<T>(count, numbers, [&](int64_t, int64_t x) {
+    const Vec<T> w = load(s + x);
+    return select<T>(w < 0, w * w, Vec<T>{});
+  });
+  for (int64_t r = 0; r < rows; ++r) changes[r].removed = numbers[r];
 }
 
 template <class T>
@@ -183,6 +199,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     const auto for_each = [&](Kind kind, const auto& f) { survivors.for_each(kind, f); };
     for (int64_t x = 0; x < survivors.rows * p.dim_v; ++x) sums[x] = 0;
     T shift[kMostRows], sum[kMostRows];
+    Change<T> changes[kMostRows];
     Lists<kMostRows> lists = {};  // of a row, or of the first of kRows rows that share it
     int64_t offset[kMostRows], columns = 0, numbers = 0, words = 0;
     for_each(Kind::listed, [&](int64_t first, int64_t rows) {
@@ -217,14 +234,15 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     });
     for_each(Kind::listed, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + rows; ++r)
-        sum[r] = survivors.corrected[r / kRows]
-                     ? listed_corrections(p, survivors.first + r, lists.list[r], lists.count[r], s + offset[r])
-                     : exponentials(s + offset[r], lists.count[r], shift[r]);
+        if (survivors.corrected[r / kRows])
+          changes[r] = listed_changes(p, survivors.first + r, lists.list[r], lists.count[r], s + offset[r]);
+        else
+          sum[r] = exponentials(s + offset[r], lists.count[r], shift[r]);
     });
     for_each(Kind::shared, [&](int64_t r, int64_t rows) {
       if (survivors.corrected[r / kRows])
-        shared_corrections(p, survivors.first + r, rows, lists.list[r], members[r], lists.count[r], s + offset[r],
-                           sum + r);
+        shared_changes(p, survivors.first + r, rows, lists.list[r], members[r], lists.count[r], s + offset[r],
+                       changes + r);
       else
         shared_exponentials(s + offset[r], members[r], lists.count[r], shift + r, sum + r);
     });
@@ -242,9 +260,9 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       const int64_t first = survivors.first + r, rows = smaller(kRows, survivors.rows - r);
       bool exact = true;
       for (int64_t x = 0; x < rows; ++x) {
-        shift[r + x] = p.lse[first + x];
-        sum[r + x] += p.mass[first + x];
-        exact &= 2 * sum[r + x] >= p.mass[first + x];
+        const int64_t i = first + x;
+        exact &= changes[r + x].is_exact(p.mass[i], p.squares[i]);
+        shift[r + x] = p.lse[i], sum[r + x] = p.mass[i] + changes[r + x].mass;
       }
       T* const values = sums + r * p.dim_v;
       for (int64_t x = 0; x < rows * p.dim_v; ++x) values[x] = exact ? values[x] + p.out[first * p.dim_v + x] : T(0);

@@ -302,7 +302,8 @@ void forward(const Call& call, const Outputs& outputs) {
     const Written<T> out(kernels, call.rows(outputs.out, i), p.n_q, workspace);
     const auto memory = workspace.add<char>(keep ? 0 : call.kept.bytes);
     const auto begun = workspace.add<bool>(p.thresholded ? p.n_q : 0);
-    const auto mass = workspace.add<T>(p.thresholded ? p.n_q : 0);
+    const auto mass = workspace.add<T>(p.thresholded ? p.n_q : 0),
+               squares = workspace.add<T>(p.thresholded ? p.n_q : 0);
     const auto panels = workspace.add<T>(panels_size(kernels, p.n_k, p.dim));
     const bool one_block = p.blocks_q == 1 && p.blocks_k == 1;
     workspace.add_share(one_block ? kernels.forward_block_bytes(p) : kernels.scan_bytes(p));
@@ -312,7 +313,10 @@ void forward(const Call& call, const Outputs& outputs) {
     if (keep) prefer_huge_pages(p.bits, p.thresholded ? call.words() * 8 : 0);
     inputs.get(workspace);
     p.out = out.get(workspace);
-    if (p.thresholded) std::fill_n(p.begun = begun.get(workspace), p.n_q, false), p.mass = mass.get(workspace);
+    if (p.thresholded) {
+      std::fill_n(p.begun = begun.get(workspace), p.n_q, false);
+      p.mass = mass.get(workspace), p.squares = squares.get(workspace);
+    }
     p.k_panels = panels.get(workspace);
     pack_panels(kernels, p.k, p.n_k, p.dim, p.k_panels, workspace);
     if (one_block) return kernels.forward_block(p, workspace.share(0)), out.finish(workspace);

@@ -40,8 +40,9 @@ struct Problem {
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
-  bool* begun;  // [n_q] rows of which scan() leaves in `out` the sum of exp(s - lse) v over the adaptive neighbours,
-  T* mass;  // [n_q] and here that of exp(s - lse); null, both: it does not
+  bool*
+      begun;  // [n_q] rows of which scan() leaves in `out` the sum of w v over the adaptive neighbours, w = exp(s - lse)
+  T *mass, *squares;  // [n_q] and here those of w and of w^2; null, all three: it does not
   // If thresholded, [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as
   // adaptive neighbour.
   uint64_t* bits;

@@ -168,7 +168,7 @@ void begin_output(const Scores<T>& scores, int64_t r) {
   const Problem<T>& p = scores.p;
   const ScanScratch<T>& w = scores.w;
   T* const sums = w.sums + r * p.dim_v;
-  Vec<T> mass[kRows] = {};
+  Vec<T> mass[kRows] = {}, squares[kRows] = {};
   for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
   for (int64_t from = 0; from < p.n_k; from += w.keys) {
     const int64_t keys = smaller(w.keys, p.n_k - from);
@@ -183,6 +183,7 @@ void begin_output(const Scores<T>& scores, int64_t r) {
         const Vec<T> e = choose(lanes, exponential(load(scores.row(x) + from + j) - lse), Vec<T>{});
         store(weights + j, e);
         mass[x - r] += e;
+        squares[x - r] += e * e;
       }
     }
     add_product<Left::by_row>(w.weights, w.keys, p.v + from * p.dim_v, keys, p.dim_v, sums);
@@ -191,6 +192,7 @@ void begin_output(const Scores<T>& scores, int64_t r) {
     const int64_t i = scores.first + x;
     p.begun[i] = true;
     p.mass[i] = sum_of<T>(mass[x - r]);
+    p.squares[i] = sum_of<T>(squares[x - r]);
     __builtin_memcpy(p.out + i * p.dim_v, w.sums + x * p.dim_v, p.dim_v * sizeof(T));
   }
 }
