@@ -19,6 +19,7 @@ from .record import Case
 
 BLOCK = 64  # side of a tile of pairs, and 8 x 8 pixels
 STRIP = 8  # rows that impl="cpu" takes together
+BEGUN = 0.9  # density from which it multiplies strips while it scans them, about: it asks for neighbours, not survivors
 CHUNK = 2**24  # pairs looked at at a time
 
 
@@ -99,7 +100,8 @@ def units(impl: str, backward: bool, sparsity: Sparsity, dim: int = 64, half: bo
     As ``asa_ops/asa/__init__.py`` states them, for reciprocal attention where query is not key.
     """
     if impl == "cpu":
-        return 1 + (7 if backward else 2) * sparsity.strips
+        forward = 2 if sparsity.density < BEGUN else 1  # in scores that the first pass left
+        return 1 + (forward + 5 * backward) * sparsity.strips
     if impl in ("triton", "cuda", "hopper"):
         dkv = impl == "hopper" or (impl == "triton" and dim <= 128)  # in one kernel, which forms scores once
         of_backward = 10 if not half else 7 if dkv else 8

@@ -187,7 +187,7 @@ def test_a_window_that_nobody_uses_costs_nothing():
 
 @pytest.mark.parametrize("reciprocal", [False, True])
 def test_survivors_of_a_backward_in_more_than_one_slab(reciprocal):
-    """The backward holds 64 MB of survivors at a time, 3.4 million in float64."""
+    """The backward holds 16 MB of survivors at a time, 0.8 million in float64."""
     inputs, _ = rows_of_any_density(3000, 8, torch.float64)
     _, _, _, counts, *_ = check_equal_to("blocked", inputs, {"reciprocal": reciprocal})
     assert reciprocal or counts.sum() > 3.5e6
