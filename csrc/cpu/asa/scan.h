@@ -65,7 +65,7 @@ struct ScanScratch {
     s = arena.take<T>(at_a_time * stride);
     parts = arena.take<T>(kBlock * kLanes<T>);
     work = arena.take<T>(p.topk ? p.n_k : 0);
-    window = arena.take<T>(rounded_up(p.window * p.window, kPad));
+    window = arena.take<T>(p.window * p.window * kLanes<T>);
     weights = arena.take<T>(p.thresholded ? kRows * keys : 0);
     sums = arena.take<T>(p.thresholded ? at_a_time * p.dim_v : 0);
   }
@@ -205,33 +205,44 @@ bool begins_output(const Problem<T>& p, int64_t neighbours) {
   return p.begun != nullptr && (p.reciprocal ? 10 * neighbours >= 9 * kRows * p.n_k : 8 * neighbours >= kRows * p.n_k);
 }
 
-// The local block of the rows: log-mean-exp of their windows, and the flags.
+// The local block of the rows: log-mean-exp of their windows, and the flags; a row a lane.
 template <class T>
 void find_local(const Scores<T>& scores) {
   const Problem<T>& p = scores.p;
+  constexpr int64_t kAtATime = kLanes<T>, kPart = 64;
   const int64_t positions = p.window * p.window;
-  T* const window = scores.w.window;
-  Column<T> largest(-kInfinity), mean(1), log_beta(1);
-  for (int64_t r = 0; r < scores.rows; ++r) {
-    const int64_t i = scores.first + r;
-    const T* const s = scores.row(r);
-    int64_t count = 0;
-    for_window(p, i, [&](int64_t j, int64_t) {
-      if (real(p.real_k, j)) window[count++] = s[j];
-    });
-    log_beta[r] = p.beta[i];
-    if (real(p.real_q, i) && count > 0) mean[r] = exponentials(window, count, largest[r]) / count;
-  }
-  mean.take_logarithms(scores.rows);
-  log_beta.take_logarithms(scores.rows);
-  for (int64_t r = 0; r < scores.rows; ++r) {
-    const int64_t i = scores.first + r;
-    const T* const s = scores.row(r);
-    bool* const flags = p.local + i * positions;
-    for (int64_t o = 0; o < positions; ++o) flags[o] = false;
-    p.log_mean[i] = largest[r] + mean[r];
-    if (!real(p.real_q, i)) continue;
-    for_window(p, i, [&](int64_t j, int64_t o) { flags[o] = real(p.real_k, j) && s[j] - p.log_mean[i] > log_beta[r]; });
+  T* const window = scores.w.window;  // [positions][rows], -inf where there is no key
+  for (int64_t first = 0; first < scores.rows; first += kAtATime) {
+    const int64_t rows = smaller(kAtATime, scores.rows - first), row = scores.first + first;
+    Vec<T> beta = splat(T(1)), count = {};
+    for (int64_t x = 0; x < positions * kAtATime; x += kLanes<T>) store(window + x, splat(T(-kInfinity)));
+    for (int64_t r = 0; r < rows; ++r) {
+      const T* const s = scores.row(first + r);
+      T keys = 0;
+      beta[r] = p.beta[row + r];
+      if (!real(p.real_q, row + r)) continue;
+      for_window(p, row + r, [&](int64_t j, int64_t o) {
+        if (real(p.real_k, j)) window[o * kAtATime + r] = s[j], ++keys;
+      });
+      count[r] = keys;
+    }
+    Vec<T> largest = splat(T(-kInfinity)), sum = {};
+    for (int64_t o = 0; o < positions; ++o) largest = maximum(largest, load(window + o * kAtATime));
+    const Vec<T> shift = select<T>(largest == splat(T(-kInfinity)), Vec<T>{}, largest);
+    for (int64_t begin = 0; begin < positions; begin += kPart) {
+      Vec<T> part = {};
+      for (int64_t o = begin; o < smaller(positions, begin + kPart); ++o) {
+        const Vec<T> s = load(window + o * kAtATime);
+        part += select<T>(s == splat(T(-kInfinity)), Vec<T>{}, exponential(s - shift));
+      }
+      sum += part;
+    }
+    const Vec<T> log_mean = largest + logarithm(sum / count), log_beta = logarithm(beta);
+    for (int64_t r = 0; r < rows; ++r) p.log_mean[row + r] = count[r] > 0 ? log_mean[r] : T(-kInfinity);
+    for (int64_t o = 0; o < positions; ++o) {
+      const uint64_t kept = greater(load(window + o * kAtATime) - log_mean, log_beta);
+      for (int64_t r = 0; r < rows; ++r) p.local[(row + r) * positions + o] = kept >> r & 1;
+    }
   }
 }
 
