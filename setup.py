@@ -156,7 +156,7 @@ def extension() -> dict:
     major, minor, patch = (int(part) for part in VERSION.split("."))
     module = CppExtension(
         "asa_ops._C",
-        sorted(map(str, Path("csrc").rglob("*.cpp"))),
+        sorted(str(path) for path in Path("csrc").rglob("*.cpp") if path.parent.name != "testing"),
         depends=sorted(map(str, Path("csrc").rglob("*.h"))),
         py_limited_api=True,
         define_macros=[

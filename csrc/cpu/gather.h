@@ -60,9 +60,8 @@ static void accumulate(const T* weights, const T* rows, int64_t dim, const int32
     const int32_t* const part = list + first;
     int64_t d = 0;
     const auto fits = [&](int64_t vectors) { return d + vectors * kLanes<T> <= dim; };
-#if defined(ASA_AVX512)
-    for (; fits(16); d += 16 * kLanes<T>) add_rows<16>(w, rows + d, dim, part, size, sums + d);
-#endif
+    if constexpr (kRegisters == 32)
+      for (; fits(16); d += 16 * kLanes<T>) add_rows<16>(w, rows + d, dim, part, size, sums + d);
     for (; fits(8); d += 8 * kLanes<T>) add_rows<8>(w, rows + d, dim, part, size, sums + d);
     for (; fits(4); d += 4 * kLanes<T>) add_rows<4>(w, rows + d, dim, part, size, sums + d);
     for (; fits(2); d += 2 * kLanes<T>) add_rows<2>(w, rows + d, dim, part, size, sums + d);

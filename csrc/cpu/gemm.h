@@ -1,12 +1,8 @@
 // Products of whole rows: the scores of scan(), and all products in rows where many pairs survive.
 
 constexpr int64_t kVectors = 3;  // registers of a tile in a row
-#if defined(ASA_AVX512)
-constexpr int64_t kRows =
-    8;  // rows of a tile: all of it stays in registers, and 24 sums hide the latency of an addition
-#else
-constexpr int64_t kRows = 4;
-#endif
+// Rows of a tile: all of it stays in registers, and 24 sums hide the latency of an addition.
+constexpr int64_t kRows = kRegisters == 32 ? 8 : 4;
 constexpr int64_t kDepth = 128;  // terms of a sum added one after the other; more are added in parts: they round less,
 // and what they read of the right factor stays in the first-level cache
 

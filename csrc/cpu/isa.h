@@ -5,13 +5,26 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <iterator>
 #include <string>
 #include <type_traits>
-#include <vector>
 
 namespace asa_ops::cpu {
 
+// Those of the processor's architecture; of two that it has, the later one is faster.
+#if defined(__x86_64__) && defined(__GNUC__)
 enum class Isa { portable, avx2, avx512 };
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
+constexpr const char* kIsaChoice = "portable, avx2 or avx512";
+#elif defined(__aarch64__) && defined(__GNUC__)
+enum class Isa { portable, neon };
+constexpr const char* kIsaNames[] = {"portable", "neon"};
+constexpr const char* kIsaChoice = "portable or neon";
+#else
+enum class Isa { portable };
+constexpr const char* kIsaNames[] = {"portable"};
+constexpr const char* kIsaChoice = "portable";
+#endif
 
 inline Isa best_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -19,6 +32,8 @@ inline Isa best_isa() {
       __builtin_cpu_supports("avx512bw"))
     return Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
+#elif defined(__aarch64__) && defined(__GNUC__)
+  return Isa::neon;
 #endif
   return Isa::portable;
 }
@@ -28,11 +43,10 @@ inline Isa isa() {
   static const Isa best = best_isa();
   const char* wanted = std::getenv("ASA_OPS_CPU_ISA");
   if (wanted == nullptr) return best;
-  const std::vector<std::string> names = {"portable", "avx2", "avx512"};
-  const auto name = std::find(names.begin(), names.end(), wanted);
-  STD_TORCH_CHECK(name != names.end(), "ASA_OPS_CPU_ISA must be portable, avx2 or avx512, got ", wanted);
-  const Isa chosen = static_cast<Isa>(name - names.begin());
-  STD_TORCH_CHECK(chosen <= best, "ASA_OPS_CPU_ISA=", wanted, ": this machine has ", names[static_cast<int>(best)],
+  const auto* const name = std::find(std::begin(kIsaNames), std::end(kIsaNames), std::string(wanted));
+  STD_TORCH_CHECK(name != std::end(kIsaNames), "ASA_OPS_CPU_ISA must be ", kIsaChoice, ", got ", wanted);
+  const Isa chosen = static_cast<Isa>(name - kIsaNames);
+  STD_TORCH_CHECK(chosen <= best, "ASA_OPS_CPU_ISA=", wanted, ": this machine has ", kIsaNames[static_cast<int>(best)],
                   " at best");
   return chosen;
 }
@@ -51,6 +65,10 @@ const auto& of_type(const F& of_float, const D& of_double) {
   (isa() == Isa::avx512 ? of_type<T>(avx512::of_float, avx512::of_double) \
    : isa() == Isa::avx2 ? of_type<T>(avx2::of_float, avx2::of_double)     \
                         : of_type<T>(portable::of_float, portable::of_double))
+#elif defined(__aarch64__) && defined(__GNUC__)
+#define ASA_TABLE(T, of_float, of_double)                           \
+  (isa() == Isa::neon ? of_type<T>(neon::of_float, neon::of_double) \
+                      : of_type<T>(portable::of_float, portable::of_double))
 #else
 #define ASA_TABLE(T, of_float, of_double) of_type<T>(portable::of_float, portable::of_double)
 #endif

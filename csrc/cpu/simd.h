@@ -11,6 +11,11 @@ constexpr int kBytes = 32;
 #else
 constexpr int kBytes = 16;
 #endif
+#if defined(ASA_AVX512) || defined(ASA_NEON)
+constexpr int kRegisters = 32;
+#else
+constexpr int kRegisters = 16;
+#endif
 
 template <class T>
 struct Lanes;
@@ -117,12 +122,21 @@ template <class V>
 ASA_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
 }
+#if defined(ASA_NEON)
+ASA_INLINE uint64_t bits_of(Ints<float> condition) {
+  return vaddvq_u32(reinterpret_cast<uint32x4_t>(condition & Ints<float>{1, 2, 4, 8}));
+}
+ASA_INLINE uint64_t bits_of(Ints<double> condition) {
+  return vaddvq_u64(reinterpret_cast<uint64x2_t>(condition & Ints<double>{1, 2}));
+}
+#else
 template <class I>
 ASA_INLINE uint64_t bits_of(I condition) {
   uint64_t bits = 0;
   for (unsigned r = 0; r < sizeof(I) / sizeof(condition[0]); ++r) bits |= static_cast<uint64_t>(condition[r] & 1) << r;
   return bits;
 }
+#endif
 template <class V>
 ASA_INLINE uint64_t greater(V a, V b) {
   return bits_of(a > b);
@@ -239,6 +253,11 @@ ASA_INLINE void sums_of_four(const Vec<float>* x, float* sums) {
   const __m256 f = _mm256_hadd_ps(_mm256_hadd_ps(x[0], x[1]), _mm256_hadd_ps(x[2], x[3]));
   _mm_storeu_ps(sums, _mm_add_ps(_mm256_castps256_ps128(f), _mm256_extractf128_ps(f, 1)));
 }
+#elif defined(ASA_NEON)
+ASA_INLINE void sums_of_four(const Vec<float>* x, float* sums) {
+  const auto y = [&](int i) { return reinterpret_cast<float32x4_t>(x[i]); };
+  vst1q_f32(sums, vpaddq_f32(vpaddq_f32(y(0), y(1)), vpaddq_f32(y(2), y(3))));
+}
 #else
 ASA_INLINE void sums_of_four(const Vec<float>* x, float* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = sum_of<float>(x[i]);
@@ -248,10 +267,10 @@ ASA_INLINE void sums_of_four(const Vec<double>* x, double* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = sum_of<double>(x[i]);
 }
 
-// e^x = 2^y; relative error below 1.6e-7 + 1e-7 |y| while -125 <= y < 128, and 0 for x = 0. It is inf beyond, NaN for
-// NaN, and below it stays at 2^-125 or 2^-126: smaller numbers would be denormal, on which processors take up to a hundred
-// times longer. A polynomial of degree 5, of relative error 9e-8, on the fraction of y or, without AVX-512, on its distance
-// to the nearest integer.
+// e^x = 2^y; relative error below 1.6e-7 + 1e-7 |y| while -125 <= y < 127.5, and 0 for x = 0. It is inf from there or,
+// with AVX-512, from 128 on, NaN for NaN, and below it stays at 2^-125 or 2^-126: smaller numbers would be denormal, on
+// which processors take up to a hundred times longer. A polynomial of degree 5, of relative error 9e-8, on the fraction
+// of y or, without AVX-512, on its distance to the nearest integer.
 #if defined(ASA_AVX512)
 ASA_INLINE Vec<float> exponential(Vec<float> x) {
   const Vec<float> y = _mm512_max_ps(splat(-125.0f), x * 1.44269504f);  // the second if one is NaN

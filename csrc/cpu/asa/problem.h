@@ -136,6 +136,7 @@ T kth_largest(const T* x, int64_t n, int64_t k, T* scratch);
   }
 ASA_DECLARE(avx512)
 ASA_DECLARE(avx2)
+ASA_DECLARE(neon)
 ASA_DECLARE(portable)
 
 }  // namespace asa_ops::cpu

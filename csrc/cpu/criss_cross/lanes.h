@@ -38,11 +38,7 @@ static void lane_tile(Factor<T> a, Factor<T> b, int64_t terms, T* c, int64_t c_r
     }
 }
 
-#if defined(ASA_AVX512)
-constexpr int kTileX = 4, kTileY = 6;
-#else
-constexpr int kTileX = 3, kTileY = 4;
-#endif
+constexpr int kTileX = kRegisters == 32 ? 4 : 3, kTileY = kRegisters == 32 ? 6 : 4;
 
 // Tiles of a strip of kX rows, as wide as fits.
 template <int kX, class T>

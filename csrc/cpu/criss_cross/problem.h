@@ -55,6 +55,7 @@ struct CrissCrossKernels {
   }
 ASA_DECLARE_CRISS_CROSS(avx512)
 ASA_DECLARE_CRISS_CROSS(avx2)
+ASA_DECLARE_CRISS_CROSS(neon)
 ASA_DECLARE_CRISS_CROSS(portable)
 
 }  // namespace asa_ops::cpu
