@@ -24,6 +24,8 @@ else:
     if importlib.util.find_spec("triton"):
         import interpreter  # noqa: F401  (it changes how products round)
 
+from implementations import INSTRUCTION_SETS
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
@@ -56,15 +58,15 @@ def with_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["portable", "avx2", "avx512"])
+@pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request, monkeypatch):
-    """Let the kernels of the CPU use one instruction set."""
-    names = ["portable", "avx2", "avx512"]
-    best = torch.ops.asa_ops.cpu_isa()
-    if names.index(request.param) > best:
-        pytest.skip(f"this machine has {names[best]} at best")
+    """Let the kernels of the CPU use one instruction set, and return its name."""
+    number, best = INSTRUCTION_SETS.index(request.param), torch.ops.asa_ops.cpu_isa()
+    if number > best:
+        pytest.skip(f"this machine has {INSTRUCTION_SETS[best]} at best")
     monkeypatch.setenv("ASA_OPS_CPU_ISA", request.param)
-    assert torch.ops.asa_ops.cpu_isa() == names.index(request.param)
+    assert torch.ops.asa_ops.cpu_isa() == number
+    return request.param
 
 
 @pytest.fixture(scope="session")

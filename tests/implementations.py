@@ -1,5 +1,7 @@
 """The implementations that tests run: those of the CPU, of GPUs in emulation or on a GPU; and how tests name them."""
 
+import platform
+
 import pytest
 import simt
 import torch
@@ -20,6 +22,9 @@ each_fast = pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS])
 each_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 
+# Of the CPU kernels, in the order of the numbers that torch.ops.asa_ops.cpu_isa() returns.
+ARM = platform.machine() in ("aarch64", "arm64")
+INSTRUCTION_SETS = ["portable", "neon"] if ARM else ["portable", "avx2", "avx512"]
 SETS = ("general", "hopper")  # of CUDA kernels: those for compute capability 9.0 take half precisions and TF32
 
 

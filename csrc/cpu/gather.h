@@ -85,6 +85,7 @@ static void some_shared_dots(const T* x, const T* rows, int64_t dim, const int32
     for (int c = 0; c < kColumns; ++c) z[c] = load(y[c] + d);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+      if (r % 2 == 0) load_no_further();
       const Vec<T> u = load(x + r * dim + d);
 #pragma GCC unroll 4
       for (int c = 0; c < kColumns; ++c) sum[c][r] += u * z[c];

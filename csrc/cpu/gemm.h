@@ -83,6 +83,7 @@ static void tile(const T* a, int64_t a_stride, Right b, int64_t terms, T* c, int
     for (int i = 0; i < kWide; ++i) y[i] = load(from + i * kStep);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
+      if (r % 2 == 0) load_no_further();
       const T x = kLeft == Left::by_row ? row[r][t] : a[t * a_stride + r];
 #pragma GCC unroll 4
       for (int i = 0; i < kWide; ++i) sum[r][i] += x * y[i];

@@ -43,6 +43,13 @@ constexpr int kLanes = kBytes / sizeof(T);
 
 #define ASA_INLINE static inline __attribute__((always_inline))
 
+// GCC for ARM loads so much of an unrolled loop ahead that sums no longer fit into registers; not beyond this.
+ASA_INLINE void load_no_further() {
+#if defined(ASA_NEON)
+  asm volatile("" ::: "memory");
+#endif
+}
+
 template <class T>
 ASA_INLINE Vec<T> load(const T* p) {
   return *reinterpret_cast<const typename Lanes<T>::Unaligned*>(p);
@@ -122,21 +129,19 @@ template <class V>
 ASA_INLINE V minimum(V a, V b) {
   return a < b ? a : b;
 }
-#if defined(ASA_NEON)
-ASA_INLINE uint64_t bits_of(Ints<float> condition) {
-  return vaddvq_u32(reinterpret_cast<uint32x4_t>(condition & Ints<float>{1, 2, 4, 8}));
-}
-ASA_INLINE uint64_t bits_of(Ints<double> condition) {
-  return vaddvq_u64(reinterpret_cast<uint64x2_t>(condition & Ints<double>{1, 2}));
-}
-#else
 template <class I>
 ASA_INLINE uint64_t bits_of(I condition) {
+#if defined(ASA_NEON)
+  if constexpr (sizeof(condition[0]) == 4)
+    return vaddvq_u32(vandq_u32(reinterpret_cast<uint32x4_t>(condition), uint32x4_t{1, 2, 4, 8}));
+  else
+    return vaddvq_u64(vandq_u64(reinterpret_cast<uint64x2_t>(condition), uint64x2_t{1, 2}));
+#else
   uint64_t bits = 0;
   for (unsigned r = 0; r < sizeof(I) / sizeof(condition[0]); ++r) bits |= static_cast<uint64_t>(condition[r] & 1) << r;
   return bits;
-}
 #endif
+}
 template <class V>
 ASA_INLINE uint64_t greater(V a, V b) {
   return bits_of(a > b);

@@ -1,10 +1,17 @@
 """impl="cpu" in particular: instruction sets, threads, ways to sum rows."""
 
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
 import pytest
+import simt
 import torch
 from cases import Case, each_case, make, named
 from compare import call_and_gradients, check_against_reference, equal
-from implementations import slow
+from implementations import INSTRUCTION_SETS, slow
+from torch.utils.cpp_extension import get_cxx_compiler
 
 import asa_ops
 from asa_ops import asa_attention
@@ -12,8 +19,7 @@ from asa_ops.core import extension
 
 CPU = extension.has("asa_fwd", "CPU")
 pytestmark = pytest.mark.skipif(not CPU, reason=str(extension.WHY_MISSING))
-SETS = ["portable", "avx2", "avx512"]
-BEST = SETS[torch.ops.asa_ops.cpu_isa()] if CPU else None
+BEST = INSTRUCTION_SETS[torch.ops.asa_ops.cpu_isa()] if CPU else None
 
 
 def check_equal_to(other: str, inputs, options) -> list[torch.Tensor]:
@@ -39,7 +45,7 @@ def test_any_head_dim(instruction_set, dim):
 
 
 # It takes long: other sets than this machine's best with `make test-all`.
-@pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in SETS], indirect=True)
+@pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in INSTRUCTION_SETS], indirect=True)
 @pytest.mark.parametrize("name,sizes", [slow("plain", {}), ("mixed", {"dim": 64, "batch": 1, "heads": 1})])
 def test_lists_longer_than_a_stretch(instruction_set, name, sizes):
     check_against_reference("cpu", *make(named(name, grid=(40, 47), **sizes), torch.float32))
@@ -195,8 +201,40 @@ def test_survivors_of_a_backward_in_more_than_one_slab(reciprocal):
 
 def test_unknown_instruction_set_is_refused(monkeypatch):
     monkeypatch.setenv("ASA_OPS_CPU_ISA", "mmx")
-    with pytest.raises(RuntimeError, match="ASA_OPS_CPU_ISA must be portable, avx2 or avx512, got mmx"):
+    names = f"{', '.join(INSTRUCTION_SETS[:-1])} or {INSTRUCTION_SETS[-1]}"
+    with pytest.raises(RuntimeError, match=f"ASA_OPS_CPU_ISA must be {names}, got mmx"):
         torch.ops.asa_ops.cpu_isa()
+
+
+def check_kernels(folder: Path, name: str, compiler: list[str], emulator: tuple[str, ...] = ()):
+    """Run the tests of an instruction set's kernels that need no torch."""
+    source, program = simt.ROOT / "csrc/testing/cpu_kernels.cpp", folder / "kernels"
+    define = f'-DASA_SOURCE="../cpu/isa_{name}.cpp"'
+    subprocess.run([*compiler, "-std=c++20", define, source, "-o", program], check=True)
+    run = subprocess.run([*emulator, program], capture_output=True, text=True)
+    lines = run.stdout.splitlines()
+    wrong = [line for line in lines if not line.endswith(" ok")]
+    assert not wrong and run.returncode == 0 and len(lines) > 300, run.stderr
+
+
+@pytest.mark.skipif(not simt.COMPILER, reason="no C++ compiler here")
+@pytest.mark.parametrize(
+    "instruction_set", [slow(x, when=x not in ("portable", BEST)) for x in INSTRUCTION_SETS], indirect=True
+)
+def test_kernels_by_themselves(instruction_set, tmp_path):
+    # Quick to compile; the second flag fuses products and sums, as -O3 does.
+    flags = ["-O1", "-fexpensive-optimizations"]
+    check_kernels(tmp_path, instruction_set, [*shlex.split(get_cxx_compiler()), *flags])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["portable", "neon"])
+def test_kernels_for_arm_in_an_emulator(name, tmp_path):
+    compiler = shutil.which("aarch64-linux-gnu-g++")
+    emulator = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+    if not compiler or not emulator:
+        pytest.skip("no aarch64-linux-gnu-g++ or no qemu-aarch64 (Debian: g++-aarch64-linux-gnu, qemu-user)")
+    check_kernels(tmp_path, name, [compiler, "-static", "-O3", "-Wall", "-Werror"], (emulator,))
 
 
 def check_bitwise_equal_over_thread_counts(with_threads, inputs, options):

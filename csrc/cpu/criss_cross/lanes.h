@@ -24,6 +24,7 @@ static void lane_tile(Factor<T> a, Factor<T> b, int64_t terms, T* c, int64_t c_r
     for (int x = 0; x < kX; ++x) left[x] = load(a.x + x * a.by_row);
 #pragma GCC unroll 8
     for (int y = 0; y < kY; ++y) {
+      if (y % 2 == 0) load_no_further();
       const Vec<T> right = load(b.x + y * b.by_row);
 #pragma GCC unroll 8
       for (int x = 0; x < kX; ++x) sum[x][y] += left[x] * right;
