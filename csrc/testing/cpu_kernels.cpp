@@ -793,6 +793,7 @@ void check_all() {
   check_attention<T>();
   check_criss_cross<T>(7, 19, 5, 30);
   check_criss_cross<T>(21, 6, 16, 9);
+  check_criss_cross<T>(1, 20, 8, 16);
 }
 
 }  // namespace
