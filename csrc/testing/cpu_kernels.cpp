@@ -189,6 +189,22 @@ void check_exponential() {
   require(std::string("exponential beyond the range of ") + name_of<T>, limits);
 }
 
+template <class T>
+void check_logarithm() {
+  const auto at = [](double x) { return static_cast<double>(logarithm(splat(T(x)))[kLanes<T> - 1]); };
+  const double infinity = kInfinity;
+  double worst = 0;
+  for (double x = 2e-38; x < 1e38; x *= 1.0003) {
+    const double exact = std::log(static_cast<double>(T(x)));
+    const double last_place = std::ldexp(2 * kUnit<T>, std::ilogb(exact));
+    worst = worse(worst, error_of(at(x), exact, std::max(2 * last_place, sizeof(T) == 4 ? 1e-7 : 0)));
+  }
+  report(std::string("logarithm of ") + name_of<T>, worst);
+  const bool limits = at(1) == 0 && at(0) == -infinity && at(infinity) == infinity && std::isnan(at(-1)) &&
+                      std::isnan(at(std::nan(""))) && std::fabs(at(0x1p-140) / std::log(0x1p-140) - 1) < 4 * kUnit<T>;
+  require(std::string("logarithm beyond the range of ") + name_of<T>, limits);
+}
+
 #if !defined(ASA_AVX512)
 void check_minimum() {
   const float nan = std::nanf("");
@@ -558,11 +574,16 @@ void check_case(const Case& c, Ways& ways) {
     run(0, kernels.panels(n_k), 0, [&](Queue& queue, void*) { kernels.pack_panels(from, n_k, dim, panels, queue); });
   };
   pack_all(p.k, c.dim, p.k_panels);
-  if (p.scanned())
-    run(0, p.blocks_q, kernels.scan_bytes(p), [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
-  run(0, parts(n_q, p.q_at_a_time), kernels.aggregate_bytes(p),
-      [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
+  if (p.blocks_q == 1 && p.blocks_k == 1) {
+    run(0, 1, kernels.forward_block_bytes(p), [&](Queue&, void* scratch) { kernels.forward_block(p, scratch); });
+  } else {
+    if (p.scanned())
+      run(0, p.blocks_q, kernels.scan_bytes(p), [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
+    run(0, parts(n_q, p.q_at_a_time), kernels.aggregate_bytes(p),
+        [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
+  }
   ways.begun += c.reciprocal && p.begun ? std::count(p.begun, p.begun + n_q, true) : 0;
+  p.begun = nullptr, p.mass = nullptr;
 
   std::vector<int32_t> expected_list, counts;
   std::vector<int64_t> offsets = {0};
@@ -638,6 +659,18 @@ void check_case(const Case& c, Ways& ways) {
 const Case kCases[] = {
     {.name = "one pair", .n_q = 1, .n_k = 1, .dim = 16, .dim_v = 16},
     {.name = "fewer than a tile", .n_q = 3, .n_k = 5, .dim = 16, .dim_v = 48, .share = 0.5},
+    {.name = "one block",
+     .n_q = 50,
+     .n_k = 50,
+     .dim = 48,
+     .dim_v = 16,
+     .share = 0.4,
+     .reciprocal = true,
+     .height = 5,
+     .width = 10,
+     .window = 3},
+    {.name = "one block of padding and top-k", .n_q = 61, .n_k = 61, .dim = 16, .dim_v = 16, .topk = 7, .padding = 0.3},
+    {.name = "one block of dense attention", .n_q = 19, .n_k = 64, .dim = 144, .dim_v = 16},
     {.name = "few survivors", .n_q = 150, .n_k = 150, .dim = 16, .dim_v = 48, .share = 0.15, .reciprocal = true},
     {.name = "shared lists", .n_q = 141, .n_k = 141, .dim = 48, .dim_v = 64, .share = 0.3, .topk = 40, .alike = true},
     {.name = "half", .n_q = 139, .n_k = 139, .dim = 64, .dim_v = 16, .share = 0.7, .reciprocal = true},
@@ -790,10 +823,13 @@ template <class T>
 void check_all() {
   check_vectors<T>();
   check_exponential<T>();
+  check_logarithm<T>();
   check_attention<T>();
   check_criss_cross<T>(7, 19, 5, 30);
   check_criss_cross<T>(21, 6, 16, 9);
   check_criss_cross<T>(1, 20, 8, 16);
+  check_criss_cross<T>(310, 3, 4, 2);
+  check_criss_cross<T>(2, 610, 4, 2);
 }
 
 }  // namespace
