@@ -560,7 +560,7 @@ void check_case(const Case& c, Ways& ways) {
   if (!x.beta.empty()) p.beta = beta->data();
   if (x.n_real < n_k) p.real_k = x.real.get(), p.real_q = n_q == n_k ? x.real.get() : nullptr;
 
-  Memory<T> out(n_q * c.dim_v), lse(n_q), lse_kept(n_q), kappa(n_q), log_mean(n_q), mass(n_q);
+  Memory<T> out(n_q * c.dim_v), lse(n_q), lse_kept(n_q), kappa(n_q), log_mean(n_q), mass(n_q), squares(n_q);
   Memory<int32_t> survivors(n_q);
   Memory<bool> begun(n_q), local(n_q * c.window * c.window);
   Memory<uint64_t> bits(p.blocks_q * p.blocks_k * kBlock);
@@ -568,7 +568,8 @@ void check_case(const Case& c, Ways& ways) {
   Memory<T> v_panels(kernels.panels(n_k) * kernels.panel_size(c.dim_v));
   p.out = out.data(), p.lse = lse.data(), p.lse_kept = lse_kept.data(), p.survivors = survivors.data();
   p.kappa = kappa.data(), p.log_mean = log_mean.data(), p.local = local.data();
-  if (p.thresholded) p.bits = bits.data(), p.begun = begun.data(), p.mass = mass.data(), begun.fill(n_q, false);
+  if (p.thresholded) p.bits = bits.data(), p.begun = begun.data(), p.mass = mass.data(), p.squares = squares.data();
+  begun.fill(n_q, false);
   p.k_panels = k_panels.data();
   const auto pack_all = [&](const T* from, int64_t dim, T* panels) {
     run(0, kernels.panels(n_k), 0, [&](Queue& queue, void*) { kernels.pack_panels(from, n_k, dim, panels, queue); });
@@ -583,7 +584,7 @@ void check_case(const Case& c, Ways& ways) {
         [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
   }
   ways.begun += c.reciprocal && p.begun ? std::count(p.begun, p.begun + n_q, true) : 0;
-  p.begun = nullptr, p.mass = nullptr;
+  p.begun = nullptr, p.mass = p.squares = nullptr;
 
   std::vector<int32_t> expected_list, counts;
   std::vector<int64_t> offsets = {0};
@@ -696,11 +697,11 @@ const Case kCases[] = {
      .n_k = 120,
      .dim = 16,
      .dim_v = 16,
-     .share = 0.97,
+     .share = 0.94,
      .reciprocal = true,
      .height = 10,
      .width = 12,
-     .window = 3},
+     .window = 7},
     {.name = "local window alone", .n_q = 99, .n_k = 99, .dim = 16, .dim_v = 16, .height = 11, .width = 9, .window = 3},
     {.name = "padding",
      .n_q = 137,
