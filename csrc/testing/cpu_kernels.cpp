@@ -238,6 +238,7 @@ struct Case {
   double sharpness = 1;  // of the scores
   bool alike = false;  // eight rows each have almost the same query
   bool uneven = false;  // every other sixteen rows have few neighbours
+  double shy = 0;  // of every 40 tokens one has few neighbours, and a key this many times as long; 0: none has
   bool climbing = false;  // the later a key the larger its scores, by far
   int64_t at_a_time = kBlock;
 };
@@ -324,6 +325,8 @@ struct Example {
     for (int64_t i = 0; c.alike && i < c.n_q; ++i)
       for (int64_t d = 0; d < c.dim; ++d)
         q[i * c.dim + d] = T(q[i / 8 * 8 * c.dim + d] + (i % 8 ? 0.02 : 0) * random.normal());
+    for (int64_t j = 7; c.shy > 0 && j < c.n_k; j += 40)
+      for (int64_t d = 0; d < c.dim; ++d) k[j * c.dim + d] *= T(c.shy);
     for (int64_t i = 0; c.climbing && i < c.n_q; ++i) q[i * c.dim] = 4;
     for (int64_t j = 0; c.climbing && j < c.n_k; ++j)
       k[j * c.dim] = T((static_cast<double>(j) / c.n_k - 0.5) * 70 / (4 * scale) * 3);
@@ -367,7 +370,8 @@ struct Example {
         if (c.topk < n_real && is_query(i)) gap = std::min(gap, row[c.topk - 1] - row[c.topk]);
       }
       if (c.share > 0) {
-        const double share = c.uneven && i / 16 % 2 ? 0.04 : c.share;
+        const bool few = (c.uneven && i / 16 % 2) || (c.shy > 0 && i % 40 == 7);
+        const double share = few ? 0.04 : c.share;
         const auto rank = static_cast<int64_t>(share * static_cast<double>(row.size()));
         const double t = threshold(row, rank - 3, rank + 3);
         alpha.push_back(is_query(i) ? T(std::exp(t - value) * n_real) : T(1));
@@ -702,6 +706,25 @@ const Case kCases[] = {
      .height = 10,
      .width = 12,
      .window = 7},
+    {.name = "the same keys removed from dense rows",
+     .n_q = 210,
+     .n_k = 210,
+     .dim = 16,
+     .dim_v = 16,
+     .share = 0.98,
+     .reciprocal = true,
+     .height = 14,
+     .width = 15,
+     .window = 7,
+     .shy = 1},
+    {.name = "most of the mass removed",
+     .n_q = 170,
+     .n_k = 170,
+     .dim = 16,
+     .dim_v = 16,
+     .share = 0.98,
+     .reciprocal = true,
+     .shy = 6},
     {.name = "local window alone", .n_q = 99, .n_k = 99, .dim = 16, .dim_v = 16, .height = 11, .width = 9, .window = 3},
     {.name = "padding",
      .n_q = 137,
