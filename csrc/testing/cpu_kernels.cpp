@@ -564,7 +564,8 @@ void check_case(const Case& c, Ways& ways) {
   if (!x.beta.empty()) p.beta = beta->data();
   if (x.n_real < n_k) p.real_k = x.real.get(), p.real_q = n_q == n_k ? x.real.get() : nullptr;
 
-  Memory<T> out(n_q * c.dim_v), lse(n_q), lse_kept(n_q), kappa(n_q), log_mean(n_q), mass(n_q), squares(n_q);
+  Memory<T> out(n_q * c.dim_v), lse(n_q), lse_kept(n_q), kappa(n_q), log_mean(n_q), mass(n_q), squares(n_q),
+      sizes(p.blocks_k * kBlock);
   Memory<int32_t> survivors(n_q);
   Memory<bool> begun(n_q), local(n_q * c.window * c.window);
   Memory<uint64_t> bits(p.blocks_q * p.blocks_k * kBlock);
@@ -574,6 +575,7 @@ void check_case(const Case& c, Ways& ways) {
   p.kappa = kappa.data(), p.log_mean = log_mean.data(), p.local = local.data();
   if (p.thresholded) p.bits = bits.data(), p.begun = begun.data(), p.mass = mass.data(), p.squares = squares.data();
   begun.fill(n_q, false);
+  if (p.thresholded) kernels.find_sizes(p.v, n_k, p.dim_v, p.sizes = sizes.data());
   p.k_panels = k_panels.data();
   const auto pack_all = [&](const T* from, int64_t dim, T* panels) {
     run(0, kernels.panels(n_k), 0, [&](Queue& queue, void*) { kernels.pack_panels(from, n_k, dim, panels, queue); });

@@ -96,6 +96,8 @@ def nearly_dense(removed: str, n: int, dtype: torch.dtype) -> tuple[list, dict]:
     alpha, beta = torch.full((n,), 1e-3), torch.full((n,), 0.9)
     if removed == "the same keys":
         alpha[::37] = 1.05
+    elif removed == "keys of large values":
+        alpha[::37], value[::37] = 50, value[::37] * 1e5
     elif removed == "others in every row":
         query, alpha = query * 5, torch.full((n,), 0.42)
     elif removed == "half of the keys":
@@ -114,6 +116,7 @@ def nearly_dense(removed: str, n: int, dtype: torch.dtype) -> tuple[list, dict]:
     [
         "nothing",
         "the same keys",
+        "keys of large values",
         "others in every row",
         "half of the keys",
         "most of the mass",

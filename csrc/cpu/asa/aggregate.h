@@ -139,12 +139,12 @@ int64_t aggregate_bytes(const Problem<T>& p) {
 //
 // The weights that are subtracted are formed again, so they differ from those in the sum by their rounding, by relative
 // errors e_j that do not depend on each other. The sum over what is left has errors e_j w_j v_j already, of a size that
-// goes with the root of the sum of its w^2. Where the w^2 of what is removed add up to no more than half of it, the
+// goes with the root of the sum of (w |v|)^2. Where these add up to no more for what is removed than to half of it, the
 // errors grow by no more than sqrt(2); and where half of the mass is left, the rounding of sums at most doubles.
 template <class T>
 struct Change {
   T mass = 0;
-  T removed = 0;  // the sum of squares
+  T removed = 0;  // the sum of these squares
   bool is_exact(T mass_before, T squares) const { return 2 * -mass <= mass_before && 3 * removed <= squares; }
 };
 
@@ -159,7 +159,8 @@ Change<T> listed_changes(const Problem<T>& p, int64_t i, const int32_t* list, in
   for (int64_t c = 0; c < count; c += kLanes<T>) store(s + c, exponential(load(s + c) - p.lse[i]));
   Change<T> change;
   for (int64_t c = 0; c < count; ++c) {
-    if (is_neighbour(p, i, list[c])) change.removed += s[c] * s[c], s[c] = -s[c];
+    const T sized = s[c] * p.sizes[list[c]];
+    if (is_neighbour(p, i, list[c])) s[c] = -s[c], change.removed += sized * sized;
     change.mass += s[c];
   }
   return change;
@@ -180,10 +181,12 @@ void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t*
       if (!is_neighbour(p, i + r, list[c])) s[c * kRows + r] = -s[c * kRows + r];
   sums_of_shared<T>(count, numbers, [&](int64_t, int64_t x) { return load(s + x); });
   for (int64_t r = 0; r < rows; ++r) changes[r].mass = numbers[r];
-  sums_of_shared<T>(count, numbers, [&](int64_t, int64_t x) {
-    const Vec<T> w = load(s + x);
-    return select<T>(w < 0, w * w, Vec<T>{});
-  });
+  for (T& x : numbers) x = 0;
+  for (int64_t c = 0; c < count; ++c)
+    for (int64_t r = 0; r < kRows; ++r) {
+      const T w = s[c * kRows + r], sized = w * p.sizes[list[c]];
+      numbers[r] += w < 0 ? sized * sized : T(0);
+    }
   for (int64_t r = 0; r < rows; ++r) changes[r].removed = numbers[r];
 }
 

@@ -109,6 +109,22 @@ bool all_finite(const T* x, int64_t count) {
   return sum_of<T>(sum) == 0;
 }
 
+// The largest magnitude in each row, relative to that in all, and 0 up to a multiple of kBlock; the dim is one of kPad.
+template <class T>
+void find_sizes(const T* x, int64_t n, int64_t dim, T* sizes) {
+  T largest = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    Vec<T> size = {};
+    for (int64_t d = 0; d < dim; d += kLanes<T>) {
+      const Vec<T> y = load(x + i * dim + d);
+      size = maximum(size, maximum(y, -y));
+    }
+    sizes[i] = largest_of<T>(size);
+    largest = sizes[i] > largest ? sizes[i] : largest;
+  }
+  for (int64_t i = 0; i < rounded_up(n, kBlock); ++i) sizes[i] = i < n && largest > 0 ? sizes[i] / largest : T(0);
+}
+
 // Whether a number in one of the rows [begin, end) is NaN; nan_rows says in which.
 template <class T>
 bool find_nan(const Rows& from, int64_t begin, int64_t end, bool* nan_rows) {

@@ -273,11 +273,11 @@ void forward(const Call& call, const Outputs& outputs) {
     Inputs<T> inputs(call, kernels, p, i, workspace);
     const Written<T> out(kernels, call.rows(outputs.out, i), p.n_q, workspace);
     const auto memory = workspace.add<char>(keep ? 0 : call.kept.bytes);
-    const auto begun = workspace.add<bool>(p.thresholded ? p.n_q : 0);
-    const auto mass = workspace.add<T>(p.thresholded ? p.n_q : 0),
-               squares = workspace.add<T>(p.thresholded ? p.n_q : 0);
+    const bool one_block = p.blocks_q == 1 && p.blocks_k == 1, begins = p.thresholded && !one_block;
+    const auto begun = workspace.add<bool>(begins ? p.n_q : 0);
+    const auto mass = workspace.add<T>(begins ? p.n_q : 0), squares = workspace.add<T>(begins ? p.n_q : 0);
+    const auto sizes = workspace.add<T>(begins ? p.blocks_k * kBlock : 0);
     const auto panels = workspace.add<T>(panels_size(kernels, p.n_k, p.dim));
-    const bool one_block = p.blocks_q == 1 && p.blocks_k == 1;
     workspace.add_share(one_block ? kernels.forward_block_bytes(p) : kernels.scan_bytes(p));
     workspace.add_share(one_block ? 0 : kernels.aggregate_bytes(p));
     workspace.allocate_all();
@@ -285,9 +285,10 @@ void forward(const Call& call, const Outputs& outputs) {
     if (keep) prefer_huge_pages(p.bits, p.thresholded ? call.words() * 8 : 0);
     inputs.get(workspace);
     p.out = out.get(workspace);
-    if (p.thresholded) {
+    if (begins) {
       std::fill_n(p.begun = begun.get(workspace), p.n_q, false);
       p.mass = mass.get(workspace), p.squares = squares.get(workspace);
+      kernels.find_sizes(p.v, p.n_k, p.dim_v, p.sizes = sizes.get(workspace));
     }
     p.k_panels = panels.get(workspace);
     pack_panels(kernels, p.k, p.n_k, p.dim, p.k_panels, workspace);

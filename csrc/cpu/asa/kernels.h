@@ -46,6 +46,7 @@ constexpr Kernels<T> kernels() {
           read_rows<T>,
           write_rows<T>,
           all_finite<T>,
+          find_sizes<T>,
           find_nan<T>,
           scan_bytes<T>,
           scan<T>,

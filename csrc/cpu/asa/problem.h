@@ -40,9 +40,12 @@ struct Problem {
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
-  bool*
-      begun;  // [n_q] rows of which scan() leaves in `out` the sum of w v over the adaptive neighbours, w = exp(s - lse)
-  T *mass, *squares;  // [n_q] and here those of w and of w^2; null, all three: it does not
+  // Rows of which scan() leaves in `out` the sum of w v over the adaptive neighbours, w = exp(s - lse), and here the sums
+  // of w and of the squares of w times the size of v, its largest number; null, all four: it leaves none. Sizes are
+  // relative to the largest.
+  bool* begun;  // [n_q]
+  T *mass, *squares;
+  T* sizes;  // [n_k]
   // If thresholded, [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as
   // adaptive neighbour.
   uint64_t* bits;
@@ -103,6 +106,7 @@ struct Kernels {
   void (*read_rows)(const Rows&, int64_t begin, int64_t end, int64_t padded, const bool* real, T* to);
   void (*write_rows)(const T* from, int64_t begin, int64_t end, int64_t padded, const Rows&);
   bool (*all_finite)(const T* x, int64_t count);
+  void (*find_sizes)(const T* x, int64_t n, int64_t dim, T* sizes);  // of begun rows, above
   bool (*find_nan)(const Rows&, int64_t begin, int64_t end, bool* nan_rows);
 
   int64_t (*scan_bytes)(const Problem<T>&);

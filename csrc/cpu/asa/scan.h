@@ -182,8 +182,9 @@ void begin_output(const Scores<T>& scores, int64_t r) {
         const uint64_t lanes = present ? bits[(from + j) / kBlock * kBlock] >> (from + j) % kBlock : 0;
         const Vec<T> e = choose(lanes, exponential(load(scores.row(x) + from + j) - lse), Vec<T>{});
         store(weights + j, e);
+        const Vec<T> sized = e * load(p.sizes + from + j);
         mass[x - r] += e;
-        squares[x - r] += e * e;
+        squares[x - r] += sized * sized;
       }
     }
     add_product<Left::by_row>(w.weights, w.keys, p.v + from * p.dim_v, keys, p.dim_v, sums);
