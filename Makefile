@@ -63,6 +63,7 @@ bench-page: $(READY)  ## the page of this machine in bench/results, scaling and 
 	$(RUN) -m bench.run --add --out $(PAGE) --sweep tokens survivors dim
 	$(RUN) -m bench.run --add --out $(PAGE) --sweep calls --peers "sdpa flash" --rounds 25
 	$(RUN) -m bench.run --add --out $(PAGE) --dim 64 256
+	$(RUN) -m bench.run --add --out $(PAGE) --dim 64 256 --inputs dense --mode fwd fwd+bwd --peers "sdpa flash"
 	$(RUN) -m bench.run --add --out $(PAGE) --size 97x97 --dim 64 256 --inputs photo labels near-dense \
 		--peers "sdpa flash" eager --rounds 5
 	$(RUN) -m bench.run --add --out $(PAGE) --op $(BLOCKS) --dim 512 --rounds 5

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from string import Template
+from typing import NamedTuple
 
 import numpy as np
 
@@ -182,6 +183,58 @@ def calls_table(cases: list[Case]) -> str:
     return table(["B x heads x N x D", "mode", "ASA, us", "sdpa flash, us", "ratio"], rows)
 
 
+class Bound(NamedTuple):
+    """What ASA may take of the time of torch's flash attention on a CPU, at most: forward, and with its backward."""
+
+    text: str
+    forward: float
+    both: float
+    fits: Callable[[Case], bool]
+
+
+def _is(inputs: str, **fields: object) -> Callable[[Case], bool]:
+    """Return whether a case has these inputs and fields; one head of one image in float32, in no sweep, if not said."""
+    wanted = {"dtype": "float32", "sweep": "", "batch": 1, "heads": 1} | fields
+    return lambda case: case.inputs in inputs.split() and all(getattr(case, x) == y for x, y in wanted.items())
+
+
+def bounds(instruction_set: str) -> list[Bound]:
+    """Return the goals on CPUs; without AVX-512 torch loses less to kernels that need it."""
+    structured = (0.65, 0.30) if instruction_set == "AVX2" else (0.50, 0.20)
+    on_map = {"size": "64x64"}
+    return [
+        *(
+            Bound(f"structured inputs, N = 4,096, D = {d}", *structured, _is("labels photo conv", dim=d, **on_map))
+            for d in (64, 256)
+        ),
+        Bound("near dense and dense, D = 64", 0.95, 1.0, _is("near-dense dense", dim=64, **on_map)),
+        Bound("near dense and dense, D = 256", 1.05, 1.0, _is("near-dense dense", dim=256, **on_map)),
+        Bound("independent inputs, every density", 1.0, 0.9, _is("iid", sweep="survivors")),
+        *(
+            Bound(f"label map, {dtype}", 0.6, 0.3, _is("labels", dtype=dtype, dim=64, **on_map))
+            for dtype in ("bfloat16", "float16")
+        ),
+        Bound("label map, N = 65,536", 0.6, 0.25, _is("labels", size="256x256", sweep="tokens")),
+        Bound("512 images, 8 heads, N = 49", 0.8, 0.9, _is("iid", size="7x7", sweep="calls", batch=512, heads=8)),
+        Bound("64 heads, N = 256", 0.8, 0.9, _is("iid", size="16x16", sweep="calls", heads=64)),
+    ]
+
+
+def goals_table(cases: list[Case], instruction_set: object) -> str:
+    """Return the largest ratio to flash attention of the cases that each bound is about; "" but for CPUs."""
+    rows = []
+    for bound in bounds(str(instruction_set)) if instruction_set else []:
+        cells = []
+        for mode, most in zip(MODES[:2], bound[1:3], strict=True):
+            ratios = [r for c in cases if c.mode == mode and bound.fits(c) if (r := c.ratio(c.ours[0], "sdpa flash"))]
+            worst = max(ratios, key=lambda r: r[1], default=None)
+            verdict = "" if worst is None else "met" if worst[1] <= most else "MISSED"
+            cells += [f"<= {most:.2f}", with_quartiles(worst), verdict]
+        if any(cell != "-" for cell in cells[1::3]):
+            rows.append([bound.text, *cells])
+    return table(["inputs", "forward", "measured", "", "with backward", "measured", ""], rows)
+
+
 def bytes_table(cases: list[Case]) -> str:
     measured = [c for c in cases if c.mode == "mem"]
     names = list(dict.fromkeys(name for c in measured for name, m in c.methods.items() if m.memory))
@@ -264,6 +317,7 @@ def sections(results: Record, pictures: Iterable[str] = ()) -> str:
     ran = [name for name in PEERS if any(c.median(name) for c in results.cases)]
     values = {
         "inputs": inputs_table(single),
+        "goals": goals_table(asa, results.environment.get("instruction set")),
         "times": times_table(single),
         "launches": LAUNCHES if "cuda" in results.environment else "",
         "graphs": times_table(single, "graph"),
