@@ -65,7 +65,8 @@ def environment(device: str) -> dict[str, object]:
     versions = {x.name: x.version for x in reversed([*found])}  # of a name, the first counts
     result: dict[str, object] = {"commit": commit()}
     if device == "cpu":
-        names = ["portable", "NEON"] if platform.machine() in ("aarch64", "arm64") else ["portable", "AVX2", "AVX-512"]
+        x86 = ["portable", "AVX2", "AVX-512", "AMX"]
+        names = ["portable", "NEON"] if platform.machine() in ("aarch64", "arm64") else x86
         isa = names[torch.ops.asa_ops.cpu_isa()] if not extension.WHY_MISSING else "none"
         result |= {"device": processor(), "instruction set": isa, "threads": torch.get_num_threads()}
     else:

@@ -24,7 +24,7 @@ each_kernel = pytest.mark.parametrize("impl", KERNELS)
 
 # Of the CPU kernels, in the order of the numbers that torch.ops.asa_ops.cpu_isa() returns.
 ARM = platform.machine() in ("aarch64", "arm64")
-INSTRUCTION_SETS = ["portable", "neon"] if ARM else ["portable", "avx2", "avx512"]
+INSTRUCTION_SETS = ["portable", "neon"] if ARM else ["portable", "avx2", "avx512", "amx"]
 SETS = ("general", "hopper")  # of CUDA kernels: those for compute capability 9.0 take half precisions and TF32
 
 

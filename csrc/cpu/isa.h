@@ -13,9 +13,9 @@ namespace asa_ops::cpu {
 
 // Those of the processor's architecture; of two that it has, the later one is faster.
 #if defined(__x86_64__) && defined(__GNUC__)
-enum class Isa { portable, avx2, avx512 };
-constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512"};
-constexpr const char* kIsaChoice = "portable, avx2 or avx512";
+enum class Isa { portable, avx2, avx512, amx };  // amx: the kernels of avx512, with AMX for half precisions
+constexpr const char* kIsaNames[] = {"portable", "avx2", "avx512", "amx"};
+constexpr const char* kIsaChoice = "portable, avx2, avx512 or amx";
 #elif defined(__aarch64__) && defined(__GNUC__)
 enum class Isa { portable, neon };
 constexpr const char* kIsaNames[] = {"portable", "neon"};
@@ -26,11 +26,13 @@ constexpr const char* kIsaNames[] = {"portable"};
 constexpr const char* kIsaChoice = "portable";
 #endif
 
+bool has_amx();  // asks the system for permission
+
 inline Isa best_isa() {
 #if defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
-    return Isa::avx512;
+    return has_amx() ? Isa::amx : Isa::avx512;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return Isa::avx2;
 #elif defined(__aarch64__) && defined(__GNUC__)
   return Isa::neon;
@@ -51,6 +53,15 @@ inline Isa isa() {
   return chosen;
 }
 
+// Whether half precisions are multiplied on AMX.
+inline bool uses_amx() {
+#if defined(__x86_64__) && defined(__GNUC__)
+  return isa() == Isa::amx;
+#else
+  return false;
+#endif
+}
+
 template <class T, class F, class D>
 const auto& of_type(const F& of_float, const D& of_double) {
   if constexpr (std::is_same_v<T, float>)
@@ -62,7 +73,7 @@ const auto& of_type(const F& of_float, const D& of_double) {
 // The table for the chosen instruction set: `of_float` and `of_double` are its variables in every set's namespace.
 #if defined(__x86_64__) && defined(__GNUC__)
 #define ASA_TABLE(T, of_float, of_double)                                 \
-  (isa() == Isa::avx512 ? of_type<T>(avx512::of_float, avx512::of_double) \
+  (isa() >= Isa::avx512 ? of_type<T>(avx512::of_float, avx512::of_double) \
    : isa() == Isa::avx2 ? of_type<T>(avx2::of_float, avx2::of_double)     \
                         : of_type<T>(portable::of_float, portable::of_double))
 #elif defined(__aarch64__) && defined(__GNUC__)

@@ -107,22 +107,82 @@ void shared_exponentials(T* s, const uint64_t* members, int64_t count, T* shift,
   });
 }
 
+// Whole rows on AMX, kSquare at a time.
+template <class T>
+struct TilesScratch {
+  static constexpr int64_t kKeys = 512;  // taken at a time, whose scores and weights stay in the second-level cache
+  int64_t dim, dim_v, keys, stride;  // multiples of kSquare; `stride` no power of 2, from one row of keys to the next
+  uint16_t *q, *weights;
+  T *s, *sums;
+
+  TilesScratch(Arena& arena, const Problem<T>& p)
+      : dim(rounded_up(p.dim, kSquare)),
+        dim_v(rounded_up(p.dim_v, kSquare)),
+        keys(smaller(kKeys, rounded_up(p.n_k, kSquare))),
+        stride(keys + kSquare) {
+    const int64_t some = on_tiles(p) ? kSquare : 0, all = on_tiles(p) ? p.q_at_a_time : 0;
+    q = arena.take<uint16_t>(all * dim * p.parts);
+    weights = arena.take<uint16_t>(some * stride * p.parts);
+    s = arena.take<T>(some * stride);
+    sums = arena.take<T>(all * dim_v);
+  }
+};
+
+// The sums over the survivors of some of the rows of kind `whole`, wherever they are: rows[x] for x < count, at most
+// p.q_at_a_time; for each exp(s - shift) v goes to w.sums[x], and shift and the sum of exp(s - shift) to those of the row.
+template <class T>
+void aggregate_on_tiles(const Problem<T>& p, const Survivors<T>& survivors, const TilesScratch<T>& w,
+                        const int64_t* rows, int64_t count, T* shift, T* sum) {
+  const int64_t left = w.dim * p.parts;
+  for (int64_t x = 0; x < count; x += kSquare)
+    pack_left<T>(
+        smaller(kSquare, count - x), [&](int64_t r) { return p.q + (survivors.first + rows[x + r]) * p.dim; }, p.dim,
+        p.parts, w.q + x * left);
+  for (int64_t x = 0; x < count; ++x) shift[rows[x]] = -kInfinity, sum[rows[x]] = 0;
+  for (int64_t x = 0; x < rounded_up(count, kSquare) * w.dim_v; ++x) w.sums[x] = 0;
+  for (int64_t from = 0; from < p.n_k; from += w.keys) {
+    const int64_t keys = rounded_up(smaller(w.keys, p.n_k - from), kSquare), plane = kSquare * w.stride;
+    for (int64_t x = 0; x < count; x += kSquare) {
+      for (int64_t j = 0; j < keys; j += kSquare)
+        multiply({w.q + x * left, w.dim, kSquare * w.dim},
+                 tiles_of_columns(p.k_tiles, p.dim, p.parts, (from + j) / kSquare), w.dim / kSquare, p.parts, w.s + j,
+                 w.stride, false);
+      for (int64_t r = 0; r < kSquare; ++r) {
+        T* const s = w.s + r * w.stride;
+        if (x + r < count) {
+          const int64_t row = rows[x + r];
+          scale_row(s, keys, p.scale, s);
+          const T factor = masked_exponentials(s, survivors.row(p, row), from, from + keys, shift[row], sum[row]);
+          T* const sums = w.sums + (x + r) * w.dim_v;
+          if (factor != 1) scale_row(sums, w.dim_v, factor, sums);
+        }
+        for (int64_t j = 0; j < keys; j += kLanes<T>)
+          store_parts(w.weights + r * w.stride + j, plane, p.parts, load(s + j));
+      }
+      for (int64_t d = 0; d < w.dim_v; d += kSquare)
+        multiply({w.weights, w.stride, plane}, tiles_of_terms(p.v_tiles, p.dim_v, p.parts, from / kSquare, d),
+                 keys / kSquare, p.parts, w.sums + x * w.dim_v + d, w.dim_v, true);
+    }
+  }
+}
+
 template <class T>
 struct AggregateScratch {
   Survivors<T> survivors;
   int64_t stretch;  // panels
   T *sums, *s, *q, *whole;
+  TilesScratch<T> tiles;
   int32_t* columns;
   uint64_t* members;
 
-  AggregateScratch(Arena& arena, const Problem<T>& p) : survivors(arena, p) {
+  AggregateScratch(Arena& arena, const Problem<T>& p) : survivors(arena, p), tiles(arena, p) {
     // Lists of single rows are taken up to n_k / 4 keys on average, those of kRows rows up to most_shared().
     const int64_t listed = p.q_at_a_time * (p.n_k / 4 + 1 + 2 * kPad);
     const int64_t shared = p.q_at_a_time / kRows * shared_room<T>(most_shared(p.n_k));
     stretch = smaller(panels_of<T>(p.n_k), larger(1, cached_rows<T>(p.dim + p.dim_v) / kPanel<T>));
     sums = arena.take<T>(p.q_at_a_time * p.dim_v);
     q = arena.take<T>(p.q_at_a_time * p.dim);
-    whole = arena.take<T>(kRows * stretch * kPanel<T>);
+    whole = arena.take<T>(on_tiles(p) ? 0 : kRows * stretch * kPanel<T>);
     members = arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_shared(p.n_k)));
     columns = arena.take<int32_t>(larger(listed, p.q_at_a_time / kRows * list_room(p.n_k)));
     s = arena.take<T>(larger(listed, shared));
@@ -194,6 +254,7 @@ template <class T>
 void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
   Arena arena(scratch);
   AggregateScratch<T> w(arena, p);
+  const TilesOf<T> tiles(p);
   Survivors<T>& survivors = w.survivors;
   T *const sums = w.sums, *const s = w.s, *const q = w.q;
   const int64_t panels = panels_of<T>(p.n_k), stretch = w.stretch, stride = stretch * kPanel<T>;
@@ -273,14 +334,27 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       if (!exact) survivors.kind[r / kRows] = Kind::whole;
     }
 
-    for_each(Kind::whole, [&](int64_t first, int64_t rows) {
+    if constexpr (kHasTiles<T>)
+      if (on_tiles(p)) {
+        int64_t whole[kMostRows], count = 0;
+        for_each(Kind::whole, [&](int64_t first, int64_t rows) {
+          for (int64_t r = first; r < first + rows; ++r) whole[count++] = r;
+        });
+        aggregate_on_tiles(p, survivors, w.tiles, whole, count, shift, sum);
+        for (int64_t x = 0; x < count; ++x)
+          __builtin_memcpy(sums + whole[x] * p.dim_v, w.tiles.sums + x * w.tiles.dim_v, p.dim_v * sizeof(T));
+      }
+    const auto for_whole = [&](const auto& f) {
+      if (!on_tiles(p)) for_each(Kind::whole, f);
+    };
+    for_whole([&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + kRows; ++r) shift[r] = -kInfinity, sum[r] = 0;
       scale_rows(p.q + (survivors.first + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch) {
       const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>,
                     to = smaller(p.n_k, end * kPanel<T>);
-      for_each(Kind::whole, [&](int64_t first, int64_t rows) {
+      for_whole([&](int64_t first, int64_t rows) {
         for (int64_t x = begin; x < end; ++x)
           scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.n_k - x * kPanel<T>, p.dim,
                  w.whole + (x - begin) * kPanel<T>, stride);
@@ -340,6 +414,7 @@ template <class T>
 void forward_block(const Problem<T>& p, void* scratch) {
   Arena arena(scratch);
   const BlockScratch<T> w(arena, p);
+  const TilesOf<T> tiles(p);
   Scores<T> scores{p, w.scan, 0, p.n_q, {}, {}};
   int64_t neighbours[kBlock / kRows];
   scores.form();

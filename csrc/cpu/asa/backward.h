@@ -3,7 +3,7 @@
 
 template <class T>
 int64_t whole_stride(const Problem<T>& p) {
-  return rounded_up(panels_of<T>(p.n_k) * kPanel<T>, kPad) + kPad;  // not a multiple of a page for most n_k
+  return rounded_up(panels_of<T>(p.n_k) * kPanel<T>, kSquare) + kPad;  // not a multiple of a page for most n_k
 }
 
 template <class T>
@@ -87,18 +87,94 @@ const T* rows_of_group(const Problem<T>& p, const T* x, int64_t dim, int64_t fir
   return room;
 }
 
+// Whole rows on AMX, kSquare at a time.
+template <class T>
+struct RowsTilesScratch {
+  static constexpr int64_t kKeys = 512;  // taken at a time, with which what is formed stays in the second-level cache
+  int64_t dim, dim_v, keys, stride;  // multiples of kSquare; `stride` no power of 2, from one row of keys to the next
+  uint16_t *q, *d_out, *ds;
+  T *s, *sums;
+
+  RowsTilesScratch(Arena& arena, const Problem<T>& p)
+      : dim(rounded_up(p.dim, kSquare)), dim_v(rounded_up(p.dim_v, kSquare)) {
+    keys = smaller(kKeys, rounded_up(p.n_k, kSquare)), stride = keys + kSquare;
+    const int64_t some = on_tiles(p) ? kSquare : 0, all = on_tiles(p) ? p.q_at_a_time : 0;
+    q = arena.take<uint16_t>(all * dim * p.parts);
+    d_out = arena.take<uint16_t>(all * dim_v * p.parts);
+    ds = arena.take<uint16_t>(some * stride * p.parts);
+    s = arena.take<T>(some * stride);
+    sums = arena.take<T>(all * dim);
+  }
+};
+
+// Some whole rows, wherever they are: rows[x] for x < count, at most p.q_at_a_time.
+template <class T>
+struct RowsOnTiles {
+  const Problem<T>& p;
+  const RowsTilesScratch<T>& w;
+  int64_t first;
+  const int64_t* rows;
+  int64_t count;
+
+  // Scores, scaled, and gradients of probabilities, to the rows of `s` and `dp`.
+  void form(T* const* s, T* const* dp) const {
+    const auto pack = [&](const T* tokens, int64_t dim, uint16_t* to) {
+      for (int64_t x = 0; x < count; x += kSquare)
+        pack_left<T>(
+            smaller(kSquare, count - x), [&](int64_t r) { return tokens + (first + rows[x + r]) * dim; }, dim, p.parts,
+            to + x * rounded_up(dim, kSquare) * p.parts);
+    };
+    pack(p.q, p.dim, w.q), pack(p.d_out, p.dim_v, w.d_out);
+    for (int64_t from = 0; from < p.n_k; from += w.keys)
+      for (int64_t x = 0; x < count; x += kSquare) {
+        form_some(w.q, p.k_tiles, p.dim, from, x, p.scale, s);
+        form_some(w.d_out, p.v_tiles, p.dim_v, from, x, T(1), dp);
+      }
+  }
+
+  // w.sums[x] = the sum of ds k.
+  void sum(T* const* ds) const {
+    for (int64_t from = 0; from < p.n_k; from += w.keys) {
+      const int64_t keys = rounded_up(smaller(w.keys, p.n_k - from), kSquare), plane = kSquare * w.stride;
+      for (int64_t x = 0; x < count; x += kSquare) {
+        for (int64_t r = 0; r < kSquare; ++r)
+          for (int64_t j = 0; j < keys; j += kLanes<T>)
+            store_parts(w.ds + r * w.stride + j, plane, p.parts,
+                        x + r < count ? load(ds[rows[x + r]] + from + j) : Vec<T>{});
+        for (int64_t d = 0; d < w.dim; d += kSquare)
+          multiply({w.ds, w.stride, plane}, tiles_of_terms(p.k_terms, p.dim, p.parts, from / kSquare, d),
+                   keys / kSquare, p.parts, w.sums + x * w.dim + d, w.dim, from > 0);
+      }
+    }
+  }
+
+ private:
+  void form_some(const uint16_t* left, const uint16_t* tiles, int64_t dim, int64_t from, int64_t x, T factor,
+                 T* const* to) const {
+    const int64_t stride = rounded_up(dim, kSquare), keys = rounded_up(smaller(w.keys, p.n_k - from), kSquare);
+    for (int64_t j = 0; j < keys; j += kSquare)
+      multiply({left + x * stride * p.parts, stride, kSquare * stride},
+               tiles_of_columns(tiles, dim, p.parts, (from + j) / kSquare), stride / kSquare, p.parts, w.s + j,
+               w.stride, false);
+    for (int64_t r = 0; r < smaller(kSquare, count - x); ++r)
+      scale_row(w.s + r * w.stride, keys, factor, to[rows[x + r]] + from);
+  }
+};
+
 template <class T>
 struct RowsScratch {
   Survivors<T> survivors;
   T *sums, *q, *d_out;
   uint64_t* members;
+  RowsTilesScratch<T> tiles;
 
   RowsScratch(Arena& arena, const Problem<T>& p)
       : survivors(arena, p),
         sums(arena.take<T>(p.q_at_a_time * p.dim)),
         q(arena.take<T>(p.q_at_a_time * p.dim)),
         d_out(arena.take<T>(p.q_at_a_time * p.dim_v)),
-        members(arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_shared(p.n_k)))) {}
+        members(arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_shared(p.n_k)))),
+        tiles(arena, p) {}
 };
 
 template <class T>
@@ -110,6 +186,7 @@ template <class T>
 void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void* scratch) {
   Arena arena(scratch);
   RowsScratch<T> w(arena, p);
+  const TilesOf<T> tiles(p);
   Survivors<T>& survivors = w.survivors;
   T *const sums = w.sums, *const q = w.q, *const d_out = w.d_out;
   const int64_t rows_of_slab = slab.end - slab.begin, panels = panels_of<T>(p.n_k), stride = whole_stride(p);
@@ -191,12 +268,22 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
         if (j < p.blocks_k) at[r] += static_cast<int32_t>(survivors.count_listed(p, r, j));
       }
 
+    int64_t whole[kMostRows], whole_rows = 0;
     survivors.for_each(Kind::whole, [&](int64_t first, int64_t rows) {
+      for (int64_t r = first; r < first + rows; ++r) whole[whole_rows++] = r;
+    });
+    const RowsOnTiles<T> on_amx{p, w.tiles, group, whole, whole_rows};
+    if constexpr (kHasTiles<T>)
+      if (on_tiles(p)) on_amx.form(probability, ds);
+    const auto for_whole = [&](const auto& f) {
+      if (!on_tiles(p)) survivors.for_each(Kind::whole, f);
+    };
+    for_whole([&](int64_t first, int64_t rows) {
       scale_rows(p.q + (group + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);
       scale_rows(p.d_out + (group + first) * p.dim_v, rows, p.dim_v, T(1), d_out + first * p.dim_v);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch)
-      survivors.for_each(Kind::whole, [&](int64_t first, int64_t) {
+      for_whole([&](int64_t first, int64_t) {
         for (int64_t x = begin; x < smaller(panels, begin + stretch); ++x) {
           const T* const keys = p.k_panels + x * panel_size<T>(p.dim);
           const T* const values = p.v_panels + x * panel_size<T>(p.dim_v);
@@ -214,10 +301,16 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
     });
     const int64_t keys = cached_rows<T>(p.dim);
     for (int64_t from = 0; from < p.n_k; from += keys)
-      survivors.for_each(Kind::whole, [&](int64_t first, int64_t) {
+      for_whole([&](int64_t first, int64_t) {
         add_product<Left::by_row>(ds[first] + from, stride, p.k + from * p.dim, smaller(keys, p.n_k - from), p.dim,
                                   sums + first * p.dim);
       });
+    if constexpr (kHasTiles<T>)
+      if (on_tiles(p)) {
+        on_amx.sum(ds);
+        for (int64_t x = 0; x < whole_rows; ++x)
+          __builtin_memcpy(sums + whole[x] * p.dim, w.tiles.sums + x * w.tiles.dim, p.dim * sizeof(T));
+      }
 
     scale_row(sums, survivors.rows * p.dim, p.scale, p.dq + group * p.dim);
   }
@@ -229,10 +322,16 @@ template <class T>
 struct ColumnsScratch {
   T *whole_p, *whole_ds;  // of some whole rows and a block of columns
   T *sums, *q, *d_out;
+  // On AMX, instead of the first: one of them, as a right factor, and its product with a left one.
+  uint16_t* terms;
+  T* product;  // [dim][kBlock]
 
   ColumnsScratch(Arena& arena, const Problem<T>& p) {
-    whole_p = arena.take<T>(kTerms * kBlock);
-    whole_ds = arena.take<T>(kTerms * kBlock);
+    const bool tiles = on_tiles(p);
+    whole_p = arena.take<T>(tiles ? 0 : kTerms * kBlock);
+    whole_ds = arena.take<T>(tiles ? 0 : kTerms * kBlock);
+    terms = arena.take<uint16_t>(tiles ? tiles_size(kTerms, kBlock, p.parts) : 0);
+    product = arena.take<T>(tiles ? rounded_up(larger(p.dim, p.dim_v), kSquare) * kBlock : 0);
     sums = arena.take<T>(kRows * larger(p.dim, p.dim_v));
     q = arena.take<T>(kRows * p.dim);
     d_out = arena.take<T>(kRows * p.dim_v);
@@ -300,14 +399,57 @@ void add_whole(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>
   }
 }
 
+// The same on AMX, of p and d_out to dv or of ds and q to dk: the transposed product of `left`, tiles of [n_q][dim], with
+// `right`, p or ds of the slab. Rows that are not whole are 0 on both sides.
+template <class T>
+void add_whole_on_tiles(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>& w, int64_t begin,
+                        const uint16_t* left, const T* right, int64_t dim, T* sums) {
+  const int64_t columns = smaller(kBlock, p.n_k - begin), base = slab.groups.numbers[slab.begin];
+  const auto whole = [&](int64_t i) { return i < slab.end && slab.groups.kind[i] == Kind::whole; };
+  bool any = false;
+  for (int64_t i = slab.begin; i < slab.end; i += kTerms) {
+    int64_t first = i, last = smaller(slab.end, i + kTerms);
+    while (first < last && !whole(first)) ++first;
+    while (last > first && !whole(last - 1)) --last;
+    if (first == last) continue;
+    first = first / kSquare * kSquare;
+    const int64_t steps = (last - first + kSquare - 1) / kSquare;
+    for (int64_t step = 0; step < steps; ++step)
+      for (int64_t block = 0; block < kBlock; block += kSquare) {
+        const auto numbers = [&](int64_t r, int64_t c) {
+          const int64_t i = first + step * kSquare + r, some = smaller(kLanes<T>, columns - block - c);
+          if (some <= 0 || !whole(i)) return Vec<T>{};
+          return load_some(right + (slab.groups.numbers[i] - base + begin + block + c), some);
+        };
+        pack_terms<T>(numbers, p.parts, w.terms + (step * kBlock + block) * kSquare * p.parts);
+      }
+    for (int64_t d = 0; d < dim; d += kSquare)
+      for (int64_t c = 0; c < kBlock; c += kSquare)
+        multiply(tiles_of_left(left, dim, p.parts, first / kSquare, d), tiles_of_terms(w.terms, kBlock, p.parts, 0, c),
+                 steps, p.parts, w.product + d * kBlock + c, kBlock, any);
+    any = true;
+  }
+  for (int64_t c = 0; any && c < columns; ++c)
+    for (int64_t d = 0; d < dim; ++d) sums[(begin + c) * dim + d] += w.product[d * kBlock + c];
+}
+
 template <class T>
 void backward_columns(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void* scratch) {
   Arena arena(scratch);
   const ColumnsScratch<T> w(arena, p);
+  const TilesOf<T> tiles(p);
   for (int64_t taken; queue.take(taken);) {
     const int64_t begin = taken * p.k_at_a_time, end = smaller(p.n_k, begin + p.k_at_a_time);
     add_listed(p, slab, w, begin, end);
-    for (int64_t first = begin; first < end; first += kBlock) add_whole(p, slab, w, first);
+    for (int64_t first = begin; first < end; first += kBlock) {
+      if constexpr (kHasTiles<T>)
+        if (on_tiles(p)) {
+          add_whole_on_tiles(p, slab, w, first, p.d_out_left, slab.p, p.dim_v, p.dv);
+          add_whole_on_tiles(p, slab, w, first, p.q_left, slab.ds, p.dim, p.dk);
+          continue;
+        }
+      add_whole(p, slab, w, first);
+    }
     if (slab.end == p.n_q) scale_row(p.dk + begin * p.dim, (end - begin) * p.dim, p.scale, p.dk + begin * p.dim);
   }
 }

@@ -279,8 +279,10 @@ struct Survivors {
     for (int64_t x = r; x < smaller(rows, r + kRows); ++x) sum += count_bits(row(p, x), p.blocks_k);
     for (int64_t j = 0; j < p.blocks_k; ++j) any += __builtin_popcountll(together_at(p, r, j));
     together[r / kRows] = any;
-    // Beside a pair of whole rows, one of shared keys takes half as long again, and one in a list four times as long.
-    const int64_t whole = 2 * kRows * p.n_k, shared = 3 * kRows * any, listed = 8 * sum;
+    // Beside a pair of whole rows, one of shared keys takes half as long again, and one in a list four times as long;
+    // or several times as long as that, where AMX forms whole rows.
+    const int64_t whole = 2 * kRows * p.n_k, faster = times_faster(p);
+    const int64_t shared = 3 * faster * kRows * any, listed = 8 * faster * sum;
     return whole < shared && whole < listed ? Kind::whole : shared < listed ? Kind::shared : Kind::listed;
   }
 

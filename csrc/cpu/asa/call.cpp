@@ -3,6 +3,7 @@
 #include "../../asa.h"
 #include "../isa.h"
 #include "../workspace.h"
+#include "factors.h"
 #include "problem.h"
 
 #include <torch/csrc/stable/library.h>
@@ -251,16 +252,6 @@ class Inputs {
   Workspace::Piece<bool> not_finite_{};
 };
 
-template <class T>
-int64_t panels_size(const Kernels<T>& kernels, int64_t n, int64_t dim) {
-  return kernels.panels(n) * kernels.panel_size(dim);
-}
-
-template <class T>
-void pack_panels(const Kernels<T>& kernels, const T* x, int64_t n, int64_t dim, T* panels, const Workspace& workspace) {
-  run({0, kernels.panels(n)}, workspace, [&](Queue& queue, void*) { kernels.pack_panels(x, n, dim, panels, queue); });
-}
-
 // Writes the outputs, and what is kept if it has memory.
 template <class T>
 void forward(const Call& call, const Outputs& outputs) {
@@ -269,6 +260,7 @@ void forward(const Call& call, const Outputs& outputs) {
   const bool keep = outputs.kept.size(2) > 0;
   for_heads(call.x.n_heads(), [&](int64_t i, int64_t threads) {
     Problem<T> p = call.head<T>(i, threads, outputs);
+    p.parts = parts_of(p, call.rows(call.x.query, i), call.rows(call.x.key, i));
     Workspace workspace(threads);
     Inputs<T> inputs(call, kernels, p, i, workspace);
     const Written<T> out(kernels, call.rows(outputs.out, i), p.n_q, workspace);
@@ -277,7 +269,9 @@ void forward(const Call& call, const Outputs& outputs) {
     const auto begun = workspace.add<bool>(begins ? p.n_q : 0);
     const auto mass = workspace.add<T>(begins ? p.n_q : 0), squares = workspace.add<T>(begins ? p.n_q : 0);
     const auto sizes = workspace.add<T>(begins ? p.blocks_k * kBlock : 0);
-    const auto panels = workspace.add<T>(panels_size(kernels, p.n_k, p.dim));
+    const Panels<T> k_panels(kernels, p.n_k, p.dim, p.parts == 0, workspace);
+    const Tiles<T> k_tiles(kernels, p.n_k, p.dim, p.parts, Tiled::columns, workspace);
+    const Tiles<T> v_tiles(kernels, p.n_k, p.dim_v, one_block ? 0 : p.parts, Tiled::terms, workspace);
     workspace.add_share(one_block ? kernels.forward_block_bytes(p) : kernels.scan_bytes(p));
     workspace.add_share(one_block ? 0 : kernels.aggregate_bytes(p));
     workspace.allocate_all();
@@ -290,8 +284,8 @@ void forward(const Call& call, const Outputs& outputs) {
       p.mass = mass.get(workspace), p.squares = squares.get(workspace);
       kernels.find_sizes(p.v, p.n_k, p.dim_v, p.sizes = sizes.get(workspace));
     }
-    p.k_panels = panels.get(workspace);
-    pack_panels(kernels, p.k, p.n_k, p.dim, p.k_panels, workspace);
+    p.k_panels = k_panels.pack(p.k, workspace);
+    p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
     if (one_block) return kernels.forward_block(p, workspace.share(0)), out.finish(workspace);
     if (p.scanned())
       run({0, p.blocks_q}, workspace, [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
@@ -377,6 +371,8 @@ void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d
   check(std::all_of(p.survivors, p.survivors + p.n_q, [&](int32_t x) { return x >= 0 && x <= p.n_k; }), "survivors",
         "between 0 and N_k");
   call.set_kept(p, data<char>(saved.kept, i * call.kept.bytes));
+  const Rows d_out_rows = call.rows(d_out, i);
+  p.parts = parts_of(p, call.rows(call.x.query, i), call.rows(call.x.key, i), &d_out_rows);
   if (gradients.dalpha) p.dalpha = gradients.dalpha + i * p.n_q;
   if (gradients.dbeta) p.dbeta = gradients.dbeta + i * p.n_q;
   std::vector<int64_t> numbers(p.n_q + 1), columns_at(p.n_q + 1), ends;
@@ -408,8 +404,15 @@ void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d
   const Written<T> dq(kernels, call.rows(gradients.dq, i), p.n_q, workspace);
   const Written<T> dk(kernels, call.rows(gradients.dk, i), p.n_k, workspace, dk_sum);
   const Written<T> dv(kernels, call.rows(gradients.dv, i), p.n_k, workspace, dv_sum);
-  const auto k_panels = workspace.add<T>(any_whole ? panels_size(kernels, p.n_k, p.dim) : 0);
-  const auto v_panels = workspace.add<T>(any_whole ? panels_size(kernels, p.n_k, p.dim_v) : 0);
+  const bool any_panels = any_whole && p.parts == 0;
+  const Panels<T> k_panels(kernels, p.n_k, p.dim, any_panels, workspace);
+  const Panels<T> v_panels(kernels, p.n_k, p.dim_v, any_panels, workspace);
+  const int64_t parts_of_whole = any_whole ? p.parts : 0;
+  const Tiles<T> k_tiles(kernels, p.n_k, p.dim, parts_of_whole, Tiled::columns, workspace);
+  const Tiles<T> v_tiles(kernels, p.n_k, p.dim_v, parts_of_whole, Tiled::columns, workspace);
+  const Tiles<T> k_terms(kernels, p.n_k, p.dim, parts_of_whole, Tiled::terms, workspace);
+  const Tiles<T> q_left(kernels, p.n_q, p.dim, parts_of_whole, Tiled::left_terms, workspace, kinds.data());
+  const Tiles<T> d_out_left(kernels, p.n_q, p.dim_v, parts_of_whole, Tiled::left_terms, workspace, kinds.data());
   const auto delta = workspace.add<T>(p.n_q);
   const auto probability = workspace.add<T>(entries), ds = workspace.add<T>(entries);
   const auto columns = workspace.add<int32_t>(listed), starts = workspace.add<int32_t>((p.blocks_k + 1) * rows);
@@ -424,10 +427,10 @@ void backward_head(const Call& call, int64_t i, int64_t threads, const Tensor& d
   std::fill_n(p.dk, p.n_k * p.dim, T(0));
   std::fill_n(p.dv, p.n_k * p.dim_v, T(0));
   p.delta = delta.get(workspace);
-  if (any_whole) {
-    pack_panels(kernels, p.k, p.n_k, p.dim, p.k_panels = k_panels.get(workspace), workspace);
-    pack_panels(kernels, p.v, p.n_k, p.dim_v, p.v_panels = v_panels.get(workspace), workspace);
-  }
+  p.k_panels = k_panels.pack(p.k, workspace), p.v_panels = v_panels.pack(p.v, workspace);
+  p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
+  p.k_terms = k_terms.pack(p.k, workspace);
+  p.q_left = q_left.pack(p.q, workspace), p.d_out_left = d_out_left.pack(p.d_out, workspace);
   int64_t begin = 0;  // a multiple of kMostRows whatever the number of threads, which must not show in the sums
   for (const int64_t end : ends) {
     const Slab<T> slab{begin,
@@ -563,6 +566,7 @@ void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, 
 }  // namespace
 }  // namespace asa_ops::cpu
 
+#if !defined(ASA_AMX_TESTING)
 STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&asa_ops::cpu::cpu_isa));
 }
@@ -572,3 +576,21 @@ STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
   m.impl("asa_bwd", TORCH_BOX(&asa_ops::cpu::asa_bwd));
   m.impl("asa_list_survivors", TORCH_BOX(&asa_ops::cpu::asa_list_survivors));
 }
+#else  // beside the extension, for the tests
+STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
+  m.def("asa_amx_isa() -> int");
+  m.def((std::string("asa_amx_fwd") + asa_ops::kForwardSchema).c_str());
+  m.def((std::string("asa_amx_bwd") + asa_ops::kBackwardSchema).c_str());
+  m.def((std::string("asa_amx_list_survivors") + asa_ops::kListSurvivorsSchema).c_str());
+}
+
+STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {
+  m.impl("asa_amx_isa", TORCH_BOX(&asa_ops::cpu::cpu_isa));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+  m.impl("asa_amx_fwd", TORCH_BOX(&asa_ops::cpu::asa_fwd));
+  m.impl("asa_amx_bwd", TORCH_BOX(&asa_ops::cpu::asa_bwd));
+  m.impl("asa_amx_list_survivors", TORCH_BOX(&asa_ops::cpu::asa_list_survivors));
+}
+#endif

@@ -3,6 +3,7 @@
 //   simd         vectors
 //   memory       scratch, caches
 //   gemm         products of whole rows
+//   amx, tiles   the same for half precisions, on AMX
 //   gather       products with a list of rows
 //   bits         who survives: M = A and A^T from bits alone, lists
 //   arrange      tokens of any type and strides to contiguous, padded ones, and back
@@ -24,6 +25,10 @@ namespace {
 
 #include "../gemm.h"
 
+#include "../amx.h"
+
+#include "../tiles.h"
+
 #include "../gather.h"
 
 #include "bits.h"
@@ -43,6 +48,7 @@ constexpr Kernels<T> kernels() {
   return {panels_of<T>,
           panel_size<T>,
           pack_panels<T>,
+          pack_tiles<T>,
           read_rows<T>,
           write_rows<T>,
           all_finite<T>,

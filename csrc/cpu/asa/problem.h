@@ -10,7 +10,20 @@ constexpr int64_t kBlock = 64;  // the bits of a word
 constexpr int64_t kMostRows = 4 * kBlock;  // taken at a time, which share what the cache holds of the other side
 constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
 
+// AMX multiplies 32 rows and columns at a time, over steps of 32 terms; tiles.h describes how factors lie.
+constexpr int64_t kSquare = 32, kTileNumbers = 16 * kSquare;
+enum class Tiled { columns, terms, left_terms };  // what the rows of a matrix are in a right or a left factor
+
+// bf16 numbers of a factor of n rows of `dim` numbers, each the sum of so many.
+constexpr int64_t tiles_size(int64_t n, int64_t dim, int64_t parts) {
+  return parts * ((n + kSquare - 1) / kSquare * kSquare) * ((dim + kSquare - 1) / kSquare * kSquare);
+}
+
 enum class Type { half, bfloat16, float32, float64 };
+
+// How the sums over the survivors of some rows are formed: from whole rows of keys, those that do not survive masked;
+// from the keys that any of the rows keeps, masked likewise; or row by row from lists.
+enum class Kind : uint8_t { whole, shared, listed };
 
 // The rows of one head in a tensor: `dim` numbers each, the first at `numbers`.
 struct Rows {
@@ -51,6 +64,10 @@ struct Problem {
   uint64_t* bits;
   bool* local;  // [n_q][window^2], with a beta
   T *k_panels, *v_panels;  // keys and values packed for products of whole rows (gemm.h), where there are any
+  // The same for AMX (tiles.h), if q, k and v are sums of so many bf16 numbers: 1 or 2; 0: without AMX.
+  int64_t parts;
+  const uint16_t *k_tiles, *v_tiles;  // as columns, as terms; in the backward both as columns
+  const uint16_t *k_terms, *q_left, *d_out_left;  // backward: keys as terms; queries and gradients of whole rows
 
   // backward
   const T* d_out;
@@ -60,10 +77,6 @@ struct Problem {
 
   bool scanned() const { return thresholded || window > 0; }
 };
-
-// How the sums over the survivors of some rows are formed: from whole rows of keys, those that do not survive masked;
-// from the keys that any of the rows keeps, masked likewise; or row by row from lists.
-enum class Kind : uint8_t { whole, shared, listed };
 
 // What the backward knows of every row before its first pass.
 struct Groups {
@@ -102,6 +115,7 @@ struct Kernels {
   int64_t (*panels)(int64_t n);  // how many panels n keys make
   int64_t (*panel_size)(int64_t dim);  // numbers in one
   void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);
+  void (*pack_tiles)(const T* x, int64_t n, int64_t dim, int64_t parts, Tiled, const Kind*, uint16_t* tiles, Queue&);
 
   void (*read_rows)(const Rows&, int64_t begin, int64_t end, int64_t padded, const bool* real, T* to);
   void (*write_rows)(const T* from, int64_t begin, int64_t end, int64_t padded, const Rows&);

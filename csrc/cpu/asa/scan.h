@@ -53,22 +53,31 @@ Column<T> log_multipliers(const Problem<T>& p, int64_t first, int64_t rows) {
 // Some rows whose scores are in the cache.
 template <class T>
 struct ScanScratch {
-  int64_t panels, stride, at_a_time, keys;
+  int64_t width, panels, stride, at_a_time, keys, sums_stride;
   T *q, *s, *parts, *work, *window, *weights, *sums;
+  uint16_t *q_left, *weights_left;  // on AMX, instead of q and weights; of kSquare rows after the other
 
-  ScanScratch(Arena& arena, const Problem<T>& p)
-      : panels(panels_of<T>(p.n_k)), stride(rounded_up(panels * kPanel<T>, kBlock) + kPad) {
+  ScanScratch(Arena& arena, const Problem<T>& p) {
+    const bool tiles = on_tiles(p);
+    width = tiles ? kSquare : kPanel<T>;
+    panels = (p.n_k + width - 1) / width;
+    stride = rounded_up(panels * width, kBlock) + kPad;
     const int64_t fitting = kScoreBytes / (stride * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
-    at_a_time = smaller(kBlock, larger(kFewest, fitting));
+    at_a_time = tiles ? kBlock : smaller(kBlock, larger(kFewest, fitting));
     keys = smaller(kValues, rounded_up(p.n_k, kBlock));
-    q = arena.take<T>(at_a_time * p.dim);
+    sums_stride = tiles ? rounded_up(p.dim_v, kSquare) : p.dim_v;
+    q = arena.take<T>(tiles ? 0 : at_a_time * p.dim);
+    q_left = arena.take<uint16_t>(tiles ? at_a_time * q_row(p) : 0);
     s = arena.take<T>(at_a_time * stride);
     parts = arena.take<T>(kBlock * kLanes<T>);
     work = arena.take<T>(p.topk ? p.n_k : 0);
     window = arena.take<T>(p.window * p.window * kLanes<T>);
-    weights = arena.take<T>(p.thresholded ? kRows * keys : 0);
-    sums = arena.take<T>(p.thresholded ? at_a_time * p.dim_v : 0);
+    weights = arena.take<T>(p.thresholded && !tiles ? kRows * keys : 0);
+    weights_left = arena.take<uint16_t>(p.thresholded && tiles ? kSquare * (keys + kSquare) * p.parts : 0);
+    sums = arena.take<T>(p.thresholded ? at_a_time * sums_stride : 0);
   }
+
+  static int64_t q_row(const Problem<T>& p) { return rounded_up(p.dim, kSquare) * p.parts; }
 
   static constexpr int64_t kValues = 256;  // taken at a time, whose weights stay in the first-level cache
 };
@@ -92,7 +101,12 @@ struct Scores {
   T* row(int64_t r) const { return w.s + r * w.stride; }
 
   void form() {
-    scale_rows(p.q + first * p.dim, rows, p.dim, p.scale, w.q);
+    if (!on_tiles(p)) scale_rows(p.q + first * p.dim, rows, p.dim, p.scale, w.q);
+    if constexpr (kHasTiles<T>)
+      for (int64_t r = 0; on_tiles(p) && r < rows; r += kSquare)
+        pack_left<T>(
+            smaller(kSquare, rows - r), [&](int64_t x) { return p.q + (first + r + x) * p.dim; }, p.dim, p.parts,
+            w.q_left + r * w.q_row(p));
     for (int64_t r = 0; r < rows; ++r) sum[r] = 0;
     constexpr int64_t kParts = 32;  // panels whose sums are added up by lanes
     for (int64_t begin = 0; begin < w.panels; begin += kParts) {
@@ -101,7 +115,7 @@ struct Scores {
       for (int64_t r = 0; r < rows; ++r) sum[r] += sum_of<T>(load(w.parts + r * kLanes<T>));
     }
     for (int64_t r = 0; r < rows; ++r) {
-      for (int64_t j = w.panels * kPanel<T>; j < p.blocks_k * kBlock; ++j) row(r)[j] = -kInfinity;
+      for (int64_t j = w.panels * w.width; j < p.blocks_k * kBlock; ++j) row(r)[j] = -kInfinity;
       if (!(sum[r] < 1e30 && shift[r] > -kInfinity)) sum_again(r);
     }
   }
@@ -116,30 +130,48 @@ struct Scores {
 
  private:
   void add_panel(int64_t i) {
+    if constexpr (kHasTiles<T>)
+      if (on_tiles(p)) return add_tiles(i);
     const T* const panel = p.k_panels + i * panel_size<T>(p.dim);
     const int64_t from = i * kPanel<T>, keys = smaller(kPanel<T>, p.n_k - from);
     for (int64_t d = 0; d < p.dim; d += kDepth)
       for (int64_t r = 0; r < rows; r += kRows) {
         add_scores(w.q + r * p.dim, panel, keys, p.dim, d, smaller(p.dim, d + kDepth), row(r) + from, w.stride);
         if (d + kDepth < p.dim) continue;
-        for (int64_t x = r; x < smaller(rows, r + kRows); ++x) add_exponentials(x, row(x) + from, from, keys);
+        for (int64_t x = r; x < smaller(rows, r + kRows); ++x)
+          add_exponentials<kPanel<T>>(x, row(x) + from, from, keys);
       }
   }
 
+  // The same on AMX. Scores are scaled afterwards: scaled queries would be no bf16 numbers.
+  void add_tiles(int64_t i) {
+    const int64_t from = i * kSquare, keys = smaller(kSquare, p.n_k - from), stride = rounded_up(p.dim, kSquare);
+    for (int64_t r = 0; r < rows; r += kSquare) {
+      multiply({w.q_left + r * w.q_row(p), stride, kSquare * stride}, tiles_of_columns(p.k_tiles, p.dim, p.parts, i),
+               stride / kSquare, p.parts, row(r) + from, w.stride, false);
+      for (int64_t x = r; x < smaller(rows, r + kSquare); ++x) {
+        scale_row(row(x) + from, kSquare, p.scale, row(x) + from);
+        add_exponentials<kSquare>(x, row(x) + from, from, keys);
+      }
+    }
+  }
+
+  template <int64_t kWidth>
   ASA_INLINE void hide(const Problem<T>& p, T* s, int64_t from, int64_t keys) {
-    for (int64_t j = keys; j < kPanel<T>; ++j) s[j] = -kInfinity;
+    for (int64_t j = keys; j < kWidth; ++j) s[j] = -kInfinity;
     if (p.real_k != nullptr)
       for (int64_t j = 0; j < keys; ++j)
         if (!p.real_k[from + j]) s[j] = -kInfinity;
   }
 
+  template <int64_t kWidth>
   void add_exponentials(int64_t r, T* s, int64_t from, int64_t keys) {
-    if (keys < kPanel<T> || p.real_k != nullptr) hide(p, s, from, keys);
-    if (from == 0) shift[r] = largest_score(s, kPanel<T>);
+    if (keys < kWidth || p.real_k != nullptr) hide<kWidth>(p, s, from, keys);
+    if (from == 0) shift[r] = largest_score(s, kWidth);
     T* const part = w.parts + r * kLanes<T>;
     Vec<T> total = load(part);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>)
+    for (int64_t j = 0; j < kWidth; j += kLanes<T>)
       if (j < keys) total += exponential(load(s + j) - shift[r]);
     store(part, total);
   }
@@ -161,49 +193,86 @@ struct Scores {
   }
 };
 
-// The one-way output of kRows of the rows, most of whose keys are adaptive neighbours: the weights exp(s - lse) of
-// these, times v. aggregate() corrects it for what reciprocity removes and the local block adds.
+// The one-way output of some of the rows, most of whose keys are adaptive neighbours: the weights exp(s - lse) of
+// these, times v. aggregate() corrects it for what reciprocity removes and the local block adds. Without AMX they are
+// kRows, with it some of kSquare.
 template <class T>
-void begin_output(const Scores<T>& scores, int64_t r) {
+struct Beginning {
+  const Scores<T>& scores;
+  int64_t r;
   const Problem<T>& p = scores.p;
   const ScanScratch<T>& w = scores.w;
-  T* const sums = w.sums + r * p.dim_v;
-  Vec<T> mass[kRows] = {}, squares[kRows] = {};
-  for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
-  for (int64_t from = 0; from < p.n_k; from += w.keys) {
-    const int64_t keys = smaller(w.keys, p.n_k - from);
-    for (int64_t x = r; x < r + kRows; ++x) {
-      const int64_t i = scores.first + x;
-      const bool present = x < scores.rows;
-      const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
-      const T lse = present ? p.lse[i] : T(0);
-      T* const weights = w.weights + (x - r) * w.keys;
-      for (int64_t j = 0; j < keys; j += kLanes<T>) {
-        const uint64_t lanes = present ? bits[(from + j) / kBlock * kBlock] >> (from + j) % kBlock : 0;
-        const Vec<T> e = choose(lanes, exponential(load(scores.row(x) + from + j) - lse), Vec<T>{});
-        store(weights + j, e);
-        const Vec<T> sized = e * load(p.sizes + from + j);
-        mass[x - r] += e;
-        squares[x - r] += sized * sized;
-      }
-    }
-    add_product<Left::by_row>(w.weights, w.keys, p.v + from * p.dim_v, keys, p.dim_v, sums);
-  }
-  for (int64_t x = r; x < smaller(scores.rows, r + kRows); ++x) {
-    const int64_t i = scores.first + x;
-    p.begun[i] = true;
-    p.mass[i] = sum_of<T>(mass[x - r]);
-    p.squares[i] = sum_of<T>(squares[x - r]);
-    __builtin_memcpy(p.out + i * p.dim_v, w.sums + x * p.dim_v, p.dim_v * sizeof(T));
-  }
-}
+  T* const sums = w.sums + r * w.sums_stride;
+  Vec<T> mass[kSquare] = {}, squares[kSquare] = {};
 
-// Which share of its keys kRows rows must have as adaptive neighbours for begin_output() to pay. Products with lists
+  void form() {
+    for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
+    for (int64_t from = 0; from < p.n_k; from += w.keys) {
+      const int64_t keys = smaller(w.keys, p.n_k - from);
+      for (int64_t x = 0; x < kRows; ++x) {
+        T* const weights = w.weights + x * w.keys;
+        form_weights(x, r + x < scores.rows, from, keys, [&](int64_t j, Vec<T> e) { store(weights + j, e); });
+      }
+      add_product<Left::by_row>(w.weights, w.keys, p.v + from * p.dim_v, keys, p.dim_v, sums);
+    }
+    for (int64_t x = 0; x < smaller(kRows, scores.rows - r); ++x) finish(x);
+  }
+
+  // On AMX, for the rows x of kSquare for which begins(x) holds; the weights of others are 0.
+  template <class F>
+  void form_on_tiles(const F& begins) {
+    for (int64_t from = 0; from < p.n_k; from += w.keys) {
+      const int64_t keys = rounded_up(smaller(w.keys, p.n_k - from), kSquare), stride = w.keys + kSquare,
+                    plane = kSquare * stride;
+      for (int64_t x = 0; x < kSquare; ++x) {
+        uint16_t* const weights = w.weights_left + x * stride;
+        form_weights(x, begins(x), from, keys,
+                     [&](int64_t j, Vec<T> e) { store_parts(weights + j, plane, p.parts, e); });
+      }
+      for (int64_t d = 0; d < p.dim_v; d += kSquare)
+        multiply({w.weights_left, stride, plane}, tiles_of_terms(p.v_tiles, p.dim_v, p.parts, from / kSquare, d),
+                 keys / kSquare, p.parts, sums + d, w.sums_stride, from > 0);
+    }
+    for (int64_t x = 0; x < kSquare; ++x)
+      if (begins(x)) finish(x);
+  }
+
+ private:
+  // Calls write(j, weights) for the keys from + j, j < keys, and adds the weights up.
+  template <class F>
+  void form_weights(int64_t x, bool present, int64_t from, int64_t keys, const F& write) {
+    const int64_t i = scores.first + r + x;
+    const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+    const T lse = present ? p.lse[i] : T(0);
+    Vec<T> sum = {}, sum_of_squares = {};
+    for (int64_t j = 0; j < keys; j += kLanes<T>) {
+      const uint64_t lanes = present ? bits[(from + j) / kBlock * kBlock] >> (from + j) % kBlock : 0;
+      const Vec<T> e = choose(lanes, exponential(load(scores.row(r + x) + from + j) - lse), Vec<T>{});
+      write(j, e);
+      sum += e;
+      const Vec<T> sized = e * load(p.sizes + from + j);
+      sum_of_squares += sized * sized;
+    }
+    mass[x] += sum;
+    squares[x] += sum_of_squares;
+  }
+
+  void finish(int64_t x) {
+    const int64_t i = scores.first + r + x;
+    p.begun[i] = true;
+    p.mass[i] = sum_of<T>(mass[x]);
+    p.squares[i] = sum_of<T>(squares[x]);
+    __builtin_memcpy(p.out + i * p.dim_v, sums + x * w.sums_stride, p.dim_v * sizeof(T));
+  }
+};
+
+// Which share of its keys kRows rows must have as adaptive neighbours for a beginning to pay. Products with lists
 // take about four times as long a pair as products of whole rows, and of the neighbours of a row reciprocity removes
 // about as large a share as it has no neighbours.
 template <class T>
 bool begins_output(const Problem<T>& p, int64_t neighbours) {
-  return p.begun != nullptr && (p.reciprocal ? 10 * neighbours >= 9 * kRows * p.n_k : 8 * neighbours >= kRows * p.n_k);
+  return p.begun != nullptr &&
+         (p.reciprocal ? 10 * neighbours >= 9 * kRows * p.n_k : 8 * times_faster(p) * neighbours >= kRows * p.n_k);
 }
 
 // The local block of the rows: log-mean-exp of their windows, and the flags; a row a lane.
@@ -291,6 +360,7 @@ template <class T>
 void scan(const Problem<T>& p, Queue& queue, void* scratch) {
   Arena arena(scratch);
   const ScanScratch<T> w(arena, p);
+  const TilesOf<T> tiles(p);
   for (int64_t block; queue.take(block);) {
     const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
     for (int64_t from = 0; from < rows; from += w.at_a_time) {
@@ -298,8 +368,15 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
       int64_t neighbours[kBlock / kRows];
       scores.form();
       find_neighbours(scores, neighbours);
-      for (int64_t r = 0; r < scores.rows; r += kRows)
-        if (begins_output(p, neighbours[r / kRows])) begin_output(scores, r);
+      const auto begins = [&](int64_t r) { return r < scores.rows && begins_output(p, neighbours[r / kRows]); };
+      if constexpr (kHasTiles<T>)
+        for (int64_t r = 0; on_tiles(p) && r < scores.rows; r += kSquare) {
+          bool any = false;
+          for (int64_t x = r; x < r + kSquare; x += kRows) any |= begins(x);
+          if (any) Beginning<T>{scores, r}.form_on_tiles([&](int64_t x) { return begins(r + x); });
+        }
+      for (int64_t r = 0; !on_tiles(p) && r < scores.rows; r += kRows)
+        if (begins(r)) Beginning<T>{scores, r}.form();
     }
     clear_bits(p, block);
   }
