@@ -19,7 +19,7 @@ from .record import Case
 
 BLOCK = 64  # side of a tile of pairs, and 8 x 8 pixels
 STRIP = 8  # rows that impl="cpu" takes together
-BEGUN = 0.9  # density from which it multiplies strips while it scans them, about: it asks for neighbours, not survivors
+BEGUN = 0.9  # density from which it multiplies strips while it scans them, if mutual, about: it counts neighbours
 CHUNK = 2**24  # pairs looked at at a time
 
 

@@ -24,6 +24,7 @@ template <>
 struct Lanes<float> {
   typedef float V __attribute__((vector_size(kBytes), may_alias));
   typedef int32_t I __attribute__((vector_size(kBytes), may_alias));
+  typedef uint32_t U __attribute__((vector_size(kBytes), may_alias));
   typedef float Unaligned __attribute__((vector_size(kBytes), aligned(4), may_alias));
 };
 
@@ -272,32 +273,34 @@ ASA_INLINE void sums_of_four(const Vec<double>* x, double* sums) {
   for (int i = 0; i < 4; ++i) sums[i] = sum_of<double>(x[i]);
 }
 
-// e^x = 2^y; relative error below 1.6e-7 + 1e-7 |y| while -125 <= y < 127.5, and 0 for x = 0. It is inf from there or,
-// with AVX-512, from 128 on, NaN for NaN, and below it stays at 2^-125 or 2^-126: smaller numbers would be denormal, on
-// which processors take up to a hundred times longer. A polynomial of degree 5, of relative error 9e-8, on the fraction
-// of y or, without AVX-512, on its distance to the nearest integer.
+// e^x = 2^y, y = n + r; relative error below 2.5e-7 (without fused multiply-adds 1e-7 |y| more), and 0 for x = 0. It is inf
+// where it overflows (NaN for inf), NaN for NaN, and 0 below 2^-125 or 2^-126.5: smaller numbers would be denormal, on which processors
+// take up to a hundred times longer. A polynomial of degree 5, of relative error 9e-8, on the fraction of y or, without
+// AVX-512, on its distance to the nearest integer.
+constexpr float kLog2E = 1.44269502f, kLog2ERest = 1.92596303e-8f;  // log2(e) in two parts
 #if defined(ASA_AVX512)
 ASA_INLINE Vec<float> exponential(Vec<float> x) {
-  const Vec<float> y = _mm512_max_ps(splat(-125.0f), x * 1.44269504f);  // the second if one is NaN
-  const Vec<float> r = _mm512_reduce_ps(y, _MM_FROUND_TO_NEG_INF);
+  const Vec<float> y = x * kLog2E, n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEG_INF);
+  const Vec<float> r = x * kLog2ERest + (x * kLog2E - n);
   Vec<float> p = r * 0.0018671305f + 0.009017029f;
   p = p * r + 0.055799913f;
   p = p * r + 0.24016444f;
   p = p * r + 0.6931513f;
   p = p * r + 1.0f;
-  return _mm512_scalef_ps(p, y);
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(y, splat(-125.0f), _CMP_NLT_UQ), p, n);
 }
 #else
 ASA_INLINE Vec<float> exponential(Vec<float> x) {
-  const Vec<float> y = minimum(splat(128.0f), maximum(splat(-126.0f), x * 1.44269504f));
-  const Vec<float> shifted = y + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low mantissa bits
-  const Vec<float> r = y - (shifted - 12582912.0f);
+  x = minimum(splat(88.73f), maximum(splat(-88.2f), x));  // n from -127 to 128
+  const Vec<float> shifted = x * kLog2E + 12582912.0f;  // 1.5 * 2^23: rounds to an integer in the low mantissa bits
+  const Vec<float> n = shifted - 12582912.0f;
+  const Ints<float> exponent = (reinterpret_cast<Ints<float>>(shifted) - 0x4B400000 + 127) << 23;  // 0 for -127
+  const Vec<float> r = x * kLog2ERest + (x * kLog2E - n);
   Vec<float> p = r * 0.0013264727f + 0.009671513f;
   p = p * r + 0.055507336f;
   p = p * r + 0.24022242f;
   p = p * r + 0.693147f;
   p = p * r + 1.0f;
-  const Ints<float> exponent = (reinterpret_cast<Ints<float>>(shifted) - 0x4B400000 + 127) << 23;
   return p * reinterpret_cast<Vec<float>>(exponent);
 }
 #endif
@@ -315,7 +318,8 @@ constexpr double kInfinity = __builtin_inf();
 // are left to the library.
 ASA_INLINE Vec<float> logarithm(Vec<float> x) {
   using I = Ints<float>;
-  const I shifted = reinterpret_cast<I>(x) - 0x3F3504F3;  // the bits of sqrt(1/2), so that n counts from there
+  // Less the bits of sqrt(1/2), so that n counts from there; unsigned, for it overflows where x is negative.
+  const I shifted = reinterpret_cast<I>(reinterpret_cast<Lanes<float>::U>(x) - 0x3F3504F3u);
   const Vec<float> n = __builtin_convertvector(shifted >> 23, Vec<float>);
   const Vec<float> y = reinterpret_cast<Vec<float>>((shifted & 0x7FFFFF) + 0x3F3504F3);
   const Vec<float> z = (y - 1.0f) / (y + 1.0f), square = z * z;

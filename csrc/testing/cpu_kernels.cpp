@@ -564,8 +564,8 @@ void check_case(const Case& c, Ways& ways) {
   if (!x.beta.empty()) p.beta = beta->data();
   if (x.n_real < n_k) p.real_k = x.real.get(), p.real_q = n_q == n_k ? x.real.get() : nullptr;
 
-  Memory<T> out(n_q * c.dim_v), lse(n_q), lse_kept(n_q), kappa(n_q), log_mean(n_q), mass(n_q), squares(n_q),
-      sizes(p.blocks_k * kBlock);
+  Memory<T> out(n_q * c.dim_v), lse(n_q), lse_kept(n_q), kappa(n_q), log_mean(n_q), mass(n_q), squares(n_q), shift(n_q),
+      factor(n_q), sizes(p.blocks_k * kBlock);
   Memory<int32_t> survivors(n_q);
   Memory<bool> begun(n_q), local(n_q * c.window * c.window);
   Memory<uint64_t> bits(p.blocks_q * p.blocks_k * kBlock);
@@ -573,7 +573,9 @@ void check_case(const Case& c, Ways& ways) {
   Memory<T> v_panels(kernels.panels(n_k) * kernels.panel_size(c.dim_v));
   p.out = out.data(), p.lse = lse.data(), p.lse_kept = lse_kept.data(), p.survivors = survivors.data();
   p.kappa = kappa.data(), p.log_mean = log_mean.data(), p.local = local.data();
-  if (p.thresholded) p.bits = bits.data(), p.begun = begun.data(), p.mass = mass.data(), p.squares = squares.data();
+  if (p.thresholded)
+    p.bits = bits.data(), p.begun = begun.data(), p.shift = shift.data(), p.factor = factor.data(),
+    p.mass = mass.data(), p.squares = squares.data();
   begun.fill(n_q, false);
   if (p.thresholded) kernels.find_sizes(p.v, n_k, p.dim_v, p.sizes = sizes.data());
   p.k_panels = k_panels.data();

@@ -145,6 +145,32 @@ def test_outputs_that_the_scan_begins(instruction_set, removed, beta):
     check_equal_to("reference", [x if x is None else x.double() for x in inputs], options)
 
 
+def test_one_value_that_dwarfs_all_others(instruction_set):
+    """Nobody keeps it. Beside it, what is subtracted seems as small as what is left, and is a million times larger."""
+    inputs, options = nearly_dense("keys of large values", 333, torch.float32)
+    inputs[0][..., 0], inputs[1][..., 0], inputs[1][..., 0, 0] = 5, 0, -200
+    inputs[2][..., 0, :] = 1e27
+    check_against_reference("cpu", inputs, options)
+
+
+def test_equal_weights_add_up(instruction_set):
+    """1 / N is rounded, always to the same side: long sums must not add that up. All output numbers are 1."""
+    query, key = torch.zeros(2, 1, 1, 20000, 16)
+    for alpha in (torch.full((1, 1, 16), 0.3), torch.zeros(1, 1, 16)):
+        options = {"reciprocal": False, "impl": "cpu", "return_stats": True}
+        out, stats = asa_attention(query[:, :, :16], key, torch.ones_like(key), alpha, **options)
+        assert (out - 1).abs().max() < 1e-6
+        torch.testing.assert_close(stats.lse_kept, stats.lse, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("gap", [20, 40, 60, 80])
+def test_first_keys_far_below_the_others(instruction_set, gap):
+    query, key = torch.zeros(2, 1, 1, 400, 16)
+    query[..., 0], key[..., :48, 0] = 1, -gap
+    inputs = [query + 0.1 * torch.randn_like(query), key, torch.randn(1, 1, 400, 16), torch.full((1, 1, 400), 0.3)]
+    check_against_reference("cpu", [*inputs, None], {"reciprocal": False, "scale": 1.0})
+
+
 def test_scores_far_above_those_of_the_first_keys(instruction_set):
     """The sum over a row starts from the largest of the first panel; 2^127 above it a float overflows."""
     query, key, value = torch.randn(3, 1, 1, 200, 16)

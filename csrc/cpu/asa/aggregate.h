@@ -194,7 +194,7 @@ int64_t aggregate_bytes(const Problem<T>& p) {
   return bytes_of<AggregateScratch>(p);
 }
 
-// What completes the outputs that scan() began: weights exp(s - lse) of what the local block adds, and their negatives of
+// What completes the outputs that scan() began: the weights of what the local block adds, and their negatives of
 // what reciprocity removes.
 //
 // The weights that are subtracted are formed again, so they differ from those in the sum by their rounding, by relative
@@ -205,7 +205,10 @@ template <class T>
 struct Change {
   T mass = 0;
   T removed = 0;  // the sum of these squares
-  bool is_exact(T mass_before, T squares) const { return 2 * -mass <= mass_before && 3 * removed <= squares; }
+  // Below the bound, squares are too small to compare: another value is much larger than all that count.
+  bool is_exact(T mass_before, T squares) const {
+    return 2 * -mass <= mass_before && 3 * removed <= squares && squares > T(1e-25);
+  }
 };
 
 template <class T>
@@ -216,7 +219,7 @@ ASA_INLINE bool is_neighbour(const Problem<T>& p, int64_t i, int64_t j) {
 // Scores of row i become weights.
 template <class T>
 Change<T> listed_changes(const Problem<T>& p, int64_t i, const int32_t* list, int64_t count, T* s) {
-  for (int64_t c = 0; c < count; c += kLanes<T>) store(s + c, exponential(load(s + c) - p.lse[i]));
+  for (int64_t c = 0; c < count; c += kLanes<T>) store(s + c, exponential(load(s + c) - p.shift[i]) * p.factor[i]);
   Change<T> change;
   for (int64_t c = 0; c < count; ++c) {
     const T sized = s[c] * p.sizes[list[c]];
@@ -230,11 +233,12 @@ Change<T> listed_changes(const Problem<T>& p, int64_t i, const int32_t* list, in
 template <class T>
 void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t* list, const uint64_t* members,
                     int64_t count, T* s, Change<T>* changes) {
-  T numbers[kRows] = {};
-  for (int64_t r = 0; r < rows; ++r) numbers[r] = p.lse[i + r];
-  const ByRow<T> lse = ByRow<T>::of(numbers);
+  T numbers[kRows] = {}, factors[kRows] = {};
+  for (int64_t r = 0; r < rows; ++r) numbers[r] = p.shift[i + r], factors[r] = p.factor[i + r];
+  const ByRow<T> shift = ByRow<T>::of(numbers), factor = ByRow<T>::of(factors);
   for_shared<T>(count, [&](int64_t v, int64_t x) {
-    store(s + x, choose(lane_bits<T>(members, x), -exponential(load(s + x) - lse.part[v]), Vec<T>{}));
+    const Vec<T> w = exponential(load(s + x) - shift.part[v]) * factor.part[v];
+    store(s + x, choose(lane_bits<T>(members, x), -w, Vec<T>{}));
   });
   for (int64_t c = 0; p.window > 0 && c < count; ++c)
     for (int64_t r = 0; r < rows; ++r)
@@ -325,8 +329,9 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       bool exact = true;
       for (int64_t x = 0; x < rows; ++x) {
         const int64_t i = first + x;
-        exact &= changes[r + x].is_exact(p.mass[i], p.squares[i]);
-        shift[r + x] = p.lse[i], sum[r + x] = p.mass[i] + changes[r + x].mass;
+        exact &= !survivors.removes(p, r + x) || changes[r + x].is_exact(p.mass[i], p.squares[i]);
+        shift[r + x] = p.shift[i] - __builtin_log(static_cast<double>(p.factor[i])),
+                  sum[r + x] = p.mass[i] + changes[r + x].mass;
       }
       T* const values = sums + r * p.dim_v;
       for (int64_t x = 0; x < rows * p.dim_v; ++x) values[x] = exact ? values[x] + p.out[first * p.dim_v + x] : T(0);

@@ -218,6 +218,15 @@ struct Survivors {
 
   const uint64_t* row(const Problem<T>& p, int64_t r) const { return m + r * p.blocks_k; }
 
+  // Whether a row that is corrected loses neighbours.
+  bool removes(const Problem<T>& p, int64_t r) const {
+    const int64_t i = first + r;
+    const uint64_t* const neighbours = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+    uint64_t removed = 0;
+    for (int64_t j = 0; j < p.blocks_k; ++j) removed |= row(p, r)[j] & neighbours[j * kBlock];
+    return removed != 0;
+  }
+
   void restore(const Problem<T>& p, int64_t r) {
     exchange_with_neighbours(p, r);
     corrected[r / kRows] = false;

@@ -266,8 +266,10 @@ void forward(const Call& call, const Outputs& outputs) {
     const Written<T> out(kernels, call.rows(outputs.out, i), p.n_q, workspace);
     const auto memory = workspace.add<char>(keep ? 0 : call.kept.bytes);
     const bool one_block = p.blocks_q == 1 && p.blocks_k == 1, begins = p.thresholded && !one_block;
-    const auto begun = workspace.add<bool>(begins ? p.n_q : 0);
-    const auto mass = workspace.add<T>(begins ? p.n_q : 0), squares = workspace.add<T>(begins ? p.n_q : 0);
+    const int64_t begun_rows = begins ? p.n_q : 0;
+    const auto begun = workspace.add<bool>(begun_rows);
+    const auto shift = workspace.add<T>(begun_rows), factor = workspace.add<T>(begun_rows);
+    const auto mass = workspace.add<T>(begun_rows), squares = workspace.add<T>(begun_rows);
     const auto sizes = workspace.add<T>(begins ? p.blocks_k * kBlock : 0);
     const Panels<T> k_panels(kernels, p.n_k, p.dim, p.parts == 0, workspace);
     const Tiles<T> k_tiles(kernels, p.n_k, p.dim, p.parts, Tiled::columns, workspace);
@@ -281,6 +283,7 @@ void forward(const Call& call, const Outputs& outputs) {
     p.out = out.get(workspace);
     if (begins) {
       std::fill_n(p.begun = begun.get(workspace), p.n_q, false);
+      p.shift = shift.get(workspace), p.factor = factor.get(workspace);
       p.mass = mass.get(workspace), p.squares = squares.get(workspace);
       kernels.find_sizes(p.v, p.n_k, p.dim_v, p.sizes = sizes.get(workspace));
     }

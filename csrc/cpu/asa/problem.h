@@ -53,11 +53,11 @@ struct Problem {
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
-  // Rows of which scan() leaves in `out` the sum of w v over the adaptive neighbours, w = exp(s - lse), and here the sums
-  // of w and of the squares of w times the size of v, its largest number; null, all four: it leaves none. Sizes are
-  // relative to the largest.
+  // Rows of which scan() leaves in `out` the sum of w v over the adaptive neighbours, w = exp(s - shift) * factor, and here
+  // the sums of w and of the squares of w times the size of v, its largest number; null, all of them: it leaves none.
+  // Sizes are relative to the largest.
   bool* begun;  // [n_q]
-  T *mass, *squares;
+  T *shift, *factor, *mass, *squares;
   T* sizes;  // [n_k]
   // If thresholded, [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as
   // adaptive neighbour.

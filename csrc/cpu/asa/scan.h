@@ -1,6 +1,7 @@
 // Scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits.
 
 constexpr int64_t kScoreBytes = 1024 * 1024;  // of the scores formed at a time, but at least kFewest rows
+constexpr double kMostSum = 1e10;  // of exp(s - shift): further from their shift scores would lose digits
 constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 
 template <class T>
@@ -116,9 +117,12 @@ struct Scores {
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = w.panels * w.width; j < p.blocks_k * kBlock; ++j) row(r)[j] = -kInfinity;
-      if (!(sum[r] < 1e30 && shift[r] > -kInfinity)) sum_again(r);
+      if (!(sum[r] < kMostSum && shift[r] > -kInfinity)) sum_again(r);
     }
   }
+
+  // A power of two, so that weights exp(s - shift) times it are at most about 1, and equal ones add up without rounding.
+  T factor(int64_t r) const { return T(__builtin_ldexp(1.0, -__builtin_ilogb(sum[r]))); }
 
   Column<T> lse() const {
     Column<T> x(1);
@@ -157,7 +161,7 @@ struct Scores {
   }
 
   template <int64_t kWidth>
-  ASA_INLINE void hide(const Problem<T>& p, T* s, int64_t from, int64_t keys) {
+  void hide(T* s, int64_t from, int64_t keys) {
     for (int64_t j = keys; j < kWidth; ++j) s[j] = -kInfinity;
     if (p.real_k != nullptr)
       for (int64_t j = 0; j < keys; ++j)
@@ -166,7 +170,7 @@ struct Scores {
 
   template <int64_t kWidth>
   void add_exponentials(int64_t r, T* s, int64_t from, int64_t keys) {
-    if (keys < kWidth || p.real_k != nullptr) hide<kWidth>(p, s, from, keys);
+    if (keys < kWidth || p.real_k != nullptr) hide<kWidth>(s, from, keys);
     if (from == 0) shift[r] = largest_score(s, kWidth);
     T* const part = w.parts + r * kLanes<T>;
     Vec<T> total = load(part);
@@ -193,8 +197,7 @@ struct Scores {
   }
 };
 
-// The one-way output of some of the rows, most of whose keys are adaptive neighbours: the weights exp(s - lse) of
-// these, times v. aggregate() corrects it for what reciprocity removes and the local block adds. Without AMX they are
+// The one-way output of some of the rows, with many keys as adaptive neighbours: the weights of these, times v. aggregate() corrects it for what reciprocity removes and the local block adds. Without AMX they are
 // kRows, with it some of kSquare.
 template <class T>
 struct Beginning {
@@ -203,7 +206,7 @@ struct Beginning {
   const Problem<T>& p = scores.p;
   const ScanScratch<T>& w = scores.w;
   T* const sums = w.sums + r * w.sums_stride;
-  Vec<T> mass[kSquare] = {}, squares[kSquare] = {};
+  double mass[kSquare] = {}, squares[kSquare] = {};
 
   void form() {
     for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
@@ -243,32 +246,32 @@ struct Beginning {
   void form_weights(int64_t x, bool present, int64_t from, int64_t keys, const F& write) {
     const int64_t i = scores.first + r + x;
     const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
-    const T lse = present ? p.lse[i] : T(0);
+    const T shift = present ? scores.shift[r + x] : T(0), factor = present ? scores.factor(r + x) : T(1);
     Vec<T> sum = {}, sum_of_squares = {};
     for (int64_t j = 0; j < keys; j += kLanes<T>) {
       const uint64_t lanes = present ? bits[(from + j) / kBlock * kBlock] >> (from + j) % kBlock : 0;
-      const Vec<T> e = choose(lanes, exponential(load(scores.row(r + x) + from + j) - lse), Vec<T>{});
+      const Vec<T> e = choose(lanes, exponential(load(scores.row(r + x) + from + j) - shift) * factor, Vec<T>{});
       write(j, e);
       sum += e;
       const Vec<T> sized = e * load(p.sizes + from + j);
       sum_of_squares += sized * sized;
     }
-    mass[x] += sum;
-    squares[x] += sum_of_squares;
+    mass[x] += sum_of<T>(sum);
+    squares[x] += sum_of<T>(sum_of_squares);
   }
 
   void finish(int64_t x) {
     const int64_t i = scores.first + r + x;
     p.begun[i] = true;
-    p.mass[i] = sum_of<T>(mass[x]);
-    p.squares[i] = sum_of<T>(squares[x]);
-    __builtin_memcpy(p.out + i * p.dim_v, sums + x * w.sums_stride, p.dim_v * sizeof(T));
+    p.shift[i] = scores.shift[r + x], p.factor[i] = scores.factor(r + x);
+    p.mass[i] = mass[x], p.squares[i] = squares[x];
+    for (int64_t d = 0; d < p.dim_v; ++d) p.out[i * p.dim_v + d] = sums[x * w.sums_stride + d];
   }
 };
 
-// Which share of its keys kRows rows must have as adaptive neighbours for a beginning to pay. Products with lists
-// take about four times as long a pair as products of whole rows, and of the neighbours of a row reciprocity removes
-// about as large a share as it has no neighbours.
+// Which share of its keys kRows rows must have as adaptive neighbours for a beginning to pay. Products with lists take
+// about four times as long a pair as products of whole rows: without reciprocity, both of an eighth of all keys as long as
+// one of all. Of the neighbours of a row reciprocity removes about as large a share as it has no neighbours.
 template <class T>
 bool begins_output(const Problem<T>& p, int64_t neighbours) {
   return p.begun != nullptr &&
