@@ -58,6 +58,7 @@ CALLS = [  # so little that what a call costs the host shows: one map, windows o
     {"size": "7x7", "dim": 32, "heads": 8, "batch": 512},
     {"size": "16x16", "dim": 8, "heads": 64},
 ]
+REPEATS = 200  # of calls so small, back to back
 LARGE = 20000  # tokens from which one round of a sweep is timed in place of --rounds; such calls take seconds
 
 
@@ -107,7 +108,7 @@ def _measure_seconds(device, workload, methods, backward, rounds) -> None:
             if not name.startswith("flex"):
                 with contextlib.suppress(Exception):
                     methods[name].flops = accounting.registered_flops(calls[name]) or None
-    repeats = 200 if workload.grad_out.numel() < 2**14 else 1  # back to back
+    repeats = REPEATS if workload.grad_out.numel() < 2**14 else 1
     seconds, errors = measure.interleaved(calls, rounds, device, repeats)
     for name in calls:
         methods[name].seconds, methods[name].error = seconds[name], errors.get(name)
