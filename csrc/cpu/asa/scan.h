@@ -162,7 +162,8 @@ struct Scores {
 
   template <int64_t kWidth>
   void hide(T* s, int64_t from, int64_t keys) {
-    for (int64_t j = keys; j < kWidth; ++j) s[j] = -kInfinity;
+    const int64_t end = smaller(kWidth, p.blocks_k * kBlock - from);  // nobody reads further
+    for (int64_t j = keys; j < end; ++j) s[j] = -kInfinity;
     if (p.real_k != nullptr)
       for (int64_t j = 0; j < keys; ++j)
         if (!p.real_k[from + j]) s[j] = -kInfinity;
