@@ -281,7 +281,8 @@ constexpr float kLog2E = 1.44269502f, kLog2ERest = 1.92596303e-8f;  // log2(e) i
 #if defined(ASA_AVX512)
 ASA_INLINE Vec<float> exponential(Vec<float> x) {
   const Vec<float> y = x * kLog2E, n = _mm512_roundscale_ps(y, _MM_FROUND_TO_NEG_INF);
-  const Vec<float> r = x * kLog2ERest + (x * kLog2E - n);
+  // The exact product: y, which is at hand, is rounded.
+  const Vec<float> r = x * kLog2ERest + _mm512_fmsub_ps(x, splat(kLog2E), n);
   Vec<float> p = r * 0.0018671305f + 0.009017029f;
   p = p * r + 0.055799913f;
   p = p * r + 0.24016444f;
