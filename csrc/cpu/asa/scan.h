@@ -117,7 +117,8 @@ struct Scores {
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = w.panels * w.width; j < p.blocks_k * kBlock; ++j) row(r)[j] = -kInfinity;
-      if (!(sum[r] < kMostSum && shift[r] > -kInfinity)) sum_again(r);
+      // The shift's own term is 1: less is what too large scores make of a sum.
+      if (!(sum[r] >= 0.5 && sum[r] < kMostSum && shift[r] > -kInfinity)) sum_again(r);
     }
   }
 
