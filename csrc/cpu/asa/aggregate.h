@@ -264,13 +264,12 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
   const int64_t panels = panels_of<T>(p.n_k), stretch = w.stretch, stride = stretch * kPanel<T>;
 
   while (survivors.take(p, queue)) {
-    const auto for_each = [&](Kind kind, const auto& f) { survivors.for_each(kind, f); };
     for (int64_t x = 0; x < survivors.rows * p.dim_v; ++x) sums[x] = 0;
     T shift[kMostRows], sum[kMostRows];
     Change<T> changes[kMostRows];
     Lists<kMostRows> lists = {};  // of a row, or of the first of kRows rows that share it
     int64_t offset[kMostRows], columns = 0, numbers = 0, words = 0;
-    for_each(Kind::listed, [&](int64_t first, int64_t rows) {
+    survivors.for_each(Kind::listed, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + rows; ++r) {
         scale_row(p.q + (survivors.first + r) * p.dim, p.dim, p.scale, q + r * p.dim);
         lists.list[r] = w.columns + columns;
@@ -281,7 +280,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       }
     });
     uint64_t* members[kMostRows];
-    for_each(Kind::shared, [&](int64_t first, int64_t rows) {
+    survivors.for_each(Kind::shared, [&](int64_t first, int64_t rows) {
       scale_rows(p.q + (survivors.first + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);
       lists.list[first] = w.columns + columns;
       offset[first] = numbers;
@@ -300,14 +299,14 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       else
         dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from);
     });
-    for_each(Kind::listed, [&](int64_t first, int64_t rows) {
+    survivors.for_each(Kind::listed, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + rows; ++r)
         if (survivors.corrected[r / kRows])
           changes[r] = listed_changes(p, survivors.first + r, lists.list[r], lists.count[r], s + offset[r]);
         else
           sum[r] = exponentials(s + offset[r], lists.count[r], shift[r]);
     });
-    for_each(Kind::shared, [&](int64_t r, int64_t rows) {
+    survivors.for_each(Kind::shared, [&](int64_t r, int64_t rows) {
       if (survivors.corrected[r / kRows])
         shared_changes(p, survivors.first + r, rows, lists.list[r], members[r], lists.count[r], s + offset[r],
                        changes + r);
@@ -330,8 +329,8 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       for (int64_t x = 0; x < rows; ++x) {
         const int64_t i = first + x;
         exact &= !survivors.removes(p, r + x) || changes[r + x].is_exact(p.mass[i], p.squares[i]);
-        shift[r + x] = p.shift[i] - __builtin_log(static_cast<double>(p.factor[i])),
-                  sum[r + x] = p.mass[i] + changes[r + x].mass;
+        shift[r + x] = p.shift[i] - __builtin_log(static_cast<double>(p.factor[i]));
+        sum[r + x] = p.mass[i] + changes[r + x].mass;
       }
       T* const values = sums + r * p.dim_v;
       for (int64_t x = 0; x < rows * p.dim_v; ++x) values[x] = exact ? values[x] + p.out[first * p.dim_v + x] : T(0);
@@ -342,7 +341,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     if constexpr (kHasTiles<T>)
       if (on_tiles(p)) {
         int64_t whole[kMostRows], count = 0;
-        for_each(Kind::whole, [&](int64_t first, int64_t rows) {
+        survivors.for_each(Kind::whole, [&](int64_t first, int64_t rows) {
           for (int64_t r = first; r < first + rows; ++r) whole[count++] = r;
         });
         aggregate_on_tiles(p, survivors, w.tiles, whole, count, shift, sum);
@@ -350,7 +349,7 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
           __builtin_memcpy(sums + whole[x] * p.dim_v, w.tiles.sums + x * w.tiles.dim_v, p.dim_v * sizeof(T));
       }
     const auto for_whole = [&](const auto& f) {
-      if (!on_tiles(p)) for_each(Kind::whole, f);
+      if (!on_tiles(p)) survivors.for_each(Kind::whole, f);
     };
     for_whole([&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + kRows; ++r) shift[r] = -kInfinity, sum[r] = 0;
