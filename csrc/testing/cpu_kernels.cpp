@@ -554,7 +554,7 @@ void check_case(const Case& c, Ways& ways) {
   p.n_q = n_q, p.n_k = n_k, p.dim = c.dim, p.dim_v = c.dim_v;
   p.blocks_q = parts(n_q, kBlock), p.blocks_k = parts(n_k, kBlock), p.q_at_a_time = p.k_at_a_time = c.at_a_time;
   p.height = c.height, p.width = c.width, p.window = c.window, p.topk = c.topk;
-  p.reciprocal = c.reciprocal, p.thresholded = x.thresholded;
+  p.reciprocal = c.reciprocal, p.thresholded = x.thresholded, p.keeps = true;
   p.n_real = x.n_real, p.log_n_real = std::log(static_cast<double>(x.n_real));
   p.scale = T(x.scale), p.band = T(x.band);
   // Copies, so that what is read past their ends is NaN.
@@ -589,7 +589,7 @@ void check_case(const Case& c, Ways& ways) {
     run(0, kernels.panels(n_k), 0, [&](Queue& queue, void*) { kernels.pack_panels(from, n_k, dim, panels, queue); });
   };
   pack_all(p.k, c.dim, p.k_panels);
-  if (p.blocks_q == 1 && p.blocks_k == 1) {
+  if (p.is_one_block()) {
     run(0, 1, kernels.forward_block_bytes(p), [&](Queue&, void* scratch) { kernels.forward_block(p, scratch); });
   } else {
     if (p.scanned())

@@ -407,12 +407,19 @@ def test_large_scores_empty_no_row(impl, size):
 
 @everywhere()
 def test_an_exact_tie_is_no_survivor(impl):
-    """A window of one position: its score is its window's mean, and weight > beta * mean is strict."""
+    """A window of one position: its score is its window's mean, and weight > beta * mean is strict.
+
+    On a map of several blocks and on one of a single block. Who survives alone copies its value.
+    """
     (query, key, value, _, beta), options = make(named("beta_only"), torch.float32)
-    for factor, expected in ((1.0, 0), (1 - 1e-3, 1)):
-        threshold = torch.full_like(beta, factor)
-        _, stats = asa_attention(query, key, value, None, threshold, **options, window=1, impl=impl, return_stats=True)
-        assert (stats.survivors == expected).all()
+    for n, grid in ((query.shape[2], options["grid"]), (42, (6, 7))):
+        for factor, expected in ((1.0, 0), (1 - 1e-3, 1)):
+            inputs = [x[:, :, :n] for x in (query, key, value)]
+            threshold = torch.full_like(beta[..., :n], factor)
+            on_map = {**options, "grid": grid, "window": 1, "impl": impl}
+            out, stats = asa_attention(*inputs, None, threshold, **on_map, return_stats=True)
+            assert (stats.survivors == expected).all()
+            assert torch.equal(out, inputs[2] * expected)
 
 
 @everywhere("topk", (1, 3, 70, 99, 100, 127, 129), quick=(3, 100))

@@ -413,6 +413,60 @@ int64_t forward_block_bytes(const Problem<T>& p) {
   return bytes_of<BlockScratch>(p);
 }
 
+// Whether sums of exp(s - shift) over some keys of a row are as good as with the largest of their scores as shift.
+template <class T>
+ASA_INLINE bool is_near(const Scores<T>& scores, int64_t r, T sum) {
+  return sum >= T(0x1p-10) && scores.sum[r] <= kBlock;
+}
+
+// Adds the local block of all rows to m, where keys are one block: what find_local() and add_local() do.
+template <class T>
+void find_local_of_block(const Scores<T>& scores, uint64_t* m) {
+  const Problem<T>& p = scores.p;
+  uint64_t keys = 0, window[kBlock];
+  for (int64_t j = 0; j < p.n_k; ++j) keys |= static_cast<uint64_t>(real(p.real_k, j)) << j;
+  Column<T> log_mean(1), log_beta(1), shift(-kInfinity);
+  for (int64_t r = 0; r < p.n_q; ++r) {
+    window[r] = 0;
+    for_window_rows(p, r, [&](int64_t j, int64_t columns, int64_t) { window[r] |= lowest_bits(columns) << j; });
+    window[r] = real(p.real_q, r) ? window[r] & keys : 0;
+    if (window[r] == 0) continue;
+    const T some = scores.row(r)[__builtin_ctzll(window[r])];
+    uint64_t other = 0;
+    Vec<T> part = {};
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
+      part += choose(lane_bits<T>(window + r, c), load(scores.exponentials_of(r) + c), Vec<T>{});
+      const Vec<T> s = load(scores.row(r) + c);
+      other |= (greater(s, splat(some)) | greater(splat(some), s)) << c;
+    }
+    const T sum = sum_of<T>(part);
+    if (!is_near(scores, r, sum)) {
+      find_local(scores);
+      return add_local(p, 0, false, m);
+    }
+    log_beta[r] = p.beta[r];
+    // The mean of equal scores is exact: nobody exceeds it.
+    const bool all_equal = (window[r] & other) == 0;
+    shift[r] = all_equal ? some : scores.shift[r];
+    log_mean[r] = all_equal ? T(1) : sum / __builtin_popcountll(window[r]);
+  }
+  log_mean.take_logarithms(p.n_q), log_beta.take_logarithms(p.n_q);
+  for (int64_t r = 0; r < p.n_q; ++r) {
+    p.log_mean[r] = shift[r] + log_mean[r];
+    uint64_t kept = 0;
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < kBlock; c += kLanes<T>)
+      kept |= greater(load(scores.row(r) + c) - p.log_mean[r], splat(log_beta[r])) << c;
+    kept &= window[r];
+    m[r] |= kept;
+    if (!p.keeps) continue;
+    bool* const flags = p.local + r * p.window * p.window;
+    __builtin_memset(flags, 0, p.window * p.window);
+    for_window(p, r, [&](int64_t j, int64_t o) { flags[o] = kept >> j & 1; });
+  }
+}
+
 // The whole forward where keys and queries are one block each, which stays in the cache.
 template <class T>
 void forward_block(const Problem<T>& p, void* scratch) {
@@ -425,19 +479,33 @@ void forward_block(const Problem<T>& p, void* scratch) {
   if (p.scanned()) find_neighbours(scores, neighbours);
   clear_bits(p, 0);
   non_local(p, 0, w.m);
-  add_local(p, 0, false, w.m);
+  if (p.window > 0) find_local_of_block(scores, w.m);
   Column<T> sum(1), shift(-kInfinity), log_sum(1);
   int64_t count[kBlock];
   for (int64_t r = 0; r < p.n_q; ++r) {
+    T* const weights = scores.exponentials_of(r);
     count[r] = __builtin_popcountll(w.m[r]);
-    sum[r] = 0;
-    masked_exponentials(scores.row(r), w.m + r, 0, p.n_k, shift[r], sum[r]);
+    const bool alone = count[r] == 1;  // its weight is exactly 1
+    shift[r] = alone ? scores.row(r)[__builtin_ctzll(w.m[r])] : scores.shift[r];
+    Vec<T> part = {};
+#pragma GCC unroll 4
+    for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
+      const Vec<T> e = choose(lane_bits<T>(w.m + r, c), alone ? splat(T(1)) : load(weights + c), Vec<T>{});
+      store(weights + c, e);
+      part += e;
+    }
+    sum[r] = sum_of<T>(part);
+    if (!is_near(scores, r, sum[r])) {
+      shift[r] = -kInfinity, sum[r] = 0;
+      masked_exponentials(scores.row(r), w.m + r, 0, p.n_k, shift[r], sum[r]);
+      __builtin_memcpy(weights, scores.row(r), kBlock * sizeof(T));
+    }
     if (count[r] > 0) log_sum[r] = sum[r];
   }
   log_sum.take_logarithms(p.n_q);
   for (int64_t first = 0; first < p.n_q; first += kRows) {
     for (int64_t x = 0; x < kRows * p.dim_v; ++x) w.sums[x] = 0;
-    add_product<Left::by_row>(scores.row(first), w.scan.stride, p.v, p.n_k, p.dim_v, w.sums);
+    add_product<Left::by_row>(scores.exponentials_of(first), w.scan.stride, p.v, p.n_k, p.dim_v, w.sums);
     for (int64_t r = first; r < smaller(p.n_q, first + kRows); ++r)
       finish_row(p, r, w.m + r, count[r], shift[r] + log_sum[r], sum[r], w.sums + (r - first) * p.dim_v);
   }

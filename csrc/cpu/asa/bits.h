@@ -1,15 +1,26 @@
 // Survivors as bits, 64 pairs a word: bit c of m[r][J] says whether query r of a block keeps key 64 J + c.
 
+// n bits set, from the lowest on: at least none, at most all.
+ASA_INLINE uint64_t lowest_bits(int64_t n) { return n <= 0 ? 0 : ~uint64_t{0} >> (n < kBlock ? kBlock - n : 0); }
+
 ASA_INLINE bool real(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
 
-// Calls f(j, o) for every token j on the map in the window around token i, o being its offset there.
+// Calls f(j, columns, o) for every row of the window around token i: tokens [j, j + columns) of the map, from offset o on.
 template <class T, class F>
-void for_window(const Problem<T>& p, int64_t i, const F& f) {
+ASA_INLINE void for_window_rows(const Problem<T>& p, int64_t i, const F& f) {
   const int64_t reach = p.window / 2, row = i / p.width, column = i % p.width;
   const int64_t top = larger(-reach, -row), bottom = smaller(reach, p.height - 1 - row);
   const int64_t left = larger(-reach, -column), right = smaller(reach, p.width - 1 - column);
   for (int64_t a = top; a <= bottom; ++a)
-    for (int64_t b = left; b <= right; ++b) f((row + a) * p.width + column + b, (a + reach) * p.window + b + reach);
+    f((row + a) * p.width + column + left, right - left + 1, (a + reach) * p.window + left + reach);
+}
+
+// Calls f(j, o) for every token j on the map in the window around token i, o being its offset there.
+template <class T, class F>
+void for_window(const Problem<T>& p, int64_t i, const F& f) {
+  for_window_rows(p, i, [&](int64_t j, int64_t columns, int64_t o) {
+    for (int64_t b = 0; b < columns; ++b) f(j + b, o + b);
+  });
 }
 
 // Transpose a 64 x 64 bit matrix: bit c of word r to bit r of word c. Squares of 32 bits are exchanged, then of 16, ...:

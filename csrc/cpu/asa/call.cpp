@@ -209,8 +209,8 @@ class Inputs {
     if (!v_->is_copied() && !kernels.all_finite(static_cast<const T*>(v.numbers), p.n_k * p.dim_v))
       v_.emplace(kernels, v, p.n_k, p.real_k, workspace, true);
     not_finite_ = workspace.add<bool>(v_->is_copied() ? p.n_k : 0);
-    if (x.alpha) alpha_ = multiplier(*x.alpha, b, h), alpha_memory_ = workspace.add<T>(p.n_q);
-    if (x.beta) beta_ = multiplier(*x.beta, b, h), beta_memory_ = workspace.add<T>(p.n_q);
+    if (x.alpha) alpha_ = multiplier(*x.alpha, b, h), alpha_memory_ = workspace.add<T>(fits(*alpha_) ? 0 : p.n_q);
+    if (x.beta) beta_ = multiplier(*x.beta, b, h), beta_memory_ = workspace.add<T>(fits(*beta_) ? 0 : p.n_q);
   }
 
   // Once the workspace has memory.
@@ -227,7 +227,10 @@ class Inputs {
     return {numbers_of(x, b, h), type_of(x), 1, MultiplierStrides(x).row, 1};
   }
 
+  static bool fits(const Rows& multiplier) { return is_type<T>(multiplier.type) && multiplier.stride_n == 1; }
+
   const T* read(const Rows& multiplier, T* to) const {
+    if (fits(multiplier)) return static_cast<const T*>(multiplier.numbers);
     kernels_.read_rows(multiplier, 0, p_.n_q, 1, nullptr, to);
     return to;
   }
@@ -252,6 +255,15 @@ class Inputs {
   Workspace::Piece<bool> not_finite_{};
 };
 
+// Asks for rows that will be read soon: small problems end before the processor has noticed how they lie.
+void prefetch(const Rows& rows, int64_t n) {
+  const int64_t size = size_of(rows.type), line = 64;
+  for (int64_t i = 0; i < n; ++i) {
+    const char* const row = static_cast<const char*>(rows.numbers) + i * rows.stride_n * size;
+    for (int64_t x = 0; x < rows.dim * size; x += line) __builtin_prefetch(row + x, 0, 2);
+  }
+}
+
 // Writes the outputs, and what is kept if it has memory.
 template <class T>
 void forward(const Call& call, const Outputs& outputs) {
@@ -261,11 +273,12 @@ void forward(const Call& call, const Outputs& outputs) {
   for_heads(call.x.n_heads(), [&](int64_t i, int64_t threads) {
     Problem<T> p = call.head<T>(i, threads, outputs);
     p.parts = parts_of(p, call.rows(call.x.query, i), call.rows(call.x.key, i));
+    p.keeps = keep;
     Workspace workspace(threads);
     Inputs<T> inputs(call, kernels, p, i, workspace);
     const Written<T> out(kernels, call.rows(outputs.out, i), p.n_q, workspace);
     const auto memory = workspace.add<char>(keep ? 0 : call.kept.bytes);
-    const bool one_block = p.blocks_q == 1 && p.blocks_k == 1, begins = p.thresholded && !one_block;
+    const bool one_block = p.is_one_block(), begins = p.thresholded && !one_block;
     const int64_t begun_rows = begins ? p.n_q : 0;
     const auto begun = workspace.add<bool>(begun_rows);
     const auto shift = workspace.add<T>(begun_rows), factor = workspace.add<T>(begun_rows);
@@ -280,6 +293,10 @@ void forward(const Call& call, const Outputs& outputs) {
     call.set_kept(p, keep ? kept + i * call.kept.bytes : memory.get(workspace));
     if (keep) prefer_huge_pages(p.bits, p.thresholded ? call.words() * 8 : 0);
     inputs.get(workspace);
+    if (one_block && i + 1 < call.x.n_heads()) {
+      prefetch(call.rows(call.x.query, i + 1), p.n_q);
+      for (const Tensor& x : {call.x.key, call.x.value}) prefetch(call.rows(x, i + 1), p.n_k);
+    }
     p.out = out.get(workspace);
     if (begins) {
       std::fill_n(p.begun = begun.get(workspace), p.n_q, false);

@@ -40,6 +40,7 @@ struct Problem {
   int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
   int64_t height, width, window, topk;  // window 0: no local block
   bool reciprocal;
+  bool keeps;  // a backward will read bits and local
   bool thresholded;  // there are adaptive neighbours; otherwise all keys are neighbours, or none if there is a beta
   int64_t n_real;  // keys
   double log_n_real;
@@ -76,6 +77,7 @@ struct Problem {
   T* delta;  // [n_q] <do_i, out_i>
 
   bool scanned() const { return thresholded || window > 0; }
+  bool is_one_block() const { return blocks_q == 1 && blocks_k == 1; }
 };
 
 // What the backward knows of every row before its first pass.

@@ -56,6 +56,7 @@ template <class T>
 struct ScanScratch {
   int64_t width, panels, stride, at_a_time, keys, sums_stride;
   T *q, *s, *parts, *work, *window, *weights, *sums;
+  T* e;  // exp(s - shift), as s, where keys are one block; else null
   uint16_t *q_left, *weights_left;  // on AMX, instead of q and weights; of kSquare rows after the other
 
   ScanScratch(Arena& arena, const Problem<T>& p) {
@@ -70,6 +71,7 @@ struct ScanScratch {
     q = arena.take<T>(tiles ? 0 : at_a_time * p.dim);
     q_left = arena.take<uint16_t>(tiles ? at_a_time * q_row(p) : 0);
     s = arena.take<T>(at_a_time * stride);
+    e = p.is_one_block() ? arena.take<T>(at_a_time * stride) : nullptr;
     parts = arena.take<T>(kBlock * kLanes<T>);
     work = arena.take<T>(p.topk ? p.n_k : 0);
     window = arena.take<T>(p.window * p.window * kLanes<T>);
@@ -100,6 +102,7 @@ struct Scores {
   double sum[kBlock];
 
   T* row(int64_t r) const { return w.s + r * w.stride; }
+  T* exponentials_of(int64_t r) const { return w.e + r * w.stride; }
 
   void form() {
     if (!on_tiles(p)) scale_rows(p.q + first * p.dim, rows, p.dim, p.scale, w.q);
@@ -164,7 +167,8 @@ struct Scores {
   template <int64_t kWidth>
   void hide(T* s, int64_t from, int64_t keys) {
     const int64_t end = smaller(kWidth, p.blocks_k * kBlock - from);  // nobody reads further
-    for (int64_t j = keys; j < end; ++j) s[j] = -kInfinity;
+    for (int64_t j = keys / kLanes<T> * kLanes<T>; j < end; j += kLanes<T>)
+      store(s + j, choose(lowest_bits(keys - j), load(s + j), splat(T(-kInfinity))));
     if (p.real_k != nullptr)
       for (int64_t j = 0; j < keys; ++j)
         if (!p.real_k[from + j]) s[j] = -kInfinity;
@@ -177,8 +181,12 @@ struct Scores {
     T* const part = w.parts + r * kLanes<T>;
     Vec<T> total = load(part);
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kWidth; j += kLanes<T>)
-      if (j < keys) total += exponential(load(s + j) - shift[r]);
+    for (int64_t j = 0; j < kWidth; j += kLanes<T>) {
+      if (j >= keys) continue;
+      const Vec<T> e = exponential(load(s + j) - shift[r]);
+      if (w.e != nullptr) store(exponentials_of(r) + from + j, e);
+      total += e;
+    }
     store(part, total);
   }
 
@@ -192,7 +200,9 @@ struct Scores {
       Vec<T> part = {};
       for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
         const Vec<T> y = load(s + j + c);
-        part += none ? select<T>(y == y, Vec<T>{}, y) : exponential(y - shift[r]);
+        const Vec<T> e = none ? select<T>(y == y, Vec<T>{}, y) : exponential(y - shift[r]);
+        if (w.e != nullptr) store(exponentials_of(r) + j + c, e);
+        part += e;
       }
       sum[r] += sum_of<T>(part);
     }
@@ -350,7 +360,6 @@ void find_neighbours(const Scores<T>& scores, int64_t* neighbours) {
     }
     neighbours[r / kRows] += count;
   }
-  if (p.beta != nullptr) find_local(scores);
 }
 
 // The bits of queries that there are not.
@@ -373,6 +382,7 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
       int64_t neighbours[kBlock / kRows];
       scores.form();
       find_neighbours(scores, neighbours);
+      if (p.beta != nullptr) find_local(scores);
       const auto begins = [&](int64_t r) { return r < scores.rows && begins_output(p, neighbours[r / kRows]); };
       if constexpr (kHasTiles<T>)
         for (int64_t r = 0; on_tiles(p) && r < scores.rows; r += kSquare) {
