@@ -146,10 +146,10 @@ def asa_attention(
         torch.Size([1, 2, 768, 64])
     """
     query, key, value = cast_under_autocast(query=query, key=key, value=value)  # thresholds keep their dtype
-    inputs, options = _check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
+    inputs, options = check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
     threshold_band = checks.as_positive_number("threshold_band", threshold_band)
-    out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, _chosen(query, value, impl))
+    out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, chosen(query, value, impl))
     return (out, stats) if return_stats else out
 
 
@@ -188,8 +188,8 @@ def reciprocal_neighbors(
     """
     query, key = cast_under_autocast(query=query, key=key)
     value = key[..., :0]  # nobody's values are asked for
-    inputs, options = _check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
-    return ops.neighbors(inputs, options, _chosen(query, query, impl))
+    inputs, options = check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
+    return ops.neighbors(inputs, options, chosen(query, query, impl))
 
 
 def explain(query: Tensor, *args: Any, impl: Impl = "auto", **options: Any) -> str:
@@ -210,7 +210,7 @@ def explain(query: Tensor, *args: Any, impl: Impl = "auto", **options: Any) -> s
 _OP = ("asa_attention", "asa")  # the names of the op and of its kernels
 
 
-def _chosen(query: Tensor, value: Tensor, impl: str) -> str:
+def chosen(query: Tensor, value: Tensor, impl: str) -> str:
     """Return the implementation that runs the call."""
     dim = max(query.shape[-1], value.shape[-1])
     # Sizes may be symbols, or, under torch.jit.trace, tensors; and what is remembered cannot be traced.
@@ -219,7 +219,7 @@ def _chosen(query: Tensor, value: Tensor, impl: str) -> str:
     return resolve(dispatch.Call(*_OP, query.device, query.dtype, dim), impl)
 
 
-def _check(
+def check(
     query: Tensor,
     key: Tensor,
     value: Tensor,

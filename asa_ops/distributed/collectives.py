@@ -1,0 +1,127 @@
+"""What the processes of a group exchange: errors, sizes, rows of tensors. ``torch.distributed`` carries it."""
+
+import hashlib
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..core.checks import describe
+
+_T = TypeVar("_T")
+Found = tuple[_T, list[int], dict[str, object]]
+# Its name before torch 2.13.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+
+
+def as_group(group: object) -> dist.ProcessGroup:
+    """Return the process group that ``group`` stands for: itself, that of a mesh of one dimension, or all processes."""
+    if not dist.is_available() or not dist.is_initialized():
+        raise RuntimeError("no process group: call torch.distributed.init_process_group first")
+    if isinstance(group, DeviceMesh):
+        if group.ndim != 1:
+            raise ValueError(f"group must be a mesh of one dimension, got {group.ndim} in {group}")
+        group = group.get_group()
+    group = dist.group.WORLD if group is None else group
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(f"process {dist.get_rank()} is no member of the group")
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a process group, a DeviceMesh or None, got {describe(group)}")
+    return group
+
+
+def agree(group: dist.ProcessGroup, look: Callable[[], Found[_T]]) -> tuple[_T, list[list[int]]]:
+    """Have every process look at its own arguments; return what this one found, and the sizes of all.
+
+    Args:
+        look: returns what its process needs, sizes that may differ between processes, and what must be the same.
+
+    Raises:
+        Exception: the same on every process: that of the first whose ``look`` raised one.
+        ValueError: processes were given different things.
+    """
+    error: Exception | None = None
+    found: Found[_T] | None = None
+    try:
+        found = look()
+    except Exception as raised:
+        error = raised
+    _, sizes, same = found or (None, [], {})
+    text = repr(sorted(same.items()))
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest(), "big")
+    everybody = _all_gather_numbers(group, [error is not None, digest, *sizes, *[0] * (_MOST_SIZES - len(sizes))])
+    if any(failed for failed, *_ in everybody) or len({digest for _, digest, *_ in everybody}) > 1:
+        _raise_everywhere(group, error, same)
+    assert found is not None
+    return found[0], [numbers[2 : 2 + len(sizes)] for numbers in everybody]
+
+
+_MOST_SIZES = 2
+
+
+def _all_gather_numbers(group: dist.ProcessGroup, numbers: Sequence[int]) -> list[list[int]]:
+    """Return the numbers of every process; this waits for all of them."""
+    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    mine = torch.tensor([int(x) for x in numbers], dtype=torch.int64, device=device)
+    everybody = mine.new_empty(dist.get_world_size(group) * len(numbers))
+    _all_gather_single(everybody, mine, group=group)
+    return everybody.view(-1, len(numbers)).tolist()
+
+
+def _raise_everywhere(group: dist.ProcessGroup, error: Exception | None, same: dict[str, object]) -> None:
+    kinds = {"TypeError": TypeError, "ValueError": ValueError}
+    mine = (None if error is None else type(error).__name__, str(error), same)
+    everybody: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everybody, mine, group=group)
+    for rank, (kind, message, _) in enumerate(everybody):
+        if kind is not None:
+            raise kinds.get(kind, RuntimeError)(f"process {rank} of {len(everybody)}: {message}") from error
+    first = everybody[0][2]
+    for rank, (_, _, other) in enumerate(everybody):
+        for name in first:
+            if other.get(name) != first[name]:
+                raise ValueError(
+                    f"every process must be given the same {name}, got {first[name]} in process 0 and "
+                    f"{other.get(name)} in process {rank}"
+                )
+
+
+def all_gather(group: dist.ProcessGroup, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+    """Return the tensors of all processes joined along ``dim``, where process r has ``sizes[r]`` entries."""
+    if len(sizes) == 1:
+        return x
+    longest = max(sizes)
+    rows = x.detach().movedim(dim, 0).contiguous()
+    shape = rows.shape[1:]
+    if (rows[0:1].numel() == 0 and longest == 0) or 0 in shape:
+        return rows.new_empty(sum(sizes), *shape).movedim(0, dim)
+    # Bytes: not every backend takes every dtype.
+    padded = torch.nn.functional.pad(_bytes(rows), (0, 0, 0, longest - len(rows)))
+    everybody = padded.new_empty(len(sizes) * longest, padded.shape[1])
+    _all_gather_single(everybody, padded, group=group)
+    if min(sizes) < longest:
+        everybody = torch.cat([part[:n] for part, n in zip(everybody.split(longest), sizes, strict=True)])
+    return everybody.view(x.dtype).view(-1, *shape).movedim(0, dim)
+
+
+def all_to_all(group: dist.ProcessGroup, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Send ``parts[r]`` to process r; return what every process sent here, ``sizes[r]`` rows from process r.
+
+    All have the same shape and dtype but for their number of rows, the first dimension.
+    """
+    if len(parts) == 1:
+        return list(parts)
+    shape = parts[0].shape[1:]
+    sent = torch.cat([_bytes(x) for x in parts])
+    received = sent.new_empty(sum(sizes), sent.shape[1])
+    dist.all_to_all_single(received, sent, list(sizes), [len(x) for x in parts], group=group)
+    return list(received.view(parts[0].dtype).view(-1, *shape).split(list(sizes)))
+
+
+def _bytes(rows: Tensor) -> Tensor:
+    """Return the memory of every row [n, ..], as uint8 [n, bytes]."""
+    flat = rows.detach().contiguous().flatten(1) if rows.dim() > 1 else rows.detach().contiguous()[:, None]
+    return flat.view(torch.uint8)

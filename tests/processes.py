@@ -1,0 +1,60 @@
+"""A few processes of one torch.distributed group that run what a test asks for, again and again."""
+
+import os
+import tempfile
+import traceback
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+SIZE = 4
+TIMEOUT = timedelta(seconds=60)
+
+
+class Processes:
+    """SIZE processes, started once."""
+
+    def __init__(self) -> None:
+        context = mp.get_context("spawn")
+        self.folder = tempfile.TemporaryDirectory()
+        self.pipes, self.children = [], []
+        for rank in range(SIZE):
+            mine, its = context.Pipe()
+            child = context.Process(target=_serve, args=(rank, f"{self.folder.name}/rendezvous", its), daemon=True)
+            child.start()
+            self.pipes.append(mine)
+            self.children.append(child)
+
+    def run(self, size: int, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """Return what ``function(group, rank, *args)`` returns in each of the first ``size`` processes."""
+        for pipe in self.pipes[:size]:
+            pipe.send((size, function, args))
+        answers = [pipe.recv() for pipe in self.pipes[:size]]
+        for failure, _ in answers:
+            if failure:
+                raise AssertionError(failure)
+        return [answer for _, answer in answers]
+
+    def end(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for child in self.children:
+            child.join(10)
+            child.kill()
+
+
+def _serve(rank: int, rendezvous: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=SIZE, timeout=TIMEOUT)
+    groups = {size: dist.new_group(list(range(size)), timeout=TIMEOUT) for size in range(1, SIZE + 1)}
+    while (job := pipe.recv()) is not None:
+        size, function, args = job
+        try:
+            pipe.send(("", function(groups[size], rank, *args)))
+        except BaseException:
+            pipe.send((f"process {rank} of {size}:\n{traceback.format_exc()}", None))
+    os._exit(0)  # threads of gloo outlive the group, and may abort a process whose Python is torn down
