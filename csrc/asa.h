@@ -183,9 +183,9 @@ struct MultiplierStrides {
 struct Kept {
   int64_t bits, kappa, log_mean, local, residual, base2, bytes = 0;
 
-  // `bits`, `residual` and `base2` take as many bytes as a device says.
-  Kept(const Arguments& x, int64_t bits, int64_t residual, int64_t base2) {
-    const int64_t n = x.n_q(), statistic = x.type() == ScalarType::Double ? 8 : 4;
+  // Of n rows; `bits`, `residual` and `base2` take as many bytes as a device says.
+  Kept(const Arguments& x, int64_t n, int64_t bits, int64_t residual, int64_t base2) {
+    const int64_t statistic = x.type() == ScalarType::Double ? 8 : 4;
     this->bits = piece(x.has_neighbours() ? bits : 0);
     kappa = piece(x.options.topk > 0 ? n * statistic : 0);
     log_mean = piece(x.beta ? n * statistic : 0);

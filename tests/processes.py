@@ -5,6 +5,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from multiprocessing import connection
 from typing import Any
 
 import torch
@@ -33,11 +34,15 @@ class Processes:
         """Return what ``function(group, rank, *args)`` returns in each of the first ``size`` processes."""
         for pipe in self.pipes[:size]:
             pipe.send((size, function, args))
-        answers = [pipe.recv() for pipe in self.pipes[:size]]
-        for failure, _ in answers:
-            if failure:
-                raise AssertionError(failure)
-        return [answer for _, answer in answers]
+        answers: list[Any] = [None] * size
+        waiting = {pipe: rank for rank, pipe in enumerate(self.pipes[:size])}
+        failures = []  # in their order: the others may only have waited for the first
+        while waiting:
+            for pipe in connection.wait(list(waiting)):
+                failure, answers[waiting.pop(pipe)] = pipe.recv()
+                failures += [failure] if failure else []
+        assert not failures, failures[0]
+        return answers
 
     def end(self) -> None:
         for pipe in self.pipes:

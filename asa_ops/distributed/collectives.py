@@ -1,7 +1,9 @@
 """What the processes of a group exchange: errors, sizes, rows of tensors. ``torch.distributed`` carries it."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -89,39 +91,77 @@ def _raise_everywhere(group: dist.ProcessGroup, error: Exception | None, same: d
                 )
 
 
-def all_gather(group: dist.ProcessGroup, x: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-    """Return the tensors of all processes joined along ``dim``, where process r has ``sizes[r]`` entries."""
+def all_gather_rows(group: dist.ProcessGroup, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+    """Return tensors [B, heads, n, ..] of all processes joined along their rows, in one message.
+
+    Process r has ``sizes[r]`` of them.
+    """
     if len(sizes) == 1:
-        return x
-    longest = max(sizes)
-    rows = x.detach().movedim(dim, 0).contiguous()
-    shape = rows.shape[1:]
-    if (rows[0:1].numel() == 0 and longest == 0) or 0 in shape:
-        return rows.new_empty(sum(sizes), *shape).movedim(0, dim)
-    # Bytes: not every backend takes every dtype.
-    padded = torch.nn.functional.pad(_bytes(rows), (0, 0, 0, longest - len(rows)))
-    everybody = padded.new_empty(len(sizes) * longest, padded.shape[1])
-    _all_gather_single(everybody, padded, group=group)
+        return list(tensors)
+    rows, longest = _pack(tensors), max(sizes)
+    padded = torch.nn.functional.pad(rows, (0, 0, 0, longest - len(rows)))
+    everybody = padded.new_empty(len(sizes) * longest, rows.shape[1])
+    if everybody.numel():
+        _all_gather_single(everybody, padded, group=group)
     if min(sizes) < longest:
         everybody = torch.cat([part[:n] for part, n in zip(everybody.split(longest), sizes, strict=True)])
-    return everybody.view(x.dtype).view(-1, *shape).movedim(0, dim)
+    return _unpack(everybody, tensors)
+
+
+def redistribute_rows(
+    group: dist.ProcessGroup, tensors: Sequence[Tensor], held: Sequence[int], wanted: Sequence[int]
+) -> list[Tensor]:
+    """Return other rows of tensors [B, heads, n, ..] whose rows are spread over processes, in one message.
+
+    Process r has ``held[r]`` rows, after those of the processes before it, and wants ``wanted[r]``.
+    """
+    if list(held) == list(wanted):
+        return list(tensors)
+    rank = dist.get_rank(group)
+    sent = _pack(tensors).split(overlaps(held, wanted, rank))
+    received = all_to_all(group, sent, overlaps(wanted, held, rank))
+    return _unpack(torch.cat(received), tensors)
+
+
+def overlaps(mine: Sequence[int], others: Sequence[int], rank: int) -> list[int]:
+    """Return how many rows of process ``rank``, split by ``mine``, each process has if they are split by ``others``."""
+    begin, end = sum(mine[:rank]), sum(mine[: rank + 1])
+    bounds = [0]
+    for size in others:
+        bounds.append(bounds[-1] + size)
+    return [max(0, min(end, b) - max(begin, a)) for a, b in pairwise(bounds)]
 
 
 def all_to_all(group: dist.ProcessGroup, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     """Send ``parts[r]`` to process r; return what every process sent here, ``sizes[r]`` rows from process r.
 
-    All have the same shape and dtype but for their number of rows, the first dimension.
+    All have the same dtype and, but for their number of rows, the first dimension, the same shape.
     """
-    if len(parts) == 1:
-        return list(parts)
-    shape = parts[0].shape[1:]
-    sent = torch.cat([_bytes(x) for x in parts])
-    received = sent.new_empty(sum(sizes), sent.shape[1])
-    dist.all_to_all_single(received, sent, list(sizes), [len(x) for x in parts], group=group)
-    return list(received.view(parts[0].dtype).view(-1, *shape).split(list(sizes)))
+    sent = torch.cat([part.contiguous() for part in parts])
+    received = sent.new_empty(sum(sizes), *sent.shape[1:])
+    # Bytes: not every backend takes every dtype.
+    ins, outs = (x.view(torch.uint8) if x.dim() > 1 else x[:, None].view(torch.uint8) for x in (sent, received))
+    dist.all_to_all_single(outs, ins, list(sizes), [len(part) for part in parts], group=group)
+    return list(received.split(list(sizes)))
+
+
+def _pack(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the memory of every row of tensors [B, heads, n, ..], uint8 [n, bytes]."""
+    return torch.cat([_bytes(x.detach().movedim(2, 0)) for x in tensors], 1)
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    """Return the memory of every row [n, ..], as uint8 [n, bytes]."""
-    flat = rows.detach().contiguous().flatten(1) if rows.dim() > 1 else rows.detach().contiguous()[:, None]
-    return flat.view(torch.uint8)
+    width = math.prod(rows.shape[1:]) * rows.dtype.itemsize
+    numbers = rows.clone(memory_format=torch.contiguous_format).flatten()
+    return numbers.view(torch.uint8).view(len(rows), width)
+
+
+def _unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    tensors, begin = [], 0
+    for x in like:
+        shape = (len(rows), *x.shape[:2], *x.shape[3:])
+        end = begin + math.prod(shape[1:]) * x.dtype.itemsize
+        numbers = rows[:, begin:end].clone(memory_format=torch.contiguous_format).flatten().view(x.dtype)
+        tensors.append(numbers.view(shape).movedim(0, 2).contiguous())
+        begin = end
+    return tensors

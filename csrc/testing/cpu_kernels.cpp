@@ -554,7 +554,7 @@ void check_case(const Case& c, Ways& ways) {
   p.n_q = n_q, p.n_k = n_k, p.dim = c.dim, p.dim_v = c.dim_v;
   p.blocks_q = parts(n_q, kBlock), p.blocks_k = parts(n_k, kBlock), p.q_at_a_time = p.k_at_a_time = c.at_a_time;
   p.height = c.height, p.width = c.width, p.window = c.window, p.topk = c.topk;
-  p.reciprocal = c.reciprocal, p.thresholded = x.thresholded, p.keeps = true;
+  p.reciprocal = c.reciprocal, p.thresholded = x.thresholded, p.keeps = true, p.end = n_q;
   p.n_real = x.n_real, p.log_n_real = std::log(static_cast<double>(x.n_real));
   p.scale = T(x.scale), p.band = T(x.band);
   // Copies, so that what is read past their ends is NaN.
@@ -579,9 +579,11 @@ void check_case(const Case& c, Ways& ways) {
   Memory<T> v_panels(kernels.panels(n_k) * kernels.panel_size(c.dim_v));
   p.out = out.data(), p.lse = lse.data(), p.lse_kept = lse_kept.data(), p.survivors = survivors.data();
   p.kappa = kappa.data(), p.log_mean = log_mean.data(), p.local = local.data();
-  if (p.thresholded)
-    p.bits = bits.data(), p.begun = begun.data(), p.shift = shift.data(), p.factor = factor.data(),
+  if (p.thresholded) {
+    p.bits = bits.data(), p.back = p.bits, p.back_stride = p.blocks_k * kBlock;
+    p.begun = begun.data(), p.shift = shift.data(), p.factor = factor.data();
     p.mass = mass.data(), p.squares = squares.data();
+  }
   begun.fill(n_q, false);
   if (p.thresholded) kernels.find_sizes(p.v, n_k, p.dim_v, p.sizes = sizes.data());
   p.k_panels = k_panels.data();
@@ -629,9 +631,9 @@ void check_case(const Case& c, Ways& ways) {
   if (!same_counts) return;
 
   std::vector<Kind> kinds(n_q);
-  std::vector<int32_t> keys(n_q);
+  std::vector<int32_t> keys(n_q), listed(n_q);
   std::vector<int64_t> numbers(n_q + 1), columns_at(n_q + 1);
-  const Groups groups{kinds.data(), keys.data(), numbers.data(), columns_at.data()};
+  const Groups groups{kinds.data(), keys.data(), listed.data(), numbers.data(), columns_at.data()};
   bool consistent = run(0, parts(n_q, p.q_at_a_time), kernels.find_groups_bytes(p),
                         [&](Queue& queue, void* scratch) { kernels.find_groups(p, groups, queue, scratch); });
   kernels.lay_out(p, groups);

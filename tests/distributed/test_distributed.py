@@ -1,5 +1,6 @@
 """One map over several processes: what they compute is what one process computes, to the last bit."""
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -69,6 +70,20 @@ def check(processes, size: int, case: Case, dtype: torch.dtype, **options) -> No
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("size", [1, 3])
+def test_a_small_map_equals_one_process(processes, size, case):
+    check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
+
+
+# Seven blocks of tokens, or five of keys.
+LARGE = [
+    replace(case, grid=(19, 23), n_keys=case.n_keys and 270 + case.n_keys, batch=min(case.batch, 2))
+    for case in CASES
+    if case.grid == (9, 7) and case.batch
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")

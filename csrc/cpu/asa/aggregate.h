@@ -213,7 +213,7 @@ struct Change {
 
 template <class T>
 ASA_INLINE bool is_neighbour(const Problem<T>& p, int64_t i, int64_t j) {
-  return p.bits[(i / kBlock * p.blocks_k + j / kBlock) * kBlock + i % kBlock] >> j % kBlock & 1;
+  return p.words(i / kBlock, j / kBlock)[i % kBlock] >> j % kBlock & 1;
 }
 
 // Scores of row i become weights.

@@ -19,9 +19,10 @@ void find_groups(const Problem<T>& p, const Groups& groups, Queue& queue, void* 
   while (survivors.take(p, queue, false))
     for (int64_t r = 0; r < survivors.rows; ++r) {
       const int64_t i = survivors.first + r;
-      if (p.survivors[i] != survivors.count[r]) queue.failed = true;
+      if (p.kinds == nullptr && p.survivors[i] != survivors.count[r]) queue.failed = true;
       groups.kind[i] = survivors.kind[r / kRows];
       groups.keys[i] = static_cast<int32_t>(survivors.together[r / kRows]);
+      groups.listed[i] = static_cast<int32_t>(survivors.count[r]);
     }
 }
 
@@ -29,10 +30,10 @@ void find_groups(const Problem<T>& p, const Groups& groups, Queue& queue, void* 
 template <class T>
 void lay_out(const Problem<T>& p, const Groups& groups) {
   int64_t *const numbers = groups.numbers, *const columns = groups.columns;
-  numbers[0] = columns[0] = 0;
-  for (int64_t i = 0; i < p.n_q; ++i) {
+  numbers[p.begin] = columns[p.begin] = 0;
+  for (int64_t i = p.begin; i < p.end; ++i) {
     const bool leads = i % kRows == 0;
-    const int64_t listed = list_room(p.survivors[i]), shared = groups.keys[i];
+    const int64_t listed = list_room(groups.listed[i]), shared = groups.keys[i];
     switch (groups.kind[i]) {
       case Kind::whole: numbers[i + 1] = whole_stride(p), columns[i + 1] = 0; break;
       case Kind::listed: numbers[i + 1] = columns[i + 1] = listed; break;
@@ -42,36 +43,85 @@ void lay_out(const Problem<T>& p, const Groups& groups) {
     numbers[i + 1] += numbers[i], columns[i + 1] += columns[i];
   }
   // Whole rows are written kRows at a time.
-  if (p.n_q > 0 && groups.kind[p.n_q - 1] == Kind::whole)
-    numbers[p.n_q] += (rounded_up(p.n_q, kRows) - p.n_q) * whole_stride(p);
+  if (p.begin < p.end && groups.kind[p.end - 1] == Kind::whole)
+    numbers[p.end] += (rounded_up(p.end, kRows) - p.end) * whole_stride(p);
 }
 
-// Turns dp of a row into ds, in place, where its pairs survive, by the bits m; returns <p, dp>.
+// Notes the softmax of row i for those who will form its probabilities again.
 template <class T>
-T score_gradients(const T* probability, T* dp, int64_t count, const uint64_t* m) {
-  Vec<T> part = {};
+void note_softmax(const Problem<T>& p, int64_t i, T shift, T factor) {
+  if (p.shift != nullptr) p.shift[i] = shift, p.factor[i] = factor;
+}
+
+// The scores of row i, all of them of survivors, become probabilities.
+template <class T>
+void listed_probabilities(const Problem<T>& p, int64_t i, T* s, int64_t count) {
+  if (p.kinds != nullptr) {
+    for (int64_t c = 0; c < count; c += kLanes<T>) store(s + c, exponential(load(s + c) - p.shift[i]) * p.factor[i]);
+    return;
+  }
+  T shift;
+  const T sum = exponentials(s, count, shift), factor = count ? 1 / sum : T(0);
+  scale_row(s, count, factor, s);
+  note_softmax(p, i, shift, factor);
+}
+
+// The same where survivors are those of the bits m.
+template <class T>
+void masked_probabilities(const Problem<T>& p, int64_t i, const uint64_t* m, bool any, T* s) {
+  if (p.kinds != nullptr) {
+    const T shift = p.shift[i], factor = p.factor[i];
+    for (int64_t j = 0; j < p.n_k; j += kLanes<T>)
+      store(s + j, choose(lane_bits<T>(m, j), exponential(load(s + j) - shift), Vec<T>{}) * factor);
+    return;
+  }
+  T shift = -kInfinity, sum = 0;
+  masked_exponentials(s, m, 0, p.n_k, shift, sum);
+  const T factor = any ? 1 / sum : T(0);
+  scale_row(s, p.n_k, factor, s);
+  note_softmax(p, i, shift == T(-kInfinity) ? T(0) : shift, factor);
+}
+
+// Turns dp of row i into ds, in place, where its pairs survive, by the bits m.
+template <class T>
+void score_gradients(const Problem<T>& p, int64_t i, const T* probability, T* dp, int64_t count, const uint64_t* m) {
   const auto kept = [&](int64_t c, Vec<T> x) { return m ? choose(lane_bits<T>(m, c), x, Vec<T>{}) : x; };
-  for (int64_t c = 0; c < count; c += kLanes<T>) part += kept(c, load(probability + c) * load(dp + c));
-  const T mean = sum_of<T>(part);
+  if (p.kinds == nullptr) {
+    Vec<T> part = {};
+    for (int64_t c = 0; c < count; c += kLanes<T>) part += kept(c, load(probability + c) * load(dp + c));
+    p.delta[i] = sum_of<T>(part);
+  }
+  const T mean = p.delta[i];
   for (int64_t c = 0; c < count; c += kLanes<T>) store(dp + c, kept(c, load(probability + c) * (load(dp + c) - mean)));
-  return mean;
 }
 
-// The same for the shared keys of kRows rows, whose scores become probabilities; `means` are the <p, dp>.
+// Both for the shared keys of `rows` rows from row i on.
 template <class T>
-void shared_gradients(T* s, T* dp, const uint64_t* members, int64_t count, T* means) {
-  T shift[kRows], sum[kRows];
-  shared_exponentials(s, members, count, shift, sum);
-  for (int64_t r = 0; r < kRows; ++r) sum[r] = sum[r] > 0 ? 1 / sum[r] : T(0);
-  const ByRow<T> factor = ByRow<T>::of(sum);
-  sums_of_shared<T>(count, means, [&](int64_t i, int64_t x) {
-    const Vec<T> probability = load(s + x) * factor.part[i];
-    store(s + x, probability);
-    return choose(lane_bits<T>(members, x), probability * load(dp + x), Vec<T>{});
-  });
+void shared_gradients(const Problem<T>& p, int64_t i, int64_t rows, T* s, T* dp, const uint64_t* members,
+                      int64_t count) {
+  T shift[kRows] = {}, factors[kRows] = {}, means[kRows] = {};
+  if (p.kinds == nullptr) {
+    shared_exponentials(s, members, count, shift, factors);
+    for (T& x : factors) x = x > 0 ? 1 / x : T(0);
+    const ByRow<T> factor = ByRow<T>::of(factors);
+    sums_of_shared<T>(count, means, [&](int64_t v, int64_t x) {
+      const Vec<T> probability = load(s + x) * factor.part[v];
+      store(s + x, probability);
+      return choose(lane_bits<T>(members, x), probability * load(dp + x), Vec<T>{});
+    });
+    for (int64_t r = 0; r < rows; ++r) p.delta[i + r] = means[r], note_softmax(p, i + r, shift[r], factors[r]);
+  } else {
+    for (int64_t r = 0; r < rows; ++r)
+      shift[r] = p.shift[i + r], factors[r] = p.factor[i + r], means[r] = p.delta[i + r];
+    const ByRow<T> all = ByRow<T>::of(shift), factor = ByRow<T>::of(factors);
+    for_shared<T>(count, [&](int64_t v, int64_t x) {
+      const Vec<T> e = choose(lane_bits<T>(members, x), exponential(load(s + x) - all.part[v]), Vec<T>{});
+      store(s + x, e * factor.part[v]);
+    });
+  }
   const ByRow<T> mean = ByRow<T>::of(means);
-  for_shared<T>(count, [&](int64_t i, int64_t x) {
-    store(dp + x, choose(lane_bits<T>(members, x), load(s + x) * (load(dp + x) - mean.part[i]), Vec<T>{}));
+  for_shared<T>(count, [&](int64_t v, int64_t x) {
+    store(dp + x, choose(lane_bits<T>(members, x), load(s + x) * (load(dp + x) - mean.part[v]), Vec<T>{}));
   });
 }
 
@@ -240,20 +290,17 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
     });
     survivors.for_each(Kind::listed, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + rows; ++r) {
-        T shift;
         const int64_t count = lists.count[r];
-        const T sum = exponentials(probability[r], count, shift);
-        scale_row(probability[r], count, count ? 1 / sum : T(0), probability[r]);
+        listed_probabilities(p, group + r, probability[r], count);
         for (int64_t c = count; c < rounded_up(count, kPad); ++c) probability[r][c] = ds[r][c] = 0;
-        p.delta[group + r] = score_gradients<T>(probability[r], ds[r], count, nullptr);
+        score_gradients<T>(p, group + r, probability[r], ds[r], count, nullptr);
       }
     });
-    survivors.for_each(Kind::shared, [&](int64_t first, int64_t rows) {
-      T means[kRows];
-      shared_gradients(probability[first], ds[first], members[first], lists.count[first], means);
-      for (int64_t r = 0; r < rows; ++r) p.delta[group + first + r] = means[r];
+    survivors.for_each(Kind::shared, [&](int64_t r, int64_t rows) {
+      shared_gradients(p, group + r, rows, probability[r], ds[r], members[r], lists.count[r]);
     });
     lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
+      if (p.dq == nullptr) return;
       const int32_t* const list = lists.list[r] + from;
       if (is_shared(r))
         add_product<Left::by_term>(ds[r] + from * kRows, kRows, Listed<T>{p.k, p.dim, list}, to - from, p.dim,
@@ -293,12 +340,12 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
       });
     survivors.for_each(Kind::whole, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + rows; ++r) {
-        T shift = -kInfinity, sum = 0;
-        masked_exponentials(probability[r], survivors.row(p, r), 0, p.n_k, shift, sum);
-        scale_row(probability[r], p.n_k, survivors.count[r] ? 1 / sum : T(0), probability[r]);
-        p.delta[group + r] = score_gradients(probability[r], ds[r], p.n_k, survivors.row(p, r));
+        const uint64_t* const m = survivors.row(p, r);
+        masked_probabilities(p, group + r, m, survivors.count[r] > 0, probability[r]);
+        score_gradients(p, group + r, probability[r], ds[r], p.n_k, m);
       }
     });
+    if (p.dq == nullptr) continue;
     const int64_t keys = cached_rows<T>(p.dim);
     for (int64_t from = 0; from < p.n_k; from += keys)
       for_whole([&](int64_t first, int64_t) {
@@ -450,6 +497,6 @@ void backward_columns(const Problem<T>& p, const Slab<T>& slab, Queue& queue, vo
         }
       add_whole(p, slab, w, first);
     }
-    if (slab.end == p.n_q) scale_row(p.dk + begin * p.dim, (end - begin) * p.dim, p.scale, p.dk + begin * p.dim);
+    if (slab.end == p.end) scale_row(p.dk + begin * p.dim, (end - begin) * p.dim, p.scale, p.dk + begin * p.dim);
   }
 }

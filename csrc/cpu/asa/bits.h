@@ -94,7 +94,7 @@ template <class T>
 void neighbors_back(const Problem<T>& p, int64_t block, uint64_t* back) {
   alignas(64) uint64_t tile[64];
   for (int64_t j = 0; j < p.blocks_k; ++j) {
-    __builtin_memcpy(tile, p.bits + (j * p.blocks_k + block) * kBlock, sizeof(tile));
+    __builtin_memcpy(tile, p.words_back(block, j), sizeof(tile));
     transpose64(tile);
     for (int64_t r = 0; r < kBlock; ++r) back[r * p.blocks_k + j] = tile[r];
   }
@@ -106,11 +106,11 @@ void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
   alignas(64) uint64_t tile[64];
   for (int64_t j = 0; j < p.blocks_k; ++j) {
     if (p.thresholded) {
-      const uint64_t* const own = p.bits + (block * p.blocks_k + j) * kBlock;
+      const uint64_t* const own = p.words(block, j);
       uint64_t any = 0;
       for (int64_t r = 0; r < kBlock; ++r) any |= own[r];
       if (any != 0 && p.reciprocal) {
-        __builtin_memcpy(tile, p.bits + (j * p.blocks_k + block) * kBlock, sizeof(tile));
+        __builtin_memcpy(tile, p.words_back(block, j), sizeof(tile));
         transpose64(tile);
         for (int64_t r = 0; r < kBlock; ++r) tile[r] &= own[r];
       } else {
@@ -136,8 +136,10 @@ void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l)
   const int64_t size = p.window * p.window;
   for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
     const int64_t i = block * kBlock + r;
-    for_window(p, i, [&](int64_t j, int64_t o) {
-      const bool flag = transposed ? p.local[j * size + size - 1 - o] : p.local[i * size + o];
+    for_window(p, i, [&](int64_t token, int64_t o) {
+      const int64_t j = token - p.first_key;
+      if (j < 0 || j >= p.n_k) return;
+      const bool flag = transposed ? p.local[token * size + size - 1 - o] : p.local[i * size + o];
       l[r * p.blocks_k + j / kBlock] |= static_cast<uint64_t>(flag) << j % kBlock;
     });
   }
@@ -209,8 +211,8 @@ struct Survivors {
   bool take(const Problem<T>& p, Queue& queue, bool lists = true) {
     int64_t taken;
     if (!queue.take(taken)) return false;
-    first = taken * p.q_at_a_time;
-    rows = smaller(p.q_at_a_time, p.n_q - first);
+    first = p.begin + taken * p.q_at_a_time;
+    rows = smaller(p.q_at_a_time, p.end - first);
     for (int64_t r = 0; r < rows; r += kBlock) {
       uint64_t* const words = m + r * p.blocks_k;
       non_local(p, (first + r) / kBlock, words);
@@ -221,6 +223,7 @@ struct Survivors {
       bool& corrects = corrected[r / kRows] = p.begun != nullptr && p.begun[first + r];
       if (corrects) exchange_with_neighbours(p, r);
       kind[r / kRows] = kind_of(p, r);
+      if (p.kinds != nullptr) kind[r / kRows] = p.kinds[first + r];
       if (corrects && kind[r / kRows] == Kind::whole) restore(p, r);
     }
     if (lists) transpose(p);
@@ -232,7 +235,7 @@ struct Survivors {
   // Whether a row that is corrected loses neighbours.
   bool removes(const Problem<T>& p, int64_t r) const {
     const int64_t i = first + r;
-    const uint64_t* const neighbours = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+    const uint64_t* const neighbours = p.words(i / kBlock, 0) + i % kBlock;
     uint64_t removed = 0;
     for (int64_t j = 0; j < p.blocks_k; ++j) removed |= row(p, r)[j] & neighbours[j * kBlock];
     return removed != 0;
@@ -289,7 +292,7 @@ struct Survivors {
   void exchange_with_neighbours(const Problem<T>& p, int64_t r) {
     for (int64_t x = r; x < smaller(rows, r + kRows); ++x) {
       const int64_t i = first + x;
-      const uint64_t* const neighbours = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+      const uint64_t* const neighbours = p.words(i / kBlock, 0) + i % kBlock;
       for (int64_t j = 0; j < p.blocks_k; ++j) m[x * p.blocks_k + j] ^= neighbours[j * kBlock];
     }
   }

@@ -45,9 +45,16 @@ struct Problem {
   int64_t n_real;  // keys
   double log_n_real;
 
+  // Of a problem that is spread over processes, each has some of the rows, or of the columns: these queries, whose blocks
+  // bits starts with, and the keys from this one on, n_k of them, which are all but for the local window.
+  int64_t begin, end;  // begin is a multiple of kBlock
+  int64_t first_key;
+
   T scale;
 
-  const T *q, *k, *v;  // [n][dim]; padding and values that are not finite set to 0
+  // [n][dim]; padding and values that are not finite set to 0. What is written, and what belongs to a row, is there for
+  // the rows from `begin` to `end` only; its pointers are those of row 0 all the same.
+  const T *q, *k, *v;
   const T *alpha, *beta;  // [n_q], or null
   const bool *real_q, *real_k;  // or null: all
   const bool* not_finite;  // [n_k] keys whose value is not finite, or null: none
@@ -56,13 +63,18 @@ struct Problem {
   int32_t* survivors;
   // Rows of which scan() leaves in `out` the sum of w v over the adaptive neighbours, w = exp(s - shift) * factor, and here
   // the sums of w and of the squares of w times the size of v, its largest number; null, all of them: it leaves none.
-  // Sizes are relative to the largest.
+  // Sizes are relative to the largest. In the backward, shift and factor are those of the survivors' probabilities,
+  // exp(s - shift) * factor; null: nobody asks.
   bool* begun;  // [n_q]
   T *shift, *factor, *mass, *squares;
   T* sizes;  // [n_k]
-  // If thresholded, [blocks_q][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c as
-  // adaptive neighbour.
+  // If thresholded, [blocks of rows][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c
+  // as adaptive neighbour.
   uint64_t* bits;
+  // The same the other way round, for neighbours that must be mutual: of query block J the words of key block I, the first
+  // of these being that of the rows, are at back + J * back_stride + I * 64. In one process these are bits.
+  const uint64_t* back;
+  int64_t back_stride;
   bool* local;  // [n_q][window^2], with a beta
   T *k_panels, *v_panels;  // keys and values packed for products of whole rows (gemm.h), where there are any
   // The same for AMX (tiles.h), if q, k and v are sums of so many bf16 numbers: 1 or 2; 0: without AMX.
@@ -71,11 +83,18 @@ struct Problem {
   const uint16_t *k_terms, *q_left, *d_out_left;  // backward: keys as terms; queries and gradients of whole rows
 
   // backward
+  // [n_q] how the process that has all keys of a row treats it; then shift, factor and delta of the row are from there too,
+  // and dq is null. Null: all keys are here.
+  const Kind* kinds;
   const T* d_out;
   T *dq, *dk, *dv, *dalpha, *dbeta;
   T band;
-  T* delta;  // [n_q] <do_i, out_i>
+  T* delta;  // [n_q] <do_i, out_i>, from the sum of p_ij <do_i, v_j>
 
+  uint64_t* words(int64_t block, int64_t j) const { return bits + ((block - begin / kBlock) * blocks_k + j) * kBlock; }
+  const uint64_t* words_back(int64_t block, int64_t j) const {
+    return back + j * back_stride + (block - begin / kBlock) * kBlock;
+  }
   bool scanned() const { return thresholded || window > 0; }
   bool is_one_block() const { return blocks_q == 1 && blocks_k == 1; }
 };
@@ -84,6 +103,7 @@ struct Problem {
 struct Groups {
   Kind* kind;  // [n_q]
   int32_t* keys;  // [n_q] how many keys the row and those that share with it keep together
+  int32_t* listed;  // [n_q] how many the row keeps
   int64_t *numbers, *columns;  // [n_q + 1] where its entries start
 };
 

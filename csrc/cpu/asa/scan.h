@@ -257,7 +257,7 @@ struct Beginning {
   template <class F>
   void form_weights(int64_t x, bool present, int64_t from, int64_t keys, const F& write) {
     const int64_t i = scores.first + r + x;
-    const uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+    const uint64_t* const bits = p.words(i / kBlock, 0) + i % kBlock;
     const T shift = present ? scores.shift[r + x] : T(0), factor = present ? scores.factor(r + x) : T(1);
     Vec<T> sum = {}, sum_of_squares = {};
     for (int64_t j = 0; j < keys; j += kLanes<T>) {
@@ -346,7 +346,7 @@ void find_neighbours(const Scores<T>& scores, int64_t* neighbours) {
     if (!p.thresholded) continue;
     const Vec<T> shift = splat(p.lse[i]), least = splat(present ? log_alpha[r] : T(kInfinity));
     const Vec<T> kappa = splat(p.topk ? p.kappa[i] : T(-kInfinity));
-    uint64_t* const bits = p.bits + i / kBlock * p.blocks_k * kBlock + i % kBlock;
+    uint64_t* const bits = p.words(i / kBlock, 0) + i % kBlock;
     int64_t count = 0;
     for (int64_t j = 0; j < p.blocks_k; ++j) {
       uint64_t word = 0;
@@ -366,8 +366,7 @@ void find_neighbours(const Scores<T>& scores, int64_t* neighbours) {
 template <class T>
 void clear_bits(const Problem<T>& p, int64_t block) {
   for (int64_t j = 0; p.thresholded && j < p.blocks_k; ++j)
-    for (int64_t r = smaller(kBlock, p.n_q - block * kBlock); r < kBlock; ++r)
-      p.bits[(block * p.blocks_k + j) * kBlock + r] = 0;
+    for (int64_t r = smaller(kBlock, p.n_q - block * kBlock); r < kBlock; ++r) p.words(block, j)[r] = 0;
 }
 
 template <class T>

@@ -123,7 +123,7 @@ struct KeptBits {
 // What is kept of a head, where a backward follows; otherwise what a forward needs itself.
 Kept kept_of(const Arguments& x, bool keep) {
   const int64_t n = x.n_q(), halves = x.type() == ScalarType::Float ? 0 : 2;
-  return Kept(x, KeptBits(x).bytes, keep ? n * x.dim_v() * halves : 0, keep ? 3 * n * 4 : 0);
+  return Kept(x, x.n_q(), KeptBits(x).bytes, keep ? n * x.dim_v() * halves : 0, keep ? 3 * n * 4 : 0);
 }
 
 void check_all(const Arguments& x) {

@@ -1,0 +1,114 @@
+"""What the processes of a call agree on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..asa import api, ops
+from ..asa.types import Inputs, ThresholdGrad
+from ..core import checks
+from ..core.contracts import cast_under_autocast
+from ..core.dispatch import Impl
+from . import collectives
+
+Group = dist.ProcessGroup | DeviceMesh | None
+
+
+@dataclass(frozen=True)
+class Call:
+    """What all processes know of a call."""
+
+    group: dist.ProcessGroup
+    n_q: list[int]  # tokens of every process
+    n_k: list[int]
+    options: ops.OpOptions
+    threshold_grad: ThresholdGrad
+    threshold_band: float
+    impl: str
+    keep: bool  # whether a backward may follow
+
+    @property
+    def band(self) -> float:
+        """Half width of the window in which thresholds learn, 0 if they do not."""
+        return 0.0 if self.threshold_grad is None else self.threshold_band
+
+    def gather(self, inputs: Inputs) -> Inputs:
+        """Return the inputs of the whole map."""
+        mask = inputs.key_padding_mask
+        of_rows = {"query": inputs.query, "alpha": inputs.alpha, "beta": inputs.beta}
+        of_keys = {"key": inputs.key, "value": inputs.value, "mask": mask if mask is None else mask[:, None]}
+        both = [(of_rows, self.n_q), (of_keys, self.n_k)]
+        if self.n_q == self.n_k:  # one message
+            both = [({**of_rows, **of_keys}, self.n_q)]
+        whole: dict[str, Tensor] = {}
+        for tensors, sizes in both:
+            given = {name: x for name, x in tensors.items() if x is not None}
+            whole |= zip(given, collectives.all_gather_rows(self.group, list(given.values()), sizes), strict=True)
+        mask = None if mask is None else whole["mask"][:, 0]
+        return Inputs(whole["query"], whole["key"], whole["value"], whole.get("alpha"), whole.get("beta"), mask)
+
+    def own(self, x: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Return this process's rows of a tensor of the whole map [B, heads, N, ..]."""
+        return x.split(list(sizes), 2)[dist.get_rank(self.group)].contiguous()
+
+
+def agree(
+    group: Group,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor | None,
+    alpha: Tensor | float | None,
+    beta: Tensor | float | None,
+    grid: tuple[int, int] | None,
+    window: int,
+    topk: int | None,
+    reciprocal: bool,
+    key_padding_mask: Tensor | None,
+    scale: float | None,
+    impl: Impl,
+    learning: tuple[ThresholdGrad, float],
+) -> tuple[Call, Inputs]:
+    """Check the arguments on every process; return the call and this process's tensors, thresholds of every row."""
+    group = collectives.as_group(group)
+    threshold_grad, threshold_band = learning
+
+    def look() -> tuple[tuple[Inputs, ops.OpOptions, str], list[int], dict[str, object]]:
+        tokens = {"query": query, "key": key} | ({} if value is None else {"value": value})
+        q, k, *v = cast_under_autocast(**tokens)
+        of_map = topk if topk is None else checks.as_positive_int("topk", topk)  # this process may have fewer keys
+        place = None if grid is None else (1, q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0)
+        inputs, options = api.check(
+            q, k, v[0] if v else k[..., :0], alpha, beta, key_padding_mask, place, window, None, reciprocal, scale
+        )
+        checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
+        checks.as_positive_number("threshold_band", threshold_band)
+        alphas, betas = (x if x is None else x.expand(-1, -1, q.shape[2]) for x in inputs[3:5])
+        inputs = inputs._replace(alpha=alphas, beta=betas)
+        chosen = api.chosen(inputs.query, inputs.value, impl)
+        same = {
+            "batch, heads and head dims": [x.shape[:2] + x.shape[3:] for x in inputs[:3]],
+            "dtypes": [x if x is None else x.dtype for x in inputs],
+            "requires_grad": torch.is_grad_enabled() and [x is not None and x.requires_grad for x in inputs],
+            "grid": None if grid is None else tuple(grid),
+            "window": options[1],
+            "topk": of_map,
+            "reciprocal": reciprocal,
+            "scale": options[4],
+            "threshold_grad": threshold_grad,
+            "threshold_band": threshold_band,
+            "impl": chosen,
+        }
+        return (inputs, options, chosen), [inputs.query.shape[2], inputs.key.shape[2]], same
+
+    (inputs, (_, sides, _, _, factor), chosen), sizes = collectives.agree(group, look)
+    n_q, n_k = ([of[i] for of in sizes] for i in (0, 1))
+    if topk is not None and topk > sum(n_k):
+        raise ValueError(f"topk must be at most the number of keys, N_k = {sum(n_k)}, got topk={topk}")
+    place = [0, 0] if grid is None else list(checks.as_grid(grid, sum(n_q)))
+    options = (place, sides, int(topk or 0), reciprocal, factor)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    return Call(group, n_q, n_k, options, threshold_grad, float(threshold_band), chosen, keep), inputs

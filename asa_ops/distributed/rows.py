@@ -1,0 +1,179 @@
+"""The rows of one process by kernels that compute some rows of a problem: the order of a call.
+
+Every process has all tokens, gathered, and a range of rows, and of columns, in whole blocks of 64, whatever tokens are
+its own: so its sums are those of one process.
+
+    forward   scan its rows against all keys; exchange the bits of neighbours, so that each has those of its columns
+              too; aggregate; send outputs to the processes of their tokens
+    backward  gather the gradient of the output; dq of its rows; gather the softmax of every row; dk and dv of its
+              columns from all rows, whose probabilities it forms again; dalpha and dbeta of its rows; send them home
+
+Per process and head, with R processes: N^2 / (8 R) bytes of bits, twice where neighbours must be mutual or a backward
+will follow, and what is gathered, O(N D).
+"""
+
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ..asa.types import Inputs, NeighborGraph, new_graph
+from . import collectives
+from .call import Call
+
+BLOCK = 64
+
+
+def can_run(call: Call) -> bool:
+    """Return whether these kernels take the call; a map of one block is not split."""
+    return call.impl == "cpu" and max(sum(call.n_q), sum(call.n_k)) > BLOCK and min(sum(call.n_q), sum(call.n_k)) > 0
+
+
+def ranges(n: int, size: int) -> list[int]:
+    """Return how many of n tokens each of ``size`` processes computes: whole blocks, but for the last."""
+    blocks = -(-n // BLOCK)
+    bounds = [min(n, blocks * r // size * BLOCK) for r in range(size + 1)]
+    return [end - begin for begin, end in pairwise(bounds)]
+
+
+class Part:
+    """What a process computes of a call."""
+
+    def __init__(self, call: Call, inputs: Inputs):
+        self.call, self.inputs = call, inputs
+        self.size, self.rank = len(call.n_q), dist.get_rank(call.group)
+        self.rows, self.columns = ranges(sum(call.n_q), self.size), ranges(sum(call.n_k), self.size)
+        self.options = [*inputs, *call.options]
+
+    def own(self, sizes: list[int]) -> list[int]:
+        begin = sum(sizes[: self.rank])
+        return [begin, begin + sizes[self.rank]]
+
+    def exchange(self, bits: Tensor) -> Tensor:
+        """Return the bits of all rows and own columns from those of own rows and all columns."""
+        if self.size == 1:
+            return bits
+        batch, heads = bits.shape[:2]
+        blocks = [[-(-n // BLOCK) for n in sizes] for sizes in (self.rows, self.columns)]
+        own = blocks[1][self.rank]
+        sent = [part.flatten() for part in bits.split(blocks[1], 3)]
+        received = collectives.all_to_all(
+            self.call.group, sent, [batch * heads * rows * own * BLOCK for rows in blocks[0]]
+        )
+        parts = [x.view(batch, heads, rows, own, BLOCK) for x, rows in zip(received, blocks[0], strict=True)]
+        return torch.cat(parts, 2)
+
+    def gather(self, *tensors: Tensor) -> list[Tensor]:
+        """Return tensors of own rows [B, heads, n, ..] as those of all rows."""
+        return collectives.all_gather_rows(self.call.group, tensors, self.rows)
+
+    def send_home(self, held: list[int], wanted: list[int], *tensors: Tensor) -> list[Tensor]:
+        """Return the rows of this process's tokens, from tensors [B, heads, n, ..] of the rows that each computed."""
+        return collectives.redistribute_rows(self.call.group, tensors, held, wanted)
+
+    def is_thresholded(self) -> bool:
+        return self.inputs.alpha is not None or self.call.options[2] > 0
+
+    def scan(self) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
+        """Return lse, who was found, outputs begun, and the bits of own columns where they will be asked for."""
+        lse, *found, begun = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
+        wanted = self.is_thresholded() and (self.call.options[3] or self.call.keep)
+        return lse, found, begun, self.exchange(found[0]) if wanted else None
+
+
+class Attention(torch.autograd.Function):
+    """Out, lse, lse_kept and survivors of this process's tokens."""
+
+    @staticmethod
+    def forward(ctx: Any, call: Call, *tensors: Any) -> Any:
+        part = Part(call, call.gather(Inputs(*tensors)))
+        rows, columns = part.own(part.rows), part.own(part.columns)
+        lse, found, begun, back = part.scan()
+        mutual = back if call.options[3] else None
+        out, lse_kept, survivors = torch.ops.asa_ops.asa_rows_fwd(*part.options, rows, lse, *found, begun, mutual)
+        home = part.send_home(part.rows, call.n_q, out, lse, lse_kept, survivors)
+        if call.keep:
+            ctx.call, ctx.rows, ctx.columns, ctx.dtypes = (
+                call,
+                rows,
+                columns,
+                [x if x is None else x.dtype for x in tensors],
+            )
+            ctx.save_for_backward(*part.inputs, out.isnan().any(-1), lse, lse_kept, survivors, *found, back)
+        ctx.mark_non_differentiable(*home[1:])
+        return tuple(home)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_out: Tensor, *_: Any) -> Any:
+        call, rows, columns = ctx.call, ctx.rows, ctx.columns
+        nan_rows, lse, lse_kept, survivors, *found, back = ctx.saved_tensors[6:]
+        part = Part(call, Inputs(*ctx.saved_tensors[:6]))
+        bits, kappa, log_mean, local = found
+        mutual = back if call.options[3] else None
+        grad_out = collectives.all_gather_rows(call.group, [grad_out], call.n_q)[0]
+        nan_rows, survivors, lse_kept, local_of_all = part.gather(nan_rows, survivors, lse_kept, local)
+        given = (grad_out, nan_rows, survivors, *part.options)
+        dq, softmax, groups = torch.ops.asa_ops.asa_rows_bwd(*given, rows, *found, mutual)
+        softmax, groups = (x.mT.contiguous() for x in part.gather(softmax.mT, groups.mT))
+        mine = bits if mutual is not None else None
+        dk, dv = torch.ops.asa_ops.asa_columns_bwd(*given, columns, mine, local_of_all, back, softmax, groups)
+        gradients: list[Tensor | None] = [*part.send_home(part.rows, call.n_q, dq)]
+        gradients += part.send_home(part.columns, call.n_k, dk, dv)
+        learning = [x is not None for x in part.inputs[3:5]]
+        if call.band > 0 and any(learning):
+            delta = softmax[:, :, 2].contiguous()
+            thresholds = torch.ops.asa_ops.asa_thresholds_bwd(
+                *given, rows, lse, bits, kappa, log_mean, local_of_all, mutual, lse_kept, delta, call.band
+            )
+            wanted = [_sum_shared(dx, x) for dx, x in zip(thresholds, part.inputs[3:5], strict=True) if x is not None]
+            homes = iter(part.send_home(part.rows, call.n_q, *wanted))
+            gradients += [next(homes) if learns else None for learns in learning]
+        else:
+            n = call.n_q[part.rank]
+            gradients += [None if x is None else x.new_zeros(*x.shape[:2], n) for x in part.inputs[3:5]]
+        cast = [x if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes[:5], strict=True)]
+        return None, *cast, None
+
+
+def _sum_shared(gradient: Tensor, multiplier: Tensor) -> Tensor:
+    """Return the gradient [B, heads, n] of a multiplier that heads or images may share, summed as one process does."""
+    sums = gradient.new_zeros(*multiplier.shape[:2], gradient.shape[2], dtype=torch.float64)
+    for b, of_image in enumerate(gradient):
+        for h, of_head in enumerate(of_image):
+            sums[b % len(sums), h % sums.shape[1]] += of_head
+    return sums.to(gradient.dtype)
+
+
+def neighbors(call: Call, tensors: Inputs) -> NeighborGraph:
+    """Return the survivors of this process's tokens."""
+    part = Part(call, call.gather(tensors))
+    lse, found, begun, back = part.scan()
+    rows = part.own(part.rows)
+    mutual = back if call.options[3] else None
+    _, _, survivors = torch.ops.asa_ops.asa_rows_fwd(*part.options, rows, lse, *found, begun, mutual)
+    graph = new_graph(survivors)
+    torch.ops.asa_ops.asa_rows_list_survivors(*part.options, rows, *found, mutual, *graph)
+    return _send_home(part, survivors, graph)
+
+
+def _send_home(part: Part, survivors: Tensor, graph: NeighborGraph) -> NeighborGraph:
+    """Return the graph of this process's tokens from those of the rows that each computed."""
+    call, rank = part.call, part.rank
+    if part.rows == call.n_q:
+        return graph
+    (counts,) = part.send_home(part.rows, call.n_q, survivors)
+    heads = counts.shape[0] * counts.shape[1]
+    # A process sends each other the entries of its rows, head by head; so they come, too.
+    to_each, from_each = (collectives.overlaps(*x, rank) for x in ((part.rows, call.n_q), (call.n_q, part.rows)))
+    sizes = torch.stack([x.sum(-1) for x in survivors.view(heads, -1).split(to_each, 1)], 1)
+    pieces = graph.col_indices.split(sizes.flatten().tolist())
+    sent = [torch.cat(pieces[r :: part.size]) for r in range(part.size)]
+    sizes = torch.stack([x.sum(-1) for x in counts.view(heads, -1).split(from_each, 1)])
+    received = collectives.all_to_all(call.group, sent, sizes.sum(1).tolist())
+    by_head = [x.split(of.tolist()) for x, of in zip(received, sizes, strict=True)]
+    columns = [of[h] for h in range(heads) for of in by_head]
+    return NeighborGraph(new_graph(counts).row_offsets, torch.cat([*columns, graph.col_indices[:0]]))

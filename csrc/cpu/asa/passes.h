@@ -1,0 +1,279 @@
+// The passes of a call in their order, for one head: of all its rows, or of those that one of several processes has.
+#pragma once
+
+#include "call.h"
+
+#include <vector>
+
+namespace asa_ops::cpu {
+
+// Which passes of a forward run. One that runs alone leaves, or finds, the outputs that scan() begins in `begun`.
+struct Passes {
+  bool scan = true, aggregate = true;
+  char* begun = nullptr;
+};
+
+// The outputs of some rows that scan() begins, in memory.
+template <class T>
+struct Begun {
+  int64_t rows, dim_v;
+
+  int64_t bytes() const { return rounded(rows) + rows * (dim_v + 4) * static_cast<int64_t>(sizeof(T)); }
+
+  // Where a problem finds them, but for the sums, which are its outputs.
+  void set(Problem<T>& p, char* memory) const {
+    p.begun = reinterpret_cast<bool*>(memory) - p.begin;
+    T* numbers = reinterpret_cast<T*>(memory + rounded(rows)) - p.begin;
+    for (T** const x : {&p.shift, &p.factor, &p.mass, &p.squares}) *x = numbers, numbers += rows;
+  }
+
+  T* sums(char* memory) const { return reinterpret_cast<T*>(memory + rounded(rows)) + 4 * rows; }
+
+ private:
+  static int64_t rounded(int64_t size) { return (size + 63) / 64 * 64; }
+};
+
+template <class T>
+Begun<T> begun_of(const Problem<T>& p) {
+  return {p.thresholded && !p.is_one_block() ? p.end - p.begin : 0, p.dim_v};
+}
+
+// Runs passes of a forward for some rows of a head. `p` says where to write, but for the output; without p.keeps what a
+// backward would read goes to scratch.
+template <class T>
+void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, const Optional& out,
+                  const Passes& passes) {
+  const auto& kernels = table<T>();
+  const int64_t rows = p.end - p.begin;
+  p.parts = parts_of(p, call.tokens(call.x.query, i), call.tokens(call.x.key, i));
+  Workspace workspace(threads);
+  Inputs<T> inputs(call, kernels, p, i, workspace);
+  std::optional<Written<T>> written;
+  if (out) written.emplace(kernels, call.tokens(*out, i), rows, workspace);
+  const auto kept = workspace.add<char>(p.keeps ? 0 : call.kept.bytes);
+  const bool one_block = p.is_one_block();
+  const Begun<T> begun = begun_of(p);
+  const auto begun_here = workspace.add<char>(passes.begun ? 0 : begun.bytes());
+  const auto sizes = workspace.add<T>(begun.rows > 0 ? p.blocks_k * kBlock : 0);
+  const Panels<T> k_panels(kernels, p.n_k, p.dim, p.parts == 0, workspace);
+  const Tiles<T> k_tiles(kernels, p.n_k, p.dim, p.parts, Tiled::columns, workspace);
+  const Tiles<T> v_tiles(kernels, p.n_k, p.dim_v, one_block ? 0 : p.parts, Tiled::terms, workspace);
+  workspace.add_share(one_block ? kernels.forward_block_bytes(p) : kernels.scan_bytes(p));
+  workspace.add_share(one_block ? 0 : kernels.aggregate_bytes(p));
+  workspace.allocate_all();
+  if (p.keeps)
+    prefer_huge_pages(p.bits, p.thresholded ? call.words() * 8 : 0);
+  else
+    call.set_kept(p, kept.get(workspace));
+  inputs.get(workspace);
+  if (one_block && i + 1 < call.x.n_heads()) {
+    prefetch(call.tokens(call.x.query, i + 1), p.n_q);
+    for (const Tensor& x : {call.x.key, call.x.value}) prefetch(call.tokens(x, i + 1), p.n_k);
+  }
+  char* const memory = passes.begun ? passes.begun : begun_here.get(workspace);
+  T* const outputs = written ? written->get(workspace) : begun.sums(memory);
+  p.out = outputs - p.begin * p.dim_v;
+  if (begun.rows > 0) {
+    begun.set(p, memory);
+    if (passes.scan)
+      std::fill_n(p.begun + p.begin, rows, false);
+    else
+      std::copy_n(begun.sums(memory), rows * p.dim_v, outputs);
+    kernels.find_sizes(p.v, p.n_k, p.dim_v, p.sizes = sizes.get(workspace));
+  }
+  p.k_panels = k_panels.pack(p.k, workspace);
+  p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
+  if (one_block) return kernels.forward_block(p, workspace.share(0)), written->finish(workspace);
+  if (passes.scan && p.scanned())
+    run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
+        [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
+  if (!passes.aggregate) return;
+  run({0, parts(rows, p.q_at_a_time)}, workspace,
+      [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
+  written->finish(workspace);
+}
+
+// How the backward treats rows, and where their entries lie.
+struct Layout {
+  std::vector<Kind> kinds;
+  std::vector<int32_t> keys, listed;
+  std::vector<int64_t> numbers, columns;
+  Groups groups;
+
+  explicit Layout(int64_t rows)
+      : kinds(rows),
+        keys(rows),
+        listed(rows),
+        numbers(rows + 1),
+        columns(rows + 1),
+        groups{kinds.data(), keys.data(), listed.data(), numbers.data(), columns.data()} {}
+  Layout(const Layout&) = delete;
+};
+
+template <class T>
+void find_layout(const Kernels<T>& kernels, const Problem<T>& p, int64_t threads, const Layout& layout) {
+  Workspace workspace(threads);
+  workspace.add_share(kernels.find_groups_bytes(p));
+  workspace.allocate_all();
+  run({0, parts(p.end - p.begin, p.q_at_a_time)}, workspace,
+      [&](Queue& queue, void* scratch) { kernels.find_groups(p, layout.groups, queue, scratch); });
+  kernels.lay_out(p, layout.groups);
+}
+
+template <class T>
+void check_survivors(const Problem<T>& p) {
+  check(std::all_of(p.survivors, p.survivors + p.n_q, [&](int32_t x) { return x >= 0 && x <= p.n_k; }), "survivors",
+        "between 0 and N_k");
+}
+
+// Bytes of survivors with their gradients that a backward holds at a time, for one head; kMostRows queries at least.
+constexpr int64_t kSlabBytes = 16 * 1024 * 1024;
+
+// Where the slabs of a head end: it decides in which order dk and dv are summed.
+template <class T>
+std::vector<int64_t> ends_of_slabs(const Problem<T>& p, const Layout& layout) {
+  std::vector<int64_t> ends;
+  const int64_t row = (p.blocks_k + 1) * sizeof(int32_t);
+  for (int64_t begin = p.begin, end; begin < p.end; begin = end) {
+    const auto longer = [&] { return std::min(p.end, end + kMostRows); };
+    const auto bytes = [&](int64_t to) {
+      return (layout.numbers[to] - layout.numbers[begin]) * static_cast<int64_t>(2 * sizeof(T)) +
+             (layout.columns[to] - layout.columns[begin]) * static_cast<int64_t>(sizeof(int32_t)) + (to - begin) * row;
+    };
+    end = begin;
+    do end = longer();
+    while (end < p.end && bytes(longer()) <= kSlabBytes);
+    ends.push_back(end);
+  }
+  return ends;
+}
+
+// What a backward writes: dq of the rows of a call; dk and dv of its keys, or of a part of them.
+struct Gradients {
+  Optional dq, dk, dv;
+};
+
+// How the rows of a head lie, for the passes to come: of all its keys, and of those that are summed here.
+struct Slabs {
+  std::vector<int64_t> ends;
+  Layout layout;
+};
+
+// Sums up dq, dk and dv slab by slab, as far as they are wanted. `p` holds what is known of the problem but for tokens;
+// `keys` says which keys are its own. dk_sum and dv_sum are those of the heads before it that share its keys; null: none do.
+template <class T>
+void sum_slabs(const Call& call, Problem<T> p, int64_t i, int64_t threads, const Slabs& slabs, Range keys,
+               const Tensor& d_out, const Optional& out, const Optional& nan_rows, const Gradients& gradients,
+               T* dk_sum, T* dv_sum) {
+  const auto& kernels = table<T>();
+  const Layout& layout = slabs.layout;
+  const bool any_whole = std::count(layout.kinds.begin() + p.begin, layout.kinds.begin() + p.end, Kind::whole) > 0;
+  int64_t entries = 0, listed = 0, rows = 0, begin = p.begin;  // of the largest slab
+  for (const int64_t end : slabs.ends) {
+    entries = std::max(entries, layout.numbers[end] - layout.numbers[begin]);
+    listed = std::max(listed, layout.columns[end] - layout.columns[begin]);
+    rows = std::max(rows, end - begin);
+    begin = end;
+  }
+  p.q_at_a_time = std::min(p.q_at_a_time, Call::at_a_time(parts(rows, kBlock), threads));
+  Workspace workspace(threads);
+  Problem<T> all = call.head<T>(i, threads);
+  all.survivors = p.survivors;
+  Inputs<T> inputs(call, kernels, all, i, workspace);
+  const OutputGradient<T> output(call, kernels, all, i, d_out, out, nan_rows, workspace);
+  const auto written = [&](const Optional& x, int64_t n, T* sum) {
+    return std::optional<Written<T>>(x ? std::optional(Written<T>(kernels, call.tokens(*x, i), n, workspace, sum))
+                                       : std::nullopt);
+  };
+  const auto dq = written(gradients.dq, p.end - p.begin, nullptr);
+  const auto dk = written(gradients.dk, p.n_k, dk_sum), dv = written(gradients.dv, p.n_k, dv_sum);
+  const bool any_panels = any_whole && p.parts == 0;
+  const Panels<T> k_panels(kernels, p.n_k, p.dim, any_panels, workspace);
+  const Panels<T> v_panels(kernels, p.n_k, p.dim_v, any_panels, workspace);
+  const int64_t tiled = any_whole ? p.parts : 0, tiled_rows = dq ? tiled : 0, tiled_columns = dk ? tiled : 0;
+  const Tiles<T> k_tiles(kernels, p.n_k, p.dim, tiled, Tiled::columns, workspace);
+  const Tiles<T> v_tiles(kernels, p.n_k, p.dim_v, tiled, Tiled::columns, workspace);
+  const Tiles<T> k_terms(kernels, p.n_k, p.dim, tiled_rows, Tiled::terms, workspace);
+  const Kind* const kinds = layout.kinds.data();
+  const Tiles<T> q_left(kernels, p.n_q, p.dim, tiled_columns, Tiled::left_terms, workspace, kinds);
+  const Tiles<T> d_out_left(kernels, p.n_q, p.dim_v, tiled_columns, Tiled::left_terms, workspace, kinds);
+  const auto probability = workspace.add<T>(entries), ds = workspace.add<T>(entries);
+  const auto columns = workspace.add<int32_t>(listed), starts = workspace.add<int32_t>((p.blocks_k + 1) * rows);
+  workspace.add_share(kernels.backward_rows_bytes(p));
+  workspace.add_share(kernels.backward_columns_bytes(p));
+  workspace.allocate_all();
+  inputs.get(workspace);
+  p.q = all.q, p.k = all.k + keys.begin * p.dim, p.v = all.v + keys.begin * p.dim_v;
+  p.d_out = output.without_empty_rows(output.get(workspace), workspace);
+  if (dq) p.dq = dq->get(workspace) - p.begin * p.dim;
+  if (dk) {
+    p.dk = dk->get(workspace), p.dv = dv->get(workspace);
+    std::fill_n(p.dk, p.n_k * p.dim, T(0));
+    std::fill_n(p.dv, p.n_k * p.dim_v, T(0));
+  }
+  p.k_panels = k_panels.pack(p.k, workspace), p.v_panels = v_panels.pack(p.v, workspace);
+  p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
+  p.k_terms = k_terms.pack(p.k, workspace);
+  p.q_left = q_left.pack(p.q, workspace), p.d_out_left = d_out_left.pack(p.d_out, workspace);
+  begin = p.begin;  // and a multiple of kMostRows whatever the number of threads, which must not show in the sums
+  for (const int64_t end : slabs.ends) {
+    const Slab<T> slab{begin,
+                       end,
+                       layout.groups,
+                       probability.get(workspace),
+                       ds.get(workspace),
+                       columns.get(workspace),
+                       starts.get(workspace)};
+    run({(begin - p.begin) / p.q_at_a_time, parts(end - p.begin, p.q_at_a_time)}, workspace,
+        [&](Queue& queue, void* scratch) { kernels.backward_rows(p, slab, queue, scratch); });
+    if (dk)
+      run({0, parts(p.n_k, p.k_at_a_time)}, workspace,
+          [&](Queue& queue, void* scratch) { kernels.backward_columns(p, slab, queue, scratch); });
+    begin = end;
+  }
+  for (const auto& x : {&dq, &dk, &dv})
+    if (*x) (*x)->finish(workspace);
+}
+
+// Writes dalpha and dbeta of the rows of a call, where `p` has room for them.
+template <class T>
+void learn_thresholds(const Call& call, Problem<T> p, int64_t i, int64_t threads, const Tensor& d_out,
+                      const Optional& out, const Optional& nan_rows) {
+  const auto& kernels = table<T>();
+  Workspace workspace(threads);
+  Inputs<T> inputs(call, kernels, p, i, workspace);
+  const OutputGradient<T> output(call, kernels, p, i, d_out, out, nan_rows, workspace);
+  workspace.add_share(kernels.backward_thresholds_bytes(p));
+  workspace.allocate_all();
+  inputs.get(workspace);
+  p.d_out = output.get(workspace);
+  run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
+      [&](Queue& queue, void* scratch) { kernels.backward_thresholds(p, queue, scratch); });
+}
+
+// Fills col_indices with the survivors of the rows of a head; `offsets` are the sums of their numbers, of all heads.
+template <class T>
+void list_head(const Problem<T>& p, int64_t i, int64_t threads, const int64_t* offsets, int32_t* col_indices) {
+  const auto& kernels = table<T>();
+  const int64_t rows = p.end - p.begin;
+  Workspace workspace(threads);
+  workspace.add_share(kernels.list_survivors_bytes(p));
+  workspace.allocate_all();
+  run({0, parts(rows, p.q_at_a_time)}, workspace, [&](Queue& queue, void* scratch) {
+    kernels.list_survivors(p, offsets + i * rows - p.begin, col_indices, queue, scratch);
+  });
+}
+
+// The heads that share keys one after the other: calls f(head, threads, dk so far, dv so far) for each.
+template <class T, class F>
+void for_key_heads(const Call& call, int64_t n_k, const F& f) {
+  const Arguments& x = call.x;
+  for_heads(x.n_heads() / x.group(), [&](int64_t key_head, int64_t threads) {
+    const int64_t shared = x.group() > 1 ? n_k : 0;
+    std::vector<T> dk(shared * padded(x.dim())), dv(shared * padded(x.dim_v()));
+    for (int64_t i = key_head * x.group(); i < (key_head + 1) * x.group(); ++i)
+      f(i, threads, shared > 0 ? dk.data() : nullptr, shared > 0 ? dv.data() : nullptr);
+  });
+}
+
+}  // namespace asa_ops::cpu
