@@ -17,16 +17,18 @@ TIMEOUT = timedelta(seconds=60)
 
 
 class Processes:
-    """SIZE processes, started once."""
+    """Processes, started once."""
 
-    def __init__(self) -> None:
+    def __init__(self, size: int = SIZE, timeout: timedelta = TIMEOUT) -> None:
         context = mp.get_context("spawn")
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.children = [], []
-        for rank in range(SIZE):
+        for rank in range(size):
             mine, its = context.Pipe()
-            child = context.Process(target=_serve, args=(rank, f"{self.folder.name}/rendezvous", its), daemon=True)
+            address = f"{self.folder.name}/rendezvous"
+            child = context.Process(target=_serve, args=(rank, size, address, timeout, its), daemon=True)
             child.start()
+            its.close()
             self.pipes.append(mine)
             self.children.append(child)
 
@@ -39,23 +41,32 @@ class Processes:
         failures = []  # in their order: the others may only have waited for the first
         while waiting:
             for pipe in connection.wait(list(waiting)):
-                failure, answers[waiting.pop(pipe)] = pipe.recv()
+                rank = waiting.pop(pipe)
+                try:
+                    failure, answers[rank] = pipe.recv()
+                except EOFError:
+                    failure = f"process {rank} ended"
                 failures += [failure] if failure else []
-        assert not failures, failures[0]
+        if failures:
+            raise AssertionError("\n".join(failures))
         return answers
 
     def end(self) -> None:
-        for pipe in self.pipes:
-            pipe.send(None)
+        for pipe, child in zip(self.pipes, self.children, strict=True):
+            if child.is_alive():
+                pipe.send(None)
         for child in self.children:
             child.join(10)
             child.kill()
 
 
-def _serve(rank: int, rendezvous: str, pipe: Any) -> None:
+def _serve(rank: int, all_of_them: int, rendezvous: str, timeout: timedelta, pipe: Any) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=SIZE, timeout=TIMEOUT)
-    groups = {size: dist.new_group(list(range(size)), timeout=TIMEOUT) for size in range(1, SIZE + 1)}
+    torch.use_deterministic_algorithms(True)  # fills what is not initialised with NaN
+    dist.init_process_group(
+        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=all_of_them, timeout=timeout
+    )
+    groups = {size: dist.new_group(list(range(size)), timeout=timeout) for size in range(1, all_of_them + 1)}
     while (job := pipe.recv()) is not None:
         size, function, args = job
         try:

@@ -12,7 +12,8 @@ Per process and head, with R processes: N^2 / (8 R) bytes of bits, twice where n
 will follow, and what is gathered, O(N D).
 """
 
-from itertools import pairwise
+import bisect
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
@@ -32,20 +33,31 @@ def can_run(call: Call) -> bool:
     return call.impl == "cpu" and max(sum(call.n_q), sum(call.n_k)) > BLOCK and min(sum(call.n_q), sum(call.n_k)) > 0
 
 
-def ranges(n: int, size: int) -> list[int]:
-    """Return how many of n tokens each of ``size`` processes computes: whole blocks, but for the last."""
+def ranges(n: int, size: int, work: list[int] | None = None) -> list[int]:
+    """Return how many of n tokens each of ``size`` processes computes: whole blocks, of about as much work each."""
     blocks = -(-n // BLOCK)
-    bounds = [min(n, blocks * r // size * BLOCK) for r in range(size + 1)]
-    return [end - begin for begin, end in pairwise(bounds)]
+    done = [0, *accumulate(work or [1] * blocks)]
+
+    def nearest(target: float) -> int:
+        i = bisect.bisect_left(done, target)
+        return i - (i > 0 and target - done[i - 1] < done[i] - target)
+
+    bounds = [min(nearest(done[-1] * r / size), blocks - 1) * BLOCK for r in range(size)]
+    return [end - begin for begin, end in pairwise([*bounds, n])]
+
+
+def blocks_of(rows: list[int]) -> list[int]:
+    """Return how many blocks ranges of rows have."""
+    return [-(-n // BLOCK) for n in rows]
 
 
 class Part:
     """What a process computes of a call."""
 
-    def __init__(self, call: Call, inputs: Inputs):
+    def __init__(self, call: Call, inputs: Inputs, split: tuple[list[int], list[int]] | None = None):
         self.call, self.inputs = call, inputs
         self.size, self.rank = len(call.n_q), dist.get_rank(call.group)
-        self.rows, self.columns = ranges(sum(call.n_q), self.size), ranges(sum(call.n_k), self.size)
+        self.rows, self.columns = split or tuple(ranges(sum(n), self.size) for n in (call.n_q, call.n_k))
         self.options = [*inputs, *call.options]
 
     def own(self, sizes: list[int]) -> list[int]:
@@ -57,7 +69,7 @@ class Part:
         if self.size == 1:
             return bits
         batch, heads = bits.shape[:2]
-        blocks = [[-(-n // BLOCK) for n in sizes] for sizes in (self.rows, self.columns)]
+        blocks = blocks_of(self.rows), blocks_of(self.columns)
         own = blocks[1][self.rank]
         sent = [part.flatten() for part in bits.split(blocks[1], 3)]
         received = collectives.all_to_all(
@@ -78,10 +90,31 @@ class Part:
         return self.inputs.alpha is not None or self.call.options[2] > 0
 
     def scan(self) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
-        """Return lse, who was found, outputs begun, and the bits of own columns where they will be asked for."""
-        lse, *found, begun = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
+        """Return lse, who was found, outputs begun, and the bits of own columns where they will be asked for.
+
+        Rows are even until their neighbours are counted; from here on each process has rows of equal work.
+        """
+        lse, *found, begun, work = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
+        if self.size > 1 and self.is_thresholded():
+            lse, *found, begun = self.share_out(work.sum((0, 1)), lse, *found, begun)
         wanted = self.is_thresholded() and (self.call.options[3] or self.call.keep)
         return lse, found, begun, self.exchange(found[0]) if wanted else None
+
+    def share_out(self, work: Tensor, lse: Tensor, bits: Tensor, *rest: Tensor) -> list[Tensor]:
+        """Choose rows of equal work, by the neighbours of every block, and send what is known of them there."""
+        before, blocks = self.rows, blocks_of(self.rows)
+        (work,) = collectives.all_gather_rows(self.call.group, [work[None, None]], blocks)
+        # Beside the neighbours, masks of all pairs are read: they take about as long as one pair in 64.
+        self.rows = ranges(sum(self.call.n_q), self.size, (work.flatten() + sum(self.call.n_k)).tolist())
+        if sum(self.call.n_k) == sum(self.call.n_q):
+            self.columns = self.rows
+        (bits,) = collectives.redistribute_rows(self.call.group, [bits], blocks, blocks_of(self.rows))
+        # There is no kappa without topk, and no log_mean without beta.
+        has = [True, self.call.options[2] > 0, self.inputs.beta is not None, True, True]
+        there = [x for x, is_there in zip((lse, *rest), has, strict=True) if is_there]
+        moved = iter(collectives.redistribute_rows(self.call.group, there, before, self.rows))
+        lse, *others = [next(moved) if is_there else x for x, is_there in zip((lse, *rest), has, strict=True)]
+        return [lse, bits, *others]
 
 
 class Attention(torch.autograd.Function):
@@ -90,17 +123,16 @@ class Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *tensors: Any) -> Any:
         part = Part(call, call.gather(Inputs(*tensors)))
-        rows, columns = part.own(part.rows), part.own(part.columns)
         lse, found, begun, back = part.scan()
+        rows = part.own(part.rows)
         mutual = back if call.options[3] else None
         out, lse_kept, survivors = torch.ops.asa_ops.asa_rows_fwd(*part.options, rows, lse, *found, begun, mutual)
         home = part.send_home(part.rows, call.n_q, out, lse, lse_kept, survivors)
         if call.keep:
-            ctx.call, ctx.rows, ctx.columns, ctx.dtypes = (
+            ctx.call, ctx.split, ctx.dtypes = (
                 call,
-                rows,
-                columns,
-                [x if x is None else x.dtype for x in tensors],
+                (part.rows, part.columns),
+                [x.dtype for x in tensors if x is not None],
             )
             ctx.save_for_backward(*part.inputs, out.isnan().any(-1), lse, lse_kept, survivors, *found, back)
         ctx.mark_non_differentiable(*home[1:])
@@ -109,9 +141,10 @@ class Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, *_: Any) -> Any:
-        call, rows, columns = ctx.call, ctx.rows, ctx.columns
+        call = ctx.call
         nan_rows, lse, lse_kept, survivors, *found, back = ctx.saved_tensors[6:]
-        part = Part(call, Inputs(*ctx.saved_tensors[:6]))
+        part = Part(call, Inputs(*ctx.saved_tensors[:6]), ctx.split)
+        rows, columns = part.own(part.rows), part.own(part.columns)
         bits, kappa, log_mean, local = found
         mutual = back if call.options[3] else None
         grad_out = collectives.all_gather_rows(call.group, [grad_out], call.n_q)[0]
@@ -135,8 +168,8 @@ class Attention(torch.autograd.Function):
         else:
             n = call.n_q[part.rank]
             gradients += [None if x is None else x.new_zeros(*x.shape[:2], n) for x in part.inputs[3:5]]
-        cast = [x if x is None else x.to(dtype) for x, dtype in zip(gradients, ctx.dtypes[:5], strict=True)]
-        return None, *cast, None
+        dtypes = iter(ctx.dtypes)
+        return None, *(x if x is None else x.to(next(dtypes)) for x in gradients), None
 
 
 def _sum_shared(gradient: Tensor, multiplier: Tensor) -> Tensor:

@@ -1,6 +1,9 @@
 """One map over several processes: what they compute is what one process computes, to the last bit."""
 
+import os
+import re
 from dataclasses import replace
+from datetime import timedelta
 from itertools import pairwise
 
 import pytest
@@ -10,6 +13,7 @@ from processes import Processes
 
 import asa_ops
 from asa_ops import distributed
+from asa_ops.distributed import collectives, rows
 
 pytestmark = pytest.mark.xdist_group("processes")
 SPLITS = {1: (1,), 2: (0.4,), 3: (0.0, 0.55), 4: (0.1, 0.1, 0.8)}  # where the parts after the first begin
@@ -28,7 +32,7 @@ def parts(n: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
-def whole(case: Case, dtype: torch.dtype, options: dict) -> list:
+def whole(group, rank: int, case: Case, dtype: torch.dtype, options: dict) -> list:
     """Return outputs, statistics and gradients of one process."""
     inputs, given = make(case, dtype)
     inputs = with_grad(inputs)
@@ -44,20 +48,20 @@ def weights(out: torch.Tensor) -> torch.Tensor:
 def part_of_process(group, rank: int, case: Case, dtype: torch.dtype, options: dict, cuts: list) -> list:
     """Return the same of this process's tokens."""
     inputs, given = make(case, dtype)
-    rows, keys = cuts[0][rank], cuts[1][rank]
-    mine = [inputs[0][:, :, rows], inputs[1][:, :, keys], inputs[2][:, :, keys]]
+    part, keys = cuts[0][rank], cuts[1][rank]
+    mine = [inputs[0][:, :, part], inputs[1][:, :, keys], inputs[2][:, :, keys]]
     shape = inputs[0].shape[:3]
-    mine += [x if x is None else x.expand(shape[0], x.shape[1], shape[2])[:, :, rows] for x in inputs[3:]]
+    mine += [x if x is None else x.expand(shape[0], x.shape[1], shape[2])[:, :, part] for x in inputs[3:]]
     if (mask := given.get("key_padding_mask")) is not None:
         given["key_padding_mask"] = mask[:, keys]
     mine = with_grad(mine)
     out, stats = distributed.asa_attention(*mine, **given, **options, group=group, return_stats=True)
-    (out * weights(inputs[0].new_empty(*shape, inputs[2].shape[-1]))[:, :, rows]).sum().backward()
+    (out * weights(inputs[0].new_empty(*shape, inputs[2].shape[-1]))[:, :, part]).sum().backward()
     return [out.detach(), *stats, *(x if x is None else x.grad for x in mine)]
 
 
 def check(processes, size: int, case: Case, dtype: torch.dtype, **options) -> None:
-    expected = whole(case, dtype, options)
+    (expected,) = processes.run(1, whole, case, dtype, options)
     n_q, n_k = expected[0].shape[2], case.n_keys or expected[0].shape[2]
     cuts = [parts(n, size) for n in (n_q, n_k)]
     answers = processes.run(size, part_of_process, case, dtype, options, cuts)
@@ -87,3 +91,159 @@ LARGE = [
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["plain", "more_keys"])
+def test_other_dtypes(processes, name, dtype):
+    case = next(case for case in LARGE if case.name == name)
+    check(processes, 3, case, dtype, threshold_grad="straight_through", impl="cpu")
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+def test_where_every_process_computes_the_map(processes, impl):
+    case = replace(CASES[0], batch=1, grid=(9, 9))
+    check(processes, 3, case, torch.float32, threshold_grad="straight_through", impl=impl)
+
+
+def neighbors_of_process(group, rank: int, case: Case, cuts: list) -> list:
+    inputs, options = make(case, torch.float32)
+    query, key, _, alpha, beta = inputs
+    rows = cuts[rank]
+    alpha, beta = (x.expand(-1, -1, query.shape[2])[:, :, rows] for x in (alpha, beta))
+    tokens = query[:, :, rows], key[:, :, rows]
+    row_offsets, columns = distributed.reciprocal_neighbors(*tokens, alpha, beta, **options, group=group)
+    return [x.tolist() for x in columns.split(row_offsets.diff().tolist())]
+
+
+@pytest.mark.parametrize("grid", [(9, 7), (19, 23)], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_neighbors_of_one_process(processes, size, grid):
+    case = replace(CASES[0], grid=grid)
+    (query, key, _, alpha, beta), options = make(case, torch.float32)
+    row_offsets, columns = asa_ops.reciprocal_neighbors(query, key, alpha, beta, **options)
+    n, heads = query.shape[2], case.batch * case.heads
+    expected = [x.tolist() for x in columns.split(row_offsets.diff().tolist())]
+    cuts = parts(n, size)
+    answers = processes.run(size, neighbors_of_process, case, cuts)
+    found = []
+    for head in range(heads):
+        for part, answer in zip(cuts, answers, strict=True):
+            count = part.stop - part.start
+            found += answer[head * count : (head + 1) * count]
+    assert found == expected
+
+
+def error_of_process(group, rank: int, change: str) -> str:
+    q = torch.randn(1, 2, 40, 8)
+    arguments = {"query": q, "key": q, "value": q, "alpha": 1.0, "grid": (8, 10), "group": group}
+    if change == "shape" and rank == 1:
+        arguments["key"] = q[..., :7]
+    elif change == "dtype" and rank == 1:
+        arguments |= dict.fromkeys(("query", "key", "value"), q.double())
+    elif change == "option" and rank == 1:
+        arguments["window"] = 5
+    elif change == "gradient" and rank == 1:
+        arguments["query"] = q.clone().requires_grad_()
+    elif change == "grid":
+        arguments["grid"] = (9, 9)
+    elif change == "topk":
+        arguments["topk"] = 81
+    elif change == "group":
+        arguments["group"] = "world"
+    elif change == "mesh":
+        from torch.distributed.device_mesh import DeviceMesh
+
+        arguments["group"] = DeviceMesh("cpu", [[0, 1], [2, 3]])
+    try:
+        distributed.asa_attention(**arguments)
+    except (TypeError, ValueError, RuntimeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        ("shape", "ValueError: process 1 of 2: key must have the head dim of query, D = 8, got D = 7"),
+        ("dtype", "ValueError: every process must be given the same dtypes, got "),
+        ("option", r"ValueError: every process must be given the same window, got \[3, 3\] in process 0 and \[5, 5\]"),
+        ("gradient", "ValueError: every process must be given the same requires_grad, got "),
+        ("grid", r"ValueError: grid must be \(H, W\) with H \* W = N = 80, got 9 \* 9 = 81"),
+        ("topk", "ValueError: topk must be at most the number of keys, N_k = 80, got topk=81"),
+        ("group", "TypeError: group must be a process group, a DeviceMesh or None, got 'world' of type str"),
+    ],
+)
+def test_every_process_raises_the_same_error(processes, change, message):
+    first, second = processes.run(2, error_of_process, change)
+    assert first == second and re.match(message, first), first
+
+
+def test_a_mesh_of_two_dimensions_is_refused(processes):
+    answers = processes.run(4, error_of_process, "mesh")
+    assert all(x.startswith("ValueError: group must be a mesh of one dimension, got 2 in") for x in answers), answers
+
+
+def test_without_a_group():
+    with pytest.raises(RuntimeError, match=r"call torch\.distributed\.init_process_group first"):
+        distributed.asa_attention(*torch.randn(3, 1, 1, 4, 2))
+
+
+def die_or_wait(group, rank: int) -> None:
+    q = torch.randn(1, 1, 100, 8)
+    if rank == 1:
+        os._exit(1)
+    distributed.asa_attention(q, q, q, 1.0, group=group)
+
+
+def test_a_process_that_dies_ends_the_others():
+    pool = Processes(2, timedelta(seconds=10))
+    with pytest.raises(AssertionError, match="process 1 ended") as raised:
+        pool.run(2, die_or_wait)
+    assert "process 0 of 2:" in str(raised.value) and "RuntimeError" in str(raised.value)
+    pool.end()
+
+
+def bytes_of_process(group, rank: int, n: int, dim: int) -> tuple[int, int, int]:
+    """Return how many bytes a forward and a backward receive from other processes, but for the first few numbers."""
+    received = []
+    gather, exchange = collectives._all_gather_single, torch.distributed.all_to_all_single
+
+    def count_gather(out, mine, group):
+        received.append(out.nbytes - mine.nbytes)
+        gather(out, mine, group=group)
+
+    def count_exchange(out, mine, sizes, parts, group):
+        received.append(out.nbytes - sizes[rank] * out[:1].nbytes)
+        exchange(out, mine, sizes, parts, group=group)
+
+    collectives._all_gather_single, torch.distributed.all_to_all_single = count_gather, count_exchange
+    own = n // torch.distributed.get_world_size(group)
+    tokens = [torch.randn(1, 1, own, dim, requires_grad=True) for _ in range(3)]
+    out = distributed.asa_attention(*tokens, torch.zeros(1, 1, own), group=group, impl="cpu")
+    forward = sum(received[1:])
+    received.clear()
+    out.sum().backward()
+    collectives._all_gather_single, torch.distributed.all_to_all_single = gather, exchange
+    return forward, sum(received)
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_bytes_received(processes, size):
+    """Everybody keeps everybody, so the rows of equal work are those of the tokens."""
+    n, dim = 1024, 16
+    others = n - n // size
+    tokens = others * (3 * dim + 1) * 4  # query, key, value, alpha
+    bits, work = others * (n // size) // 8, others // 64 * 8
+    of_output, flags = others * dim * 4, others * (4 + 4 + 1)  # survivors, lse_kept, whether a row is NaN
+    softmax, groups = others * 3 * 4, others * 3 * 4
+    for forward, backward in processes.run(size, bytes_of_process, n, dim):
+        assert forward == tokens + work + bits
+        assert backward == of_output + flags + softmax + groups
+
+
+def test_rows_of_equal_work():
+    assert rows.ranges(1000, 4) == [256, 256, 256, 232]
+    assert rows.ranges(130, 4) == [64, 64, 0, 2]
+    assert rows.ranges(1024, 2, [1] * 8 + [9] * 8) == [768, 256]  # 44 and 36; even rows have 8 and 72
+    assert rows.ranges(1024, 3, [0] * 15 + [1]) == [960, 0, 64]

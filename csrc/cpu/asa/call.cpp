@@ -26,7 +26,7 @@ Problem<T> head_of(const Call& call, const Outputs& outputs, int64_t i, int64_t 
 template <class T>
 void forward(const Call& call, const Outputs& outputs) {
   for_heads(call.x.n_heads(), [&](int64_t i, int64_t threads) {
-    forward_head(call, head_of<T>(call, outputs, i, threads), i, threads, outputs.out, {});
+    forward_head<T>(call, head_of<T>(call, outputs, i, threads), i, threads, outputs.out, {});
   });
 }
 

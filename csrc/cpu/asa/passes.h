@@ -7,42 +7,41 @@
 
 namespace asa_ops::cpu {
 
-// Which passes of a forward run. One that runs alone leaves, or finds, the outputs that scan() begins in `begun`.
+// The outputs that scan() begins, row by row: whether it did, what Problem says of the sum, and the sum.
+constexpr int64_t kBegunNumbers = 5;
+
+// Which passes of a forward run. One that runs alone leaves, or finds, in `begun` the outputs that scan() begins,
+// [rows][kBegunNumbers + dim_v].
+template <class T>
 struct Passes {
   bool scan = true, aggregate = true;
-  char* begun = nullptr;
+  T* begun = nullptr;
 };
 
-// The outputs of some rows that scan() begins, in memory.
 template <class T>
-struct Begun {
-  int64_t rows, dim_v;
-
-  int64_t bytes() const { return rounded(rows) + rows * (dim_v + 4) * static_cast<int64_t>(sizeof(T)); }
-
-  // Where a problem finds them, but for the sums, which are its outputs.
-  void set(Problem<T>& p, char* memory) const {
-    p.begun = reinterpret_cast<bool*>(memory) - p.begin;
-    T* numbers = reinterpret_cast<T*>(memory + rounded(rows)) - p.begin;
-    for (T** const x : {&p.shift, &p.factor, &p.mass, &p.squares}) *x = numbers, numbers += rows;
+void write_begun(const Problem<T>& p, T* to) {
+  for (int64_t i = p.begin; i < p.end; ++i, to += kBegunNumbers + p.dim_v) {
+    to[0] = p.begun[i];
+    if (p.begun[i]) to[1] = p.shift[i], to[2] = p.factor[i], to[3] = p.mass[i], to[4] = p.squares[i];
+    std::fill_n(to + 1, p.begun[i] ? 0 : kBegunNumbers - 1 + p.dim_v, T(0));
+    if (p.begun[i]) std::copy_n(p.out + i * p.dim_v, p.dim_v, to + kBegunNumbers);
   }
-
-  T* sums(char* memory) const { return reinterpret_cast<T*>(memory + rounded(rows)) + 4 * rows; }
-
- private:
-  static int64_t rounded(int64_t size) { return (size + 63) / 64 * 64; }
-};
+}
 
 template <class T>
-Begun<T> begun_of(const Problem<T>& p) {
-  return {p.thresholded && !p.is_one_block() ? p.end - p.begin : 0, p.dim_v};
+void read_begun(const Problem<T>& p, const T* from) {
+  for (int64_t i = p.begin; i < p.end; ++i, from += kBegunNumbers + p.dim_v) {
+    p.begun[i] = from[0] != 0;
+    p.shift[i] = from[1], p.factor[i] = from[2], p.mass[i] = from[3], p.squares[i] = from[4];
+    std::copy_n(from + kBegunNumbers, p.dim_v, p.out + i * p.dim_v);
+  }
 }
 
 // Runs passes of a forward for some rows of a head. `p` says where to write, but for the output; without p.keeps what a
 // backward would read goes to scratch.
 template <class T>
 void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, const Optional& out,
-                  const Passes& passes) {
+                  const Passes<T>& passes) {
   const auto& kernels = table<T>();
   const int64_t rows = p.end - p.begin;
   p.parts = parts_of(p, call.tokens(call.x.query, i), call.tokens(call.x.key, i));
@@ -52,9 +51,13 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   if (out) written.emplace(kernels, call.tokens(*out, i), rows, workspace);
   const auto kept = workspace.add<char>(p.keeps ? 0 : call.kept.bytes);
   const bool one_block = p.is_one_block();
-  const Begun<T> begun = begun_of(p);
-  const auto begun_here = workspace.add<char>(passes.begun ? 0 : begun.bytes());
-  const auto sizes = workspace.add<T>(begun.rows > 0 ? p.blocks_k * kBlock : 0);
+  const bool begins = p.thresholded && !one_block;
+  const auto sums = workspace.add<T>(out ? 0 : rows * p.dim_v);
+  const int64_t begun_rows = begins ? rows : 0;
+  const auto begun = workspace.add<bool>(begun_rows);
+  const auto shift = workspace.add<T>(begun_rows), factor = workspace.add<T>(begun_rows);
+  const auto mass = workspace.add<T>(begun_rows), squares = workspace.add<T>(begun_rows);
+  const auto sizes = workspace.add<T>(begins ? p.blocks_k * kBlock : 0);
   const Panels<T> k_panels(kernels, p.n_k, p.dim, p.parts == 0, workspace);
   const Tiles<T> k_tiles(kernels, p.n_k, p.dim, p.parts, Tiled::columns, workspace);
   const Tiles<T> v_tiles(kernels, p.n_k, p.dim_v, one_block ? 0 : p.parts, Tiled::terms, workspace);
@@ -70,16 +73,16 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
     prefetch(call.tokens(call.x.query, i + 1), p.n_q);
     for (const Tensor& x : {call.x.key, call.x.value}) prefetch(call.tokens(x, i + 1), p.n_k);
   }
-  char* const memory = passes.begun ? passes.begun : begun_here.get(workspace);
-  T* const outputs = written ? written->get(workspace) : begun.sums(memory);
-  p.out = outputs - p.begin * p.dim_v;
-  if (begun.rows > 0) {
-    begun.set(p, memory);
+  p.out = (written ? written->get(workspace) : sums.get(workspace)) - p.begin * p.dim_v;
+  if (begins) {
+    p.begun = begun.get(workspace) - p.begin;
+    p.shift = shift.get(workspace) - p.begin, p.factor = factor.get(workspace) - p.begin;
+    p.mass = mass.get(workspace) - p.begin, p.squares = squares.get(workspace) - p.begin;
+    kernels.find_sizes(p.v, p.n_k, p.dim_v, p.sizes = sizes.get(workspace));
     if (passes.scan)
       std::fill_n(p.begun + p.begin, rows, false);
     else
-      std::copy_n(begun.sums(memory), rows * p.dim_v, outputs);
-    kernels.find_sizes(p.v, p.n_k, p.dim_v, p.sizes = sizes.get(workspace));
+      read_begun(p, passes.begun);
   }
   p.k_panels = k_panels.pack(p.k, workspace);
   p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
@@ -87,6 +90,7 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   if (passes.scan && p.scanned())
     run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
         [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
+  if (begins && !passes.aggregate) write_begun(p, passes.begun);
   if (!passes.aggregate) return;
   run({0, parts(rows, p.q_at_a_time)}, workspace,
       [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });

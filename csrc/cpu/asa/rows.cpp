@@ -4,7 +4,7 @@
 // process, in its order.
 //
 // Tensors of all rows have N_q of them, others the n of [rows[0], rows[1]). Words of bits are [B, heads, blocks of rows,
-// blocks of keys, 64].
+// blocks of keys, 64]; `begun` is [B, heads, n, numbers].
 
 #include "passes.h"
 
@@ -52,6 +52,15 @@ uint64_t* words_of_head(const Tensor& x, int64_t i) {
 
 bool* local_of_head(const Tensor& x, int64_t i, int64_t first) {
   return data<bool>(x, i * x.size(2) * x.size(3)) - first * x.size(3);
+}
+
+int64_t begun_rows(const Call& call) { return call.x.has_neighbours() ? call.rows.end - call.rows.begin : 0; }
+
+int64_t begun_width(const Arguments& x) { return kBegunNumbers + padded(x.dim_v()); }
+
+template <class T>
+T* begun_of_head(const Tensor& begun, int64_t i) {
+  return data<T>(begun, i * begun.size(2) * begun.size(3));
 }
 
 // What scan() found: A and L of the rows, and of these what thresholds go by.
@@ -115,28 +124,39 @@ Call call_of_rows(const Tensor& query, const Tensor& key, const Tensor& value, c
 
 using Sides = std::vector<int64_t>;
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Tensor key, Tensor value, Optional alpha,
-                                                                Optional beta, Optional real, Sides grid, Sides window,
-                                                                int64_t topk, bool reciprocal, double scale,
-                                                                Sides rows) {
+// Beside what it found, how many neighbours each block of the rows has.
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Tensor key, Tensor value,
+                                                                        Optional alpha, Optional beta, Optional real,
+                                                                        Sides grid, Sides window, int64_t topk,
+                                                                        bool reciprocal, double scale, Sides rows) {
   const Call call = call_of_rows(query, key, value, alpha, beta, real, grid, window, topk, reciprocal, scale, 0, rows);
   const Arguments& x = call.x;
   const Found found = Found::make(call);
   const Tensor lse =
       torch::stable::new_empty(query, {x.batch(), x.heads(), call.rows.end - call.rows.begin}, x.statistics());
-  Tensor begun;
+  const Tensor begun =
+      torch::stable::new_empty(query, {x.batch(), x.heads(), begun_rows(call), begun_width(x)}, x.statistics());
   by_type(call, [&](auto number) {
     using T = decltype(number);
-    const int64_t bytes = begun_of(call.head<T>(0, 1)).bytes();
-    begun = torch::stable::new_empty(query, {x.batch(), x.heads(), bytes}, ScalarType::Byte);
     for_heads(x.n_heads(), [&](int64_t i, int64_t threads) {
       Problem<T> p = call.head<T>(i, threads);
       p.lse = Call::of_head<T>(lse, i, p.begin);
       found.set(p, i, {});
-      forward_head(call, p, i, threads, {}, {true, false, data<char>(begun, i * bytes)});
+      forward_head<T>(call, p, i, threads, {}, {true, false, begun_of_head<T>(begun, i)});
     });
   });
-  return {lse, found.bits, found.kappa, found.log_mean, found.local, begun};
+  const Tensor work =
+      torch::stable::new_empty(query, {found.bits.size(0), found.bits.size(1), found.bits.size(2)}, ScalarType::Long);
+  const int64_t blocks = work.numel(), words = found.bits.size(3) * kBlock;
+  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block) {
+      const int64_t* const bits = data<const int64_t>(found.bits, block * words);
+      int64_t count = 0;
+      for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(bits[w]);
+      data<int64_t>(work)[block] = count;
+    }
+  });
+  return {lse, found.bits, found.kappa, found.log_mean, found.local, begun, work};
 }
 
 std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
@@ -149,6 +169,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor va
   const Found found{bits, kappa, log_mean, local};
   found.check(call, back);
   given.check_statistic(lse, "lse", given.n());
+  check_contiguous(begun, "begun", query, x.statistics(), {x.batch(), x.heads(), begun_rows(call), begun_width(x)});
   const auto make = [&](std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(query, shape, type);
   };
@@ -157,14 +178,12 @@ std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor va
   const Tensor survivors = make({x.batch(), x.heads(), given.n()}, ScalarType::Int);
   by_type(call, [&](auto number) {
     using T = decltype(number);
-    const int64_t bytes = begun_of(call.head<T>(0, 1)).bytes();
-    given.check_rows(begun, "begun", bytes, ScalarType::Byte);
     for_heads(x.n_heads(), [&](int64_t i, int64_t threads) {
       Problem<T> p = call.head<T>(i, threads);
       p.lse = Call::of_head<T>(lse, i, p.begin), p.lse_kept = Call::of_head<T>(lse_kept, i, p.begin);
       p.survivors = Call::of_head<int32_t>(survivors, i, p.begin);
       found.set(p, i, back);
-      forward_head(call, p, i, threads, out, {false, true, data<char>(begun, i * bytes)});
+      forward_head<T>(call, p, i, threads, out, {false, true, begun_of_head<T>(begun, i)});
     });
   });
   return {out, lse_kept, survivors};
@@ -337,7 +356,8 @@ std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor 
 #define ASA_FOUND "Tensor bits, Tensor kappa, Tensor log_mean, Tensor local"
 #define ASA_OF_ALL_ROWS "Tensor grad_out, Tensor nan_rows, Tensor survivors, "
 STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
-  m.def("asa_rows_scan(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND ", Tensor begun)");
+  m.def("asa_rows_scan(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND
+        ", Tensor begun, Tensor work)");
   m.def("asa_rows_fwd(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor lse, " ASA_FOUND
         ", Tensor begun, Tensor? back) -> (Tensor out, Tensor lse_kept, Tensor survivors)");
   m.def("asa_rows_list_survivors(" ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
