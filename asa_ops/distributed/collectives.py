@@ -1,6 +1,7 @@
 """What the processes of a group exchange: errors, sizes, rows of tensors. ``torch.distributed`` carries it."""
 
 import hashlib
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -123,5 +124,5 @@ def all_to_all(group: dist.ProcessGroup, parts: Sequence[Tensor], sizes: Sequenc
 
 def _bytes(rows: Tensor) -> Tensor:
     """Return the memory of every row [n, ..], as uint8 [n, bytes]."""
-    flat = rows.detach().contiguous().flatten(1) if rows.dim() > 1 else rows.detach().contiguous()[:, None]
-    return flat.view(torch.uint8)
+    rows, n = rows.detach().contiguous(), math.prod(rows.shape[1:])
+    return rows.as_strided((len(rows), n), (n, 1)).view(torch.uint8)  # dimensions of 1 may have had any stride
