@@ -48,11 +48,11 @@ CLASSIC = 2**32 - 2**20  # bytes of pixels that a TIFF of 32-bit offsets holds
 class Settings:
     """What decides the result."""
 
-    side: int | None = 128  # of a map, at most; None: the whole picture
+    side: int | None = 96  # of a map, at most; None: the whole picture
     noise: float = 0.1  # its standard deviation, colours in [0, 1]
     seed: int = 0
     h: float = 0.9  # in units of noise * sqrt(values in a patch)
-    alpha: float = 4.0
+    alpha: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ def parse(arguments: list[str] | None, first: bool) -> tuple[str, Path, Settings
     parser.add_argument("--noise", type=float, default=default.noise, help="standard deviation, colours in [0, 1]")
     parser.add_argument("--seed", type=int, default=default.seed, help="of the noise")
     parser.add_argument("--h", type=float, default=default.h, help=f"in units of the noise of a patch ({default.h})")
-    parser.add_argument("--alpha", type=float, default=default.alpha, help=f"of every pixel ({default.alpha:g})")
+    parser.add_argument("--alpha", type=float, default=default.alpha, help=f"less smooths more ({default.alpha:g})")
     with contextlib.nullcontext() if first else contextlib.redirect_stderr(io.StringIO()):
         options = parser.parse_args(arguments)
         side = int(options.map) if options.map.isdecimal() else None
