@@ -24,10 +24,10 @@ import files
 import matplotlib.pyplot as plt
 import numpy as np
 import pictures
-import PIL.Image
 import skimage
 import torch
 from matplotlib.colors import LogNorm
+from patches import PATCH, SAMPLES, patches_of, photograph, query_and_key
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 from skimage.restoration import denoise_nl_means
 from torch import Tensor
@@ -36,8 +36,6 @@ from tqdm import tqdm
 from asa_ops import AsaStats, asa_attention
 from asa_ops.asa.ops import flops
 
-PATCH = 5
-SAMPLES = ("astronaut", "coffee", "chelsea", "rocket")
 WIDTHS = (0.5, 0.7, 0.9, 1.2, 1.6)  # h, in units of noise * sqrt(values in a patch)
 ALPHAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 NEARBY_WIDTHS = (0.4, 0.5, 0.6, 0.7, 0.8, 0.9)  # h of scikit-image's method, in units of noise
@@ -49,34 +47,22 @@ TIMING = 1.0  # seconds of repeated calls that a median is of
 
 def load(name: str, size: int) -> np.ndarray:
     """Return a sample's or a file's photograph as float64 [size, size, 3] in [0, 1]."""
-    if name in SAMPLES:
-        image = getattr(skimage.data, name)()
-    elif not Path(name).is_file():
-        raise pictures.PictureError(f"no photograph {name!r}: expected a file or one of {', '.join(SAMPLES)}")
-    else:
-        picture = PIL.Image.fromarray(pictures.read(Path(name), "RGBA", upright=True))
-        white = PIL.Image.new("RGBA", picture.size, "white")  # behind what is transparent
-        image = np.asarray(PIL.Image.alpha_composite(white, picture).convert("RGB"))
-    image = skimage.util.img_as_float(image)
+    image = skimage.util.img_as_float(photograph(name))
     return skimage.transform.resize(image, (size, size), anti_aliasing=True).clip(0, 1)
 
 
 def patch_tokens(image: np.ndarray) -> Tensor:
     """Return the patch around every pixel, [N, PATCH * PATCH * 3], less its mean over the picture."""
     x = torch.from_numpy(image).float().permute(2, 0, 1)[None]
-    x = torch.nn.functional.pad(x, [PATCH // 2] * 4, mode="reflect")
-    patches = torch.nn.functional.unfold(x, PATCH)[0].mT
+    patches = patches_of(torch.nn.functional.pad(x, [PATCH // 2] * 4, mode="reflect"))
     return patches - patches.mean(0)  # differences of patches stay as they are, products lose less to rounding
 
 
 def attention_inputs(image: np.ndarray, h: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return query, key, value [1, 1, N, .] with <q_i, k_j> = -||p_i - p_j||^2 / h^2 and the colours as value."""
-    p = patch_tokens(image) / h
-    square, one = p.square().sum(-1, keepdim=True), torch.ones(len(p), 1)
-    query = torch.cat([2 * p, -square, one], -1)
-    key = torch.cat([p, one, -square], -1)
+    query, key = query_and_key(patch_tokens(image) / h)
     value = torch.from_numpy(image).float().reshape(-1, 3)
-    return query[None, None], key[None, None], value[None, None]
+    return query, key, value[None, None]
 
 
 def dense(noisy: np.ndarray, h: float, padded: bool = True) -> np.ndarray:

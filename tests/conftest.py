@@ -25,6 +25,7 @@ else:
         import interpreter  # noqa: F401  (it changes how products round)
 
 from implementations import INSTRUCTION_SETS
+from processes import Processes
 
 
 @pytest.fixture(autouse=True)
@@ -86,6 +87,14 @@ def kernel_set(request, monkeypatch):
     torch.set_float32_matmul_precision("high" if request.param == "hopper" else before)
     yield request.param
     torch.set_float32_matmul_precision(before)
+
+
+@pytest.fixture(scope="session")
+def processes():
+    """Processes of a group of torch.distributed; tests that ask for them are of xdist_group("processes")."""
+    pool = Processes()
+    yield pool
+    pool.end()
 
 
 @pytest.fixture

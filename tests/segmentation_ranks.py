@@ -10,7 +10,7 @@ from pathlib import Path
 import segmentation_cases as cases
 from torch import distributed as dist
 
-from examples.segmentation.cli import leave
+from examples.ranks import leave
 from examples.segmentation.train import main, train
 
 out, settings = Path(sys.argv[1]), json.loads(sys.argv[2])

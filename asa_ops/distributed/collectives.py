@@ -151,9 +151,9 @@ def _pack(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _bytes(rows: Tensor) -> Tensor:
-    width = math.prod(rows.shape[1:]) * rows.dtype.itemsize
-    numbers = rows.clone(memory_format=torch.contiguous_format).flatten()
-    return numbers.view(torch.uint8).view(len(rows), width)
+    """Return the memory of every row [n, ..], as uint8 [n, bytes]."""
+    rows, n = rows.detach().contiguous(), math.prod(rows.shape[1:])
+    return rows.as_strided((len(rows), n), (n, 1)).view(torch.uint8)  # dimensions of 1 may have had any stride
 
 
 def _unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:

@@ -120,6 +120,10 @@ class AdaptiveSparseAttention(Block):
 
         Without ``value`` they suit :func:`asa_ops.reciprocal_neighbors`.
         """
+        return self._tokens(x, self.alpha(x), None if self.beta is None else self.beta(x))
+
+    def _tokens(self, x: Tensor, alpha: Tensor, beta: Tensor | None) -> dict[str, Any]:
+        """Return the same, given what the convolutions of the thresholds return."""
         if self.mode == "gaussian":
             query = key = to_tokens(x, self.heads)
             scale = 1.0
@@ -131,8 +135,8 @@ class AdaptiveSparseAttention(Block):
             "query": query,
             "key": key,
             "value": to_tokens(self.value(x), self.heads),
-            "alpha": activate(self.alpha(x)).flatten(2),
-            "beta": None if self.beta is None else activate(self.beta(x)).flatten(2),
+            "alpha": activate(alpha).flatten(2),
+            "beta": None if beta is None else activate(beta).flatten(2),
             "grid": checks.as_pair("grid", x.shape[-2:]),
             "window": self.window,
             "topk": self.topk,

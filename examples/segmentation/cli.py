@@ -1,17 +1,15 @@
 """What the command lines share."""
 
-import os
-import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NoReturn
 
 import numpy as np
 import torch
 import torch.distributed as dist
 
 from .. import files, pictures
+from ..ranks import leave
 from . import data
 from .checkpoint import CheckpointError
 from .config import Config, ConfigError
@@ -23,18 +21,6 @@ def main_of(main: Callable[[], object]) -> None:
     files.run(main, CheckpointError, ConfigError, DataError, pictures.PictureError)
     if dist.is_initialized():
         leave()
-
-
-def leave() -> NoReturn:
-    """End one of several processes that has done its work.
-
-    Threads of gloo outlive the group, which caches of DTensor hold, and one that drops a tensor while Python is torn
-    down aborts the process. So Python is not torn down.
-    """
-    dist.destroy_process_group()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def device_of() -> torch.device:

@@ -107,7 +107,8 @@ def test_commands_name_what_there_is(page):
                 name, assigned, _ = word.partition("=")
                 assert name in TARGETS or (assigned and name in variables), words
         elif words[0] == "torchrun":
-            check_python_command(words[words.index("-m") :] if "-m" in words else words[-1:], page)
+            script = next(i for i, word in enumerate(words) if word == "-m" or word.endswith(".py"))
+            check_python_command(words[script:], page)
         elif re.fullmatch(r"(\.venv/bin/)?python3?", words[0]):
             check_python_command(words[1:], page)
         else:
