@@ -11,7 +11,8 @@ from ..core import checks
 from ..core.layout import to_map
 from ..nn import AdaptiveSparseAttention
 from . import collectives, strips
-from .asa import Group, asa_attention
+from .asa import asa_attention
+from .call import Group
 
 
 def parallelize(block: AdaptiveSparseAttention, group: Group = None) -> AdaptiveSparseAttention:

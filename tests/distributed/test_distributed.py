@@ -1,6 +1,7 @@
 """One map over several processes: what they compute is what one process computes, to the last bit."""
 
 import os
+import random
 import re
 from dataclasses import replace
 from datetime import timedelta
@@ -9,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import CASES, Case, make, with_grad
+from processes import Processes
 
 import asa_ops
 from asa_ops import distributed
@@ -96,6 +98,33 @@ def test_other_dtypes(processes, name, dtype):
 def test_where_every_process_computes_the_map(processes, impl):
     case = replace(CASES[0], batch=1, grid=(9, 9))
     check(processes, 3, case, torch.float32, threshold_grad="straight_through", impl=impl)
+
+
+def random_call(seed: int) -> tuple[Case, int, torch.dtype, dict]:
+    """Return a case, a number of processes, a dtype and options."""
+    choose = random.Random(seed).choice
+    grid = choose([1, 3, 8, 13, 17, 24]), choose([5, 8, 19, 23, 31, 40])
+    kinds = [None, "spread", "heads", "zero", "inf", "mixed"]
+    case = Case(
+        f"random {seed}", grid, batch=choose([1, 2]), heads=choose([1, 2, 3]), dim=choose([1, 8, 16, 40, 64, 130]),
+        dim_v=choose([1, 5, 16, 48, 64]), alpha=choose(kinds), beta=choose(kinds), padding=choose([True, False, False]),
+        sharpness=choose([0.01, 0.1, 0.5, 1.5, 6.0]),
+        options={"reciprocal": choose([True, True, False]), "window": choose([1, 3, 5, 9])},
+    )  # fmt: skip
+    if case.beta is None and not case.options["reciprocal"]:
+        case = replace(case, n_keys=choose([None, 7, 64, 300]))
+    topk = choose([None, None, 3, 20])
+    if topk and topk <= (case.n_keys or grid[0] * grid[1]):
+        case.options["topk"] = topk
+    learning = {"threshold_grad": choose([None, "straight_through"]), "threshold_band": choose([0.5, 2.0])}
+    dtype = choose([torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16])
+    return case, choose([1, 2, 3, 4]), dtype, learning
+
+
+@pytest.mark.parametrize("seed", [*range(20), *(pytest.param(x, marks=pytest.mark.slow) for x in range(20, 400))])
+def test_random_calls(processes, seed):
+    case, size, dtype, learning = random_call(seed)
+    check(processes, size, case, dtype, **learning, impl="cpu")
 
 
 def neighbors_of_process(group, rank: int, case: Case, cuts: list) -> list:
