@@ -5,20 +5,12 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import CASES, Case, make, with_grad
-from processes import Processes
 
 import asa_ops
 from asa_ops import distributed
 
 pytestmark = pytest.mark.xdist_group("processes")
 SPLITS = {1: (1,), 2: (0.4,), 3: (0.0, 0.55), 4: (0.1, 0.1, 0.8)}  # where the parts after the first begin
-
-
-@pytest.fixture(scope="module")
-def processes():
-    pool = Processes()
-    yield pool
-    pool.end()
 
 
 def parts(n: int, size: int) -> list[slice]:
