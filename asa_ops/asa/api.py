@@ -103,6 +103,8 @@ def asa_attention(
     ``alpha``, ``beta`` nor ``topk`` this is dense attention. Formulas: ``help(asa_ops.asa)``. Source: Sun, Zhang and
     Zhang, J. Electronic Imaging 33(3), 033038 (2024).
 
+    DTensors give DTensors, split by batch, heads or tokens as they are (docs/deploy.md).
+
     Args:
         query: [B, heads, N_q, D], floating point.
         key: [B, heads, N_k, D]. N_k = N_q unless ``reciprocal=False`` and there is no ``beta``. Fewer heads, of which
@@ -149,11 +151,11 @@ def asa_attention(
     if type(query) is not Tensor and checks.is_dtensor(query):
         from ..core import dtensors
 
-        options = {"grid": grid, "window": window, "topk": topk, "reciprocal": reciprocal, "scale": scale, "impl": impl}
-        options |= {"key_padding_mask": key_padding_mask, "return_stats": return_stats}
-        options |= {"threshold_grad": threshold_grad, "threshold_band": threshold_band}
+        given: dict[str, Any] = {"grid": grid, "window": window, "topk": topk, "reciprocal": reciprocal, "scale": scale}
+        given |= {"threshold_grad": threshold_grad, "threshold_band": threshold_band, "impl": impl}
+        given |= {"key_padding_mask": key_padding_mask, "return_stats": return_stats}
         tensors = (query, key, value, alpha, beta)
-        return dtensors.run(asa_attention, _LAYOUTS, "bhn.", tensors, options, _over_tokens)
+        return dtensors.run(asa_attention, _LAYOUTS, "bhn.", tensors, given, _over_tokens)
     query, key, value = cast_under_autocast(query=query, key=key, value=value)  # thresholds keep their dtype
     inputs, options = check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
@@ -185,7 +187,7 @@ def reciprocal_neighbors(
     Returns:
         :class:`NeighborGraph`, tokens in raster order.
 
-    Raises: as :func:`asa_attention`.
+    Raises: as :func:`asa_attention`, and TypeError for DTensors.
 
     Example:
         >>> import torch

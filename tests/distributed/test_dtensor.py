@@ -18,10 +18,7 @@ from asa_ops import asa_attention, criss_cross_attention, distributed, nn
 
 pytestmark = pytest.mark.xdist_group("processes")
 WHOLE, BATCH, HEADS, TOKENS = Replicate(), Shard(0), Shard(1), Shard(2)
-CASES = [
-    *("plain", "dense", "topk", "padding", "more_keys", "one_way", "head_thresholds", "mixed", "empty_batch"),
-    *("one_token", "beta_only"),
-]
+CASES = ["plain", "dense", "topk", "padding", "more_keys", "head_thresholds", "empty_batch", "one_token"]
 MESHES = {
     "1": [(BATCH,), (TOKENS,)],
     "2": [(WHOLE,), (BATCH,), (HEADS,), (TOKENS,)],
@@ -126,7 +123,7 @@ def check(processes, mesh: str, tensors: list, placements: list, options: dict, 
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("mesh", MESHES)
-def test_equals_one_process(processes, mesh, name):
+def test_dtensors_equal_one_process(processes, mesh, name):
     """Three images and heads: over two and four processes parts have different sizes, or are empty."""
     case = named(name)
     tensors, options = make(replace(case, batch=min(3, 2 * case.batch), heads=3), torch.float32)
@@ -135,7 +132,7 @@ def test_equals_one_process(processes, mesh, name):
         assert check(processes, mesh, tensors, placements, options) == where
 
 
-@pytest.mark.parametrize("shape", [(), (63,), (1, 63), (3, 1), (1, 1, 63), (3, 1, 1), (1, 3, 1), (1, 1, 1)], ids=str)
+@pytest.mark.parametrize("shape", [(), (63,), (3, 1), (1, 1, 63), (3, 1, 1)], ids=str)
 def test_thresholds_broadcast(processes, shape):
     """A threshold for several images, heads or tokens gets the sum of what processes find."""
     tensors, options = make(replace(named("plain"), batch=3, heads=3), torch.float32)
@@ -186,7 +183,7 @@ MIXED = [  # of query, key, value; and of the output
 def test_placements_that_differ_are_redistributed(processes, mesh, placements, expected):
     tensors, options = make(replace(named("plain"), batch=3, heads=3), torch.float32)
     thresholds = (WHOLE,) * len(placements[0])
-    found = check(processes, mesh, tensors, [*placements, thresholds, thresholds], options, exact=7)
+    found = check(processes, mesh, tensors, [*placements, thresholds, thresholds], options)
     assert found == expected
 
 
@@ -324,19 +321,36 @@ def test_explain_takes_dtensors(processes):
     assert set(processes.run(2, explained)) == {asa_ops.explain(torch.randn(2, 2, 6, 4))}
 
 
-def compiled(backend: str, *args, **options):
-    plain = not isinstance(args[0], DTensor)
-    return call(*args, **options) if plain else torch.compile(call, fullgraph=True, backend=backend)(*args, **options)
+def compiled(backend: str, anew: bool, *args, **options):
+    if not isinstance(args[0], DTensor):
+        return call(*args, **options)
+    if anew:
+        torch._dynamo.reset()
+    return torch.compile(call, fullgraph=True, backend=backend)(*args, **options)
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
-def test_compiles_whole(processes, backend):
+@pytest.mark.parametrize(
+    ("mesh", "split", "backend"),
+    [
+        ("2", (BATCH,), "aot_eager"),
+        pytest.param("2", (HEADS,), "aot_eager", marks=pytest.mark.slow),
+        pytest.param("2x2", (BATCH, HEADS), "inductor", marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
+def test_compiles_whole(processes, mesh, split, backend):
     """Forward and backward, split by batch or heads, in one graph."""
-    for mesh, split in [("2", (BATCH,)), ("2", (HEADS,)), ("2x2", (BATCH, HEADS))]:
-        tensors, options = make(replace(named("padding"), batch=4, heads=4, alpha="heads"), torch.float32)
-        placements = like_query(tensors, split)
-        function = functools.partial(compiled, backend)
-        assert check(processes, mesh, tensors, placements, options, function, exact=7) == split
+    tensors, options = make(replace(named("padding"), batch=4, heads=4, alpha="heads"), torch.float32)
+    function = functools.partial(compiled, backend, True)
+    assert check(processes, mesh, tensors, like_query(tensors, split), options, function) == split
+
+
+@pytest.mark.slow
+def test_compiles_for_batches_of_any_size(processes):
+    for batch in (4, 6, 8):
+        tensors, options = make(replace(named("padding"), batch=batch), torch.float32)
+        function = functools.partial(compiled, "aot_eager", batch == 4)
+        assert check(processes, "2", tensors, like_query(tensors, (BATCH,)), options, function) == (BATCH,)
 
 
 def test_what_has_no_dtensors_does_not_import_them():
