@@ -125,7 +125,7 @@ def _split_dim(x: Tensor, layout: str, sizes: dict[str, int], split: str) -> int
     """Return which dimension of a tensor is split; None if it has none of them, or one entry for all."""
     for dim, letter in enumerate(layout):
         if letter.lower() in split:
-            whole = sizes["h" if letter == "g" else letter.lower()]
+            whole = sizes.get("h", 1) if letter == "g" else sizes[letter.lower()]
             for_all = x.shape[dim] == 1 != whole and (letter == "g" or letter.isupper())
             return None if for_all else dim
     return None
@@ -147,7 +147,7 @@ def _divides(x: Tensor, layout: str, sizes: dict[str, int], split: str, parts: i
     """
     for letter, size in zip(layout, x.shape, strict=False):
         if letter == "g" and letter in split:
-            heads = sizes["h"]
+            heads = sizes.get("h", 0)  # 0: a query with too few dimensions
             return size == sizes["g"] and (size in (1, heads) or size % parts == heads % parts == 0)
         if letter.lower() in split:
             return size == sizes[letter.lower()] or (size == 1 and letter.isupper())

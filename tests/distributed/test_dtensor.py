@@ -277,6 +277,7 @@ ERRORS = {
         plain, plain, plain, key_padding_mask=x[:, 0, :, 0] > 0
     ),
     "key must lie on the mesh of query": lambda x, plain: asa_attention(x, elsewhere(x), x),
+    "query must have the 4 dimensions": lambda x, plain: asa_attention(x[0, 0, 0], x, x),
     "value must have the batch of query": lambda x, plain: asa_attention(x, x, distribute(plain[:1], *where(x))),
     "value must have the heads of key": lambda x, plain: asa_attention(x, x, distribute(plain[:, :1], *where(x))),
     "window must be odd": lambda x, plain: asa_attention(x, x, x, window=2),
