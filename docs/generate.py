@@ -16,6 +16,7 @@ from types import ModuleType, UnionType
 from typing import Union, get_args, get_origin
 
 import asa_ops
+import asa_ops.distributed
 
 PAGE = Path(__file__).with_name("api.md")
 HEAD = """# API
@@ -32,7 +33,8 @@ def render() -> str:
     names = FIRST + [name for name in asa_ops.__all__ if name not in FIRST]
     public = [(name, getattr(asa_ops, name)) for name in names if name != "nn"]
     modules = [(f"nn.{name}", getattr(asa_ops.nn, name)) for name in asa_ops.nn.__all__]
-    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules)
+    spread = [(f"distributed.{name}", getattr(asa_ops.distributed, name)) for name in asa_ops.distributed.__all__]
+    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules + spread)
     parts = [HEAD, contents, "## Functions"]
     for position, (name, obj) in enumerate(public):
         parts += [f"### `{name}`", *body(name, obj)]
@@ -41,6 +43,9 @@ def render() -> str:
             parts += [f"#### Formulas of `{module.__name__}`", markdown(module.__doc__)]
     parts += ["## Modules", markdown(asa_ops.nn.__doc__)]
     for name, obj in modules:
+        parts += [f"### `{name}`", *body(name, obj)]
+    parts += ["## One map over several processes", markdown(asa_ops.distributed.__doc__)]
+    for name, obj in spread:
         parts += [f"### `{name}`", *body(name, obj)]
     return "\n\n".join(parts) + "\n"
 

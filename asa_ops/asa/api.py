@@ -1,5 +1,6 @@
 """The public functions of adaptive sparse attention: checks, dispatch, nothing else."""
 
+import importlib
 import inspect
 from typing import Any, Literal, overload
 
@@ -102,6 +103,8 @@ def asa_attention(
     ``alpha``, ``beta`` nor ``topk`` this is dense attention. Formulas: ``help(asa_ops.asa)``. Source: Sun, Zhang and
     Zhang, J. Electronic Imaging 33(3), 033038 (2024).
 
+    DTensors give DTensors, split by batch, heads or tokens as they are (docs/deploy.md).
+
     Args:
         query: [B, heads, N_q, D], floating point.
         key: [B, heads, N_k, D]. N_k = N_q unless ``reciprocal=False`` and there is no ``beta``. Fewer heads, of which
@@ -145,6 +148,14 @@ def asa_attention(
         >>> out.shape
         torch.Size([1, 2, 768, 64])
     """
+    if type(query) is not Tensor and checks.is_dtensor(query):
+        from ..core import dtensors
+
+        given: dict[str, Any] = {"grid": grid, "window": window, "topk": topk, "reciprocal": reciprocal, "scale": scale}
+        given |= {"threshold_grad": threshold_grad, "threshold_band": threshold_band, "impl": impl}
+        given |= {"key_padding_mask": key_padding_mask, "return_stats": return_stats}
+        tensors = (query, key, value, alpha, beta)
+        return dtensors.run(asa_attention, _LAYOUTS, "bhn.", tensors, given, _over_tokens)
     query, key, value = cast_under_autocast(query=query, key=key, value=value)  # thresholds keep their dtype
     inputs, options = check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
@@ -176,7 +187,7 @@ def reciprocal_neighbors(
     Returns:
         :class:`NeighborGraph`, tokens in raster order.
 
-    Raises: as :func:`asa_attention`.
+    Raises: as :func:`asa_attention`, and TypeError for DTensors.
 
     Example:
         >>> import torch
@@ -186,6 +197,11 @@ def reciprocal_neighbors(
         >>> col_indices.tolist()
         [0, 1, 2, 3]
     """
+    if type(query) is not Tensor and checks.is_dtensor(query):
+        raise TypeError(
+            "a graph is no DTensor: pass query.to_local() and the like for the graph of this process, or to "
+            "asa_ops.distributed.reciprocal_neighbors where tokens are split"
+        )
     query, key = cast_under_autocast(query=query, key=key)
     value = key[..., :0]  # nobody's values are asked for
     inputs, options = check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
@@ -208,6 +224,12 @@ def explain(query: Tensor, *args: Any, impl: Impl = "auto", **options: Any) -> s
 
 
 _OP = ("asa_attention", "asa")  # the names of the op and of its kernels
+_LAYOUTS = {"query": "bhn.", "key": "bgm.", "value": "bgm.", "alpha": "BHN", "beta": "BHN", "key_padding_mask": "bm"}
+
+
+def _over_tokens(*args: Any, **options: Any) -> Any:
+    """Call :func:`asa_ops.distributed.asa_attention`, which imports this module."""
+    return importlib.import_module("asa_ops.distributed").asa_attention(*args, **options)
 
 
 def chosen(query: Tensor, value: Tensor, impl: str) -> str:

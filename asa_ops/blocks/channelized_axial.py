@@ -32,10 +32,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast
+from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast, takes_dtensors
 from .softmax_attention import softmax_attention
 
 
+@takes_dtensors(column="b...", row="b...", value="b...", column_gate="..", row_gate="..", out="b...")
 def channelized_axial_attention(
     column: Tensor,
     row: Tensor,

@@ -23,9 +23,10 @@ and crashes on one of value channels. It loops over heads in Python. In both, th
 from torch import Tensor
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, outside_autocast
+from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, outside_autocast, takes_dtensors
 
 
+@takes_dtensors(query="bh..", key="bh..", value="bh..", out="bh..")
 def efficient_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attend to every position through one map per key channel, in linear time.
 

@@ -33,11 +33,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, is_known
+from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, is_known, takes_dtensors
 from ..core.layout import padding_to_multiples
 from .softmax_attention import softmax_attention
 
 
+@takes_dtensors(query="bh..", key="bh..", value="bh..", out="bh..")
 def interlaced_sparse_attention(
     query: Tensor,
     key: Tensor,

@@ -32,9 +32,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast
+from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast, takes_dtensors
 
 
+@takes_dtensors(query="bh..", key="bh..", value="bh..", out="bh..")
 def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Attend from every position to every position with weights 1 + cosine(query, key), in linear time.
 
@@ -72,6 +73,7 @@ def linear_attention(query: Tensor, key: Tensor, value: Tensor, *, eps: float = 
         return ((v @ k.mT) @ q).mT.to(query.dtype)
 
 
+@takes_dtensors(x="bh..", out="bh..")
 def channel_linear_attention(x: Tensor, *, eps: float = 1e-6) -> Tensor:
     """Attend from every channel to every channel, without a softmax.
 

@@ -42,12 +42,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, outside_autocast
+from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, outside_autocast, takes_dtensors
 from .softmax_attention import softmax_attention
 
 MODES = ("gaussian", "dot_product", "concatenation")
 
 
+@takes_dtensors(query="bh..", key="bh..", value="bh..", weight="..", out="bh..")
 def non_local_attention(
     query: Tensor,
     key: Tensor,

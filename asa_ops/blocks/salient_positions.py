@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, outside_autocast
+from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, outside_autocast, takes_dtensors
 
 
+@takes_dtensors(query="bh..", value="bh..", out="bh..")
 def salient_positions_attention(query: Tensor, value: Tensor, *, topk: int | None = 8) -> Tensor:
     """Mix channels by how they agree on the most salient positions.
 

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast
+from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast, takes_dtensors
 
 
+@takes_dtensors(residual="bh..", attention="bh..", out="bh..")
 def squeeze_and_attention(
     residual: Tensor,
     attention: Tensor,

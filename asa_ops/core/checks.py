@@ -12,6 +12,7 @@ that would force a device synchronisation. They surface as NaN rows of their own
 import math
 import numbers
 import operator
+import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -27,6 +28,18 @@ def describe(x: object) -> str:
         shape = "different lengths" if x.is_nested else f"shape {list(x.shape)}"
         return f"a {x.dtype} tensor of {shape} on {x.device}"
     return f"{' '.join(repr(x).split())} of type {type(x).__name__}"
+
+
+def is_dtensor(x: object) -> bool:
+    """Return whether ``x`` is a DTensor. Whoever has one has imported their module, which is slow to import."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(x, module.DTensor)
+
+
+def check_plain(name: str, x: object) -> None:
+    """Check that ``x`` is no DTensor, where the first argument, whose kind decides, is none."""
+    if is_dtensor(x):
+        raise TypeError(f"{name} is a DTensor among plain tensors: pass DTensors alone, or {name}.to_local()")
 
 
 def check_tensor(name: str, x: object, layout: str) -> None:
@@ -215,6 +228,8 @@ def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor |
         if not isinstance(x, numbers.Real | torch.SymInt | torch.SymFloat):
             raise TypeError(f"{name} must be a number or a tensor, got {describe(x)}")
         return query.new_full((1, 1, 1), as_number(name, x), dtype=torch.promote_types(query.dtype, torch.float32))
+    if type(x) is not Tensor:
+        check_plain(name, x)
     if x.dtype != query.dtype and x.dtype != torch.float32:
         expected = " or ".join(dict.fromkeys(map(str, (query.dtype, torch.float32))))
         raise TypeError(f"{name} must be {expected}, got {describe(x)}")
@@ -245,6 +260,7 @@ def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
     if mask is None:
         return
     check_tensor("key_padding_mask", mask, "[B, N_k]")
+    check_plain("key_padding_mask", mask)
     if mask.dtype != torch.bool:
         raise TypeError(f"key_padding_mask must be torch.bool (True = a real position), got {describe(mask)}")
     check_device("key_padding_mask", mask, query)

@@ -1,4 +1,4 @@
-"""What torch asks of every op: autocast, vmap, no silent double backward.
+"""What torch asks of every op: autocast, vmap, DTensors, no silent double backward.
 
 Inputs are cast where autograd sees it, and kernels run outside autocast. vmap folds its dimension into the batch.
 """
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 
-from .checks import describe
+from .checks import check_plain, describe, is_dtensor
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -43,8 +43,10 @@ def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
     """Return ``tensors`` in the autocast dtype of their device where autocast is on; float64 stays as it is."""
 
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+        if type(x) is not Tensor:
+            if not isinstance(x, Tensor):
+                raise TypeError(f"{name} must be a tensor, got {describe(x)}")
+            check_plain(name, x)
     device = next(iter(tensors.values())).device.type  # that of all
     if not has_autocast(device) or not torch.is_autocast_enabled(device):
         return tuple(tensors.values())
@@ -54,6 +56,25 @@ def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
         return x.to(torch.get_autocast_dtype(device)) if castable else x
 
     return tuple(map(to_autocast_dtype, tensors.values()))
+
+
+def takes_dtensors(*, out: str, **layouts: str) -> Callable[[_F], _F]:
+    """Have a function take DTensors too; ``core.dtensors`` says what a layout is. The first arguments, in order."""
+    first = next(iter(layouts))
+
+    def decorate(function: _F) -> _F:
+        @functools.wraps(function)
+        def run(*args: Any, **options: Any) -> Any:
+            x = args[0] if args else options.get(first)
+            if type(x) is Tensor or not is_dtensor(x):
+                return function(*args, **options)
+            from . import dtensors
+
+            return dtensors.run(function, layouts, out, args, options)
+
+        return cast(_F, run)
+
+    return decorate
 
 
 def is_known(condition: Any) -> bool:

@@ -3,11 +3,12 @@
 from torch import Tensor
 
 from ..core import checks, dispatch
-from ..core.contracts import cast_under_autocast
+from ..core.contracts import cast_under_autocast, takes_dtensors
 from ..core.dispatch import Impl
 from . import ops
 
 
+@takes_dtensors(query="b...", key="b...", value="b...", out="b...")
 def criss_cross_attention(
     query: Tensor, key: Tensor, value: Tensor, *, scale: float = 1.0, impl: Impl = "auto"
 ) -> Tensor:
