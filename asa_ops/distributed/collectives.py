@@ -99,7 +99,7 @@ def all_gather_rows(group: dist.ProcessGroup, tensors: Sequence[Tensor], sizes: 
     if len(sizes) == 1:
         return list(tensors)
     rows, longest = _pack(tensors), max(sizes)
-    padded = torch.nn.functional.pad(rows, (0, 0, 0, longest - len(rows)))
+    padded = rows if len(rows) == longest else torch.nn.functional.pad(rows, (0, 0, 0, longest - len(rows)))
     everybody = padded.new_empty(len(sizes) * longest, rows.shape[1])
     if everybody.numel():
         _all_gather_single(everybody, padded, group=group)
@@ -118,9 +118,13 @@ def redistribute_rows(
     if list(held) == list(wanted):
         return list(tensors)
     rank = dist.get_rank(group)
-    sent = _pack(tensors).split(overlaps(held, wanted, rank))
-    received = all_to_all(group, sent, overlaps(wanted, held, rank))
-    return _unpack(torch.cat(received), tensors)
+    to_each, from_each = overlaps(held, wanted, rank), overlaps(wanted, held, rank)
+    pieces = list(zip(*(x.split(to_each, 2) for x in tensors), strict=True))  # for each process, of every tensor
+    nothing = [x[:, :, :0] for x in tensors]
+    packed = [_pack(nothing if r == rank else piece) for r, piece in enumerate(pieces)]
+    received = [_unpack(rows, tensors) for rows in all_to_all(group, packed, from_each)]
+    received[rank] = list(pieces[rank])  # what stays is copied once
+    return [torch.cat(parts, 2) for parts in zip(*received, strict=True)]
 
 
 def overlaps(mine: Sequence[int], others: Sequence[int], rank: int) -> list[int]:
@@ -135,14 +139,26 @@ def overlaps(mine: Sequence[int], others: Sequence[int], rank: int) -> list[int]
 def all_to_all(group: dist.ProcessGroup, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     """Send ``parts[r]`` to process r; return what every process sent here, ``sizes[r]`` rows from process r.
 
-    All have the same dtype and, but for their number of rows, the first dimension, the same shape.
+    All have the same dtype and, but for their number of rows, the first dimension, the same shape. What a process keeps
+    is not copied.
     """
-    sent = torch.cat([part.contiguous() for part in parts])
-    received = sent.new_empty(sum(sizes), *sent.shape[1:])
+    rank = dist.get_rank(group)
+    counts, lengths = ([0 if r == rank else n for r, n in enumerate(x)] for x in (sizes, [len(x) for x in parts]))
+    sent = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
+    received = sent.new_empty(sum(counts), *sent.shape[1:])
     # Bytes: not every backend takes every dtype.
     ins, outs = (x.view(torch.uint8) if x.dim() > 1 else x[:, None].view(torch.uint8) for x in (sent, received))
-    dist.all_to_all_single(outs, ins, list(sizes), [len(part) for part in parts], group=group)
-    return list(received.split(list(sizes)))
+    dist.all_to_all_single(outs, ins, counts, lengths, group=group)
+    return [parts[rank] if r == rank else x for r, x in enumerate(received.split(counts))]
+
+
+def shift(group: dist.ProcessGroup, sent: Tensor, shape: Sequence[int], to: int, source: int) -> Tensor:
+    """Send a contiguous tensor to process ``to``, and return one of ``shape`` that ``source`` sends here."""
+    received = sent.new_empty(shape)
+    size = dist.get_world_size(group)
+    counts, lengths = ([x.numel() * (r == other) for r in range(size)] for x, other in ((received, source), (sent, to)))
+    dist.all_to_all_single(received.flatten(), sent.flatten(), counts, lengths, group=group)
+    return received
 
 
 def _pack(tensors: Sequence[Tensor]) -> Tensor:

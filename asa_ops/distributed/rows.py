@@ -26,6 +26,8 @@ from . import collectives
 from .call import Call
 
 BLOCK = 64
+PIECE_BYTES = 2**22  # of bits, sent at a time
+WORTH_MOVING = 1.05  # an imbalance from which on rows change hands
 
 
 def can_run(call: Call) -> bool:
@@ -51,6 +53,13 @@ def blocks_of(rows: list[int]) -> list[int]:
     return [-(-n // BLOCK) for n in rows]
 
 
+def imbalance(work: list[int], blocks: list[int]) -> float:
+    """Return the largest work of a process over the mean, where process r has ``blocks[r]`` blocks."""
+    ends = list(accumulate(blocks))
+    of_processes = [sum(work[end - n : end]) for n, end in zip(blocks, ends, strict=True)]
+    return max(of_processes) * len(blocks) / sum(work)
+
+
 class Part:
     """What a process computes of a call."""
 
@@ -69,14 +78,33 @@ class Part:
         if self.size == 1:
             return bits
         batch, heads = bits.shape[:2]
-        blocks = blocks_of(self.rows), blocks_of(self.columns)
-        own = blocks[1][self.rank]
-        sent = [part.flatten() for part in bits.split(blocks[1], 3)]
+        rows, columns = blocks_of(self.rows), blocks_of(self.columns)
+        own = columns[self.rank]
         received = collectives.all_to_all(
-            self.call.group, sent, [batch * heads * rows * own * BLOCK for rows in blocks[0]]
+            self.call.group,
+            [x.flatten() if r != self.rank else x.flatten()[:0] for r, x in enumerate(bits.split(columns, 3))],
+            [batch * heads * n * own * BLOCK if r != self.rank else 0 for r, n in enumerate(rows)],
         )
-        parts = [x.view(batch, heads, rows, own, BLOCK) for x, rows in zip(received, blocks[0], strict=True)]
-        return torch.cat(parts, 2)
+        back = bits.new_empty(batch, heads, sum(rows), own, BLOCK)
+        for r, part in enumerate(back.split(rows, 2)):
+            part.copy_(bits.split(columns, 3)[r] if r == self.rank else received[r].view(part.shape))
+        return back
+
+    def make_mutual(self, bits: Tensor) -> None:
+        """Make the bits of own rows those of mutual neighbours, piece by piece: those of others need not be kept."""
+        batch, heads = bits.shape[:2]
+        blocks, size, rank = blocks_of(self.rows), self.size, self.rank
+        firsts = [0, *accumulate(blocks)]
+        pieces = max(1, -(-batch * heads * max(blocks) ** 2 * BLOCK * 8 // PIECE_BYTES))
+        for shift in range(size):
+            to, source = (rank + shift) % size, (rank - shift) % size
+            for piece in range(pieces):
+                begin, end = (blocks[rank] * x // pieces for x in (piece, piece + 1))
+                first, last = (blocks[source] * x // pieces for x in (piece, piece + 1))
+                sent = bits[:, :, begin:end, firsts[to] : firsts[to + 1]].contiguous()
+                shape = batch, heads, last - first, blocks[rank], BLOCK
+                back = sent if shift == 0 else collectives.shift(self.call.group, sent, shape, to, source)
+                torch.ops.asa_ops.asa_keep_mutual(bits, back, firsts[source] + first)
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
         """Return tensors of own rows [B, heads, n, ..] as those of all rows."""
@@ -92,20 +120,40 @@ class Part:
     def scan(self) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
         """Return lse, who was found, outputs begun, and the bits of own columns where they will be asked for.
 
-        Rows are even until their neighbours are counted; from here on each process has rows of equal work.
+        Rows are even until their neighbours are counted; from here on each process has rows of equal work. Where nobody
+        asks for one-way neighbours later, bits are those of mutual ones, and there are none of columns.
         """
         lse, *found, begun, work = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
-        if self.size > 1 and self.is_thresholded():
-            lse, *found, begun = self.share_out(work.sum((0, 1)), lse, *found, begun)
-        wanted = self.is_thresholded() and (self.call.options[3] or self.call.keep)
-        return lse, found, begun, self.exchange(found[0]) if wanted else None
+        if not self.is_thresholded():
+            return lse, found, begun, None
+        of_blocks = work.sum((0, 1))[None, None], torch.zeros_like(work[:1, :1], dtype=torch.bool)
+        of_blocks[1].fill_(bool(begun[..., 0].any()))
+        blocks = blocks_of(self.rows)
+        work, any_begun = collectives.all_gather_rows(self.call.group, of_blocks, blocks)
+        lse, *found, begun = self.share_out(work.flatten(), blocks, lse, *found, begun)
+        mutual = self.call.options[3]
+        if mutual and not self.call.band and not any_begun.any():
+            self.make_mutual(found[0])
+            return lse, found, begun, None
+        return lse, found, begun, self.exchange(found[0]) if mutual or self.call.keep else None
 
-    def share_out(self, work: Tensor, lse: Tensor, bits: Tensor, *rest: Tensor) -> list[Tensor]:
+    def options_of(self, back: Tensor | None) -> list[Any]:
+        """Return the options for bits and those of columns: without these, what was mutual is read for one way."""
+        *options, reciprocal, scale = self.options
+        return [*options, reciprocal and not (self.is_thresholded() and back is None), scale]
+
+    def both_ways(self, back: Tensor | None) -> Tensor | None:
+        """Return the bits of columns where rows are to be read with them."""
+        return back if self.call.options[3] else None
+
+    def share_out(self, work: Tensor, blocks: list[int], lse: Tensor, bits: Tensor, *rest: Tensor) -> list[Tensor]:
         """Choose rows of equal work, by the neighbours of every block, and send what is known of them there."""
-        before, blocks = self.rows, blocks_of(self.rows)
-        (work,) = collectives.all_gather_rows(self.call.group, [work[None, None]], blocks)
+        before = self.rows
         # Beside the neighbours, masks of all pairs are read: they take about as long as one pair in 64.
-        self.rows = ranges(sum(self.call.n_q), self.size, (work.flatten() + sum(self.call.n_k)).tolist())
+        of_blocks = (work + sum(self.call.n_k)).tolist()
+        if imbalance(of_blocks, blocks) < WORTH_MOVING:
+            return [lse, bits, *rest]
+        self.rows = ranges(sum(self.call.n_q), self.size, of_blocks)
         if sum(self.call.n_k) == sum(self.call.n_q):
             self.columns = self.rows
         (bits,) = collectives.redistribute_rows(self.call.group, [bits], blocks, blocks_of(self.rows))
@@ -124,16 +172,17 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Any) -> Any:
         part = Part(call, call.gather(Inputs(*tensors)))
         lse, found, begun, back = part.scan()
-        rows = part.own(part.rows)
-        mutual = back if call.options[3] else None
-        out, lse_kept, survivors = torch.ops.asa_ops.asa_rows_fwd(*part.options, rows, lse, *found, begun, mutual)
+        given = part.options_of(back)
+        out, lse_kept, survivors = torch.ops.asa_ops.asa_rows_fwd(
+            *given, part.own(part.rows), lse, *found, begun, part.both_ways(back)
+        )
         home = part.send_home(part.rows, call.n_q, out, lse, lse_kept, survivors)
         if call.keep:
-            ctx.call, ctx.split, ctx.dtypes = (
-                call,
-                (part.rows, part.columns),
-                [x.dtype for x in tensors if x is not None],
-            )
+            if call.options[3] and back is not None and not call.band:
+                torch.ops.asa_ops.asa_keep_mutual(found[0], back, 0)
+                back = None
+            ctx.call, ctx.split = call, (part.rows, part.columns)
+            ctx.dtypes = [x.dtype for x in tensors if x is not None]
             ctx.save_for_backward(*part.inputs, out.isnan().any(-1), lse, lse_kept, survivors, *found, back)
         ctx.mark_non_differentiable(*home[1:])
         return tuple(home)
@@ -146,21 +195,35 @@ class Attention(torch.autograd.Function):
         part = Part(call, Inputs(*ctx.saved_tensors[:6]), ctx.split)
         rows, columns = part.own(part.rows), part.own(part.columns)
         bits, kappa, log_mean, local = found
-        mutual = back if call.options[3] else None
         grad_out = collectives.all_gather_rows(call.group, [grad_out], call.n_q)[0]
         nan_rows, survivors, lse_kept, local_of_all = part.gather(nan_rows, survivors, lse_kept, local)
-        given = (grad_out, nan_rows, survivors, *part.options)
-        dq, softmax, groups = torch.ops.asa_ops.asa_rows_bwd(*given, rows, *found, mutual)
+        of_all = grad_out, nan_rows, survivors
+        dq, softmax, groups = torch.ops.asa_ops.asa_rows_bwd(
+            *of_all, *part.options_of(back), rows, *found, part.both_ways(back)
+        )
         softmax, groups = (x.mT.contiguous() for x in part.gather(softmax.mT, groups.mT))
-        mine = bits if mutual is not None else None
-        dk, dv = torch.ops.asa_ops.asa_columns_bwd(*given, columns, mine, local_of_all, back, softmax, groups)
+        mine = bits if call.options[3] and part.is_thresholded() else None
+        dk, dv = torch.ops.asa_ops.asa_columns_bwd(
+            *of_all, *part.options, columns, mine, local_of_all, back, softmax, groups
+        )
         gradients: list[Tensor | None] = [*part.send_home(part.rows, call.n_q, dq)]
         gradients += part.send_home(part.columns, call.n_k, dk, dv)
         learning = [x is not None for x in part.inputs[3:5]]
         if call.band > 0 and any(learning):
             delta = softmax[:, :, 2].contiguous()
             thresholds = torch.ops.asa_ops.asa_thresholds_bwd(
-                *given, rows, lse, bits, kappa, log_mean, local_of_all, mutual, lse_kept, delta, call.band
+                *of_all,
+                *part.options,
+                rows,
+                lse,
+                bits,
+                kappa,
+                log_mean,
+                local_of_all,
+                part.both_ways(back),
+                lse_kept,
+                delta,
+                call.band,
             )
             wanted = [_sum_shared(dx, x) for dx, x in zip(thresholds, part.inputs[3:5], strict=True) if x is not None]
             homes = iter(part.send_home(part.rows, call.n_q, *wanted))
@@ -185,11 +248,10 @@ def neighbors(call: Call, tensors: Inputs) -> NeighborGraph:
     """Return the survivors of this process's tokens."""
     part = Part(call, call.gather(tensors))
     lse, found, begun, back = part.scan()
-    rows = part.own(part.rows)
-    mutual = back if call.options[3] else None
-    _, _, survivors = torch.ops.asa_ops.asa_rows_fwd(*part.options, rows, lse, *found, begun, mutual)
+    given, rows = part.options_of(back), part.own(part.rows)
+    _, _, survivors = torch.ops.asa_ops.asa_rows_fwd(*given, rows, lse, *found, begun, part.both_ways(back))
     graph = new_graph(survivors)
-    torch.ops.asa_ops.asa_rows_list_survivors(*part.options, rows, *found, mutual, *graph)
+    torch.ops.asa_ops.asa_rows_list_survivors(*given, rows, *found, part.both_ways(back), *graph)
     return _send_home(part, survivors, graph)
 
 

@@ -235,7 +235,7 @@ def bytes_of_process(group, rank: int, n: int, dim: int) -> tuple[int, int, int]
         gather(out, mine, group=group)
 
     def count_exchange(out, mine, sizes, parts, group):
-        received.append(out.nbytes - sizes[rank] * out[:1].nbytes)
+        received.append(out.nbytes)
         exchange(out, mine, sizes, parts, group=group)
 
     collectives._all_gather_single, torch.distributed.all_to_all_single = count_gather, count_exchange
@@ -255,7 +255,7 @@ def test_bytes_received(processes, size):
     n, dim = 1024, 16
     others = n - n // size
     tokens = others * (3 * dim + 1) * 4  # query, key, value, alpha
-    bits, work = others * (n // size) // 8, others // 64 * 8
+    bits, work = others * (n // size) // 8, others // 64 * (8 + 1)  # neighbours of blocks, whether outputs are begun
     of_output, flags = others * dim * 4, others * (4 + 4 + 1)  # survivors, lse_kept, whether a row is NaN
     softmax, groups = others * 3 * 4, others * 3 * 4
     for forward, backward in processes.run(size, bytes_of_process, n, dim):
@@ -268,3 +268,5 @@ def test_rows_of_equal_work():
     assert rows.ranges(130, 4) == [64, 64, 0, 2]
     assert rows.ranges(1024, 2, [1] * 8 + [9] * 8) == [768, 256]  # 44 and 36; even rows have 8 and 72
     assert rows.ranges(1024, 3, [0] * 15 + [1]) == [960, 0, 64]
+    work = [1] * 8 + [9] * 8
+    assert rows.imbalance(work, [8, 8]) == 1.8 and rows.imbalance(work, [12, 4]) == 1.1

@@ -105,7 +105,10 @@ template <class T>
 void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
   alignas(64) uint64_t tile[64];
   for (int64_t j = 0; j < p.blocks_k; ++j) {
-    if (p.thresholded) {
+    if (p.thresholded && p.bits == nullptr) {  // M of the columns as queries; it is symmetric
+      __builtin_memcpy(tile, p.words_back(block, j), sizeof(tile));
+      transpose64(tile);
+    } else if (p.thresholded) {
       const uint64_t* const own = p.words(block, j);
       uint64_t any = 0;
       for (int64_t r = 0; r < kBlock; ++r) any |= own[r];
@@ -127,6 +130,19 @@ void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
     }
     for (int64_t r = 0; r < kBlock; ++r) m[r * p.blocks_k + j] = tile[r];
   }
+}
+
+// Bits of the rows become M in the columns of blocks_q blocks from first_key on, by those of the columns, `back`.
+template <class T>
+void keep_mutual(const Problem<T>& p, Queue& queue) {
+  alignas(64) uint64_t tile[64];
+  for (int64_t block; queue.take(block);)
+    for (int64_t j = 0; j < p.blocks_q; ++j) {
+      uint64_t* const own = p.words(block, p.first_key / kBlock + j);
+      __builtin_memcpy(tile, p.words_back(block, j), sizeof(tile));
+      transpose64(tile);
+      for (int64_t r = 0; r < kBlock; ++r) own[r] &= tile[r];
+    }
 }
 
 // Adds L of a block of queries to l, or L^T.

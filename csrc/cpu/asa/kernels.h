@@ -62,6 +62,7 @@ constexpr Kernels<T> kernels() {
           forward_block<T>,
           list_survivors_bytes<T>,
           list_survivors<T>,
+          keep_mutual<T>,
           find_groups_bytes<T>,
           find_groups<T>,
           lay_out<T>,

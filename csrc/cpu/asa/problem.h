@@ -73,6 +73,7 @@ struct Problem {
   uint64_t* bits;
   // The same the other way round, for neighbours that must be mutual: of query block J the words of key block I, the first
   // of these being that of the rows, are at back + J * back_stride + I * 64. In one process these are bits.
+  // Where only these are there, they are M, which is symmetric.
   const uint64_t* back;
   int64_t back_stride;
   bool* local;  // [n_q][window^2], with a beta
@@ -153,6 +154,7 @@ struct Kernels {
   void (*forward_block)(const Problem<T>&, void* scratch);  // both of these at once, of one block
   int64_t (*list_survivors_bytes)(const Problem<T>&);
   void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, Queue&, void* scratch);
+  void (*keep_mutual)(const Problem<T>&, Queue&);
 
   int64_t (*find_groups_bytes)(const Problem<T>&);
   void (*find_groups)(const Problem<T>&, const Groups&, Queue&, void* scratch);

@@ -189,6 +189,24 @@ std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor va
   return {out, lse_kept, survivors};
 }
 
+// Bits of the rows become those of mutual neighbours in some blocks of columns, from the first on, by the bits `back` of
+// these columns: what is mutual is read for one way from then on.
+void keep_mutual(Tensor bits, Tensor back, int64_t first) {
+  check(bits.dim() == 5 && back.dim() == 5, "bits, back", "[B, heads, blocks, blocks, 64]");
+  const int64_t blocks = bits.size(2), columns = back.size(2);
+  check(0 <= first && first + columns <= bits.size(3), "first", "a block of columns, all of `back` fits behind");
+  check_contiguous(bits, "bits", bits, ScalarType::Long, {bits.size(0), bits.size(1), blocks, bits.size(3), kBlock});
+  check_contiguous(back, "back", bits, ScalarType::Long, {bits.size(0), bits.size(1), columns, blocks, kBlock});
+  for_heads(bits.size(0) * bits.size(1), [&](int64_t i, int64_t threads) {
+    Problem<float> p{};
+    p.blocks_q = columns, p.blocks_k = bits.size(3), p.first_key = first * kBlock, p.bits = words_of_head(bits, i);
+    p.back = words_of_head(back, i), p.back_stride = blocks * kBlock;
+    Workspace workspace(threads);
+    workspace.allocate_all();
+    run({0, blocks}, workspace, [&](Queue& queue, void*) { table<float>().keep_mutual(p, queue); });
+  });
+}
+
 void list(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real, Sides grid,
           Sides window, int64_t topk, bool reciprocal, double scale, Sides rows, Tensor bits, Tensor kappa,
           Tensor log_mean, Tensor local, Optional back, Tensor row_offsets, Tensor col_indices) {
@@ -267,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor> rows_bwd(Tensor d_out, Tensor nan_rows, Tenso
 }
 
 // dk and dv of the keys [rows[0], rows[1]), from all rows, of which `softmax` and `groups` are gathered. `bits` are those of
-// these keys as queries, if neighbours must be mutual.
+// these keys as queries, if neighbours must be mutual; without `back` they are M.
 std::tuple<Tensor, Tensor> columns_bwd(Tensor d_out, Tensor nan_rows, Tensor survivors, Tensor query, Tensor key,
                                        Tensor value, Optional alpha, Optional beta, Optional real, Sides grid,
                                        Sides window, int64_t topk, bool reciprocal, double scale, Sides rows,
@@ -280,7 +298,7 @@ std::tuple<Tensor, Tensor> columns_bwd(Tensor d_out, Tensor nan_rows, Tensor sur
   const int64_t n = keys.end - keys.begin, n_q = x.n_q();
   keys.check("rows", x.n_k());
   all.check(call), given.check_local(local, n_q);
-  check(!x.has_neighbours() || back, "back", "given where there are thresholds");
+  check(!x.has_neighbours() || back || x.options.reciprocal, "back", "given where neighbours are not mutual");
   check(!x.has_neighbours() || !x.options.reciprocal || bits, "bits", "given where neighbours must be mutual");
   if (back) given.check_words(*back, "back", parts(n_q, kBlock), blocks_of(keys));
   if (bits) given.check_words(*bits, "bits", blocks_of(keys), parts(n_q, kBlock));
@@ -360,6 +378,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
         ", Tensor begun, Tensor work)");
   m.def("asa_rows_fwd(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor lse, " ASA_FOUND
         ", Tensor begun, Tensor? back) -> (Tensor out, Tensor lse_kept, Tensor survivors)");
+  m.def("asa_keep_mutual(Tensor(a!) bits, Tensor back, int first) -> ()");
   m.def("asa_rows_list_survivors(" ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
         ", Tensor? back, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
   m.def("asa_rows_bwd(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
@@ -374,6 +393,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
 STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
   m.impl("asa_rows_scan", TORCH_BOX(&asa_ops::cpu::scan));
   m.impl("asa_rows_fwd", TORCH_BOX(&asa_ops::cpu::aggregate));
+  m.impl("asa_keep_mutual", TORCH_BOX(&asa_ops::cpu::keep_mutual));
   m.impl("asa_rows_list_survivors", TORCH_BOX(&asa_ops::cpu::list));
   m.impl("asa_rows_bwd", TORCH_BOX(&asa_ops::cpu::rows_bwd));
   m.impl("asa_columns_bwd", TORCH_BOX(&asa_ops::cpu::columns_bwd));
