@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import rounding
 import torch
-from cases import with_grad
+from cases import op_arguments, with_grad
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -253,3 +253,50 @@ def check_threshold_gradients(
     check_errors(names, ours, lambda: run("reference", exact_inputs), precision, factors, ulps=ulps)
     for i, x in zip(wanted, ours, strict=True):
         assert x.dtype == inputs[i].dtype and (not x.numel() or x.abs().max() > 0)
+
+
+def by_ranges(stem: str, inputs: list, options: dict, d_out: Tensor, begin_of_second: int) -> list[Tensor]:
+    """Return out, lse, lse_kept, survivors, dq, dk, dv of the C++ ops ``stem`` for two ranges of rows, joined.
+
+    What two processes would send each other is cut and joined here.
+    """
+    args = list(op_arguments(inputs, options)[:-2])
+    args[3:5] = (x if x is None else x.expand(args[0].shape[:3]) for x in args[3:5])
+
+    def op(name):
+        return getattr(torch.ops.asa_ops, f"{stem}_{name}")
+
+    n, cut = args[0].shape[2], begin_of_second
+    rows = [[0, cut], [cut, n]]
+    blocks = [slice(0, cut // 64), slice(cut // 64, None)]
+    scans = [op("rows_scan")(*args, each) for each in rows]
+    thresholded = scans[0][1].numel() > 0
+    backs = [None, None]
+    if thresholded:
+        backs = [torch.cat([scan[1][:, :, :, of] for scan in scans], 2).contiguous() for of in blocks]
+    mutual = backs if args[9] else [None, None]
+    parts = [op("rows_fwd")(*args, each, *scan[:6], back) for each, scan, back in zip(rows, scans, mutual, strict=True)]
+    out, lse_kept, survivors = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    lse = torch.cat([scan[0] for scan in scans], 2)
+    local = torch.cat([scan[4] for scan in scans], 2)
+    given = d_out, out.isnan().any(-1), survivors, *args
+    gradients = [
+        op("rows_bwd")(*given, each, *scan[1:5], back) for each, scan, back in zip(rows, scans, mutual, strict=True)
+    ]
+    dq = torch.cat([x[0] for x in gradients], 2)
+    softmax, groups = (torch.cat([x[i] for x in gradients], 3).contiguous() for i in (1, 2))
+    columns = [
+        op("columns_bwd")(*given, each, scan[1] if args[9] and thresholded else None, local, back, softmax, groups)
+        for each, scan, back in zip(rows, scans, backs, strict=True)
+    ]
+    return [out, lse, lse_kept, survivors, dq, *(torch.cat(x, 2) for x in zip(*columns, strict=True))]
+
+
+def check_ranges(stem: str, inputs: list, options: dict, begin_of_second: int) -> None:
+    """Check that two ranges of rows give what the whole does, to the last bit."""
+    args = op_arguments(inputs, options, band=0.0)
+    outputs = getattr(torch.ops.asa_ops, f"{stem}_fwd")(*args)
+    d_out = torch.randn_like(outputs[0])
+    gradients = getattr(torch.ops.asa_ops, f"{stem}_bwd")(d_out, *args[:6], *outputs, *args[6:-1])
+    found = by_ranges(stem, inputs, options, d_out, begin_of_second)
+    assert equal([x.nan_to_num(7) for x in found], [x.nan_to_num(7) for x in (*outputs[:4], *gradients[:3])])

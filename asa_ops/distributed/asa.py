@@ -113,7 +113,7 @@ def asa_attention(
     call, inputs = agree(
         group, query, key, value, alpha, beta, grid, window, topk, reciprocal, key_padding_mask, scale, impl, learning
     )
-    out, *stats = (rows if rows.can_run(call) else whole).Attention.apply(call, *inputs)
+    out, *stats = (rows if rows.can_run(call, inputs) else whole).Attention.apply(call, *inputs)
     return (out, AsaStats(*stats)) if return_stats else out
 
 
@@ -146,4 +146,4 @@ def reciprocal_neighbors(
     call, inputs = agree(
         group, query, key, None, alpha, beta, grid, window, topk, reciprocal, key_padding_mask, scale, impl, (None, 1.0)
     )
-    return (rows if rows.can_run(call) else whole).neighbors(call, inputs)
+    return (rows if rows.can_run(call, inputs) else whole).neighbors(call, inputs)

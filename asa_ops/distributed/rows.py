@@ -3,13 +3,14 @@
 Every process has all tokens, gathered, and a range of rows, and of columns, in whole blocks of 64, whatever tokens are
 its own: so its sums are those of one process.
 
-    forward   scan its rows against all keys; exchange the bits of neighbours, so that each has those of its columns
-              too; aggregate; send outputs to the processes of their tokens
+    forward   scan its rows against all keys; choose rows of equal work; exchange bits, to know which neighbours are
+              mutual; aggregate; send outputs to the processes of their tokens
     backward  gather the gradient of the output; dq of its rows; gather the softmax of every row; dk and dv of its
               columns from all rows, whose probabilities it forms again; dalpha and dbeta of its rows; send them home
 
-Per process and head, with R processes: N^2 / (8 R) bytes of bits, twice where neighbours must be mutual or a backward
-will follow, and what is gathered, O(N D).
+Per process and head, with R processes: N^2 / (8 R) bytes of bits, and what is gathered, O(N D). The bits of the columns
+are kept too, as many bytes again, where a backward asks for one-way neighbours: thresholds learn, or nobody is to be
+mutual; and in a forward that begins outputs (``scan`` of csrc/cpu/asa).
 """
 
 import bisect
@@ -30,9 +31,10 @@ PIECE_BYTES = 2**22  # of bits, sent at a time
 WORTH_MOVING = 1.05  # an imbalance from which on rows change hands
 
 
-def can_run(call: Call) -> bool:
+def can_run(call: Call, inputs: Inputs) -> bool:
     """Return whether these kernels take the call; a map of one block is not split."""
-    return call.impl == "cpu" and max(sum(call.n_q), sum(call.n_k)) > BLOCK and min(sum(call.n_q), sum(call.n_k)) > 0
+    n_q, n_k, heads = sum(call.n_q), sum(call.n_k), inputs.query.shape[0] * inputs.query.shape[1]
+    return call.impl == "cpu" and max(n_q, n_k) > BLOCK and min(n_q, n_k, heads) > 0
 
 
 def ranges(n: int, size: int, work: list[int] | None = None) -> list[int]:

@@ -12,7 +12,7 @@ import pytest
 import simt
 import torch
 from cases import CASES, Case, make, named, with_grad
-from compare import call_and_gradients, check_against_reference, equal, survivors
+from compare import call_and_gradients, check_against_reference, check_ranges, equal, survivors
 from implementations import slow
 
 from asa_ops import asa_attention
@@ -66,6 +66,13 @@ def test_half_precisions_equal_the_reference(with_amx, dtype, case):
 @pytest.mark.parametrize("name", ["plain", "dense", "one_way", "more_keys", "topk", "padding", "wide_values"])
 def test_one_block_equals_the_reference(with_amx, dtype, name):
     check_against_reference("cpu", *make(named(name), dtype))
+
+
+@emulated
+@each_half
+@pytest.mark.parametrize("name", ["plain", "dense", "one_way", "mixed", "all_dense"])
+def test_ranges_of_rows_equal_the_whole(with_amx, dtype, name):
+    check_ranges("asa_amx", *make(named(name, grid=(9, 17), dim=40), dtype), begin_of_second=64)
 
 
 @emulated

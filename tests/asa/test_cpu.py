@@ -9,7 +9,7 @@ import pytest
 import simt
 import torch
 from cases import Case, each_case, make, named
-from compare import call_and_gradients, check_against_reference, equal
+from compare import call_and_gradients, check_against_reference, check_ranges, equal
 from implementations import INSTRUCTION_SETS, slow
 from torch.utils.cpp_extension import get_cxx_compiler
 
@@ -42,6 +42,11 @@ def test_threshold_gradients_of_every_instruction_set(instruction_set, case):
 @pytest.mark.parametrize("dim", [1, 3, 16, 77, 512])
 def test_any_head_dim(instruction_set, dim):
     check_against_reference("cpu", *make(Case("dim", dim=dim, dim_v=dim + 1, grid=(11, 12)), torch.float32))
+
+
+@pytest.mark.parametrize("name", ["plain", "dense", "one_way", "topk", "padding", "mixed", "all_dense"])
+def test_ranges_of_rows_equal_the_whole(instruction_set, name):
+    check_ranges("asa", *make(named(name, grid=(11, 23), dim=40), torch.float32), begin_of_second=128)
 
 
 # It takes long: other sets than this machine's best with `make test-all`.

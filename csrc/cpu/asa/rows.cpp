@@ -371,31 +371,37 @@ std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor 
 }  // namespace
 }  // namespace asa_ops::cpu
 
+#if defined(ASA_AMX_TESTING)  // beside the extension, for the tests
+#define ASA_OP(name) "asa_amx_" name
+#else
+#define ASA_OP(name) "asa_" name
+#endif
 #define ASA_FOUND "Tensor bits, Tensor kappa, Tensor log_mean, Tensor local"
 #define ASA_OF_ALL_ROWS "Tensor grad_out, Tensor nan_rows, Tensor survivors, "
 STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
-  m.def("asa_rows_scan(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND
-        ", Tensor begun, Tensor work)");
-  m.def("asa_rows_fwd(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor lse, " ASA_FOUND
-        ", Tensor begun, Tensor? back) -> (Tensor out, Tensor lse_kept, Tensor survivors)");
-  m.def("asa_keep_mutual(Tensor(a!) bits, Tensor back, int first) -> ()");
-  m.def("asa_rows_list_survivors(" ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
-        ", Tensor? back, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
-  m.def("asa_rows_bwd(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
-        ", Tensor? back) -> (Tensor dq, Tensor softmax, Tensor groups)");
-  m.def(
-      "asa_columns_bwd(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS
-      "int[] rows, Tensor? bits, Tensor local, Tensor? back, Tensor softmax, Tensor groups) -> (Tensor dk, Tensor dv)");
-  m.def("asa_thresholds_bwd(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor lse, " ASA_FOUND
-        ", Tensor? back, Tensor lse_kept, Tensor delta, float band) -> (Tensor dalpha, Tensor dbeta)");
+  m.def(ASA_OP("rows_scan") "(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND
+                            ", Tensor begun, Tensor work)");
+  m.def(ASA_OP("rows_fwd") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor lse, " ASA_FOUND
+                           ", Tensor begun, Tensor? back) -> (Tensor out, Tensor lse_kept, Tensor survivors)");
+  m.def(ASA_OP("keep_mutual") "(Tensor(a!) bits, Tensor back, int first) -> ()");
+  m.def(ASA_OP("rows_list_survivors") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
+                                      ", Tensor? back, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
+  m.def(ASA_OP("rows_bwd") "(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
+                           ", Tensor? back) -> (Tensor dq, Tensor softmax, Tensor groups)");
+  m.def(ASA_OP(
+      "columns_bwd") "(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS
+                     "int[] rows, Tensor? bits, Tensor local, Tensor? back, Tensor softmax, Tensor groups) -> (Tensor dk, Tensor dv)");
+  m.def(ASA_OP(
+      "thresholds_bwd") "(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor lse, " ASA_FOUND
+                        ", Tensor? back, Tensor lse_kept, Tensor delta, float band) -> (Tensor dalpha, Tensor dbeta)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
-  m.impl("asa_rows_scan", TORCH_BOX(&asa_ops::cpu::scan));
-  m.impl("asa_rows_fwd", TORCH_BOX(&asa_ops::cpu::aggregate));
-  m.impl("asa_keep_mutual", TORCH_BOX(&asa_ops::cpu::keep_mutual));
-  m.impl("asa_rows_list_survivors", TORCH_BOX(&asa_ops::cpu::list));
-  m.impl("asa_rows_bwd", TORCH_BOX(&asa_ops::cpu::rows_bwd));
-  m.impl("asa_columns_bwd", TORCH_BOX(&asa_ops::cpu::columns_bwd));
-  m.impl("asa_thresholds_bwd", TORCH_BOX(&asa_ops::cpu::thresholds_bwd));
+  m.impl(ASA_OP("rows_scan"), TORCH_BOX(&asa_ops::cpu::scan));
+  m.impl(ASA_OP("rows_fwd"), TORCH_BOX(&asa_ops::cpu::aggregate));
+  m.impl(ASA_OP("keep_mutual"), TORCH_BOX(&asa_ops::cpu::keep_mutual));
+  m.impl(ASA_OP("rows_list_survivors"), TORCH_BOX(&asa_ops::cpu::list));
+  m.impl(ASA_OP("rows_bwd"), TORCH_BOX(&asa_ops::cpu::rows_bwd));
+  m.impl(ASA_OP("columns_bwd"), TORCH_BOX(&asa_ops::cpu::columns_bwd));
+  m.impl(ASA_OP("thresholds_bwd"), TORCH_BOX(&asa_ops::cpu::thresholds_bwd));
 }
