@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 from asa_ops import asa_attention, distributed
 from asa_ops.asa.types import Inputs
 from asa_ops.distributed import collectives
+from examples import files
 
 from . import inputs, measure
 
@@ -220,12 +221,14 @@ def main() -> None:
     args = parser.parse_args()
     if 1 not in args.processes or min(args.processes) < 1:
         parser.error(f"--processes must be positive, 1 among them, got {args.processes}")
+    if args.out:
+        files.check_out(parser, args.out, ".md")
     grids = [(side, side) for side in args.sides]
     costs = find_costs(grids[-1], args.rounds)
     times = time_processes(sorted(set(args.processes)), grids, args.rounds)
     text = page(costs, times, os.cpu_count() or 1)
     if args.out:
-        args.out.write_text(text)
+        files.write(args.out, text)
     else:
         print(text)
 

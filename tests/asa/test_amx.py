@@ -71,7 +71,7 @@ def test_one_block_equals_the_reference(with_amx, dtype, name):
 @emulated
 @each_half
 @pytest.mark.parametrize("name", ["plain", "dense", "one_way", "mixed", "all_dense"])
-def test_ranges_of_rows_equal_the_whole(with_amx, dtype, name):
+def test_ranges_of_rows_on_tiles(with_amx, dtype, name):
     check_ranges("asa_amx", *make(named(name, grid=(9, 17), dim=40), dtype), begin_of_second=64)
 
 

@@ -49,6 +49,15 @@ def test_ranges_of_rows_equal_the_whole(instruction_set, name):
     check_ranges("asa", *make(named(name, grid=(11, 23), dim=40), torch.float32), begin_of_second=128)
 
 
+def test_ranges_whose_neighbours_are_their_own(instruction_set):
+    """Rows share half of all keys; of the columns of their range that is all."""
+    halves = torch.nn.functional.pad(6 * torch.eye(2).repeat_interleave(256, 0), (0, 14))
+    tokens = [*(torch.randn(3, 1, 1, 512, 16) * 0.05 + halves)]
+    inputs = [*tokens, torch.ones(1, 1, 512), None]
+    assert 200 < asa_attention(*inputs[:4], impl="cpu", return_stats=True)[1].survivors.float().mean() < 300
+    check_ranges("asa", inputs, {}, begin_of_second=256)
+
+
 # It takes long: other sets than this machine's best with `make test-all`.
 @pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in INSTRUCTION_SETS], indirect=True)
 @pytest.mark.parametrize("name,sizes", [slow("plain", {}), ("mixed", {"dim": 64, "batch": 1, "heads": 1})])

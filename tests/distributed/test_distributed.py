@@ -94,7 +94,7 @@ def test_other_dtypes(processes, name, dtype):
     check(processes, 3, case, dtype, threshold_grad="straight_through", impl="cpu")
 
 
-@pytest.mark.parametrize("impl", ["reference", "blocked", "triton"])
+@pytest.mark.parametrize("impl", ["reference", "blocked", pytest.param("triton", marks=pytest.mark.slow)])
 def test_where_every_process_computes_the_map(processes, impl):
     case = replace(CASES[0], batch=1, grid=(9, 9))
     check(processes, 3, case, torch.float32, threshold_grad="straight_through", impl=impl)

@@ -206,6 +206,7 @@ def test_large_map_refuses(arguments, message, capsys):
     assert not capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_large_map_runs_with_and_without_torchrun(picture):
     """With torchrun and without."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

@@ -70,7 +70,8 @@ def programs():
     for page in WITH_PYTHON:
         blocks = fenced(page, "python")
         plain = [block for block in blocks if not compiles(block)]
-        yield pytest.param(page, plain, id=named(page))
+        many_programs = [pytest.mark.slow] if page.name == "distributed.md" else []  # of two processes each
+        yield pytest.param(page, plain, id=named(page), marks=many_programs)
         if plain != blocks:
             yield pytest.param(page, blocks, id=f"{named(page)}, compiled", marks=[pytest.mark.slow, needs])
 

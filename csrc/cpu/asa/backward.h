@@ -223,8 +223,11 @@ struct RowsScratch {
         sums(arena.take<T>(p.q_at_a_time * p.dim)),
         q(arena.take<T>(p.q_at_a_time * p.dim)),
         d_out(arena.take<T>(p.q_at_a_time * p.dim_v)),
-        members(arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_shared(p.n_k)))),
+        members(arena.take<uint64_t>(p.q_at_a_time / kRows * Survivors<T>::members_room(most_listed(p)))),
         tiles(arena, p) {}
+
+  // Of the keys that are here rows may share all, few though they are of those of the process that has the rows.
+  static int64_t most_listed(const Problem<T>& p) { return p.kinds ? p.n_k : most_shared(p.n_k); }
 };
 
 template <class T>

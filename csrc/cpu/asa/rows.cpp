@@ -316,7 +316,10 @@ std::tuple<Tensor, Tensor> columns_bwd(Tensor d_out, Tensor nan_rows, Tensor sur
       p.local = local_of_head(local, i, 0);
       const int32_t* const treated = data<const int32_t>(groups, i * 3 * n_q);
       Layout of_all(n_q);
-      for (int64_t r = 0; r < n_q; ++r) of_all.kinds[r] = static_cast<Kind>(treated[r]);
+      for (int64_t r = 0; r < n_q; ++r) {
+        check(0 <= treated[r] && treated[r] <= 2, "groups", "what rows_bwd returned");
+        of_all.kinds[r] = static_cast<Kind>(treated[r]);
+      }
       std::copy_n(treated + n_q, n_q, of_all.keys.data());
       std::copy_n(treated + 2 * n_q, n_q, of_all.listed.data());
       p.kinds = of_all.kinds.data();
