@@ -20,7 +20,6 @@ from implementations import (
     EMULATED,
     IMPLEMENTATIONS,
     INTERPRETED,
-    KERNELS,
     ON_GPU,
     each_dtype,
     each_fast,
@@ -644,7 +643,7 @@ def test_backward_and_neighbors_refuse_what_does_not_fit(impl):
 # Friendlier calls.
 
 
-@pytest.mark.parametrize("impl", ["reference", *KERNELS])
+@everywhere(quick=())
 def test_query_heads_share_keys(impl):
     """As if each key head stood there for every query head of its group; gradients of a shared one add up."""
     dtype = torch.float32 if impl in ("triton", "cuda") else torch.float64
@@ -669,8 +668,7 @@ def test_query_heads_share_keys(impl):
     assert equal(*graphs)
 
 
-@pytest.mark.parametrize("impl", ["reference", *KERNELS])
-@pytest.mark.parametrize("shape", [(), (12,), (3, 1), (2, 1, 1), (1, 3, 12)], ids=str)
+@everywhere("shape", [((),), ((12,),), ((3, 1),), ((2, 1, 1),), ((1, 3, 12),)], quick=[((3, 1),)])
 def test_thresholds_broadcast(impl, shape):
     dtype = torch.float32 if impl in ("triton", "cuda") else torch.float64
     tokens = torch.randn(3, 2, 3, 12, 4, dtype=dtype).unbind()

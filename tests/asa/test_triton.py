@@ -439,6 +439,7 @@ print(len(missed), sum(missed))
 """
 
 
+@pytest.mark.slow
 def test_compiling_is_told_and_done_once_for_all_processes(tmp_path):
     """Nothing in a kernel's key changes from process to process, and a process that compiles nothing is silent."""
     told = "asa_ops: Triton compiles kernels"
@@ -463,6 +464,7 @@ def test_compiling_is_told_after_two_seconds(caplog):
     assert heard == [True, False, False, False, False]
 
 
+@pytest.mark.slow
 def test_kernels_keep_to_their_budget_at_head_dim_256_on_hopper():
     assert "\nOK: " in compile_kernels("--quick")
 

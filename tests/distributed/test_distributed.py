@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import CASES, Case, make, with_grad
+from implementations import slow
 from processes import Processes
 
 import asa_ops
@@ -68,7 +69,7 @@ def check(processes, size: int, case: Case, dtype: torch.dtype, **options) -> No
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("size", [slow(1), 3])
 def test_a_small_map_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
 
@@ -82,7 +83,7 @@ LARGE = [
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
-@pytest.mark.parametrize("size", [1, 2, 3, 4])
+@pytest.mark.parametrize("size", [slow(1), 2, 3, slow(4)])
 def test_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
 

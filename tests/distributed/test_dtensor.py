@@ -9,6 +9,7 @@ import block_cases
 import pytest
 import torch
 from cases import make, named
+from implementations import slow
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_module, distribute_tensor
@@ -122,7 +123,7 @@ def check(processes, mesh: str, tensors: list, placements: list, options: dict, 
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("mesh", [slow(x, when=x == "4") for x in MESHES])
 def test_dtensors_equal_one_process(processes, mesh, name):
     """Three images and heads: over two and four processes parts have different sizes, or are empty."""
     case = named(name)

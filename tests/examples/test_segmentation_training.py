@@ -237,6 +237,7 @@ def in_two_processes(*command: str) -> subprocess.CompletedProcess:
     return result
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """Two processes under DDP, and sharded, give the losses of one that takes its batch in two parts.
 
