@@ -242,14 +242,20 @@ def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor |
     return x
 
 
-def as_grid(grid: object, n: int) -> tuple[int, int]:
-    """Return ``grid`` as (H, W) with H * W == n."""
+def as_sides(grid: object) -> tuple[int, int]:
+    """Return ``grid`` as two integers (H, W)."""
     if not isinstance(grid, tuple | list) or len(grid) != 2:
         raise TypeError(f"grid must be (H, W), got {describe(grid)}")
     height, width = _integer(grid[0]), _integer(grid[1])
     if height is None or width is None:
         wrong = describe(grid[0 if height is None else 1])
         raise TypeError(f"grid must hold two integers (H, W), got {wrong} in grid={grid}")
+    return height, width
+
+
+def as_grid(grid: object, n: int) -> tuple[int, int]:
+    """Return ``grid`` as (H, W) with H * W == n."""
+    height, width = as_sides(grid)
     if height < 0 or width < 0 or height * width != n:
         raise ValueError(f"grid must be (H, W) with H * W = N = {n}, got {height} * {width} = {height * width}")
     return height, width

@@ -143,7 +143,6 @@ def reciprocal_neighbors(
 
     Raises: as :func:`asa_attention`.
     """
-    call, inputs = agree(
-        group, query, key, None, alpha, beta, grid, window, topk, reciprocal, key_padding_mask, scale, impl, (None, 1.0)
-    )
+    options = grid, window, topk, reciprocal, key_padding_mask, scale, impl, (None, 1.0)
+    call, inputs = agree(group, query, key, None, alpha, beta, *options, has_values=False)
     return (rows if rows.can_run(call, inputs) else whole).neighbors(call, inputs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -30,11 +31,12 @@ class Call:
     threshold_band: float
     impl: str
     keep: bool  # whether a backward may follow
+    learns: bool  # and thresholds will get a gradient
 
     @property
     def band(self) -> float:
         """Half width of the window in which thresholds learn, 0 if they do not."""
-        return 0.0 if self.threshold_grad is None else self.threshold_band
+        return self.threshold_band if self.learns else 0.0
 
     def gather(self, inputs: Inputs) -> Inputs:
         """Return the inputs of the whole map."""
@@ -56,6 +58,17 @@ class Call:
         return x.split(list(sizes), 2)[dist.get_rank(self.group)].contiguous()
 
 
+class _Seen(NamedTuple):
+    """What a process found when it looked at its arguments."""
+
+    inputs: Inputs
+    options: ops.OpOptions
+    grid: tuple[int, int] | None
+    topk: int | None
+    band: float
+    impl: str
+
+
 def agree(
     group: Group,
     query: Tensor,
@@ -71,44 +84,54 @@ def agree(
     scale: float | None,
     impl: Impl,
     learning: tuple[ThresholdGrad, float],
+    has_values: bool = True,
 ) -> tuple[Call, Inputs]:
-    """Check the arguments on every process; return the call and this process's tensors, thresholds of every row."""
+    """Check the arguments on every process; return the call and this process's tensors, thresholds of every row.
+
+    Without ``has_values`` nobody's values are asked for.
+    """
     group = collectives.as_group(group)
     threshold_grad, threshold_band = learning
 
-    def look() -> tuple[tuple[Inputs, ops.OpOptions, str], list[int], dict[str, object]]:
-        tokens = {"query": query, "key": key} | ({} if value is None else {"value": value})
+    def look() -> collectives.Found[_Seen]:
+        tokens: dict[str, Any] = {"query": query, "key": key} | ({"value": value} if has_values else {})
         q, k, *v = cast_under_autocast(**tokens)
         of_map = topk if topk is None else checks.as_positive_int("topk", topk)  # this process may have fewer keys
         place = None if grid is None else (1, q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0)
+        whole_grid = None if grid is None else checks.as_sides(grid)
         inputs, options = api.check(
             q, k, v[0] if v else k[..., :0], alpha, beta, key_padding_mask, place, window, None, reciprocal, scale
         )
         checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
-        checks.as_positive_number("threshold_band", threshold_band)
+        band = checks.as_positive_number("threshold_band", threshold_band)
         alphas, betas = (x if x is None else x.expand(-1, -1, q.shape[2]) for x in inputs[3:5])
         inputs = inputs._replace(alpha=alphas, beta=betas)
         chosen = api.chosen(inputs.query, inputs.value, impl)
         same = {
-            "batch, heads and head dims": [x.shape[:2] + x.shape[3:] for x in inputs[:3]],
+            "batch, heads and head dims": [x if x is None else x.shape[:2] + x.shape[3:] for x in inputs[:5]],
             "dtypes": [x if x is None else x.dtype for x in inputs],
             "requires_grad": torch.is_grad_enabled() and [x is not None and x.requires_grad for x in inputs],
-            "grid": None if grid is None else tuple(grid),
+            "grid": whole_grid,
             "window": options[1],
             "topk": of_map,
             "reciprocal": reciprocal,
             "scale": options[4],
             "threshold_grad": threshold_grad,
-            "threshold_band": threshold_band,
+            "threshold_band": band,
             "impl": chosen,
         }
-        return (inputs, options, chosen), [inputs.query.shape[2], inputs.key.shape[2]], same
+        if chosen == "cpu":  # their kernels differ in more than the last digits: in how many rows they take at a time
+            same["instruction set"] = torch.ops.asa_ops.cpu_isa()
+        sizes = [inputs.query.shape[2], inputs.key.shape[2]]
+        return _Seen(inputs, options, whole_grid, of_map, band, chosen), sizes, same
 
-    (inputs, (_, sides, _, _, factor), chosen), sizes = collectives.agree(group, look)
+    seen, sizes = collectives.agree(group, look)
     n_q, n_k = ([of[i] for of in sizes] for i in (0, 1))
-    if topk is not None and topk > sum(n_k):
-        raise ValueError(f"topk must be at most the number of keys, N_k = {sum(n_k)}, got topk={topk}")
-    place = [0, 0] if grid is None else list(checks.as_grid(grid, sum(n_q)))
-    options = (place, sides, int(topk or 0), reciprocal, factor)
-    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
-    return Call(group, n_q, n_k, options, threshold_grad, float(threshold_band), chosen, keep), inputs
+    if seen.topk is not None and seen.topk > sum(n_k):
+        raise ValueError(f"topk must be at most the number of keys, N_k = {sum(n_k)}, got topk={seen.topk}")
+    place = [0, 0] if seen.grid is None else list(checks.as_grid(seen.grid, sum(n_q)))
+    options = (place, seen.options[1], seen.topk or 0, reciprocal, seen.options[4])
+    asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in seen.inputs]
+    learns = threshold_grad is not None and any(asked[3:5])
+    call = Call(group, n_q, n_k, options, threshold_grad, seen.band, seen.impl, any(asked), learns)
+    return call, seen.inputs

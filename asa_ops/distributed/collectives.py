@@ -66,7 +66,8 @@ _MOST_SIZES = 2
 
 def _all_gather_numbers(group: dist.ProcessGroup, numbers: Sequence[int]) -> list[list[int]]:
     """Return the numbers of every process; this waits for all of them."""
-    device = torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
+    backend = dist.get_backend(group)  # "nccl", or "cpu:gloo,cuda:nccl"
+    device = torch.device("cuda" if "nccl" in backend and "gloo" not in backend else "cpu")
     mine = torch.tensor([int(x) for x in numbers], dtype=torch.int64, device=device)
     everybody = mine.new_empty(dist.get_world_size(group) * len(numbers))
     _all_gather_single(everybody, mine, group=group)
@@ -84,11 +85,12 @@ def _raise_everywhere(group: dist.ProcessGroup, error: Exception | None, same: d
     first = everybody[0][2]
     for rank, (_, _, other) in enumerate(everybody):
         for name in first:
-            if other.get(name) != first[name]:
+            if repr(other.get(name)) != repr(first[name]):  # as the digest compares
                 raise ValueError(
                     f"every process must be given the same {name}, got {first[name]} in process 0 and "
                     f"{other.get(name)} in process {rank}"
                 )
+    raise ValueError("every process must be given the same arguments")
 
 
 def all_gather_rows(group: dist.ProcessGroup, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:

@@ -14,6 +14,7 @@ mutual; and in a forward that begins outputs (``scan`` of csrc/cpu/asa).
 """
 
 import bisect
+from collections.abc import Iterator
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -28,6 +29,7 @@ from .call import Call
 
 BLOCK = 64
 PIECE_BYTES = 2**22  # of bits, sent at a time
+MOST_ROWS = 2  # times as many as if rows were even, whatever their work: their bits take memory
 WORTH_MOVING = 1.05  # an imbalance from which on rows change hands
 
 
@@ -75,38 +77,42 @@ class Part:
         begin = sum(sizes[: self.rank])
         return [begin, begin + sizes[self.rank]]
 
+    def pieces(self, bits: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Yield bits of all rows and own columns, piece by piece, each with the first block of its rows.
+
+        ``bits`` are those of own rows and all columns; those of the columns may change between pieces to those of
+        mutual neighbours.
+        """
+        batch, heads = bits.shape[:2]
+        rows, columns, size, rank = blocks_of(self.rows), blocks_of(self.columns), self.size, self.rank
+        first_rows, first_columns = [0, *accumulate(rows)], [0, *accumulate(columns)]
+        largest = batch * heads * max(rows) * max(columns) * BLOCK * 8
+        count = max(1, min(max(rows), -(-largest // PIECE_BYTES)))
+        for shift in range(size):
+            to, source = (rank + shift) % size, (rank - shift) % size
+            for piece in range(count):
+                begin, end = (rows[rank] * x // count for x in (piece, piece + 1))
+                first, last = (rows[source] * x // count for x in (piece, piece + 1))
+                sent = bits[:, :, begin:end, first_columns[to] : first_columns[to + 1]]
+                sent = sent.clone(memory_format=torch.contiguous_format)
+                shape = batch, heads, last - first, columns[rank], BLOCK
+                yield (
+                    first_rows[source] + first,
+                    sent if shift == 0 else collectives.shift(self.call.group, sent, shape, to, source),
+                )
+
     def exchange(self, bits: Tensor) -> Tensor:
         """Return the bits of all rows and own columns from those of own rows and all columns."""
-        if self.size == 1:
-            return bits
-        batch, heads = bits.shape[:2]
         rows, columns = blocks_of(self.rows), blocks_of(self.columns)
-        own = columns[self.rank]
-        received = collectives.all_to_all(
-            self.call.group,
-            [x.flatten() if r != self.rank else x.flatten()[:0] for r, x in enumerate(bits.split(columns, 3))],
-            [batch * heads * n * own * BLOCK if r != self.rank else 0 for r, n in enumerate(rows)],
-        )
-        back = bits.new_empty(batch, heads, sum(rows), own, BLOCK)
-        for r, part in enumerate(back.split(rows, 2)):
-            part.copy_(bits.split(columns, 3)[r] if r == self.rank else received[r].view(part.shape))
+        back = bits.new_empty(*bits.shape[:2], sum(rows), columns[self.rank], BLOCK)
+        for first, piece in self.pieces(bits):
+            back[:, :, first : first + piece.shape[2]] = piece
         return back
 
     def make_mutual(self, bits: Tensor) -> None:
-        """Make the bits of own rows those of mutual neighbours, piece by piece: those of others need not be kept."""
-        batch, heads = bits.shape[:2]
-        blocks, size, rank = blocks_of(self.rows), self.size, self.rank
-        firsts = [0, *accumulate(blocks)]
-        pieces = max(1, -(-batch * heads * max(blocks) ** 2 * BLOCK * 8 // PIECE_BYTES))
-        for shift in range(size):
-            to, source = (rank + shift) % size, (rank - shift) % size
-            for piece in range(pieces):
-                begin, end = (blocks[rank] * x // pieces for x in (piece, piece + 1))
-                first, last = (blocks[source] * x // pieces for x in (piece, piece + 1))
-                sent = bits[:, :, begin:end, firsts[to] : firsts[to + 1]].contiguous()
-                shape = batch, heads, last - first, blocks[rank], BLOCK
-                back = sent if shift == 0 else collectives.shift(self.call.group, sent, shape, to, source)
-                torch.ops.asa_ops.asa_keep_mutual(bits, back, firsts[source] + first)
+        """Make the bits of own rows those of mutual neighbours: those of others need not be kept."""
+        for first, piece in self.pieces(bits):
+            torch.ops.asa_ops.asa_keep_mutual(bits, piece, first)
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
         """Return tensors of own rows [B, heads, n, ..] as those of all rows."""
@@ -152,10 +158,16 @@ class Part:
         """Choose rows of equal work, by the neighbours of every block, and send what is known of them there."""
         before = self.rows
         # Beside the neighbours, masks of all pairs are read: they take about as long as one pair in 64.
-        of_blocks = (work + sum(self.call.n_k)).tolist()
+        masks = sum(self.call.n_k) * self.inputs.query.shape[0] * self.inputs.query.shape[1]
+        of_blocks = (work + masks).tolist()
         if imbalance(of_blocks, blocks) < WORTH_MOVING:
             return [lse, bits, *rest]
+        most = MOST_ROWS * -(-sum(blocks) // self.size)
         self.rows = ranges(sum(self.call.n_q), self.size, of_blocks)
+        while max(blocks_of(self.rows)) > most:
+            of_blocks = [x + masks for x in of_blocks]
+            masks *= 2
+            self.rows = ranges(sum(self.call.n_q), self.size, of_blocks)
         if sum(self.call.n_k) == sum(self.call.n_q):
             self.columns = self.rows
         (bits,) = collectives.redistribute_rows(self.call.group, [bits], blocks, blocks_of(self.rows))

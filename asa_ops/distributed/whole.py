@@ -35,7 +35,7 @@ class Attention(torch.autograd.Function):
         call = ctx.call
         grad_out = collectives.all_gather_rows(call.group, [grad_out], call.n_q)[0]
         wanted = [i for i, x in enumerate(ctx.leaves) if x is not None and x.requires_grad]
-        gradients = torch.autograd.grad(ctx.out, [ctx.leaves[i] for i in wanted], grad_out)
+        gradients = torch.autograd.grad(ctx.out, [ctx.leaves[i] for i in wanted], grad_out, retain_graph=True)
         own: list[Tensor | None] = [None] * len(ctx.leaves)
         for i, gradient in zip(wanted, gradients, strict=True):
             own[i] = call.own(gradient, call.n_k if i in (1, 2) else call.n_q)
@@ -46,7 +46,7 @@ def neighbors(call: Call, tensors: Inputs) -> NeighborGraph:
     """Return the survivors of this process's tokens."""
     graph = ops.neighbors(call.gather(tensors), call.options, call.impl)
     heads = tensors.query.shape[:2]
-    rows = torch.arange(len(graph.row_offsets) - 1, device=tensors.query.device).view(*heads, -1)
+    rows = torch.arange(len(graph.row_offsets) - 1, device=tensors.query.device).view(*heads, sum(call.n_q))
     rows = call.own(rows, call.n_q).flatten()
     begin, counts = graph.row_offsets[rows], graph.row_offsets.diff()[rows]
     row_offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import CASES, Case, make, with_grad
+from cases import CASES, Case, make, named, with_grad
 from implementations import slow
 from processes import Processes
 
@@ -78,7 +78,7 @@ def test_a_small_map_equals_one_process(processes, size, case):
 LARGE = [
     replace(case, grid=(19, 23), n_keys=case.n_keys and 270 + case.n_keys, batch=min(case.batch, 2))
     for case in CASES
-    if case.grid == (9, 7) and case.batch
+    if case.grid == (9, 7)
 ]
 
 
@@ -99,6 +99,70 @@ def test_other_dtypes(processes, name, dtype):
 def test_where_every_process_computes_the_map(processes, impl):
     case = replace(CASES[0], batch=1, grid=(9, 9))
     check(processes, 3, case, torch.float32, threshold_grad="straight_through", impl=impl)
+
+
+def heads_of_process(group, rank: int, size: int, threads: int) -> list:
+    """Four heads over two of keys, thresholds that heads or images share, and a backward that runs twice."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    n = 19 * 23
+
+    def tensor(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    whole_map = [
+        tensor(2, 4, n, 16),
+        tensor(2, 2, n, 16),
+        tensor(2, 2, n, 8),
+        tensor(1, 4, n).exp(),
+        tensor(2, 1, n).exp(),
+    ]
+    own = slice(n * rank // size, n * (rank + 1) // size)
+    mine = [x[:, :, own].clone().requires_grad_() for x in whole_map]
+    options = {"grid": (19, 23), "threshold_grad": "straight_through", "impl": "cpu", "group": group}
+    out = distributed.asa_attention(*mine, **options)
+    for _ in range(2):
+        out.square().sum().backward(retain_graph=True)
+    with torch.no_grad():
+        again = distributed.asa_attention(*mine, **options)
+    torch.set_num_threads(1)
+    assert torch.equal(again, out)
+    return [out.detach(), *(x.grad for x in mine)]
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_shared_heads_and_thresholds(processes, threads):
+    (expected,) = processes.run(1, heads_of_process, 1, 1)
+    answers = processes.run(2, heads_of_process, 2, threads)
+    for x, of_processes in zip(expected, zip(*answers, strict=True), strict=True):
+        assert torch.equal(torch.cat(of_processes, 2), x)
+
+
+def twice_of_process(group, rank: int) -> list:
+    tokens = [torch.randn(1, 1, 10, 4, requires_grad=True) for _ in range(3)]
+    out = distributed.asa_attention(*tokens, 1.0, group=group)
+    out.sum().backward(retain_graph=True)
+    once = tokens[0].grad.clone()
+    out.sum().backward()
+    return [once, tokens[0].grad]
+
+
+def test_a_small_map_has_a_second_backward(processes):
+    for once, twice in processes.run(2, twice_of_process):
+        assert torch.equal(2 * once, twice)
+
+
+def isa_of_process(group, rank: int) -> str:
+    os.environ["ASA_OPS_CPU_ISA"] = ("avx2", "portable")[rank]
+    try:
+        return error_of_process(group, rank, "")
+    finally:
+        del os.environ["ASA_OPS_CPU_ISA"]
+
+
+def test_processes_of_different_instruction_sets_are_refused(processes):
+    for message in processes.run(2, isa_of_process):
+        assert message.startswith("ValueError: every process must be given the same instruction set"), message
 
 
 def random_call(seed: int) -> tuple[Case, int, torch.dtype, dict]:
@@ -131,17 +195,20 @@ def test_random_calls(processes, seed):
 def neighbors_of_process(group, rank: int, case: Case, cuts: list) -> list:
     inputs, options = make(case, torch.float32)
     query, key, _, alpha, beta = inputs
-    rows = cuts[rank]
-    alpha, beta = (x.expand(-1, -1, query.shape[2])[:, :, rows] for x in (alpha, beta))
-    tokens = query[:, :, rows], key[:, :, rows]
+    part = cuts[rank]
+    alpha, beta = (x if x is None else x[:, :, part] for x in (alpha, beta))
+    tokens = query[:, :, part], key[:, :, part]
+    if (mask := options.get("key_padding_mask")) is not None:
+        options["key_padding_mask"] = mask[:, part]
     row_offsets, columns = distributed.reciprocal_neighbors(*tokens, alpha, beta, **options, group=group)
     return [x.tolist() for x in columns.split(row_offsets.diff().tolist())]
 
 
 @pytest.mark.parametrize("grid", [(9, 7), (19, 23)], ids=str)
 @pytest.mark.parametrize("size", [1, 3, 4])
-def test_neighbors_of_one_process(processes, size, grid):
-    case = replace(CASES[0], grid=grid)
+@pytest.mark.parametrize("name", ["plain", "one_way", "topk_alone", "padding", "beta_only", "empty_batch"])
+def test_neighbors_of_one_process(processes, name, size, grid):
+    case = named(name, grid=grid)
     (query, key, _, alpha, beta), options = make(case, torch.float32)
     row_offsets, columns = asa_ops.reciprocal_neighbors(query, key, alpha, beta, **options)
     n, heads = query.shape[2], case.batch * case.heads
@@ -167,6 +234,12 @@ def error_of_process(group, rank: int, change: str) -> str:
         arguments["window"] = 5
     elif change == "gradient" and rank == 1:
         arguments["query"] = q.clone().requires_grad_()
+    elif change == "thresholds" and rank == 1:
+        arguments["alpha"] = torch.ones(1, 2, 40)
+    elif change == "value" and rank == 1:
+        arguments["value"] = None
+    elif change == "sides" and rank == 1:
+        arguments["grid"] = (8.0, 10.0)
     elif change == "grid":
         arguments["grid"] = (9, 9)
     elif change == "topk":
@@ -191,6 +264,9 @@ def error_of_process(group, rank: int, change: str) -> str:
         ("dtype", "ValueError: every process must be given the same dtypes, got "),
         ("option", r"ValueError: every process must be given the same window, got \[3, 3\] in process 0 and \[5, 5\]"),
         ("gradient", "ValueError: every process must be given the same requires_grad, got "),
+        ("thresholds", "ValueError: every process must be given the same batch, heads and head dims, got "),
+        ("value", "TypeError: process 1 of 2: value must be a tensor, got None"),
+        ("sides", r"TypeError: process 1 of 2: grid must hold two integers \(H, W\), got 8.0 of type float"),
         ("grid", r"ValueError: grid must be \(H, W\) with H \* W = N = 80, got 9 \* 9 = 81"),
         ("topk", "ValueError: topk must be at most the number of keys, N_k = 80, got topk=81"),
         ("group", "TypeError: group must be a process group, a DeviceMesh or None, got 'world' of type str"),

@@ -14,7 +14,7 @@ from asa_ops.distributed import parallelize, strips
 from asa_ops.nn import AdaptiveSparseAttention, NonLocal
 
 pytestmark = pytest.mark.xdist_group("processes")
-SHAPE = (2, 8, 9, 5)
+SHAPE = (2, 8, 9, 13)  # two blocks of tokens
 HEIGHTS = [(9,), (4, 5), (0, 9), (1, 1, 7), (3, 0, 1, 5), (9, 0, 0, 0)]  # of the strips; their halo is one row
 CASES = {
     "plain": {},
@@ -197,7 +197,11 @@ def error_of_process(group, rank: int, kind: str) -> tuple[type, str]:
     elif kind == "other":
         block = NonLocal(8)
     elif rank == 1:
-        changed = {"width": lambda: x[..., :4], "channels": lambda: x[:, :4], "requires_grad": x.clone().requires_grad_}
+        changed = {
+            "width": lambda: x[..., :12],
+            "channels": lambda: x[:, :4],
+            "requires_grad": x.clone().requires_grad_,
+        }
         x = changed[kind]() if kind in changed else x
         block.train(kind != "mode")
     try:
@@ -210,7 +214,7 @@ def error_of_process(group, rank: int, kind: str) -> tuple[type, str]:
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        ("width", ValueError, "same batch and width, got (2, 5) in process 0 and (2, 4) in process 1"),
+        ("width", ValueError, "same batch and width, got (2, 13) in process 0 and (2, 12) in process 1"),
         ("requires_grad", ValueError, "same requires_grad, got False in process 0 and True in process 1"),
         ("mode", ValueError, "same mode, training or not, got True in process 0 and False in process 1"),
         ("channels", ValueError, "process 1 of 2: x must have C = in_channels = 8 channels"),

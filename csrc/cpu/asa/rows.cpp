@@ -81,13 +81,17 @@ struct Found {
   }
 
   void check(const Call& call, const Optional& back) const {
+    check_but_local(call, back);
+    Given{call}.check_local(local, call.rows.end - call.rows.begin);
+  }
+
+  void check_but_local(const Call& call, const Optional& back) const {
     const Given given{call};
     const Arguments& x = call.x;
     const bool mutual = x.has_neighbours() && x.options.reciprocal;
     given.check_words(bits, "bits", x.has_neighbours() ? blocks_of(call.rows) : 0, parts(x.n_k(), kBlock));
     given.check_statistic(kappa, "kappa", x.options.topk > 0 ? given.n() : 0);
     given.check_statistic(log_mean, "log_mean", x.beta ? given.n() : 0);
-    given.check_local(local, given.n());
     asa_ops::check(!mutual || back, "back", "given where neighbours must be mutual");
     if (back) given.check_words(*back, "back", parts(x.n_q(), kBlock), blocks_of(call.rows));
   }
@@ -194,7 +198,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor va
 void keep_mutual(Tensor bits, Tensor back, int64_t first) {
   check(bits.dim() == 5 && back.dim() == 5, "bits, back", "[B, heads, blocks, blocks, 64]");
   const int64_t blocks = bits.size(2), columns = back.size(2);
-  check(0 <= first && first + columns <= bits.size(3), "first", "a block of columns, all of `back` fits behind");
+  check(0 <= first && first <= bits.size(3) - columns, "first", "a block of columns, all of `back` fits behind");
   check_contiguous(bits, "bits", bits, ScalarType::Long, {bits.size(0), bits.size(1), blocks, bits.size(3), kBlock});
   check_contiguous(back, "back", bits, ScalarType::Long, {bits.size(0), bits.size(1), columns, blocks, kBlock});
   for_heads(bits.size(0) * bits.size(1), [&](int64_t i, int64_t threads) {
@@ -297,6 +301,7 @@ std::tuple<Tensor, Tensor> columns_bwd(Tensor d_out, Tensor nan_rows, Tensor sur
   const Range keys = range_of(rows);
   const int64_t n = keys.end - keys.begin, n_q = x.n_q();
   keys.check("rows", x.n_k());
+  check(!x.is_empty(), "N", "at least 1");
   all.check(call), given.check_local(local, n_q);
   check(!x.has_neighbours() || back || x.options.reciprocal, "back", "given where neighbours are not mutual");
   check(!x.has_neighbours() || !x.options.reciprocal || bits, "bits", "given where neighbours must be mutual");
@@ -348,7 +353,8 @@ std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor 
   const Arguments& x = call.x;
   const Given given{call};
   const OfAllRows all{d_out, nan_rows, survivors};
-  all.check(call), given.check_local(local, x.n_q());
+  const Found found{bits, kappa, log_mean, local};
+  all.check(call), found.check_but_local(call, back), given.check_local(local, x.n_q());
   given.check_statistic(lse, "lse", given.n());
   given.check_statistic(lse_kept, "lse_kept", x.n_q()), given.check_statistic(delta, "delta", x.n_q());
   const auto make = [&](bool wanted) {
@@ -359,7 +365,7 @@ std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor 
     using T = decltype(number);
     for_heads(x.n_heads(), [&](int64_t i, int64_t threads) {
       Problem<T> p = all.template head<T>(call, i, threads);
-      Found{bits, kappa, log_mean, local}.set(p, i, back);
+      found.set(p, i, back);
       p.local = local_of_head(local, i, 0);
       p.lse = Call::of_head<T>(lse, i, p.begin), p.lse_kept = Call::of_head<T>(lse_kept, i, 0);
       p.delta = Call::of_head<T>(delta, i, 0);
@@ -384,7 +390,7 @@ std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor 
 STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
   m.def(ASA_OP("rows_scan") "(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND
                             ", Tensor begun, Tensor work)");
-  m.def(ASA_OP("rows_fwd") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor lse, " ASA_FOUND
+  m.def(ASA_OP("rows_fwd") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor(a!) lse, " ASA_FOUND
                            ", Tensor begun, Tensor? back) -> (Tensor out, Tensor lse_kept, Tensor survivors)");
   m.def(ASA_OP("keep_mutual") "(Tensor(a!) bits, Tensor back, int first) -> ()");
   m.def(ASA_OP("rows_list_survivors") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
