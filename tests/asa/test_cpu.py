@@ -261,9 +261,7 @@ def check_kernels(folder: Path, name: str, compiler: list[str], emulator: tuple[
 
 
 @pytest.mark.skipif(not simt.COMPILER, reason="no C++ compiler here")
-@pytest.mark.parametrize(
-    "instruction_set", [slow(x, when=x not in ("portable", BEST)) for x in INSTRUCTION_SETS], indirect=True
-)
+@pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in INSTRUCTION_SETS], indirect=True)
 def test_kernels_by_themselves(instruction_set, tmp_path):
     # Quick to compile; the second flag fuses products and sums, as -O3 does.
     flags = ["-O1", "-fexpensive-optimizations"]

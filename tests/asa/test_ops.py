@@ -119,6 +119,7 @@ PYTHON_HEADER = Path(sysconfig.get_path("include"), "Python.h")
 
 
 @pytest.mark.skipif(not PYTHON_HEADER.exists(), reason="Inductor needs Python.h (Debian: apt install python3-dev)")
+@pytest.mark.slow
 def test_module_compiles_with_inductor():
     torch._dynamo.reset()
     block = nn.AdaptiveSparseAttention(8, threshold_activation="softplus")

@@ -35,7 +35,8 @@ def test_built_kernels_keep_to_their_budget(source):
 @needs_disassembler
 @pytest.mark.skipif(not shutil.which("nvcc") or not simt.COMPILER, reason="needs nvcc and a C++ compiler")
 @pytest.mark.xdist_group("cuda_budget")  # they compile to the same folder
-@pytest.mark.parametrize("options", [["--quick"], pytest.param([], marks=pytest.mark.slow)], ids=["one_file", "all"])
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [["--quick"], []], ids=["one_file", "all"])
 def test_kernels_keep_to_their_budget(options):
     """As `make cuda-kernels` tells."""
     command = [sys.executable, "-m", "bench.cuda.budget", *options]

@@ -162,6 +162,7 @@ def test_kernels_that_end_their_processes_stop_only_their_own_tests(monkeypatch,
     assert "ended a process" in gpu.why_not_hopper(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_limit_ends_a_command_and_its_children(tmp_path, capfd):
     """And what it printed until then is shown."""
     program = "import subprocess, time; print('begun'); p = subprocess.Popen(['sleep', '99']); print(p.pid); p.wait()"

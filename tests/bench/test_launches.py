@@ -56,6 +56,7 @@ def test_operations_of_a_call_are_counted(on_cpu):
     assert flops["aggregate"] == 2 * (16 + 16) * 64**2 * active.sum()  # the interpreter's blocks are 64 rows
 
 
+@pytest.mark.slow
 def test_a_case_on_a_gpu_has_graphs_kernels_and_bytes(on_cpu, monkeypatch):
     monkeypatch.setattr(run, "REPEATS", 2)
     used = run.measured(SPEC, "mem", "cuda", ["triton"], [], 1)

@@ -5,6 +5,7 @@ from itertools import accumulate, pairwise
 import pytest
 import torch
 import torch.distributed as dist
+from implementations import slow
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -87,7 +88,7 @@ def check(answers: list[tuple], expected: tuple) -> None:
         close(each, expected[3])
 
 
-@pytest.mark.parametrize("heights", HEIGHTS, ids=str)
+@pytest.mark.parametrize("heights", [slow(x, when=len(x) == 1 or 9 in x) for x in HEIGHTS], ids=str)
 @pytest.mark.parametrize("name", CASES)
 def test_strips_are_those_of_one_process(processes, name, heights):
     options, times = CASES[name], 2 if "norm" in CASES[name] else 1

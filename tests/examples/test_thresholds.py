@@ -233,6 +233,7 @@ def test_runs_some_methods(thresholds, tmp_path):
     assert skimage.io.imread(path.with_suffix(".png")).std() > 1
 
 
+@pytest.mark.slow
 def test_goes_on_where_it_was_interrupted(thresholds, finished, tmp_path, monkeypatch):
     path, run, left = tmp_path / "out.json", thresholds.Seed.run, [len(thresholds.METHODS) + 3]
 

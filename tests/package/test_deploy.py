@@ -53,6 +53,7 @@ def run_alone(program: Path, package: Path, inputs: list[torch.Tensor], folder: 
     return torch.load(folder / "outputs.pt")
 
 
+@pytest.mark.slow
 def test_a_block_for_maps_of_any_size(program, tmp_path):
     block = alive(nn.AdaptiveSparseAttention(8)).eval().requires_grad_(False)
     any_size = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
