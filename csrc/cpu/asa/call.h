@@ -137,6 +137,12 @@ struct Range {
   }
 };
 
+// Where row 0 would be, of rows from the `first` on; null if there are none.
+template <class U>
+U* row_zero(U* rows, int64_t first) {
+  return rows == nullptr ? nullptr : rows - first;
+}
+
 // What forward, backward and neighbours have in common.
 struct Call {
   Arguments x;
@@ -171,7 +177,7 @@ struct Call {
   // The numbers of head i in a tensor [B, heads, n], which are those of the rows from `first` on: where row 0 would be.
   template <class U>
   static U* of_head(const Tensor& x, int64_t i, int64_t first) {
-    return data<U>(x, i * x.size(2)) - first;
+    return row_zero(data<U>(x, i * x.size(2)), first);
   }
 
   // The rows of a head in a tensor [B, heads or key heads, n, dim].

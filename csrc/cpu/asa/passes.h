@@ -73,7 +73,7 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
     prefetch(call.tokens(call.x.query, i + 1), p.n_q);
     for (const Tensor& x : {call.x.key, call.x.value}) prefetch(call.tokens(x, i + 1), p.n_k);
   }
-  p.out = (written ? written->get(workspace) : sums.get(workspace)) - p.begin * p.dim_v;
+  p.out = row_zero(written ? written->get(workspace) : sums.get(workspace), p.begin * p.dim_v);
   if (begins) {
     p.begun = begun.get(workspace) - p.begin;
     p.shift = shift.get(workspace) - p.begin, p.factor = factor.get(workspace) - p.begin;
@@ -209,7 +209,7 @@ void sum_slabs(const Call& call, Problem<T> p, int64_t i, int64_t threads, const
   inputs.get(workspace);
   p.q = all.q, p.k = all.k + keys.begin * p.dim, p.v = all.v + keys.begin * p.dim_v;
   p.d_out = output.without_empty_rows(output.get(workspace), workspace);
-  if (dq) p.dq = dq->get(workspace) - p.begin * p.dim;
+  if (dq) p.dq = row_zero(dq->get(workspace), p.begin * p.dim);
   if (dk) {
     p.dk = dk->get(workspace), p.dv = dv->get(workspace);
     std::fill_n(p.dk, p.n_k * p.dim, T(0));

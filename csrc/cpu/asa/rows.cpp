@@ -51,7 +51,7 @@ uint64_t* words_of_head(const Tensor& x, int64_t i) {
 }
 
 bool* local_of_head(const Tensor& x, int64_t i, int64_t first) {
-  return data<bool>(x, i * x.size(2) * x.size(3)) - first * x.size(3);
+  return row_zero(data<bool>(x, i * x.size(2) * x.size(3)), first * x.size(3));
 }
 
 int64_t begun_rows(const Call& call) { return call.x.has_neighbours() ? call.rows.end - call.rows.begin : 0; }
@@ -272,7 +272,7 @@ std::tuple<Tensor, Tensor, Tensor> rows_bwd(Tensor d_out, Tensor nan_rows, Tenso
     for_heads(x.n_heads(), [&](int64_t i, int64_t threads) {
       Problem<T> p = all.template head<T>(call, i, threads);
       found.set(p, i, back);
-      T* const numbers = data<T>(softmax, i * 3 * n) - p.begin;
+      T* const numbers = row_zero(data<T>(softmax, i * 3 * n), p.begin);
       p.shift = numbers, p.factor = numbers + n, p.delta = numbers + 2 * n;
       Slabs slabs{{}, Layout(p.n_q)};
       find_layout(table<T>(), p, threads, slabs.layout);
