@@ -244,7 +244,7 @@ def isa_in_another_process(**environment: str) -> subprocess.CompletedProcess:
 
 
 @emulated
-@pytest.mark.parametrize("trouble", ["refused", slow("absent"), slow("wrong")])
+@pytest.mark.parametrize("trouble", [slow("refused"), slow("absent"), slow("wrong")])
 def test_without_it_avx512_is_best(trouble):
     """No unit, no permission, or one whose product is wrong: nothing is said."""
     amx.build()
