@@ -103,7 +103,7 @@ def asa_attention(
     ``alpha``, ``beta`` nor ``topk`` this is dense attention. Formulas: ``help(asa_ops.asa)``. Source: Sun, Zhang and
     Zhang, J. Electronic Imaging 33(3), 033038 (2024).
 
-    DTensors give DTensors, split by batch, heads or tokens as they are (docs/deploy.md).
+    DTensors give DTensors, split by batch, heads or tokens as they are (docs/distributed.md).
 
     Args:
         query: [B, heads, N_q, D], floating point.

@@ -11,7 +11,7 @@ extension loads). The implementations in Python have ops of the same schemas: ``
     band             half width of the window in which thresholds learn; 0: they do not
     keep             whether a backward will follow: ``kept`` holds what it needs, otherwise nothing
     row_start, row_stop, rows_statistics
-                     for calls that compute some rows of a problem only, which do not work yet
+                     not in use: the ops of some rows are others (csrc/cpu/asa/rows.cpp)
     tf32             whether CUDA kernels may take the products of float32 in TF32; nobody else asks
 """
 

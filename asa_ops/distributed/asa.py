@@ -95,6 +95,8 @@ def asa_attention(
         window, reciprocal, scale, threshold_grad, threshold_band, impl, return_stats: as of one process, the same
             everywhere.
 
+    Source and formulas: ``help(asa_ops.asa)``.
+
     Returns:
         [B, heads, n_q, Dv] in the dtype of ``query``; with ``return_stats`` also the statistics of these rows.
 
@@ -142,6 +144,12 @@ def reciprocal_neighbors(
         :class:`asa_ops.NeighborGraph` of B * heads * n_q rows.
 
     Raises: as :func:`asa_attention`.
+
+    Example (torchrun --nproc-per-node 2):
+        >>> import torch
+        >>> from asa_ops import distributed
+        >>> q, k = torch.randn(2, 1, 2, 32 * 16, 64)  # 16 of the 32 rows of a map
+        >>> row_offsets, columns = distributed.reciprocal_neighbors(q, k, 1.0, grid=(32, 32))  # doctest: +SKIP
     """
     options = grid, window, topk, reciprocal, key_padding_mask, scale, impl, (None, 1.0)
     call, inputs = agree(group, query, key, None, alpha, beta, *options, has_values=False)

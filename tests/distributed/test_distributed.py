@@ -153,11 +153,9 @@ def test_a_small_map_has_a_second_backward(processes):
 
 
 def isa_of_process(group, rank: int) -> str:
-    os.environ["ASA_OPS_CPU_ISA"] = ("avx2", "portable")[rank]
-    try:
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ASA_OPS_CPU_ISA", ("avx2", "portable")[rank])
         return error_of_process(group, rank, "")
-    finally:
-        del os.environ["ASA_OPS_CPU_ISA"]
 
 
 def test_processes_of_different_instruction_sets_are_refused(processes):

@@ -209,8 +209,9 @@ struct Scores {
   }
 };
 
-// The one-way output of some of the rows, with many keys as adaptive neighbours: the weights of these, times v. aggregate() corrects it for what reciprocity removes and the local block adds. Without AMX they are
-// kRows, with it some of kSquare.
+// The one-way output of some of the rows, with many keys as adaptive neighbours: the weights of these, times v.
+// aggregate() corrects it for what reciprocity removes and the local block adds. Without AMX they are kRows, with it some
+// of kSquare.
 template <class T>
 struct Beginning {
   const Scores<T>& scores;
