@@ -5,7 +5,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..asa.types import AsaStats, NeighborGraph, ThresholdGrad
+from ..asa.types import AsaStats, Grid, NeighborGraph, ThresholdGrad, Window
 from ..core.dispatch import Impl
 from . import rows, whole
 from .call import Group, agree
@@ -19,9 +19,9 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -41,9 +41,9 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -63,9 +63,9 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -88,7 +88,7 @@ def asa_attention(
         value: [B, key heads, n_k, Dv].
         alpha: threshold multiplier of this process's queries, a number or a tensor that broadcasts to [B, heads, n_q].
         beta: local threshold multiplier, as alpha.
-        grid: (H, W) of the whole map, H * W = the sum of n_q.
+        grid: (L,), (H, W) or (T, H, W) of the whole map: as many positions as all n_q.
         group: a process group, a DeviceMesh of one dimension, or None: all processes.
         topk: as of one process, of all keys.
         key_padding_mask: bool [B, n_k], of this process's keys.
@@ -127,9 +127,9 @@ def reciprocal_neighbors(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,

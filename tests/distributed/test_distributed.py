@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import CASES, Case, make, named, with_grad
+from cases import CASES, OTHER_GRIDS, Case, make, named, with_grad
 from implementations import slow
 from processes import Processes
 
@@ -68,7 +68,7 @@ def check(processes, size: int, case: Case, dtype: torch.dtype, **options) -> No
         assert torch.equal(found, x) or torch.equal(found.nan_to_num(7), x.nan_to_num(7)), (i, found - x)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *OTHER_GRIDS], ids=lambda case: case.name)
 @pytest.mark.parametrize("size", [slow(1), 3])
 def test_a_small_map_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
@@ -80,6 +80,7 @@ LARGE = [
     for case in CASES
     if case.grid == (9, 7)
 ]
+LARGE += [replace(case, grid=(397,) if len(case.grid) == 1 else (5, 11, 7)) for case in OTHER_GRIDS[:4]]
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
