@@ -265,7 +265,7 @@ def error_of_process(group, rank: int, change: str) -> str:
         ("gradient", "ValueError: every process must be given the same requires_grad, got "),
         ("thresholds", "ValueError: every process must be given the same batch, heads and head dims, got "),
         ("value", "TypeError: process 1 of 2: value must be a tensor, got None"),
-        ("sides", r"TypeError: process 1 of 2: grid must hold two integers \(H, W\), got 8.0 of type float"),
+        ("sides", r"TypeError: process 1 of 2: grid must hold integers .*, got 8.0 of type float"),
         ("grid", r"ValueError: grid must be \(H, W\) with H \* W = N = 80, got 9 \* 9 = 81"),
         ("topk", "ValueError: topk must be at most the number of keys, N_k = 80, got topk=81"),
         ("group", "TypeError: group must be a process group, a DeviceMesh or None, got 'world' of type str"),
