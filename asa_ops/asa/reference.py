@@ -282,9 +282,7 @@ def _published(
 
 
 @torch.no_grad()
-def published_mask(
-    s: Tensor, alpha: Tensor, beta: Tensor, grid: Sequence[int], window: int | Sequence[int]
-) -> Tensor:
+def published_mask(s: Tensor, alpha: Tensor, beta: Tensor, grid: Sequence[int], window: int | Sequence[int]) -> Tensor:
     """Return the authors' mask [B, heads, N, N]: 0, 1, or 1/2 where a probability equals its threshold exactly.
 
     Outside the window the local block compares 0 with beta_i times the window's mean: where the product is 0 (beta_i
