@@ -88,7 +88,7 @@ def go_through(tensors: list, options: dict, band: float | None = None, mask: Te
     With the call's ``options`` grid, topk and reciprocal; thresholds learn within a ``band`` around each.
     """
     inputs = Inputs(*tensors, mask)
-    settings = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
+    settings = Options.of(options["grid"], [3, 3], options.get("topk", 0), options.get("reciprocal", True), 0.1)
     saved = Saved.new(inputs, settings, "triton", keep=True)
     asa.fwd(inputs, settings, saved, band)
     asa.bwd(torch.empty_like(saved.out), inputs, saved, settings, band)
