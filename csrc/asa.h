@@ -17,13 +17,12 @@ namespace asa_ops {
 // The schemas of the ops; asa_ops.asa.ops describes the arguments, and has the same for implementations in Python.
 #define ASA_INPUTS "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
 #define ASA_OPTIONS "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, "
-#define ASA_ROWS "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
 #define ASA_PRECISION "bool tf32=False"
 #define ASA_OUTPUTS "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
 constexpr const char* kForwardSchema =
-    "(" ASA_INPUTS ASA_OPTIONS "float band, bool keep, " ASA_ROWS ", " ASA_PRECISION ") -> (" ASA_OUTPUTS ")";
+    "(" ASA_INPUTS ASA_OPTIONS "float band, bool keep, " ASA_PRECISION ") -> (" ASA_OUTPUTS ")";
 constexpr const char* kBackwardSchema =
-    "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, " ASA_ROWS ", " ASA_PRECISION
+    "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, " ASA_PRECISION
     ") -> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)";
 constexpr const char* kListSurvivorsSchema =
     "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, Tensor row_offsets, Tensor(a!) col_indices) -> ()";
@@ -201,13 +200,5 @@ struct Kept {
     return at;
   }
 };
-
-// The same for a range of rows, which is for whoever spreads one problem over several processes.
-inline void check_rows(const Tensor& query, int64_t row_start, const std::optional<int64_t>& row_stop,
-                       const Optional& rows_statistics) {
-  check(row_start == 0 && (!row_stop || (query.dim() == 4 && *row_stop == query.size(2))), "row_start, row_stop",
-        "all rows: a range of them does not work yet");
-  check(!rows_statistics, "rows_statistics", "None: statistics of other rows do not work yet");
-}
 
 }  // namespace asa_ops

@@ -238,12 +238,12 @@ class Call:
         return call
 
     def run_forward(self) -> list[Tensor]:
-        return list(ops.of("cuda", self.grad_out.device).fwd(*self.arguments, 0, None, None, self.tf32))
+        return list(ops.of("cuda", self.grad_out.device).fwd(*self.arguments, self.tf32))
 
     def run_backward(self) -> list[Tensor]:
         """Return the gradients, from what a forward kept as it should."""
         backward = ops.of("cuda", self.grad_out.device).bwd
-        options = (*self.arguments[6:12], 0, None, None, self.tf32)
+        options = (*self.arguments[6:12], self.tf32)
         return list(backward(self.grad_out, *self.arguments[:6], *self.forward, *options))
 
 

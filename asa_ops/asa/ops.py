@@ -10,8 +10,6 @@ extension loads). The implementations in Python have ops of the same schemas: ``
     topk             0: none
     band             half width of the window in which thresholds learn; 0: they do not
     keep             whether a backward will follow: ``kept`` holds what it needs, otherwise nothing
-    row_start, row_stop, rows_statistics
-                     not in use: the ops of some rows are others (csrc/cpu/asa/rows.cpp)
     tf32             whether CUDA kernels may take the products of float32 in TF32; nobody else asks
 """
 
@@ -39,13 +37,12 @@ from .types import AsaStats, Inputs, NeighborGraph, Options, Saved, kept_bytes, 
 Shape = Sequence[int]
 
 _OPTIONS = "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band"
-_ROWS = "SymInt row_start=0, SymInt? row_stop=None, Tensor? rows_statistics=None"
 _PRECISION = "bool tf32=False"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask"
 _OUTPUTS = "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
-FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep, {_ROWS}, {_PRECISION}) -> ({_OUTPUTS})"
+FORWARD = f"({_INPUTS}, {_OPTIONS}, bool keep, {_PRECISION}) -> ({_OUTPUTS})"
 BACKWARD = (
-    f"(Tensor grad_out, {_INPUTS}, {_OUTPUTS}, {_OPTIONS}, {_ROWS}, {_PRECISION}) "
+    f"(Tensor grad_out, {_INPUTS}, {_OUTPUTS}, {_OPTIONS}, {_PRECISION}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)"
 )
 # What an op takes between ``inputs`` and ``band``: grid, window, topk, reciprocal, scale.
@@ -60,14 +57,6 @@ _DOUBLE_BACKWARD = (
 )
 
 
-_EVERY_ROW = (0, None, None)
-
-
-def _every_row(query: Tensor, start: int = 0, stop: int | None = None, statistics: Tensor | None = None) -> None:
-    if start or stop not in (None, query.shape[2]) or statistics is not None:
-        raise RuntimeError("asa_attention: a range of rows does not work yet")
-
-
 def _broadcast(inputs: Inputs) -> Inputs:
     """Return the inputs with alpha and beta [B, heads, N_q], by strides of 0, and key and value of all heads."""
     rows = inputs.query.shape[:3]
@@ -80,16 +69,14 @@ def _define(impl: str) -> None:
     """Define the ops of an implementation in Python."""
 
     def forward(*args: Any) -> Any:
-        tensors, options, (band, keep), rows = args[:6], args[6:11], args[11:13], args[13:16]
-        _every_row(tensors[0], *rows)
+        tensors, options, (band, keep) = args[:6], args[6:11], args[11:13]
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
         saved = Saved.new(inputs, options, impl, keep, band)
         dispatch.load("asa", impl).fwd(inputs, options, saved, band if band and keep else None)
         return *saved[:4], saved.kept if keep else saved.kept.new_empty(*saved.kept.shape[:2], 0)
 
     def backward(grad_out: Tensor, *args: Any) -> Any:
-        tensors, outputs, options, band, rows = args[:6], args[6:11], args[11:16], args[16], args[17:20]
-        _every_row(tensors[0], *rows)
+        tensors, outputs, options, band = args[:6], args[6:11], args[11:16], args[16]
         inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
         expected, found = kept_bytes(inputs, options, impl, band=band), outputs[4].shape[2]
         if expected and not found:
@@ -242,7 +229,7 @@ def asa_neighbors(
     if impl not in ("cpu", "cuda"):
         return dispatch.load("asa", impl).neighbor_graph(_broadcast(inputs), Options.of(*options))
     ops = of(impl, query.device)
-    outputs = ops.fwd(*inputs, *options, 0.0, True, *_EVERY_ROW, _takes_tf32(impl, query.dtype))
+    outputs = ops.fwd(*inputs, *options, 0.0, True, _takes_tf32(impl, query.dtype))
     graph = new_graph(outputs[3])
     assert ops.list_survivors is not None
     ops.list_survivors(*inputs, *outputs, *options, 0.0, *graph)
@@ -306,7 +293,7 @@ def attend(
     else:
         run = ops.no_grad
     tf32 = _takes_tf32(impl, inputs.query.dtype)
-    out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep, *_EVERY_ROW, tf32)
+    out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep, tf32)
     return out, AsaStats(lse, lse_kept, survivors)
 
 

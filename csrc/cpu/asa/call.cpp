@@ -82,11 +82,11 @@ void list(const Call& call, const Outputs& saved, const int64_t* offsets, int32_
   });
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
-    Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band,
-    bool keep, int64_t row_start, std::optional<int64_t> row_stop, Optional rows_statistics, bool) {
-  check_rows(query, row_start, row_stop, rows_statistics);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
+                                                           Optional beta, Optional key_padding_mask,
+                                                           std::vector<int64_t> grid, std::vector<int64_t> window,
+                                                           int64_t topk, bool reciprocal, double scale, double band,
+                                                           bool keep, bool) {
   const Call call =
       call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
   const Outputs x = call.x.new_outputs(keep ? call.kept.bytes : 0);
@@ -97,12 +97,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
   return {x.out, x.lse, x.lse_kept, x.survivors, x.kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, std::vector<int64_t> grid,
-    std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band, int64_t row_start,
-    std::optional<int64_t> row_stop, Optional rows_statistics, bool) {
-  check_rows(query, row_start, row_stop, rows_statistics);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
+                                                           Optional alpha, Optional beta, Optional key_padding_mask,
+                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
+                                                           Tensor kept, std::vector<int64_t> grid,
+                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
+                                                           double scale, double band, bool) {
   const Call call =
       call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};

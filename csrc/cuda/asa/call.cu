@@ -502,11 +502,11 @@ Arguments arguments_of(const Tensor& query, const Tensor& key, const Tensor& val
           options};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(
-    Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band,
-    bool keep, int64_t row_start, std::optional<int64_t> row_stop, Optional rows_statistics, bool tf32) {
-  check_rows(query, row_start, row_stop, rows_statistics);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
+                                                           Optional beta, Optional key_padding_mask,
+                                                           std::vector<int64_t> grid, std::vector<int64_t> window,
+                                                           int64_t topk, bool reciprocal, double scale, double band,
+                                                           bool keep, bool tf32) {
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
                                    Options(grid, window, topk, reciprocal, scale, keep ? band : 0));
   const Outputs outputs = x.new_outputs(keep ? kept_of(x, true).bytes : 0);
@@ -524,12 +524,12 @@ Tensor sum_to(const Tensor& multiplier, Tensor rows) {
   return rows.scalar_type() == multiplier.scalar_type() ? rows : torch::stable::to(rows, multiplier.scalar_type());
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
-    Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, std::vector<int64_t> grid,
-    std::vector<int64_t> window, int64_t topk, bool reciprocal, double scale, double band, int64_t row_start,
-    std::optional<int64_t> row_stop, Optional rows_statistics, bool tf32) {
-  check_rows(query, row_start, row_stop, rows_statistics);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
+                                                           Optional alpha, Optional beta, Optional key_padding_mask,
+                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
+                                                           Tensor kept, std::vector<int64_t> grid,
+                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
+                                                           double scale, double band, bool tf32) {
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
                                    Options(grid, window, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
