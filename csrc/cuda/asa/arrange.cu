@@ -204,9 +204,9 @@ __global__ void __launch_bounds__(kArrangeThreads)
                             : blockIdx.y == kQuery ? all.query
                             : blockIdx.y == kKey   ? all.key
                                                    : all.gradient;
-  const int blocks = tokens.order.blocks();
+  const int blocks = tokens.order.count;
   if (tokens.out == nullptr || int64_t(blockIdx.x) >= int64_t(p.n_heads) * blocks) return;
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int z = blockIdx.x / blocks, block = tokens.order.first + blockIdx.x % blocks;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   T* const stage = reinterpret_cast<T*>(shared_memory() + sizeof(Shared));
   const bool is_first = z % p.heads == 0 && (p.per_image == 1 || z == 0);
