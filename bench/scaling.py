@@ -83,7 +83,7 @@ def find_costs(grid: tuple[int, int], rounds: int) -> Costs:
     query, key, value, alpha, beta = inputs.make("labels", grid, DIM)
     given = [*Inputs(query, key, value, alpha, beta, None), list(grid), [3, 3], 0, True, DIM**-0.5]
     rows = [0, n]
-    lse, *found, begun, _ = ops.asa_rows_scan(*given, rows)
+    lse, *found, begun = ops.asa_rows_scan(*given, rows)
     bits, _, _, local = found
     out, _, survivors = ops.asa_rows_fwd(*given, rows, lse, *found, begun, bits)
     d_out, nan_rows = torch.ones_like(out), torch.zeros_like(lse, dtype=torch.bool)

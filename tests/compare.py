@@ -275,7 +275,7 @@ def by_ranges(stem: str, inputs: list, options: dict, d_out: Tensor, begin_of_se
     if thresholded:
         backs = [torch.cat([scan[1][:, :, :, of] for scan in scans], 2).contiguous() for of in blocks]
     mutual = backs if args[9] else [None, None]
-    parts = [op("rows_fwd")(*args, each, *scan[:6], back) for each, scan, back in zip(rows, scans, mutual, strict=True)]
+    parts = [op("rows_fwd")(*args, each, *scan, back) for each, scan, back in zip(rows, scans, mutual, strict=True)]
     out, lse_kept, survivors = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     lse = torch.cat([scan[0] for scan in scans], 2)
     local = torch.cat([scan[4] for scan in scans], 2)

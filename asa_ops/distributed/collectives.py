@@ -93,6 +93,11 @@ def _raise_everywhere(group: dist.ProcessGroup, error: Exception | None, same: d
     raise ValueError("every process must be given the same arguments")
 
 
+def any_process(group: dist.ProcessGroup, here: bool) -> bool:
+    """Return whether it is so in any process."""
+    return any(there for (there,) in _all_gather_numbers(group, [here]))
+
+
 def all_gather_rows(group: dist.ProcessGroup, tensors: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
     """Return tensors [B, heads, n, ..] of all processes joined along their rows, in one message.
 
@@ -100,14 +105,15 @@ def all_gather_rows(group: dist.ProcessGroup, tensors: Sequence[Tensor], sizes: 
     """
     if len(sizes) == 1:
         return list(tensors)
-    rows, longest = _pack(tensors), max(sizes)
-    padded = rows if len(rows) == longest else torch.nn.functional.pad(rows, (0, 0, 0, longest - len(rows)))
-    everybody = padded.new_empty(len(sizes) * longest, rows.shape[1])
-    if everybody.numel():
-        _all_gather_single(everybody, padded, group=group)
-    if min(sizes) < longest:
-        everybody = torch.cat([part[:n] for part, n in zip(everybody.split(longest), sizes, strict=True)])
-    return _unpack(everybody, tensors)
+    lengths = [_message_bytes(tensors, n) for n in sizes]
+    message, longest = _pack(tensors), max(lengths)
+    if len(message) < longest:
+        message = torch.nn.functional.pad(message, (0, longest - len(message)))
+    everybody = message.new_empty(len(sizes) * longest)
+    if longest:
+        _all_gather_single(everybody, message, group=group)
+    messages = [everybody[r * longest :][:length] for r, length in enumerate(lengths)]
+    return _unpack(messages, tensors, sizes)
 
 
 def redistribute_rows(
@@ -122,11 +128,19 @@ def redistribute_rows(
     rank = dist.get_rank(group)
     to_each, from_each = overlaps(held, wanted, rank), overlaps(wanted, held, rank)
     pieces = list(zip(*(x.split(to_each, 2) for x in tensors), strict=True))  # for each process, of every tensor
-    nothing = [x[:, :, :0] for x in tensors]
-    packed = [_pack(nothing if r == rank else piece) for r, piece in enumerate(pieces)]
-    received = [_unpack(rows, tensors) for rows in all_to_all(group, packed, from_each)]
-    received[rank] = list(pieces[rank])  # what stays is copied once
-    return [torch.cat(parts, 2) for parts in zip(*received, strict=True)]
+    return exchange_rows(group, pieces, from_each)
+
+
+def exchange_rows(group: dist.ProcessGroup, pieces: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
+    """Send tensors [B, heads, n, ..] to every process, ``pieces[r]`` to process r; return what came, joined.
+
+    ``sizes[r]`` rows come from process r. What a process keeps is copied once.
+    """
+    rank = dist.get_rank(group)
+    like = pieces[rank]
+    messages = [_pack([x[:, :, :0] for x in piece] if r == rank else piece) for r, piece in enumerate(pieces)]
+    received = all_to_all(group, messages, [_message_bytes(like, n) for n in sizes])
+    return _unpack(received, like, sizes, rank)
 
 
 def overlaps(mine: Sequence[int], others: Sequence[int], rank: int) -> list[int]:
@@ -138,20 +152,17 @@ def overlaps(mine: Sequence[int], others: Sequence[int], rank: int) -> list[int]
     return [max(0, min(end, b) - max(begin, a)) for a, b in pairwise(bounds)]
 
 
-def all_to_all(group: dist.ProcessGroup, parts: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-    """Send ``parts[r]`` to process r; return what every process sent here, ``sizes[r]`` rows from process r.
+def all_to_all(group: dist.ProcessGroup, messages: Sequence[Tensor], lengths: Sequence[int]) -> list[Tensor]:
+    """Send ``messages[r]``, uint8 [bytes], to process r; return those of every process, ``lengths[r]`` bytes of it.
 
-    All have the same dtype and, but for their number of rows, the first dimension, the same shape. What a process keeps
-    is not copied.
+    What a process keeps is not copied.
     """
     rank = dist.get_rank(group)
-    counts, lengths = ([0 if r == rank else n for r, n in enumerate(x)] for x in (sizes, [len(x) for x in parts]))
-    sent = torch.cat([part[:n] for part, n in zip(parts, lengths, strict=True)])
-    received = sent.new_empty(sum(counts), *sent.shape[1:])
-    # Bytes: not every backend takes every dtype.
-    ins, outs = (x.view(torch.uint8) if x.dim() > 1 else x[:, None].view(torch.uint8) for x in (sent, received))
-    dist.all_to_all_single(outs, ins, counts, lengths, group=group)
-    return [parts[rank] if r == rank else x for r, x in enumerate(received.split(counts))]
+    counts, parts = ([0 if r == rank else n for r, n in enumerate(x)] for x in (lengths, map(len, messages)))
+    sent = torch.cat([message[:n] for message, n in zip(messages, parts, strict=True)])
+    received = sent.new_empty(sum(counts))
+    dist.all_to_all_single(received, sent, counts, parts, group=group)
+    return [messages[rank] if r == rank else x for r, x in enumerate(received.split(counts))]
 
 
 def shift(group: dist.ProcessGroup, sent: Tensor, shape: Sequence[int], to: int, source: int) -> Tensor:
@@ -163,23 +174,34 @@ def shift(group: dist.ProcessGroup, sent: Tensor, shape: Sequence[int], to: int,
     return received
 
 
+def _bytes(x: Tensor) -> Tensor:
+    """Return the memory of a tensor [B, heads, n, ..] as uint8 [B * heads, n * bytes of a row]."""
+    x, of_head = x.detach().contiguous(), math.prod(x.shape[2:])
+    # Dimensions of 1 may have had any stride.
+    return x.as_strided((math.prod(x.shape[:2]), of_head), (of_head, 1)).view(torch.uint8)
+
+
+def _message_bytes(tensors: Sequence[Tensor], n: int) -> int:
+    """Return the bytes of n rows of tensors."""
+    return n * sum(math.prod(x.shape[:2] + x.shape[3:]) * x.dtype.itemsize for x in tensors)
+
+
 def _pack(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the memory of every row of tensors [B, heads, n, ..], uint8 [n, bytes]."""
-    return torch.cat([_bytes(x.detach().movedim(2, 0)) for x in tensors], 1)
+    """Return the memory of tensors [B, heads, n, ..] one after another, uint8 [bytes]."""
+    return torch.cat([_bytes(x).flatten() for x in tensors])
 
 
-def _bytes(rows: Tensor) -> Tensor:
-    """Return the memory of every row [n, ..], as uint8 [n, bytes]."""
-    rows, n = rows.detach().contiguous(), math.prod(rows.shape[1:])
-    return rows.as_strided((len(rows), n), (n, 1)).view(torch.uint8)  # dimensions of 1 may have had any stride
-
-
-def _unpack(rows: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    tensors, begin = [], 0
-    for x in like:
-        shape = (len(rows), *x.shape[:2], *x.shape[3:])
-        end = begin + math.prod(shape[1:]) * x.dtype.itemsize
-        numbers = rows[:, begin:end].clone(memory_format=torch.contiguous_format).flatten().view(x.dtype)
-        tensors.append(numbers.view(shape).movedim(0, 2).contiguous())
-        begin = end
-    return tensors
+def _unpack(
+    messages: Sequence[Tensor], like: Sequence[Tensor], sizes: Sequence[int], own: int | None = None
+) -> list[Tensor]:
+    """Return tensors whose rows came in several messages, ``sizes[r]`` in the r-th; of message ``own``, ``like``."""
+    joined = [x.new_empty(*x.shape[:2], sum(sizes), *x.shape[3:]) for x in like]
+    read = [0] * len(messages)
+    for x, given in zip(joined, like, strict=True):
+        rows, row, begin = _bytes(x), math.prod(x.shape[3:]) * x.dtype.itemsize, 0
+        for r, n in enumerate(sizes):
+            end, last = begin + n * row, read[r] + len(rows) * n * row
+            part = _bytes(given) if r == own else messages[r][read[r] : last].view(len(rows), n * row)
+            rows[:, begin:end] = part
+            begin, read[r] = end, last
+    return joined

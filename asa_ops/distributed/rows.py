@@ -3,8 +3,8 @@
 Every process has all tokens, gathered, and a range of rows, and of columns, in whole blocks of 64, whatever tokens are
 its own: so its sums are those of one process.
 
-    forward   scan its rows against all keys; choose rows of equal work; exchange bits, to know which neighbours are
-              mutual; aggregate; send outputs to the processes of their tokens
+    forward   scan its rows against all keys; exchange bits, to know which neighbours are mutual; choose rows of equal
+              work; aggregate; send outputs to the processes of their tokens
     backward  gather the gradient of the output; dq of its rows; gather the softmax of every row; dk and dv of its
               columns from all rows, whose probabilities it forms again; dalpha and dbeta of its rows; send them home
 
@@ -13,9 +13,8 @@ are kept too, as many bytes again, where a backward asks for one-way neighbours:
 mutual; and in a forward that begins outputs (``scan`` of csrc/cpu/asa).
 """
 
-import bisect
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,42 +25,15 @@ from torch.autograd.function import once_differentiable
 from ..asa.types import Inputs, NeighborGraph, new_graph
 from . import collectives
 from .call import Call
+from .ranges import BLOCK, blocks_of, ranges, ranges_of_equal_work
 
-BLOCK = 64
 PIECE_BYTES = 2**22  # of bits, sent at a time
-MOST_ROWS = 2  # times as many as if rows were even, whatever their work: their bits take memory
-WORTH_MOVING = 1.05  # an imbalance from which on rows change hands
 
 
 def can_run(call: Call, inputs: Inputs) -> bool:
     """Return whether these kernels take the call; a map of one block is not split."""
     n_q, n_k, heads = sum(call.n_q), sum(call.n_k), inputs.query.shape[0] * inputs.query.shape[1]
     return call.impl == "cpu" and max(n_q, n_k) > BLOCK and min(n_q, n_k, heads) > 0
-
-
-def ranges(n: int, size: int, work: list[int] | None = None) -> list[int]:
-    """Return how many of n tokens each of ``size`` processes computes: whole blocks, of about as much work each."""
-    blocks = -(-n // BLOCK)
-    done = [0, *accumulate(work or [1] * blocks)]
-
-    def nearest(target: float) -> int:
-        i = bisect.bisect_left(done, target)
-        return i - (i > 0 and target - done[i - 1] < done[i] - target)
-
-    bounds = [min(nearest(done[-1] * r / size), blocks - 1) * BLOCK for r in range(size)]
-    return [end - begin for begin, end in pairwise([*bounds, n])]
-
-
-def blocks_of(rows: list[int]) -> list[int]:
-    """Return how many blocks ranges of rows have."""
-    return [-(-n // BLOCK) for n in rows]
-
-
-def imbalance(work: list[int], blocks: list[int]) -> float:
-    """Return the largest work of a process over the mean, where process r has ``blocks[r]`` blocks."""
-    ends = list(accumulate(blocks))
-    of_processes = [sum(work[end - n : end]) for n, end in zip(blocks, ends, strict=True)]
-    return max(of_processes) * len(blocks) / sum(work)
 
 
 class Part:
@@ -131,17 +103,18 @@ class Part:
         Rows are even until their neighbours are counted; from here on each process has rows of equal work. Where nobody
         asks for one-way neighbours later, bits are those of mutual ones, and there are none of columns.
         """
-        lse, *found, begun, work = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
+        lse, *found, begun = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
         if not self.is_thresholded():
             return lse, found, begun, None
-        of_blocks = work.sum((0, 1))[None, None], torch.zeros_like(work[:1, :1], dtype=torch.bool)
-        of_blocks[1].fill_(bool(begun[..., 0].any()))
-        blocks = blocks_of(self.rows)
-        work, any_begun = collectives.all_gather_rows(self.call.group, of_blocks, blocks)
-        lse, *found, begun = self.share_out(work.flatten(), blocks, lse, *found, begun)
-        mutual = self.call.options[3]
-        if mutual and not self.call.band and not any_begun.any():
+        mutual, blocks = self.call.options[3], blocks_of(self.rows)
+        any_begun = collectives.any_process(self.call.group, bool(begun[..., 0].any()))
+        only_mutual = mutual and not self.call.band and not any_begun
+        if only_mutual:
             self.make_mutual(found[0])
+        work = torch.ops.asa_ops.asa_count_bits(found[0]).sum((0, 1))
+        (work,) = collectives.all_gather_rows(self.call.group, [work[None, None]], blocks)
+        lse, *found, begun = self.share_out(work.flatten(), blocks, lse, *found, begun)
+        if only_mutual:
             return lse, found, begun, None
         return lse, found, begun, self.exchange(found[0]) if mutual or self.call.keep else None
 
@@ -159,15 +132,10 @@ class Part:
         before = self.rows
         # Beside the neighbours, masks of all pairs are read: they take about as long as one pair in 64.
         masks = sum(self.call.n_k) * self.inputs.query.shape[0] * self.inputs.query.shape[1]
-        of_blocks = (work + masks).tolist()
-        if imbalance(of_blocks, blocks) < WORTH_MOVING:
+        rows = ranges_of_equal_work(sum(self.call.n_q), blocks, work.tolist(), masks)
+        if rows is None:
             return [lse, bits, *rest]
-        most = MOST_ROWS * -(-sum(blocks) // self.size)
-        self.rows = ranges(sum(self.call.n_q), self.size, of_blocks)
-        while max(blocks_of(self.rows)) > most:
-            of_blocks = [x + masks for x in of_blocks]
-            masks *= 2
-            self.rows = ranges(sum(self.call.n_q), self.size, of_blocks)
+        self.rows = rows
         if sum(self.call.n_k) == sum(self.call.n_q):
             self.columns = self.rows
         (bits,) = collectives.redistribute_rows(self.call.group, [bits], blocks, blocks_of(self.rows))
@@ -280,9 +248,9 @@ def _send_home(part: Part, survivors: Tensor, graph: NeighborGraph) -> NeighborG
     to_each, from_each = (collectives.overlaps(*x, rank) for x in ((part.rows, call.n_q), (call.n_q, part.rows)))
     sizes = torch.stack([x.sum(-1) for x in survivors.view(heads, -1).split(to_each, 1)], 1)
     pieces = graph.col_indices.split(sizes.flatten().tolist())
-    sent = [torch.cat(pieces[r :: part.size]) for r in range(part.size)]
+    sent = [torch.cat(pieces[r :: part.size]).view(torch.uint8) for r in range(part.size)]
     sizes = torch.stack([x.sum(-1) for x in counts.view(heads, -1).split(from_each, 1)])
-    received = collectives.all_to_all(call.group, sent, sizes.sum(1).tolist())
-    by_head = [x.split(of.tolist()) for x, of in zip(received, sizes, strict=True)]
+    received = collectives.all_to_all(call.group, sent, (sizes.sum(1) * graph.col_indices.itemsize).tolist())
+    by_head = [x.view(torch.int32).split(of.tolist()) for x, of in zip(received, sizes, strict=True)]
     columns = [of[h] for h in range(heads) for of in by_head]
     return NeighborGraph(new_graph(counts).row_offsets, torch.cat([*columns, graph.col_indices[:0]]))

@@ -55,9 +55,10 @@ def _exchange(group: dist.ProcessGroup, rows: Sequence[int], first: Tensor, last
     nothing = first.new_zeros(batch, channels, 1, width)
     if not batch:  # so everywhere
         return nothing, nothing
-    parts = [to[r].movedim(2, 0) if r in to else nothing.movedim(2, 0)[:0] for r in ranks]
-    received = [x.movedim(0, 2) for x in collectives.all_to_all(group, parts, [len(x) for x in parts])]
-    return (nothing if above is None else received[above]), (nothing if below is None else received[below])
+    pieces = [[to[r] if r in to else nothing[:, :, :0]] for r in ranks]
+    (received,) = collectives.exchange_rows(group, pieces, [piece.shape[2] for (piece,) in pieces])
+    received = iter(received.split(1, 2))
+    return (nothing if above is None else next(received)), (nothing if below is None else next(received))
 
 
 def batch_norm(norm: nn.Module, x: Tensor, group: dist.ProcessGroup, rows: int) -> Tensor:

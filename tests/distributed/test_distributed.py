@@ -330,11 +330,12 @@ def test_bytes_received(processes, size):
     n, dim = 1024, 16
     others = n - n // size
     tokens = others * (3 * dim + 1) * 4  # query, key, value, alpha
-    bits, work = others * (n // size) // 8, others // 64 * (8 + 1)  # neighbours of blocks, whether outputs are begun
+    bits, work = others * (n // size) // 8, others // 64 * 8  # neighbours of blocks
+    begun = (size - 1) * 8  # whether outputs are
     of_output, flags = others * dim * 4, others * (4 + 4 + 1)  # survivors, lse_kept, whether a row is NaN
     softmax, groups = others * 3 * 4, others * 3 * 4
     for forward, backward in processes.run(size, bytes_of_process, n, dim):
-        assert forward == tokens + work + bits
+        assert forward == tokens + begun + work + bits
         assert backward == of_output + flags + softmax + groups
 
 
@@ -345,3 +346,6 @@ def test_rows_of_equal_work():
     assert rows.ranges(1024, 3, [0] * 15 + [1]) == [960, 0, 64]
     work = [1] * 8 + [9] * 8
     assert rows.imbalance(work, [8, 8]) == 1.8 and rows.imbalance(work, [12, 4]) == 1.1
+    # At most twice as many rows as if they were even, though all work is in one block.
+    assert max(rows.ranges_of_equal_work(4096, [16] * 4, [10**6] + [0] * 63, 1)) == 2048
+    assert rows.ranges_of_equal_work(4096, [16] * 4, [100] * 64, 1) is None

@@ -161,7 +161,7 @@ void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l)
   }
 }
 
-ASA_INLINE int64_t count_bits(const uint64_t* words, int64_t size) {
+inline int64_t count_bits(const uint64_t* words, int64_t size) {
   int64_t count = 0;
   for (int64_t j = 0; j < size; ++j) count += __builtin_popcountll(words[j]);
   return count;

@@ -63,6 +63,7 @@ constexpr Kernels<T> kernels() {
           list_survivors_bytes<T>,
           list_survivors<T>,
           keep_mutual<T>,
+          count_bits,
           find_groups_bytes<T>,
           find_groups<T>,
           lay_out<T>,

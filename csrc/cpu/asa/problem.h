@@ -155,6 +155,7 @@ struct Kernels {
   int64_t (*list_survivors_bytes)(const Problem<T>&);
   void (*list_survivors)(const Problem<T>&, const int64_t* offsets, int32_t* columns, Queue&, void* scratch);
   void (*keep_mutual)(const Problem<T>&, Queue&);
+  int64_t (*count_bits)(const uint64_t* words, int64_t size);
 
   int64_t (*find_groups_bytes)(const Problem<T>&);
   void (*find_groups)(const Problem<T>&, const Groups&, Queue&, void* scratch);

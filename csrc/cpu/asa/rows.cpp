@@ -128,11 +128,10 @@ Call call_of_rows(const Tensor& query, const Tensor& key, const Tensor& value, c
 
 using Sides = std::vector<int64_t>;
 
-// Beside what it found, how many neighbours each block of the rows has.
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Tensor key, Tensor value,
-                                                                        Optional alpha, Optional beta, Optional real,
-                                                                        Sides grid, Sides window, int64_t topk,
-                                                                        bool reciprocal, double scale, Sides rows) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Tensor key, Tensor value, Optional alpha,
+                                                                Optional beta, Optional real, Sides grid, Sides window,
+                                                                int64_t topk, bool reciprocal, double scale,
+                                                                Sides rows) {
   const Call call = call_of_rows(query, key, value, alpha, beta, real, grid, window, topk, reciprocal, scale, 0, rows);
   const Arguments& x = call.x;
   const Found found = Found::make(call);
@@ -149,18 +148,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor q
       forward_head<T>(call, p, i, threads, {}, {true, false, begun_of_head<T>(begun, i)});
     });
   });
-  const Tensor work =
-      torch::stable::new_empty(query, {found.bits.size(0), found.bits.size(1), found.bits.size(2)}, ScalarType::Long);
-  const int64_t blocks = work.numel(), words = found.bits.size(3) * kBlock;
-  torch::stable::parallel_for(0, blocks, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const int64_t* const bits = data<const int64_t>(found.bits, block * words);
-      int64_t count = 0;
-      for (int64_t w = 0; w < words; ++w) count += __builtin_popcountll(bits[w]);
-      data<int64_t>(work)[block] = count;
-    }
-  });
-  return {lse, found.bits, found.kappa, found.log_mean, found.local, begun, work};
+  return {lse, found.bits, found.kappa, found.log_mean, found.local, begun};
 }
 
 std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
@@ -209,6 +197,21 @@ void keep_mutual(Tensor bits, Tensor back, int64_t first) {
     workspace.allocate_all();
     run({0, blocks}, workspace, [&](Queue& queue, void*) { table<float>().keep_mutual(p, queue); });
   });
+}
+
+// How many bits each block of rows has.
+Tensor count_bits(Tensor bits) {
+  check(bits.dim() == 5, "bits", "[B, heads, blocks, blocks, 64]");
+  const std::vector<int64_t> shape{bits.size(0), bits.size(1), bits.size(2)};
+  check_contiguous(bits, "bits", bits, ScalarType::Long, {shape[0], shape[1], shape[2], bits.size(3), kBlock});
+  const Tensor counts = torch::stable::new_empty(bits, shape, ScalarType::Long);
+  const int64_t words = bits.size(3) * kBlock;
+  torch::stable::parallel_for(0, counts.numel(), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t block = begin; block < end; ++block)
+      data<int64_t>(counts)[block] =
+          table<float>().count_bits(reinterpret_cast<const uint64_t*>(data<const int64_t>(bits, block * words)), words);
+  });
+  return counts;
 }
 
 void list(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real, Sides grid,
@@ -388,11 +391,11 @@ std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor 
 #define ASA_FOUND "Tensor bits, Tensor kappa, Tensor log_mean, Tensor local"
 #define ASA_OF_ALL_ROWS "Tensor grad_out, Tensor nan_rows, Tensor survivors, "
 STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
-  m.def(ASA_OP("rows_scan") "(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND
-                            ", Tensor begun, Tensor work)");
+  m.def(ASA_OP("rows_scan") "(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND ", Tensor begun)");
   m.def(ASA_OP("rows_fwd") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor(a!) lse, " ASA_FOUND
                            ", Tensor begun, Tensor? back) -> (Tensor out, Tensor lse_kept, Tensor survivors)");
   m.def(ASA_OP("keep_mutual") "(Tensor(a!) bits, Tensor back, int first) -> ()");
+  m.def(ASA_OP("count_bits") "(Tensor bits) -> Tensor");
   m.def(ASA_OP("rows_list_survivors") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
                                       ", Tensor? back, Tensor row_offsets, Tensor(a!) col_indices) -> ()");
   m.def(ASA_OP("rows_bwd") "(" ASA_OF_ALL_ROWS ASA_INPUTS ASA_OPTIONS "int[] rows, " ASA_FOUND
@@ -409,6 +412,7 @@ STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
   m.impl(ASA_OP("rows_scan"), TORCH_BOX(&asa_ops::cpu::scan));
   m.impl(ASA_OP("rows_fwd"), TORCH_BOX(&asa_ops::cpu::aggregate));
   m.impl(ASA_OP("keep_mutual"), TORCH_BOX(&asa_ops::cpu::keep_mutual));
+  m.impl(ASA_OP("count_bits"), TORCH_BOX(&asa_ops::cpu::count_bits));
   m.impl(ASA_OP("rows_list_survivors"), TORCH_BOX(&asa_ops::cpu::list));
   m.impl(ASA_OP("rows_bwd"), TORCH_BOX(&asa_ops::cpu::rows_bwd));
   m.impl(ASA_OP("columns_bwd"), TORCH_BOX(&asa_ops::cpu::columns_bwd));
