@@ -1,5 +1,6 @@
 """What the processes of a call agree on."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -122,6 +123,11 @@ def agree(
         }
         if chosen == "cpu":  # their kernels differ in more than the last digits: in how many rows they take at a time
             same["instruction set"] = torch.ops.asa_ops.cpu_isa()
+        elif inputs.query.is_cuda:  # sums are cut into parts for its processors
+            gpu = torch.cuda.get_device_properties(inputs.query.device)
+            same["kind of GPU"] = gpu.name, gpu.multi_processor_count
+        if chosen == "cuda":
+            same["ASA_OPS_HOPPER"] = os.environ.get("ASA_OPS_HOPPER")
         sizes = [inputs.query.shape[2], inputs.key.shape[2]]
         return _Seen(inputs, options, whole_grid, of_map, band, chosen), sizes, same
 

@@ -397,8 +397,9 @@ class Call {
     end_delta(row, by_rows);
   }
 
-  // The same of all rows.
-  void end_backward(const T* d_out, float* of_rows, uint32_t* noted, Half* peaks, const Gradients& gradients) {
+  // The same of all rows. `numbers`: null, or local survivors of all rows are among them.
+  void end_backward(const T* d_out, float* of_rows, uint32_t* noted, Half* peaks, const float* numbers,
+                    const Gradients& gradients) {
     const RowGradients row = row_gradients(of_rows, noted);
     reserve_cleared(int64_t(p_.n_heads) * p_.rows.count);
     if (peaks != nullptr) p_.peaks = bounds_of(peaks);
@@ -406,6 +407,7 @@ class Call {
     const Arranging<T> all = arranging(kBackward);
     const auto [by_rows, by_columns] = lists_of_survivors(1);
     arrange_backward(p_, all, saved_, row, by_rows, by_columns, stream_);
+    if (numbers != nullptr) take_rows(p_, {}, {}, saved_, numbers, nullptr, stream_);
     p_.d_out = d_out;
     if (std::is_same_v<T, Half>) p_.bounds = noted + p_.n_heads;
     find_dq(row, by_rows, gradients);

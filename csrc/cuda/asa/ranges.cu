@@ -53,6 +53,11 @@ struct Part {
     return torch::stable::new_empty(x.query, shape, type);
   }
 
+  // Of all rows.
+  void check_numbers(const Tensor& x) const {
+    check_contiguous(x, "numbers", this->x.query, ScalarType::Float, {n_heads(), positions(), numbers()});
+  }
+
   void check_peaks(const Optional& peaks) const {
     check(peaks.has_value() == keeps_peaks(x), "peaks", "given where alpha learns, and only there");
     if (!peaks) return;
@@ -117,7 +122,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend(Tensor query, Tensor k
   const Part part(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, keep ? band : 0),
                   rows, keys);
   const Arguments& x = part.x;
-  check_contiguous(numbers, "numbers", query, ScalarType::Float, {part.n_heads(), part.positions(), part.numbers()});
+  part.check_numbers(numbers);
   check_contiguous(flags, "flags", query, ScalarType::Byte,
                    {part.n_heads(), x.has_neighbours() ? part.row_blocks() : 0, part.key_blocks()});
   const Outputs outputs = x.new_outputs(part.kept(keep).bytes);
@@ -164,25 +169,30 @@ std::tuple<Tensor, Tensor, Tensor> begin_bwd(Tensor grad_out, Tensor query, Tens
   return {arranged, of_rows, noted};
 }
 
-// The same of all rows, and what is noted by all processes. Gradients of thresholds are those of every row, float32.
+// The same of all rows, and the largest that processes noted. `numbers`: of all rows, where there is a window alone, whose
+// local survivors nobody has been told of before. Gradients of thresholds are those of every row, float32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> end_bwd(Tensor query, Tensor key, Tensor value, Optional alpha,
                                                            Optional beta, Optional real, Tensor out, Tensor lse,
                                                            Tensor lse_kept, Tensor survivors, Tensor kept, Sides grid,
                                                            Sides window, int64_t topk, bool reciprocal, double scale,
                                                            double band, Sides rows, Sides keys, Optional peaks,
-                                                           Tensor arranged, Tensor of_rows, Tensor noted) {
+                                                           Optional numbers, Tensor arranged, Tensor of_rows,
+                                                           Tensor noted) {
   const Part part(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, band), rows,
                   keys);
   const Arguments& x = part.x;
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   part.check_saved(saved, true), part.check_peaks(peaks);
+  check(numbers.has_value() == (x.beta && !x.has_neighbours()), "numbers", "given for a window alone, and only there");
+  if (numbers) part.check_numbers(*numbers);
   check_contiguous(arranged, "arranged", query, x.type(), {part.n_heads(), part.positions(), padded_width(x.dim_v())});
   check_contiguous(of_rows, "of_rows", query, ScalarType::Float, {kRowGradients, part.n_heads(), part.positions()});
   check_contiguous(noted, "noted", query, ScalarType::Int, {3, part.n_heads()});
   const Gradients gradients = new_gradients(x);
   part.run(saved, true, [&](auto& call, auto zero) {
     call.end_backward(data<const decltype(zero)>(arranged), data<float>(of_rows),
-                      reinterpret_cast<uint32_t*>(data<int32_t>(noted)), data<Half>(peaks), gradients);
+                      reinterpret_cast<uint32_t*>(data<int32_t>(noted)), data<Half>(peaks), data<const float>(numbers),
+                      gradients);
   });
   const auto of_multiplier = [&](const Optional& dx) { return dx ? *dx : part.make({0}, ScalarType::Float); };
   return {gradients.dq, gradients.dk, gradients.dv, of_multiplier(gradients.dalpha), of_multiplier(gradients.dbeta)};
@@ -200,7 +210,7 @@ const std::string kListSurvivors = "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "
 const std::string kBeginBackward = "(Tensor grad_out, " ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS
                                    "float band, " ASA_RANGES ") -> (Tensor arranged, Tensor of_rows, Tensor noted)";
 const std::string kEndBackward = "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "float band, " ASA_RANGES
-                                 ", Tensor? peaks, Tensor arranged, Tensor of_rows, Tensor noted) "
+                                 ", Tensor? peaks, Tensor? numbers, Tensor arranged, Tensor of_rows, Tensor noted) "
                                  "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)";
 
 }  // namespace
