@@ -5,6 +5,7 @@ How processes exchange what passes between the stages is in tests/distributed.
 
 import itertools
 import math
+import random
 from dataclasses import replace
 
 import pytest
@@ -51,7 +52,7 @@ def in_ranges(arguments: tuple, d_out: torch.Tensor, bounds: tuple[float, ...], 
     inputs, options, (band, _) = Inputs(*arguments[:6]), Options.of(*arguments[6:11]), arguments[11:]
 
     def begin() -> cuda_part.Part:
-        return cuda_part.Part(inputs, options, band, True)
+        return cuda_part.Part(ops.broadcast(inputs), options, band, True)
 
     first = begin()
     n_rows, n_keys = first.row_order.shape[1], first.key_order.shape[1]
@@ -132,14 +133,16 @@ def sort_columns(parts: list) -> torch.Tensor:
 NAMES = ["out", "lse", "lse_kept", "survivors", "dq", "dk", "dv", "dalpha", "dbeta", "columns"]
 
 
-def check(case: Case, dtype: torch.dtype, bounds: tuple[float, ...], scanned: tuple[float, ...], band=2.0) -> None:
+def check(case: Case, dtype: torch.dtype, bounds: tuple[float, ...], scanned: tuple[float, ...], band=2.0, change=None) -> None:
     inputs, options = make(case, dtype)
-    arguments = op_arguments(inputs, options, band=band)
     d_out = torch.randn(*inputs[0].shape[:3], case.dim_v, generator=torch.Generator().manual_seed(1)).to(dtype)
+    if change is not None:
+        change(inputs, d_out)
+    arguments = op_arguments(inputs, options, band=band)
     expected, found = one_call(arguments, d_out), in_ranges(arguments, d_out, bounds, scanned)
     for name, x, y in zip(NAMES, expected, found, strict=True):
         assert x.dtype == y.dtype and x.shape == y.shape, name
-        assert torch.equal(x.nan_to_num(7), y.nan_to_num(7)), (name, (x.double() - y.double()).abs().max())
+        assert torch.equal(x.isnan(), y.isnan()) and torch.equal(x.nan_to_num(7), y.nan_to_num(7)), name
 
 
 # Seven blocks of tokens, or five of keys.
@@ -154,3 +157,58 @@ QUICK = {"plain", "padding_topk", "fewer_queries_padded", "beta_only"}
 @pytest.mark.parametrize("case", [slow(x, id=x.name, when=x.name not in QUICK) for x in LARGE])
 def test_ranges_equal_one_call(case):
     check(case, torch.float32, (0.3, 0.3, 0.7), (0.5, 0.6, 0.6))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, slow(torch.bfloat16)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case("mutual", grid=(16, 16), batch=1, dim=64, dim_v=64),
+        slow(Case("one_way", grid=(13, 17), batch=1, dim=65, dim_v=40, options={"reciprocal": False})),
+        slow(Case("few", grid=(13, 17), batch=1, dim=130, dim_v=70, options={"topk": 9})),
+        slow(Case("wide", grid=(1, 300), n_keys=150, heads=1, dim=256, dim_v=200, beta=None, options={"reciprocal": False})),
+    ],
+    ids=lambda case: case.name,
+)
+def test_ranges_in_half_precisions(case, dtype):
+    check(case, dtype, (0.4,), (0.6,))
+
+
+def random_call(seed: int) -> dict:
+    """Return arguments of ``check``."""
+    draw = random.Random(seed)
+    choose = draw.choice
+    grid = choose([1, 3, 8, 13, 17, 24]), choose([5, 8, 19, 23, 31])
+    kinds = [None, "spread", "spread", "heads", "zero", "inf", "mixed"]
+    case = Case(
+        f"random {seed}", grid, batch=choose([1, 2]), heads=choose([1, 2]), dim=choose([1, 16, 40, 64, 130]),
+        dim_v=choose([1, 16, 48, 64, 130]), alpha=choose(kinds), beta=choose(kinds), padding=draw.random() < 0.3,
+        sharpness=choose([0.01, 0.5, 1.5, 6.0, 20.0]),
+        options={"reciprocal": draw.random() < 0.7, "window": choose([1, 3, 5, 9])},
+    )  # fmt: skip
+    if case.beta is None and not case.options["reciprocal"]:
+        case = replace(case, n_keys=choose([None, 7, 64, 300]))
+    topk = choose([None, None, 3, 20, 40])
+    if topk and topk <= (case.n_keys or grid[0] * grid[1]):
+        case.options["topk"] = topk
+    size, strange = draw.randrange(4), choose([None, None, math.nan, math.inf, -math.inf])
+    where, at = draw.randrange(6), draw.randrange(grid[0] * grid[1])
+
+    def change(inputs, d_out):
+        """Put a number that is not finite somewhere, or one that is large."""
+        x = [*inputs, d_out][where]
+        if strange is not None and x is not None:
+            x[..., at % x.shape[-1] if x.dim() == 3 else slice(None, None, 7)] = strange if x.dim() == 3 else x.new_tensor(1.0)
+            if x.dim() == 4:
+                x[:, :, at % x.shape[2]] = strange
+
+    bounds, scanned = (tuple(sorted(draw.random() for _ in range(size))) for _ in range(2))
+    dtype = choose([torch.float32, torch.bfloat16, torch.float16])
+    return {"case": case, "dtype": dtype, "bounds": bounds, "scanned": scanned, "band": choose([0.0, 0.5, 2.0]),
+            "change": change}  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", [*range(6), *(slow(x) for x in range(6, 200))])
+def test_random_ranges(seed, monkeypatch):
+    monkeypatch.setenv("ASA_OPS_SIMT_PROCESSORS", str((1, 7, 20, 132)[seed % 4]))
+    check(**random_call(seed))

@@ -256,7 +256,8 @@ void arrange(const Problem<T>& problem, const Arranging<T>& tokens, cudaStream_t
 template <class T>
 void arrange_backward(const Problem<T>& problem, const Arranging<T>& tokens, const Saved<T>& saved,
                       const RowGradients& row, const Lists& by_rows, const Lists& by_columns, cudaStream_t stream) {
-  launch_arrange(problem, tokens, by_rows.entries == nullptr ? 4 : 5, saved, row, by_rows, by_columns, stream);
+  const bool listed = by_rows.entries != nullptr || by_columns.entries != nullptr;  // one side may be empty
+  launch_arrange(problem, tokens, listed ? 5 : 4, saved, row, by_rows, by_columns, stream);
 }
 
 #define INSTANTIATE(T)                                                                                         \
