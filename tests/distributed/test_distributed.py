@@ -10,12 +10,15 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import CASES, Case, make, named, with_grad
-from implementations import slow
+from implementations import INTERPRETED, slow
 from processes import Processes
 
 import asa_ops
 from asa_ops import distributed
-from asa_ops.distributed import collectives, rows
+from asa_ops.distributed import collectives, ranges
+
+if INTERPRETED:
+    import interpreter  # noqa: F401  (processes import this file: it changes how products round, and takes less time)
 
 pytestmark = pytest.mark.xdist_group("processes")
 SPLITS = {1: (1,), 2: (0.4,), 3: (0.0, 0.55), 4: (0.1, 0.1, 0.8)}  # where the parts after the first begin
@@ -86,6 +89,23 @@ LARGE = [
 @pytest.mark.parametrize("size", [slow(1), 2, 3, slow(4)])
 def test_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
+
+
+@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize("name", ["alpha_only", *map(slow, ("plain", "more_keys", "padding", "beta_only", "dense"))])
+def test_tiles_equal_one_process(processes, name, impl):
+    """Two blocks of 128 positions: over two processes."""
+    case = named(name, grid=(9, 15), batch=1, heads=1)
+    check(processes, 2, replace(case, n_keys=case.n_keys and 150), torch.float32, threshold_grad="straight_through", impl=impl)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_more_tiles_equal_one_process(processes, size, case, impl):
+    case = replace(case, heads=1)
+    check(processes, size, case, torch.float32, threshold_grad="straight_through", impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -190,7 +210,17 @@ def test_random_calls(processes, seed):
     check(processes, size, case, dtype, **learning, impl="cpu")
 
 
-def neighbors_of_process(group, rank: int, case: Case, cuts: list) -> list:
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize("seed", range(1000, 1040))
+def test_random_calls_by_tiles(processes, seed, impl):
+    case, size, dtype, learning = random_call(seed)
+    case = replace(case, batch=min(case.batch, 1 + case.padding), heads=1 + seed % 2, dim=min(case.dim, 40))
+    dtype = torch.float16 if dtype == torch.float16 else torch.float32
+    check(processes, size, case, dtype, **learning, impl=impl)
+
+
+def neighbors_of_process(group, rank: int, case: Case, cuts: list, impl: str = "auto") -> list:
     inputs, options = make(case, torch.float32)
     query, key, _, alpha, beta = inputs
     part = cuts[rank]
@@ -198,27 +228,37 @@ def neighbors_of_process(group, rank: int, case: Case, cuts: list) -> list:
     tokens = query[:, :, part], key[:, :, part]
     if (mask := options.get("key_padding_mask")) is not None:
         options["key_padding_mask"] = mask[:, part]
-    row_offsets, columns = distributed.reciprocal_neighbors(*tokens, alpha, beta, **options, group=group)
+    row_offsets, columns = distributed.reciprocal_neighbors(*tokens, alpha, beta, **options, group=group, impl=impl)
     return [x.tolist() for x in columns.split(row_offsets.diff().tolist())]
 
 
-@pytest.mark.parametrize("grid", [(9, 7), (19, 23)], ids=str)
-@pytest.mark.parametrize("size", [1, 3, 4])
-@pytest.mark.parametrize("name", ["plain", "one_way", "topk_alone", "padding", "beta_only", "empty_batch"])
-def test_neighbors_of_one_process(processes, name, size, grid):
-    case = named(name, grid=grid)
+def check_neighbors(processes, size: int, case: Case, impl: str) -> None:
     (query, key, _, alpha, beta), options = make(case, torch.float32)
-    row_offsets, columns = asa_ops.reciprocal_neighbors(query, key, alpha, beta, **options)
+    row_offsets, columns = asa_ops.reciprocal_neighbors(query, key, alpha, beta, **options, impl=impl)
     n, heads = query.shape[2], case.batch * case.heads
     expected = [x.tolist() for x in columns.split(row_offsets.diff().tolist())]
     cuts = parts(n, size)
-    answers = processes.run(size, neighbors_of_process, case, cuts)
+    answers = processes.run(size, neighbors_of_process, case, cuts, impl)
     found = []
     for head in range(heads):
         for part, answer in zip(cuts, answers, strict=True):
             count = part.stop - part.start
             found += answer[head * count : (head + 1) * count]
     assert found == expected
+
+
+@pytest.mark.parametrize("grid", [(9, 7), (19, 23)], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("name", ["plain", "one_way", "topk_alone", "padding", "beta_only", "empty_batch"])
+def test_neighbors_of_one_process(processes, name, size, grid):
+    check_neighbors(processes, size, named(name, grid=grid), "auto")
+
+
+@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize("size", [slow(1), 2, slow(3)])
+@pytest.mark.parametrize("name", ["padding", *map(slow, ("plain", "one_way", "topk_alone", "beta_only", "dense"))])
+def test_neighbors_by_tiles(processes, name, size, impl):
+    check_neighbors(processes, size, named(name, grid=(9, 15), heads=1), impl)
 
 
 def error_of_process(group, rank: int, change: str) -> str:
@@ -340,12 +380,12 @@ def test_bytes_received(processes, size):
 
 
 def test_rows_of_equal_work():
-    assert rows.ranges(1000, 4) == [256, 256, 256, 232]
-    assert rows.ranges(130, 4) == [64, 64, 0, 2]
-    assert rows.ranges(1024, 2, [1] * 8 + [9] * 8) == [768, 256]  # 44 and 36; even rows have 8 and 72
-    assert rows.ranges(1024, 3, [0] * 15 + [1]) == [960, 0, 64]
+    assert ranges.ranges(1000, 4) == [256, 256, 256, 232]
+    assert ranges.ranges(130, 4) == [64, 64, 0, 2]
+    assert ranges.ranges(1024, 2, [1] * 8 + [9] * 8) == [768, 256]  # 44 and 36; even rows have 8 and 72
+    assert ranges.ranges(1024, 3, [0] * 15 + [1]) == [960, 0, 64]
     work = [1] * 8 + [9] * 8
-    assert rows.imbalance(work, [8, 8]) == 1.8 and rows.imbalance(work, [12, 4]) == 1.1
+    assert ranges.imbalance(work, [8, 8]) == 1.8 and ranges.imbalance(work, [12, 4]) == 1.1
     # At most twice as many rows as if they were even, though all work is in one block.
-    assert max(rows.ranges_of_equal_work(4096, [16] * 4, [10**6] + [0] * 63, 1)) == 2048
-    assert rows.ranges_of_equal_work(4096, [16] * 4, [100] * 64, 1) is None
+    assert max(ranges.ranges_of_equal_work(4096, [16] * 4, [10**6] + [0] * 63, 1)) == 2048
+    assert ranges.ranges_of_equal_work(4096, [16] * 4, [100] * 64, 1) is None
