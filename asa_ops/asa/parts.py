@@ -60,7 +60,7 @@ class Part(Protocol):
 
     @staticmethod
     def can_run(inputs: Inputs, n_q: int, n_k: int, scale: float) -> bool:
-        """Return whether what runs such a call can compute some of its rows; ``inputs`` are some of n_q and n_k tokens."""
+        """Return whether what runs such a call can compute some of its rows; ``inputs``: of some of the tokens."""
 
     def __init__(self, inputs: Inputs, options: Options, band: float, keep: bool) -> None: ...
 
