@@ -1,4 +1,4 @@
-"""Some rows and keys of a map by the CUDA kernels: ops of csrc/cuda/asa/ranges.cu, for ``asa_ops.distributed.tiles``.
+"""Some rows and keys of a map by the CUDA kernels: ops of csrc/cuda/asa/part.cu, for ``asa_ops.distributed.tiles``.
 
 The ops work on tensors of all rows, of which each process writes its own; what processes send each other is cut out of
 them here.

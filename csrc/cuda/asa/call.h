@@ -1,5 +1,5 @@
-// What the ops of adaptive sparse attention have in common on a GPU: checks, buffers, and the launches of a call in their
-// order.
+// What the ops of adaptive sparse attention have in common on a GPU: checks, buffers, and the launches of a call in
+// their order.
 
 #pragma once
 
@@ -201,8 +201,8 @@ struct Gradients {
   Optional dalpha, dbeta;
 };
 
-// Room for it, 0 where kernels do not write: at padding. Gradients of keys are those of every query head, rounded; those
-// that share them are added up in the end.
+// Room for it, 0 where kernels do not write: at padding. Gradients of keys are those of every query head, rounded;
+// those that share them are added up in the end.
 inline Gradients new_gradients(const Arguments& x) {
   const bool written = !x.is_empty() && !x.real, learns = !x.is_empty() && x.options.band > 0;
   const auto make = [&](int64_t n, int64_t dim) {
@@ -226,8 +226,8 @@ inline void check_graph(const Arguments& x, const Tensor& row_offsets, const Ten
 template <class T>
 class Call {
  public:
-  // Of a whole map. `keep`: whether `saved` has, or gets, what a backward needs. `tf32`: whether products of float32 may
-  // take TF32.
+  // Of a whole map. `keep`: whether `saved` has, or gets, what a backward needs. `tf32`: whether products of float32
+  // may take TF32.
   Call(const Arguments& x, const Outputs& saved, bool keep, bool tf32)
       : Call(x, saved, Computed::whole(x), runs_on_hopper<T>(x, tf32)) {
     const Kept kept = kept_of(x, keep);

@@ -1,4 +1,4 @@
-// Adaptive sparse attention on the GPU: what its kernels share, and the steps of a call. call.cu has their order.
+// Adaptive sparse attention on the GPU: what its kernels share, and the steps of a call. call.h has their order.
 //
 // arrange.cu arranges tokens: n_heads = B * heads heads of `padded` tokens each, the map cut into tiles of 8 x 8,
 // padding left out, zeros up to whole blocks of 64 tokens and to a width of 64, 128 or 256. So no tile needs a bounds

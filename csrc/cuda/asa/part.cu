@@ -1,9 +1,9 @@
 // The ops that compute some rows and keys of a map on a GPU, for one of several processes that share it, bit for bit as
-// one process computes them. asa_ops.asa.cuda_tiles calls them in their order, between what processes send each other.
+// one process computes them. asa_ops.asa.cuda_part calls them in their order, between what processes send each other.
 //
-// `rows` and `keys` are ranges of positions of the arranged map, in whole blocks. Tensors of rows have those of the whole
-// map, of which the ones of the range are written; the bits of pairs are those of these rows with all keys and of all
-// rows with these keys.
+// `rows` and `keys` are ranges of positions of the arranged map, in whole blocks. Tensors of rows have those of the
+// whole map, of which the ones of the range are written; the bits of pairs are those of these rows with all keys and of
+// all rows with these keys.
 
 #include "call.h"
 
@@ -20,7 +20,7 @@ Blocks blocks_of(const Sides& range, int64_t n, const char* name) {
   return {static_cast<int>(range[0] / kBlock), static_cast<int>((range[1] - range[0]) / kBlock)};
 }
 
-// A call of a range, checked.
+// A call of a part of a map, checked.
 struct Part {
   Arguments x;
   Computed computed;
@@ -54,8 +54,8 @@ struct Part {
   }
 
   // Of all rows.
-  void check_numbers(const Tensor& x) const {
-    check_contiguous(x, "numbers", this->x.query, ScalarType::Float, {n_heads(), positions(), numbers()});
+  void check_numbers(const Tensor& given) const {
+    check_contiguous(given, "numbers", x.query, ScalarType::Float, {n_heads(), positions(), numbers()});
   }
 
   void check_peaks(const Optional& peaks) const {
@@ -74,9 +74,6 @@ struct Part {
       run(call, zero);
     });
   }
-
- private:
-  static void check(bool ok, const char* name, const char* what) { asa_ops::check(ok, name, what); }
 };
 
 // Whether the ops here are those that compute such a call: those for compute capability 9.0 have no ranges.
@@ -148,7 +145,7 @@ void list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Opti
   });
 }
 
-// Of these rows: the gradient of the output, arranged, RowGradients of csrc/cuda/asa/problem.h, and what is noted of heads.
+// Of these rows: the gradient of the output, arranged, and RowGradients; and what is noted of heads.
 std::tuple<Tensor, Tensor, Tensor> begin_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha,
                                              Optional beta, Optional real, Tensor out, Tensor lse, Tensor lse_kept,
                                              Tensor survivors, Tensor kept, Sides grid, Sides window, int64_t topk,
@@ -169,8 +166,8 @@ std::tuple<Tensor, Tensor, Tensor> begin_bwd(Tensor grad_out, Tensor query, Tens
   return {arranged, of_rows, noted};
 }
 
-// The same of all rows, and the largest that processes noted. `numbers`: of all rows, where there is a window alone, whose
-// local survivors nobody has been told of before. Gradients of thresholds are those of every row, float32.
+// The same of all rows, and the largest that processes noted. `numbers`: of all rows, where there is a window alone,
+// whose local survivors nobody has been told of before. Gradients of thresholds are those of every row, float32.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> end_bwd(Tensor query, Tensor key, Tensor value, Optional alpha,
                                                            Optional beta, Optional real, Tensor out, Tensor lse,
                                                            Tensor lse_kept, Tensor survivors, Tensor kept, Sides grid,
