@@ -41,9 +41,8 @@ def forward(part: type, inputs: Inputs, options: Options, band: float, scanned: 
         peaks = [None] * len(rows) if scans[0].peaks is None else torch.cat([x.peaks for x in scans], 2).split(rows, 2)
         scans = [parts.Scan(numbers, flags, x if x is None else x.contiguous()) for x in peaks]
     found = [each.attend(*x) for each, *x in zip(passes, own, own_keys, scans, strict=True)]
-    order = passes[0].row_order
-    outputs = parts.Outputs(*(joined(list(x), order, own) for x in zip(*(outputs for outputs, _ in found), strict=True)))
-    return outputs, found, passes
+    order, of_parts = passes[0].row_order, zip(*(outputs for outputs, _ in found), strict=True)
+    return parts.Outputs(*(joined(list(x), order, own) for x in of_parts)), found, passes
 
 
 def backward(part: type, inputs: Inputs, options: Options, band: float, rows: list[int], keys: list[int], found: list,
@@ -58,7 +57,7 @@ def backward(part: type, inputs: Inputs, options: Options, band: float, rows: li
     of_rows = [torch.cat(x, 1) for x in zip(*(x for x, _ in begun), strict=True)]
     largest = torch.stack([x for _, x in begun]).amax(0)
     ended = [each.end_backward(x, y, of_rows, largest) for each, x, y in zip(passes, own, own_keys, strict=True)]
-    sides = [(passes[0].row_order, own)] + [(passes[0].key_order, own_keys)] * 2 + [(passes[0].row_order, own)] * 2
-    return parts.Gradients(
-        *(None if x[0] is None else joined(list(x), *side) for x, side in zip(zip(*ended, strict=True), sides, strict=True))
-    )
+    of_rows, of_keys = (passes[0].row_order, own), (passes[0].key_order, own_keys)
+    sides = of_rows, of_keys, of_keys, of_rows, of_rows
+    of_parts = zip(zip(*ended, strict=True), sides, strict=True)
+    return parts.Gradients(*(None if x[0] is None else joined(list(x), *side) for x, side in of_parts))

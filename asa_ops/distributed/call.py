@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..asa import api, ops
 from ..asa.types import Inputs, ThresholdGrad
 from ..core import checks
-from ..core.contracts import cast_under_autocast
+from ..core.contracts import allows_tf32, cast_under_autocast
 from ..core.dispatch import Impl
 from . import collectives
 
@@ -122,6 +122,10 @@ def agree(
         }
         if chosen == "cpu":  # their kernels differ in more than the last digits: in how many rows they take at a time
             same["instruction set"] = torch.ops.asa_ops.cpu_isa()
+        elif chosen in ("triton", "cuda"):  # whoever asks for a pair decides it, so all must round alike
+            device = inputs.query.device
+            same["kind of GPU"] = None if device.type != "cuda" else torch.cuda.get_device_name(device)
+            same["torch.backends.cuda.matmul.fp32_precision"] = q.dtype == torch.float32 and allows_tf32()
         sizes = [inputs.query.shape[2], inputs.key.shape[2]]
         return _Seen(inputs, options, whole_grid, of_map, band, chosen), sizes, same
 

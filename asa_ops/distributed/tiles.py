@@ -30,6 +30,7 @@ from .call import Call
 from .ranges import blocks_of, ranges, ranges_of_equal_work
 
 PARTS = {"triton": "asa_ops.asa.triton.part"}  # where the implementations are
+_Tokens = list[tuple[Tensor, Tensor]]  # images and tokens, for each process
 
 
 def _implementation(impl: str) -> type[parts.Part]:
@@ -57,7 +58,7 @@ class _Homes:
         by_position = torch.arange(size, device=order.device).repeat_interleave(order.new_tensor(computed))[:n]
         self.computer = torch.empty_like(tokens).scatter_(1, tokens, by_position.expand_as(tokens)).expand(batch, n)
         of_processes = self.computer.split(list(held), 1)
-        # (image, token) of those that this process computes, by who holds them; and of those here, by who computes them.
+        # What this process computes, by who holds it; and what it holds, by who computes it.
         begins = [sum(held[:r]) for r in range(size)]
         self.computed = [
             (images, tokens + begin)
@@ -74,7 +75,7 @@ class _Homes:
         """Return tensors [B, heads, N, ..] of the tokens that this process computes, from those who hold them."""
         return self._exchange(tensors, self.here, self.computed, sum(self.held))
 
-    def _exchange(self, tensors: Sequence[Tensor], to_each: list, from_each: list, n: int) -> list[Tensor]:
+    def _exchange(self, tensors: Sequence[Tensor], to_each: _Tokens, from_each: _Tokens, n: int) -> list[Tensor]:
         pieces = [[x.transpose(0, 1)[:, images, tokens][None] for x in tensors] for images, tokens in to_each]
         received = collectives.exchange_rows(self.group, pieces, [len(tokens) for _, tokens in from_each])
         images, tokens = (torch.cat(x) for x in zip(*from_each, strict=True))
@@ -143,11 +144,11 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Any) -> Any:
         inputs = call.gather(Inputs(*tensors))
         with torch.cuda.device_of(inputs.query):
-            work = _Pass(call, inputs, call.keep)
-            outputs, kept = work.attend()
-            home = work.homes_of_rows().send(outputs)
+            own = _Pass(call, inputs, call.keep)
+            outputs, kept = own.attend()
+            home = own.homes_of_rows().send(outputs)
         if call.keep:
-            ctx.call, ctx.split = call, (work.rows, work.keys)
+            ctx.call, ctx.split = call, (own.rows, own.keys)
             ctx.save_for_backward(*inputs, *outputs, *kept)
         ctx.mark_non_differentiable(*home[1:])
         return tuple(home)
@@ -158,16 +159,16 @@ class Attention(torch.autograd.Function):
         call, saved = ctx.call, ctx.saved_tensors
         inputs, outputs, kept = Inputs(*saved[:6]), parts.Outputs(*saved[6:10]), saved[10:]
         with torch.cuda.device_of(inputs.query):
-            work = _Pass(call, inputs, True, ctx.split)
-            rows, keys, homes = work.own(work.rows), work.own(work.keys), work.homes_of_rows()
+            own = _Pass(call, inputs, True, ctx.split)
+            rows, keys, homes = own.own(own.rows), own.own(own.keys), own.homes_of_rows()
             (d_out,) = homes.fetch([grad_out])
-            of_rows, largest = work.part.begin_backward(rows, keys, d_out, outputs, kept)
-            of_rows = work.gather(work.rows, *of_rows)
-            (largest,) = work.gather([1] * work.size, largest[None, None])
-            found = work.part.end_backward(rows, keys, of_rows, largest[0].amax(0))
+            of_rows, largest = own.part.begin_backward(rows, keys, d_out, outputs, kept)
+            of_rows = own.gather(own.rows, *of_rows)
+            (largest,) = own.gather([1] * own.size, largest[None, None])
+            found = own.part.end_backward(rows, keys, of_rows, largest[0].amax(0))
             query, *of_keys = (ops.like(dx, x, d_out) for dx, x in zip(found[:3], inputs[:3], strict=True))
             (dq,) = homes.send([query])
-            dk, dv = (homes if work.has_one_range else work.homes_of_keys()).send(of_keys)
+            dk, dv = (homes if own.has_one_range else own.homes_of_keys()).send(of_keys)
             learning = [_of_thresholds(call, homes, dx, x) for dx, x in zip(found[3:], inputs[3:5], strict=True)]
         return None, dq, dk, dv, *learning, None
 
@@ -190,12 +191,12 @@ def neighbors(call: Call, tensors: Inputs) -> NeighborGraph:
     """Return the survivors of this process's tokens."""
     inputs = call.gather(tensors)
     with torch.cuda.device_of(inputs.query):
-        work = _Pass(call, inputs, True)
-        outputs, _ = work.attend()
-        homes = work.homes_of_rows()
-        survivors = outputs.survivors.masked_fill((homes.computer != work.rank)[:, None], 0)
+        own = _Pass(call, inputs, True)
+        outputs, _ = own.attend()
+        homes = own.homes_of_rows()
+        survivors = outputs.survivors.masked_fill((homes.computer != own.rank)[:, None], 0)
         graph = new_graph(survivors)
-        work.part.list_survivors(work.own(work.rows), *graph)
+        own.part.list_survivors(own.own(own.rows), *graph)
         return _send_home(homes, survivors, graph)
 
 
@@ -212,7 +213,7 @@ def _send_home(homes: _Homes, survivors: Tensor, graph: NeighborGraph) -> Neighb
 
 
 def _entries(survivors: Tensor, graph: NeighborGraph, images: Tensor, tokens: Tensor) -> Tensor:
-    """Return where the neighbours of some tokens stand in a graph of all [B, heads, n], token by token, head by head."""
+    """Return where the neighbours of some tokens stand in a graph of [B, heads, n], token by token, head by head."""
     begins = graph.row_offsets[:-1].view(survivors.shape)[images, :, tokens].flatten()
     counts = survivors[images, :, tokens].flatten().long()
     entries = torch.arange(int(counts.sum()), device=counts.device)

@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asa_ops.asa import ops
 from asa_ops.asa.parts import Scan
-from asa_ops.asa.types import Inputs, Options, Saved, new_graph
+from asa_ops.asa.types import Inputs, Options, Saved
 from asa_ops.core import dispatch, triton_launch
 
 if not INTERPRETED:

@@ -96,7 +96,8 @@ def test_equals_one_process(processes, size, case):
 def test_tiles_equal_one_process(processes, name, impl):
     """Two blocks of 128 positions: over two processes."""
     case = named(name, grid=(9, 15), batch=1, heads=1)
-    check(processes, 2, replace(case, n_keys=case.n_keys and 150), torch.float32, threshold_grad="straight_through", impl=impl)
+    case = replace(case, n_keys=case.n_keys and 150)
+    check(processes, 2, case, torch.float32, threshold_grad="straight_through", impl=impl)
 
 
 @pytest.mark.slow

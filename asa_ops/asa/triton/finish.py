@@ -494,7 +494,7 @@ def _asa_finish_gradients_kernel(
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     heads, sharing, n_heads, n, n_keys, width, dim, dim_v, ROWS,
 ):  # fmt: skip
-    """All gradients: some programs finish BLOCK rows each, those that follow BLOCK keys each, of ``across`` if given."""
+    """All gradients: some programs finish BLOCK rows each, the others BLOCK keys each, of ``across`` if given."""
     program = tl.program_id(0) - n_heads * (tokens.rows.padded // ROWS.BLOCK)
     if program < 0:
         _finish_dq(

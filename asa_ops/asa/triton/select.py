@@ -68,7 +68,7 @@ class OwnRows(NamedTuple):
 
     first: int  # a multiple of 128
     padded: int
-    occupied_back: Tensor | None  # int8 [n_heads, all row blocks, own key blocks]: tiles that hold a bit of ``Bits.back``
+    occupied_back: Tensor | None  # int8 [n_heads, all row blocks, own key blocks]: the same of ``Bits.back``
 
 
 class Neighbours(NamedTuple):
@@ -375,7 +375,7 @@ def _hold_bits(words, TILE: tl.constexpr):
 def _store_pairs(
     words, occupied, stored, holds, row, column, padded, key_padded, TILE: tl.constexpr, BY_ROWS: tl.constexpr
 ):
-    """Store the words of a tile, [TILE, words] or the transpose, and flag those of its tiles of 64 x 64 that hold a bit.
+    """Store the words of a tile, [TILE, words] or the transpose, and which of its tiles of 64 x 64 pairs hold a bit.
 
     ``row`` and ``column``: numbers of the tile.
     """
@@ -459,8 +459,8 @@ def _decide_tile(
         if keeps_rows:
             _store_pairs(words, occupied, stored_rows, holds_rows, row, j_tile, height, key_padded, TILE, True)
         if keeps_columns:
-            holds_columns = _hold_bits(tl.trans(stored_columns), TILE) if ONE_WAY_BITS else tl.trans(holds_rows)
-            _store_pairs(words, occupied, stored_columns, holds_columns, column, i_tile, height, key_padded, TILE, False)
+            holds = _hold_bits(tl.trans(stored_columns), TILE) if ONE_WAY_BITS else tl.trans(holds_rows)
+            _store_pairs(words, occupied, stored_columns, holds, column, i_tile, height, key_padded, TILE, False)
             holds = _keeps_not_finite(tl.trans(of_columns), not_finite, i_tile, TILE)
             _add_to_rows(stats, columns, largest_columns, tl.sum(count_bits(of_columns), 0), holds)
         if bits.back is not None:
@@ -475,7 +475,8 @@ def _decide_tile(
             holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
             _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
     else:
-        _store_pairs(words, occupied, of_rows, _hold_bits(of_rows, TILE), i_tile, j_tile, padded, key_padded, TILE, True)
+        holds = _hold_bits(of_rows, TILE)
+        _store_pairs(words, occupied, of_rows, holds, i_tile, j_tile, padded, key_padded, TILE, True)
         holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
         _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
 

@@ -176,5 +176,6 @@ def write_columns(
     """
     triton_launch.launch(
         _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(local), rows, keys,
-        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width, DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
+        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width,
+        DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
     )  # fmt: skip
