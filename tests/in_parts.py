@@ -1,12 +1,17 @@
 """An implementation by tiles run part by part in one process: what processes would compute, and what they exchange."""
 
+from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 import torch
+from cases import Case, make
 from torch import Tensor
 
-from asa_ops.asa import parts
-from asa_ops.asa.types import Inputs, Options
+from asa_ops.asa import ops, parts
+from asa_ops.asa.types import Inputs, Options, Saved
+from asa_ops.core import dispatch
+
+BAND = 2.0
 
 
 def ranges(sizes: list[int]) -> list[parts.Range]:
@@ -61,3 +66,39 @@ def backward(part: type, inputs: Inputs, options: Options, band: float, rows: li
     sides = of_rows, of_keys, of_keys, of_rows, of_rows
     of_parts = zip(zip(*ended, strict=True), sides, strict=True)
     return parts.Gradients(*(None if x[0] is None else joined(list(x), *side) for x, side in of_parts))
+
+
+def arguments(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Inputs, Options]:
+    """Return a call as implementations take it."""
+    inputs, given = make(case, dtype, device=device)
+    grid, window, scale = given.get("grid", ()), given.get("window", 3), given.get("scale", inputs[0].shape[-1] ** -0.5)
+    options = Options.of(grid, [window] * 2, given.get("topk", 0), given.get("reciprocal", True), scale)
+    return ops.broadcast(Inputs(*inputs, given.get("key_padding_mask"))), options
+
+
+def triton_call(inputs: Inputs, options: Options, band: float, d_out: Tensor) -> tuple[list[Tensor], list]:
+    """Return outputs and gradients of one call."""
+    triton = dispatch.load("asa", "triton")
+    saved = Saved.new(inputs, options, "triton", True, band)
+    triton.fwd(inputs, options, saved, band or None)
+    return list(saved[:4]), list(triton.bwd(d_out, inputs, saved, options, band or None))
+
+
+def check(
+    part: type, one_call: Callable, inputs: Inputs, options: Options, band: float, scanned: list[int], rows: list[int],
+    keys: list[int],
+) -> None:  # fmt: skip
+    """Check that parts are one call, to the last bit; rows move only where what was scanned moves them."""
+    rows = rows if inputs.alpha is not None or options.topk else scanned
+    keys = rows if inputs.query.shape[2] == inputs.key.shape[2] else keys
+    shape = *inputs.query.shape[:3], inputs.value.shape[3]
+    d_out = torch.linspace(-1, 1, inputs.query.new_empty(shape).numel()).view(shape).to(inputs.query)
+    expected, gradients = one_call(inputs, options, band, d_out)
+    outputs, found, _ = forward(part, inputs, options, band, scanned, rows, keys)
+    for x, y in zip(outputs, expected, strict=True):
+        assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+    for _ in range(2):  # it may run twice
+        ended = backward(part, inputs, options, band, rows, keys, found, d_out)
+        for x, y in zip(ended, gradients, strict=True):
+            assert (x is None) == (y is None)
+            assert x is None or torch.equal(x.nan_to_num(7), y.nan_to_num(7))

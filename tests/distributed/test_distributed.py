@@ -102,8 +102,10 @@ def test_tiles_equal_one_process(processes, name, impl):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", INTERPRETED)
-@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
-@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [pytest.param(3, case, id=case.name) for case in LARGE] + [(1, LARGE[0]), (2, LARGE[0]), (4, LARGE[0])],
+)
 def test_more_tiles_equal_one_process(processes, size, case, impl):
     case = replace(case, heads=1)
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl=impl)
@@ -283,6 +285,9 @@ def error_of_process(group, rank: int, change: str) -> str:
         arguments["grid"] = (9, 9)
     elif change == "topk":
         arguments["topk"] = 81
+    elif change == "precision":
+        arguments["impl"] = "triton"
+        torch.backends.cuda.matmul.fp32_precision = ("ieee", "tf32")[rank]
     elif change == "group":
         arguments["group"] = "world"
     elif change == "mesh":
@@ -293,6 +298,8 @@ def error_of_process(group, rank: int, change: str) -> str:
         distributed.asa_attention(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     return "no error"
 
 
@@ -309,6 +316,8 @@ def error_of_process(group, rank: int, change: str) -> str:
         ("grid", r"ValueError: grid must be \(H, W\) with H \* W = N = 80, got 9 \* 9 = 81"),
         ("topk", "ValueError: topk must be at most the number of keys, N_k = 80, got topk=81"),
         ("group", "TypeError: group must be a process group, a DeviceMesh or None, got 'world' of type str"),
+        *[("precision", r"ValueError: every process must be given the same torch\.backends.*fp32_precision, got")]
+        * bool(INTERPRETED),
     ],
 )
 def test_every_process_raises_the_same_error(processes, change, message):

@@ -221,11 +221,9 @@ class Part:
         if problem.one_way_bits:  # of all rows and own keys
             columns = problem.part(problem.padded, part.padded)
             back, occupied_back = _new_bits(columns).zero_(), columns.new_flags().zero_()
-        own = OwnRows(rows[0], part.padded, occupied_back)
+        own = OwnRows(tokens, rows[0], part.padded, occupied_back)
         neighbours = _nobody(part, back)._replace(own=own)
-        find_neighbours(problem, self.tokens, self.orders.notes, None, self._thresholds(numbers, flags), neighbours)
-        if problem.window:
-            find_local_survivors(part, tokens, saved)
+        find_neighbours(problem, self.tokens, self.orders.notes, saved, self._thresholds(numbers, flags), neighbours)
         return neighbours
 
     def _of_columns(self, problem: Problem, tokens: Tokens) -> Neighbours:

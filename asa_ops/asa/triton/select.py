@@ -66,6 +66,7 @@ NO_ROW_STATS = RowStats(None, None, None)
 class OwnRows(NamedTuple):
     """The rows of a part of a call, whose mutual neighbours are decided in the tiles of all rows."""
 
+    tokens: Tokens  # of these rows and all keys
     first: int  # a multiple of 128
     padded: int
     occupied_back: Tensor | None  # int8 [n_heads, all row blocks, own key blocks]: the same of ``Bits.back``
@@ -303,6 +304,8 @@ def _asa_pairs_kernel(
     if tl.program_id(0) < programs:
         _collect_pairs(flags, pairs, tile_count(notes), tokens, own, TILE, MUTUAL, BLOCK_J)
     elif CUT.WINDOW > 0:
+        if own is not None:
+            tokens = own.tokens
         window_of_rows(tl.program_id(0) - programs, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n,
                        scale2, heads, sharing, n, width, CUT)  # fmt: skip
 
@@ -317,15 +320,15 @@ def collect_pairs(
     """
     tiles, other_tiles = tokens.rows.padded // tile, tokens.keys.padded // tile
     capacity = problem.n_heads * (tiles * (tiles + 1) // 2 if problem.mutual else tiles * other_tiles)
-    programs = problem.n_heads * tiles
+    programs, rows = problem.n_heads * tiles, tokens.rows.padded
     if own is not None:
-        programs = problem.n_heads * (own.padded // tile)
+        programs, rows = problem.n_heads * (own.padded // tile), own.padded
         capacity = min(capacity, programs * other_tiles)
     pairs = problem.new(capacity, dtype=torch.int64)
     beta, kept, cut = problem.inputs.beta, NOTHING_LOCAL, NO_WINDOW
     if saved is not None:
         kept, cut = Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)), window_cut(problem)
-        programs += problem.row_programs[0] if problem.window else 0
+        programs += problem.n_heads * rows // problem.block if problem.window else 0
     triton_launch.launch(
         _asa_pairs_kernel, (programs,), flags, pairs, notes, tokens, own, beta, kept, *problem.strides(beta),
         problem.scale2, problem.heads, problem.sharing, problem.n_heads, problem.n, problem.grid_width, TILE=tile,
