@@ -86,7 +86,7 @@ def triton_call(inputs: Inputs, options: Options, band: float, d_out: Tensor) ->
 
 def check(
     part: type, one_call: Callable, inputs: Inputs, options: Options, band: float, scanned: list[int], rows: list[int],
-    keys: list[int],
+    keys: list[int], backwards: int = 1,
 ) -> None:  # fmt: skip
     """Check that parts are one call, to the last bit; rows move only where what was scanned moves them."""
     rows = rows if inputs.alpha is not None or options.topk else scanned
@@ -97,7 +97,7 @@ def check(
     outputs, found, _ = forward(part, inputs, options, band, scanned, rows, keys)
     for x, y in zip(outputs, expected, strict=True):
         assert torch.equal(x.nan_to_num(7), y.nan_to_num(7))
-    for _ in range(2):  # it may run twice
+    for _ in range(backwards):
         ended = backward(part, inputs, options, band, rows, keys, found, d_out)
         for x, y in zip(ended, gradients, strict=True):
             assert (x is None) == (y is None)

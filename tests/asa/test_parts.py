@@ -39,7 +39,7 @@ SPLITS = {2: ([128, 128], [0, 256], [128, 128]), 4: ([128, 256, 0, 128], [256, 0
 def check(case: Case, dtype: torch.dtype = torch.float32, band: float = BAND) -> None:
     inputs, options = in_parts.arguments(case, dtype)
     split = SPLITS[configs.padded_length(inputs.query.shape[2]) // 128]
-    in_parts.check(Part, in_parts.triton_call, inputs, options, band, *split)
+    in_parts.check(Part, in_parts.triton_call, inputs, options, band, *split, backwards=1 + (len(split[0]) > 2))
 
 
 def named(name: str, cases: list[Case] = LARGE) -> Case:
