@@ -4,7 +4,7 @@ from collections.abc import Callable
 from itertools import accumulate, pairwise
 
 import torch
-from cases import Case, make
+from cases import Case, make, op_arguments
 from torch import Tensor
 
 from asa_ops.asa import ops, parts
@@ -70,10 +70,8 @@ def backward(part: type, inputs: Inputs, options: Options, band: float, rows: li
 
 def arguments(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Inputs, Options]:
     """Return a call as implementations take it."""
-    inputs, given = make(case, dtype, device=device)
-    grid, window, scale = given.get("grid", ()), given.get("window", 3), given.get("scale", inputs[0].shape[-1] ** -0.5)
-    options = Options.of(grid, [window] * 2, given.get("topk", 0), given.get("reciprocal", True), scale)
-    return ops.broadcast(Inputs(*inputs, given.get("key_padding_mask"))), options
+    given = op_arguments(*make(case, dtype, device=device))
+    return ops.broadcast(Inputs(*given[:6])), Options.of(*given[6:11])
 
 
 def triton_call(inputs: Inputs, options: Options, band: float, d_out: Tensor) -> tuple[list[Tensor], list]:

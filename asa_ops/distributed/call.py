@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..asa import api, ops
-from ..asa.types import Inputs, ThresholdGrad
+from ..asa.types import Grid, Inputs, ThresholdGrad, Window
 from ..core import checks
 from ..core.contracts import allows_tf32, cast_under_autocast
 from ..core.dispatch import Impl
@@ -63,7 +63,7 @@ class _Seen(NamedTuple):
 
     inputs: Inputs
     options: ops.OpOptions
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
     topk: int | None
     band: float
     impl: str
@@ -76,8 +76,8 @@ def agree(
     value: Tensor | None,
     alpha: Tensor | float | None,
     beta: Tensor | float | None,
-    grid: tuple[int, int] | None,
-    window: int,
+    grid: Grid | None,
+    window: Window,
     topk: int | None,
     reciprocal: bool,
     key_padding_mask: Tensor | None,
@@ -97,8 +97,9 @@ def agree(
         tokens: dict[str, Any] = {"query": query, "key": key} | ({"value": value} if has_values else {})
         q, k, *v = cast_under_autocast(**tokens)
         of_map = topk if topk is None else checks.as_positive_int("topk", topk)  # this process may have fewer keys
-        place = None if grid is None else (1, q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0)
-        whole_grid = None if grid is None else checks.as_sides(grid)
+        whole_grid = None if grid is None else checks.as_sides(grid, 1, 2, 3)
+        n = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
+        place = None if whole_grid is None else (*[1] * (len(whole_grid) - 1), n)
         inputs, options = api.check(
             q, k, v[0] if v else k[..., :0], alpha, beta, key_padding_mask, place, window, None, reciprocal, scale
         )
@@ -133,7 +134,7 @@ def agree(
     n_q, n_k = ([of[i] for of in sizes] for i in (0, 1))
     if seen.topk is not None and seen.topk > sum(n_k):
         raise ValueError(f"topk must be at most the number of keys, N_k = {sum(n_k)}, got topk={seen.topk}")
-    place = [0, 0] if seen.grid is None else list(checks.as_grid(seen.grid, sum(n_q)))
+    place = [0, 0] if seen.grid is None else list(checks.as_grid(seen.grid, sum(n_q), 1, 2, 3))
     options = (place, seen.options[1], seen.topk or 0, reciprocal, seen.options[4])
     asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in seen.inputs]
     learns = threshold_grad is not None and any(asked[3:5])

@@ -83,13 +83,17 @@ def intercepted(
         yield
 
 
+def _settings(options: dict) -> Options:
+    return Options.of(options["grid"], [3, 3], options.get("topk", 0), options.get("reciprocal", True), 0.1)
+
+
 def go_through(tensors: list, options: dict, band: float | None = None, mask: Tensor | None = None) -> None:
     """Make every launch of a forward and a backward call on query, key, value, alpha, beta without memory.
 
     With the call's ``options`` grid, topk and reciprocal; thresholds learn within a ``band`` around each.
     """
     inputs = Inputs(*tensors, mask)
-    settings = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
+    settings = _settings(options)
     saved = Saved.new(inputs, settings, "triton", keep=True)
     asa.fwd(inputs, settings, saved, band)
     asa.bwd(torch.empty_like(saved.out), inputs, saved, settings, band)
@@ -98,7 +102,7 @@ def go_through(tensors: list, options: dict, band: float | None = None, mask: Te
 def go_through_part(tensors: list, options: dict, band: float | None = None) -> None:
     """The same of the call of a process that computes half of the rows."""
     inputs, n = Inputs(*tensors, None), tensors[0].shape[2]
-    settings = Options(options["grid"], 3, options.get("topk", 0), options.get("reciprocal", True), 0.1)
+    settings = _settings(options)
     own = n // 2, n
     part = Part(inputs, settings, band or 0.0, True)
     if (scan := part.scan(own)) is not None:

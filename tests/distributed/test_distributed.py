@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import CASES, Case, make, named, with_grad
+from cases import CASES, OTHER_GRIDS, Case, make, named, with_grad
 from implementations import INTERPRETED, slow
 from processes import Processes
 
@@ -71,7 +71,7 @@ def check(processes, size: int, case: Case, dtype: torch.dtype, **options) -> No
         assert torch.equal(found, x) or torch.equal(found.nan_to_num(7), x.nan_to_num(7)), (i, found - x)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *OTHER_GRIDS], ids=lambda case: case.name)
 @pytest.mark.parametrize("size", [slow(1), 3])
 def test_a_small_map_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
@@ -83,6 +83,7 @@ LARGE = [
     for case in CASES
     if case.grid == (9, 7)
 ]
+LARGE += [replace(case, grid=(397,) if len(case.grid) == 1 else (5, 11, 7)) for case in OTHER_GRIDS[:4]]
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
@@ -313,7 +314,7 @@ def error_of_process(group, rank: int, change: str) -> str:
         ("gradient", "ValueError: every process must be given the same requires_grad, got "),
         ("thresholds", "ValueError: every process must be given the same batch, heads and head dims, got "),
         ("value", "TypeError: process 1 of 2: value must be a tensor, got None"),
-        ("sides", r"TypeError: process 1 of 2: grid must hold two integers \(H, W\), got 8.0 of type float"),
+        ("sides", r"TypeError: process 1 of 2: grid must hold integers .*, got 8.0 of type float"),
         ("grid", r"ValueError: grid must be \(H, W\) with H \* W = N = 80, got 9 \* 9 = 81"),
         ("topk", "ValueError: topk must be at most the number of keys, N_k = 80, got topk=81"),
         ("group", "TypeError: group must be a process group, a DeviceMesh or None, got 'world' of type str"),
