@@ -98,7 +98,7 @@ class _Pass:
         orders = self.part.row_order, self.part.key_order
         self.rows, self.keys = split or tuple(ranges(x.shape[1], self.size, block=block) for x in orders)
 
-    def own(self, sizes: list[int]) -> parts.Range:
+    def range_of(self, sizes: list[int]) -> parts.Range:
         begin = sum(sizes[: self.rank])
         return begin, begin + sizes[self.rank]
 
@@ -108,12 +108,12 @@ class _Pass:
 
     def attend(self) -> tuple[parts.Outputs, list[Tensor | None]]:
         """Return outputs of own rows, of equal work, and what a backward needs."""
-        scan = self.part.scan(self.own(self.rows))
+        scan = self.part.scan(self.range_of(self.rows))
         if scan is not None:
             (numbers,) = self.gather(self.rows, scan.numbers)
             (flags,) = self.gather(blocks_of(self.rows, parts.TILE), scan.flags)
             scan = parts.Scan(numbers, flags, self._share_out(flags, scan.peaks))
-        return self.part.attend(self.own(self.rows), self.own(self.keys), scan)
+        return self.part.attend(self.range_of(self.rows), self.range_of(self.keys), scan)
 
     def _share_out(self, flags: Tensor, peaks: Tensor | None) -> Tensor | None:
         """Choose rows of equal work, by how many pairs are to be decided; return peaks of own rows."""
@@ -144,11 +144,11 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Any) -> Any:
         inputs = call.gather(Inputs(*tensors))
         with torch.cuda.device_of(inputs.query):
-            own = _Pass(call, inputs, call.keep)
-            outputs, kept = own.attend()
-            home = own.homes_of_rows().send(outputs)
+            mine = _Pass(call, inputs, call.keep)
+            outputs, kept = mine.attend()
+            home = mine.homes_of_rows().send(outputs)
         if call.keep:
-            ctx.call, ctx.split = call, (own.rows, own.keys)
+            ctx.call, ctx.split = call, (mine.rows, mine.keys)
             ctx.save_for_backward(*inputs, *outputs, *kept)
         ctx.mark_non_differentiable(*home[1:])
         return tuple(home)
@@ -159,16 +159,16 @@ class Attention(torch.autograd.Function):
         call, saved = ctx.call, ctx.saved_tensors
         inputs, outputs, kept = Inputs(*saved[:6]), parts.Outputs(*saved[6:10]), saved[10:]
         with torch.cuda.device_of(inputs.query):
-            own = _Pass(call, inputs, True, ctx.split)
-            rows, keys, homes = own.own(own.rows), own.own(own.keys), own.homes_of_rows()
+            mine = _Pass(call, inputs, True, ctx.split)
+            rows, keys, homes = mine.range_of(mine.rows), mine.range_of(mine.keys), mine.homes_of_rows()
             (d_out,) = homes.fetch([grad_out])
-            of_rows, largest = own.part.begin_backward(rows, keys, d_out, outputs, kept)
-            of_rows = own.gather(own.rows, *of_rows)
-            (largest,) = own.gather([1] * own.size, largest[None, None])
-            found = own.part.end_backward(rows, keys, of_rows, largest[0].amax(0))
+            of_rows, largest = mine.part.begin_backward(rows, keys, d_out, outputs, kept)
+            of_rows = mine.gather(mine.rows, *of_rows)
+            (largest,) = mine.gather([1] * mine.size, largest[None, None])
+            found = mine.part.end_backward(rows, keys, of_rows, largest[0].amax(0))
             query, *of_keys = (ops.like(dx, x, d_out) for dx, x in zip(found[:3], inputs[:3], strict=True))
             (dq,) = homes.send([query])
-            dk, dv = (homes if own.has_one_range else own.homes_of_keys()).send(of_keys)
+            dk, dv = (homes if mine.has_one_range else mine.homes_of_keys()).send(of_keys)
             learning = [_of_thresholds(call, homes, dx, x) for dx, x in zip(found[3:], inputs[3:5], strict=True)]
         return None, dq, dk, dv, *learning, None
 
@@ -191,12 +191,12 @@ def neighbors(call: Call, tensors: Inputs) -> NeighborGraph:
     """Return the survivors of this process's tokens."""
     inputs = call.gather(tensors)
     with torch.cuda.device_of(inputs.query):
-        own = _Pass(call, inputs, True)
-        outputs, _ = own.attend()
-        homes = own.homes_of_rows()
-        survivors = outputs.survivors.masked_fill((homes.computer != own.rank)[:, None], 0)
+        mine = _Pass(call, inputs, True)
+        outputs, _ = mine.attend()
+        homes = mine.homes_of_rows()
+        survivors = outputs.survivors.masked_fill((homes.computer != mine.rank)[:, None], 0)
         graph = new_graph(survivors)
-        own.part.list_survivors(own.own(own.rows), *graph)
+        mine.part.list_survivors(mine.range_of(mine.rows), *graph)
         return _send_home(homes, survivors, graph)
 
 

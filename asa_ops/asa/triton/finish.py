@@ -144,6 +144,7 @@ def _sum_of_wide_parts(sums, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _window_of_rows(local, bits, tokens, z, image, n, width):
+    """The windows of rows, among all keys."""
     place, own, others = tokens.keys.place + image * n, tokens.rows.padded, tokens.keys.padded
     return Window(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, width, own, others)
 
