@@ -16,13 +16,16 @@ BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,ki
 	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo large-map segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel lint format clean
+.PHONY: demo large-map volume segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
 
 large-map: $(READY)  ## denoise a photograph whose maps are split over 2 processes; ARGS="photo.jpg --out large.png" passes options
 	$(RUN) -m torch.distributed.run --standalone --nproc-per-node 2 examples/large_map.py $(ARGS)
+
+volume: $(READY)  ## denoise a volume, at once and slice by slice; ARGS="brain.nii.gz --size 24 64 64" passes options
+	$(RUN) examples/denoise_volume.py $(ARGS)
 
 segment: $(READY)  ## train a segmentation network on made pictures; ARGS="--block criss_cross --steps 200" passes options
 	$(RUN) -m examples.segmentation.train --overwrite $(ARGS)

@@ -4,6 +4,7 @@ One unit is a product of all queries with all keys, 2 N^2 D operations per image
 forward (4 N^2 D) and 5 backward (10 N^2 D).
 """
 
+import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -13,11 +14,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from asa_ops import NeighborGraph, reciprocal_neighbors
 from asa_ops.asa.blocked import window_columns
+from asa_ops.asa.types import Options
 
 from .peers import DENSE
 from .record import Case
 
-BLOCK = 64  # side of a tile of pairs, and 8 x 8 pixels
+BLOCK = 64  # side of a tile of pairs: 8 x 8 pixels, or 4 x 4 x 4
 STRIP = 8  # rows that impl="cpu" takes together
 BEGUN = 0.9  # density from which it multiplies strips while it scans them, if mutual, about: it counts neighbours
 CHUNK = 2**24  # pairs looked at at a time
@@ -28,7 +30,7 @@ class Sparsity(NamedTuple):
 
     survivors: float  # per row, a number of positions
     density: float  # pairs that survive
-    active: float  # pairs in tiles of 64 x 64, in 8 x 8 order, with a survivor
+    active: float  # pairs in tiles of 64 x 64, in the order of tiles, with a survivor
     # Pairs in tiles that hold a neighbour of a row and, the other way round, of a column, or touch the window: what can
     # be known of a tile before its pairs are compared.
     plausible: float
@@ -36,32 +38,36 @@ class Sparsity(NamedTuple):
     strips: float  # pairs that impl="cpu" visits: survivors, or all pairs of 8 rows with more than a quarter surviving
 
 
-def tile_order(grid: tuple[int, int]) -> Tensor:
-    """Return the tokens of a grid [N] in the order of 8 x 8 tiles, smaller at the borders."""
-    tokens = torch.arange(grid[0] * grid[1]).view(grid)
-    return torch.cat([tile.reshape(-1) for band in tokens.split(8) for tile in band.split(8, 1)])
+def tile_order(grid: tuple[int, ...]) -> Tensor:
+    """Return the tokens of a grid [N] in the order of tiles of 64, 8 x 8 or 4 x 4 x 4, smaller at the borders."""
+    side = round(BLOCK ** (1 / len(grid)))
+    tiles = [torch.arange(math.prod(grid)).view(grid)]
+    for axis in range(len(grid)):
+        tiles = [part for tile in tiles for part in tile.split(side, axis)]
+    return torch.cat([tile.reshape(-1) for tile in tiles])
 
 
-def sparsity(tensors: list[Tensor], grid: tuple[int, int], window: int = 3) -> Sparsity:
-    """Count who survives of query, key, value [B, heads, N, D] above alpha, beta [B, heads, N] on a grid (H, W)."""
+def sparsity(tensors: list[Tensor], grid: tuple[int, ...], window: int = 3) -> Sparsity:
+    """Count who survives of query, key, value [B, heads, N, D] above alpha, beta [B, heads, N] on a grid."""
     query, key, _, alpha, beta = tensors
-    options = {"grid": grid, "window": window}
+    given = {"grid": grid, "window": window}
     n, heads, device = query.shape[2], query.shape[0] * query.shape[1], query.device
     blocks = -(-n // BLOCK)
-    block = torch.empty(n, dtype=torch.int64, device=device)  # of a token, in 8 x 8 order
+    block = torch.empty(n, dtype=torch.int64, device=device)  # of a token, in the order of tiles
     block[tile_order(grid).to(device)] = torch.arange(n, device=device) // BLOCK
     active, seen, local = (torch.zeros(heads, blocks, blocks, dtype=torch.bool, device=device) for _ in range(3))
     chosen = torch.zeros(heads, n, blocks, dtype=torch.bool, device=device)
-    graph = reciprocal_neighbors(query, key, alpha, beta, **options)
+    graph = reciprocal_neighbors(query, key, alpha, beta, **given)
     for head, row, column in _pairs(graph, n):
         active[head, block[row], block[column]] = True
     counts = graph.row_offsets.diff().view(heads, n).double()
     # No local survivors above infinite thresholds: the neighbours A_ij.
-    graph = reciprocal_neighbors(query, key, alpha, torch.full_like(beta, torch.inf), reciprocal=False, **options)
+    graph = reciprocal_neighbors(query, key, alpha, torch.full_like(beta, torch.inf), reciprocal=False, **given)
     for head, row, column in _pairs(graph, n):
         seen[head, block[row], block[column]] = True
         chosen[head, row, block[column]] = True
-    columns, inside = window_columns(grid, window, slice(0, n), device)
+    options = Options.of(grid, [window] * len(grid), 0, True, 1.0)
+    columns, inside = window_columns(options.grid, options.window, slice(0, n), device)
     row, offset = inside.nonzero(as_tuple=True)
     local[:, block[row], block[columns[row, offset]]] = True
     sizes = block.bincount(minlength=blocks).double()

@@ -24,7 +24,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 class Problem(NamedTuple):
     tensors: list[Tensor]  # query, key, value, alpha, beta
-    grid: tuple[int, int]
+    grid: tuple[int, ...]
 
 
 class Peer(NamedTuple):

@@ -222,7 +222,7 @@ def arguments() -> argparse.ArgumentParser:
     size = functools.partial(parsed, lambda text: Spec("asa", text, 1, 1, 1, "float32", "iid", None))
     op = functools.partial(parsed, workloads.parse_op)
     parser.add_argument("--op", nargs="+", type=op, help=f"default: asa; {', '.join(workloads.OPS)}")
-    parser.add_argument("--size", nargs="+", type=size, metavar="HxW", help="default: 64x64")
+    parser.add_argument("--size", nargs="+", type=size, metavar="HxW", help="default: 64x64; L or TxHxW of other grids")
     parser.add_argument("--dim", nargs="+", type=positive, help="head dim; channels of a block (64)")
     parser.add_argument("--heads", type=positive)
     parser.add_argument("--batch", type=positive)

@@ -32,7 +32,7 @@ IMPLS = (*dispatch.NAMES, HOPPER)
 @dataclass(frozen=True)
 class Spec:
     op: str  # "asa", "criss_cross_attention" or a block, "non_local", "non_local,mode=gaussian"
-    size: str  # "HxW"
+    size: str  # of the grid, "L", "HxW" or "TxHxW"
     dim: int  # head dim; channels of a block
     heads: int
     batch: int
@@ -41,13 +41,14 @@ class Spec:
     alpha: float | None  # what thresholds were set to, None: the input's own
 
     def __post_init__(self):
-        if not re.fullmatch(r"[1-9]\d{0,4}x[1-9]\d{0,4}", self.size):
-            raise ValueError(f"size: expected HxW, as 64x64, got {self.size!r}")
+        if not re.fullmatch(r"[1-9]\d{0,4}(x[1-9]\d{0,4}){0,2}", self.size):
+            raise ValueError(f"size: expected HxW, as 64x64, or L or TxHxW, got {self.size!r}")
+        if len(self.grid) != 2 and self.op != "asa":
+            raise ValueError(f"{self.op} is measured on maps, HxW, got {self.size}")
 
     @property
-    def grid(self) -> tuple[int, int]:
-        height, width = map(int, self.size.split("x"))
-        return height, width
+    def grid(self) -> tuple[int, ...]:
+        return tuple(map(int, self.size.split("x")))
 
     @property
     def tokens(self) -> int:

@@ -29,8 +29,8 @@ constexpr const char* kListSurvivorsSchema =
 
 // The arguments of a call that are no tensors.
 struct Options {
-  int64_t height = 0, width = 0;  // of the map; 0, 0: none
-  int64_t window = 1;  // side of the local window
+  int64_t depth = 0, height = 0, width = 0;  // of the grid, sides of 1 before those that it has; 0, 0, 0: none
+  int64_t window[3] = {1, 1, 1};  // sides of the local window
   int64_t topk;  // 0: none
   bool reciprocal;
   double scale;
@@ -39,16 +39,19 @@ struct Options {
   Options(const std::vector<int64_t>& grid, const std::vector<int64_t>& sides, int64_t topk, bool reciprocal,
           double scale, double band)
       : topk(topk), reciprocal(reciprocal), scale(scale), band(band) {
-    check(grid.empty() || grid.size() == 2, "grid", "[] or [H, W]: one and three dimensions do not work yet");
-    if (!grid.empty()) height = grid[0], width = grid[1];
+    check(grid.size() <= 3, "grid", "[L], [H, W], [T, H, W] or []");
+    check(grid.empty() || sides.size() == grid.size(), "window", "one odd side for each of the grid");
     for (const int64_t side : grid) check(side >= 0 && side <= INT32_MAX, "grid", "of sides from 0 to 2^31 - 1");
-    check(!sides.empty() && sides.size() <= 3, "window", "one odd side for each of the grid");
-    for (const int64_t side : sides) {
-      check(side > 0 && side % 2 == 1, "window", "odd");
-      check(side == sides[0], "window", "the same side in every dimension: others do not work yet");
+    for (const int64_t side : sides) check(side > 0 && side % 2 == 1, "window", "of odd sides");
+    if (!grid.empty()) {
+      int64_t* const of_grid[] = {&depth, &height, &width};
+      const int64_t largest = *std::max_element(grid.begin(), grid.end()), none = 3 - static_cast<int64_t>(grid.size());
+      for (int64_t i = 0; i < 3; ++i) {
+        *of_grid[i] = i < none ? 1 : grid[i - none];
+        // A window wider than the grid is the grid.
+        window[i] = i < none ? 1 : std::min(sides[i - none], std::max<int64_t>(2 * largest - 1, 1));
+      }
     }
-    // A window wider than the map is the map.
-    window = grid.empty() ? sides[0] : std::min(sides[0], std::max<int64_t>(2 * std::max(height, width) - 1, 1));
     check(topk >= 0, "topk", "at least 0");
     check(band >= 0, "band", "at least 0");
   }
@@ -78,14 +81,18 @@ struct Arguments {
   ScalarType type() const { return query.scalar_type(); }
   ScalarType statistics() const { return type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-  // Whether keys have places on a map; in doubles, which do not overflow.
-  bool is_map() const { return static_cast<double>(options.height) * static_cast<double>(options.width) == n_k(); }
+  // Whether keys have places on a grid; in doubles, which do not overflow.
+  bool is_map() const {
+    double n = 1;
+    for (const int64_t side : {options.depth, options.height, options.width}) n *= static_cast<double>(side);
+    return n == n_k();
+  }
 
   // Whether there are adaptive neighbours. Otherwise all keys are neighbours, or none if there is a beta.
   bool has_neighbours() const { return alpha || options.topk > 0; }
 
   // Positions of the local window; 0: none.
-  int64_t positions() const { return beta ? options.window * options.window : 0; }
+  int64_t positions() const { return beta ? options.window[0] * options.window[1] * options.window[2] : 0; }
 
   // Whether there is nothing to compute.
   bool is_empty() const { return n_heads() * n_q() == 0 || n_k() == 0; }
@@ -105,8 +112,10 @@ struct Arguments {
     if (real) check(*real, "key_padding_mask", query, ScalarType::Bool, {b, n_k()});
     const bool one_map = n_q() == n_k();
     check(one_map || !options.reciprocal || !has_neighbours(), "N", "that of keys if neighbours must be mutual");
-    check(!beta || (one_map && is_map()), "height * width", "N, of query and key");
-    check(!beta || options.window <= 46339, "window", "of less than 2^31 positions");
+    check(!beta || (one_map && is_map()), "grid", "of N positions, those of query and key");
+    double positions = 1;
+    for (const int64_t side : options.window) positions *= static_cast<double>(side);
+    check(!beta || positions <= INT32_MAX, "window", "of less than 2^31 positions");
     check(options.topk <= n_k(), "topk", "between 0 and N_k");
   }
 

@@ -1,5 +1,6 @@
 """Inputs of asa_attention for tests: one factory, one list of named cases."""
 
+import math
 from dataclasses import dataclass, field, replace
 
 import pytest
@@ -15,7 +16,7 @@ class Case:
     """A call of asa_attention. Thresholds: "spread" around 1, "heads" (one per head), "zero", "inf", or None."""
 
     name: str
-    grid: tuple[int, int] = (9, 7)
+    grid: tuple[int, ...] = (9, 7)
     batch: int = 2
     heads: int = 2
     dim: int = 8
@@ -59,6 +60,15 @@ CASES = [
     Case("wide_values", dim=3, dim_v=33),
     Case("empty_batch", batch=0),
 ]
+OTHER_GRIDS = [
+    Case("sequence", grid=(65,), options={"window": 5}),
+    Case("sequence_topk", grid=(23,), padding=True, options={"window": (7,), "topk": 6}),
+    Case("volume", grid=(3, 4, 6)),
+    Case("volume_padding", grid=(2, 3, 7), padding=True, options={"window": (3, 1, 5)}),
+    Case("volume_window", grid=(4, 3, 4), alpha=None, options={"window": (7, 3, 5)}),
+    Case("volume_one_way", grid=(5, 2, 3), heads=3, alpha="heads", beta="heads", options={"reciprocal": False}),
+    Case("map_window", grid=(6, 5), options={"window": (1, 5)}),
+]
 IDS = [case.name for case in CASES]
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 
@@ -66,7 +76,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 def threshold(kind: str | None, case: Case, dtype: torch.dtype, generator) -> Tensor | None:
     if kind is None:
         return None
-    n = case.grid[0] * case.grid[1]
+    n = math.prod(case.grid)
     shape = case.batch, case.heads if kind == "heads" else 1, n
     x = torch.empty(shape, dtype=torch.float64).uniform_(0.2, 2.5, generator=generator)
     if kind == "zero":
@@ -85,7 +95,7 @@ def make(
 ) -> tuple[list[Tensor | None], dict]:
     """Return ([query, key, value, alpha, beta], options) of a case, the same numbers in every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
-    n = case.grid[0] * case.grid[1]
+    n = math.prod(case.grid)
     n_keys = case.n_keys or n
 
     def normal(*shape):
@@ -116,7 +126,8 @@ def named(name: str, **changes) -> Case:
 
 def op_arguments(inputs: list[Tensor | None], options: dict, keep: bool = True, band: float = 2.0) -> tuple:
     """Return the arguments of the ops of a forward pass."""
-    grid, window = list(options.get("grid", ())), [options.get("window", 3)] * 2
+    grid, window = list(options.get("grid", ())), options.get("window", 3)
+    window = list(window) if isinstance(window, tuple) else [window] * (len(grid) or 2)
     rest = options.get("topk", 0), options.get("reciprocal", True), options.get("scale", inputs[0].shape[-1] ** -0.5)
     return *inputs, options.get("key_padding_mask"), grid, window, *rest, band, keep
 

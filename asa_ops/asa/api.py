@@ -11,7 +11,7 @@ from ..core import checks, dispatch
 from ..core.contracts import cast_under_autocast
 from ..core.dispatch import Impl
 from . import ops
-from .types import AsaStats, Inputs, NeighborGraph, ThresholdGrad
+from .types import AsaStats, Grid, Inputs, NeighborGraph, ThresholdGrad, Window
 
 
 @overload
@@ -22,8 +22,8 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
-    window: int = 3,
+    grid: Grid | None = None,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -43,8 +43,8 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
-    window: int = 3,
+    grid: Grid | None = None,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -64,8 +64,8 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
-    window: int = 3,
+    grid: Grid | None = None,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -84,8 +84,8 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
-    window: int = 3,
+    grid: Grid | None = None,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -114,8 +114,9 @@ def asa_attention(
         alpha: non-local threshold multiplier >= 0, a number or a tensor that broadcasts to [B, heads, N_q], in the
             dtype of ``query`` or float32: 0 keeps every position, inf none. None: no adaptive threshold.
         beta: local threshold multiplier >= 0, as alpha. None: no local block.
-        grid: (H, W) with H * W == N, positions in raster order; required by ``beta``.
-        window: odd side of the local window.
+        grid: (L,) of a sequence, (H, W) of a map or (T, H, W) of a volume or video, of N positions, in raster order;
+            required by ``beta``.
+        window: odd side of the local window, or one for each side of the grid; it is cut at the borders.
         topk: neighbours must also be among the ``topk`` largest scores of their row (ties are all kept).
         reciprocal: keep a pair only if each is the other's neighbour.
         key_padding_mask: bool [B, N_k], True = a real position. Padding is nobody's neighbour; where N_q == N_k padding
@@ -171,8 +172,8 @@ def reciprocal_neighbors(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
-    window: int = 3,
+    grid: Grid | None = None,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -248,8 +249,8 @@ def check(
     alpha: Tensor | float | None,
     beta: Tensor | float | None,
     key_padding_mask: Tensor | None,
-    grid: tuple[int, int] | None,
-    window: int,
+    grid: Grid | None,
+    window: Window,
     topk: int | None,
     reciprocal: bool,
     scale: float | None,
@@ -272,12 +273,12 @@ def check(
         given = "reciprocal=True" if reciprocal else "beta" if beta is not None else f"grid={grid}"
         raise ValueError(f"{given} needs as many queries as keys, got N_q = {n_q} and N_k = {n_k}")
     if beta is not None and grid is None:
-        raise ValueError(f"beta needs grid=(H, W) with H * W = N = {n_q}, got grid=None")
+        raise ValueError(f"beta needs grid=(L,), (H, W) or (T, H, W) with the product N = {n_q}, got grid=None")
     # AOTInductor of torch 2.13 loses an empty list.
-    sides = [0, 0] if grid is None else list(checks.as_grid(grid, n_q))
-    window = checks.as_window(window)
+    sides = [0, 0] if grid is None else list(checks.as_grid(grid, n_q, 1, 2, 3))
+    windows = list(checks.as_window(window, len(sides)))
     if topk is not None:
         topk = checks.as_positive_int("topk", topk)
         if topk > n_k:
             raise ValueError(f"topk must be at most the number of keys, N_k = {n_k}, got topk={topk}")
-    return inputs, (sides, [window, window], topk or 0, reciprocal, checks.as_scale(scale, query))
+    return inputs, (sides, windows, topk or 0, reciprocal, checks.as_scale(scale, query))

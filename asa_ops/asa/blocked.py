@@ -5,7 +5,7 @@ an adaptive neighbour of i". Reciprocity then needs no second product: the mutua
 the transposed bits of its columns. Pass 2 forms the scores again and aggregates over the survivors. The backward reads
 the same bits, so it cannot disagree with the forward about a borderline pair.
 
-Extra memory per image and head: N^2 / 8 bytes of neighbour bits, window**2 bytes a row for the local block, and a few
+Extra memory per image and head: N^2 / 8 bytes of neighbour bits, a byte a row and position of the window, and a few
 [rows, N] blocks of scores.
 """
 
@@ -16,34 +16,36 @@ import torch
 from torch import Tensor
 
 from .bits import bit_columns, pack_bits, unpack_bits
-from .types import Inputs, NeighborGraph, Options, Saved, bits_shape, log_sum_exp
+from .types import Inputs, NeighborGraph, Options, Saved, bits_shape, log_sum_exp, places_of
 
 # Scores held at once, in elements: small enough to stay near the caches, large enough for the products to run at speed.
 _BLOCK_ELEMENTS = 2**20
 _MIN_ROWS = 64
 
 
-def window_columns(grid: tuple[int, int], window: int, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return the tokens of the square window around every token in ``rows``.
+def window_columns(
+    grid: tuple[int, int, int], window: tuple[int, int, int], rows: slice, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the tokens of the window around every token in ``rows``.
 
     Args:
-        grid: (H, W) of the token grid.
-        window: odd side of the window.
+        grid: (T, H, W) of the token grid.
+        window: odd sides of the window.
         rows: contiguous range of tokens, in raster order.
         device: where the result lies.
 
     Returns:
-        columns: int64 [rows, window**2], offsets in raster order (the centre in the middle, offset o opposite to offset
-            window**2 - 1 - o). Where the window leaves the grid the column is the row's own token.
-        inside: bool [rows, window**2], False where the window leaves the grid.
+        columns: int64 [rows, positions], offsets in raster order (the centre in the middle, offset o opposite to offset
+            positions - 1 - o). Where the window leaves the grid the column is the row's own token.
+        inside: bool [rows, positions], False where the window leaves the grid.
     """
-    height, width = grid
-    reach = torch.arange(-(window // 2), window // 2 + 1, device=device)
-    token = torch.arange(rows.start, rows.stop, device=device)[:, None]
-    r = token // width + reach.repeat_interleave(window)
-    c = token % width + reach.repeat(window)
-    inside = (r >= 0) & (r < height) & (c >= 0) & (c < width)
-    return torch.where(inside, r * width + c, token), inside
+    offsets = torch.cartesian_prod(*(torch.arange(-(side // 2), side // 2 + 1, device=device) for side in window)).T
+    token = torch.arange(rows.start, rows.stop, device=device)
+    places = torch.stack(places_of(token, grid))[:, :, None] + offsets[:, None, :]
+    sides = torch.tensor(grid, device=device)[:, None, None]
+    inside = ((places >= 0) & (places < sides)).all(0)
+    columns = (places[0] * grid[1] + places[1]) * grid[2] + places[2]
+    return torch.where(inside, columns, token[:, None]), inside
 
 
 def _row_blocks(n_rows: int, n_columns: int) -> Iterator[slice]:
@@ -67,7 +69,7 @@ class _Head:
     real_k: Tensor | None
     options: Options
     bits: Tensor | None  # uint8 [N_q, bit_columns(N_k)], A; None without alpha and topk
-    local: Tensor | None  # bool [N_q, window**2], L; None without beta
+    local: Tensor | None  # bool [N_q, positions], L; None without beta
 
     @property
     def blocks(self) -> Iterator[slice]:
@@ -115,7 +117,7 @@ class _Head:
         return everybody if pairs is None else everybody & pairs
 
     def in_window(self, rows: slice) -> tuple[Tensor, Tensor]:
-        """The window around i in rows: its columns and which of them are real neighbours, both [rows, window**2]."""
+        """The window around i in rows: its columns and which of them are real neighbours, both [rows, positions]."""
         columns, inside = window_columns(self.options.grid, self.options.window, rows, self.q.device)
         if self.real_k is not None:
             inside = inside & self.real_k[columns] & self.real_q[rows, None]
@@ -127,14 +129,14 @@ class _Head:
 
     def local_pairs_back(self, rows: slice) -> Tensor | None:
         """L_ji for i in rows [rows, N_q]; None without a local block."""
-        opposite = torch.arange(self.options.window**2 - 1, -1, -1, device=self.q.device)
+        opposite = torch.arange(self.options.positions - 1, -1, -1, device=self.q.device)
         return None if self.local is None else self._scatter_window(rows, lambda columns: self.local[columns, opposite])
 
     def _scatter_window(self, rows: slice, flags_of: Callable[[Tensor], Tensor]) -> Tensor:
         columns, inside = window_columns(self.options.grid, self.options.window, rows, self.q.device)
         flags = flags_of(columns)
         # Columns outside the grid repeat the row's own token, so they must write what its own place writes.
-        centre = self.options.window**2 // 2
+        centre = self.options.positions // 2
         flags = torch.where(inside, flags, flags[:, centre : centre + 1])
         return flags.new_zeros(flags.shape[0], self.k.shape[0]).scatter_(-1, columns, flags)
 

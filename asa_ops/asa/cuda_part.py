@@ -4,6 +4,7 @@ The ops work on tensors of all rows, of which each process writes its own; what 
 them here.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,9 +23,9 @@ def _op(name: str, device: torch.device) -> Any:
     return getattr(torch.ops.asa_ops, f"asa_{'emulated_' if device.type == 'cpu' else ''}tiles_{name}")
 
 
-def _order(n: int, grid: tuple[int, int], real: Tensor | None, device: torch.device) -> Tensor:
+def _order(n: int, grid: tuple[int, int, int], real: Tensor | None, device: torch.device) -> Tensor:
     """Return the order of n tokens, [1 or B, padded]; csrc/cuda/asa/arrange.cu finds the same."""
-    width = grid[1] if grid[0] * grid[1] == n else n
+    width = grid[2] if math.prod(grid) == n else n
     token = torch.arange(n, device=device)
     row, column = token // width, token % width
     tile = row // SIDE * (width // SIDE + 1) + column // SIDE
@@ -47,14 +48,14 @@ class Part:
 
     def __init__(self, inputs: Inputs, options: Options, band: float, keep: bool) -> None:
         self.inputs, self.keep, self.band = inputs, keep, band if keep else 0.0
-        self.options = (list(options.grid), [options.window], *options[2:], self.band)
+        self.options = (list(options.grid), list(options.window), *options[2:], self.band)
         self.has_thresholds = inputs.alpha is not None or options.topk > 0
         query, key = inputs.query, inputs.key
         self.n_heads = query.shape[0] * query.shape[1]
         self.key_order = _order(key.shape[2], options.grid, inputs.key_padding_mask, key.device)
         self.row_order = self.key_order
         if query.shape[2] != key.shape[2]:
-            self.row_order = _order(query.shape[2], (1, query.shape[2]), None, query.device)
+            self.row_order = _order(query.shape[2], (1, 1, query.shape[2]), None, query.device)
 
     def _call(self, name: str, *args: Any, first: tuple[Tensor, ...] = (), saved: tuple[Tensor, ...] = ()) -> Any:
         return _op(name, self.inputs.query.device)(*first, *self.inputs, *saved, *self.options, *args)

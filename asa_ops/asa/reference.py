@@ -5,11 +5,14 @@ The formulas stand in ``asa_ops/asa/__init__.py``; the names here are theirs. Sc
 computed in float32 and the result is rounded once.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from ..core import checks
 from ..core.contracts import backward_of, ignoring_autocast
 from .types import AsaStats, Inputs, NeighborGraph, Options, log_sum_exp
 
@@ -37,8 +40,8 @@ def asa_attention(
     alpha: Tensor | None = None,
     beta: Tensor | None = None,
     *,
-    grid: tuple[int, int] | None = None,
-    window: int = 3,
+    grid: Sequence[int] | None = None,
+    window: int | Sequence[int] = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -113,8 +116,8 @@ def find_survivors(
     s: Tensor,
     alpha: Tensor | None,
     beta: Tensor | None,
-    grid: tuple[int, int] | None,
-    window: int,
+    grid: Sequence[int] | None,
+    window: int | Sequence[int],
     topk: int | None,
     reciprocal: bool,
     real_q: Tensor,
@@ -166,13 +169,15 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     return NeighborGraph.of_rows(kept.flatten(0, 1), query.device)
 
 
-def in_window(grid: tuple[int, int], window: int, device: torch.device) -> Tensor:
-    """Return [N, N] bool: j lies in the window of side ``window`` around i."""
-    height, width = grid
-    token = torch.arange(height * width, device=device)
-    r, c = token // max(width, 1), token % max(width, 1)
-    in_rows, in_columns = ((x[:, None] - x[None, :]).abs() <= window // 2 for x in (r, c))
-    return in_rows & in_columns
+def in_window(grid: Sequence[int], window: int | Sequence[int], device: torch.device) -> Tensor:
+    """Return [N, N] bool: j lies in the window around i, of a side for every side of the grid."""
+    place = torch.arange(math.prod(grid), device=device)
+    inside = torch.ones(len(place), len(place), dtype=torch.bool, device=device)
+    for side, of_window in zip(reversed(grid), reversed(checks.as_window(window, len(grid))), strict=True):
+        along = place % max(side, 1)
+        inside &= (along[:, None] - along[None, :]).abs() <= of_window // 2
+        place = place // max(side, 1)
+    return inside
 
 
 def attend(s: Tensor, v: Tensor, kept: Tensor, nan_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -264,7 +269,7 @@ class _StraightThrough(torch.autograd.Function):
 
 
 def _published(
-    s: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, grid: tuple[int, int], window: int
+    s: Tensor, v: Tensor, alpha: Tensor, beta: Tensor, grid: Sequence[int], window: int | Sequence[int]
 ) -> tuple[Tensor, AsaStats]:
     """The authors' code: weights in the domain of probabilities, and its + 1e-12."""
     weight = published_mask(s, alpha, beta, grid, window)
@@ -277,7 +282,7 @@ def _published(
 
 
 @torch.no_grad()
-def published_mask(s: Tensor, alpha: Tensor, beta: Tensor, grid: tuple[int, int], window: int) -> Tensor:
+def published_mask(s: Tensor, alpha: Tensor, beta: Tensor, grid: Sequence[int], window: int | Sequence[int]) -> Tensor:
     """Return the authors' mask [B, heads, N, N]: 0, 1, or 1/2 where a probability equals its threshold exactly.
 
     Outside the window the local block compares 0 with beta_i times the window's mean: where the product is 0 (beta_i

@@ -12,6 +12,7 @@ The C++ implementations are ops (``asa_ops.asa.ops``). One in Python is a module
         Return the survivors K.
 """
 
+import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -22,6 +23,8 @@ from torch import Tensor
 from .bits import bit_columns
 
 ThresholdGrad = Literal["straight_through", None]
+Grid = Sequence[int]  # (L,), (H, W) or (T, H, W)
+Window = int | Sequence[int]  # of a local block: its side, or one for each side of the grid
 
 
 class AsaStats(NamedTuple):
@@ -87,8 +90,8 @@ class Inputs(NamedTuple):
 class Options(NamedTuple):
     """The other arguments of a call, resolved."""
 
-    grid: tuple[int, int]  # (0, 0): none
-    window: int
+    grid: tuple[int, int, int]  # (T, H, W), sides of 1 before those that it has; (0, 0, 0): none
+    window: tuple[int, int, int]  # its sides, odd
     topk: int  # 0: none
     reciprocal: bool
     scale: float
@@ -96,14 +99,26 @@ class Options(NamedTuple):
     @classmethod
     def of(cls, grid: Sequence[int], window: Sequence[int], topk: int, reciprocal: bool, scale: float) -> "Options":
         """Return the options from the arguments of an op; csrc/asa.h does the same."""
-        if len(grid) not in (0, 2) or not window or any(side != window[0] for side in window):
-            raise RuntimeError(f"asa_attention: only two dimensions work yet, got grid={grid} and window={window}")
+        if len(grid) > 3 or (grid and len(window) != len(grid)):
+            raise RuntimeError(f"asa_attention: a window has a side for each of the grid, got {grid=} and {window=}")
         if not grid:
-            return cls((0, 0), window[0], topk, reciprocal, scale)
-        height, width = grid
-        # A window wider than the map is the map. Not the builtins: they would have torch.compile ask which is larger.
-        widest = torch.sym_max(2 * torch.sym_max(height, width) - 1, 1)
-        return cls((height, width), torch.sym_min(window[0], widest), topk, reciprocal, scale)
+            return cls((0, 0, 0), (1, 1, 1), topk, reciprocal, scale)
+        first = (1,) * (3 - len(grid))
+        # A window wider than the grid is the grid. Not the builtins: they would have torch.compile ask which is larger.
+        widest = torch.sym_max(2 * functools.reduce(torch.sym_max, grid) - 1, 1)
+        sides = [torch.sym_min(side, widest) for side in window]
+        return cls((*first, *grid), (*first, *sides), topk, reciprocal, scale)
+
+    @property
+    def positions(self) -> int:
+        """How many positions a window has."""
+        return math.prod(self.window)
+
+
+def places_of(token: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return where tokens, in raster order, stand along each side of a grid."""
+    _, height, width = (max(side, 1) for side in grid)
+    return token // width // height, token // width % height, token % width
 
 
 PADDED_TO = {"triton": 128, "cuda": 64}  # these pad the tokens of a head to a multiple
@@ -143,7 +158,7 @@ class Saved(NamedTuple):
         Tensor  # [.., N_q] k-th largest score, in base 2 if impl is "triton" or "cuda"; last dimension 0 without topk
     )
     log_mean: Tensor  # [.., N_q] log mean exp of the scores in the window, as kappa in base 2; 0 without beta
-    local: Tensor  # bool [.., N_q, window**2] local survivors L; last dimension 0 without beta
+    local: Tensor  # bool [.., N_q, positions of the window] local survivors L; last dimension 0 without beta
     # What an implementation keeps for its backward beside these; last dimension 0 where it does not.
     residual: Tensor  # [.., N_q, Dv] what rounding took from out
     base2: Tensor  # [.., 3, N_q] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
@@ -199,7 +214,7 @@ def _pieces(
         ((strips, columns if neighbours else 0), torch.uint8),
         ((n_q if options.topk else 0,), statistics),
         ((0 if inputs.beta is None else n_q,), statistics),
-        ((n_q, 0 if inputs.beta is None else options.window**2), torch.bool),
+        ((n_q, 0 if inputs.beta is None else options.positions), torch.bool),
         ((n_q, dim_v if more and halves else 0), inputs.query.dtype),
         ((3, n_q if more else 0), statistics),
     ]

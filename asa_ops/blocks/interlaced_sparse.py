@@ -82,7 +82,7 @@ def interlaced_sparse_attention(
     heads, n = query.shape[1:3]
     if key.shape[2] != n:
         raise ValueError(f"there must be as many keys as queries, got N_q = {n} and N_k = {key.shape[2]}")
-    grid = checks.as_grid(grid, n)
+    grid = checks.as_grid(grid, n, 2)
     factors = checks.as_factors(factors, grid)
     checks.check_choice("span", span, ("long", "short"))
     scale = checks.as_scale(scale, query)

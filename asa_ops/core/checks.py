@@ -113,12 +113,15 @@ def as_scale(scale: object, query: Tensor) -> float:
     return cast(int, _integer(query.shape[-1])) ** -0.5 if scale is None else as_number("scale", scale)
 
 
-def as_window(window: object) -> int:
-    """Return ``window`` as an odd integer >= 1."""
-    number = as_positive_int("window", window)
-    if number % 2 == 0:
-        raise ValueError(f"window must be odd, got window={number}")
-    return number
+def as_window(window: object, dims: int) -> tuple[int, ...]:
+    """Return ``window``, one odd integer or one for each of ``dims`` sides of a grid, as ``dims`` of them."""
+    given = window if isinstance(window, tuple | list) else [window] * dims
+    if len(given) != dims:
+        raise ValueError(f"window must be an odd integer, or {dims} of them, one for each side, got window={window}")
+    sides = tuple(as_positive_int("window" if given is not window else "each side of window", side) for side in given)
+    if any(side % 2 == 0 for side in sides):
+        raise ValueError(f"window must be odd, got window={window}")
+    return sides
 
 
 def check_qkv(query: Tensor, key: Tensor, value: Tensor, grouped: bool = False) -> None:
@@ -242,23 +245,31 @@ def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor |
     return x
 
 
-def as_sides(grid: object) -> tuple[int, int]:
-    """Return ``grid`` as two integers (H, W)."""
-    if not isinstance(grid, tuple | list) or len(grid) != 2:
-        raise TypeError(f"grid must be (H, W), got {describe(grid)}")
-    height, width = _integer(grid[0]), _integer(grid[1])
-    if height is None or width is None:
-        wrong = describe(grid[0 if height is None else 1])
-        raise TypeError(f"grid must hold two integers (H, W), got {wrong} in grid={grid}")
-    return height, width
+_GRIDS = {1: "(L,)", 2: "(H, W)", 3: "(T, H, W)"}
 
 
-def as_grid(grid: object, n: int) -> tuple[int, int]:
-    """Return ``grid`` as (H, W) with H * W == n."""
-    height, width = as_sides(grid)
-    if height < 0 or width < 0 or height * width != n:
-        raise ValueError(f"grid must be (H, W) with H * W = N = {n}, got {height} * {width} = {height * width}")
-    return height, width
+def as_sides(grid: object, *dims: int) -> tuple[int, ...]:
+    """Return ``grid`` as integers, as many as one of ``dims``."""
+    kinds = " or ".join(_GRIDS[d] for d in dims)
+    if not isinstance(grid, tuple | list) or len(grid) not in dims:
+        raise TypeError(f"grid must be {kinds}, got {grid if isinstance(grid, tuple | list) else describe(grid)}")
+    sides = [_integer(side) for side in grid]
+    for side, given in zip(sides, grid, strict=True):
+        if side is None:
+            raise TypeError(f"grid must hold integers {kinds}, got {describe(given)} in grid={grid}")
+    return tuple(cast(list[int], sides))
+
+
+def as_grid(grid: object, n: int, *dims: int) -> tuple[int, ...]:
+    """Return ``grid`` as integers whose product is n, as many as one of ``dims``."""
+    sides = as_sides(grid, *dims)
+    negative = any(side < 0 for side in sides)
+    if negative or math.prod(sides) != n:
+        kind = _GRIDS[len(sides)]
+        product = "L" if len(sides) == 1 else " * ".join(kind[1:-1].split(", "))
+        given = " * ".join(map(str, sides)) + (f" = {math.prod(sides)}" if len(sides) > 1 else "")
+        raise ValueError(f"grid must be {kind} with {product} = N = {n}, got {given}")
+    return sides
 
 
 def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from ..asa.types import AsaStats, Inputs, NeighborGraph, ThresholdGrad
+from ..asa.types import AsaStats, Grid, Inputs, NeighborGraph, ThresholdGrad, Window
 from ..core.dispatch import Impl
 from . import rows, tiles, whole
 from .call import Call, Group, agree
@@ -20,9 +20,9 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -42,9 +42,9 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -64,9 +64,9 @@ def asa_attention(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -89,7 +89,7 @@ def asa_attention(
         value: [B, key heads, n_k, Dv].
         alpha: threshold multiplier of this process's queries, a number or a tensor that broadcasts to [B, heads, n_q].
         beta: local threshold multiplier, as alpha.
-        grid: (H, W) of the whole map, H * W = the sum of n_q.
+        grid: (L,), (H, W) or (T, H, W) of the whole map: as many positions as all n_q.
         group: a process group, a DeviceMesh of one dimension, or None: all processes.
         topk: as of one process, of all keys.
         key_padding_mask: bool [B, n_k], of this process's keys.
@@ -128,9 +128,9 @@ def reciprocal_neighbors(
     alpha: Tensor | float | None = None,
     beta: Tensor | float | None = None,
     *,
-    grid: tuple[int, int] | None = None,
+    grid: Grid | None = None,
     group: Group = None,
-    window: int = 3,
+    window: Window = 3,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,

@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
 from ..asa import api, ops
-from ..asa.types import Inputs, ThresholdGrad
+from ..asa.types import Grid, Inputs, ThresholdGrad, Window
 from ..core import checks
-from ..core.contracts import cast_under_autocast
+from ..core.contracts import allows_tf32, cast_under_autocast
 from ..core.dispatch import Impl
 from . import collectives
 
@@ -64,7 +64,7 @@ class _Seen(NamedTuple):
 
     inputs: Inputs
     options: ops.OpOptions
-    grid: tuple[int, int] | None
+    grid: tuple[int, ...] | None
     topk: int | None
     band: float
     impl: str
@@ -77,8 +77,8 @@ def agree(
     value: Tensor | None,
     alpha: Tensor | float | None,
     beta: Tensor | float | None,
-    grid: tuple[int, int] | None,
-    window: int,
+    grid: Grid | None,
+    window: Window,
     topk: int | None,
     reciprocal: bool,
     key_padding_mask: Tensor | None,
@@ -98,8 +98,9 @@ def agree(
         tokens: dict[str, Any] = {"query": query, "key": key} | ({"value": value} if has_values else {})
         q, k, *v = cast_under_autocast(**tokens)
         of_map = topk if topk is None else checks.as_positive_int("topk", topk)  # this process may have fewer keys
-        place = None if grid is None else (1, q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0)
-        whole_grid = None if grid is None else checks.as_sides(grid)
+        whole_grid = None if grid is None else checks.as_sides(grid, 1, 2, 3)
+        n = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
+        place = None if whole_grid is None else (*[1] * (len(whole_grid) - 1), n)
         inputs, options = api.check(
             q, k, v[0] if v else k[..., :0], alpha, beta, key_padding_mask, place, window, None, reciprocal, scale
         )
@@ -123,9 +124,11 @@ def agree(
         }
         if chosen == "cpu":  # their kernels differ in more than the last digits: in how many rows they take at a time
             same["instruction set"] = torch.ops.asa_ops.cpu_isa()
-        elif inputs.query.is_cuda:  # sums are cut into parts for its processors
-            gpu = torch.cuda.get_device_properties(inputs.query.device)
-            same["kind of GPU"] = gpu.name, gpu.multi_processor_count
+        elif chosen in ("triton", "cuda"):  # whoever asks for a pair decides it, so all must round alike
+            device = inputs.query.device
+            gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+            same["kind of GPU"] = gpu and (gpu.name, gpu.multi_processor_count)  # which say how sums are cut, too
+            same["torch.backends.cuda.matmul.fp32_precision"] = q.dtype == torch.float32 and allows_tf32()
         if chosen == "cuda":
             same["ASA_OPS_HOPPER"] = os.environ.get("ASA_OPS_HOPPER")
         sizes = [inputs.query.shape[2], inputs.key.shape[2]]
@@ -135,7 +138,7 @@ def agree(
     n_q, n_k = ([of[i] for of in sizes] for i in (0, 1))
     if seen.topk is not None and seen.topk > sum(n_k):
         raise ValueError(f"topk must be at most the number of keys, N_k = {sum(n_k)}, got topk={seen.topk}")
-    place = [0, 0] if seen.grid is None else list(checks.as_grid(seen.grid, sum(n_q)))
+    place = [0, 0] if seen.grid is None else list(checks.as_grid(seen.grid, sum(n_q), 1, 2, 3))
     options = (place, seen.options[1], seen.topk or 0, reciprocal, seen.options[4])
     asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in seen.inputs]
     learns = threshold_grad is not None and any(asked[3:5])

@@ -31,6 +31,7 @@ from .ranges import blocks_of, ranges, ranges_of_equal_work
 
 # Where the implementations are.
 PARTS = {"triton": "asa_ops.asa.triton.part", "cuda": "asa_ops.asa.cuda_part"}
+_Tokens = list[tuple[Tensor, Tensor]]  # images and tokens, for each process
 
 
 def _implementation(impl: str) -> type[parts.Part]:
@@ -61,7 +62,7 @@ class _Homes:
         by_position = torch.arange(size, device=order.device).repeat_interleave(order.new_tensor(computed))[:n]
         self.computer = torch.empty_like(tokens).scatter_(1, tokens, by_position.expand_as(tokens)).expand(batch, n)
         of_processes = self.computer.split(list(held), 1)
-        # (image, token) of those that this process computes, by who holds them; and of those here, by who computes them.
+        # What this process computes, by who holds it; and what it holds, by who computes it.
         begins = [sum(held[:r]) for r in range(size)]
         self.computed = [
             (images, tokens + begin)
@@ -78,7 +79,7 @@ class _Homes:
         """Return tensors [B, heads, N, ..] of the tokens that this process computes, from those who hold them."""
         return self._exchange(tensors, self.here, self.computed, sum(self.held))
 
-    def _exchange(self, tensors: Sequence[Tensor], to_each: list, from_each: list, n: int) -> list[Tensor]:
+    def _exchange(self, tensors: Sequence[Tensor], to_each: _Tokens, from_each: _Tokens, n: int) -> list[Tensor]:
         pieces = [[x.transpose(0, 1)[:, images, tokens][None] for x in tensors] for images, tokens in to_each]
         received = collectives.exchange_rows(self.group, pieces, [len(tokens) for _, tokens in from_each])
         images, tokens = (torch.cat(x) for x in zip(*from_each, strict=True))
@@ -101,7 +102,7 @@ class _Pass:
         orders = self.part.row_order, self.part.key_order
         self.rows, self.keys = split or tuple(ranges(x.shape[1], self.size, block=block) for x in orders)
 
-    def own(self, sizes: list[int]) -> parts.Range:
+    def range_of(self, sizes: list[int]) -> parts.Range:
         begin = sum(sizes[: self.rank])
         return begin, begin + sizes[self.rank]
 
@@ -111,12 +112,12 @@ class _Pass:
 
     def attend(self) -> tuple[parts.Outputs, list[Tensor | None]]:
         """Return outputs of own rows, of equal work, and what a backward needs."""
-        scan = self.part.scan(self.own(self.rows))
+        scan = self.part.scan(self.range_of(self.rows))
         if scan is not None:
             (numbers,) = self.gather(self.rows, scan.numbers)
             (flags,) = self.gather(blocks_of(self.rows, parts.TILE), scan.flags)
             scan = parts.Scan(numbers, flags, self._share_out(flags, scan.peaks))
-        return self.part.attend(self.own(self.rows), self.own(self.keys), scan)
+        return self.part.attend(self.range_of(self.rows), self.range_of(self.keys), scan)
 
     def _share_out(self, flags: Tensor, peaks: Tensor | None) -> Tensor | None:
         """Choose rows of equal work, by how many pairs are to be decided; return peaks of own rows."""
@@ -147,11 +148,11 @@ class Attention(torch.autograd.Function):
     def forward(ctx: Any, call: Call, *tensors: Any) -> Any:
         inputs = call.gather(Inputs(*tensors))
         with torch.cuda.device_of(inputs.query):
-            work = _Pass(call, inputs, call.keep)
-            outputs, kept = work.attend()
-            home = work.homes_of_rows().send(outputs)
+            mine = _Pass(call, inputs, call.keep)
+            outputs, kept = mine.attend()
+            home = mine.homes_of_rows().send(outputs)
         if call.keep:
-            ctx.call, ctx.split = call, (work.rows, work.keys)
+            ctx.call, ctx.split = call, (mine.rows, mine.keys)
             ctx.save_for_backward(*inputs, *outputs, *kept)
         ctx.mark_non_differentiable(*home[1:])
         return tuple(home)
@@ -162,16 +163,16 @@ class Attention(torch.autograd.Function):
         call, saved = ctx.call, ctx.saved_tensors
         inputs, outputs, kept = Inputs(*saved[:6]), parts.Outputs(*saved[6:10]), saved[10:]
         with torch.cuda.device_of(inputs.query):
-            work = _Pass(call, inputs, True, ctx.split)
-            rows, keys, homes = work.own(work.rows), work.own(work.keys), work.homes_of_rows()
+            mine = _Pass(call, inputs, True, ctx.split)
+            rows, keys, homes = mine.range_of(mine.rows), mine.range_of(mine.keys), mine.homes_of_rows()
             (d_out,) = homes.fetch([grad_out])
-            of_rows, largest = work.part.begin_backward(rows, keys, d_out, outputs, kept)
-            of_rows = work.gather(work.rows, *of_rows)
-            (largest,) = work.gather([1] * work.size, largest[None, None])
-            found = work.part.end_backward(rows, keys, of_rows, largest[0].amax(0))
+            of_rows, largest = mine.part.begin_backward(rows, keys, d_out, outputs, kept)
+            of_rows = mine.gather(mine.rows, *of_rows)
+            (largest,) = mine.gather([1] * mine.size, largest[None, None])
+            found = mine.part.end_backward(rows, keys, of_rows, largest[0].amax(0))
             query, *of_keys = (ops.like(dx, x, d_out) for dx, x in zip(found[:3], inputs[:3], strict=True))
             (dq,) = homes.send([query])
-            dk, dv = (homes if work.has_one_range else work.homes_of_keys()).send(of_keys)
+            dk, dv = (homes if mine.has_one_range else mine.homes_of_keys()).send(of_keys)
             learning = [_of_thresholds(call, homes, dx, x) for dx, x in zip(found[3:], inputs[3:5], strict=True)]
         return None, dq, dk, dv, *learning, None
 
@@ -194,12 +195,12 @@ def neighbors(call: Call, tensors: Inputs) -> NeighborGraph:
     """Return the survivors of this process's tokens."""
     inputs = call.gather(tensors)
     with torch.cuda.device_of(inputs.query):
-        work = _Pass(call, inputs, True)
-        outputs, _ = work.attend()
-        homes = work.homes_of_rows()
-        survivors = outputs.survivors.masked_fill((homes.computer != work.rank)[:, None], 0)
+        mine = _Pass(call, inputs, True)
+        outputs, _ = mine.attend()
+        homes = mine.homes_of_rows()
+        survivors = outputs.survivors.masked_fill((homes.computer != mine.rank)[:, None], 0)
         graph = new_graph(survivors)
-        work.part.list_survivors(work.own(work.rows), *graph)
+        mine.part.list_survivors(mine.range_of(mine.rows), *graph)
         return _send_home(homes, survivors, graph)
 
 
@@ -216,7 +217,7 @@ def _send_home(homes: _Homes, survivors: Tensor, graph: NeighborGraph) -> Neighb
 
 
 def _entries(survivors: Tensor, graph: NeighborGraph, images: Tensor, tokens: Tensor) -> Tensor:
-    """Return where the neighbours of some tokens stand in a graph of all [B, heads, n], token by token, head by head."""
+    """Return where the neighbours of some tokens stand in a graph of [B, heads, n], token by token, head by head."""
     begins = graph.row_offsets[:-1].view(survivors.shape)[images, :, tokens].flatten()
     counts = survivors[images, :, tokens].flatten().long()
     entries = torch.arange(int(counts.sum()), device=counts.device)

@@ -84,7 +84,7 @@ class AdaptiveSparseAttention(Block):
             in_channels=in_channels, reduction=reduction, heads=heads
         )
         topk = None if topk is None else checks.as_positive_int("topk", topk)
-        window = checks.as_window(window)
+        (window,) = checks.as_window(window, 1)
         checks.check_choice("impl", impl, dispatch.NAMES)
         checks.check_choice("mode", mode, ("embedded_gaussian", "gaussian"))
         checks.check_choice("norm", norm, (None, "batch"))

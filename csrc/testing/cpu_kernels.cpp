@@ -240,6 +240,7 @@ struct Case {
   double share = 0;
   bool reciprocal = false;
   int64_t topk = 0, height = 0, width = 0, window = 0;
+  int64_t depth = 1, slices = 1;  // of the grid, and of the window
   double padding = 0;  // share of the tokens
   double sharpness = 1;  // of the scores
   bool alike = false;  // eight rows each have almost the same query
@@ -313,11 +314,22 @@ struct Example {
   bool is_real(int64_t j) const { return real == nullptr || real[j]; }
   bool is_query(int64_t i) const { return c.n_q != c.n_k || is_real(i); }
 
+  int64_t positions() const { return c.slices * c.window * c.window; }
+
   template <class F>
   void window(int64_t i, const F& f) const {
+    const auto place = [&](int64_t j, int64_t axis) {
+      return axis == 0 ? j / c.width / c.height : axis == 1 ? j / c.width % c.height : j % c.width;
+    };
     for (int64_t j = 0; j < c.n_k; ++j) {
-      const int64_t a = j / c.width - i / c.width + c.window / 2, b = j % c.width - i % c.width + c.window / 2;
-      if (a >= 0 && a < c.window && b >= 0 && b < c.window && is_real(j)) f(j, a * c.window + b);
+      int64_t offset = 0;
+      bool inside = is_real(j);
+      for (int64_t axis = 0; axis < 3; ++axis) {
+        const int64_t side = axis == 0 ? c.slices : c.window, at = place(j, axis) - place(i, axis) + side / 2;
+        inside = inside && at >= 0 && at < side;
+        offset = offset * side + at;
+      }
+      if (inside) f(j, offset);
     }
   }
 
@@ -553,7 +565,8 @@ void check_case(const Case& c, Ways& ways) {
   Problem<T> p{};
   p.n_q = n_q, p.n_k = n_k, p.dim = c.dim, p.dim_v = c.dim_v;
   p.blocks_q = parts(n_q, kBlock), p.blocks_k = parts(n_k, kBlock), p.q_at_a_time = p.k_at_a_time = c.at_a_time;
-  p.height = c.height, p.width = c.width, p.window = c.window, p.topk = c.topk;
+  p.depth = c.depth, p.height = c.height, p.width = c.width, p.topk = c.topk;
+  p.window[0] = c.slices, p.window[1] = p.window[2] = c.window, p.positions = x.positions();
   p.reciprocal = c.reciprocal, p.thresholded = x.thresholded, p.keeps = true, p.end = n_q;
   p.n_real = x.n_real, p.log_n_real = std::log(static_cast<double>(x.n_real));
   p.scale = T(x.scale), p.band = T(x.band);
@@ -573,7 +586,7 @@ void check_case(const Case& c, Ways& ways) {
   Memory<T> out(n_q * c.dim_v), lse(n_q), lse_kept(n_q), kappa(n_q), log_mean(n_q), mass(n_q), squares(n_q), shift(n_q),
       factor(n_q), sizes(p.blocks_k * kBlock);
   Memory<int32_t> survivors(n_q);
-  Memory<bool> begun(n_q), local(n_q * c.window * c.window);
+  Memory<bool> begun(n_q), local(n_q * x.positions());
   Memory<uint64_t> bits(p.blocks_q * p.blocks_k * kBlock);
   Memory<T> k_panels(kernels.panels(n_k) * kernels.panel_size(c.dim));
   Memory<T> v_panels(kernels.panels(n_k) * kernels.panel_size(c.dim_v));
@@ -708,6 +721,30 @@ const Case kCases[] = {
      .height = 11,
      .width = 13,
      .window = 5},
+    {.name = "local window of a volume",
+     .n_q = 144,
+     .n_k = 144,
+     .dim = 16,
+     .dim_v = 16,
+     .share = 0.2,
+     .reciprocal = true,
+     .height = 6,
+     .width = 8,
+     .window = 3,
+     .depth = 3,
+     .slices = 5},
+    {.name = "one block of a volume",
+     .n_q = 60,
+     .n_k = 60,
+     .dim = 16,
+     .dim_v = 16,
+     .share = 0.3,
+     .reciprocal = true,
+     .height = 5,
+     .width = 3,
+     .window = 3,
+     .depth = 4,
+     .slices = 3},
     {.name = "local window beside dense rows",
      .n_q = 120,
      .n_k = 120,

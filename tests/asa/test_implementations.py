@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, IDS, Case, each_case, make, named, op_arguments, saved_of, with_grad
+from cases import CASES, IDS, OTHER_GRIDS, Case, make, named, op_arguments, saved_of, with_grad
 from compare import (
     STRAIGHT_THROUGH,
     call_and_gradients,
@@ -73,7 +73,7 @@ def emulated(impl: str, kind: str, case: Case, *values, heads: int | None = None
         pytest.param(impl, dtype, case, id=f"{case.name}-{name}-{impl}", marks=ON_GPU.get(impl, []))
         for impl in (*IMPLEMENTATIONS, *ON_GPU)
         for name, dtype in DTYPES.items()
-        for case in CASES
+        for case in (*CASES, *OTHER_GRIDS)
     ]
     + [
         emulated(impl, "float32" if name == "float32" else "half", case, dtype)
@@ -108,11 +108,27 @@ def test_threshold_gradients(impl, case):
 
 
 @each_impl
-@pytest.mark.parametrize("grid", [(17, 97), (1, 1093), (33, 31)], ids=lambda grid: f"{grid[0]}x{grid[1]}")
+@pytest.mark.parametrize("grid", [(17, 97), (1, 1093), (33, 31), (1093,), (7, 9, 17)], ids=str)
 def test_equals_reference_on_larger_maps(impl, grid):
     """More than one block of rows, none of them full."""
     case = Case("large", grid=grid, batch=1, heads=1, dim=32, dim_v=16, sharpness=3.0)
     check_against_reference(impl, *make(case, torch.float32))
+
+
+@each_fast
+@pytest.mark.parametrize("grid", [(96,), (8, 12)], ids=["sequence", "map"])
+@pytest.mark.parametrize("window", [3, 5])
+def test_sides_of_one_change_nothing(impl, grid, window):
+    """A volume of one slice is a map, and a map of one row is a sequence, to the last bit."""
+    inputs, options = make(Case("flat", grid=grid, options={"threshold_grad": "straight_through"}), torch.float32)
+    results = []
+    for more in range(4 - len(grid)):
+        options |= {"grid": (*[1] * more, *grid), "window": (*[1] * more, *[window] * len(grid))}
+        leaves = with_grad(inputs)
+        out, stats = asa_attention(*leaves, **options, impl=impl, return_stats=True)
+        results.append([out, *stats, *torch.autograd.grad(out.square().sum(), leaves)])
+    for result in results[1:]:
+        assert all(map(torch.equal, result, results[0]))
 
 
 @each_impl
@@ -123,7 +139,7 @@ def test_float32_thresholds_beside_bfloat16(impl):
 
 
 @each_impl
-@each_case
+@pytest.mark.parametrize("case", [*CASES, *OTHER_GRIDS], ids=lambda case: case.name)
 @pytest.mark.parametrize("band", [slow(0.7), 2.0])
 def test_float64_equals_reference_threshold_gradients_included(impl, case, band):
     inputs, options = make(case)
@@ -559,11 +575,11 @@ REFUSED = [  # argument, what it is made, message
     ("beta", lambda x: torch.cat([x, x, x], 1), r"beta must be \[B, heads, N_q\], or 1 of each"),
     ("key_padding_mask", lambda x: x[:, :9], "key_padding_mask must be of the shape expected"),
     ("key_padding_mask", lambda x: x.float(), "key_padding_mask must be of the dtype expected"),
-    ("grid", lambda x: [x[0] + 1, x[1]], r"height \* width must be N"),
+    ("grid", lambda x: [x[0] + 1, x[1]], r"grid must be of N positions"),
     ("grid", lambda x: [-4, -6], r"grid must be of sides from 0 to 2\^31 - 1"),
-    ("grid", lambda x: [24], "one and three dimensions do not work yet"),
-    ("window", lambda x: [2, 2], "window must be odd"),
-    ("window", lambda x: [3, 5], "the same side in every dimension: others do not work yet"),
+    ("grid", lambda x: [1, 1, *x], r"grid must be \[L\], \[H, W\], \[T, H, W\]"),
+    ("window", lambda x: [2, 2], "window must be of odd sides"),
+    ("window", lambda x: [3], "window must be one odd side for each"),
     ("window", lambda x: [], "window must be one odd side for each"),
     ("topk", lambda x: 25, "topk must be between 0 and N_k"),
     ("topk", lambda x: -1, "topk must be at least 0"),

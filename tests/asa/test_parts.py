@@ -5,15 +5,15 @@ from dataclasses import replace
 import in_parts
 import pytest
 import torch
-from cases import CASES, Case, make
+from cases import CASES, Case
 from implementations import INTERPRETED, slow
+from in_parts import BAND
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asa_ops.asa import ops
 from asa_ops.asa.parts import Scan
-from asa_ops.asa.types import Inputs, Options, Saved, new_graph
-from asa_ops.core import dispatch, triton_launch
+from asa_ops.asa.types import Inputs, Options
+from asa_ops.core import triton_launch
 
 if not INTERPRETED:
     pytest.skip("Triton is not interpreted here", allow_module_level=True)
@@ -21,7 +21,6 @@ if not INTERPRETED:
 from asa_ops.asa.triton import configs
 from asa_ops.asa.triton.part import Part
 
-BAND = 2.0
 CASES = [case for case in CASES if case.grid == (9, 7)]
 # Two blocks of 128 positions; and four, or three of keys.
 SMALL, LARGE = (
@@ -37,39 +36,10 @@ QUICK = ("plain", "more_keys")
 SPLITS = {2: ([128, 128], [0, 256], [128, 128]), 4: ([128, 256, 0, 128], [256, 0, 128, 128], [0, 256, 0, 128])}
 
 
-def arguments(case: Case, dtype: torch.dtype) -> tuple[Inputs, Options]:
-    inputs, given = make(case, dtype)
-    scale = given.get("scale", inputs[0].shape[-1] ** -0.5)
-    options = given.get("topk", 0), given.get("reciprocal", True), scale
-    every = Inputs(*inputs, given.get("key_padding_mask"))
-    return ops.broadcast(every), Options.of(given.get("grid", ()), [given.get("window", 3)] * 2, *options)
-
-
-def weights(out: Tensor) -> Tensor:
-    return torch.linspace(-1, 1, out.numel()).view(out.shape).to(out.dtype)
-
-
-def whole(inputs: Inputs, options: Options, band: float) -> tuple[list, list]:
-    """Return outputs and gradients of one call."""
-    triton = dispatch.load("asa", "triton")
-    saved = Saved.new(inputs, options, "triton", True, band)
-    triton.fwd(inputs, options, saved, band or None)
-    return list(saved[:4]), list(triton.bwd(weights(saved.out), inputs, saved, options, band or None))
-
-
 def check(case: Case, dtype: torch.dtype = torch.float32, band: float = BAND) -> None:
-    inputs, options = arguments(case, dtype)
-    scanned, rows, keys = SPLITS[configs.padded_length(inputs.query.shape[2]) // 128]
-    rows = rows if case.alpha is not None or "topk" in case.options else scanned
-    keys = rows if case.n_keys is None else keys
-    expected, gradients = whole(inputs, options, band)
-    outputs, found, _ = in_parts.forward(Part, inputs, options, band, scanned, rows, keys)
-    assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(outputs, expected, strict=True))
-    for _ in range(2):  # it may run twice
-        ended = in_parts.backward(Part, inputs, options, band, rows, keys, found, weights(expected[0]))
-        for x, y in zip(ended, gradients, strict=True):
-            assert (x is None) == (y is None)
-            assert x is None or torch.equal(x.nan_to_num(7), y.nan_to_num(7))
+    inputs, options = in_parts.arguments(case, dtype)
+    split = SPLITS[configs.padded_length(inputs.query.shape[2]) // 128]
+    in_parts.check(Part, in_parts.triton_call, inputs, options, band, *split, backwards=1 + (len(split[0]) > 2))
 
 
 def named(name: str, cases: list[Case] = LARGE) -> Case:
@@ -91,6 +61,17 @@ def test_more_parts_are_one_call(case):
 @pytest.mark.parametrize("name", ["plain", "one_way", "dense", "padding_topk"])
 def test_without_thresholds_that_learn(name):
     check(named(name), band=0.0)
+
+
+@pytest.mark.slow
+def test_query_is_key():
+    """One tensor in a call, whose copies processes gather."""
+    inputs, options = in_parts.arguments(named("plain"), torch.float32)
+
+    def one_call(inputs, *rest):
+        return in_parts.triton_call(inputs._replace(key=inputs.query), *rest)
+
+    in_parts.check(Part, one_call, inputs._replace(key=inputs.query.clone()), options, BAND, *SPLITS[4])
 
 
 @pytest.mark.slow
@@ -144,7 +125,7 @@ def test_memory_is_that_of_own_pairs(monkeypatch, reciprocal, band):
     monkeypatch.setattr(triton_launch, "launch", lambda *_, **__: None)
     query, key, value = (torch.empty(1, 1, n, dim, device="meta") for _ in range(3))
     alpha, beta = torch.empty(1, 1, n, device="meta"), torch.empty(1, 1, n, device="meta") if reciprocal else None
-    inputs, options = Inputs(query, key, value, alpha, beta, None), Options.of((256, 512), (3, 3), 0, reciprocal, 0.1)
+    inputs, options = Inputs(query, key, value, alpha, beta, None), Options.of([256, 512], [3, 3], 0, reciprocal, 0.1)
     own, bits, of_tokens = (n // size, 2 * n // size), n * n // size // 8, n * dim * 4
     with Allocated() as forward:
         part = Part(inputs, options, band, True)

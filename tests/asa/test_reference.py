@@ -6,7 +6,7 @@ import math
 import hypothesis
 import pytest
 import torch
-from cases import CASES, Case, make, named, with_grad
+from cases import CASES, OTHER_GRIDS, Case, make, named, with_grad
 from compare import STRAIGHT_THROUGH, exact_scores, find_survivors, survivors
 from hypothesis import strategies as st
 
@@ -31,8 +31,16 @@ def loop_head(s, value, alpha, beta, real_q, real_k, grid=None, window=3, topk=N
             return False
         return topk is None or sum(s[i][m] > s[i][j] for m in columns) < topk
 
+    def place(i):
+        along = []
+        for side in reversed(grid):
+            i, x = divmod(i, side)
+            along.append(x)
+        return along[::-1]
+
     def is_near(i, j):
-        return all(abs(x - y) <= window // 2 for x, y in zip(divmod(i, grid[1]), divmod(j, grid[1]), strict=True))
+        sides = window if isinstance(window, tuple) else [window] * len(grid)
+        return all(abs(x - y) <= side // 2 for x, y, side in zip(place(i), place(j), sides, strict=True))
 
     def is_local(i, j):
         if beta is None or not (real_q[i] and real_k[j] and is_near(i, j)):
@@ -87,22 +95,29 @@ def test_equals_loops(name):
     check_against_loop(named(name, **small, options=options), seed=1)
 
 
+@pytest.mark.parametrize("case", [case for case in OTHER_GRIDS if case.batch], ids=lambda case: case.name)
+def test_other_grids_equal_loops(case):
+    check_against_loop(case, seed=1)
+
+
 @st.composite
 def any_case(draw) -> Case:
-    height, width = draw(st.integers(1, 7)), draw(st.integers(1, 6))
-    n = height * width
+    grid = draw(st.sampled_from([(40,), (7, 6), (5, 3, 4)]))
+    grid = tuple(draw(st.integers(1, side)) for side in grid)
+    n = math.prod(grid)
     reciprocal = draw(st.booleans())
     kinds = st.sampled_from([None, "spread", "heads", "zero", "inf", "mixed"])
     beta = draw(kinds)
     n_keys = draw(st.none() | st.integers(1, 40)) if not reciprocal and beta is None else None
-    options = {"reciprocal": reciprocal, "window": draw(st.sampled_from([1, 3, 5]))}
+    side = st.sampled_from([1, 3, 5])
+    options = {"reciprocal": reciprocal, "window": draw(side | st.tuples(*[side] * len(grid)))}
     if draw(st.booleans()):
         options["topk"] = draw(st.integers(1, n_keys or n))
     if draw(st.booleans()):
         options["scale"] = draw(st.floats(-1, 1).filter(bool))  # of 0 every pair would be a tie
     return Case(
         "any",
-        grid=(height, width),
+        grid=grid,
         batch=draw(st.integers(1, 2)),
         heads=draw(st.integers(1, 2)),
         dim=draw(st.integers(1, 6)),

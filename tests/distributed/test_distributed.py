@@ -10,7 +10,7 @@ from itertools import pairwise
 import pytest
 import simt
 import torch
-from cases import CASES, Case, make, named, with_grad
+from cases import CASES, OTHER_GRIDS, Case, make, named, with_grad
 from implementations import EMULATED, INTERPRETED, slow
 from processes import Processes
 
@@ -80,7 +80,7 @@ def check(processes, size: int, case: Case, dtype: torch.dtype, **options) -> No
         assert torch.equal(found, x) or torch.equal(found.nan_to_num(7), x.nan_to_num(7)), (i, found - x)
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *OTHER_GRIDS], ids=lambda case: case.name)
 @pytest.mark.parametrize("size", [slow(1), 3])
 def test_a_small_map_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
@@ -92,6 +92,7 @@ LARGE = [
     for case in CASES
     if case.grid == (9, 7)
 ]
+LARGE += [replace(case, grid=(397,) if len(case.grid) == 1 else (5, 11, 7)) for case in OTHER_GRIDS[:4]]
 
 
 @pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
@@ -105,20 +106,16 @@ def test_equals_one_process(processes, size, case):
 def test_tiles_equal_one_process(processes, name, impl):
     """Two blocks of 128 positions: over two processes."""
     case = named(name, grid=(9, 15), batch=1, heads=1)
-    check(
-        processes,
-        2,
-        replace(case, n_keys=case.n_keys and 150),
-        torch.float32,
-        threshold_grad="straight_through",
-        impl=impl,
-    )
+    case = replace(case, n_keys=case.n_keys and 150)
+    check(processes, 2, case, torch.float32, threshold_grad="straight_through", impl=impl)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("impl", INTERPRETED)
-@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
-@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [pytest.param(3, case, id=case.name) for case in LARGE] + [(1, LARGE[0]), (2, LARGE[0]), (4, LARGE[0])],
+)
 def test_more_tiles_equal_one_process(processes, size, case, impl):
     case = replace(case, heads=1)
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl=impl)
@@ -308,9 +305,10 @@ def test_neighbors_of_one_process(processes, name, size, grid):
 
 @pytest.mark.parametrize("impl", [*INTERPRETED, *EMULATED])
 @pytest.mark.parametrize("size", [slow(1), 2, slow(3)])
-@pytest.mark.parametrize("name", ["padding", *map(slow, ("plain", "one_way", "topk_alone", "beta_only", "dense"))])
+@pytest.mark.parametrize("name", ["plain", *map(slow, ("padding", "one_way", "topk_alone", "beta_only", "dense"))])
 def test_neighbors_by_tiles(processes, name, size, impl):
-    check_neighbors(processes, size, named(name, grid=(9, 15), heads=1), impl)
+    case = named(name, grid=(9, 15), heads=1)
+    check_neighbors(processes, size, replace(case, batch=1 + case.padding), impl)
 
 
 def error_of_process(group, rank: int, change: str) -> str:
@@ -334,6 +332,9 @@ def error_of_process(group, rank: int, change: str) -> str:
         arguments["grid"] = (9, 9)
     elif change == "topk":
         arguments["topk"] = 81
+    elif change == "precision":
+        arguments["impl"] = "triton"
+        torch.backends.cuda.matmul.fp32_precision = ("ieee", "tf32")[rank]
     elif change == "group":
         arguments["group"] = "world"
     elif change == "mesh":
@@ -344,6 +345,8 @@ def error_of_process(group, rank: int, change: str) -> str:
         distributed.asa_attention(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     return "no error"
 
 
@@ -356,10 +359,12 @@ def error_of_process(group, rank: int, change: str) -> str:
         ("gradient", "ValueError: every process must be given the same requires_grad, got "),
         ("thresholds", "ValueError: every process must be given the same batch, heads and head dims, got "),
         ("value", "TypeError: process 1 of 2: value must be a tensor, got None"),
-        ("sides", r"TypeError: process 1 of 2: grid must hold two integers \(H, W\), got 8.0 of type float"),
+        ("sides", r"TypeError: process 1 of 2: grid must hold integers .*, got 8.0 of type float"),
         ("grid", r"ValueError: grid must be \(H, W\) with H \* W = N = 80, got 9 \* 9 = 81"),
         ("topk", "ValueError: topk must be at most the number of keys, N_k = 80, got topk=81"),
         ("group", "TypeError: group must be a process group, a DeviceMesh or None, got 'world' of type str"),
+        *[("precision", r"ValueError: every process must be given the same torch\.backends.*fp32_precision, got")]
+        * bool(INTERPRETED),
     ],
 )
 def test_every_process_raises_the_same_error(processes, change, message):

@@ -66,8 +66,8 @@ def test_integers(integer):
 def test_what_is_no_integer_is_named_with_its_type(x):
     for refuse in (
         lambda: checks.as_positive_int("topk", x),
-        lambda: checks.as_window(x),
-        lambda: checks.as_grid((4, x), 12),
+        lambda: checks.as_window(x, 2),
+        lambda: checks.as_grid((4, x), 12, 1, 2, 3),
         lambda: checks.as_pair("factors", [x, 4]),
     ):
         with pytest.raises(TypeError, match=f"integer.*got .*{same_kind(x)}"):

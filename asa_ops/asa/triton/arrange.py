@@ -321,7 +321,7 @@ def find_orders(problem: Problem) -> Orders:
     keys = new(problem.n_keys)
     rows = keys if problem.n == problem.n_keys else new(problem.n)
     orders = Orders(rows, keys, problem.new(problem.n_heads, NOTES, dtype=torch.int32))
-    height, width = grid if 0 not in grid else (1, problem.n_keys)
+    height, width = (grid[0] * grid[1], grid[2]) if 0 not in grid else (1, problem.n_keys)
     # With padding, one program an image counts the real tokens.
     programs, block = (max(rows.padded, keys.padded) // PAD, PAD) if real is None else (1, 1024)
     triton_launch.launch(

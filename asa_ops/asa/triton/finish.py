@@ -144,6 +144,7 @@ def _sum_of_wide_parts(sums, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _window_of_rows(local, bits, tokens, z, image, n, width):
+    """The windows of rows, among all keys."""
     place, own, others = tokens.keys.place + image * n, tokens.rows.padded, tokens.keys.padded
     return Window(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, width, own, others)
 
@@ -494,7 +495,7 @@ def _asa_finish_gradients_kernel(
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     heads, sharing, n_heads, n, n_keys, width, dim, dim_v, ROWS,
 ):  # fmt: skip
-    """All gradients: some programs finish BLOCK rows each, those that follow BLOCK keys each, of ``across`` if given."""
+    """All gradients: some programs finish BLOCK rows each, the others BLOCK keys each, of ``across`` if given."""
     program = tl.program_id(0) - n_heads * (tokens.rows.padded // ROWS.BLOCK)
     if program < 0:
         _finish_dq(

@@ -78,7 +78,8 @@ class Part:
     def attend(self, rows: Range, keys: Range, scan: Scan | None) -> tuple[Outputs, list[Tensor | None]]:
         problem, part, saved = self.problem, self._own_rows(rows), self.saved
         tokens, neighbours, sums = self._with_rows(rows), NO_NEIGHBOURS, NO_SUMS
-        back, kept = None, [None] * 6
+        back = None
+        kept: list[Tensor | None] = [None] * 6
         if scan is not None:
             known = self._known()
             for x, raster in zip(scan.numbers[:, rows[0] : rows[1], -len(known) :].unbind(-1), known, strict=True):
@@ -94,7 +95,8 @@ class Part:
             if neighbours.own is not None:
                 back, neighbours = neighbours.own.occupied_back, neighbours._replace(own=None)
             if problem.has_tiles:
-                sums = sum_out(part, tokens, self._list(rows, tokens, neighbours.occupied, back, ["aggregate"]), neighbours)
+                listing = self._list(rows, tokens, neighbours.occupied, back, ["aggregate"])
+                sums = sum_out(part, tokens, listing, neighbours)
             finish_out(part, tokens, saved, neighbours, sums)
         self.bits = neighbours.bits
         if scan is not None and self.keep:
@@ -112,15 +114,18 @@ class Part:
     def begin_backward(
         self, rows: Range, keys: Range, d_out: Tensor, outputs: Outputs, kept: Sequence[Tensor | None]
     ) -> tuple[list[Tensor], Tensor]:
-        problem, part, (kept, words, words_back, back, peaks, *self.of_columns) = self.problem, self._own_rows(rows), kept
-        self.saved = Saved.of(self.inputs, self.options, "triton", True, *outputs, kept, band=self.band, pairs=False)
+        problem, part = self.problem, self._own_rows(rows)
+        of_saved, words, words_back, back, peaks, *self.of_columns = kept
+        assert of_saved is not None
+        outputs_and_kept = *outputs, of_saved
+        self.saved = Saved.of(self.inputs, self.options, "triton", True, *outputs_and_kept, band=self.band, pairs=False)
         self.tokens = arrange_tokens(problem, self.orders, backward=True)
         self.own, self.row, self.bits = self._with_rows(rows), NO_ROW_GRADIENTS, _bits(words, words_back)
         self.thresholds = new_thresholds(part) if self._alpha_learns() else NO_THRESHOLDS
         local = parts.take(self.saved.local.flatten(0, 1).view(torch.uint8), self._tokens_at(rows), part.padded)
         if rows[0] == rows[1]:
-            do, numbers = problem.new(problem.n_heads, 0, problem.width_v, dtype=problem.dtype), problem.new(problem.n_heads, 0, 4)
-            return [do, numbers, local], self.orders.notes
+            do = problem.new(problem.n_heads, 0, problem.width_v, dtype=problem.dtype)
+            return [do, problem.new(problem.n_heads, 0, 4), local], self.orders.notes
         occupied = part.new_flags() if problem.has_tiles else None
         if problem.dense:
             self.bits = _bits(_new_bits(part))
@@ -131,7 +136,7 @@ class Part:
         )  # fmt: skip
         delta_error = NO_SUMS
         if problem.has_tiles:
-            kernels = ["dq", *(problem.column_sums if problem.mutual else []), *(["dt"] if self._alpha_learns() else [])]
+            kernels = ["dq", *(problem.column_sums if problem.mutual else ()), *["dt"] * self._alpha_learns()]
             self.listing = self._list(rows, tokens, occupied, back, kernels, self.thresholds.flags)
         if problem.dtype == torch.float32:
             if problem.has_tiles:
@@ -145,7 +150,8 @@ class Part:
         self.orders.notes.copy_(largest)
         self.tokens = self.tokens._replace(do=do.reshape(-1, problem.width_v))
         saved = self.saved._replace(local=self._local_of_all(local))
-        row_of_all = RowGradients(*(x.contiguous() for x in numbers.unbind(-1)), self.orders.notes)
+        delta, top, share, lse_kept2 = (x.contiguous() for x in numbers.unbind(-1))
+        row_of_all = RowGradients(delta, top, share, lse_kept2, self.orders.notes)
         across = Across(self._with_keys(keys), row_of_all, self.bits)
         sums = GradientSums(NO_SUMS, NO_SUMS, NO_SUMS, NO_SUMS)
         if problem.has_tiles and keys[0] < keys[1]:
@@ -186,8 +192,8 @@ class Part:
         """Return the tokens of all rows and own keys."""
         x = self.tokens
         not_finite = x.not_finite[:, keys[0] // 32 : keys[1] // 32].contiguous()
-        own = {"k": self._slice(x.k, keys), "v": self._slice(x.v, keys), "not_finite": not_finite}
-        return x._replace(keys=_slice_order(x.keys, keys), **own)
+        k, v = self._slice(x.k, keys), self._slice(x.v, keys)
+        return x._replace(keys=_slice_order(x.keys, keys), k=k, v=v, not_finite=not_finite)
 
     def _slice(self, x: Tensor, own: Range) -> Tensor:
         """Return some positions of all heads, [n_heads * padded, width]."""
@@ -219,11 +225,9 @@ class Part:
         if problem.one_way_bits:  # of all rows and own keys
             columns = problem.part(problem.padded, part.padded)
             back, occupied_back = _new_bits(columns).zero_(), columns.new_flags().zero_()
-        own = OwnRows(rows[0], part.padded, occupied_back)
+        own = OwnRows(tokens, rows[0], part.padded, occupied_back)
         neighbours = _nobody(part, back)._replace(own=own)
-        find_neighbours(problem, self.tokens, self.orders.notes, None, self._thresholds(numbers, flags), neighbours)
-        if problem.window:
-            find_local_survivors(part, tokens, saved)
+        find_neighbours(problem, self.tokens, self.orders.notes, saved, self._thresholds(numbers, flags), neighbours)
         return neighbours
 
     def _of_columns(self, problem: Problem, tokens: Tokens) -> Neighbours:

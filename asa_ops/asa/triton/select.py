@@ -24,6 +24,7 @@ from .tiles import (
     OF_KEYS,
     SCALARS,
     TileKernel,
+    back_of,
     count_bits,
     first_bits,
     multiplier_of,
@@ -34,6 +35,7 @@ from .tiles import (
     pack_rows,
     products_both_ways,
     tile_count,
+    words_of,
 )
 from .window import NO_WINDOW, NOTHING_LOCAL, Local, window_cut, window_of_rows
 
@@ -64,9 +66,10 @@ NO_ROW_STATS = RowStats(None, None, None)
 class OwnRows(NamedTuple):
     """The rows of a part of a call, whose mutual neighbours are decided in the tiles of all rows."""
 
+    tokens: Tokens  # of these rows and all keys
     first: int  # a multiple of 128
     padded: int
-    occupied_back: Tensor | None  # int8 [n_heads, all row blocks, own key blocks]: tiles that hold a bit of ``Bits.back``
+    occupied_back: Tensor | None  # int8 [n_heads, all row blocks, own key blocks]: the same of ``Bits.back``
 
 
 class Neighbours(NamedTuple):
@@ -301,6 +304,8 @@ def _asa_pairs_kernel(
     if tl.program_id(0) < programs:
         _collect_pairs(flags, pairs, tile_count(notes), tokens, own, TILE, MUTUAL, BLOCK_J)
     elif CUT.WINDOW > 0:
+        if own is not None:
+            tokens = own.tokens
         window_of_rows(tl.program_id(0) - programs, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n,
                        scale2, heads, sharing, n, width, CUT)  # fmt: skip
 
@@ -315,15 +320,15 @@ def collect_pairs(
     """
     tiles, other_tiles = tokens.rows.padded // tile, tokens.keys.padded // tile
     capacity = problem.n_heads * (tiles * (tiles + 1) // 2 if problem.mutual else tiles * other_tiles)
-    programs = problem.n_heads * tiles
+    programs, rows = problem.n_heads * tiles, tokens.rows.padded
     if own is not None:
-        programs = problem.n_heads * (own.padded // tile)
+        programs, rows = problem.n_heads * (own.padded // tile), own.padded
         capacity = min(capacity, programs * other_tiles)
     pairs = problem.new(capacity, dtype=torch.int64)
     beta, kept, cut = problem.inputs.beta, NOTHING_LOCAL, NO_WINDOW
     if saved is not None:
         kept, cut = Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)), window_cut(problem)
-        programs += problem.row_programs[0] if problem.window else 0
+        programs += problem.n_heads * rows // problem.block if problem.window else 0
     triton_launch.launch(
         _asa_pairs_kernel, (programs,), flags, pairs, notes, tokens, own, beta, kept, *problem.strides(beta),
         problem.scale2, problem.heads, problem.sharing, problem.n_heads, problem.n, problem.grid_width, TILE=tile,
@@ -370,22 +375,29 @@ def _hold_bits(words, TILE: tl.constexpr):
 
 
 @triton.jit
-def _store_pairs(bits, occupied, stored, holds, z, row, column, padded, key_padded, TILE: tl.constexpr, BY_ROWS: tl.constexpr):
-    """Store the words of a tile, [TILE, words] or the transpose, and flag those of its tiles of 64 x 64 that hold a bit.
+def _store_pairs(
+    words, occupied, stored, holds, row, column, padded, key_padded, TILE: tl.constexpr, BY_ROWS: tl.constexpr
+):
+    """Store the words of a tile, [TILE, words] or the transpose, and which of its tiles of 64 x 64 pairs hold a bit.
 
-    ``row`` and ``column``: where the tile begins.
+    ``row`` and ``column``: numbers of the tile.
     """
     SUB: tl.constexpr = TILE // 64
-    z = z.to(tl.int64)
-    group, rows = tl.arange(0, TILE // 32), tl.arange(0, TILE)
+    sub = tl.arange(0, SUB)
+    rows, group = row * TILE + tl.arange(0, TILE), (column * (TILE // 32) + tl.arange(0, TILE // 32)).to(tl.int64)
     if BY_ROWS:
-        at = (column // 32 + group).to(tl.int64)[None, :] * padded + (row + rows)[:, None]
+        at = group[None, :] * padded + rows[:, None]
     else:
-        at = (column // 32 + group).to(tl.int64)[:, None] * padded + (row + rows)[None, :]
-    tl.store(bits.words + z * bits.stride + at, stored)
-    key_blocks, sub = key_padded // 64, tl.arange(0, SUB)
-    at = (row // 64 + sub)[:, None] * key_blocks + (column // 64 + sub)[None, :]
-    tl.store(occupied + z * (padded // 64) * key_blocks + at, holds.to(tl.int8))
+        at = group[:, None] * padded + rows[None, :]
+    tl.store(words + at, stored)
+    at = (row * SUB + sub)[:, None] * (key_padded // 64) + (column * SUB + sub)[None, :]
+    tl.store(occupied + at, holds.to(tl.int8))
+
+
+@triton.jit
+def _flags_of(flags, z, padded, key_padded):
+    """The flags of a head."""
+    return flags + z.to(tl.int64) * (padded // 64) * (key_padded // 64)
 
 
 @triton.jit
@@ -395,7 +407,7 @@ def _decide_tile(
 ):  # fmt: skip
     """Decide the pairs of one tile: write its bits and whether it has any, and add to what its rows know."""
     TILE: tl.constexpr = SCORES.BLOCK_M
-    stats, bits, occupied, own = neighbours.stats, neighbours.bits, neighbours.occupied, neighbours.own
+    stats, bits, own = neighbours.stats, neighbours.bits, neighbours.own
     padded, key_padded = tokens.rows.padded, tokens.keys.padded
     i0, j0 = i_tile * TILE, j_tile * TILE
     BOTH: tl.constexpr = MUTUAL and not SYMMETRIC
@@ -417,7 +429,12 @@ def _decide_tile(
     group = tl.arange(0, TILE // 32)
     real_j = first_bits(n_keys - j0 - 32 * group)[None, :]
     of_rows = pack_rows(kept, TILE, TILE) & real_j
+    words = words_of(bits, z)
     not_finite = tokens.not_finite + z * (key_padded // 32)
+    height = padded  # of the rows whose neighbours are kept
+    if own is not None:
+        height = own.padded
+    occupied = _flags_of(neighbours.occupied, z, height, key_padded)
     if MUTUAL:
         real_i = first_bits(n_keys - i0 - 32 * group)[:, None]
         of_columns = pack_columns(kept, TILE, TILE) & real_i
@@ -434,34 +451,35 @@ def _decide_tile(
         else:
             of_rows = stored_rows
         holds_rows = _hold_bits(stored_rows, TILE)
-        holds_columns = tl.trans(holds_rows)
-        if ONE_WAY_BITS:
-            holds_columns = _hold_bits(tl.trans(stored_columns), TILE)
-        first, height = 0, padded
+        row, column = i_tile, j_tile
         keeps_rows, keeps_columns = True, diagonal == 0
         if own is not None:
-            first, height = own.first, own.padded
-            keeps_rows = (i0 >= first) & (i0 < first + height)
-            keeps_columns &= (j0 >= first) & (j0 < first + height)
-        row, column = i0 - first, j0 - first
-        at = z.to(tl.int64) * height + tl.arange(0, TILE)
+            row, column = i_tile - own.first // TILE, j_tile - own.first // TILE
+            keeps_rows = (row >= 0) & (row < height // TILE)
+            keeps_columns &= (column >= 0) & (column < height // TILE)
+            rows = z.to(tl.int64) * height + row * TILE + tl.arange(0, TILE)
+            columns = z.to(tl.int64) * height + column * TILE + tl.arange(0, TILE)
         if keeps_rows:
-            _store_pairs(bits, occupied, stored_rows, holds_rows, z, row, j0, height, key_padded, TILE, True)
-            holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
-            _add_to_rows(stats, at + row, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
+            _store_pairs(words, occupied, stored_rows, holds_rows, row, j_tile, height, key_padded, TILE, True)
         if keeps_columns:
-            _store_pairs(bits, occupied, stored_columns, holds_columns, z, column, i0, height, key_padded, TILE, False)
+            holds = _hold_bits(tl.trans(stored_columns), TILE) if ONE_WAY_BITS else tl.trans(holds_rows)
+            _store_pairs(words, occupied, stored_columns, holds, column, i_tile, height, key_padded, TILE, False)
             holds = _keeps_not_finite(tl.trans(of_columns), not_finite, i_tile, TILE)
-            _add_to_rows(stats, at + column, largest_columns, tl.sum(count_bits(of_columns), 0), holds)
+            _add_to_rows(stats, columns, largest_columns, tl.sum(count_bits(of_columns), 0), holds)
         if bits.back is not None:
+            back = back_of(bits, z)
+            occupied_back = _flags_of(own.occupied_back, z, padded, height)
             if keeps_columns | (keeps_rows & diagonal):
-                _store_pairs(bits.back, own.occupied_back, stored_rows, holds_rows, z, i0, column, padded, height, TILE,
-                             True)  # fmt: skip
+                _store_pairs(back, occupied_back, stored_rows, holds_rows, i_tile, column, padded, height, TILE, True)
             if keeps_rows & (diagonal == 0):
-                _store_pairs(bits.back, own.occupied_back, stored_columns, holds_columns, z, j0, row, padded, height,
-                             TILE, False)  # fmt: skip
+                holds = _hold_bits(tl.trans(stored_columns), TILE)
+                _store_pairs(back, occupied_back, stored_columns, holds, j_tile, row, padded, height, TILE, False)
+        if keeps_rows:
+            holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
+            _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
     else:
-        _store_pairs(bits, occupied, of_rows, _hold_bits(of_rows, TILE), z, i0, j0, padded, key_padded, TILE, True)
+        holds = _hold_bits(of_rows, TILE)
+        _store_pairs(words, occupied, of_rows, holds, i_tile, j_tile, padded, key_padded, TILE, True)
         holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
         _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
 

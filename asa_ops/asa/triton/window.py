@@ -148,7 +148,7 @@ def _asa_neighbors_kernel(
     p = tl.load(rows.place + image * n + token, mask=token < n, other=-1) - first
     real = (p >= 0) & (p < rows.padded)
     slot = tl.load(row_offsets + z * n + token, mask=real, other=0)
-    for start in range(0, n_keys, BLOCK_J):
+    for start in range(0, tl.where(tl.max(real.to(tl.int32), 0) != 0, n_keys, 0), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         at = tl.load(keys.place + image * n_keys + j, mask=j < n_keys, other=-1)
         pair = real[:, None] & (at >= 0)[None, :]
@@ -176,5 +176,6 @@ def write_columns(
     """
     triton_launch.launch(
         _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(local), rows, keys,
-        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width, DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
+        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width,
+        DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
     )  # fmt: skip

@@ -240,7 +240,7 @@ void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t*
     const Vec<T> w = exponential(load(s + x) - shift.part[v]) * factor.part[v];
     store(s + x, choose(lane_bits<T>(members, x), -w, Vec<T>{}));
   });
-  for (int64_t c = 0; p.window > 0 && c < count; ++c)
+  for (int64_t c = 0; p.positions > 0 && c < count; ++c)
     for (int64_t r = 0; r < rows; ++r)
       if (!is_neighbour(p, i + r, list[c])) s[c * kRows + r] = -s[c * kRows + r];
   sums_of_shared<T>(count, numbers, [&](int64_t, int64_t x) { return load(s + x); });
@@ -461,8 +461,8 @@ void find_local_of_block(const Scores<T>& scores, uint64_t* m) {
     kept &= window[r];
     m[r] |= kept;
     if (!p.keeps) continue;
-    bool* const flags = p.local + r * p.window * p.window;
-    __builtin_memset(flags, 0, p.window * p.window);
+    bool* const flags = p.local + r * p.positions;
+    __builtin_memset(flags, 0, p.positions);
     for_window(p, r, [&](int64_t j, int64_t o) { flags[o] = kept >> j & 1; });
   }
 }
@@ -479,7 +479,7 @@ void forward_block(const Problem<T>& p, void* scratch) {
   if (p.scanned()) find_neighbours(scores, neighbours);
   clear_bits(p, 0);
   non_local(p, 0, w.m);
-  if (p.window > 0) find_local_of_block(scores, w.m);
+  if (p.positions > 0) find_local_of_block(scores, w.m);
   Column<T> sum(1), shift(-kInfinity), log_sum(1);
   int64_t count[kBlock];
   for (int64_t r = 0; r < p.n_q; ++r) {

@@ -5,17 +5,28 @@ ASA_INLINE uint64_t lowest_bits(int64_t n) { return n <= 0 ? 0 : ~uint64_t{0} >>
 
 ASA_INLINE bool real(const bool* mask, int64_t i) { return mask == nullptr || mask[i]; }
 
-// Calls f(j, columns, o) for every row of the window around token i: tokens [j, j + columns) of the map, from offset o on.
+// The part of a window's side that lies on the grid: offsets [first, last] from a place along that side.
+struct Extent {
+  int64_t reach, first, last;
+  Extent(int64_t window, int64_t place, int64_t side)
+      : reach(window / 2), first(larger(-reach, -place)), last(smaller(reach, side - 1 - place)) {}
+};
+
+// Calls f(j, columns, o) for every row of the window around token i: tokens [j, j + columns) of the grid, from offset o on.
 template <class T, class F>
 ASA_INLINE void for_window_rows(const Problem<T>& p, int64_t i, const F& f) {
-  const int64_t reach = p.window / 2, row = i / p.width, column = i % p.width;
-  const int64_t top = larger(-reach, -row), bottom = smaller(reach, p.height - 1 - row);
-  const int64_t left = larger(-reach, -column), right = smaller(reach, p.width - 1 - column);
-  for (int64_t a = top; a <= bottom; ++a)
-    f((row + a) * p.width + column + left, right - left + 1, (a + reach) * p.window + left + reach);
+  const int64_t line = i / p.width, column = i % p.width, slice = p.depth == 1 ? 0 : line / p.height;
+  const Extent slices(p.window[0], slice, p.depth), rows(p.window[1], line - slice * p.height, p.height),
+      columns(p.window[2], column, p.width);
+  for (int64_t a = slices.first; a <= slices.last; ++a)
+    for (int64_t b = rows.first; b <= rows.last; ++b) {
+      const int64_t row = (a + slices.reach) * p.window[1] + b + rows.reach;
+      f((line + a * p.height + b) * p.width + column + columns.first, columns.last - columns.first + 1,
+        row * p.window[2] + columns.first + columns.reach);
+    }
 }
 
-// Calls f(j, o) for every token j on the map in the window around token i, o being its offset there.
+// Calls f(j, o) for every token j on the grid in the window around token i, o being its offset there.
 template <class T, class F>
 void for_window(const Problem<T>& p, int64_t i, const F& f) {
   for_window_rows(p, i, [&](int64_t j, int64_t columns, int64_t o) {
@@ -125,7 +136,7 @@ void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
         keys |= static_cast<uint64_t>(real(p.real_k, c)) << c % kBlock;
       for (int64_t r = 0; r < kBlock; ++r) {
         const int64_t i = block * kBlock + r;
-        tile[r] = p.window == 0 && i < p.n_q && real(p.real_q, i) ? keys : 0;
+        tile[r] = p.positions == 0 && i < p.n_q && real(p.real_q, i) ? keys : 0;
       }
     }
     for (int64_t r = 0; r < kBlock; ++r) m[r * p.blocks_k + j] = tile[r];
@@ -148,8 +159,8 @@ void keep_mutual(const Problem<T>& p, Queue& queue) {
 // Adds L of a block of queries to l, or L^T.
 template <class T>
 void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l) {
-  if (p.window == 0) return;
-  const int64_t size = p.window * p.window;
+  if (p.positions == 0) return;
+  const int64_t size = p.positions;
   for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
     const int64_t i = block * kBlock + r;
     for_window(p, i, [&](int64_t token, int64_t o) {

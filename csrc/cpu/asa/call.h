@@ -161,8 +161,9 @@ struct Call {
     p.begin = rows.begin, p.end = rows.end;
     p.q_at_a_time = at_a_time(parts(p.end - p.begin, kBlock), threads);
     p.k_at_a_time = at_a_time(p.blocks_k, threads);
-    p.height = x.options.height, p.width = x.options.width, p.topk = x.options.topk;
-    p.window = x.beta ? x.options.window : 0;
+    p.depth = x.options.depth, p.height = x.options.height, p.width = x.options.width, p.topk = x.options.topk;
+    std::copy_n(x.options.window, 3, p.window);
+    p.positions = x.positions();
     p.scale = static_cast<T>(x.options.scale), p.band = static_cast<T>(x.options.band);
     p.reciprocal = x.options.reciprocal, p.thresholded = x.has_neighbours();
     p.n_real = p.n_k;
@@ -193,7 +194,7 @@ struct Call {
     p.back = p.bits, p.back_stride = p.blocks_k * kBlock;
     p.kappa = reinterpret_cast<T*>(memory + kept.kappa) - p.begin;
     p.log_mean = reinterpret_cast<T*>(memory + kept.log_mean) - p.begin;
-    p.local = reinterpret_cast<bool*>(memory + kept.local) - p.begin * p.window * p.window;
+    p.local = reinterpret_cast<bool*>(memory + kept.local) - p.begin * p.positions;
   }
 
   // Fewer than kMostRows where threads would have nothing to do.

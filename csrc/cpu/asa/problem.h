@@ -38,7 +38,9 @@ struct Problem {
   int64_t n_q, n_k, dim, dim_v;
   int64_t blocks_q, blocks_k;
   int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
-  int64_t height, width, window, topk;  // window 0: no local block
+  int64_t depth, height, width;  // of the grid
+  int64_t window[3], positions;  // sides of the local window, and how many positions it has; 0: no local block
+  int64_t topk;
   bool reciprocal;
   bool keeps;  // a backward will read bits and local
   bool thresholded;  // there are adaptive neighbours; otherwise all keys are neighbours, or none if there is a beta
@@ -76,7 +78,7 @@ struct Problem {
   // Where only these are there, they are M, which is symmetric.
   const uint64_t* back;
   int64_t back_stride;
-  bool* local;  // [n_q][window^2], with a beta
+  bool* local;  // [n_q][positions], with a beta
   T *k_panels, *v_panels;  // keys and values packed for products of whole rows (gemm.h), where there are any
   // The same for AMX (tiles.h), if q, k and v are sums of so many bf16 numbers: 1 or 2; 0: without AMX.
   int64_t parts;
@@ -96,7 +98,7 @@ struct Problem {
   const uint64_t* words_back(int64_t block, int64_t j) const {
     return back + j * back_stride + (block - begin / kBlock) * kBlock;
   }
-  bool scanned() const { return thresholded || window > 0; }
+  bool scanned() const { return thresholded || positions > 0; }
   bool is_one_block() const { return blocks_q == 1 && blocks_k == 1; }
 };
 

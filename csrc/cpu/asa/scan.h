@@ -74,7 +74,7 @@ struct ScanScratch {
     e = p.is_one_block() ? arena.take<T>(at_a_time * stride) : nullptr;
     parts = arena.take<T>(kBlock * kLanes<T>);
     work = arena.take<T>(p.topk ? p.n_k : 0);
-    window = arena.take<T>(p.window * p.window * kLanes<T>);
+    window = arena.take<T>(p.positions * kLanes<T>);
     weights = arena.take<T>(p.thresholded && !tiles ? kRows * keys : 0);
     weights_left = arena.take<uint16_t>(p.thresholded && tiles ? kSquare * (keys + kSquare) * p.parts : 0);
     sums = arena.take<T>(p.thresholded ? at_a_time * sums_stride : 0);
@@ -296,7 +296,7 @@ template <class T>
 void find_local(const Scores<T>& scores) {
   const Problem<T>& p = scores.p;
   constexpr int64_t kAtATime = kLanes<T>, kPart = 64;
-  const int64_t positions = p.window * p.window;
+  const int64_t positions = p.positions;
   T* const window = scores.w.window;  // [positions][rows], -inf where there is no key
   for (int64_t first = 0; first < scores.rows; first += kAtATime) {
     const int64_t rows = smaller(kAtATime, scores.rows - first), row = scores.first + first;
