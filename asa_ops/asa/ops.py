@@ -57,7 +57,7 @@ _DOUBLE_BACKWARD = (
 )
 
 
-def _broadcast(inputs: Inputs) -> Inputs:
+def broadcast(inputs: Inputs) -> Inputs:
     """Return the inputs with alpha and beta [B, heads, N_q], by strides of 0, and key and value of all heads."""
     rows = inputs.query.shape[:3]
     alpha, beta = (x if x is None else x.expand(rows) for x in (inputs.alpha, inputs.beta))
@@ -70,14 +70,14 @@ def _define(impl: str) -> None:
 
     def forward(*args: Any) -> Any:
         tensors, options, (band, keep) = args[:6], args[6:11], args[11:13]
-        inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
+        inputs, options = broadcast(Inputs(*tensors)), Options.of(*options)
         saved = Saved.new(inputs, options, impl, keep, band)
         dispatch.load("asa", impl).fwd(inputs, options, saved, band if band and keep else None)
         return *saved[:4], saved.kept if keep else saved.kept.new_empty(*saved.kept.shape[:2], 0)
 
     def backward(grad_out: Tensor, *args: Any) -> Any:
         tensors, outputs, options, band = args[:6], args[6:11], args[11:16], args[16]
-        inputs, options = _broadcast(Inputs(*tensors)), Options.of(*options)
+        inputs, options = broadcast(Inputs(*tensors)), Options.of(*options)
         expected, found = kept_bytes(inputs, options, impl, band=band), outputs[4].shape[2]
         if expected and not found:
             raise RuntimeError("asa_attention: this forward pass ran with keep=False, so it has no backward")
@@ -91,14 +91,14 @@ def _define(impl: str) -> None:
             gradients[i] = tensors[i].new_empty(tensors[i].shape)
         if constant:
             torch._foreach_zero_([gradients[i] for i in constant])
-        return tuple(_like(dx, x, grad_out) for dx, x in zip(gradients, tensors[:5], strict=True))
+        return tuple(like(dx, x, grad_out) for dx, x in zip(gradients, tensors[:5], strict=True))
 
     for name, schema, run in (("fwd", FORWARD, forward), ("bwd", BACKWARD, backward)):
         _LIBRARY.define(f"asa_{impl}_{name}{schema}", tags=torch.Tag.pt2_compliant_tag)
         _LIBRARY.impl(f"asa_{impl}_{name}", run, "CompositeExplicitAutograd")
 
 
-def _like(gradient: Tensor | None, x: Tensor | None, grad_out: Tensor) -> Tensor:
+def like(gradient: Tensor | None, x: Tensor | None, grad_out: Tensor) -> Tensor:
     """Return a gradient in the shape and dtype of its input: 0 if there is none, [B, 0, 0] if there is no input."""
     if x is None:
         return grad_out.new_empty(grad_out.shape[0], 0, 0)
@@ -182,7 +182,7 @@ def register(stem: str, impl: str | None = None) -> None:
     @torch.library.register_fake(bwd)  # type: ignore[untyped-decorator]
     def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Any, beta: Any, *_: Any) -> Any:
         tokens = (x.new_empty(x.shape) for x in (query, key, value))
-        return *tokens, *(_like(None, x, query) for x in (alpha, beta))
+        return *tokens, *(like(None, x, query) for x in (alpha, beta))
 
     @register_flop_formula(getattr(torch.ops.asa_ops, f"{stem}_fwd"))
     def _(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
@@ -227,9 +227,9 @@ def asa_neighbors(
     inputs = Inputs(query, key, key[..., :0], alpha, beta, key_padding_mask)  # nobody's values are asked for
     options = (list(grid), list(window), topk, reciprocal, scale)
     if impl not in ("cpu", "cuda"):
-        return dispatch.load("asa", impl).neighbor_graph(_broadcast(inputs), Options.of(*options))
+        return dispatch.load("asa", impl).neighbor_graph(broadcast(inputs), Options.of(*options))
     ops = of(impl, query.device)
-    outputs = ops.fwd(*inputs, *options, 0.0, True, _takes_tf32(impl, query.dtype))
+    outputs = ops.fwd(*inputs, *options, 0.0, True, takes_tf32(impl, query.dtype))
     graph = new_graph(outputs[3])
     assert ops.list_survivors is not None
     ops.list_survivors(*inputs, *outputs, *options, 0.0, *graph)
@@ -247,7 +247,7 @@ def _neighbors_flops(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) 
     return flops(q_shape, k_shape, q_shape, pairs=0)
 
 
-def _takes_tf32(impl: str, dtype: torch.dtype) -> bool:
+def takes_tf32(impl: str, dtype: torch.dtype) -> bool:
     """Return what an op of ``impl`` is told of TF32: torch's setting at the call, for its backward too."""
     return impl == "cuda" and dtype == torch.float32 and allows_tf32()
 
@@ -256,7 +256,7 @@ def neighbors(inputs: Inputs, options: OpOptions, impl: str) -> NeighborGraph:
     """Run ``impl`` on checked arguments; return the survivors."""
     if impl == "reference":  # plain torch, no op around it
         with outside_autocast(inputs.query.device.type):
-            return reference.neighbor_graph(_broadcast(inputs), Options.of(*options))
+            return reference.neighbor_graph(broadcast(inputs), Options.of(*options))
     query, key, _, alpha, beta, mask = inputs
     return NeighborGraph(*asa_neighbors(query, key, alpha, beta, mask, *options, impl))
 
@@ -268,7 +268,7 @@ def attend(
     if impl == "reference":  # plain torch, differentiable twice: no op around it
         grid, window, topk, reciprocal, scale = Options.of(*options)
         return reference.asa_attention(  # type: ignore[return-value]  # with its statistics
-            *_broadcast(inputs)[:5],
+            *broadcast(inputs)[:5],
             grid=grid,
             window=window,
             topk=topk or None,
@@ -292,7 +292,7 @@ def attend(
         run = ops.with_grad
     else:
         run = ops.no_grad
-    tf32 = _takes_tf32(impl, inputs.query.dtype)
+    tf32 = takes_tf32(impl, inputs.query.dtype)
     out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep, tf32)
     return out, AsaStats(lse, lse_kept, survivors)
 

@@ -129,7 +129,7 @@ def bits_shape(impl: str, n_q: int, n_k: int, one_way: bool = False, peaks: bool
 
     "blocked": the bits of a row in order, lowest first. "cpu": blocks of 64 x 64 pairs, 8 bytes a query. "triton": for
     64 keys and every query, both in arranged order, 64 bits and a float16 that bounds their scores. "cuda": the pieces
-    of ``KeptBits`` in csrc/cuda/asa/call.cu, ``one_way`` bits and ``peaks`` among them where thresholds learn.
+    of ``KeptBits`` in csrc/cuda/asa/call.h, ``one_way`` bits and ``peaks`` among them where thresholds learn.
     """
     if impl == "blocked":
         return n_q, bit_columns(n_k)
@@ -164,18 +164,30 @@ class Saved(NamedTuple):
     base2: Tensor  # [.., 3, N_q] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 
     @classmethod
-    def new(cls, inputs: Inputs, options: Options, impl: str, keep: bool, band: float = 0.0) -> "Saved":
-        """Allocate what a forward pass of ``impl`` writes; without ``keep`` only what it needs itself."""
-        outputs = new_outputs(inputs, kept_bytes(inputs, options, impl, keep, band))
-        return cls.of(inputs, options, impl, keep, *outputs, band=band)
+    def new(
+        cls, inputs: Inputs, options: Options, impl: str, keep: bool, band: float = 0.0, pairs: bool = True
+    ) -> "Saved":
+        """Allocate what a forward pass of ``impl`` writes; without ``keep`` only what it needs itself.
+
+        Without ``pairs`` there are no bits, which a part of the rows keeps elsewhere.
+        """
+        outputs = new_outputs(inputs, kept_bytes(inputs, options, impl, keep, band, pairs))
+        return cls.of(inputs, options, impl, keep, *outputs, band=band, pairs=pairs)
 
     @classmethod
     def of(
-        cls, inputs: Inputs, options: Options, impl: str, keep: bool, *outputs: Tensor, band: float = 0.0
+        cls,
+        inputs: Inputs,
+        options: Options,
+        impl: str,
+        keep: bool,
+        *outputs: Tensor,
+        band: float = 0.0,
+        pairs: bool = True,
     ) -> "Saved":
         """Return the outputs of a forward pass, and what it kept piece by piece."""
         kept, begin, views = outputs[4], 0, []
-        for shape, dtype in _pieces(inputs, options, impl, keep, band):
+        for shape, dtype in _pieces(inputs, options, impl, keep, band, pairs):
             end = begin + math.prod(shape) * dtype.itemsize
             # Without numbers there are no strides that another dtype could have.
             piece = kept[..., begin:end].view(dtype) if end > begin else kept.new_empty(0, dtype=dtype)
@@ -189,14 +201,14 @@ def _aligned(size: int) -> int:
 
 
 def _pieces(
-    inputs: Inputs, options: Options, impl: str, keep: bool, band: float = 0.0
+    inputs: Inputs, options: Options, impl: str, keep: bool, band: float = 0.0, pairs: bool = True
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Return shape and dtype of the fields of Saved after ``kept``, for one head; ``Kept`` of csrc/asa.h in bytes."""
     (n_q, dim_v), n_k = (inputs.query.shape[2], inputs.value.shape[3]), inputs.key.shape[2]
     statistics, halves = inputs.precision, inputs.query.dtype.itemsize == 2
     learns = band > 0 and inputs.alpha is not None
     strips, columns = bits_shape(impl, n_q, n_k, learns and options.reciprocal, learns)
-    neighbours = keep and (inputs.alpha is not None or options.topk > 0)
+    neighbours = keep and pairs and (inputs.alpha is not None or options.topk > 0)
     more = keep and impl in PADDED_TO
     return [
         ((strips, columns if neighbours else 0), torch.uint8),
@@ -208,9 +220,11 @@ def _pieces(
     ]
 
 
-def kept_bytes(inputs: Inputs, options: Options, impl: str, keep: bool = True, band: float = 0.0) -> int:
+def kept_bytes(
+    inputs: Inputs, options: Options, impl: str, keep: bool = True, band: float = 0.0, pairs: bool = True
+) -> int:
     """Return how many bytes a forward pass of ``impl`` keeps of one head; an expression of symbolic sizes."""
-    pieces = _pieces(inputs, options, impl, keep, band)
+    pieces = _pieces(inputs, options, impl, keep, band, pairs)
     size = sum(_aligned(math.prod(shape) * dtype.itemsize) for shape, dtype in pieces)
     # More says that bits are A, not M, and has a backward refuse those that a forward with another band kept.
     one_way = keep and band > 0 and impl == "triton" and options.reciprocal and inputs.alpha is not None

@@ -1,14 +1,15 @@
 """The public functions: checks that all processes agree on, then what computes the rows of this one."""
 
+from types import ModuleType
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
-from ..asa.types import AsaStats, Grid, NeighborGraph, ThresholdGrad, Window
+from ..asa.types import AsaStats, Grid, Inputs, NeighborGraph, ThresholdGrad, Window
 from ..core.dispatch import Impl
-from . import rows, whole
-from .call import Group, agree
+from . import rows, tiles, whole
+from .call import Call, Group, agree
 
 
 @overload
@@ -115,7 +116,7 @@ def asa_attention(
     call, inputs = agree(
         group, query, key, value, alpha, beta, grid, window, topk, reciprocal, key_padding_mask, scale, impl, learning
     )
-    out, *stats = (rows if rows.can_run(call, inputs) else whole).Attention.apply(call, *inputs)
+    out, *stats = _computing(call, inputs).Attention.apply(call, *inputs)
     return (out, AsaStats(*stats)) if return_stats else out
 
 
@@ -153,4 +154,9 @@ def reciprocal_neighbors(
     """
     options = grid, window, topk, reciprocal, key_padding_mask, scale, impl, (None, 1.0)
     call, inputs = agree(group, query, key, None, alpha, beta, *options, has_values=False)
-    return (rows if rows.can_run(call, inputs) else whole).neighbors(call, inputs)
+    return _computing(call, inputs).neighbors(call, inputs)
+
+
+def _computing(call: Call, inputs: Inputs) -> ModuleType:
+    """Return what computes the call: some rows in each process, or all of them where that is not known how."""
+    return next((x for x in (rows, tiles) if x.can_run(call, inputs)), whole)

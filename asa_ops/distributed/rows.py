@@ -13,9 +13,8 @@ are kept too, as many bytes again, where a backward asks for one-way neighbours:
 mutual; and in a forward that begins outputs (``scan`` of csrc/cpu/asa).
 """
 
-import bisect
 from collections.abc import Iterator
-from itertools import accumulate, pairwise
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -26,59 +25,15 @@ from torch.autograd.function import once_differentiable
 from ..asa.types import Inputs, NeighborGraph, new_graph
 from . import collectives
 from .call import Call
+from .ranges import BLOCK, blocks_of, ranges, ranges_of_equal_work
 
-BLOCK = 64
 PIECE_BYTES = 2**22  # of bits, sent at a time
-MOST_ROWS = 2  # times as many as if rows were even, whatever their work: their bits take memory
-WORTH_MOVING = 1.05  # an imbalance from which on rows change hands
 
 
 def can_run(call: Call, inputs: Inputs) -> bool:
     """Return whether these kernels take the call; a map of one block is not split."""
     n_q, n_k, heads = sum(call.n_q), sum(call.n_k), inputs.query.shape[0] * inputs.query.shape[1]
     return call.impl == "cpu" and max(n_q, n_k) > BLOCK and min(n_q, n_k, heads) > 0
-
-
-def ranges(n: int, size: int, work: list[int] | None = None) -> list[int]:
-    """Return how many of n tokens each of ``size`` processes computes: whole blocks, of about as much work each."""
-    blocks = -(-n // BLOCK)
-    done = [0, *accumulate(work or [1] * blocks)]
-
-    def nearest(target: float) -> int:
-        i = bisect.bisect_left(done, target)
-        return i - (i > 0 and target - done[i - 1] < done[i] - target)
-
-    bounds = [min(nearest(done[-1] * r / size), blocks - 1) * BLOCK for r in range(size)]
-    return [end - begin for begin, end in pairwise([*bounds, n])]
-
-
-def blocks_of(rows: list[int]) -> list[int]:
-    """Return how many blocks ranges of rows have."""
-    return [-(-n // BLOCK) for n in rows]
-
-
-def imbalance(work: list[int], blocks: list[int]) -> float:
-    """Return the largest work of a process over the mean, where process r has ``blocks[r]`` blocks."""
-    ends = list(accumulate(blocks))
-    of_processes = [sum(work[end - n : end]) for n, end in zip(blocks, ends, strict=True)]
-    return max(of_processes) * len(blocks) / sum(work)
-
-
-def ranges_of_equal_work(n: int, blocks: list[int], work: list[int], least: int) -> list[int] | None:
-    """Return how many of n rows each process computes, by the work of every block of rows; None: as many as now.
-
-    ``blocks`` are those that each process has; every block takes ``least`` beside its work.
-    """
-    of_blocks = [x + least for x in work]
-    if imbalance(of_blocks, blocks) < WORTH_MOVING:
-        return None
-    size, most = len(blocks), MOST_ROWS * -(-len(work) // len(blocks))
-    rows = ranges(n, size, of_blocks)
-    while max(blocks_of(rows)) > most:  # make work more even until they are few enough
-        of_blocks = [x + least for x in of_blocks]
-        least *= 2
-        rows = ranges(n, size, of_blocks)
-    return rows
 
 
 class Part:

@@ -39,6 +39,7 @@ ASYNC_COPIES = r"\b(LDGSTS|UTMALDG)\b"
 # Spilled stores of what is known to need them. Everything not named here must have none.
 SPILL_CEILING = {
     ("finish_out", 256, 80): 2,
+    ("mask", 256, 90): 2,  # of a part of the rows, whose bits are stored by rows and by columns
     ("aggregate", 256, 80): 25,  # 128 registers of the result; scores in chunks of D do not help (tried)
     ("dk", 256, 90): 10,  # 83 us on an H200, 105 us in the best row without (bench/results/nvidia-h200-tune.txt)
 }
@@ -123,7 +124,8 @@ def _call(dim, dtype, learn, symmetric=False, alpha=True, beta=True, **options) 
     threshold = torch.empty(2, 2, 64 * 64, dtype=torch.float32, device="meta")
     thresholds = (threshold if given else None for given in (alpha, beta))
     tensors = [query, key, torch.empty_like(query), *thresholds]
-    launches.go_through(tensors, {"grid": (64, 64)} | options, 2.0 if learn else None)
+    for go_through in (launches.go_through, launches.go_through_part):
+        go_through(tensors, {"grid": (64, 64)} | options, 2.0 if learn else None)
 
 
 def compiled(source: Source) -> Compiled:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from asa_ops.asa import triton as asa
 from asa_ops.asa.triton import configs
+from asa_ops.asa.triton.part import Part
 from asa_ops.asa.triton.problem import MAX_SPLITS, Problem
 from asa_ops.asa.types import Inputs, Options, Saved
 from asa_ops.core import triton_launch
@@ -82,16 +83,35 @@ def intercepted(
         yield
 
 
+def _settings(options: dict) -> Options:
+    return Options.of(options["grid"], [3, 3], options.get("topk", 0), options.get("reciprocal", True), 0.1)
+
+
 def go_through(tensors: list, options: dict, band: float | None = None, mask: Tensor | None = None) -> None:
     """Make every launch of a forward and a backward call on query, key, value, alpha, beta without memory.
 
     With the call's ``options`` grid, topk and reciprocal; thresholds learn within a ``band`` around each.
     """
     inputs = Inputs(*tensors, mask)
-    settings = Options.of(options["grid"], [3, 3], options.get("topk", 0), options.get("reciprocal", True), 0.1)
+    settings = _settings(options)
     saved = Saved.new(inputs, settings, "triton", keep=True)
     asa.fwd(inputs, settings, saved, band)
     asa.bwd(torch.empty_like(saved.out), inputs, saved, settings, band)
+
+
+def go_through_part(tensors: list, options: dict, band: float | None = None) -> None:
+    """The same of the call of a process that computes half of the rows."""
+    inputs, n = Inputs(*tensors, None), tensors[0].shape[2]
+    settings = _settings(options)
+    own = n // 2, n
+    part = Part(inputs, settings, band or 0.0, True)
+    if (scan := part.scan(own)) is not None:
+        numbers, flags = (x.new_empty(len(x), 2 * x.shape[1], x.shape[2]) for x in scan[:2])
+        scan = scan._replace(numbers=numbers, flags=flags)
+    outputs, kept = part.attend(own, own, scan)
+    part = Part(inputs, settings, band or 0.0, True)
+    of_rows, largest = part.begin_backward(own, own, torch.empty_like(outputs.out), outputs, kept)
+    part.end_backward(own, own, [x.new_empty(len(x), n, *x.shape[2:]) for x in of_rows], largest)
 
 
 def go_through_criss_cross(query: Tensor, value: Tensor) -> None:

@@ -9,6 +9,7 @@ import math
 from dataclasses import replace
 from unittest import mock
 
+import in_parts
 import pytest
 import torch
 from cases import CASES, Case, make, named, with_grad
@@ -50,6 +51,25 @@ def impl(request):
 
 def attend(impl, *inputs, **options):
     return asa_attention(*inputs, **options, impl=impl)
+
+
+# Parts of a map.
+
+
+@pytest.mark.parametrize("variant", ["plain", "one_way", "topk", "padding", "dense"])
+@pytest.mark.parametrize(
+    ("dim", "dtype", "band"),
+    [(64, torch.bfloat16, 2.0), (128, torch.bfloat16, 0.0), (256, torch.bfloat16, 2.0), (64, torch.float32, 2.0),
+     (64, torch.float16, 0.0)],
+    ids=str,
+)  # fmt: skip
+def test_parts_are_one_call_on_a_gpu(dim, dtype, band, variant):
+    """As processes of one kind of GPU compute them, to the last bit: eight blocks of 128 rows, over four."""
+    from asa_ops.asa.triton.part import Part
+
+    inputs, options = in_parts.arguments(configured(dim, variant), dtype, DEVICE)
+    scanned, rows = [128, 512, 0, 384], [256, 128, 640, 0]
+    in_parts.check(Part, in_parts.triton_call, inputs, options, band, scanned, rows, rows)
 
 
 # Against the reference.

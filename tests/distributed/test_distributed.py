@@ -8,14 +8,18 @@ from datetime import timedelta
 from itertools import pairwise
 
 import pytest
+import simt
 import torch
 from cases import CASES, OTHER_GRIDS, Case, make, named, with_grad
-from implementations import slow
+from implementations import EMULATED, INTERPRETED, slow
 from processes import Processes
 
 import asa_ops
 from asa_ops import distributed
-from asa_ops.distributed import collectives, rows
+from asa_ops.distributed import collectives, ranges
+
+if INTERPRETED:
+    import interpreter  # noqa: F401  (processes import this file: it changes how products round, and takes less time)
 
 pytestmark = pytest.mark.xdist_group("processes")
 SPLITS = {1: (1,), 2: (0.4,), 3: (0.0, 0.55), 4: (0.1, 0.1, 0.8)}  # where the parts after the first begin
@@ -27,8 +31,15 @@ def parts(n: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
+def load(impl: str | None) -> None:
+    """Load what an implementation runs on, in a process."""
+    if impl == "cuda":
+        simt.load()
+
+
 def whole(group, rank: int, case: Case, dtype: torch.dtype, options: dict) -> list:
     """Return outputs, statistics and gradients of one process."""
+    load(options.get("impl"))
     inputs, given = make(case, dtype)
     inputs = with_grad(inputs)
     out, stats = asa_ops.asa_attention(*inputs, **given, **options, return_stats=True)
@@ -42,6 +53,7 @@ def weights(out: torch.Tensor) -> torch.Tensor:
 
 def part_of_process(group, rank: int, case: Case, dtype: torch.dtype, options: dict, cuts: list) -> list:
     """Return the same of this process's tokens."""
+    load(options.get("impl"))
     inputs, given = make(case, dtype)
     part, keys = cuts[0][rank], cuts[1][rank]
     mine = [inputs[0][:, :, part], inputs[1][:, :, keys], inputs[2][:, :, keys]]
@@ -87,6 +99,26 @@ LARGE += [replace(case, grid=(397,) if len(case.grid) == 1 else (5, 11, 7)) for 
 @pytest.mark.parametrize("size", [slow(1), 2, 3, slow(4)])
 def test_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
+
+
+@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize("name", ["alpha_only", *map(slow, ("plain", "more_keys", "padding", "beta_only", "dense"))])
+def test_tiles_equal_one_process(processes, name, impl):
+    """Two blocks of 128 positions: over two processes."""
+    case = named(name, grid=(9, 15), batch=1, heads=1)
+    case = replace(case, n_keys=case.n_keys and 150)
+    check(processes, 2, case, torch.float32, threshold_grad="straight_through", impl=impl)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize(
+    ("size", "case"),
+    [pytest.param(3, case, id=case.name) for case in LARGE] + [(1, LARGE[0]), (2, LARGE[0]), (4, LARGE[0])],
+)
+def test_more_tiles_equal_one_process(processes, size, case, impl):
+    case = replace(case, heads=1)
+    check(processes, size, case, torch.float32, threshold_grad="straight_through", impl=impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
@@ -191,7 +223,52 @@ def test_random_calls(processes, seed):
     check(processes, size, case, dtype, **learning, impl="cpu")
 
 
-def neighbors_of_process(group, rank: int, case: Case, cuts: list) -> list:
+@pytest.mark.parametrize("impl", EMULATED)
+@pytest.mark.parametrize("case", [slow(x, id=x.name, when=x.name != "padding") for x in LARGE])
+@pytest.mark.parametrize("size", [2, *map(slow, (1, 3, 4))])
+def test_blocks_of_cuda_equal_one_process(processes, size, case, impl):
+    check(processes, size, case, torch.float32, threshold_grad="straight_through", impl=impl)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", EMULATED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_where_kernels_take_whole_maps_alone(processes, impl, dtype):
+    """Those for compute capability 9.0."""
+    case, options = named("plain", grid=(9, 15), batch=1, heads=1), {"threshold_grad": "straight_through", "impl": impl}
+    (expected,) = processes.run(1, on_hopper, "1", whole, case, dtype, options)
+    cuts = [parts(9 * 15, 2)] * 2
+    answers = processes.run(2, on_hopper, "11", part_of_process, case, dtype, options, cuts)
+    for x, of_processes in zip(expected, zip(*answers, strict=True), strict=True):
+        assert torch.equal(torch.cat(of_processes, 2), x)
+
+
+def on_hopper(group, rank: int, asked: str, function, *args) -> list:
+    """Call a function where a process asks for the kernels for compute capability 9.0, or not, as ``asked`` says."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ASA_OPS_HOPPER", asked[rank])
+        return function(group, rank, *args)
+
+
+@pytest.mark.parametrize("impl", EMULATED)
+def test_processes_that_run_other_kernels_are_refused(processes, impl):
+    case, cuts = named("plain", grid=(9, 15), batch=1, heads=1), [parts(9 * 15, 2)] * 2
+    with pytest.raises(AssertionError, match="every process must be given the same ASA_OPS_HOPPER"):
+        processes.run(2, on_hopper, "01", part_of_process, case, torch.float16, {"impl": impl}, cuts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", [*INTERPRETED, *EMULATED])
+@pytest.mark.parametrize("seed", range(1000, 1040))
+def test_random_calls_by_tiles(processes, seed, impl):
+    case, size, dtype, learning = random_call(seed)
+    case = replace(case, batch=min(case.batch, 1 + case.padding), heads=1 + seed % 2, dim=min(case.dim, 40))
+    dtype = torch.float16 if dtype == torch.float16 else torch.float32
+    check(processes, size, case, dtype, **learning, impl=impl)
+
+
+def neighbors_of_process(group, rank: int, case: Case, cuts: list, impl: str = "auto") -> list:
+    load(impl)
     inputs, options = make(case, torch.float32)
     query, key, _, alpha, beta = inputs
     part = cuts[rank]
@@ -199,27 +276,39 @@ def neighbors_of_process(group, rank: int, case: Case, cuts: list) -> list:
     tokens = query[:, :, part], key[:, :, part]
     if (mask := options.get("key_padding_mask")) is not None:
         options["key_padding_mask"] = mask[:, part]
-    row_offsets, columns = distributed.reciprocal_neighbors(*tokens, alpha, beta, **options, group=group)
+    row_offsets, columns = distributed.reciprocal_neighbors(*tokens, alpha, beta, **options, group=group, impl=impl)
     return [x.tolist() for x in columns.split(row_offsets.diff().tolist())]
 
 
-@pytest.mark.parametrize("grid", [(9, 7), (19, 23)], ids=str)
-@pytest.mark.parametrize("size", [1, 3, 4])
-@pytest.mark.parametrize("name", ["plain", "one_way", "topk_alone", "padding", "beta_only", "empty_batch"])
-def test_neighbors_of_one_process(processes, name, size, grid):
-    case = named(name, grid=grid)
+def check_neighbors(processes, size: int, case: Case, impl: str) -> None:
+    load(impl)
     (query, key, _, alpha, beta), options = make(case, torch.float32)
-    row_offsets, columns = asa_ops.reciprocal_neighbors(query, key, alpha, beta, **options)
+    row_offsets, columns = asa_ops.reciprocal_neighbors(query, key, alpha, beta, **options, impl=impl)
     n, heads = query.shape[2], case.batch * case.heads
     expected = [x.tolist() for x in columns.split(row_offsets.diff().tolist())]
     cuts = parts(n, size)
-    answers = processes.run(size, neighbors_of_process, case, cuts)
+    answers = processes.run(size, neighbors_of_process, case, cuts, impl)
     found = []
     for head in range(heads):
         for part, answer in zip(cuts, answers, strict=True):
             count = part.stop - part.start
             found += answer[head * count : (head + 1) * count]
     assert found == expected
+
+
+@pytest.mark.parametrize("grid", [(9, 7), (19, 23)], ids=str)
+@pytest.mark.parametrize("size", [1, 3, 4])
+@pytest.mark.parametrize("name", ["plain", "one_way", "topk_alone", "padding", "beta_only", "empty_batch"])
+def test_neighbors_of_one_process(processes, name, size, grid):
+    check_neighbors(processes, size, named(name, grid=grid), "auto")
+
+
+@pytest.mark.parametrize("impl", [*INTERPRETED, *EMULATED])
+@pytest.mark.parametrize("size", [slow(1), 2, slow(3)])
+@pytest.mark.parametrize("name", ["plain", *map(slow, ("padding", "one_way", "topk_alone", "beta_only", "dense"))])
+def test_neighbors_by_tiles(processes, name, size, impl):
+    case = named(name, grid=(9, 15), heads=1)
+    check_neighbors(processes, size, replace(case, batch=1 + case.padding), impl)
 
 
 def error_of_process(group, rank: int, change: str) -> str:
@@ -243,6 +332,9 @@ def error_of_process(group, rank: int, change: str) -> str:
         arguments["grid"] = (9, 9)
     elif change == "topk":
         arguments["topk"] = 81
+    elif change == "precision":
+        arguments["impl"] = "triton"
+        torch.backends.cuda.matmul.fp32_precision = ("ieee", "tf32")[rank]
     elif change == "group":
         arguments["group"] = "world"
     elif change == "mesh":
@@ -253,6 +345,8 @@ def error_of_process(group, rank: int, change: str) -> str:
         distributed.asa_attention(**arguments)
     except (TypeError, ValueError, RuntimeError) as error:
         return f"{type(error).__name__}: {error}"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
     return "no error"
 
 
@@ -269,6 +363,8 @@ def error_of_process(group, rank: int, change: str) -> str:
         ("grid", r"ValueError: grid must be \(H, W\) with H \* W = N = 80, got 9 \* 9 = 81"),
         ("topk", "ValueError: topk must be at most the number of keys, N_k = 80, got topk=81"),
         ("group", "TypeError: group must be a process group, a DeviceMesh or None, got 'world' of type str"),
+        *[("precision", r"ValueError: every process must be given the same torch\.backends.*fp32_precision, got")]
+        * bool(INTERPRETED),
     ],
 )
 def test_every_process_raises_the_same_error(processes, change, message):
@@ -341,12 +437,12 @@ def test_bytes_received(processes, size):
 
 
 def test_rows_of_equal_work():
-    assert rows.ranges(1000, 4) == [256, 256, 256, 232]
-    assert rows.ranges(130, 4) == [64, 64, 0, 2]
-    assert rows.ranges(1024, 2, [1] * 8 + [9] * 8) == [768, 256]  # 44 and 36; even rows have 8 and 72
-    assert rows.ranges(1024, 3, [0] * 15 + [1]) == [960, 0, 64]
+    assert ranges.ranges(1000, 4) == [256, 256, 256, 232]
+    assert ranges.ranges(130, 4) == [64, 64, 0, 2]
+    assert ranges.ranges(1024, 2, [1] * 8 + [9] * 8) == [768, 256]  # 44 and 36; even rows have 8 and 72
+    assert ranges.ranges(1024, 3, [0] * 15 + [1]) == [960, 0, 64]
     work = [1] * 8 + [9] * 8
-    assert rows.imbalance(work, [8, 8]) == 1.8 and rows.imbalance(work, [12, 4]) == 1.1
+    assert ranges.imbalance(work, [8, 8]) == 1.8 and ranges.imbalance(work, [12, 4]) == 1.1
     # At most twice as many rows as if they were even, though all work is in one block.
-    assert max(rows.ranges_of_equal_work(4096, [16] * 4, [10**6] + [0] * 63, 1)) == 2048
-    assert rows.ranges_of_equal_work(4096, [16] * 4, [100] * 64, 1) is None
+    assert max(ranges.ranges_of_equal_work(4096, [16] * 4, [10**6] + [0] * 63, 1)) == 2048
+    assert ranges.ranges_of_equal_work(4096, [16] * 4, [100] * 64, 1) is None

@@ -147,13 +147,15 @@ def _arrange(
 
 
 @triton.jit
-def _programs(tokens, key, n_heads, CUT):
-    """How many programs arrange queries, and with values, and with keys, which come last."""
+def _programs(tokens, query, key, n_heads, CUT):
+    """How many programs arrange queries, and with values, and with keys, which come last; none without queries."""
     of_rows = n_heads * (tokens.rows.padded // CUT.BLOCK)
     of_keys = n_heads * (tokens.keys.padded // CUT.BLOCK)
     end = of_rows + of_keys
     if key is not None:
         end += of_keys
+    if query is None:
+        end = 0
     return of_rows, of_rows + of_keys, end
 
 
@@ -161,8 +163,10 @@ def _programs(tokens, key, n_heads, CUT):
 def _arrange_some(query, key, value, tokens, heads, sharing, n_heads, dim, dim_v, CUT):
     """Arrange the tokens of this program: queries, values, or keys where those are not the queries."""
     program = tl.program_id(0)
-    of_queries, of_values, _ = _programs(tokens, key, n_heads, CUT)
-    if program < of_queries:
+    of_queries, of_values, _ = _programs(tokens, query, key, n_heads, CUT)
+    if query is None:
+        tl.static_assert(key is None)
+    elif program < of_queries:
         _arrange(program, query, tokens.q, None, None, tokens.rows, heads, sharing, dim, CUT.DIM, False, CUT)
     elif program < of_values:
         _arrange(program - of_queries, value, tokens.v, tokens.not_finite, tokens.bounds, tokens.keys, heads, sharing,
@@ -174,7 +178,7 @@ def _arrange_some(query, key, value, tokens, heads, sharing, n_heads, dim, dim_v
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_arrange_kernel(query, key, value, tokens, neighbours, heads, sharing, n_heads, dim, dim_v, CUT):
     """Tokens in order; and, where pairs will be decided, nobody has a neighbour yet."""
-    _, _, end = _programs(tokens, key, n_heads, CUT)
+    _, _, end = _programs(tokens, query, key, n_heads, CUT)
     program = tl.program_id(0) - end
     if program < 0:
         _arrange_some(query, key, value, tokens, heads, sharing, n_heads, dim, dim_v, CUT)
@@ -272,8 +276,11 @@ def _asa_arrange_backward_kernel(
     query, key, value, d_out, tokens, kept, rows, bits, occupied, alpha, peaks, thresholds,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n_heads, n, dim, dim_v, band2, CUT,
 ):  # fmt: skip
-    """Tokens and gradients of the output in order; tiles of pairs that hold bits, and those that thresholds reach."""
-    _, _, end = _programs(tokens, key, n_heads, CUT)
+    """Tokens and gradients of the output in order; tiles of pairs that hold bits, and those that thresholds reach.
+
+    Tokens are in order already if ``query`` is None.
+    """
+    _, _, end = _programs(tokens, query, key, n_heads, CUT)
     of_gradients = n_heads * (tokens.rows.padded // CUT.GRADIENTS)
     program = tl.program_id(0) - end
     if program < 0:
@@ -333,27 +340,33 @@ def _one_tensor(x: Tensor, y: Tensor) -> bool:
 class _Arranging:
     """Room for the tokens of a call in order, and the arguments of the kernels that fill it."""
 
-    def __init__(self, problem: Problem, orders: Orders, backward: bool):
+    def __init__(self, problem: Problem, orders: Orders, backward: bool, with_do: bool = True):
         rows, keys, notes = orders
         query, key, value = problem.inputs[:3]
         one, dtype = _one_tensor(query, key), problem.dtype
         rooms = [(rows, problem.width), (keys, problem.width), (keys, problem.width_v), (rows, problem.width_v)]
         q, k, v, do = (
             None if skipped else problem.new(problem.n_heads * order.padded, width, dtype=dtype)
-            for skipped, (order, width) in zip((False, one, False, not backward), rooms, strict=True)
+            for skipped, (order, width) in zip((False, one, False, not (backward and with_do)), rooms, strict=True)
         )
         not_finite = problem.new(problem.n_heads, keys.padded // 32, dtype=torch.int32)
         bounds = notes if backward and dtype == torch.float16 else None
         self.tokens = Tokens(rows, keys, q, q if one else k, v, do, not_finite, bounds)
         self.sources = [Source.of(query), None if one else Source.of(key), Source.of(value)]
-        self.cut = Cut(max(problem.block, 32), problem.width, problem.width_v, problem.precision, problem.block)
+        self.cut = _cut(problem)
         sides = [rows, keys] if one else [rows, keys, keys]
         self.programs = problem.n_heads * sum(side.padded // self.cut.BLOCK for side in sides)
 
 
-def arrange_tokens(problem: Problem, orders: Orders, neighbours: Neighbours = NO_NEIGHBOURS) -> Tokens:
+def _cut(problem: Problem) -> Cut:
+    return Cut(max(problem.block, 32), problem.width, problem.width_v, problem.precision, problem.block)
+
+
+def arrange_tokens(
+    problem: Problem, orders: Orders, neighbours: Neighbours = NO_NEIGHBOURS, backward: bool = False
+) -> Tokens:
     """Arrange query, key and value; clear what will be known of ``neighbours``."""
-    arranging = _Arranging(problem, orders, backward=False)
+    arranging = _Arranging(problem, orders, backward, with_do=False)
     tokens, cut = arranging.tokens, arranging.cut
     clearing = 0 if neighbours.occupied is None else problem.n_heads * (tokens.rows.padded // cut.BLOCK)
     triton_launch.launch(
@@ -365,23 +378,29 @@ def arrange_tokens(problem: Problem, orders: Orders, neighbours: Neighbours = NO
 
 def arrange_backward(
     problem: Problem, orders: Orders, do: Tensor, saved: Saved, bits: Bits, peaks: Peaks, occupied: Tensor | None,
-    thresholds: Thresholds, band: float | None,
+    thresholds: Thresholds, band: float | None, arranged: Tokens | None = None,
 ) -> tuple[Tokens, RowGradients]:  # fmt: skip
     """Arrange tokens and the gradient of the output; return them and what the backward needs to know of rows.
 
     Beside it flag the tiles that are ``occupied``, and those within ``band`` of ``thresholds``, each if asked for.
+    Tokens that are ``arranged`` already, of which rows may be some, only get ``do``.
     """
-    arranging = _Arranging(problem, orders, backward=True)
-    tokens, cut, alpha = arranging.tokens, arranging.cut, problem.inputs.alpha
+    cut, alpha = _cut(problem), problem.inputs.alpha
+    if arranged is None:
+        arranging = _Arranging(problem, orders, backward=True)
+        tokens, sources, programs = arranging.tokens, arranging.sources, arranging.programs
+    else:
+        do_room = problem.new(problem.n_heads * arranged.rows.padded, problem.width_v, dtype=problem.dtype)
+        tokens, sources, programs = arranged._replace(do=do_room), [None, None, None], 0
     delta, top, share, lse_kept2 = (problem.new(problem.n_heads, tokens.rows.padded) for _ in range(4))
     rows = RowGradients(delta, top, share, lse_kept2, orders.notes)
     kept = Kept(saved.out, PerHead.of(saved.residual), PerHead.of(saved.base2), saved.survivors,
                 PerHead.of(saved.kappa))  # fmt: skip
-    programs = arranging.programs + problem.n_heads * tokens.rows.padded // cut.GRADIENTS
+    programs += problem.n_heads * tokens.rows.padded // cut.GRADIENTS
     if occupied is not None:
         programs += occupied.shape[0] * occupied.shape[1] * triton.cdiv(occupied.shape[2], BLOCKS_A_TIME.value)
     triton_launch.launch(
-        _asa_arrange_backward_kernel, (programs,), *arranging.sources, Source.of(do), tokens, kept, rows, bits,
+        _asa_arrange_backward_kernel, (programs,), *sources, Source.of(do), tokens, kept, rows, bits,
         occupied, alpha, peaks, thresholds, *problem.strides(alpha), problem.heads, problem.sharing, problem.n_heads,
         problem.n, problem.dim, problem.dim_v, (band or 0.0) * LOG2_E, CUT=constants(cut), warps=problem.warps,
         registers=128 if max(problem.width, problem.width_v) <= 64 else None,

@@ -76,7 +76,7 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     forward(problem, orders, saved, None)
     graph = new_graph(saved.survivors)
     if len(graph.col_indices):
-        write_columns(problem, orders, problem.bits(saved.bits), saved, *graph)
+        write_columns(problem, orders.rows, orders.keys, problem.bits(saved.bits), saved.local, *graph)
     return graph
 
 

@@ -14,12 +14,13 @@ from ..types import Saved
 from .arrange import RowGradients
 from .problem import Bits, PerHead, Problem, Tokens
 from .select import Neighbours, Thresholds
-from .sums import Sums
+from .sums import Across, Sums
 from .tiles import (
     LN_2,
     SCALARS,
     UNROLL,
     admission_weight,
+    back_of,
     bit_at,
     constants,
     exponential,
@@ -32,6 +33,7 @@ from .tiles import (
     rows_of,
     shrink_of,
     step_derivative,
+    words_of,
 )
 from .window import Local
 
@@ -43,11 +45,13 @@ class Rows(NamedTuple):
     DIM: int
     DIM_V: int
     WINDOW: int  # 0: no local block
+    MUTUAL: bool
     ONE_WAY_BITS: bool
 
 
 def _rows(problem: Problem, block: int | None = None) -> Rows:
-    return constants(Rows(block or problem.block, problem.width, problem.width_v, problem.window, problem.one_way_bits))
+    widths = problem.width, problem.width_v
+    return constants(Rows(block or problem.block, *widths, problem.window, problem.mutual, problem.one_way_bits))
 
 
 class Multipliers(NamedTuple):
@@ -97,11 +101,13 @@ class Window(NamedTuple):
     """What a visitor of the window knows of an image and head; made within kernels."""
 
     local: object  # uint8 [n, WINDOW**2] local survivors
-    words: object  # bits of neighbours, None without any
+    words: object  # bits of neighbours by the words of its side, None without any
+    back: object  # and by those of the other side
     place: object  # positions of tokens
     n: object
     width: object
-    padded: object
+    own: object  # how many positions its side has, and the other one
+    others: object
 
 
 @triton.jit
@@ -137,12 +143,10 @@ def _sum_of_wide_parts(sums, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _words_of(bits, z):
-    """The bits of a head, None without any."""
-    words = bits.words
-    if words is not None:
-        words += z * bits.stride
-    return words
+def _window_of_rows(local, bits, tokens, z, image, n, width):
+    """The windows of rows, among all keys."""
+    place, own, others = tokens.keys.place + image * n, tokens.rows.padded, tokens.keys.padded
+    return Window(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, width, own, others)
 
 
 @triton.jit
@@ -150,8 +154,8 @@ def _visit(window, z, p, token, offset, OF_KEYS: tl.constexpr, ALL: tl.constexpr
     """The pairs of the tokens at positions p with the ``offset``-th tokens of their windows.
 
     The tokens at p are rows and the others keys, or keys and rows if OF_KEYS. Returned are the others and their
-    positions, whether there is one, whether the pair survives locally, and its neighbour bits there and back (the same
-    where mutual neighbours are stored as such). Bits are read of pairs that survive locally; if ALL, of all.
+    positions, whether there is one, whether the pair survives locally, and its neighbour bits from p to the other and
+    back (one where there is one only). Bits are read of pairs that survive locally; if ALL, of all.
     """
     SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
     other, at, there = in_window(window.place, token, offset, window.n, window.width, ROWS.WINDOW)
@@ -161,15 +165,17 @@ def _visit(window, z, p, token, offset, OF_KEYS: tl.constexpr, ALL: tl.constexpr
         flag = window.local + token.to(tl.int64) * SIZE + offset
     survives = tl.load(flag, mask=there, other=0) != 0
     one_way = there & False
-    if window.words is not None:
-        row, column = p, at
-        if OF_KEYS:
-            row, column = at, p
-        read = there if ALL else survives
-        one_way = bit_at(window.words, row, column, window.padded, read)
     other_way = one_way
-    if ROWS.ONE_WAY_BITS:
-        other_way = bit_at(window.words, column, row, window.padded, read)
+    if window.words is not None:
+        read = there if ALL else survives
+        if OF_KEYS and not ROWS.MUTUAL:
+            one_way = bit_at(window.back, at, p, window.others, read)
+            other_way = one_way
+        else:
+            one_way = bit_at(window.words, p, at, window.own, read)
+            other_way = one_way
+            if ROWS.ONE_WAY_BITS:
+                other_way = bit_at(window.back, at, p, window.others, read)
     return other, at, there, survives, one_way, other_way
 
 
@@ -183,10 +189,10 @@ def _visit_new(window, z, p, token, offset, OF_KEYS: tl.constexpr, ROWS):
 @triton.jit
 def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS):
     """Add the pairs that survive locally only to a row's sums of values and weights, largest score and count."""
-    q_i = _load_rows(tokens.q, z * window.padded + p, None, ROWS.DIM)
+    q_i = _load_rows(tokens.q, z * window.own + p, None, ROWS.DIM)
     for offset in range(ROWS.WINDOW * ROWS.WINDOW):  # unrolled it needs so many registers that it is slower
         at, new = _visit_new(window, z, p, token, offset, False, ROWS)
-        at_key = z * window.padded + at
+        at_key = z * window.others + at
         s = tl.sum(q_i * _load_rows(tokens.k, at_key, new, ROWS.DIM), 1) * scale2
         s = tl.where(new, s, -float("inf"))
         m_new = tl.maximum(m, s)
@@ -194,7 +200,7 @@ def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, t
         shrink, weight = tl.exp2(m - base), tl.exp2(s - base)
         acc = acc * shrink[:, None] + weight[:, None] * _load_rows(tokens.v, at_key, new, ROWS.DIM_V)
         summed = summed * shrink + weight
-        not_finite = tl.load(tokens.not_finite + z * (window.padded // 32) + at // 32, mask=new, other=0)
+        not_finite = tl.load(tokens.not_finite + z * (window.others // 32) + at // 32, mask=new, other=0)
         nan_row |= ((not_finite >> (at % 32)) & 1) != 0
         count += new.to(tl.int32)
         m = m_new
@@ -225,7 +231,7 @@ def _asa_finish_out_kernel(
     count = tl.zeros([ROWS.BLOCK], tl.int32)
     nan_row = count != 0
     if ROWS.WINDOW > 0:
-        window = Window(of_head(local, z), _words_of(bits, z), tokens.rows.place + image * n, n, width, padded)
+        window = _window_of_rows(local, bits, tokens, z, image, n, width)
         acc, summed, m, count, nan_row = _add_local_survivors(
             acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
         )
@@ -301,14 +307,15 @@ def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n
     missing = _sum_of_parts(sums.partial, sums, at_row, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
         token = tl.load(tokens.rows.order + z // sharing * padded + p)
-        window = Window(of_head(local, z), _words_of(bits, z), tokens.rows.place + z // sharing * n, n, width, padded)
+        window = _window_of_rows(local, bits, tokens, z, z // sharing, n, width)
         q_i = _load_rows(tokens.q, at_row, None, ROWS.DIM)
         do_i = _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
         top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
         for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=UNROLL):
             at, new = _visit_new(window, z, p, token, offset, False, ROWS)
-            k_j = _load_rows(tokens.k, z * padded + at, new, ROWS.DIM)
-            v_j = _load_rows(tokens.v, z * padded + at, new, ROWS.DIM_V)
+            at_key = z * tokens.keys.padded + at
+            k_j = _load_rows(tokens.k, at_key, new, ROWS.DIM)
+            v_j = _load_rows(tokens.v, at_key, new, ROWS.DIM_V)
             _, ds = _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2)
             missing += ds
     tl.store(row.delta + at_row, delta_i + missing)
@@ -327,7 +334,7 @@ def correct_delta(
 @triton.jit
 def _alpha_term(
     offer, s2, other, offset, at_row, at_key, there, survives, one_way, other_way,
-    tokens, thresholds, row, window, z, factors, ROWS,
+    tokens, thresholds, row, across, window, z, factors, ROWS,
 ):  # fmt: skip
     """What a pair of the window adds to -dl/dt; ``offer``: what admitting it would change."""
     lse_i, cut_i = tl.load(thresholds.lse2 + at_row), tl.load(thresholds.cut2 + at_row)
@@ -341,6 +348,9 @@ def _alpha_term(
         SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
         flag = window.local + other.to(tl.int64) * SIZE + (SIZE - 1 - offset)
         back_survives = tl.load(flag, mask=there, other=0) != 0
+        if across is not None:  # at_row is among its own keys, at_key among all rows
+            tokens = across.tokens
+            row = across.row
         k_i, q_j = _load_rows(tokens.k, at_row, None, ROWS.DIM), _load_rows(tokens.q, at_key, there, ROWS.DIM)
         back2 = tl.sum(k_i * q_j, 1) * factors.scale2
         v_i, do_j = _load_rows(tokens.v, at_row, None, ROWS.DIM_V), _load_rows(tokens.do, at_key, there, ROWS.DIM_V)
@@ -353,12 +363,12 @@ def _alpha_term(
 
 @triton.jit
 def _add_window_gradients(
-    acc, dt, du, tokens, thresholds, row, window, log_mean2, log_beta2, z, p, token, factors,
+    acc, dt, du, tokens, thresholds, row, across, window, log_mean2, log_beta2, z, p, token, factors,
     LEARN_ALPHA: tl.constexpr, LEARN_BETA: tl.constexpr, ROWS,
 ):  # fmt: skip
     """Add the pairs of the window to dq / scale, -dl/dt and -dl/du."""
     scale2 = factors.scale2
-    at_row = z * window.padded + p
+    at_row = z * window.own + p
     LEARN: tl.constexpr = LEARN_ALPHA or LEARN_BETA
     q_i, do_i = _load_rows(tokens.q, at_row, None, ROWS.DIM), _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
     top_i, share_i, delta_i = tl.load(row.top + at_row), tl.load(row.share + at_row), tl.load(row.delta + at_row)
@@ -371,7 +381,7 @@ def _add_window_gradients(
         neighbour = one_way & other_way
         new = survives & (neighbour == 0)
         used = there if LEARN else new
-        at_key = z * window.padded + at
+        at_key = z * window.others + at
         k_j, v_j = _load_rows(tokens.k, at_key, used, ROWS.DIM), _load_rows(tokens.v, at_key, used, ROWS.DIM_V)
         s2 = tl.sum(q_i * k_j, 1) * scale2
         dp = tl.sum(do_i * v_j, 1) - delta_i
@@ -387,7 +397,7 @@ def _add_window_gradients(
         if LEARN_ALPHA:
             dt += _alpha_term(
                 offer, s2, other, offset, at_row, at_key, there, survives, one_way, other_way, tokens, thresholds, row,
-                window, z, factors, ROWS,
+                across, window, z, factors, ROWS,
             )  # fmt: skip
     return acc, dt, du
 
@@ -401,7 +411,7 @@ def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real, w
 
 @triton.jit
 def _finish_dq(
-    program, sums, bits, tokens, thresholds, row, local, multipliers, gradients, factors,
+    program, sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     heads, sharing, n, width, dim, ROWS,
 ):  # fmt: skip
@@ -423,10 +433,9 @@ def _finish_dq(
             log_beta2 = tl.log2(multiplier_of(
                 multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
             ))  # fmt: skip
-        place = tokens.rows.place + z // sharing * n
-        window = Window(of_head(local.survives, z), _words_of(bits, z), place, n, width, padded)
+        window = _window_of_rows(local.survives, bits, tokens, z, z // sharing, n, width)
         acc, dt, du = _add_window_gradients(
-            acc, dt, du, tokens, thresholds, row, window, local.log_mean2, log_beta2, z, p, token, factors,
+            acc, dt, du, tokens, thresholds, row, across, window, local.log_mean2, log_beta2, z, p, token, factors,
             LEARN_ALPHA, LEARN_BETA, ROWS,
         )  # fmt: skip
     not_finite = tl.load(nan_note(row.notes, z)) != 0
@@ -455,12 +464,13 @@ def _finish_dkv(program, sums, bits, tokens, local, row, gradients, scale, scale
     acc_k /= shrink_of(tokens.bounds, z)
     acc_v = _sum_of_wide_parts(sums.v, at_key, ROWS.DIM_V, ROWS.BLOCK)
     if ROWS.WINDOW > 0:
-        window = Window(of_head(local, z), _words_of(bits, z), tokens.keys.place + z // sharing * n, n, width, padded)
+        place, others = tokens.rows.place + z // sharing * n, tokens.rows.padded
+        window = Window(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, width, padded, others)
         k_j = _load_rows(tokens.k, at_key, None, ROWS.DIM)
         v_j = _load_rows(tokens.v, at_key, None, ROWS.DIM_V)
         for offset in range(ROWS.WINDOW * ROWS.WINDOW):
             at, new = _visit_new(window, z, p, token, offset, True, ROWS)
-            at_row = z * padded + at
+            at_row = z * others + at
             q_i = _load_rows(tokens.q, at_row, new, ROWS.DIM)
             do_i = _load_rows(tokens.do, at_row, new, ROWS.DIM_V)
             top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
@@ -481,38 +491,44 @@ def _finish_dkv(program, sums, bits, tokens, local, row, gradients, scale, scale
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_gradients_kernel(
-    sums, bits, tokens, thresholds, row, local, multipliers, gradients, factors,
+    sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     heads, sharing, n_heads, n, n_keys, width, dim, dim_v, ROWS,
 ):  # fmt: skip
-    """All gradients: some programs finish BLOCK rows each, those that follow BLOCK keys each."""
+    """All gradients: some programs finish BLOCK rows each, the others BLOCK keys each, of ``across`` if given."""
     program = tl.program_id(0) - n_heads * (tokens.rows.padded // ROWS.BLOCK)
     if program < 0:
         _finish_dq(
-            tl.program_id(0), sums, bits, tokens, thresholds, row, local, multipliers, gradients, factors,
+            tl.program_id(0), sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
             alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
             heads, sharing, n, width, dim, ROWS,
         )  # fmt: skip
-    else:
+    elif across is None:
         _finish_dkv(
             program, sums, bits, tokens, local.survives, row, gradients, factors.scale, factors.scale2, sharing,
             n_keys, width, dim, dim_v, ROWS,
+        )  # fmt: skip
+    else:
+        _finish_dkv(
+            program, sums, across.bits, across.tokens, local.survives, across.row, gradients, factors.scale,
+            factors.scale2, sharing, n_keys, width, dim, dim_v, ROWS,
         )  # fmt: skip
 
 
 def finish_gradients(
     problem: Problem, tokens: Tokens, saved: Saved, bits: Bits, row: RowGradients, thresholds: Thresholds,
-    band: float | None, sums: GradientSums, gradients: Gradients,
+    band: float | None, sums: GradientSums, gradients: Gradients, across: Across | None = None,
 ) -> None:  # fmt: skip
-    """Write all gradients, of thresholds where they are asked for."""
+    """Write all gradients, of thresholds where they are asked for; of a part of the rows, keys are those ``across``."""
     alpha, beta = problem.inputs[3:5]
     factors = Factors(problem.scale, problem.scale2, band or 1.0)
     # Rows take more registers than keys, most where thresholds learn and in float32. Small programs leave room for more
     # of them side by side: three on a multiprocessor where a thread has at most 168.
     block, learns = problem.block // (problem.warps // 4), band is not None
+    keys = (tokens if across is None else across.tokens).keys.padded
     triton_launch.launch(
-        _asa_finish_gradients_kernel, (problem.n_heads * (problem.padded + problem.key_padded) // block,), sums,
-        bits, tokens, thresholds, row, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
+        _asa_finish_gradients_kernel, (problem.n_heads * (tokens.rows.padded + keys) // block,), sums,
+        bits, tokens, thresholds, row, across, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
         Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
         problem.sharing, problem.n_heads, problem.n, problem.n_keys, problem.grid_width, problem.dim, problem.dim_v,
         ROWS=_rows(problem, block), registers=255 if learns or problem.dtype.itemsize == 4 else 168,

@@ -1,5 +1,6 @@
 """What a call knows before any kernel runs. Nothing here launches a kernel or allocates more than it is asked for."""
 
+import copy
 import math
 from typing import NamedTuple
 
@@ -16,7 +17,11 @@ NOTES = 4  # numbers of a head in ``Orders.notes``
 
 
 class Problem:
-    """The sizes and options of a call, and which steps it takes."""
+    """The sizes and options of a call, and which steps it takes.
+
+    Of a part of a call, :meth:`part`, ``padded`` and ``key_padded`` are those of some rows or keys; what depends on how
+    much work there is follows the whole call, so that every number is the one that a whole call finds.
+    """
 
     def __init__(self, inputs: Inputs, options: Options, learn_thresholds: bool):
         query, _, value, alpha, beta, key_padding_mask = inputs
@@ -27,6 +32,7 @@ class Problem:
         self.n_heads = batch * self.heads  # of all images
         self.sharing = self.n_heads if key_padding_mask is None else self.heads  # heads whose tokens stand in one order
         self.padded, self.key_padded = (configs.padded_length(n) for n in (self.n, self.n_keys))
+        self.all_padded, self.all_key_padded = self.padded, self.key_padded
         self.width, self.width_v = (max(16, 1 << max(d - 1, 0).bit_length()) for d in (self.dim, self.dim_v))
         self.scale, self.scale2 = options.scale, options.scale * LOG2_E
         self.grid_width = max(options.grid[2], 1)
@@ -43,6 +49,12 @@ class Problem:
         self.architecture = triton_launch.architecture(self.device)
         self.precision = triton_launch.precision(self.dtype)
         self.block, self.warps = configs.rows_at_a_time(max(self.width, self.width_v), self.architecture)
+
+    def part(self, rows: int, keys: int) -> "Problem":
+        """Return the problem of so many positions of rows and keys."""
+        part = copy.copy(self)
+        part.padded, part.key_padded = rows, keys
+        return part
 
     def new(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.inputs.query.new_empty(shape, dtype=dtype)
@@ -143,6 +155,9 @@ class Bits(NamedTuple):
 
     words: Tensor | None  # int32 [n_heads, key_padded / 32 * padded]
     stride: int  # from head to head, a multiple of 16
+    # Of a part of the rows: the same of all rows and the part's own keys, where columns are read beside rows. None: the
+    # words above hold them too.
+    back: "Bits | None" = None
 
 
 class Peaks(NamedTuple):

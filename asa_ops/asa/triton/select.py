@@ -24,6 +24,7 @@ from .tiles import (
     OF_KEYS,
     SCALARS,
     TileKernel,
+    back_of,
     count_bits,
     first_bits,
     multiplier_of,
@@ -34,8 +35,9 @@ from .tiles import (
     pack_rows,
     products_both_ways,
     tile_count,
+    words_of,
 )
-from .window import Local, window_cut, window_of_rows
+from .window import NO_WINDOW, NOTHING_LOCAL, Local, window_cut, window_of_rows
 
 
 class Thresholds(NamedTuple):
@@ -61,12 +63,22 @@ class RowStats(NamedTuple):
 NO_ROW_STATS = RowStats(None, None, None)
 
 
+class OwnRows(NamedTuple):
+    """The rows of a part of a call, whose mutual neighbours are decided in the tiles of all rows."""
+
+    tokens: Tokens  # of these rows and all keys
+    first: int  # a multiple of 128
+    padded: int
+    occupied_back: Tensor | None  # int8 [n_heads, all row blocks, own key blocks]: the same of ``Bits.back``
+
+
 class Neighbours(NamedTuple):
     """What a forward decides of pairs."""
 
     bits: Bits
     stats: RowStats
     occupied: Tensor | None  # int8 [n_heads, row blocks, key blocks]: tiles that hold a bit
+    own: OwnRows | None = None  # None: all rows
 
     @classmethod
     def new(cls, problem: Problem, bits: Bits) -> "Neighbours":
@@ -241,16 +253,22 @@ def find_thresholds(
 
 
 @triton.jit
-def _collect_pairs(flags, pairs, count, tokens, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr):
+def _collect_pairs(flags, pairs, count, tokens, own, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr):
     """Collect the active tiles of TILE x TILE pairs, unordered if mutual, as z * tiles * other_tiles + I * .. + J.
 
-    Their order is left to chance: each is worked on alone, and sums over them are sums of integers.
+    Their order is left to chance: each is worked on alone, and sums over them are sums of integers. ``own``: only tiles
+    with rows of its own, of mutual pairs, either way round.
     """
     tiles, other_tiles = tokens.rows.padded // TILE, tokens.keys.padded // TILE
     key_blocks = tokens.keys.padded // 64
-    z = tl.cast(tl.program_id(0) // tiles, tl.int64)
-    tile = tl.program_id(0) % tiles
-    first = tile // BLOCK_J * BLOCK_J if MUTUAL else 0
+    if own is None:
+        z = tl.cast(tl.program_id(0) // tiles, tl.int64)
+        tile = tl.program_id(0) % tiles
+        first = tile // BLOCK_J * BLOCK_J if MUTUAL else 0
+    else:
+        z = tl.cast(tl.program_id(0) // (own.padded // TILE), tl.int64)
+        tile = own.first // TILE + tl.program_id(0) % (own.padded // TILE)
+        first = 0
     flags += z * (tokens.rows.padded // 64) * key_blocks
     SUB: tl.constexpr = TILE // 64
     for start in range(first, other_tiles, BLOCK_J):
@@ -264,40 +282,57 @@ def _collect_pairs(flags, pairs, count, tokens, TILE: tl.constexpr, MUTUAL: tl.c
                 if MUTUAL:
                     flag &= tl.load(flags + column * key_blocks + row, mask=there, other=0).to(tl.int32)
                 active |= flag
-        if MUTUAL:
+        low, high = tile, j
+        if own is not None:
+            active = tl.where((j >= tile) | (j < own.first // TILE), active, 0)
+            low, high = tl.minimum(tile, j), tl.maximum(tile, j)
+        elif MUTUAL:
             active = tl.where(j >= tile, active, 0)
         slot = tl.atomic_add(count, tl.sum(active, 0), sem="relaxed") + tl.cumsum(active, 0) - 1
-        tl.store(pairs + slot, (z * tiles + tile) * other_tiles + j, mask=active != 0)
+        tl.store(pairs + slot, (z * tiles + low) * other_tiles + high, mask=active != 0)
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_pairs_kernel(
-    flags, pairs, notes, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2,
+    flags, pairs, notes, tokens, own, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2,
     heads, sharing, n_heads, n, width, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr, CUT,
 ):  # fmt: skip
     """Collect the tiles whose pairs are to be decided; the other programs find local survivors meanwhile."""
     programs = n_heads * (tokens.rows.padded // TILE)
+    if own is not None:
+        programs = n_heads * (own.padded // TILE)
     if tl.program_id(0) < programs:
-        _collect_pairs(flags, pairs, tile_count(notes), tokens, TILE, MUTUAL, BLOCK_J)
+        _collect_pairs(flags, pairs, tile_count(notes), tokens, own, TILE, MUTUAL, BLOCK_J)
     elif CUT.WINDOW > 0:
+        if own is not None:
+            tokens = own.tokens
         window_of_rows(tl.program_id(0) - programs, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n,
                        scale2, heads, sharing, n, width, CUT)  # fmt: skip
 
 
-def collect_pairs(problem: Problem, tokens: Tokens, notes: Tensor, saved: Saved, flags: Tensor, tile: int) -> Tensor:
+def collect_pairs(
+    problem: Problem, tokens: Tokens, notes: Tensor, saved: Saved | None, flags: Tensor, tile: int,
+    own: OwnRows | None,
+) -> Tensor:  # fmt: skip
     """Collect the active tiles of ``tile`` x ``tile`` pairs, counted in ``notes``; return room for all their numbers.
 
-    Local survivors are found too: log_mean and local of ``saved``.
+    Local survivors are found too, where ``saved`` is given: its log_mean and local.
     """
     tiles, other_tiles = tokens.rows.padded // tile, tokens.keys.padded // tile
     capacity = problem.n_heads * (tiles * (tiles + 1) // 2 if problem.mutual else tiles * other_tiles)
+    programs, rows = problem.n_heads * tiles, tokens.rows.padded
+    if own is not None:
+        programs, rows = problem.n_heads * (own.padded // tile), own.padded
+        capacity = min(capacity, programs * other_tiles)
     pairs = problem.new(capacity, dtype=torch.int64)
-    beta, kept = problem.inputs.beta, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local))
-    programs = problem.n_heads * tiles + (problem.row_programs[0] if problem.window else 0)
+    beta, kept, cut = problem.inputs.beta, NOTHING_LOCAL, NO_WINDOW
+    if saved is not None:
+        kept, cut = Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)), window_cut(problem)
+        programs += problem.n_heads * rows // problem.block if problem.window else 0
     triton_launch.launch(
-        _asa_pairs_kernel, (programs,), flags, pairs, notes, tokens, beta, kept, *problem.strides(beta), problem.scale2,
-        problem.heads, problem.sharing, problem.n_heads, problem.n, problem.grid_width, TILE=tile,
-        MUTUAL=problem.mutual, BLOCK_J=128, CUT=window_cut(problem), warps=problem.warps, registers=128,
+        _asa_pairs_kernel, (programs,), flags, pairs, notes, tokens, own, beta, kept, *problem.strides(beta),
+        problem.scale2, problem.heads, problem.sharing, problem.n_heads, problem.n, problem.grid_width, TILE=tile,
+        MUTUAL=problem.mutual, BLOCK_J=128, CUT=cut, warps=problem.warps, registers=128,
     )  # fmt: skip
     return pairs
 
@@ -340,11 +375,29 @@ def _hold_bits(words, TILE: tl.constexpr):
 
 
 @triton.jit
-def _store_occupied(occupied, holds, row_block, other_block, others, SUB: tl.constexpr):
-    """Flag tiles of 64 x 64 pairs, ``holds`` [SUB, SUB]."""
+def _store_pairs(
+    words, occupied, stored, holds, row, column, padded, key_padded, TILE: tl.constexpr, BY_ROWS: tl.constexpr
+):
+    """Store the words of a tile, [TILE, words] or the transpose, and which of its tiles of 64 x 64 pairs hold a bit.
+
+    ``row`` and ``column``: numbers of the tile.
+    """
+    SUB: tl.constexpr = TILE // 64
     sub = tl.arange(0, SUB)
-    at = (row_block + sub)[:, None] * others + (other_block + sub)[None, :]
+    rows, group = row * TILE + tl.arange(0, TILE), (column * (TILE // 32) + tl.arange(0, TILE // 32)).to(tl.int64)
+    if BY_ROWS:
+        at = group[None, :] * padded + rows[:, None]
+    else:
+        at = group[:, None] * padded + rows[None, :]
+    tl.store(words + at, stored)
+    at = (row * SUB + sub)[:, None] * (key_padded // 64) + (column * SUB + sub)[None, :]
     tl.store(occupied + at, holds.to(tl.int8))
+
+
+@triton.jit
+def _flags_of(flags, z, padded, key_padded):
+    """The flags of a head."""
+    return flags + z.to(tl.int64) * (padded // 64) * (key_padded // 64)
 
 
 @triton.jit
@@ -354,12 +407,11 @@ def _decide_tile(
 ):  # fmt: skip
     """Decide the pairs of one tile: write its bits and whether it has any, and add to what its rows know."""
     TILE: tl.constexpr = SCORES.BLOCK_M
-    SUB: tl.constexpr = TILE // 64
-    stats, bits = neighbours.stats, neighbours.bits
+    stats, bits, own = neighbours.stats, neighbours.bits, neighbours.own
     padded, key_padded = tokens.rows.padded, tokens.keys.padded
     i0, j0 = i_tile * TILE, j_tile * TILE
     BOTH: tl.constexpr = MUTUAL and not SYMMETRIC
-    s, back = products_both_ways(q, k, z * padded + i0, z * key_padded + j0, BOTH, SCORES)
+    s, back = products_both_ways(q, k, None, None, z * padded + i0, z * key_padded + j0, BOTH, SCORES)
     s *= scale2
     n_keys = tl.load(tokens.keys.counts + z // sharing)
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, TILE)
@@ -377,15 +429,15 @@ def _decide_tile(
     group = tl.arange(0, TILE // 32)
     real_j = first_bits(n_keys - j0 - 32 * group)[None, :]
     of_rows = pack_rows(kept, TILE, TILE) & real_j
-    words = bits.words + z.to(tl.int64) * bits.stride
-    at_rows = (j0 // 32 + group).to(tl.int64)[None, :] * padded + (i0 + tl.arange(0, TILE))[:, None]
+    words = words_of(bits, z)
     not_finite = tokens.not_finite + z * (key_padded // 32)
-    key_blocks = key_padded // 64
-    occupied = neighbours.occupied + z.to(tl.int64) * (padded // 64) * key_blocks
+    height = padded  # of the rows whose neighbours are kept
+    if own is not None:
+        height = own.padded
+    occupied = _flags_of(neighbours.occupied, z, height, key_padded)
     if MUTUAL:
         real_i = first_bits(n_keys - i0 - 32 * group)[:, None]
         of_columns = pack_columns(kept, TILE, TILE) & real_i
-        at_columns = (i0 // 32 + group).to(tl.int64)[:, None] * padded + (j0 + tl.arange(0, TILE))[None, :]
         stored_rows, stored_columns = of_rows, of_columns
         if ONE_WAY_BITS:
             stored_rows = pack_rows(a, TILE, TILE) & real_j
@@ -398,20 +450,38 @@ def _decide_tile(
             of_rows = tl.where(diagonal, of_rows & tl.trans(of_columns), of_rows)
         else:
             of_rows = stored_rows
-        tl.store(words + at_rows, stored_rows)
         holds_rows = _hold_bits(stored_rows, TILE)
-        _store_occupied(occupied, holds_rows, i_tile * SUB, j_tile * SUB, key_blocks, SUB)
-        if not diagonal:
-            tl.store(words + at_columns, stored_columns)
-            holds_columns = _hold_bits(tl.trans(stored_columns), TILE) if ONE_WAY_BITS else tl.trans(holds_rows)
-            _store_occupied(occupied, holds_columns, j_tile * SUB, i_tile * SUB, key_blocks, SUB)
+        row, column = i_tile, j_tile
+        keeps_rows, keeps_columns = True, diagonal == 0
+        if own is not None:
+            row, column = i_tile - own.first // TILE, j_tile - own.first // TILE
+            keeps_rows = (row >= 0) & (row < height // TILE)
+            keeps_columns &= (column >= 0) & (column < height // TILE)
+            rows = z.to(tl.int64) * height + row * TILE + tl.arange(0, TILE)
+            columns = z.to(tl.int64) * height + column * TILE + tl.arange(0, TILE)
+        if keeps_rows:
+            _store_pairs(words, occupied, stored_rows, holds_rows, row, j_tile, height, key_padded, TILE, True)
+        if keeps_columns:
+            holds = _hold_bits(tl.trans(stored_columns), TILE) if ONE_WAY_BITS else tl.trans(holds_rows)
+            _store_pairs(words, occupied, stored_columns, holds, column, i_tile, height, key_padded, TILE, False)
             holds = _keeps_not_finite(tl.trans(of_columns), not_finite, i_tile, TILE)
             _add_to_rows(stats, columns, largest_columns, tl.sum(count_bits(of_columns), 0), holds)
+        if bits.back is not None:
+            back = back_of(bits, z)
+            occupied_back = _flags_of(own.occupied_back, z, padded, height)
+            if keeps_columns | (keeps_rows & diagonal):
+                _store_pairs(back, occupied_back, stored_rows, holds_rows, i_tile, column, padded, height, TILE, True)
+            if keeps_rows & (diagonal == 0):
+                holds = _hold_bits(tl.trans(stored_columns), TILE)
+                _store_pairs(back, occupied_back, stored_columns, holds, j_tile, row, padded, height, TILE, False)
+        if keeps_rows:
+            holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
+            _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
     else:
-        tl.store(words + at_rows, of_rows)
-        _store_occupied(occupied, _hold_bits(of_rows, TILE), i_tile * SUB, j_tile * SUB, key_blocks, SUB)
-    holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
-    _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
+        holds = _hold_bits(of_rows, TILE)
+        _store_pairs(words, occupied, of_rows, holds, i_tile, j_tile, padded, key_padded, TILE, True)
+        holds = _keeps_not_finite(of_rows, not_finite, j_tile, TILE)
+        _add_to_rows(stats, rows, largest_rows, tl.sum(count_bits(of_rows), 1), holds)
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -437,12 +507,13 @@ def _asa_mask_kernel(
 
 
 def find_neighbours(
-    problem: Problem, tokens: Tokens, notes: Tensor, saved: Saved, thresholds: Thresholds, neighbours: Neighbours
-) -> None:
-    """Decide the pairs of all tiles that reach thresholds; also write log_mean and local of ``saved``."""
+    problem: Problem, tokens: Tokens, notes: Tensor, saved: Saved | None, thresholds: Thresholds,
+    neighbours: Neighbours,
+) -> None:  # fmt: skip
+    """Decide the pairs of all tiles that reach thresholds; also write log_mean and local of ``saved``, if given."""
     kernel = TileKernel(problem, tokens, "mask")
     tile = kernel.config.block_m
-    pairs = collect_pairs(problem, tokens, notes, saved, thresholds.flags, tile)
+    pairs = collect_pairs(problem, tokens, notes, saved, thresholds.flags, tile, neighbours.own)
     kernel.launch(
         _asa_mask_kernel, (min(len(pairs), 4 * triton_launch.processors(problem.device)),),
         "q k", pairs, notes, tokens, thresholds, neighbours, problem.scale2, problem.sharing,
@@ -510,14 +581,14 @@ def _list(cut, padded, key_padded, n_heads, BLOCK_J: tl.constexpr):
     and columns queries if OF_KEYS.
     """
     if cut.OF_KEYS:
-        blocks, others = key_padded // cut.ROWS, padded // cut.COLUMNS
+        own, other = key_padded, padded
     else:
-        blocks, others = padded // cut.ROWS, key_padded // cut.COLUMNS
+        own, other = padded, key_padded
+    blocks, others = own // cut.ROWS, other // cut.COLUMNS
     if tl.program_id(0) < n_heads * blocks:
         z = tl.cast(tl.program_id(0) // blocks, tl.int64)
         block = tl.program_id(0) % blocks
-        key_blocks = key_padded // 64
-        offset = z * (padded // 64) * key_blocks
+        offset = z * (own // 64) * (other // 64)
         SUB_I: tl.constexpr = cut.ROWS // 64
         SUB_J: tl.constexpr = cut.COLUMNS // 64
         length = 0
@@ -530,9 +601,11 @@ def _list(cut, padded, key_padded, n_heads, BLOCK_J: tl.constexpr):
                     i, jj = block * SUB_I + a, j * SUB_J + b
                     flag = there.to(tl.int32)
                     if cut.by_rows is not None:
-                        flag &= tl.load(cut.by_rows + offset + i * key_blocks + jj, mask=there, other=0).to(tl.int32)
+                        at = offset + i * (other // 64) + jj
+                        flag &= tl.load(cut.by_rows + at, mask=there, other=0).to(tl.int32)
                     if cut.by_columns is not None:
-                        flag &= tl.load(cut.by_columns + offset + jj * key_blocks + i, mask=there, other=0).to(tl.int32)
+                        at = offset + jj * (own // 64) + i
+                        flag &= tl.load(cut.by_columns + at, mask=there, other=0).to(tl.int32)
                     active |= flag
             slot = length + tl.cumsum(active, 0) - 1
             number = j.to(cut.lists.dtype.element_ty)
@@ -580,6 +653,7 @@ class Listing:
 
     Blocks of rows visit the tiles (I, J) of 64 x 64 pairs that are ``occupied``, those of keys the tiles (J, I); both
     must be where neighbours must be mutual. "dt" visits tiles that reach thresholds instead, by the flags ``reached``.
+    Of a part of the rows: ``back`` has the tiles (J, I) of all rows J and its own keys I.
     """
 
     def __init__(
@@ -589,8 +663,10 @@ class Listing:
         occupied: Tensor,
         kernels: tuple[str, ...],
         reached: Tensor | None = None,
+        back: Tensor | None = None,
     ):
         self.problem, self.tokens, self.occupied, self.reached = problem, tokens, occupied, reached
+        self.back = occupied if back is None else back
         self.cuts: dict[tuple[bool, bool, int, int], ListCut] = {}
         for name in kernels:
             key = self._key(name)
@@ -617,7 +693,7 @@ class Listing:
         if of_keys:
             own, other = other, own
         by_rows = None if of_keys else self.reached if by_thresholds else self.occupied
-        by_columns = self.occupied if of_keys or problem.mutual else None
+        by_columns = self.back if of_keys or problem.mutual else None
         blocks, others = own.padded // own_size, other.padded // other_size
         # Up to three lists are there at once: numbers as short as they may be.
         number = torch.int16 if others <= 2**15 else torch.int32

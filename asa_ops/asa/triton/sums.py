@@ -46,6 +46,14 @@ class Sums(NamedTuple):
 NO_SUMS = Sums(None, None, 0, tl.constexpr(0))
 
 
+class Across(NamedTuple):
+    """Beside some rows and all keys, in a part of a call: all rows and its own keys."""
+
+    tokens: Tokens
+    row: RowGradients  # of all rows
+    bits: Bits
+
+
 def _new_sums(kernel: TileKernel, splits: int, *width: int, totals: bool = False) -> Sums:
     rows = kernel.problem.n_heads * kernel.own.padded
     total = kernel.problem.new(splits, rows) if totals else None
@@ -85,7 +93,6 @@ def _asa_aggregate_kernel(
     column = tl.program_id(2) * VALUES.CHUNK
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_M)
     top = top_of(tl.load(row_largest + rows))
-    words = bits.words + z.to(tl.int64) * bits.stride
     first, length = _own_list(lists, z, i0 // BLOCK_M, padded // BLOCK_M, key_padded, SCORES)
     q_row = z * padded + i0
     q_whole = load_whole(q, q_row, BLOCK_M, SCORES)
@@ -96,7 +103,7 @@ def _asa_aggregate_kernel(
         k_row = z * key_padded + j0
         k_whole = load_whole(k, k_row, BLOCK_N, SCORES)
         s = product(q, q_whole, q_row, k, k_whole, k_row, SCORES)
-        kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
+        kept = pairs_of_tile(bits, z, i0, j0, padded, key_padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
         p = exponential(s * scale2 - top[:, None], kept)
         summed += tl.sum(p, 1)
         values = load_tile(v, k_row, column, BLOCK_N, VALUES.CHUNK, VALUES)
@@ -141,7 +148,6 @@ def _asa_dq_kernel(
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_M)
     top_i, share_i, delta_i = tl.load(row.top + rows), tl.load(row.share + rows), tl.load(row.delta + rows)
     shrink = shrink_of(tokens.bounds, z)
-    words = bits.words + z.to(tl.int64) * bits.stride
     first, length = _own_list(lists, z, i0 // BLOCK_M, padded // BLOCK_M, key_padded, SCORES)
     at_i = z * padded + i0
     q_whole = load_whole(q, at_i, BLOCK_M, SCORES)
@@ -157,7 +163,7 @@ def _asa_dq_kernel(
         s = product(q, q_whole, at_i, k, k_whole, at_j, SCORES)
         v_whole = load_whole(v, at_j, BLOCK_N, VALUES)
         dp = product(do, do_whole, at_i, v, v_whole, at_j, VALUES)
-        kept = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
+        kept = pairs_of_tile(bits, z, i0, j0, padded, key_padded, BLOCK_M, BLOCK_N, True, BY_COLUMNS)
         p = exponential(s * scale2 - top_i[:, None], kept) * share_i[:, None]
         ds = tl.where(kept, p * (dp - delta_i[:, None]), 0) * shrink
         if DELTA_ERROR:
@@ -205,7 +211,6 @@ def _sum_columns_of_block(
     BLOCK_M: tl.constexpr = SCORES.BLOCK_M
     BLOCK_N: tl.constexpr = SCORES.BLOCK_N
     z, j0 = own_block(key_padded, BLOCK_M)
-    words = bits.words + z.to(tl.int64) * bits.stride
     first, length = _own_list(lists, z, j0 // BLOCK_M, key_padded // BLOCK_M, padded, SCORES)
     at_j = z * key_padded + j0
     k_whole = load_whole(k, at_j, BLOCK_M, SCORES)
@@ -221,7 +226,7 @@ def _sum_columns_of_block(
         rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_N)
         q_whole = load_whole(q, at_i, BLOCK_N, SCORES)
         s = product(k, k_whole, at_j, q, q_whole, at_i, SCORES)
-        kept = pairs_of_tile(words, j0, i0, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
+        kept = pairs_of_tile(bits, z, j0, i0, key_padded, padded, BLOCK_M, BLOCK_N, BY_ROWS, BY_COLUMNS)
         # As exponential() has it; pairs that do not survive are left out below, which takes fewer registers.
         e = tl.exp2(tl.minimum(s * scale2 - tl.load(row.top + rows)[None, :], 0))
         do_whole = load_whole(do, at_i, BLOCK_N, VALUES)
@@ -304,56 +309,58 @@ def _sum_columns(
 
 
 @triton.jit
-def _outside_window(order, i, j, width, reach):
+def _outside_window(rows, keys, i, j, width, reach):
     """Whether the windows of the tokens at positions i [BLOCK_M] do not hold those at positions j [BLOCK_N]."""
-    token_i, token_j = tl.load(order + i)[:, None], tl.load(order + j)[None, :]
+    token_i, token_j = tl.load(rows + i)[:, None], tl.load(keys + j)[None, :]
     in_rows = tl.abs(token_i // width - token_j // width) <= reach
     return (in_rows & (tl.abs(token_i % width - token_j % width) <= reach)) == 0
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dt_kernel(
-    q, k, v, do, tokens, lists, bits, thresholds, row, sums, scale2, band, sharing, width, reach, SCORES, VALUES,
-    MUTUAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    q, k, v, do, q_others, k_own, v_own, do_others, tokens, lists, bits, thresholds, row, others, sums, scale2, band,
+    sharing, width, reach, SCORES, VALUES, MUTUAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
 ):  # fmt: skip
     """-dl/dt_i, the straight-through gradient of the adaptive threshold, of pairs outside the window.
 
     Both directions of a pair are laid out [i, j]: four products a tile, two unless MUTUAL. One-way bits A are read by
-    rows, for A_ij, and by columns, for A_ji.
+    rows, for A_ij, and by columns, for A_ji. Of a part of the rows: ``others`` are all rows, and so on; or None.
     """
     padded, key_padded = tokens.rows.padded, tokens.keys.padded
     BLOCK_M: tl.constexpr = SCORES.BLOCK_M
     BLOCK_N: tl.constexpr = SCORES.BLOCK_N
     z, i0 = own_block(padded, BLOCK_M)
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, BLOCK_M)
-    words = bits.words + z.to(tl.int64) * bits.stride
     first, length = _own_list(lists, z, i0 // BLOCK_M, padded // BLOCK_M, key_padded, SCORES)
     image = tl.cast(z // sharing, tl.int64)
     n_keys = tl.load(tokens.keys.counts + image)
     kept_i, delta_i = tl.load(row.lse_kept2 + rows), tl.load(row.delta + rows)
     lse_i, cut_i = tl.load(thresholds.lse2 + rows), tl.load(thresholds.cut2 + rows)
-    order = tokens.rows.order + image * padded
+    order, key_order = tokens.rows.order + image * padded, tokens.keys.order + image * key_padded
+    if others is None:
+        others = row
     acc = tl.zeros([BLOCK_M], tl.float32)
     for t in range(tl.program_id(1), length, tl.num_programs(1)):
         j0 = _listed(first, t, SCORES)
         j = j0 + tl.arange(0, BLOCK_N)
-        s, back = products_both_ways(q, k, z * padded + i0, z * key_padded + j0, MUTUAL, SCORES)
-        dp, dp_back = products_both_ways(do, v, z * padded + i0, z * key_padded + j0, MUTUAL, VALUES)
-        neighbour = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, True, False)
+        i_row, j_row = z * padded + i0, z * key_padded + j0
+        s, back = products_both_ways(q, k, q_others, k_own, i_row, j_row, MUTUAL, SCORES)
+        dp, dp_back = products_both_ways(do, v, do_others, v_own, i_row, j_row, MUTUAL, VALUES)
+        neighbour = pairs_of_tile(bits, z, i0, j0, padded, key_padded, BLOCK_M, BLOCK_N, True, False)
         counts = (j < n_keys)[None, :]
         if MUTUAL:
-            other_way = pairs_of_tile(words, i0, j0, padded, BLOCK_M, BLOCK_N, False, True)
+            other_way = pairs_of_tile(bits, z, i0, j0, padded, key_padded, BLOCK_M, BLOCK_N, False, True)
             counts &= other_way
             neighbour &= other_way
         if HAS_WINDOW:
-            counts &= _outside_window(order, i0 + tl.arange(0, BLOCK_M), j, width, reach)
+            counts &= _outside_window(order, key_order, i0 + tl.arange(0, BLOCK_M), j, width, reach)
         empty_i = (kept_i == -float("inf"))[:, None]
         offer = admission_weight(s * scale2 - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
         if MUTUAL:
-            columns = z.to(tl.int64) * padded + j
-            kept_j = tl.load(row.lse_kept2 + columns)[None, :]
+            columns = z.to(tl.int64) * key_padded + j
+            kept_j = tl.load(others.lse_kept2 + columns)[None, :]
             weight = admission_weight(back * scale2 - kept_j, neighbour, kept_j == -float("inf"))
-            offer += weight * (dp_back - tl.load(row.delta + columns)[None, :])
+            offer += weight * (dp_back - tl.load(others.delta + columns)[None, :])
         if thresholds.kappa2 is not None:
             counts &= s * scale2 >= tl.load(thresholds.kappa2 + rows)[:, None]
         step = step_derivative(((s * scale2 - lse_i[:, None]) - cut_i[:, None]) * LN_2, band)
@@ -363,16 +370,18 @@ def _asa_dt_kernel(
 
 def sum_thresholds(
     problem: Problem, tokens: Tokens, listing: Listing, bits: Bits, row: RowGradients, thresholds: Thresholds,
-    band: float,
+    band: float, across: Across | None = None,
 ) -> Sums:  # fmt: skip
     """Return -dl/dt over pairs outside the window, one number a row."""
     kernel = TileKernel(problem, tokens, "dt")
     lists = listing.of("dt")
     splits = kernel.splits()
     sums = _new_sums(kernel, splits)
+    tokens_across, others = (None, None) if across is None else (across.tokens, across.row)
+    back = [kernel.operand(name, tokens_across) for name in ("q", "k", "v", "do")]
     kernel.launch(
-        _asa_dt_kernel, (kernel.programs, splits), "q k v do", tokens, lists, bits, thresholds, row, sums,
-        problem.scale2, band, problem.sharing, problem.grid_width, problem.window // 2, MUTUAL=problem.mutual,
+        _asa_dt_kernel, (kernel.programs, splits), "q k v do", *back, tokens, lists, bits, thresholds, row, others,
+        sums, problem.scale2, band, problem.sharing, problem.grid_width, problem.window // 2, MUTUAL=problem.mutual,
         HAS_WINDOW=problem.window > 0,
     )  # fmt: skip
     return sums

@@ -69,6 +69,8 @@ class TileKernel:
         self.config = config = problem.config(name)
         self.own = tokens.keys if self.of_keys else tokens.rows
         self.programs = problem.n_heads * self.own.padded // config.block_m
+        padded = problem.all_key_padded if self.of_keys else problem.all_padded
+        self.programs_of_all = problem.n_heads * padded // config.block_m
         self.columns, self.columns_v = (min(config.columns, width) for width in (problem.width, problem.width_v))
         shape = config.block_m, config.block_n
         chunk_v = config.columns if name == "aggregate" else config.chunk  # which sums values, chunk by chunk
@@ -79,7 +81,7 @@ class TileKernel:
 
     def splits(self, chunks: int = 1, limit: int = MAX_SPLITS) -> int:
         """Return into how many parts to cut the other side; ``chunks``: of the columns of the result."""
-        return self.problem.splits(self.programs * chunks, limit)
+        return self.problem.splits(self.programs_of_all * chunks, limit)
 
     def launch(self, kernel, grid: tuple[int, ...], operands: str, *args, **constexprs) -> None:
         """Launch ``kernel``: operands come first, as its tiles ask for them, then the other arguments."""
@@ -87,12 +89,15 @@ class TileKernel:
         if "v" in operands:
             tiles["VALUES"] = constants(self.values)
         triton_launch.launch(
-            kernel, grid, *map(self._operand, operands.split()), *args, **tiles, **constexprs,
+            kernel, grid, *(self.operand(name, self.tokens) for name in operands.split()), *args, **tiles, **constexprs,
             warps=self.config.warps, stages=self.config.stages, registers=self.config.registers,
         )  # fmt: skip
 
-    def _operand(self, name: str) -> Tensor | TensorDescriptor:
-        tensor = getattr(self.tokens, name)
+    def operand(self, name: str, tokens: Tokens | None) -> Tensor | TensorDescriptor | None:
+        """Return some tokens as the kernel loads them."""
+        if tokens is None:
+            return None
+        tensor = getattr(tokens, name)
         tile = self.scores if name in ("q", "k") else self.values
         if not tile.TMA:
             return tensor
@@ -145,8 +150,15 @@ def product(a, a_whole, a_row, b, b_whole, b_row, TILE):
 
 
 @triton.jit
-def products_both_ways(a, b, i_row, j_row, BOTH: tl.constexpr, TILE):
-    """<a_i, b_j> and, if BOTH, <b_i, a_j>, both laid out [i, j], chunk by chunk."""
+def products_both_ways(a, b, a_others, b_own, i_row, j_row, BOTH: tl.constexpr, TILE):
+    """<a_i, b_j> and, if BOTH, <b_i, a_j>, both laid out [i, j], chunk by chunk.
+
+    Where a holds some rows only and b all of them, a_j and b_i are in ``a_others`` and ``b_own``, otherwise None.
+    """
+    if a_others is None:
+        a_others = a
+    if b_own is None:
+        b_own = b
     there = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_N], tl.float32)
     back = tl.zeros([TILE.BLOCK_M, TILE.BLOCK_N], tl.float32)
     for c in range(0, TILE.DIM, TILE.CHUNK):
@@ -154,8 +166,8 @@ def products_both_ways(a, b, i_row, j_row, BOTH: tl.constexpr, TILE):
         b_j = load_tile(b, j_row, c, TILE.BLOCK_N, TILE.CHUNK, TILE)
         there = tl.dot(a_i, b_j.T, there, input_precision=TILE.PRECISION)
         if BOTH:
-            b_i = load_tile(b, i_row, c, TILE.BLOCK_M, TILE.CHUNK, TILE)
-            a_j = load_tile(a, j_row, c, TILE.BLOCK_N, TILE.CHUNK, TILE)
+            b_i = load_tile(b_own, i_row, c, TILE.BLOCK_M, TILE.CHUNK, TILE)
+            a_j = load_tile(a_others, j_row, c, TILE.BLOCK_N, TILE.CHUNK, TILE)
             back = tl.dot(b_i, a_j.T, back, input_precision=TILE.PRECISION)
     return there, back
 
@@ -218,6 +230,25 @@ def multiplier_of(x, z, token, real, heads, stride_b, stride_h, stride_n):
 
 
 @triton.jit
+def words_of(bits, z):
+    """The bits of a head; None without any."""
+    words = bits.words
+    if words is not None:
+        words += tl.cast(z, tl.int64) * bits.stride
+    return words
+
+
+@triton.jit
+def back_of(bits, z):
+    """The bits of a head from which columns are read; None without any."""
+    if bits.back is None:
+        words = words_of(bits, z)
+    else:
+        words = words_of(bits.back, z)
+    return words
+
+
+@triton.jit
 def words_by_rows(words, row, column, padded, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] bool from words[column // 32, row]."""
     at = tl.cast(column // 32, tl.int64) * padded + row + tl.arange(0, ROWS)
@@ -241,17 +272,17 @@ def words_by_columns(words, row, column, padded, ROWS: tl.constexpr, COLUMNS: tl
 
 @triton.jit
 def pairs_of_tile(
-    words, row, column, padded,
+    bits, z, row, column, own, others,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, BY_ROWS: tl.constexpr, BY_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Which pairs of a tile are neighbours, bool [ROWS, COLUMNS]."""
+    """Which pairs of a tile are neighbours, bool [ROWS, COLUMNS]; there are ``own`` rows and ``others`` columns."""
     if BY_ROWS and BY_COLUMNS:
-        by_columns = words_by_columns(words, row, column, padded, ROWS, COLUMNS)
-        kept = words_by_rows(words, row, column, padded, ROWS, COLUMNS) & by_columns
+        by_columns = words_by_columns(back_of(bits, z), row, column, others, ROWS, COLUMNS)
+        kept = words_by_rows(words_of(bits, z), row, column, own, ROWS, COLUMNS) & by_columns
     elif BY_ROWS:
-        kept = words_by_rows(words, row, column, padded, ROWS, COLUMNS)
+        kept = words_by_rows(words_of(bits, z), row, column, own, ROWS, COLUMNS)
     else:
-        kept = words_by_columns(words, row, column, padded, ROWS, COLUMNS)
+        kept = words_by_columns(back_of(bits, z), row, column, others, ROWS, COLUMNS)
     return kept
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core import triton_launch
 from ..types import Saved
-from .problem import Bits, Orders, PerHead, Problem, Tokens
+from .problem import Bits, Order, PerHead, Problem, Tokens
 from .tiles import (
     SCALARS,
     UNROLL,
@@ -43,6 +43,9 @@ class Local(NamedTuple):
     survives: PerHead
 
 
+NOTHING_LOCAL = Local(PerHead(None, 0), PerHead(None, 0))
+
+
 class WindowCut(NamedTuple):
     """What the local block is compiled for; constants."""
 
@@ -62,11 +65,11 @@ def window_of_rows(
     """
     BLOCK: tl.constexpr = CUT.BLOCK
     WINDOW: tl.constexpr = CUT.WINDOW
-    padded = tokens.rows.padded
+    padded, key_padded = tokens.rows.padded, tokens.keys.padded
     z, p = rows_of(program, padded, BLOCK)
     image = z // sharing
     token = tl.load(tokens.rows.order + image * padded + p)
-    place = tokens.rows.place + image * n
+    place = tokens.keys.place + image * n
     real = token >= 0
     q_i = tl.load(tokens.q + (z * padded + p)[:, None] * CUT.DIM + tl.arange(0, CUT.DIM)[None, :]).to(tl.float32)
     m = tl.full([BLOCK], -float("inf"), tl.float32)
@@ -78,7 +81,7 @@ def window_of_rows(
         scores = tl.full([BLOCK, CUT.HELD], -float("inf"), tl.float32)
     for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
         _, at, there = in_window(place, token, offset, n, width, WINDOW)
-        s = tl.where(there, _score(q_i, tokens.k, z, at, there, padded, scale2, CUT.DIM), -float("inf"))
+        s = tl.where(there, _score(q_i, tokens.k, z, at, there, key_padded, scale2, CUT.DIM), -float("inf"))
         first = tl.where(s > m, offset, first)
         m_new = tl.maximum(m, s)
         base = tl.where(m_new == -float("inf"), 0, m_new)
@@ -101,7 +104,7 @@ def window_of_rows(
         for offset in range(WINDOW * WINDOW):
             _, at, there = in_window(place, token, offset, n, width, WINDOW)
             # The largest must not miss a cut that it exceeds by its last bits.
-            s = tl.where(offset == first, m, _score(q_i, tokens.k, z, at, there, padded, scale2, CUT.DIM))
+            s = tl.where(offset == first, m, _score(q_i, tokens.k, z, at, there, key_padded, scale2, CUT.DIM))
             tl.store(flags + offset, there & (s - mean2 > cut), mask=written)
 
 
@@ -112,6 +115,9 @@ def _asa_window_kernel(
     """:func:`window_of_rows`, where there is nothing else to do meanwhile."""
     window_of_rows(tl.program_id(0), tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads,
                    sharing, n, width, CUT)  # fmt: skip
+
+
+NO_WINDOW = constants(WindowCut(0, 0, 0, 0))
 
 
 def window_cut(problem: Problem) -> WindowCut:
@@ -131,18 +137,18 @@ def find_local_survivors(problem: Problem, tokens: Tokens, saved: Saved) -> None
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_neighbors_kernel(
-    bits, local, rows, keys, row_offsets, col_indices, sharing, n, n_keys, width,
+    bits, local, rows, keys, first, row_offsets, col_indices, sharing, n, n_keys, width,
     DENSE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Write the columns of BLOCK rows, ascending, from their offsets on."""
+    """Write the columns of BLOCK rows, ascending, from their offsets on; of those from position ``first`` on."""
     blocks = tl.cdiv(n, BLOCK)
     z = tl.cast(tl.program_id(0) // blocks, tl.int64)
     token = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     image = z // sharing
-    p = tl.load(rows.place + image * n + token, mask=token < n, other=-1)
-    real = p >= 0
+    p = tl.load(rows.place + image * n + token, mask=token < n, other=-1) - first
+    real = (p >= 0) & (p < rows.padded)
     slot = tl.load(row_offsets + z * n + token, mask=real, other=0)
-    for start in range(0, n_keys, BLOCK_J):
+    for start in range(0, tl.where(tl.max(real.to(tl.int32), 0) != 0, n_keys, 0), BLOCK_J):
         j = start + tl.arange(0, BLOCK_J)
         at = tl.load(keys.place + image * n_keys + j, mask=j < n_keys, other=-1)
         pair = real[:, None] & (at >= 0)[None, :]
@@ -161,11 +167,15 @@ def _asa_neighbors_kernel(
 
 
 def write_columns(
-    problem: Problem, orders: Orders, bits: Bits, saved: Saved, row_offsets: Tensor, col_indices: Tensor
-) -> None:
-    """Fill ``col_indices`` from the bits and local survivors of a forward; tokens in raster order."""
+    problem: Problem, rows: Order, keys: Order, bits: Bits, local: Tensor, row_offsets: Tensor, col_indices: Tensor,
+    first: int = 0,
+) -> None:  # fmt: skip
+    """Fill ``col_indices`` from the bits and local survivors of a forward; tokens in raster order.
+
+    ``rows`` may be some of all, from position ``first`` on.
+    """
     triton_launch.launch(
-        _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(saved.local),
-        orders.rows, orders.keys, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys,
-        problem.grid_width, DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
+        _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(local), rows, keys,
+        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width,
+        DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
     )  # fmt: skip
