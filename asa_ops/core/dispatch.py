@@ -32,6 +32,10 @@ IMPLEMENTATIONS = {
         "blocked": "asa_ops.criss_cross.blocked",
         "reference": "asa_ops.criss_cross.reference",
     },
+    "criss_cross_3d": {
+        "blocked": "asa_ops.criss_cross.blocked",
+        "reference": "asa_ops.criss_cross.reference",
+    },
 }
 Impl = Literal["auto", "cpu", "triton", "cuda", "blocked", "reference"]
 NAMES = get_args(Impl)
