@@ -2,12 +2,12 @@
 
 from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..blocks.non_local import non_local_attention
 from ..core import checks
 from ..core.layout import to_map, to_tokens
-from .common import NORMAL_CONV, Block, last_layers, max_pool, rename
+from .common import CONV, NORMAL_CONV, Block, last_layers, max_pool, rename
 
 _UPSTREAM = {
     # mmcv, and with it mmaction2
@@ -106,7 +106,7 @@ class NonLocal(Block):
             self.key = NORMAL_CONV[dims](in_channels, inner, 1)
         self.value = NORMAL_CONV[dims](in_channels, inner, 1)
         if mode == "concatenation":
-            self.pair = nn.Conv2d(2 * inner // heads, 1, 1, bias=False)  # of the matrix of pairs: for maps of any dims
+            self.pair = CONV[dims](2 * inner // heads, 1, 1, bias=False)
         self.proj, self.norm = last_layers(inner, in_channels, norm, dims)
 
     def attend(self, x: Tensor) -> Tensor:
@@ -156,6 +156,9 @@ class NonLocal(Block):
             >>> block.load_state_dict(NonLocal.from_upstream(published))  # doctest: +SKIP
         """
         renamed = rename(state_dict, _UPSTREAM)
+        if "pair.weight" in renamed and "value.weight" in renamed:  # theirs is of a matrix of pairs whatever the maps
+            pair, dims = renamed["pair.weight"], renamed["value.weight"].dim() - 2
+            renamed["pair.weight"] = pair.reshape(*pair.shape[:2], *[1] * dims)
         if "norm.weight" in renamed and (bias := renamed.pop("proj.bias", None)) is not None:
             renamed["norm.running_mean"] = renamed["norm.running_mean"] - bias
         return renamed

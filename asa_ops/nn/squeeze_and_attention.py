@@ -1,6 +1,6 @@
 """The squeeze-and-attention block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,8 +14,6 @@ _UPSTREAM = {
     for name, ours in (("conv", "residual"), ("conv_atten", "attention"))
     for i, j in ((0, "0.0"), (1, "0.1"), (3, "1.0"), (4, "1.1"))
 }
-
-_MEAN_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class SqueezeAndAttention(Block):
@@ -63,7 +61,7 @@ class SqueezeAndAttention(Block):
         checks.check_choice("activation", activation, ("sigmoid", None))
         check_upsample(upsample, dims)
         self.dims, self.in_channels, self.activation, self.upsample = dims, in_channels, activation, upsample
-        self.pool: int | Sequence[int] = pools if isinstance(pool, tuple | list) else pools[0]
+        self.pool: int | tuple[int, ...] = pools if isinstance(pool, tuple | list) else pools[0]
         self.residual, self.attention = (
             nn.Sequential(
                 conv_norm_relu(in_channels, out_channels, kernel=3, bias=True, dims=dims),
@@ -73,12 +71,23 @@ class SqueezeAndAttention(Block):
         )
 
     def attend(self, x: Tensor) -> Tensor:
-        mean_pool = _MEAN_POOL[self.dims]
-        squeezed = mean_pool(x, self.pool, ceil_mode=True, count_include_pad=False)
-        residual, attention = self.residual(x), self.attention(squeezed)
+        residual, attention = self.residual(x), self.attention(self._squeeze(x))
         return squeeze_and_attention(
             residual, attention, pool=self.pool, activation=self.activation, upsample=self.upsample
         )
+
+    def _squeeze(self, x: Tensor) -> Tensor:
+        """Return the means of the windows."""
+        if self.dims < 3:
+            mean_pool = F.avg_pool1d if self.dims == 1 else F.avg_pool2d
+            return mean_pool(x, self.pool, ceil_mode=True, count_include_pad=False)
+        # avg_pool3d takes no map that is smaller than a window: frames first, then the pixels of each.
+        frames, *window = checks.as_each_side("pool", self.pool, 3)
+        height, width = x.shape[3:]
+        x = F.avg_pool2d(x.flatten(3), (frames, 1), ceil_mode=True, count_include_pad=False)
+        x = x.unflatten(3, (height, width)).transpose(1, 2)
+        means = F.avg_pool2d(x.flatten(0, 1), window, ceil_mode=True, count_include_pad=False)
+        return means.unflatten(0, x.shape[:2]).transpose(1, 2)
 
     def extra_repr(self) -> str:
         return (
