@@ -236,3 +236,22 @@ def test_checkpoints_of_video_networks(code):
     block.load_state_dict(block.from_upstream(state))
     x = torch.randn(2, 8, 3, 4, 5, dtype=torch.float64)
     torch.testing.assert_close(block.eval()(x), published_non_local(state, x, names, pool_first, scaled))
+
+
+@pytest.mark.parametrize("name", ["concat_project.conv", "concat_project.0"])
+def test_checkpoints_whose_pairs_are_an_image(name):
+    """The published codes pair positions by a convolution of the N x N matrix, also for videos."""
+    suffix = ".conv" if name.endswith("conv") else ""
+    state = {f"{part}{suffix}.bias": torch.randn(4) for part in ("theta", "phi", "g")}
+    state |= {f"{part}{suffix}.weight": torch.randn(4, 8, 1, 1, 1) for part in ("theta", "phi", "g")}
+    out = "conv_out.conv" if suffix else "W"
+    state |= {f"{out}.weight": torch.randn(8, 4, 1, 1, 1), f"{out}.bias": torch.randn(8)}
+    state[f"{name}.weight"] = torch.randn(1, 8, 1, 1)
+    block = nn.NonLocal(8, mode="concatenation", dims=3)
+    block.load_state_dict(block.from_upstream(state))
+    x = torch.randn(2, 8, 2, 3, 4)
+    query, key, value = (to_tokens(conv(x))[:, 0] for conv in (block.query, block.key, block.value))
+    first, second = state[f"{name}.weight"].flatten().split(4)
+    weights = ((query @ first)[:, :, None] + (key @ second)[:, None]).relu() / 24
+    out = block.proj((weights @ value).mT.unflatten(2, (2, 3, 4)))
+    torch.testing.assert_close(block(x), x + out, rtol=1e-4, atol=1e-5)
