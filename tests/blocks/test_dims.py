@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from block_cases import OTHER_DIMS, SIDES, alive
+from implementations import slow
 
 from asa_ops import (
     asa_attention,
@@ -17,6 +19,10 @@ from asa_ops.core.layout import to_map, to_tokens
 each_block = pytest.mark.parametrize("name, options, identity", OTHER_DIMS, ids=str)
 SMALL = {"interlaced_sparse": {1: {"factors": (3,)}, 3: {"factors": (1, 2, 3)}}}  # options for maps of SIDES
 each_kind = pytest.mark.parametrize("name, dims", [(name, dims) for name in nn.available() for dims in (1, 3)])
+
+some_kinds = pytest.mark.parametrize(  # what takes long: the others with `make test-all`
+    "name, dims", [slow(name, dims, when=(name, dims) != ("asa", 3)) for name in nn.available() for dims in (1, 3)]
+)
 
 
 def block_of(name: str, dims: int, **options) -> torch.nn.Module:
@@ -255,3 +261,54 @@ def test_checkpoints_whose_pairs_are_an_image(name):
     weights = ((query @ first)[:, :, None] + (key @ second)[:, None]).relu() / 24
     out = block.proj((weights @ value).mT.unflatten(2, (2, 3, 4)))
     torch.testing.assert_close(block(x), x + out, rtol=1e-4, atol=1e-5)
+
+
+# ---- torch's contracts
+
+
+@each_kind
+def test_leaves_of_fx(name, dims):
+    block, x = block_of(name, dims).eval(), torch.randn(2, 8, *SIDES[dims])
+    traced = torch.fx.symbolic_trace(torch.nn.Sequential(block, torch.nn.ReLU()))
+    assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1"]
+    torch.testing.assert_close(traced(x), block(x).relu())
+
+
+@some_kinds
+def test_compiles_without_graph_breaks(name, dims):
+    torch._dynamo.reset()
+    block = block_of(name, dims).eval()
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    for batch in (2, 3):  # the second call makes the batch dynamic
+        x = torch.randn(batch, 8, *SIDES[dims])
+        torch.testing.assert_close(compiled(x), block(x))
+
+
+@some_kinds
+def test_exports_for_any_size(name, dims):
+    block = block_of(name, dims).eval().requires_grad_(False)
+    sides = (10,) if dims == 1 else (4, 6, 8)
+    any_size = dict.fromkeys(range(2, dims + 2), torch.export.Dim.DYNAMIC)
+    program = torch.export.export(block, (torch.randn(1, 8, *sides),), dynamic_shapes=(any_size,)).module()
+    for size in (sides, *([(24,), (9,)] if dims == 1 else [(3, 5, 7), (6, 9, 4)])):
+        x = torch.randn(1, 8, *size)
+        torch.testing.assert_close(program(x), block(x), rtol=1e-3, atol=1e-4)
+
+
+@each_kind
+def test_transforms(name, dims):
+    block, x = block_of(name, dims).eval(), torch.randn(2, 8, *SIDES[dims])
+    torch.testing.assert_close(torch.func.vmap(block)(x[:, None]), block(x)[:, None], rtol=1e-4, atol=1e-5)
+    gradient = torch.func.grad(lambda x: block(x).square().sum())(x)
+    x.requires_grad_()
+    y = torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False)
+    torch.testing.assert_close(gradient, *torch.autograd.grad(y.square().sum(), x))
+    assert block.to("meta")(x.to("meta")).shape == x.shape
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
+@each_kind
+def test_traces(name, dims):
+    block = block_of(name, dims).eval()
+    x, other = torch.randn(2, 2, 8, *SIDES[dims])
+    torch.testing.assert_close(torch.jit.trace(block, (x,))(other), block(other))
