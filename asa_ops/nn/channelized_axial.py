@@ -49,6 +49,8 @@ class ChannelizedAxialAttention(Block):
         >>> from asa_ops.nn import ChannelizedAxialAttention
         >>> ChannelizedAxialAttention(64, key_channels=16)(torch.randn(2, 64, 24, 32)).shape
         torch.Size([2, 64, 24, 32])
+        >>> ChannelizedAxialAttention(64, key_channels=16, dims=3)(torch.randn(1, 64, 4, 12, 16)).shape
+        torch.Size([1, 64, 4, 12, 16])
     """
 
     def __init__(

@@ -41,6 +41,9 @@ class CrissCrossAttention(Block):
         >>> x = torch.randn(2, 64, 24, 32)
         >>> torch.equal(block(x), x)
         True
+        >>> video = CrissCrossAttention(64, dims=3)
+        >>> video.recurrence, video(torch.randn(1, 64, 4, 12, 16)).shape
+        (3, torch.Size([1, 64, 4, 12, 16]))
     """
 
     def __init__(

@@ -34,6 +34,8 @@ class EfficientAttention(Block):
         >>> from asa_ops.nn import EfficientAttention
         >>> EfficientAttention(64, heads=4)(torch.randn(2, 64, 24, 32)).shape
         torch.Size([2, 64, 24, 32])
+        >>> EfficientAttention(64, dims=1)(torch.randn(2, 64, 100)).shape
+        torch.Size([2, 64, 100])
     """
 
     def __init__(

@@ -44,6 +44,8 @@ class InterlacedSparseAttention(Block):
         >>> from asa_ops.nn import InterlacedSparseAttention
         >>> InterlacedSparseAttention(16)(torch.randn(2, 16, 25, 32)).shape
         torch.Size([2, 16, 25, 32])
+        >>> InterlacedSparseAttention(16, factors=(2, 4, 4), dims=3)(torch.randn(1, 16, 4, 12, 16)).shape
+        torch.Size([1, 16, 4, 12, 16])
     """
 
     def __init__(

@@ -35,6 +35,8 @@ class LinearAttention(Block):
         >>> x = torch.randn(2, 64, 24, 32)
         >>> torch.equal(LinearAttention(64)(x), x)
         True
+        >>> LinearAttention(64, dims=1)(torch.randn(2, 64, 100)).shape
+        torch.Size([2, 64, 100])
     """
 
     def __init__(self, in_channels: int, kind: str = "position", reduction: int = 8, eps: float = 1e-6, dims: int = 2):

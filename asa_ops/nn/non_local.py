@@ -71,6 +71,8 @@ class NonLocal(Block):
         >>> x = torch.randn(2, 64, 24, 32)
         >>> torch.equal(NonLocal(64)(x), x)
         True
+        >>> NonLocal(64, sub_sample=True, dims=3)(torch.randn(1, 64, 4, 12, 16)).shape
+        torch.Size([1, 64, 4, 12, 16])
     """
 
     def __init__(

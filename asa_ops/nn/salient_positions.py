@@ -44,6 +44,8 @@ class SalientPositionsAttention(Block):
         >>> from asa_ops.nn import SalientPositionsAttention
         >>> SalientPositionsAttention(64)(torch.randn(2, 64, 24, 32)).shape
         torch.Size([2, 64, 24, 32])
+        >>> SalientPositionsAttention(64, dims=1)(torch.randn(2, 64, 100)).shape
+        torch.Size([2, 64, 100])
     """
 
     def __init__(

@@ -42,6 +42,8 @@ class SqueezeAndAttention(Block):
         >>> from asa_ops.nn import SqueezeAndAttention
         >>> SqueezeAndAttention(16)(torch.randn(2, 16, 25, 32)).shape
         torch.Size([2, 16, 25, 32])
+        >>> SqueezeAndAttention(16, pool=(1, 2, 2), dims=3)(torch.randn(1, 16, 4, 12, 16)).shape
+        torch.Size([1, 16, 4, 12, 16])
     """
 
     def __init__(

@@ -184,7 +184,7 @@ WRONG = [
     ("interlaced_long", {"factors": (3, 0)}, ValueError, "each of factors must be >= 1"),
     ("interlaced_long", {"factors": (7, 2)}, ValueError, r"at most \(H, W\) = \(6, 8\), got factors=\(7, 2\)"),
     ("interlaced_video", {"factors": (2, 3)}, TypeError, r"factors must be three integers, got \(2, 3\)"),
-    ("interlaced_video", {"factors": (3, 3, 4)}, ValueError, r"\(T, H, W\) = \(2, 5, 7\), got factors=\(3, 3, 4\)"),
+    ("interlaced_video", {"factors": (3, 3, 4)}, ValueError, r"\(T, H, W\) = \(2, 3, 5\), got factors=\(3, 3, 4\)"),
     ("interlaced_video", {"factors": None}, ValueError, r"at most \(T, H, W\) .* got factors=\(8, 8, 8\)"),
     ("interlaced_sequence", {"factors": 4}, TypeError, "factors must be a tuple of one integer, got 4"),
     ("interlaced_long", {"span": "wide"}, ValueError, "span must be one of .*got 'wide'"),
