@@ -48,8 +48,7 @@ def criss_cross_attention(
     checks.check_maps(query, key, value)
     scale = checks.as_number("scale", scale)
     names = ("criss_cross_attention", "criss_cross")  # of the op and of its kernels
-    if query.dim() == 5:
-        names = ("three-dimensional criss_cross_attention", "criss_cross_3d")
+    no_kernels = "there are kernels for maps [B, D, H, W] only" if query.dim() == 5 else None
     # The value may have any number of channels: kernels take them in parts.
-    call = dispatch.Call(*names, query.device, query.dtype, query.shape[1])
+    call = dispatch.Call(*names, query.device, query.dtype, query.shape[1], no_kernels)
     return ops.attend(query, key, value, scale, dispatch.resolve(call, impl))
