@@ -23,6 +23,7 @@ smaller. Bilinear up-sampling is ours. Copies without the sigmoid circulate: ``a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -97,8 +98,8 @@ def squeeze_and_attention(
             a = _enlarge_all(a, r, pools, upsample)
         else:
             a = F.interpolate(a, [n * p for n, p in zip(windows, pools, strict=True)], mode=upsample)
-            for dim, side in enumerate(grid, 2):
-                a = a.narrow(dim, 0, side)
+            inside: Any = map(slice, grid)
+            a = a[(..., *inside)]
         return torch.addcmul(a, a, r).to(residual.dtype)
 
 

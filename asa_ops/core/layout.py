@@ -5,6 +5,7 @@ And [B, C, L], N = L, and [B, C, T, H, W], N = T * H * W.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,5 @@ def pad(x: Tensor, around: Sequence[tuple[int, int]]) -> Tensor:
 
 def crop(x: Tensor, around: Sequence[tuple[int, int]], grid: Sequence[int]) -> Tensor:
     """Return what :func:`pad` padded, whose last dimensions have the sides ``grid``."""
-    for dim, ((before, _), side) in enumerate(zip(around, grid, strict=True), x.dim() - len(grid)):
-        x = x.narrow(dim, before, side)
-    return x
+    inside: Any = [slice(before, before + side) for (before, _), side in zip(around, grid, strict=True)]
+    return x[(..., *inside)]

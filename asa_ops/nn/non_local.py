@@ -120,10 +120,11 @@ class NonLocal(Block):
             )
         seen = self._pool(x) if self.sub_sample == "input" else x
         query, key = (x, seen) if self.mode == "gaussian" else (self.query(x), self.key(seen))
-        value = self.value(seen)
-        if self.sub_sample != "input":
-            key, value = self._pool(key), self._pool(value)
-        query, key, value = (to_tokens(each, self.heads) for each in (query, key, value))
+        if self.sub_sample == "input":
+            maps = query, key, self.value(seen)
+        else:
+            maps = query, self._pool(key), self._pool(self.value(seen))
+        query, key, value = (to_tokens(each, self.heads) for each in maps)
         if self.mode == "concatenation":
             out = non_local_attention(query, key, value, mode=self.mode, weight=self.pair.weight.view(2, -1))
         elif self.mode == "dot_product":
