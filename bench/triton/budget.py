@@ -56,7 +56,7 @@ CALLS = (  # of asa_attention: arguments, whether thresholds learn
 )
 
 # Constants that distinguish a launch from others of its kernel.
-VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "BY_ROWS", "BY_COLUMNS", "WINDOW", "NEGATIVE")
+VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "BY_ROWS", "BY_COLUMNS", "POSITIONS", "NEGATIVE")
 VARIANTS += ("SPLITS", "COLUMN", "OF_KEYS", "DELTA", "DELTA_ERROR")
 
 
