@@ -50,6 +50,7 @@ CALLS = (  # of asa_attention: arguments, whether thresholds learn
     ({"topk": 16}, True),
     ({"reciprocal": False}, True),
     ({"symmetric": True}, False),
+    ({"grid": (16, 16, 16)}, True),
     ({"alpha": False, "beta": False}, False),
     ({"alpha": False}, True),
     ({"alpha": False, "beta": False, "topk": 16}, True),
