@@ -51,7 +51,7 @@ QUICK = {
     ("cuda", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "mixed"),
     ("triton", "float32"): (
         *("plain", "beta_only", "dense", "one_way", "more_keys", "padding_topk", "all_empty", "mixed", "one_token"),
-        *("one_column", "sequence_topk", "volume", "volume_padding", "map_window"),
+        *("one_column", "sequence_topk", "volume_padding", "map_window"),
     ),
     ("triton", "half"): ("plain", "wide_values"),
     ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "volume"),
