@@ -32,7 +32,7 @@ UNROLL = tl.constexpr(3)  # offsets of the window at a time, so that their loads
 
 # Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
 SCALARS = [
-    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "height", "depth", "width", "topk",
+    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "depth", "height", "width", "topk",
     "alpha_stride_b", "alpha_stride_h", "alpha_stride_n", "beta_stride_b", "beta_stride_h", "beta_stride_n",
 ]  # fmt: skip
 
