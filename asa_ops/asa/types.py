@@ -12,7 +12,6 @@ The C++ implementations are ops (``asa_ops.asa.ops``). One in Python is a module
         Return the survivors K.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -105,8 +104,7 @@ class Options(NamedTuple):
             return cls((0, 0, 0), (1, 1, 1), topk, reciprocal, scale)
         first = (1,) * (3 - len(grid))
         # A window wider than the grid is the grid. Not the builtins: they would have torch.compile ask which is larger.
-        widest = torch.sym_max(2 * functools.reduce(torch.sym_max, grid) - 1, 1)
-        sides = [torch.sym_min(side, widest) for side in window]
+        sides = [torch.sym_min(x, torch.sym_max(2 * side - 1, 1)) for x, side in zip(window, grid, strict=True)]
         return cls((*first, *grid), (*first, *sides), topk, reciprocal, scale)
 
     @property
