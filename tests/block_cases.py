@@ -1,6 +1,7 @@
 """Calls of the functional ops of the blocks for tests: one factory, one list of named cases; and their modules."""
 
 import importlib
+import math
 from dataclasses import dataclass, field
 
 import pytest
@@ -42,15 +43,21 @@ def tokens(n=35, dim=4, dim_v=4, n_k=None, batch=2, heads=2) -> dict:
 
 def axial(size=(5, 7), batch=2, gates=True) -> dict:
     maps = {name: (batch, dim, *size) for name, dim in (("column", 3), ("row", 2), ("value", 6))}
-    return maps | ({"column_gate": [(4, 6), (4, 4), (6, 4)], "row_gate": [(6, 6)]} if gates else {})
+    maps |= {"time": (batch, 4, *size)} if len(size) == 3 else {}
+    layers = {"column_gate": [(4, 6), (4, 4), (6, 4)], "row_gate": [(6, 6)]} if gates else {}
+    return maps | layers | ({"time_gate": [(2, 6), (6, 2)]} if gates and len(size) == 3 else {})
 
 
 def squeezed(size, pool, batch=2) -> dict:
-    return {"residual": (batch, 3, *size), "attention": (batch, 3, *(-(-side // pool) for side in size))}
+    pools = pool if isinstance(pool, tuple) else (pool,) * len(size)
+    return {
+        "residual": (batch, 3, *size),
+        "attention": (batch, 3, *(-(-side // p) for side, p in zip(size, pools, strict=True))),
+    }
 
 
 def interlaced(grid, factors, span, dim=3, dim_v=5, **options) -> tuple[dict, dict]:
-    return tokens(grid[0] * grid[1], dim, dim_v), {"grid": grid, "factors": factors, "span": span, **options}
+    return tokens(math.prod(grid), dim, dim_v), {"grid": grid, "factors": factors, "span": span, **options}
 
 
 def salient(n=35, n_v=35, dim=5, batch=2) -> dict:
@@ -90,11 +97,16 @@ CASES = [
     Case("axial_row", "channelized_axial", axial((1, 7))),
     Case("axial_column", "channelized_axial", axial((5, 1))),
     Case("axial_empty", "channelized_axial", axial(batch=0)),
+    Case("axial_video", "channelized_axial", axial((2, 3, 4))),
+    Case("axial_video_plain", "channelized_axial", axial((3, 1, 2), gates=False)),
     Case("squeeze", "squeeze_and_attention", squeezed((6, 8), 2)),
     Case("squeeze_odd", "squeeze_and_attention", squeezed((5, 7), 3), {"pool": 3, "activation": None}),
     Case("squeeze_bilinear", "squeeze_and_attention", squeezed((6, 8), 2), {"upsample": "bilinear"}),
     Case("squeeze_bilinear_odd", "squeeze_and_attention", squeezed((5, 7), 3), {"pool": 3, "upsample": "bilinear"}),
     Case("squeeze_row", "squeeze_and_attention", squeezed((1, 7), 2), {"upsample": "bilinear"}),
+    Case("squeeze_sequence", "squeeze_and_attention", squeezed((7,), 3), {"pool": 3, "upsample": "linear"}),
+    Case("squeeze_video", "squeeze_and_attention", squeezed((3, 4, 3), (1, 2, 2)), {"pool": (1, 2, 2)}),
+    Case("squeeze_trilinear", "squeeze_and_attention", squeezed((3, 4, 5), 2), {"upsample": "trilinear"}),
     Case("squeeze_empty", "squeeze_and_attention", squeezed((5, 7), 2, batch=0)),
     Case("interlaced_long", "interlaced_sparse", *interlaced((6, 8), (3, 2), "long")),
     Case("interlaced_short", "interlaced_sparse", *interlaced((6, 8), (3, 2), "short")),
@@ -104,6 +116,10 @@ CASES = [
     Case("interlaced_ones", "interlaced_sparse", *interlaced((3, 4), (1, 1), "short")),
     Case("interlaced_row", "interlaced_sparse", *interlaced((1, 7), (1, 3), "long")),
     Case("interlaced_fused", "interlaced_sparse", *interlaced((15, 35), (2, 1), "long", dim_v=3), fused=True),
+    Case("interlaced_sequence", "interlaced_sparse", *interlaced((11,), (4,), "long")),
+    Case("interlaced_sequence_short", "interlaced_sparse", *interlaced((12,), (3,), "short")),
+    Case("interlaced_video", "interlaced_sparse", *interlaced((2, 3, 5), (2, 2, 2), "long")),
+    Case("interlaced_video_short", "interlaced_sparse", *interlaced((3, 2, 4), (2, 2, 3), "short")),
     Case("interlaced_empty", "interlaced_sparse", tokens(35, batch=0), {"grid": (5, 7), "factors": (2, 3)}),
     Case("salient", "salient_positions", salient()),
     Case("salient_adaptive", "salient_positions", salient(), {"topk": None}),
@@ -148,6 +164,33 @@ MODULES = [  # name in asa_ops.nn, options, whether a fresh block is the identit
     ("salient_positions", {}, False),
     ("salient_positions", {"topk": None, "sub_sample": True, "heads": 2}, False),
 ]
+OTHER_DIMS = [  # the same, of maps of one and of three dimensions
+    ("asa", {"dims": 1, "window": 5}, True),
+    ("asa", {"dims": 3}, True),
+    ("asa", {"dims": 3, "window": (1, 3, 5), "topk": 9, "norm": "batch", "impl": "blocked"}, True),
+    ("criss_cross", {"dims": 1}, True),
+    ("criss_cross", {"dims": 3}, True),
+    ("non_local", {"dims": 1, "sub_sample": True}, True),
+    ("non_local", {"dims": 3, "sub_sample": "input", "norm": "batch"}, True),
+    ("non_local", {"dims": 3, "sub_sample": True, "mode": "concatenation", "reduction": 1, "heads": 2}, True),
+    ("linear_attention", {"dims": 1}, True),
+    ("linear_attention", {"dims": 3}, True),
+    ("linear_attention", {"dims": 3, "kind": "channel"}, True),
+    ("efficient_attention", {"dims": 1, "heads": 4}, False),
+    ("efficient_attention", {"dims": 3}, False),
+    ("channelized_axial", {"dims": 1, "key_channels": 4}, False),
+    ("channelized_axial", {"dims": 3, "key_channels": 4}, False),
+    ("channelized_axial", {"dims": 3, "out_channels": 6, "channel_attention": False}, False),
+    ("squeeze_and_attention", {"dims": 1, "upsample": "linear"}, False),
+    ("squeeze_and_attention", {"dims": 3, "pool": (1, 2, 2), "out_channels": 6}, False),
+    ("squeeze_and_attention", {"dims": 3, "upsample": "trilinear"}, False),
+    ("interlaced_sparse", {"dims": 1, "factors": (3,)}, False),
+    ("interlaced_sparse", {"dims": 3, "factors": [(1, 2, 2), (2, 1, 3)], "out_channels": 6, "dropout": 0.1}, False),
+    ("interlaced_sparse", {"dims": 3, "factors": (4, 2, 3), "published": True}, False),
+    ("salient_positions", {"dims": 1}, False),
+    ("salient_positions", {"dims": 3, "topk": None, "sub_sample": True, "heads": 2}, False),
+]
+SIDES = {1: (11,), 2: (5, 7), 3: (2, 3, 5)}  # of small maps, by their dimensions
 each_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
@@ -162,7 +205,7 @@ def make(case: Case, dtype: torch.dtype = torch.float64, layout: str = "tokens",
         x = torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)
         if layout == "map":
             first, last = (1, -1) if case.stem in ("channelized_axial", "squeeze_and_attention") else (-2, -1)
-            if x.dim() == 4:
+            if x.dim() > 2:
                 x = x.transpose(first, last).contiguous().transpose(first, last)
         return x.requires_grad_()
 

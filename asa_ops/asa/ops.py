@@ -229,7 +229,7 @@ def asa_neighbors(
     if impl not in ("cpu", "cuda"):
         return dispatch.load("asa", impl).neighbor_graph(broadcast(inputs), Options.of(*options))
     ops = of(impl, query.device)
-    outputs = ops.fwd(*inputs, *options, 0.0, True, _takes_tf32(impl, query.dtype))
+    outputs = ops.fwd(*inputs, *options, 0.0, True, takes_tf32(impl, query.dtype))
     graph = new_graph(outputs[3])
     assert ops.list_survivors is not None
     ops.list_survivors(*inputs, *outputs, *options, 0.0, *graph)
@@ -247,7 +247,7 @@ def _neighbors_flops(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) 
     return flops(q_shape, k_shape, q_shape, pairs=0)
 
 
-def _takes_tf32(impl: str, dtype: torch.dtype) -> bool:
+def takes_tf32(impl: str, dtype: torch.dtype) -> bool:
     """Return what an op of ``impl`` is told of TF32: torch's setting at the call, for its backward too."""
     return impl == "cuda" and dtype == torch.float32 and allows_tf32()
 
@@ -292,7 +292,7 @@ def attend(
         run = ops.with_grad
     else:
         run = ops.no_grad
-    tf32 = _takes_tf32(impl, inputs.query.dtype)
+    tf32 = takes_tf32(impl, inputs.query.dtype)
     out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep, tf32)
     return out, AsaStats(lse, lse_kept, survivors)
 

@@ -58,6 +58,10 @@ class Part(Protocol):
     row_order: Tensor  # int32 [1 or B, rows, a multiple of block] token at a position; -2 - token of padding; -1: none
     key_order: Tensor  # the same of keys
 
+    @staticmethod
+    def can_run(inputs: Inputs, n_q: int, n_k: int, scale: float) -> bool:
+        """Return whether what runs such a call can compute some of its rows; ``inputs``: of some of the tokens."""
+
     def __init__(self, inputs: Inputs, options: Options, band: float, keep: bool) -> None: ...
 
     def scan(self, rows: Range) -> Scan | None:

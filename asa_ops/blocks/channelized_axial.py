@@ -10,12 +10,21 @@ p and r are the maps ``column`` and ``row``, each query and key at once, without
     out_hwc = Z_hwc gate_row(t_w)_c                                    one gate per column of pixels and channel
     gate(s) = sigmoid(D_L lrelu(... lrelu(D_1 s)))                     no biases; slope of the leaky ReLU 0.2
 
+Every axis is one step, attention along it and a gate for each place on it, whose input is the mean over all other axes.
+So in three dimensions there are three steps, along time, columns, rows (ours; the paper has two)::
+
+    s_tc = sum_hw O_thwc / (T H W), and likewise s_hc = sum_tw .. / (T H W), s_wc = sum_th .. / (T H W)
+
+and in one dimension, a row, there is one: no axis is left to take the mean over, and every position gates itself, from
+s_lc = O_lc / L.
+
 How it is computed: as the formulas say. The published code first forms every product A_w;hk v_kwc, [B, C, H, W, H],
 gates the products and then sums them. The gate does not depend on k, and a mean of sums is a sum of means: the sums can
 come first.
 
-Cost, D channels of p and r, C of v: 2 N (H + W) (D + C) operations, N (H + W + 2 D + 3 C) memory instead of
-N (H + W) C; the block's projections add 2 N C (2 D + C) operations, the gates next to nothing.
+Cost, D channels of p and r, C of v, and in three dimensions T + H + W for H + W: 2 N (H + W) (D + C) operations, N (H +
+W + 2 D + 3 C) memory instead of N (H + W) C; the block's projections add 2 N C (2 D + C) operations, the gates next to
+nothing.
 
 What it attends to: the pixels of its column, and through them, row by row, every pixel.
 
@@ -36,7 +45,7 @@ from ..core.contracts import at_least_float32, cast_under_autocast, outside_auto
 from .softmax_attention import softmax_attention
 
 
-@takes_dtensors(column="b...", row="b...", value="b...", column_gate="..", row_gate="..", out="b...")
+@takes_dtensors(column="b", row="b", value="b", column_gate="..", row_gate="..", time="b", time_gate="..", out="b")
 def channelized_axial_attention(
     column: Tensor,
     row: Tensor,
@@ -44,23 +53,28 @@ def channelized_axial_attention(
     column_gate: Sequence[Tensor] | None = None,
     row_gate: Sequence[Tensor] | None = None,
     *,
+    time: Tensor | None = None,
+    time_gate: Sequence[Tensor] | None = None,
     negative_slope: float = 0.2,
 ) -> Tensor:
     """Attend along columns, then along rows, and gate every channel of either, without a five-dimensional tensor.
 
+    In three dimensions, along time before both.
     Formulas: ``help(asa_ops.blocks.channelized_axial)``. Source: Huang, Kang, Jia, He and Liu, AAAI 2022.
 
     Args:
-        column: [B, D, H, W], floating point: query and key of the attention along columns.
-        row: [B, Dr, H, W]: query and key of the attention along rows.
-        value: [B, C, H, W].
+        column: [B, D, H, W] or [B, D, T, H, W], floating point: query and key of the attention along columns.
+        row: the same with Dr channels: query and key of the attention along rows.
+        value: the same with C channels.
         column_gate: weights [out, in] of linear layers that make the gate of a row of pixels from its mean, the first
             with C inputs, the last with C outputs. None: no gate.
         row_gate: the same for columns of pixels.
+        time: [B, Dt, T, H, W]: query and key of the attention along time, in three dimensions, and required there.
+        time_gate: the same as ``column_gate`` for frames.
         negative_slope: of the leaky ReLU between these layers.
 
     Returns:
-        [B, C, H, W] in the dtype of ``value``; contiguous where ``value`` is, else channels last.
+        The shape and the dtype of ``value``; contiguous where ``value`` is, else channels last.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -74,29 +88,40 @@ def channelized_axial_attention(
         >>> channelized_axial_attention(column, row, value, weights, weights).shape
         torch.Size([1, 16, 24, 32])
     """
-    column, row, value = cast_under_autocast(column=column, row=row, value=value)
-    checks.check_tensor("value", value, "[B, C, H, W]")
+    maps = {"column": column, "row": row} if time is None else {"time": time, "column": column, "row": row}
+    *axes, value = cast_under_autocast(**maps, value=value)
+    dims = checks.as_map_dims("value", value, 2, 3)
     checks.check_floating("value", value)
-    for name, x in (("column", column), ("row", row)):
-        checks.check_tensor(name, x, "[B, D, H, W]")
+    if (time is not None) != (dims == 3):
+        expected, given = ("time", "none") if dims == 3 else ("no time", checks.describe(time))
+        raise ValueError(f"a value {checks.map_layout(dims)} wants {expected}, got {given}")
+    for name, x in zip(maps, axes, strict=True):
+        checks.check_tensor(name, x, checks.map_layout(dims, "D"))
         checks.check_like(name, x, value, "value")
         checks.check_same_map(name, x, value, "value")
     column_gate = _check_gate("column_gate", column_gate, value)
     row_gate = _check_gate("row_gate", row_gate, value)
+    time_gate = _check_gate("time_gate", time_gate, value)
     negative_slope = checks.as_number("negative_slope", negative_slope)
     with outside_autocast(value.device.type):
-        p, r, v = at_least_float32(column, row, value)
-        pixels = value.shape[2] * value.shape[3]
-        p, v = (x.permute(0, 3, 2, 1) for x in (p, v))  # [B, W, H, D]: a column of the map is a sequence
-        out = softmax_attention(p, p, v, scale=1.0)
-        if column_gate is not None:
-            out = out * gate(out.sum(1, keepdim=True) / pixels, column_gate, negative_slope)
-        r, out = r.permute(0, 2, 3, 1), out.transpose(1, 2)  # [B, H, W, D]: a row of the map is a sequence
-        out = softmax_attention(r, r, out, scale=1.0)
-        if row_gate is not None:
-            out = out * gate(out.sum(1, keepdim=True) / pixels, row_gate, negative_slope)
-        out = out.permute(0, 3, 1, 2).to(value.dtype)
+        *axes, out = (x.movedim(1, -1) for x in at_least_float32(*axes, value))  # [B, H, W, D]
+        gates = (time_gate, column_gate, row_gate)[-dims:]
+        for axis, (p, weights) in enumerate(zip(axes, gates, strict=True), 1):
+            out = _attend_along(axis, p, out, weights, negative_slope)
+        out = out.movedim(-1, 1).to(value.dtype)
         return out.contiguous() if value.is_contiguous() else out
+
+
+def _attend_along(axis: int, p: Tensor, v: Tensor, weights: Sequence[Tensor] | None, negative_slope: float) -> Tensor:
+    """Attend along one axis of maps [B, H, W, D] or [B, T, H, W, D], and gate what comes out if there are weights."""
+    p, v = (x.movedim(axis, -2) for x in (p, v))  # of columns [B, W, H, D]: a column of the map is a sequence
+    others = v.shape[1:-2]
+    p, v = (x.flatten(1, -3) for x in (p, v))
+    out = softmax_attention(p, p, v, scale=1.0)
+    if weights is not None:
+        positions = out.shape[1] * out.shape[2]
+        out = out * gate(out.sum(1, keepdim=True) / positions, weights, negative_slope)
+    return out.unflatten(1, others).movedim(-2, axis)
 
 
 def _check_gate(name: str, gate: Sequence[Tensor] | None, value: Tensor) -> tuple[Tensor, ...] | None:
@@ -127,23 +152,27 @@ def reference_channelized_axial_attention(
     column_gate: Sequence[Tensor] | None = None,
     row_gate: Sequence[Tensor] | None = None,
     *,
+    time: Tensor | None = None,
+    time_gate: Sequence[Tensor] | None = None,
     negative_slope: float = 0.2,
 ) -> Tensor:
     """The specification of :func:`channelized_axial_attention`: O(N (H + W) C) memory, differentiable twice."""
+    steps = [("h", column, column_gate), ("w", row, row_gate)]
+    steps = steps if time is None else [("t", time, time_gate), *steps]
+    sides = "".join(side for side, _, _ in steps)
     with outside_autocast(value.device.type):
-        p, r, v = at_least_float32(column, row, value)
-        weights = torch.einsum("bdhw,bdkw->bhwk", p, p).softmax(-1)
-        products = torch.einsum("bhwk,bckw->bchwk", weights, v)
-        if column_gate is not None:
-            mean = products.mean((3, 4))  # [B, C, H]
-            products = products * gate(mean.mT, column_gate, negative_slope).mT[..., None, None]
-        out = products.sum(-1)
-        weights = torch.einsum("bdhw,bdhl->bhwl", r, r).softmax(-1)
-        products = torch.einsum("bhwl,bchl->bchwl", weights, out)
-        if row_gate is not None:
-            mean = products.mean((2, 4))  # [B, C, W]
-            products = products * gate(mean.mT, row_gate, negative_slope).mT[:, :, None, :, None]
-        return products.sum(-1).to(value.dtype)
+        (out,) = at_least_float32(value)
+        for axis, (side, p, layers) in enumerate(steps, 2):
+            (p,) = at_least_float32(p)
+            along = sides.replace(side, "k")
+            weights = torch.einsum(f"bd{sides},bd{along}->b{sides}k", p, p).softmax(-1)
+            products = torch.einsum(f"b{sides}k,bc{along}->bc{sides}k", weights, out)
+            if layers is not None:
+                mean = products.mean([dim for dim in range(2, products.dim()) if dim != axis])  # [B, C, side]
+                shape = [size if dim == axis or dim < 2 else 1 for dim, size in enumerate(products.shape)]
+                products = products * gate(mean.mT, layers, negative_slope).mT.reshape(shape)
+            out = products.sum(-1)
+        return out.to(value.dtype)
 
 
 def gate(mean: Tensor, weights: Sequence[Tensor], negative_slope: float) -> Tensor:

@@ -10,6 +10,8 @@ likewise to W' columns. Attention runs within groups of real positions::
     span="short"   groups of equal (r // dh, c // dw):       (H' / dh) (W' / dw) blocks of dh dw positions
     out_i = sum_j softmax_j(scale <q_i, k_j>) v_j            j in the group of i; scale = D**-0.5 by default
 
+Each side of the map is grouped by itself, so that the formula holds with one factor and one side, or three of each.
+
 The block (:class:`asa_ops.nn.InterlacedSparseAttention`) applies "long" and on its result "short".
 
 How it is computed: tokens are reordered so that a group is contiguous, and the groups are a batch for
@@ -28,13 +30,15 @@ first span features of its own, and takes part in the batch statistics. Here pad
 mostly padding.
 """
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..core import checks
 from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, is_known, takes_dtensors
-from ..core.layout import padding_to_multiples
+from ..core.layout import crop, pad, padding_to_multiples
 from .softmax_attention import softmax_attention
 
 
@@ -44,8 +48,8 @@ def interlaced_sparse_attention(
     key: Tensor,
     value: Tensor,
     *,
-    grid: tuple[int, int],
-    factors: tuple[int, int] = (8, 8),
+    grid: Sequence[int],
+    factors: Sequence[int] | None = None,
     span: str = "long",
     scale: float | None = None,
 ) -> Tensor:
@@ -57,8 +61,9 @@ def interlaced_sparse_attention(
         query: [B, heads, N, D], floating point, tokens of a map in raster order.
         key: [B, heads, N, D].
         value: [B, heads, N, Dv].
-        grid: (H, W) with H * W == N.
-        factors: (dh, dw), the steps, which are also the sides of a block; at most (H, W).
+        grid: (H, W) with H * W == N; or (L,) or (T, H, W).
+        factors: (dh, dw), the steps, which are also the sides of a block; at most (H, W). As many as the grid has
+            sides, default 8 each.
         span: "long" or "short".
         scale: factor of the scores, default D**-0.5.
 
@@ -82,14 +87,15 @@ def interlaced_sparse_attention(
     heads, n = query.shape[1:3]
     if key.shape[2] != n:
         raise ValueError(f"there must be as many keys as queries, got N_q = {n} and N_k = {key.shape[2]}")
-    grid = checks.as_grid(grid, n, 2)
+    grid = checks.as_grid(grid, n, 1, 2, 3)
+    factors = (8,) * len(grid) if factors is None else factors
     factors = checks.as_factors(factors, grid)
     checks.check_choice("span", span, ("long", "short"))
     scale = checks.as_scale(scale, query)
     if torch.compiler.is_compiling():
         return _by_index(query, key, value, grid, factors, span, scale)
     mask = None
-    if grid[0] % factors[0] or grid[1] % factors[1]:
+    if any(side % factor for side, factor in zip(grid, factors, strict=True)):
         real = torch.ones_like(query[:1, :1, :, :1]).expand(-1, heads, -1, -1)
         mask = _groups(real, grid, factors, span).mT > 0  # [1, heads * groups, 1, n]
     query, key, value = (_groups(x, grid, factors, span) for x in (query, key, value))
@@ -97,49 +103,51 @@ def interlaced_sparse_attention(
     return _tokens(out, heads, grid, factors, span)
 
 
-def _blocks(grid: tuple[int, int], factors: tuple[int, int]) -> tuple[int, int]:
-    """Return how many blocks of the size ``factors`` the padded map has, down and across."""
-    return -(-grid[0] // factors[0]), -(-grid[1] // factors[1])
+def _blocks(grid: Sequence[int], factors: Sequence[int]) -> list[int]:
+    """Return how many blocks of the size ``factors`` the padded map has along each side."""
+    return [-(-side // factor) for side, factor in zip(grid, factors, strict=True)]
 
 
-def _groups(x: Tensor, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
+def _groups(x: Tensor, grid: Sequence[int], factors: Sequence[int], span: str) -> Tensor:
     """Return tokens [B, heads, N, D] as groups [B, heads * groups, n, D], padded with zeros."""
     batch, heads, _, dim = x.shape
-    (down, across), around = _blocks(grid, factors), padding_to_multiples(grid, factors)
+    blocks, around = _blocks(grid, factors), padding_to_multiples(grid, factors)
     # Fused kernels want rows. The plain formula takes columns, and tokens of a map are copied faster as what they are.
     columns = x.stride(-1) != 1 and x.device.type == "cpu"
     x = x.mT
-    if any(around):
-        x = F.pad(x.unflatten(3, grid), around)
-    x = x.reshape(batch, heads, dim, down, factors[0], across, factors[1])
-    outer, inner = ((4, 6), (3, 5)) if span == "long" else ((3, 5), (4, 6))
-    n = down * across if span == "long" else factors[0] * factors[1]
-    groups = heads * (factors[0] * factors[1] if span == "long" else down * across)
+    if any(map(any, around)):
+        x = pad(x.unflatten(3, grid), around)
+    x = x.reshape(batch, heads, dim, *(size for pair in zip(blocks, factors, strict=True) for size in pair))
+    of_block, within = range(3, x.dim(), 2), range(4, x.dim(), 2)  # dimensions: which block, where in it
+    if span == "long":
+        outer, inner, groups, n = within, of_block, heads * math.prod(factors), math.prod(blocks)
+    else:
+        outer, inner, groups, n = of_block, within, heads * math.prod(blocks), math.prod(factors)
     if columns:
         return x.permute(0, 1, *outer, 2, *inner).reshape(batch, groups, dim, n).mT
     return x.permute(0, 1, *outer, *inner, 2).reshape(batch, groups, n, dim)
 
 
-def _tokens(x: Tensor, heads: int, grid: tuple[int, int], factors: tuple[int, int], span: str) -> Tensor:
+def _tokens(x: Tensor, heads: int, grid: Sequence[int], factors: Sequence[int], span: str) -> Tensor:
     """Undo :func:`_groups`."""
-    left, _, top, _ = padding_to_multiples(grid, factors)
-    blocks = _blocks(grid, factors)
+    blocks, sides = _blocks(grid, factors), len(grid)
     batch, dim = x.shape[0], x.shape[-1]
+    outer, inner = (factors, blocks) if span == "long" else (blocks, factors)
+    x = x.reshape(batch, heads, *outer, *inner, dim)
+    of_outer, of_inner = range(2, 2 + sides), range(2 + sides, 2 + 2 * sides)
+    of_block, within = (of_inner, of_outer) if span == "long" else (of_outer, of_inner)
     # Columns in memory, like the tokens of a map: the output is a map without another copy.
-    if span == "long":
-        x = x.reshape(batch, heads, *factors, *blocks, dim).permute(0, 1, 6, 4, 2, 5, 3)
-    else:
-        x = x.reshape(batch, heads, *blocks, *factors, dim).permute(0, 1, 6, 2, 4, 3, 5)
-    x = x.reshape(batch, heads, dim, blocks[0] * factors[0], blocks[1] * factors[1])
-    return x[..., top : top + grid[0], left : left + grid[1]].flatten(3).mT
+    x = x.permute(0, 1, -1, *(at for pair in zip(of_block, within, strict=True) for at in pair))
+    x = x.reshape(batch, heads, dim, *(block * factor for block, factor in zip(blocks, factors, strict=True)))
+    return crop(x, padding_to_multiples(grid, factors), grid).flatten(3).mT
 
 
 def _by_index(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    grid: tuple[int, int],
-    factors: tuple[int, int],
+    grid: Sequence[int],
+    factors: Sequence[int],
     span: str,
     scale: float,
 ) -> Tensor:
@@ -148,26 +156,41 @@ def _by_index(
     Views that split the sides of a map take them most of a minute where the sides are variables, and tie a program to
     sides that are multiples of the factors, or are not.
     """
-    (height, width), (dh, dw), (down, across) = grid, factors, _blocks(grid, factors)
-    left, _, top, _ = padding_to_multiples(grid, factors)
+    blocks, around = _blocks(grid, factors), padding_to_multiples(grid, factors)
     batch, heads, tokens, _ = query.shape
-    long, blocks, size = span == "long", down * across, dh * dw
-    groups, n = (size, blocks) if long else (blocks, size)
+    long, count, size = span == "long", math.prod(blocks), math.prod(factors)
+    groups, n = (size, count) if long else (count, size)
     # From group and place in it to the token: both count in raster order, one the blocks, the other within a block.
     at = torch.arange(groups * n, device=query.device)
     block, within = (at % n, at // n) if long else (at // n, at % n)
-    row, column = block // across * dh + within // dw - top, block % across * dw + within % dw - left
-    real = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    token = torch.where(real, row * width + column, 0)
+    real, token = torch.ones_like(at, dtype=torch.bool), torch.zeros_like(at)
+    for side, factor, (before, _), b, w in zip(
+        grid, factors, around, _coordinates(block, blocks), _coordinates(within, factors), strict=True
+    ):
+        position = b * factor + w - before
+        real = real & (position >= 0) & (position < side)
+        token = token * side + position
+    token = torch.where(real, token, 0)
     q, k, v = (x.index_select(2, token).view(batch, heads * groups, n, x.shape[3]) for x in (query, key, value))
-    whole = is_known(height % dh + width % dw == 0)
+    whole = is_known(sum(side % factor for side, factor in zip(grid, factors, strict=True)) == 0)
     mask = None if whole else real.view(1, groups, 1, n).repeat(1, heads, 1, 1)
     out = softmax_attention(q, k, v, scale, mask)
     # And back.
     at = torch.arange(tokens, device=query.device)
-    row, column = at // width + top, at % width + left
-    block, within = row // dh * across + column // dw, row % dh * dw + column % dw
+    block, within = torch.zeros_like(at), torch.zeros_like(at)
+    for position, factor, (before, _), number in zip(_coordinates(at, grid), factors, around, blocks, strict=True):
+        position = position + before
+        block, within = block * number + position // factor, within * factor + position % factor
     return out.reshape(batch, heads, groups * n, -1).index_select(2, within * n + block if long else block * n + within)
+
+
+def _coordinates(at: Tensor, sides: Sequence[int]) -> list[Tensor]:
+    """Return the coordinates, one for each side, of places counted in raster order."""
+    found = []
+    for side in reversed(sides[1:]):
+        found.append(at % side)
+        at = at // side
+    return [at, *reversed(found)]
 
 
 @ignoring_autocast
@@ -176,24 +199,19 @@ def reference_interlaced_sparse_attention(
     key: Tensor,
     value: Tensor,
     *,
-    grid: tuple[int, int],
-    factors: tuple[int, int] = (8, 8),
+    grid: Sequence[int],
+    factors: Sequence[int] | None = None,
     span: str = "long",
     scale: float | None = None,
 ) -> Tensor:
     """The specification of :func:`interlaced_sparse_attention`: dense, O(N^2) memory, differentiable twice."""
     q, k, v = at_least_float32(query, key, value)
     together = torch.ones((), dtype=torch.bool, device=q.device)
-    for axis, position in zip((0, 1), positions(grid, q.device), strict=True):
-        factor = factors[axis]
-        before = -grid[axis] % factor // 2  # padding: the smaller half comes first
+    factors = (8,) * len(grid) if factors is None else factors
+    positions = _coordinates(torch.arange(math.prod(grid), device=q.device), grid)
+    for side, factor, position in zip(grid, factors, positions, strict=True):
+        before = -side % factor // 2  # padding: the smaller half comes first
         group = (position + before) % factor if span == "long" else (position + before) // factor
         together = together & (group[:, None] == group)
     scores = (q.shape[-1] ** -0.5 if scale is None else scale) * (q @ k.mT)
     return (scores.masked_fill(~together, -torch.inf).softmax(-1) @ v).to(query.dtype)
-
-
-def positions(grid: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Return row and column [N] of every token."""
-    token = torch.arange(grid[0] * grid[1], device=device)
-    return token // grid[1], token % grid[1]

@@ -4,7 +4,8 @@ Source: Z. Zhong, Z. Lin, R. Bidart, X. Hu, I. Ben Daya, Z. Li, W.-S. Zheng, J. 
 Networks for Semantic Segmentation, CVPR 2020. The authors published no code that we know of: pooling size and
 up-sampling are those of third-party code.
 
-With r the residual branch [C, H, W] and s the attention branch on a map pooled by p x p pixels::
+With r the residual branch [C, H, W] and s the attention branch on a map pooled by p x p pixels (or, in one dimension or
+three, by intervals or boxes)::
 
     a = up(sigmoid(s))                   nearest, or bilinear between the centres of the p x p windows
     out = a r + a
@@ -21,20 +22,29 @@ Differences from the code it is compared with: maps whose sides p does not divid
 smaller. Bilinear up-sampling is ours. Copies without the sigmoid circulate: ``activation=None``.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
 from ..core.contracts import at_least_float32, cast_under_autocast, outside_autocast, takes_dtensors
+from ..core.layout import LINEAR
 
 
-@takes_dtensors(residual="bh..", attention="bh..", out="bh..")
+def check_upsample(upsample: str, dims: int) -> None:
+    """Check how a map of ``dims`` dimensions is to be enlarged."""
+    checks.check_choice("upsample", upsample, ("nearest", LINEAR[dims]))
+
+
+@takes_dtensors(residual="bh", attention="bh", out="bh")
 def squeeze_and_attention(
     residual: Tensor,
     attention: Tensor,
     *,
-    pool: int = 2,
+    pool: int | Sequence[int] = 2,
     activation: str | None = "sigmoid",
     upsample: str = "nearest",
 ) -> Tensor:
@@ -43,15 +53,15 @@ def squeeze_and_attention(
     Formulas: ``help(asa_ops.blocks.squeeze_and_attention)``. Source: Zhong et al., CVPR 2020.
 
     Args:
-        residual: [B, C, H, W], floating point.
+        residual: [B, C, H, W], floating point; or [B, C, L] or [B, C, T, H, W].
         attention: [B, C, ceil(H / pool), ceil(W / pool)], before its activation; position (r, c) belongs to the window
             of ``pool`` x ``pool`` pixels at (r * pool, c * pool).
-        pool: side of a window.
+        pool: side of a window, or one for each side of the map.
         activation: "sigmoid", or None.
-        upsample: "nearest" or "bilinear".
+        upsample: "nearest" or "bilinear"; "linear" in one dimension, "trilinear" in three.
 
     Returns:
-        [B, C, H, W] in the dtype of ``residual``.
+        The shape and the dtype of ``residual``.
 
     Raises:
         ValueError: shapes or options that do not fit.
@@ -64,28 +74,32 @@ def squeeze_and_attention(
         torch.Size([1, 16, 25, 32])
     """
     residual, attention = cast_under_autocast(residual=residual, attention=attention)
-    checks.check_tensor("residual", residual, "[B, C, H, W]")
+    dims = checks.as_map_dims("residual", residual, 1, 2, 3)
     checks.check_floating("residual", residual)
-    checks.check_tensor("attention", attention, "[B, C, H / pool, W / pool]")
+    names = checks.SIDES[dims]
+    checks.check_tensor("attention", attention, f"[B, C, {', '.join(f'{side} / pool' for side in names)}]")
     checks.check_like("attention", attention, residual, "residual")
-    pool = checks.as_positive_int("pool", pool)
+    pools = checks.as_each_side("pool", pool, dims)
     checks.check_choice("activation", activation, ("sigmoid", None))
-    checks.check_choice("upsample", upsample, ("nearest", "bilinear"))
-    batch, channels, height, width = residual.shape
-    expected = batch, channels, -(-height // pool), -(-width // pool)
-    if attention.shape != expected:
+    check_upsample(upsample, dims)
+    batch, channels, *grid = residual.shape
+    windows = [-(-side // p) for side, p in zip(grid, pools, strict=True)]
+    if attention.shape != (batch, channels, *windows):
         raise ValueError(
-            f"attention must be [B, C, ceil(H / pool), ceil(W / pool)] = {list(expected)} for pool={pool} and "
-            f"{checks.describe(residual)}, got {checks.describe(attention)}"
+            f"attention must be [B, C, {', '.join(f'ceil({side} / pool)' for side in names)}] = "
+            f"{[batch, channels, *windows]} for pool={pool} and {checks.describe(residual)}, "
+            f"got {checks.describe(attention)}"
         )
     with outside_autocast(residual.device.type):
         r, a = at_least_float32(residual, attention)
         if activation == "sigmoid":
             a = a.sigmoid()
         if torch.compiler.is_compiling():  # cutting off what is too much would tie a program to even or odd sizes
-            a = _enlarge_both(a, r, pool, upsample)
+            a = _enlarge_all(a, r, pools, upsample)
         else:
-            a = F.interpolate(a, (expected[2] * pool, expected[3] * pool), mode=upsample)[..., :height, :width]
+            a = F.interpolate(a, [n * p for n, p in zip(windows, pools, strict=True)], mode=upsample)
+            inside: Any = map(slice, grid)
+            a = a[(..., *inside)]
         return torch.addcmul(a, a, r).to(residual.dtype)
 
 
@@ -93,7 +107,7 @@ def reference_squeeze_and_attention(
     residual: Tensor,
     attention: Tensor,
     *,
-    pool: int = 2,
+    pool: int | Sequence[int] = 2,
     activation: str | None = "sigmoid",
     upsample: str = "nearest",
 ) -> Tensor:
@@ -102,13 +116,13 @@ def reference_squeeze_and_attention(
         r, a = at_least_float32(residual, attention)
         if activation == "sigmoid":
             a = a.sigmoid()
-        a = _enlarge_both(a, r, pool, upsample)
+        a = _enlarge_all(a, r, checks.as_each_side("pool", pool, r.dim() - 2), upsample)
         return (a * r + a).to(residual.dtype)
 
 
-def _enlarge_both(a: Tensor, r: Tensor, pool: int, upsample: str) -> Tensor:
-    for axis, size in ((-2, r.shape[-2]), (-1, r.shape[-1])):
-        a = _enlarge(a, axis, size, pool, upsample)
+def _enlarge_all(a: Tensor, r: Tensor, pools: Sequence[int], upsample: str) -> Tensor:
+    for axis, pool in zip(range(-len(pools), 0), pools, strict=True):
+        a = _enlarge(a, axis, r.shape[axis], pool, upsample)
     return a
 
 

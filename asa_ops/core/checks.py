@@ -113,12 +113,17 @@ def as_scale(scale: object, query: Tensor) -> float:
     return cast(int, _integer(query.shape[-1])) ** -0.5 if scale is None else as_number("scale", scale)
 
 
+def as_each_side(name: str, x: object, dims: int, kind: str = "an integer") -> tuple[int, ...]:
+    """Return ``x``, one integer of at least 1 or one for each of ``dims`` sides of a grid, as ``dims`` of them."""
+    given = x if isinstance(x, tuple | list) else [x] * dims
+    if len(given) != dims:
+        raise ValueError(f"{name} must be {kind}, or {dims} of them, one for each side, got {name}={x}")
+    return tuple(as_positive_int(name if given is not x else f"each side of {name}", side) for side in given)
+
+
 def as_window(window: object, dims: int) -> tuple[int, ...]:
     """Return ``window``, one odd integer or one for each of ``dims`` sides of a grid, as ``dims`` of them."""
-    given = window if isinstance(window, tuple | list) else [window] * dims
-    if len(given) != dims:
-        raise ValueError(f"window must be an odd integer, or {dims} of them, one for each side, got window={window}")
-    sides = tuple(as_positive_int("window" if given is not window else "each side of window", side) for side in given)
+    sides = as_each_side("window", window, dims, "an odd integer")
     if any(side % 2 == 0 for side in sides):
         raise ValueError(f"window must be odd, got window={window}")
     return sides
@@ -185,23 +190,23 @@ def _fit(query: object, key: object, value: object, grouped: bool) -> bool:
 
 
 def check_maps(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Check rank, shape, dtype and device of the maps ``query``, ``key`` [B, D, H, W] and ``value`` [B, Dv, H, W]."""
-    for name, x, layout in (
-        ("query", query, "[B, D, H, W]"),
-        ("key", key, "[B, D, H, W]"),
-        ("value", value, "[B, Dv, H, W]"),
-    ):
-        check_tensor(name, x, layout)
+    """Check rank, shape, dtype and device of the maps ``query``, ``key`` [B, D, H, W] and ``value`` [B, Dv, H, W].
+
+    Or with T before H, all of them.
+    """
+    dims = as_map_dims("query", query, 2, 3, channels="D")
+    for name, x, channels in (("query", query, "D"), ("key", key, "D"), ("value", value, "Dv")):
+        check_tensor(name, x, map_layout(dims, channels))
         if 0 in x.shape[1:]:
-            raise ValueError(f"{name} must have channels, H and W >= 1, got {describe(x)}")
+            raise ValueError(f"{name} must have channels, {' and '.join(SIDES[dims])} >= 1, got {describe(x)}")
     check_floating("query", query)
     check_like("key", key, query)
     check_like("value", value, query)
     if key.shape != query.shape:
         raise ValueError(f"key must have the shape of query, {list(query.shape)}, got {describe(key)}")
     if value.shape[0] != query.shape[0] or value.shape[2:] != query.shape[2:]:
-        batch, _, height, width = query.shape
-        raise ValueError(f"value must be [B, Dv, H, W] = [{batch}, Dv, {height}, {width}], got {describe(value)}")
+        expected = ", ".join(map(str, (query.shape[0], "Dv", *query.shape[2:])))
+        raise ValueError(f"value must be {map_layout(dims, 'Dv')} = [{expected}], got {describe(value)}")
 
 
 def check_floating(name: str, x: Tensor) -> None:
@@ -245,7 +250,34 @@ def as_threshold(name: str, x: Tensor | float | None, query: Tensor) -> Tensor |
     return x
 
 
-_GRIDS = {1: "(L,)", 2: "(H, W)", 3: "(T, H, W)"}
+SIDES = {1: ("L",), 2: ("H", "W"), 3: ("T", "H", "W")}  # of a grid, by the number of its dimensions
+_GRIDS = {dims: str(sides).replace("'", "") for dims, sides in SIDES.items()}
+
+
+def as_dims(dims: object) -> int:
+    """Return the number of dimensions of the maps that a block takes."""
+    number = _integer(dims)
+    if number is None:
+        raise TypeError(f"dims must be an integer, 1, 2 or 3, got {describe(dims)}")
+    if number not in SIDES:
+        raise ValueError(f"dims must be 1, 2 or 3, got dims={number}")
+    return number
+
+
+def map_layout(dims: int, channels: str = "C") -> str:
+    """Return the layout of a map of ``dims`` dimensions, "[B, C, H, W]"."""
+    return f"[{', '.join(('B', channels, *SIDES[dims]))}]"
+
+
+def as_map_dims(name: str, x: object, *dims: int, channels: str = "C") -> int:
+    """Return the number of dimensions, one of ``dims``, of the map ``x``, beside its batch and channels."""
+    layouts = " or ".join(map(map_layout, dims, [channels] * len(dims)))
+    if not isinstance(x, Tensor) or x.is_nested:
+        check_tensor(name, x, layouts)
+    assert isinstance(x, Tensor)
+    if x.dim() - 2 not in dims:
+        raise ValueError(f"{name} must have the dimensions {layouts}, got {describe(x)}")
+    return x.dim() - 2
 
 
 def as_sides(grid: object, *dims: int) -> tuple[int, ...]:
@@ -265,8 +297,7 @@ def as_grid(grid: object, n: int, *dims: int) -> tuple[int, ...]:
     sides = as_sides(grid, *dims)
     negative = any(side < 0 for side in sides)
     if negative or math.prod(sides) != n:
-        kind = _GRIDS[len(sides)]
-        product = "L" if len(sides) == 1 else " * ".join(kind[1:-1].split(", "))
+        kind, product = _GRIDS[len(sides)], " * ".join(SIDES[len(sides)])
         given = " * ".join(map(str, sides)) + (f" = {math.prod(sides)}" if len(sides) > 1 else "")
         raise ValueError(f"grid must be {kind} with {product} = N = {n}, got {given}")
     return sides
@@ -286,27 +317,31 @@ def check_padding_mask(mask: Tensor | None, query: Tensor, key: Tensor) -> None:
 
 
 def check_same_map(name: str, x: Tensor, other: Tensor, of: str) -> None:
-    """Check that two maps [B, C, H, W] have the same B, H and W; ``other`` is an argument called ``of``."""
+    """Check that two maps [B, C, H, W] have the same B, H and W; ``other`` is an argument called ``of``.
+
+    Or maps of one dimension, or of three.
+    """
     if x.shape[:1] + x.shape[2:] != other.shape[:1] + other.shape[2:]:
+        sides = ", ".join(SIDES[other.dim() - 2])
         raise ValueError(
-            f"{name} must have the B, H, W of {of}, {[other.shape[0], *other.shape[2:]]}, got {describe(x)}"
+            f"{name} must have the B, {sides} of {of}, {[other.shape[0], *other.shape[2:]]}, got {describe(x)}"
         )
 
 
-def as_pair(name: str, x: object) -> tuple[int, int]:
-    """Return ``x`` as two integers of at least 1."""
-    if not isinstance(x, tuple | list) or len(x) != 2:
-        raise TypeError(f"{name} must be two integers, got {describe(x)}")
-    first, second = (as_positive_int(f"each of {name}", part) for part in x)
-    return first, second
+def as_tuple(name: str, x: object, length: int) -> tuple[int, ...]:
+    """Return ``x`` as a tuple of ``length`` integers of at least 1, up to three."""
+    if not isinstance(x, tuple | list) or len(x) != length:
+        kind = ("a tuple of one integer", "two integers", "three integers")[length - 1]
+        raise TypeError(f"{name} must be {kind}, got {describe(x)}")
+    return tuple(as_positive_int(f"each of {name}", part) for part in x)
 
 
-def as_factors(factors: object, grid: Sequence[int]) -> tuple[int, int]:
-    """Return ``factors`` as two integers, neither larger than its side of the map."""
-    down, across = as_pair("factors", factors)
-    if down > grid[0] or across > grid[1]:
-        raise ValueError(f"factors must be at most (H, W) = {tuple(grid)}, got factors={(down, across)}")
-    return down, across
+def as_factors(factors: object, grid: Sequence[int]) -> tuple[int, ...]:
+    """Return ``factors`` as integers, one for each side of the map and none larger than it."""
+    steps = as_tuple("factors", factors, len(grid))
+    if any(step > side for step, side in zip(steps, grid, strict=True)):
+        raise ValueError(f"factors must be at most {_GRIDS[len(grid)]} = {tuple(grid)}, got factors={steps}")
+    return steps
 
 
 def check_at_most(name: str, x: int, limit: int, what: str) -> None:
@@ -329,11 +364,11 @@ def check_choice(name: str, x: object, choices: Sequence[str | None]) -> None:
         raise ValueError(f"{name} must be one of {list(choices)}, got {x!r}")
 
 
-def check_feature_map(x: Tensor, channels: int) -> None:
-    """Check that ``x`` is a feature map [B, C, H, W], or [C, H, W], with C = ``channels``."""
-    if not isinstance(x, Tensor) or x.dim() != 3:
-        check_tensor("x", x, "[B, C, H, W]")
-    if x.shape[-3] != channels:
+def check_feature_map(x: Tensor, channels: int, dims: int = 2) -> None:
+    """Check that ``x`` is a feature map of ``dims`` dimensions, [B, C, H, W], or [C, H, W], with C = ``channels``."""
+    if not isinstance(x, Tensor) or x.dim() != dims + 1:
+        check_tensor("x", x, map_layout(dims))
+    if x.shape[-dims - 1] != channels:
         raise ValueError(f"x must have C = in_channels = {channels} channels, got {describe(x)}")
-    if 0 in x.shape[-2:]:
-        raise ValueError(f"x must have H, W >= 1, got {describe(x)}")
+    if 0 in x.shape[-dims:]:
+        raise ValueError(f"x must have {', '.join(SIDES[dims])} >= 1, got {describe(x)}")

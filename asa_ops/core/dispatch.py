@@ -52,6 +52,7 @@ class Call(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     dim: int  # the largest head dim of its tensors
+    no_kernels: str | None = None  # why PyTorch's own operations alone can run it
 
 
 def _no_triton(call: Call) -> str | None:
@@ -94,6 +95,8 @@ def _why_not(name: str, call: Call) -> str | None:
     """Return None if the implementation ``name`` can run ``call``, otherwise the reason why not."""
     if name not in IMPLEMENTATIONS[call.stem]:
         return f"asa_ops has no {name} kernels for {call.op}"
+    if call.no_kernels and name not in ("blocked", "reference"):
+        return call.no_kernels
     return _PREDICATES[name](call)
 
 

@@ -2,8 +2,9 @@
 
 A layout names the dimensions of a tensor by a letter each: "b" the batch, "h" heads (or channels that do not mix), "g"
 heads of keys, which those of queries may share, "n" and "m" the tokens of queries and of keys, "." what cannot be
-split. A capital: there may be one entry for all. Along a dimension of the mesh the batch, the heads or all tokens are
-split, or nothing. A tensor without what is split is whole in every process, and its gradient is summed.
+split, as dimensions beyond the letters cannot. A capital: there may be one entry for all. Along a dimension of the mesh
+the batch, the heads or all tokens are split, or nothing. A tensor without what is split is whole in every process, and
+its gradient is summed.
 
 Imported when the first DTensor arrives: ``torch.distributed.tensor`` is slow to import.
 """

@@ -1,15 +1,23 @@
-"""Feature maps as tokens: [B, C, H, W] <-> [B, heads, N, D] with N = H * W in raster order."""
+"""Feature maps as tokens: [B, C, H, W] <-> [B, heads, N, D] with N = H * W in raster order.
 
+And [B, C, L], N = L, and [B, C, T, H, W], N = T * H * W.
+"""
+
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}  # torch's names of linear interpolation, by dimensions
 
 
 def to_tokens(x: Tensor, heads: int = 1) -> Tensor:
     """Return the feature map ``x`` [B, C, H, W] as tokens [B, heads, H * W, C // heads] (a view where possible)."""
-    batch, channels, height, width = x.shape
-    return _no_view(x.reshape(batch, heads, channels // heads, height * width).transpose(-1, -2))
+    batch, channels, *grid = x.shape
+    return _no_view(x.reshape(batch, heads, channels // heads, math.prod(grid)).transpose(-1, -2))
 
 
 def to_map(tokens: Tensor, grid: Sequence[int]) -> Tensor:
@@ -27,9 +35,17 @@ def _no_view(tokens: Tensor) -> Tensor:
     return tokens.contiguous() if torch.compiler.is_compiling() else tokens
 
 
-def padding_to_multiples(grid: tuple[int, int], factors: tuple[int, int]) -> list[int]:
-    """Return the padding [left, right, top, bottom] that makes the sides of a map multiples of ``factors``, centred."""
-    (top, bottom), (left, right) = (
-        (-side % factor // 2, (1 + -side % factor) // 2) for side, factor in zip(grid, factors, strict=True)
-    )
-    return [left, right, top, bottom]
+def padding_to_multiples(grid: Sequence[int], factors: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the padding of each side, before and after, that makes it a multiple of its factor, centred."""
+    return [(-side % factor // 2, (1 + -side % factor) // 2) for side, factor in zip(grid, factors, strict=True)]
+
+
+def pad(x: Tensor, around: Sequence[tuple[int, int]]) -> Tensor:
+    """Return ``x`` with zeros around its last dimensions, so many before and after each."""
+    return F.pad(x, [size for side in reversed(around) for size in side])
+
+
+def crop(x: Tensor, around: Sequence[tuple[int, int]], grid: Sequence[int]) -> Tensor:
+    """Return what :func:`pad` padded, whose last dimensions have the sides ``grid``."""
+    inside: Any = [slice(before, before + side) for (before, _), side in zip(around, grid, strict=True)]
+    return x[(..., *inside)]

@@ -1,5 +1,6 @@
 """The torch contracts of criss-cross attention: schemas, fakes, autocast, autograd, vmap, FLOPs, as in ``asa.ops``."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,9 +31,10 @@ def _forward(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str)
     """Run the forward of ``impl`` on checked arguments.
 
     Returns:
-        out: [B, Dv, H, W].
-        stats: [B, 2, H, W], at least float32: the largest of a pixel's scores, and the sum of exp(score - largest).
-            (Their log-sum-exp would be rounded, and with it every weight that a backward forms again.)
+        out: [B, Dv, H, W] or [B, Dv, T, H, W].
+        stats: [B, 2, H, W] or [B, 2, T, H, W], at least float32: the largest of a pixel's scores, and the sum of
+            exp(score - largest). (Their log-sum-exp would be rounded, and with it every weight that a backward forms
+            again.)
     """
     out, stats = outputs = _new_outputs(query, value)
     if out.numel():
@@ -46,8 +48,8 @@ def _(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> tup
 
 
 def _new_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    batch, _, height, width = value.shape
-    stats = query.new_empty(batch, 2, height, width, dtype=torch.promote_types(query.dtype, torch.float32))
+    batch, _, *sides = value.shape
+    stats = query.new_empty(batch, 2, *sides, dtype=torch.promote_types(query.dtype, torch.float32))
     return query.new_empty(value.shape), stats
 
 
@@ -119,8 +121,8 @@ def _backward_flops(do_shape: Shape, q_shape: Shape, k_shape: Shape, v_shape: Sh
 
 
 def _pairs(shape: Shape) -> int:
-    batch, _, height, width = shape
-    return batch * height * width * (height + width)
+    batch, _, *sides = shape
+    return batch * math.prod(sides) * sum(sides)
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, scale: float, impl: str) -> Tensor:

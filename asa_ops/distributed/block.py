@@ -38,7 +38,7 @@ def parallelize(block: AdaptiveSparseAttention, group: Group = None) -> Adaptive
 
     Raises:
         TypeError: another module.
-        ValueError: ``published=True``, which is dense on one process.
+        ValueError: ``published=True``, which is dense on one process, or ``dims`` other than 2.
 
     Example (torchrun --nproc-per-node 2):
         >>> import torch, torch.distributed as dist
@@ -51,6 +51,8 @@ def parallelize(block: AdaptiveSparseAttention, group: Group = None) -> Adaptive
         raise TypeError(f"block must be an AdaptiveSparseAttention, got {checks.describe(block)}")
     if block.published:
         raise ValueError("published=True is dense on one process and cannot be split")
+    if block.dims != 2:
+        raise ValueError(f"block must have dims=2, strips are rows of maps [B, C, H, W], got dims={block.dims}")
     strip_group = collectives.as_group(group)
     block.__class__ = _OfStrips
     cast(_OfStrips, block).group = strip_group

@@ -1,5 +1,6 @@
 """What the processes of a call agree on."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -125,8 +126,11 @@ def agree(
             same["instruction set"] = torch.ops.asa_ops.cpu_isa()
         elif chosen in ("triton", "cuda"):  # whoever asks for a pair decides it, so all must round alike
             device = inputs.query.device
-            same["kind of GPU"] = None if device.type != "cuda" else torch.cuda.get_device_name(device)
+            gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+            same["kind of GPU"] = gpu and (gpu.name, gpu.multi_processor_count)  # which say how sums are cut, too
             same["torch.backends.cuda.matmul.fp32_precision"] = q.dtype == torch.float32 and allows_tf32()
+        if chosen == "cuda":
+            same["ASA_OPS_HOPPER"] = os.environ.get("ASA_OPS_HOPPER")
         sizes = [inputs.query.shape[2], inputs.key.shape[2]]
         return _Seen(inputs, options, whole_grid, of_map, band, chosen), sizes, same
 

@@ -29,7 +29,8 @@ from . import collectives
 from .call import Call
 from .ranges import blocks_of, ranges, ranges_of_equal_work
 
-PARTS = {"triton": "asa_ops.asa.triton.part"}  # where the implementations are
+# Where the implementations are.
+PARTS = {"triton": "asa_ops.asa.triton.part", "cuda": "asa_ops.asa.cuda_part"}
 _Tokens = list[tuple[Tensor, Tensor]]  # images and tokens, for each process
 
 
@@ -40,7 +41,10 @@ def _implementation(impl: str) -> type[parts.Part]:
 def can_run(call: Call, inputs: Inputs) -> bool:
     """Return whether these kernels take the call; a map of one block is not split."""
     n_q, n_k, heads = sum(call.n_q), sum(call.n_k), inputs.query.shape[0] * inputs.query.shape[1]
-    return call.impl in PARTS and min(n_q, n_k, heads) > 0 and max(n_q, n_k) > _implementation(call.impl).block
+    if call.impl not in PARTS or min(n_q, n_k, heads) == 0:
+        return False
+    part, scale = _implementation(call.impl), call.options[4]
+    return max(n_q, n_k) > part.block and part.can_run(inputs, n_q, n_k, scale)
 
 
 class _Homes:

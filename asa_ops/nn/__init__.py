@@ -1,4 +1,7 @@
-"""Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out."""
+"""Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out.
+
+With ``dims=1`` or ``dims=3`` they take sequences [B, C, L] or volumes and videos [B, C, T, H, W].
+"""
 
 from typing import Any
 

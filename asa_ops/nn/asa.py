@@ -6,11 +6,11 @@ from torch import Tensor, nn
 
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
-from ..asa.types import ThresholdGrad
+from ..asa.types import ThresholdGrad, Window
 from ..core import checks, dispatch
 from ..core.dispatch import Impl
 from ..core.layout import to_map, to_tokens
-from .common import Block, NormalConv2d, last_layers, rename
+from .common import CONV, NORMAL_CONV, Block, last_layers, rename
 
 _UPSTREAM = {
     "theta.conv": "query",
@@ -28,16 +28,17 @@ class AdaptiveSparseAttention(Block):
 
     ``x + norm(proj(asa_attention(query(x), key(x), value(x), alpha(x), beta(x))))``: 1x1 convolutions around
     :func:`asa_ops.asa_attention`, and two 3x3 convolutions to one channel each that predict the thresholds of every
-    pixel. Initialised as published: projections N(0, 0.01^2), thresholds by torch's default, and the last layer 0, so
-    that it is the identity. In the paper (Sun, Zhang and Zhang, J. Electronic Imaging 33(3), 033038, 2024) query, key,
-    value are theta, phi, g, the threshold convolutions Net 1 and Net 2, the two kinds of survivors NLSCB and LSCB.
+    pixel. In one dimension and in three these have kernels of 3 along each. Initialised as published: projections
+    N(0, 0.01^2), thresholds by torch's default, and the last layer 0, so that it is the identity. In the paper (Sun,
+    Zhang and Zhang, J. Electronic Imaging 33(3), 033038, 2024) query, key, value are theta, phi, g, the threshold
+    convolutions Net 1 and Net 2, the two kinds of survivors NLSCB and LSCB.
 
     Args:
         in_channels: C.
         reduction: the attention runs on max(C // reduction, 1) channels ("embedded_gaussian"; the value always).
         mode: "embedded_gaussian", or "gaussian": query = key = x, unscaled, no projection.
         use_scale: scale scores by D**-0.5 with D the channels of one head ("embedded_gaussian" only).
-        window: odd side of the local window.
+        window: odd side of the local window, or one for each side of the map.
         local: also keep what exceeds ``beta`` in the window (LSCB); False: the non-local block (NLSCB) alone, without
             ``beta`` and its convolution.
         topk: neighbours must also be among the ``topk`` largest scores of their row.
@@ -48,10 +49,13 @@ class AdaptiveSparseAttention(Block):
         threshold_band: half width, in logits, of the straight-through window.
         impl: see :func:`asa_ops.asa_attention`.
         published: match the authors' code to the last digit: their two numerical artefacts
-            (:func:`asa_ops.asa.reference.asa_attention`), thresholds without gradient. Dense, O(N^2) memory.
+            (:func:`asa_ops.asa.reference.asa_attention`), thresholds without gradient. Dense, O(N^2) memory; their code
+            has ``dims=2``.
+        dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
 
     Raises:
-        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
+            ``dims`` says.
 
     Example:
         >>> import torch
@@ -60,6 +64,9 @@ class AdaptiveSparseAttention(Block):
         >>> x = torch.randn(2, 64, 24, 32)
         >>> torch.equal(block(x), x)
         True
+        >>> video = AdaptiveSparseAttention(64, window=(5, 3, 3), dims=3)
+        >>> video(torch.randn(1, 64, 4, 12, 16)).shape
+        torch.Size([1, 64, 4, 12, 16])
     """
 
     def __init__(
@@ -68,7 +75,7 @@ class AdaptiveSparseAttention(Block):
         reduction: int = 2,
         mode: str = "embedded_gaussian",
         use_scale: bool = True,
-        window: int = 3,
+        window: Window = 3,
         local: bool = True,
         topk: int | None = None,
         heads: int = 1,
@@ -78,13 +85,15 @@ class AdaptiveSparseAttention(Block):
         threshold_band: float = 2.0,
         impl: Impl = "auto",
         published: bool = False,
+        dims: int = 2,
     ):
         super().__init__()
         in_channels, reduction, heads = checks.as_positive_ints(
             in_channels=in_channels, reduction=reduction, heads=heads
         )
         topk = None if topk is None else checks.as_positive_int("topk", topk)
-        (window,) = checks.as_window(window, 1)
+        dims = checks.as_dims(dims)
+        windows = checks.as_window(window, dims)
         checks.check_choice("impl", impl, dispatch.NAMES)
         checks.check_choice("mode", mode, ("embedded_gaussian", "gaussian"))
         checks.check_choice("norm", norm, (None, "batch"))
@@ -101,22 +110,27 @@ class AdaptiveSparseAttention(Block):
             raise ValueError("published=True has both blocks, got local=False")
         if published and impl not in ("auto", "reference"):
             raise ValueError(f"published=True runs the reference, got impl={impl!r}")
-        self.in_channels, self.inner_channels, self.heads = in_channels, inner, heads
-        self.mode, self.use_scale, self.window, self.topk = mode, use_scale, window, topk
+        if published and dims != 2:
+            raise ValueError(
+                f"AdaptiveSparseAttention with published=True is the authors' code, of dims=2, got dims={dims}"
+            )
+        self.dims, self.in_channels, self.inner_channels, self.heads = dims, in_channels, inner, heads
+        self.mode, self.use_scale, self.topk = mode, use_scale, topk
+        self.window: Window = windows if isinstance(window, tuple | list) else windows[0]
         self.threshold_activation = threshold_activation
         self.threshold_grad, self.threshold_band = threshold_grad, threshold_band
         self.impl, self.published = impl, published
 
         if mode == "embedded_gaussian":
-            self.query = NormalConv2d(in_channels, inner, 1)
-            self.key = NormalConv2d(in_channels, inner, 1)
-        self.value = NormalConv2d(in_channels, inner, 1)
-        self.proj, self.norm = last_layers(inner, in_channels, norm)
-        self.alpha = nn.Conv2d(in_channels, 1, 3, padding=1)
-        self.beta = nn.Conv2d(in_channels, 1, 3, padding=1) if local else None
+            self.query = NORMAL_CONV[dims](in_channels, inner, 1)
+            self.key = NORMAL_CONV[dims](in_channels, inner, 1)
+        self.value = NORMAL_CONV[dims](in_channels, inner, 1)
+        self.proj, self.norm = last_layers(inner, in_channels, norm, dims)
+        self.alpha = CONV[dims](in_channels, 1, 3, padding=1)
+        self.beta = CONV[dims](in_channels, 1, 3, padding=1) if local else None
 
     def tokens(self, x: Tensor) -> dict[str, Any]:
-        """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x`` [B, C, H, W].
+        """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x``.
 
         Without ``value`` they suit :func:`asa_ops.reciprocal_neighbors`.
         """
@@ -137,7 +151,7 @@ class AdaptiveSparseAttention(Block):
             "value": to_tokens(self.value(x), self.heads),
             "alpha": activate(alpha).flatten(2),
             "beta": None if beta is None else activate(beta).flatten(2),
-            "grid": checks.as_pair("grid", x.shape[-2:]),
+            "grid": checks.as_sides(x.shape[2:], self.dims),
             "window": self.window,
             "topk": self.topk,
             "scale": scale,
@@ -161,7 +175,8 @@ class AdaptiveSparseAttention(Block):
             f"{self.in_channels}, mode={self.mode!r}, use_scale={self.use_scale}, window={self.window}, "
             f"local={self.beta is not None}, topk={self.topk}, heads={self.heads}, "
             f"threshold_activation={self.threshold_activation!r}, threshold_grad={self.threshold_grad!r}, "
-            f"threshold_band={self.threshold_band}, impl={self.impl!r}, published={self.published}"
+            f"threshold_band={self.threshold_band}, impl={self.impl!r}, published={self.published}, "
+            f"dims={self.dims}"
         )
 
     @staticmethod

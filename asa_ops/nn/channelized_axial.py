@@ -1,13 +1,14 @@
 """The channelized axial attention block."""
 
 from collections.abc import Iterable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from ..blocks.channelized_axial import channelized_axial_attention
 from ..core import checks
-from .common import Block, GlorotConv2d, conv_norm_relu, rename
+from .common import GLOROT_CONV, Block, conv_norm_relu, rename
 
 _UPSTREAM = {"v_querykey_convbnrelu": "column", "h_querykey_convbnrelu": "row", "value_convbnrelu": "value"}
 _SLOPE = 0.20000000298023224  # 0.2 rounded to float32, as in the published code
@@ -23,6 +24,9 @@ _PARAMETERS = {
 class ChannelizedAxialAttention(Block):
     """Attention along columns, then along rows, with a gate per channel after each.
 
+    In three dimensions along time, columns and rows, with layers ``time`` and ``time_gate`` besides; in one dimension,
+    where a sequence is one row, along it, with ``row`` and ``row_gate`` alone.
+
     ``channelized_axial_attention(column(x), row(x), value(x), gates)`` with 1x1 convolutions, batch norm and ReLU
     around :func:`asa_ops.channelized_axial_attention`. Like the published block, it has no residual connection, and
     its convolutions and gates start as Glorot uniform. Source: Huang, Kang, Jia, He and Liu, AAAI 2022.
@@ -34,15 +38,19 @@ class ChannelizedAxialAttention(Block):
         hidden_layers: hidden layers of a gate, 0 or more; a gate has one layer more.
         hidden_ratio: channels of a hidden layer over C, at least 1 channel.
         channel_attention: False: no gates, plain axial attention.
+        dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
 
     Raises:
-        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
+            ``dims`` says.
 
     Example:
         >>> import torch
         >>> from asa_ops.nn import ChannelizedAxialAttention
         >>> ChannelizedAxialAttention(64, key_channels=16)(torch.randn(2, 64, 24, 32)).shape
         torch.Size([2, 64, 24, 32])
+        >>> ChannelizedAxialAttention(64, key_channels=16, dims=3)(torch.randn(1, 64, 4, 12, 16)).shape
+        torch.Size([1, 64, 4, 12, 16])
     """
 
     def __init__(
@@ -53,6 +61,7 @@ class ChannelizedAxialAttention(Block):
         hidden_layers: int = 5,
         hidden_ratio: float = 0.25,
         channel_attention: bool = True,
+        dims: int = 2,
     ):
         super().__init__()
         out_channels = in_channels if out_channels is None else out_channels
@@ -61,32 +70,43 @@ class ChannelizedAxialAttention(Block):
         )
         hidden_layers = checks.as_int("hidden_layers", hidden_layers, at_least=0)
         hidden_ratio = checks.as_positive_number("hidden_ratio", hidden_ratio)
-        self.in_channels, self.channel_attention = in_channels, channel_attention
-        self.column, self.row, self.value = (
-            conv_norm_relu(in_channels, channels, eps=1e-3, conv=GlorotConv2d)
-            for channels in (key_channels, key_channels, out_channels)
-        )
+        self.dims, self.in_channels, self.channel_attention = checks.as_dims(dims), in_channels, channel_attention
+        for name in (*self._axes, "value"):
+            channels = out_channels if name == "value" else key_channels
+            layers = conv_norm_relu(in_channels, channels, eps=1e-3, conv=GLOROT_CONV, dims=self.dims)
+            self.add_module(name, layers)
         if channel_attention:
             hidden = max(int(out_channels * hidden_ratio), 1)
             sizes = [out_channels, *[hidden] * hidden_layers, out_channels]
-            self.column_gate, self.row_gate = (
-                _Gate(torch.empty(*shape) for shape in zip(sizes[1:], sizes[:-1], strict=True)) for _ in range(2)
-            )
+            for axis in self._axes:
+                gate = _Gate(torch.empty(*shape) for shape in zip(sizes[1:], sizes[:-1], strict=True))
+                self.add_module(f"{axis}_gate", gate)
+
+    @property
+    def _axes(self) -> tuple[str, ...]:
+        """The axes along which it attends, in this order."""
+        return ("time", "column", "row")[-self.dims :]
 
     def attend(self, x: Tensor) -> Tensor:
-        gates = (list(self.column_gate), list(self.row_gate)) if self.channel_attention else ()
-        maps = self.column(x), self.row(x), self.value(x)
-        return channelized_axial_attention(*maps, *gates, negative_slope=_SLOPE)
+        tensors: dict[str, Any] = {name: self.get_submodule(name)(x) for name in (*self._axes, "value")}
+        if self.dims == 1:  # a row: attention along columns of one pixel changes nothing
+            tensors = {name: each.unsqueeze(2) for name, each in tensors.items()}
+            tensors["column"] = tensors["row"]
+        if self.channel_attention:
+            names = [f"{axis}_gate" for axis in self._axes]
+            tensors |= {name: list(cast(_Gate, self.get_submodule(name))) for name in names}
+        out = channelized_axial_attention(**tensors, negative_slope=_SLOPE)
+        return out.squeeze(2) if self.dims == 1 else out
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, channel_attention={self.channel_attention}"
+        return f"{self.in_channels}, channel_attention={self.channel_attention}, dims={self.dims}"
 
     @staticmethod
     def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Rename a published block's variables to this module's keys, and put their axes in torch's order.
 
         Keys are attribute paths ("v_querykey_convbnrelu.conv.kernel"), kernels in the layouts of Keras: [height, width,
-        in, out] and [in, out].
+        in, out] and [in, out]. The published block has ``dims=2``.
 
         Raises:
             ValueError: a key that no published block has.

@@ -3,12 +3,18 @@
 Every layer initialises itself, in its constructor and in ``reset_parameters`` alike. So whoever builds a block on the
 meta device may afterwards call ``reset_parameters`` of the block, or of every module that owns tensors, parents first,
 as FSDP does: a layer with torch's own ``reset_parameters`` would lose there what its block had written into it.
+
+Layers come for maps of one, two and three dimensions, as torch's do, and tables find the one for ``dims``.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd
 
 from ..core import checks
 
@@ -17,19 +23,21 @@ class Block(nn.Module):
     """A module of feature maps whose layers initialise themselves."""
 
     in_channels: int
+    dims: int = 2  # also of a block that was saved before there were others
 
     def forward(self, x: Tensor) -> Tensor:
         """Map [B, in_channels, H, W] to [B, out_channels, H, W], as many channels if there is no such argument.
 
-        One map may come without B, and is returned so.
+        With ``dims=1`` maps are [B, in_channels, L], with ``dims=3`` [B, in_channels, T, H, W]. One map may come
+        without B, and is returned so.
         """
         if isinstance(x, torch.fx.Proxy):  # a leaf of torch.fx by itself: sizes are checked when there are some
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
-        checks.check_feature_map(x, self.in_channels)
-        return self.attend(x) if x.dim() == 4 else self.attend(x[None])[0]
+        checks.check_feature_map(x, self.in_channels, self.dims)
+        return self.attend(x) if x.dim() == self.dims + 2 else self.attend(x[None])[0]
 
     def attend(self, x: Tensor) -> Tensor:
-        """Map [B, in_channels, H, W], which is checked."""
+        """Map [B, in_channels, H, W], or the like, which is checked."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
@@ -40,7 +48,7 @@ class Block(nn.Module):
                 reset()
 
 
-class NormalConv2d(nn.Conv2d):
+class _Normal(_ConvNd):
     """A convolution whose weight starts as N(0, 0.01^2) and its bias as 0."""
 
     bias: nn.Parameter
@@ -50,7 +58,7 @@ class NormalConv2d(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
-class ZeroConv2d(nn.Conv2d):
+class _Zero(_ConvNd):
     """A convolution that starts as 0."""
 
     bias: nn.Parameter
@@ -60,19 +68,64 @@ class ZeroConv2d(nn.Conv2d):
         nn.init.zeros_(self.bias)
 
 
-class GlorotConv2d(nn.Conv2d):
+class _Glorot(_ConvNd):
     """A convolution without bias whose weight starts as Glorot uniform."""
 
     def reset_parameters(self) -> None:
         nn.init.xavier_uniform_(self.weight)
 
 
-class ZeroBatchNorm2d(nn.BatchNorm2d):
+class _ZeroNorm(_BatchNorm):
     """A batch norm whose output starts as 0."""
 
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.zeros_(self.weight)
+
+
+class NormalConv1d(_Normal, nn.Conv1d): ...
+
+
+class NormalConv2d(_Normal, nn.Conv2d): ...
+
+
+class NormalConv3d(_Normal, nn.Conv3d): ...
+
+
+class ZeroConv1d(_Zero, nn.Conv1d): ...
+
+
+class ZeroConv2d(_Zero, nn.Conv2d): ...
+
+
+class ZeroConv3d(_Zero, nn.Conv3d): ...
+
+
+class GlorotConv1d(_Glorot, nn.Conv1d): ...
+
+
+class GlorotConv2d(_Glorot, nn.Conv2d): ...
+
+
+class GlorotConv3d(_Glorot, nn.Conv3d): ...
+
+
+class ZeroBatchNorm1d(_ZeroNorm, nn.BatchNorm1d): ...
+
+
+class ZeroBatchNorm2d(_ZeroNorm, nn.BatchNorm2d): ...
+
+
+class ZeroBatchNorm3d(_ZeroNorm, nn.BatchNorm3d): ...
+
+
+Layers = Mapping[int, Callable[..., Any]]  # by the number of dimensions
+CONV: Layers = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+NORMAL_CONV: Layers = {1: NormalConv1d, 2: NormalConv2d, 3: NormalConv3d}
+ZERO_CONV: Layers = {1: ZeroConv1d, 2: ZeroConv2d, 3: ZeroConv3d}
+GLOROT_CONV: Layers = {1: GlorotConv1d, 2: GlorotConv2d, 3: GlorotConv3d}
+BATCH_NORM: Layers = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+ZERO_BATCH_NORM: Layers = {1: ZeroBatchNorm1d, 2: ZeroBatchNorm2d, 3: ZeroBatchNorm3d}
 
 
 def conv_norm_relu(
@@ -81,18 +134,29 @@ def conv_norm_relu(
     kernel: int = 1,
     bias: bool = False,
     eps: float = 1e-5,
-    conv: type[nn.Conv2d] = nn.Conv2d,
+    conv: Layers = CONV,
+    dims: int = 2,
 ) -> nn.Sequential:
     """Return a convolution that keeps the size of the map, batch norm and ReLU."""
-    first = conv(in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
-    return nn.Sequential(first, nn.BatchNorm2d(out_channels, eps=eps), nn.ReLU())
+    first = conv[dims](in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
+    return nn.Sequential(first, BATCH_NORM[dims](out_channels, eps=eps), nn.ReLU())
 
 
-def last_layers(in_channels: int, out_channels: int, norm: str | None) -> tuple[nn.Conv2d, nn.Module]:
+def last_layers(in_channels: int, out_channels: int, norm: str | None, dims: int) -> tuple[nn.Module, nn.Module]:
     """Return the output projection and what follows it, batch norm or nothing; their result starts as 0."""
     if norm is None:
-        return ZeroConv2d(in_channels, out_channels, 1), nn.Identity()
-    return nn.Conv2d(in_channels, out_channels, 1, bias=False), ZeroBatchNorm2d(out_channels)
+        return ZERO_CONV[dims](in_channels, out_channels, 1), nn.Identity()
+    return CONV[dims](in_channels, out_channels, 1, bias=False), ZERO_BATCH_NORM[dims](out_channels)
+
+
+def max_pool(x: Tensor, ceil_mode: bool = True) -> Tensor:
+    """Return the maxima of 2 x 2 pixels [B, C, H, W], of every frame [B, C, T, H, W], or of pairs [B, C, L].
+
+    With ``ceil_mode`` what is left over at the end of an odd side is a window too.
+    """
+    if x.dim() == 5:
+        return F.max_pool3d(x, (1, 2, 2), ceil_mode=ceil_mode)
+    return (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(x, 2, ceil_mode=ceil_mode)
 
 
 def rename(state_dict: Mapping[str, Tensor], modules: Mapping[str, str | None]) -> dict[str, Tensor]:

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..core import checks, dispatch
 from ..core.dispatch import Impl
 from ..criss_cross import criss_cross_attention
-from .common import Block, rename
+from .common import CONV, Block, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
@@ -19,14 +19,20 @@ class CrissCrossAttention(Block):
     Huang et al., CCNet, ICCV 2019 and TPAMI 2020 (RCCA; its published head runs the block between two 3x3
     convolutions).
 
+    In three dimensions every position attends to the three lines through it, three times, which again reaches the whole
+    map. In one dimension there is one line, and the formula is that of a map with one row: dense attention, once.
+
     Args:
         in_channels: C, also of the value.
         reduction: query and key have max(C // reduction, 1) channels.
-        recurrence: R, how often the block is applied.
+        recurrence: R, how often the block is applied; default ``dims`` times, 2 as published: as often as a position
+            needs to reach the whole map.
         impl: see :func:`asa_ops.criss_cross_attention`.
+        dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
 
     Raises:
-        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
+            ``dims`` says.
 
     Example:
         >>> import torch
@@ -35,19 +41,31 @@ class CrissCrossAttention(Block):
         >>> x = torch.randn(2, 64, 24, 32)
         >>> torch.equal(block(x), x)
         True
+        >>> video = CrissCrossAttention(64, dims=3)
+        >>> video.recurrence, video(torch.randn(1, 64, 4, 12, 16)).shape
+        (3, torch.Size([1, 64, 4, 12, 16]))
     """
 
-    def __init__(self, in_channels: int, reduction: int = 8, recurrence: int = 2, impl: Impl = "auto"):
+    def __init__(
+        self,
+        in_channels: int,
+        reduction: int = 8,
+        recurrence: int | None = None,
+        impl: Impl = "auto",
+        dims: int = 2,
+    ):
         super().__init__()
+        dims = checks.as_dims(dims)
+        recurrence = dims if recurrence is None else recurrence
         in_channels, reduction, recurrence = checks.as_positive_ints(
             in_channels=in_channels, reduction=reduction, recurrence=recurrence
         )
         checks.check_choice("impl", impl, dispatch.NAMES)
-        self.in_channels, self.inner_channels = in_channels, max(in_channels // reduction, 1)
+        self.dims, self.in_channels, self.inner_channels = dims, in_channels, max(in_channels // reduction, 1)
         self.recurrence, self.impl = recurrence, impl
-        self.query = nn.Conv2d(in_channels, self.inner_channels, 1)
-        self.key = nn.Conv2d(in_channels, self.inner_channels, 1)
-        self.value = nn.Conv2d(in_channels, in_channels, 1)
+        self.query = CONV[dims](in_channels, self.inner_channels, 1)
+        self.key = CONV[dims](in_channels, self.inner_channels, 1)
+        self.value = CONV[dims](in_channels, in_channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def reset_parameters(self) -> None:
@@ -57,13 +75,17 @@ class CrissCrossAttention(Block):
 
     def attend(self, x: Tensor) -> Tensor:
         for _ in range(self.recurrence):
-            out = criss_cross_attention(self.query(x), self.key(x), self.value(x), impl=self.impl)
+            maps = self.query(x), self.key(x), self.value(x)
+            if self.dims == 1:  # a map of one row
+                out = criss_cross_attention(*(each.unsqueeze(2) for each in maps), impl=self.impl).squeeze(2)
+            else:
+                out = criss_cross_attention(*maps, impl=self.impl)
             x = x + (self.gamma * out).to(x.dtype)  # under autocast gamma is float32; the map keeps its dtype
         return x
 
     def extra_repr(self) -> str:
         inner = f"inner_channels={self.inner_channels}"
-        return f"{self.in_channels}, {inner}, recurrence={self.recurrence}, impl={self.impl!r}"
+        return f"{self.in_channels}, {inner}, recurrence={self.recurrence}, impl={self.impl!r}, dims={self.dims}"
 
     @staticmethod
     def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,11 +1,11 @@
 """The efficient attention block."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..blocks.efficient_attention import efficient_attention
 from ..core import checks
 from ..core.layout import to_map, to_tokens
-from .common import Block, rename
+from .common import CONV, Block, rename
 
 _UPSTREAM = {"queries": "query", "keys": "key", "values": "value", "reprojection": "proj"}
 
@@ -23,15 +23,19 @@ class EfficientAttention(Block):
         heads: attention heads; must divide ``key_channels`` and ``value_channels``.
         value_channels: channels of the value in all heads, default ``in_channels``.
         published: leave the last key_channels % heads channels of query and key unused, as the authors' code does.
+        dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
 
     Raises:
-        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
+            ``dims`` says.
 
     Example:
         >>> import torch
         >>> from asa_ops.nn import EfficientAttention
         >>> EfficientAttention(64, heads=4)(torch.randn(2, 64, 24, 32)).shape
         torch.Size([2, 64, 24, 32])
+        >>> EfficientAttention(64, dims=1)(torch.randn(2, 64, 100)).shape
+        torch.Size([2, 64, 100])
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class EfficientAttention(Block):
         heads: int = 1,
         value_channels: int | None = None,
         published: bool = False,
+        dims: int = 2,
     ):
         super().__init__()
         key_channels = in_channels if key_channels is None else key_channels
@@ -54,22 +59,23 @@ class EfficientAttention(Block):
         else:
             checks.check_divisible("key_channels", key_channels, heads)
         self.in_channels, self.key_channels, self.value_channels = in_channels, key_channels, value_channels
-        self.heads, self.published = heads, published
-        self.query = nn.Conv2d(in_channels, key_channels, 1)
-        self.key = nn.Conv2d(in_channels, key_channels, 1)
-        self.value = nn.Conv2d(in_channels, value_channels, 1)
-        self.proj = nn.Conv2d(value_channels, in_channels, 1)
+        self.heads, self.published, self.dims = heads, published, checks.as_dims(dims)
+        conv = CONV[self.dims]
+        self.query = conv(in_channels, key_channels, 1)
+        self.key = conv(in_channels, key_channels, 1)
+        self.value = conv(in_channels, value_channels, 1)
+        self.proj = conv(value_channels, in_channels, 1)
 
     def attend(self, x: Tensor) -> Tensor:
         used = self.key_channels - self.key_channels % self.heads
         maps = self.query(x)[:, :used], self.key(x)[:, :used], self.value(x)
         out = efficient_attention(*(to_tokens(each, self.heads) for each in maps))
-        return x + self.proj(to_map(out, x.shape[-2:]))
+        return x + self.proj(to_map(out, x.shape[2:]))
 
     def extra_repr(self) -> str:
         return (
             f"{self.in_channels}, key_channels={self.key_channels}, heads={self.heads}, "
-            f"value_channels={self.value_channels}, published={self.published}"
+            f"value_channels={self.value_channels}, published={self.published}, dims={self.dims}"
         )
 
     @staticmethod

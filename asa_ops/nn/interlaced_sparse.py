@@ -5,12 +5,13 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..blocks.interlaced_sparse import interlaced_sparse_attention
 from ..core import checks
-from ..core.layout import padding_to_multiples, to_map, to_tokens
-from .common import Block, conv_norm_relu, rename
+from ..core.layout import crop, pad, padding_to_multiples, to_map, to_tokens
+from .common import CONV, Block, conv_norm_relu, rename
+
+_DROPOUT = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}  # of whole channels
 
 
 class InterlacedSparseAttention(Block):
@@ -26,21 +27,25 @@ class InterlacedSparseAttention(Block):
         out_channels: channels of the output, default ``in_channels``.
         key_channels: channels of query and key, default max(in_channels // 2, 1).
         value_channels: channels of the value, default ``in_channels``.
-        factors: (dh, dw), at most the map unless ``published``; or several such pairs: long and short of each are
-            concatenated, and x goes through a convolution of its own first.
+        factors: (dh, dw), at most the map unless ``published``, one integer for each side of the map, default 8 each;
+            or several such tuples: long and short of each are concatenated, and x goes through a convolution of its own
+            first.
         heads: attention heads.
         dropout: probability of dropping a channel of the output.
         published: pad the map with zeros that take part in attention and batch statistics, as the authors' code does.
+        dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
 
     Raises:
-        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W] or smaller
-            than the factors.
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
+            ``dims`` says, or smaller than the factors.
 
     Example:
         >>> import torch
         >>> from asa_ops.nn import InterlacedSparseAttention
         >>> InterlacedSparseAttention(16)(torch.randn(2, 16, 25, 32)).shape
         torch.Size([2, 16, 25, 32])
+        >>> InterlacedSparseAttention(16, factors=(2, 4, 4), dims=3)(torch.randn(1, 16, 4, 12, 16)).shape
+        torch.Size([1, 16, 4, 12, 16])
     """
 
     def __init__(
@@ -49,10 +54,11 @@ class InterlacedSparseAttention(Block):
         out_channels: int | None = None,
         key_channels: int | None = None,
         value_channels: int | None = None,
-        factors: tuple[int, int] | Sequence[tuple[int, int]] = (8, 8),
+        factors: Sequence[int] | Sequence[Sequence[int]] | None = None,
         heads: int = 1,
         dropout: float = 0.0,
         published: bool = False,
+        dims: int = 2,
     ):
         super().__init__()
         in_channels = checks.as_positive_int("in_channels", in_channels)
@@ -64,42 +70,47 @@ class InterlacedSparseAttention(Block):
         )
         checks.check_divisible("key_channels", key_channels, heads)
         checks.check_divisible("value_channels", value_channels, heads)
+        dims = checks.as_dims(dims)
+        factors = (8,) * dims if factors is None else factors
         several = isinstance(factors, tuple | list) and factors and isinstance(factors[0], tuple | list)
-        pairs = [checks.as_pair("factors", pair) for pair in (factors if several else [factors])]
-        self.in_channels, self.factors, self.heads, self.published = in_channels, pairs, heads, published
+        every = [checks.as_tuple("factors", each, dims) for each in (factors if several else [factors])]
+        self.dims, self.in_channels, self.factors, self.heads = dims, in_channels, every, heads
+        self.published = published
         self.stages = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    span: _Attention(channels, key_channels, value_channels, out_channels, heads)
+                    span: _Attention(channels, key_channels, value_channels, out_channels, heads, dims)
                     for span, channels in (("long", in_channels), ("short", out_channels))
                 }
             )
-            for _ in pairs
+            for _ in every
         )
-        own = in_channels if len(pairs) == 1 else len(pairs) * out_channels
-        self.up = nn.Identity() if len(pairs) == 1 else conv_norm_relu(in_channels, own)
-        self.proj = conv_norm_relu(own + len(pairs) * out_channels, out_channels)
-        self.dropout = nn.Dropout2d(checks.as_number("dropout", dropout))
+        own = in_channels if len(every) == 1 else len(every) * out_channels
+        self.up = nn.Identity() if len(every) == 1 else conv_norm_relu(in_channels, own, dims=dims)
+        self.proj = conv_norm_relu(own + len(every) * out_channels, out_channels, dims=dims)
+        self.dropout = _DROPOUT[dims](checks.as_number("dropout", dropout))
 
     def attend(self, x: Tensor) -> Tensor:
         if not self.published:  # there padding makes any map large enough
             for factors in self.factors:
-                checks.as_factors(factors, x.shape[-2:])
+                checks.as_factors(factors, x.shape[2:])
         contexts = [self._context(x, stage, f) for stage, f in zip(self.stages, self.factors, strict=True)]
         return self.dropout(self.proj(torch.cat([self.up(x), *contexts], 1)))
 
-    def _context(self, x: Tensor, stage: nn.Module, factors: tuple[int, int]) -> Tensor:
-        height, width = x.shape[-2:]
-        around = padding_to_multiples((height, width), factors)
+    def _context(self, x: Tensor, stage: nn.Module, factors: tuple[int, ...]) -> Tensor:
+        grid = x.shape[2:]
+        around = padding_to_multiples(grid, factors) if self.published else [(0, 0)] * self.dims
         if self.published:
-            x = F.pad(x, around)
+            x = pad(x, around)
         for span, attention in cast(nn.ModuleDict, stage).items():
             x = attention(x, factors, span)
-        left, _, top, _ = around if self.published else [0] * 4
-        return x[..., top : top + height, left : left + width]
+        return crop(x, around, grid)
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, factors={self.factors}, heads={self.heads}, published={self.published}"
+        return (
+            f"{self.in_channels}, factors={self.factors}, heads={self.heads}, published={self.published}, "
+            f"dims={self.dims}"
+        )
 
     @staticmethod
     def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -126,19 +137,24 @@ class InterlacedSparseAttention(Block):
 class _Attention(nn.Module):
     """1x1 convolutions around the attention of one span."""
 
-    def __init__(self, in_channels: int, key_channels: int, value_channels: int, out_channels: int, heads: int):
+    def __init__(
+        self, in_channels: int, key_channels: int, value_channels: int, out_channels: int, heads: int, dims: int
+    ):
         super().__init__()
         self.heads = heads
         self.query, self.key = (
-            nn.Sequential(conv_norm_relu(in_channels, key_channels), conv_norm_relu(key_channels, key_channels))
+            nn.Sequential(
+                conv_norm_relu(in_channels, key_channels, dims=dims),
+                conv_norm_relu(key_channels, key_channels, dims=dims),
+            )
             for _ in range(2)
         )
-        self.value = nn.Conv2d(in_channels, value_channels, 1, bias=False)
-        self.proj = nn.Sequential(conv_norm_relu(value_channels, out_channels))
+        self.value = CONV[dims](in_channels, value_channels, 1, bias=False)
+        self.proj = nn.Sequential(conv_norm_relu(value_channels, out_channels, dims=dims))
 
-    def forward(self, x: Tensor, factors: tuple[int, int], span: str) -> Tensor:
-        """Map [B, in_channels, H, W] to [B, out_channels, H, W]."""
+    def forward(self, x: Tensor, factors: tuple[int, ...], span: str) -> Tensor:
+        """Map [B, in_channels, H, W], or the like, to [B, out_channels, H, W]."""
         query, key, value = (to_tokens(conv(x), self.heads) for conv in (self.query, self.key, self.value))
-        grid = checks.as_pair("grid", x.shape[-2:])
+        grid = checks.as_sides(x.shape[2:], 1, 2, 3)
         out = interlaced_sparse_attention(query, key, value, grid=grid, factors=factors, span=span)
         return self.proj(to_map(out, grid))

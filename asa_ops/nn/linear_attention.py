@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from ..blocks.linear_attention import channel_linear_attention, linear_attention
 from ..core import checks
 from ..core.layout import to_map, to_tokens
-from .common import Block, rename
+from .common import CONV, Block, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
@@ -23,9 +23,11 @@ class LinearAttention(Block):
         kind: "position" or "channel".
         reduction: query and key have max(C // reduction, 1) channels ("position" only).
         eps: see :func:`asa_ops.linear_attention`.
+        dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
 
     Raises:
-        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W].
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
+            ``dims`` says.
 
     Example:
         >>> import torch
@@ -33,19 +35,22 @@ class LinearAttention(Block):
         >>> x = torch.randn(2, 64, 24, 32)
         >>> torch.equal(LinearAttention(64)(x), x)
         True
+        >>> LinearAttention(64, dims=1)(torch.randn(2, 64, 100)).shape
+        torch.Size([2, 64, 100])
     """
 
-    def __init__(self, in_channels: int, kind: str = "position", reduction: int = 8, eps: float = 1e-6):
+    def __init__(self, in_channels: int, kind: str = "position", reduction: int = 8, eps: float = 1e-6, dims: int = 2):
         super().__init__()
         in_channels, reduction = checks.as_positive_ints(in_channels=in_channels, reduction=reduction)
         checks.check_choice("kind", kind, ("position", "channel"))
         eps = checks.as_number("eps", eps)
-        self.in_channels, self.kind, self.eps = in_channels, kind, eps
+        self.dims, self.in_channels, self.kind, self.eps = checks.as_dims(dims), in_channels, kind, eps
         if kind == "position":
             inner = max(in_channels // reduction, 1)
-            self.query = nn.Conv2d(in_channels, inner, 1)
-            self.key = nn.Conv2d(in_channels, inner, 1)
-            self.value = nn.Conv2d(in_channels, in_channels, 1)
+            conv = CONV[self.dims]
+            self.query = conv(in_channels, inner, 1)
+            self.key = conv(in_channels, inner, 1)
+            self.value = conv(in_channels, in_channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
 
     def reset_parameters(self) -> None:
@@ -59,10 +64,10 @@ class LinearAttention(Block):
             out = linear_attention(query, key, value, eps=self.eps)
         else:
             out = channel_linear_attention(to_tokens(x), eps=self.eps)
-        return x + self.gamma * to_map(out, x.shape[-2:])
+        return x + self.gamma * to_map(out, x.shape[2:])
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, kind={self.kind!r}, eps={self.eps}"
+        return f"{self.in_channels}, kind={self.kind!r}, eps={self.eps}, dims={self.dims}"
 
     @staticmethod
     def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,12 +1,12 @@
 """The salient positions attention block."""
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from ..blocks.salient_positions import salient_positions_attention
 from ..core import checks
-from ..core.layout import to_map, to_tokens
-from .common import Block, rename
+from ..core.layout import LINEAR, to_map, to_tokens
+from .common import BATCH_NORM, CONV, Block, max_pool, rename
 
 _UPSTREAM = {
     "theta": "query",
@@ -30,18 +30,22 @@ class SalientPositionsAttention(Block):
         in_channels: C.
         inner_channels: channels of query and value, default max(C // 2, 1).
         topk: how many positions; None: a sixteenth of them (the code's ``adaptive``).
-        sub_sample: values are the maxima of 2 x 2 pixels, and the result is enlarged bilinearly.
+        sub_sample: values are the maxima of 2 x 2 pixels, and the result is enlarged bilinearly; in three dimensions of
+            every frame, in one of pairs, linearly.
         heads: attention heads.
+        dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
 
     Raises:
-        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W] or has fewer
-            than ``topk`` pixels.
+        ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
+            ``dims`` says, or has fewer than ``topk`` pixels.
 
     Example:
         >>> import torch
         >>> from asa_ops.nn import SalientPositionsAttention
         >>> SalientPositionsAttention(64)(torch.randn(2, 64, 24, 32)).shape
         torch.Size([2, 64, 24, 32])
+        >>> SalientPositionsAttention(64, dims=1)(torch.randn(2, 64, 100)).shape
+        torch.Size([2, 64, 100])
     """
 
     def __init__(
@@ -51,6 +55,7 @@ class SalientPositionsAttention(Block):
         topk: int | None = 8,
         sub_sample: bool = False,
         heads: int = 1,
+        dims: int = 2,
     ):
         super().__init__()
         in_channels = checks.as_positive_int("in_channels", in_channels)
@@ -58,25 +63,29 @@ class SalientPositionsAttention(Block):
         inner_channels, heads = checks.as_positive_ints(inner_channels=inner_channels, heads=heads)
         checks.check_divisible("inner_channels", inner_channels, heads)
         topk = None if topk is None else checks.as_positive_int("topk", topk)
-        self.in_channels, self.topk, self.sub_sample, self.heads = in_channels, topk, sub_sample, heads
-        self.query = nn.Conv2d(in_channels, inner_channels, 1)
-        self.value = nn.Conv2d(in_channels, inner_channels, 1)
-        self.proj = nn.Conv2d(inner_channels, in_channels, 1)
-        self.norm = nn.BatchNorm2d(in_channels)
+        self.dims, self.in_channels, self.topk = checks.as_dims(dims), in_channels, topk
+        self.sub_sample, self.heads = sub_sample, heads
+        conv = CONV[self.dims]
+        self.query = conv(in_channels, inner_channels, 1)
+        self.value = conv(in_channels, inner_channels, 1)
+        self.proj = conv(inner_channels, in_channels, 1)
+        self.norm = BATCH_NORM[self.dims](in_channels)
 
     def attend(self, x: Tensor) -> Tensor:
         value = self.value(x)
         if self.sub_sample:
-            value = F.max_pool2d(value, 2, ceil_mode=True)
+            value = max_pool(value)
         query = to_tokens(self.query(x), self.heads)
         out = salient_positions_attention(query, to_tokens(value, self.heads), topk=self.topk)
-        out = self.norm(self.proj(to_map(out, value.shape[-2:])))
+        out = self.norm(self.proj(to_map(out, value.shape[2:])))
         if self.sub_sample:
-            out = F.interpolate(out, x.shape[-2:], mode="bilinear", align_corners=True)
+            out = F.interpolate(out, x.shape[2:], mode=LINEAR[self.dims], align_corners=True)
         return x + out
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, topk={self.topk}, sub_sample={self.sub_sample}, heads={self.heads}"
+        return (
+            f"{self.in_channels}, topk={self.topk}, sub_sample={self.sub_sample}, heads={self.heads}, dims={self.dims}"
+        )
 
     @staticmethod
     def from_upstream(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -32,8 +32,9 @@ from .launches import Launch, labels, recorded
 
 ROOT = Path(__file__).parents[2]
 CSRC = Path("csrc/cuda")
-# All but the file that launches them, which has no kernels and needs torch.
-SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / CSRC).rglob("*.cu") if path.name != "call.cu")
+# All but the files of ops, which have no kernels and need torch.
+OPS = ("call.cu", "part.cu")
+SOURCES = sorted(path.relative_to(ROOT) for path in (ROOT / CSRC).rglob("*.cu") if path.name not in OPS)
 ARCHS = ("80", "90a", "100")
 SHARED_LIMIT = {"80": 101376, "90a": 232448, "100": 232448}  # bytes a program may use; code of 80 serves consumer cards
 PROCESSOR_SHARED = {"80": 164 << 10, "90a": 228 << 10, "100": 228 << 10}  # bytes of a multiprocessor

@@ -13,6 +13,8 @@ from unittest import mock
 import torch
 
 from asa_ops import asa_attention, reciprocal_neighbors
+from asa_ops.asa.cuda_part import Part
+from asa_ops.asa.types import Inputs, Options
 from tests import simt
 
 from ..peers import matmul_precision
@@ -49,6 +51,9 @@ def _call(dtype: torch.dtype, dim: int, dim_v: int) -> None:
     out = asa_attention(query, key, value, threshold, threshold, threshold_grad="straight_through", **options)
     out.sum().backward()
     reciprocal_neighbors(query, key, threshold, threshold, **options)
+    inputs = Inputs(*(x.detach() for x in (query, key, value, threshold, threshold)), None)
+    part = Part(inputs, Options((1, 5, 8), (1, 3, 3), 33, True, 0.1), 0.0, False)
+    part.attend((0, 64), (0, 64), part.scan((0, 64)))  # of what they launch more
 
 
 def labels(mangled: list[str]) -> list[str]:

@@ -150,6 +150,7 @@ inline void check_cuda(cudaError_t error, const std::string& what) {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t stream,
             Args... args) {
+  if (grid.x == 0 || grid.y == 0) return;  // a process without rows
   const std::string what = std::string("launching ") + name;
   if (shared > 48 * 1024)
     check_cuda(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared)), what);
@@ -188,6 +189,7 @@ namespace asa_ops::cuda {
 template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared, cudaStream_t,
             Args... args) {
+  if (grid.x == 0 || grid.y == 0) return;
   simt::launch(name, kernel, grid, threads, shared, static_cast<Params>(args)...);
 }
 

@@ -424,9 +424,10 @@ def test_launches_of_a_call(kernel_set, name, forward, backward, dtype, learns):
 PROGRAM = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-import asa_ops, simt
+import asa_ops, in_parts, simt
 torch.set_float32_matmul_precision({precision!r})
-from cases import make, named
+from asa_ops.asa import cuda_part, ops, types
+from cases import make, named, op_arguments
 from compare import call_and_gradients
 simt.load(sanitize={sanitize})
 results = []
@@ -439,6 +440,13 @@ for dtype in (torch.float32, torch.float16):
         results += asa_ops.reciprocal_neighbors(*inputs[:2], *inputs[3:], **options, impl="cuda")
         options["threshold_grad"] = None if name == "padding_topk" else "straight_through"
         results += call_and_gradients("cuda", inputs, options)
+        *given, band, _ = op_arguments(inputs, options)
+        of_map, settings = ops.broadcast(types.Inputs(*given[:6])), types.Options.of(*given[6:])
+        blocks = [[64] * (-(-x.shape[2] // 64)) for x in inputs[:2]]
+        rows, keys = (x + [0] * (max(map(len, blocks)) - len(x)) for x in blocks)
+        outputs, found, _ = in_parts.forward(cuda_part.Part, of_map, settings, band, rows, rows, keys)
+        gradients = in_parts.backward(cuda_part.Part, of_map, settings, band, rows, keys, found, outputs.out)
+        results += [*outputs, *(x for x in gradients if x is not None)]
 torch.save(results, {out!r})
 """
 

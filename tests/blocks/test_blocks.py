@@ -107,8 +107,10 @@ def loop_interlaced(q, k, v, grid, factors, span, scale=None):
     padded = [math.ceil(side / factor) * factor for side, factor in zip(grid, factors, strict=True)]
     before = [(p - side) // 2 for p, side in zip(padded, grid, strict=True)]
 
+    places = list(itertools.product(*map(range, grid)))
+
     def group(i):
-        place = i // grid[1] + before[0], i % grid[1] + before[1]
+        place = [a + b for a, b in zip(places[i], before, strict=True)]
         return [a % b if span == "long" else a // b for a, b in zip(place, factors, strict=True)]
 
     out = []
@@ -138,6 +140,10 @@ LOOPS = {
     "interlaced_short": loop_interlaced,
     "interlaced_long_padded": loop_interlaced,
     "interlaced_short_padded": loop_interlaced,
+    "interlaced_sequence": loop_interlaced,
+    "interlaced_sequence_short": loop_interlaced,
+    "interlaced_video": loop_interlaced,
+    "interlaced_video_short": loop_interlaced,
     "salient": loop_salient,
     "salient_adaptive": loop_salient,
 }
@@ -188,30 +194,56 @@ def test_channelized_axial_reference_equals_loops():
 
 
 @torch.no_grad()
+def test_axial_attention_over_three_axes_equals_loops():
+    """Each step by its words: attend along an axis, then gate a place on it by the mean over everything else."""
+    case = named("axial_video")
+    tensors = make(case)
+    out = case.op(**tensors)
+    x = tensors["value"].clone()
+    sides = x.shape[2:]
+    for axis, name in enumerate(("time", "column", "row")):
+        p, y = tensors[name], torch.empty_like(x)
+        for b, *at in itertools.product(range(2), *map(range, sides)):
+            line = [(b, slice(None), *at[:axis], i, *at[axis + 1 :]) for i in range(sides[axis])]
+            scores = [(p[(b, slice(None), *at)] * p[each]).sum().item() for each in line]
+            weights = softmax(scores)
+            y[(b, slice(None), *at)] = sum(w * x[each] for w, each in zip(weights, line, strict=True))
+        first, last = tensors[f"{name}_gate"][0], tensors[f"{name}_gate"][-1]
+        for b, i in itertools.product(range(2), range(sides[axis])):
+            place = y[b].select(axis + 1, i)  # a view [C, side, side]
+            mean = place.mean((1, 2)) / sides[axis]  # of the products, one for each key
+            hidden = [mean] if name == "row" else [torch.nn.functional.leaky_relu(first @ mean, 0.2)]
+            if name == "column":
+                hidden.append(torch.nn.functional.leaky_relu(tensors["column_gate"][1] @ hidden[-1], 0.2))
+            place *= (last @ hidden[-1]).sigmoid()[:, None, None]
+        x = y
+    torch.testing.assert_close(out, x, rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
 def test_squeeze_and_attention_reference_equals_loops():
-    for name in ("squeeze", "squeeze_odd", "squeeze_bilinear_odd"):
+    for name in ("squeeze", "squeeze_odd", "squeeze_bilinear_odd", "squeeze_sequence", "squeeze_trilinear"):
         case = named(name)
         tensors = make(case)
         out = case.reference(**tensors, **case.options)
         r, a = tensors["residual"], tensors["attention"]
         pool = case.options.get("pool", 2)
         a = a if "activation" in case.options else a.sigmoid()
-        for h, w in itertools.product(*map(range, r.shape[2:])):
-            gate = a[..., h // pool, w // pool]
-            if "bilinear" in name:  # between the centres of the windows, outside them the nearest
-                last = a.shape[2] - 1, a.shape[3] - 1
-                y, x = (min(max((at + 0.5) / pool - 0.5, 0), end) for at, end in zip((h, w), last, strict=True))
+        for at in itertools.product(*map(range, r.shape[2:])):
+            gate = a[(..., *(i // pool for i in at))]
+            if "linear" in case.options.get("upsample", ""):  # between the centres, outside them the nearest
+                where = [min(max((i + 0.5) / pool - 0.5, 0), n - 1) for i, n in zip(at, a.shape[2:], strict=True)]
                 gate = sum(
-                    a[..., i, j] * max(1 - abs(y - i), 0) * max(1 - abs(x - j), 0)
-                    for i, j in itertools.product(*map(range, a.shape[2:]))
+                    a[(..., *i)] * math.prod(max(1 - abs(x - j), 0) for x, j in zip(where, i, strict=True))
+                    for i in itertools.product(*map(range, a.shape[2:]))
                 )
-            torch.testing.assert_close(out[..., h, w], gate * r[..., h, w] + gate, rtol=0, atol=1e-12)
+            torch.testing.assert_close(out[(..., *at)], gate * r[(..., *at)] + gate, rtol=0, atol=1e-12)
 
 
 @each_full_case
 def test_gradients_are_numerical_ones(case):
     tensors = make(case)
-    small = unflat(case, [x[:1].detach().requires_grad_() if x.dim() == 4 else x for x in flat(tensors)])
+    small = unflat(case, [x[:1].detach().requires_grad_() if x.dim() > 2 else x for x in flat(tensors)])
 
     def function(*leaves):
         return case.op(**unflat(case, leaves), **case.options)
@@ -277,6 +309,7 @@ FLOPS = {  # of products, as the folders' __init__ say; two heads and two images
     "channel_plain": 4 * (4 * 35 * 5**2 + 2 * 35 * 5),  # and one row more for the normaliser
     "efficient": 4 * 4 * 35 * 4 * 7,
     "axial_plain": 2 * 2 * 35 * (5 * (3 + 6) + 7 * (2 + 6)),
+    "axial_video_plain": 2 * 2 * 6 * (3 * (4 + 6) + 1 * (3 + 6) + 2 * (2 + 6)),
     "interlaced_long": 4 * 2 * 48 * (48 // 6) * (3 + 5),
     "interlaced_short": 4 * 2 * 48 * 6 * (3 + 5),
     "salient": 4 * 2 * (35 + 8) * 5**2,

@@ -29,14 +29,15 @@ SIZES = {  # name: (B, D, Dv, H, W)
     "long_column": (1, 4, 9, 531, 3),
     "empty_batch": (0, 3, 5, 4, 6),
 }
+VOLUMES = [(2, 3, 4, 2, 3, 4), (1, 2, 3, 1, 1, 5), (1, 2, 3, 3, 1, 1), (1, 2, 2, 1, 1, 1)]  # T before H
 INTERPRETER_SIZES = ("one_pixel", "one_row", "small", "odd")  # it is slow: the others with `make test-all`
 
 
 def make(size, dtype=torch.float64, spread=1.0, device="cpu"):
     """Return query, key, value, the same numbers in every dtype up to rounding."""
-    batch, dim, dim_v, height, width = SIZES[size] if isinstance(size, str) else size
+    batch, dim, dim_v, *sides = SIZES[size] if isinstance(size, str) else size
     generator = torch.Generator().manual_seed(0)
-    shapes = ((batch, c, height, width) for c in (dim, dim, dim_v))
+    shapes = ((batch, c, *sides) for c in (dim, dim, dim_v))
     maps = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
     return [(x * by).to(device, dtype) for x, by in zip(maps, (spread, spread, 1), strict=True)]
 
@@ -63,27 +64,30 @@ def check_against_reference(impl, inputs, **options):
 # ---- the reference
 
 
-@pytest.mark.parametrize("size", ["one_pixel", "small", (1, 2, 3, 1, 5), (1, 2, 3, 4, 1)], ids=str)
+@pytest.mark.parametrize("size", ["one_pixel", "small", (1, 2, 3, 1, 5), (1, 2, 3, 4, 1), *VOLUMES], ids=str)
 def test_reference_equals_plain_loops(size):
     query, key, value = make(size)
     out = reference.criss_cross_attention(query, key, value, scale=0.7)
-    batch, _, height, width = query.shape
-    for b in range(batch):
-        for h in range(height):
-            for w in range(width):
-                seen = [(h, j) for j in range(width)] + [(i, w) for i in range(height) if i != h]
-                weights = [math.exp(0.7 * (query[b, :, h, w] @ key[b, :, i, j]).item()) for i, j in seen]
-                values = sum(x * value[b, :, i, j] for x, (i, j) in zip(weights, seen, strict=True))
-                torch.testing.assert_close(out[b, :, h, w], values / sum(weights), rtol=1e-12, atol=1e-12)
+    batch, _, *sides = query.shape
+    everywhere = list(itertools.product(*map(range, sides)))
+    for b, at in itertools.product(range(batch), everywhere):
+        # The lines through a position are what differs from it in one coordinate at most: itself is there once.
+        seen = [to for to in everywhere if sum(i != j for i, j in zip(at, to, strict=True)) <= 1]
+        assert len(seen) == sum(sides) - len(sides) + 1
+        weights = [math.exp(0.7 * (query[(b, slice(None), *at)] @ key[(b, slice(None), *to)]).item()) for to in seen]
+        values = sum(x * value[(b, slice(None), *to)] for x, to in zip(weights, seen, strict=True))
+        torch.testing.assert_close(out[(b, slice(None), *at)], values / sum(weights), rtol=1e-12, atol=1e-12)
 
 
-def test_weights_sum_to_one_and_nobody_is_counted_twice():
-    query, key, _ = make("odd")
+@pytest.mark.parametrize("size", ["odd", (2, 3, 4, 2, 3, 4)], ids=str)
+def test_weights_sum_to_one_and_nobody_is_counted_twice(size):
+    query, key, _ = make(size)
     weights = reference.attention(query, key)
     torch.testing.assert_close(weights.sum(-1), torch.ones_like(weights[..., 0]))
-    column = weights[..., : query.shape[2]]
-    assert (column.diagonal(dim1=1, dim2=3) == 0).all()
-    assert (column > 0).sum() == column.numel() - weights[..., 0].numel()
+    *others, _ = weights.split(query.shape[2:], -1)
+    for axis, line in enumerate(others, 1):
+        assert (line.diagonal(dim1=axis, dim2=-1) == 0).all()
+        assert (line > 0).sum() == line.numel() - weights[..., 0].numel()
 
 
 @each_fast  # Triton takes no float64
@@ -92,6 +96,12 @@ def test_gradcheck(impl):
     assert torch.autograd.gradcheck(lambda *x: criss_cross_attention(*x, scale=0.8, impl=impl), inputs)
     if impl == "reference":
         assert torch.autograd.gradgradcheck(lambda *x: criss_cross_attention(*x, impl=impl), inputs)
+
+
+@pytest.mark.parametrize("impl", ["reference", "blocked"])
+def test_gradcheck_of_volumes(impl):
+    inputs = [x.requires_grad_() for x in make((1, 2, 3, 2, 3, 2))]
+    assert torch.autograd.gradcheck(lambda *x: criss_cross_attention(*x, scale=0.8, impl=impl), inputs)
 
 
 # ---- every implementation against the reference
@@ -110,6 +120,35 @@ def every_size():
 @pytest.mark.parametrize("impl,dtype,size", every_size())
 def test_equals_reference(impl, dtype, size):
     check_against_reference(impl, make(size, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, *DTYPES.values()], ids=str)
+@pytest.mark.parametrize("size", [*VOLUMES[:2], (1, 8, 9, 4, 5, 6), (0, 2, 3, 2, 3, 4)], ids=str)
+def test_volumes_equal_reference(size, dtype):
+    inputs = make(size, dtype)
+    check_against_reference("blocked", inputs)
+    assert torch.equal(criss_cross_attention(*inputs), criss_cross_attention(*inputs, impl="blocked"))
+
+
+def test_volumes_under_torchs_contracts():
+    inputs = make((2, 2, 3, 2, 3, 4), torch.float32)
+    torch.library.opcheck(ops.criss_cross_fwd, (*inputs, 0.5, "blocked"))
+    many = [torch.stack([x, 2 * x]) for x in inputs]
+    torch.testing.assert_close(torch.func.vmap(criss_cross_attention)(*many)[0], criss_cross_attention(*inputs))
+    pairs = 2 * 24 * (2 + 3 + 4)
+    for impl in ("blocked", "reference"):
+        assert count_flops(lambda: criss_cross_attention(*inputs, impl=impl)) == 2 * pairs * (2 + 3)  # noqa: B023
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(criss_cross_attention(*inputs), criss_cross_attention(*(x.bfloat16() for x in inputs)))
+
+
+@pytest.mark.parametrize("impl", ["cpu", "triton"])
+def test_volumes_have_no_kernels(impl):
+    message = (
+        rf"impl='{impl}' cannot .* kernels for maps \[B, D, H, W\] only. Available here: \['blocked', 'reference'\]"
+    )
+    with pytest.raises(RuntimeError, match=message):
+        criss_cross_attention(*make(VOLUMES[0]), impl=impl)
 
 
 @each_kernel

@@ -8,9 +8,10 @@ from datetime import timedelta
 from itertools import pairwise
 
 import pytest
+import simt
 import torch
 from cases import CASES, OTHER_GRIDS, Case, make, named, with_grad
-from implementations import INTERPRETED, slow
+from implementations import EMULATED, INTERPRETED, slow
 from processes import Processes
 
 import asa_ops
@@ -30,8 +31,15 @@ def parts(n: int, size: int) -> list[slice]:
     return [slice(a, b) for a, b in pairwise(bounds)]
 
 
+def load(impl: str | None) -> None:
+    """Load what an implementation runs on, in a process."""
+    if impl == "cuda":
+        simt.load()
+
+
 def whole(group, rank: int, case: Case, dtype: torch.dtype, options: dict) -> list:
     """Return outputs, statistics and gradients of one process."""
+    load(options.get("impl"))
     inputs, given = make(case, dtype)
     inputs = with_grad(inputs)
     out, stats = asa_ops.asa_attention(*inputs, **given, **options, return_stats=True)
@@ -45,6 +53,7 @@ def weights(out: torch.Tensor) -> torch.Tensor:
 
 def part_of_process(group, rank: int, case: Case, dtype: torch.dtype, options: dict, cuts: list) -> list:
     """Return the same of this process's tokens."""
+    load(options.get("impl"))
     inputs, given = make(case, dtype)
     part, keys = cuts[0][rank], cuts[1][rank]
     mine = [inputs[0][:, :, part], inputs[1][:, :, keys], inputs[2][:, :, keys]]
@@ -214,8 +223,42 @@ def test_random_calls(processes, seed):
     check(processes, size, case, dtype, **learning, impl="cpu")
 
 
+@pytest.mark.parametrize("impl", EMULATED)
+@pytest.mark.parametrize("case", [slow(x, id=x.name, when=x.name != "padding") for x in LARGE])
+@pytest.mark.parametrize("size", [2, *map(slow, (1, 3, 4))])
+def test_blocks_of_cuda_equal_one_process(processes, size, case, impl):
+    check(processes, size, case, torch.float32, threshold_grad="straight_through", impl=impl)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize("impl", EMULATED)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_where_kernels_take_whole_maps_alone(processes, impl, dtype):
+    """Those for compute capability 9.0."""
+    case, options = named("plain", grid=(9, 15), batch=1, heads=1), {"threshold_grad": "straight_through", "impl": impl}
+    (expected,) = processes.run(1, on_hopper, "1", whole, case, dtype, options)
+    cuts = [parts(9 * 15, 2)] * 2
+    answers = processes.run(2, on_hopper, "11", part_of_process, case, dtype, options, cuts)
+    for x, of_processes in zip(expected, zip(*answers, strict=True), strict=True):
+        assert torch.equal(torch.cat(of_processes, 2), x)
+
+
+def on_hopper(group, rank: int, asked: str, function, *args) -> list:
+    """Call a function where a process asks for the kernels for compute capability 9.0, or not, as ``asked`` says."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setenv("ASA_OPS_HOPPER", asked[rank])
+        return function(group, rank, *args)
+
+
+@pytest.mark.parametrize("impl", EMULATED)
+def test_processes_that_run_other_kernels_are_refused(processes, impl):
+    case, cuts = named("plain", grid=(9, 15), batch=1, heads=1), [parts(9 * 15, 2)] * 2
+    with pytest.raises(AssertionError, match="every process must be given the same ASA_OPS_HOPPER"):
+        processes.run(2, on_hopper, "01", part_of_process, case, torch.float16, {"impl": impl}, cuts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("impl", [*INTERPRETED, *EMULATED])
 @pytest.mark.parametrize("seed", range(1000, 1040))
 def test_random_calls_by_tiles(processes, seed, impl):
     case, size, dtype, learning = random_call(seed)
@@ -225,6 +268,7 @@ def test_random_calls_by_tiles(processes, seed, impl):
 
 
 def neighbors_of_process(group, rank: int, case: Case, cuts: list, impl: str = "auto") -> list:
+    load(impl)
     inputs, options = make(case, torch.float32)
     query, key, _, alpha, beta = inputs
     part = cuts[rank]
@@ -237,6 +281,7 @@ def neighbors_of_process(group, rank: int, case: Case, cuts: list, impl: str = "
 
 
 def check_neighbors(processes, size: int, case: Case, impl: str) -> None:
+    load(impl)
     (query, key, _, alpha, beta), options = make(case, torch.float32)
     row_offsets, columns = asa_ops.reciprocal_neighbors(query, key, alpha, beta, **options, impl=impl)
     n, heads = query.shape[2], case.batch * case.heads
@@ -258,7 +303,7 @@ def test_neighbors_of_one_process(processes, name, size, grid):
     check_neighbors(processes, size, named(name, grid=grid), "auto")
 
 
-@pytest.mark.parametrize("impl", INTERPRETED)
+@pytest.mark.parametrize("impl", [*INTERPRETED, *EMULATED])
 @pytest.mark.parametrize("size", [slow(1), 2, slow(3)])
 @pytest.mark.parametrize("name", ["plain", *map(slow, ("padding", "one_way", "topk_alone", "beta_only", "dense"))])
 def test_neighbors_by_tiles(processes, name, size, impl):

@@ -219,7 +219,17 @@ class Block:
         return (self.case.op(**block_cases.unflat(self.case, tensors), **self.case.options),)
 
 
-@pytest.mark.parametrize("name", [*block_cases.CONTRACT_CASES, "gaussian_padded_query", "channel_empty", "axial_plain"])
+MORE_CASES = (
+    "gaussian_padded_query",
+    "channel_empty",
+    "axial_plain",
+    "axial_video",
+    "squeeze_sequence",
+    "squeeze_video",
+)
+
+
+@pytest.mark.parametrize("name", [*block_cases.CONTRACT_CASES, *MORE_CASES])
 def test_blocks_equal_one_process(processes, name):
     """They split batch and heads; of maps the channels where these do not mix; other dimensions are gathered."""
     case = block_cases.named(name)
@@ -231,7 +241,7 @@ def test_blocks_equal_one_process(processes, name):
         ("2", (TOKENS,), (WHOLE,)),
         ("2x2", (HEADS, BATCH), (*channels, BATCH)),
     ]:
-        placements = [where if x.dim() == 4 else (WHOLE,) * len(where) for x in tensors]
+        placements = [where if x.dim() > 2 else (WHOLE,) * len(where) for x in tensors]
         assert check(processes, mesh, tensors, placements, {}, Block(case), exact=0) == expected
 
 

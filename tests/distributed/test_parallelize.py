@@ -195,6 +195,8 @@ def error_of_process(group, rank: int, kind: str) -> tuple[type, str]:
         x = x[0]
     elif kind == "published":
         block = AdaptiveSparseAttention(8, published=True)
+    elif kind == "dims":
+        block = AdaptiveSparseAttention(8, dims=3)
     elif kind == "other":
         block = NonLocal(8)
     elif rank == 1:
@@ -206,7 +208,7 @@ def error_of_process(group, rank: int, kind: str) -> tuple[type, str]:
         x = changed[kind]() if kind in changed else x
         block.train(kind != "mode")
     try:
-        (parallelize(block, group) if kind in ("published", "other") else block)(x)
+        (parallelize(block, group) if kind in ("published", "dims", "other") else block)(x)
     except Exception as error:
         return type(error), str(error)
     return type(None), ""
@@ -223,6 +225,7 @@ def error_of_process(group, rank: int, kind: str) -> tuple[type, str]:
         ("no rows", ValueError, "x must have rows in some process, got none"),
         ("placements", ValueError, "x must have the placements [Shard(2)] on the group's mesh"),
         ("published", ValueError, "published=True is dense on one process"),
+        ("dims", ValueError, "block must have dims=2, strips are rows of maps [B, C, H, W], got dims=3"),
         ("other", TypeError, "block must be an AdaptiveSparseAttention, got NonLocal"),
     ],
 )

@@ -17,12 +17,13 @@ needs_inductor = pytest.mark.skipif(
     not Path(sysconfig.get_path("include"), "Python.h").exists(),
     reason="Inductor needs Python.h (Debian: apt install python3-dev)",
 )
-OPTIONS = {"interlaced_sparse": {"factors": (3, 2)}}
-SIZES = ((6, 8), (9, 11), (16, 24))
+FACTORS = {2: (3, 2), 3: (1, 3, 2)}
+SIZES = {2: ((6, 8), (9, 11), (16, 24)), 3: ((4, 6, 8), (3, 9, 5), (5, 7, 10))}  # by the dimensions of maps
 
 
-def block_of(name: str) -> torch.nn.Module:
-    return alive(nn.build(name, 8, **OPTIONS.get(name, {})))
+def block_of(name: str, dims: int = 2) -> torch.nn.Module:
+    options = {"factors": FACTORS[dims]} if name == "interlaced_sparse" else {}
+    return alive(nn.build(name, 8, dims=dims, **options))
 
 
 def output_and_gradients(function, block, x) -> list[torch.Tensor]:
@@ -35,19 +36,20 @@ def output_and_gradients(function, block, x) -> list[torch.Tensor]:
 
 @needs_inductor
 @pytest.mark.parametrize(
-    "name, way",
+    "name, way, dims",
     [
-        slow(name, way, when=(name, way) != ("asa", "dynamic"))
+        slow(name, way, dims, when=(name, way, dims) != ("asa", "dynamic", 2))
         for name in nn.available()
         for way in ("dynamic", "automatic", "marked")
-        if way == "dynamic" or name in ("asa", "criss_cross")
+        for dims in (2, 3)
+        if way == "dynamic" or (name in ("asa", "criss_cross") and dims == 2)
     ],
 )
-def test_blocks_train_at_sizes_that_change(name, way):
+def test_blocks_train_at_sizes_that_change(name, way, dims):
     torch._dynamo.reset()
-    block = block_of(name).double()  # some gradients are 0 but for rounding: a bias before a batch norm
+    block = block_of(name, dims).double()  # some gradients are 0 but for rounding: a bias before a batch norm
     compiled = torch.compile(block, dynamic=True if way == "dynamic" else None)
-    for size in SIZES:
+    for size in SIZES[dims]:
         x = torch.randn(2, 8, *size, dtype=torch.float64)
         if way == "marked":
             torch._dynamo.mark_dynamic(x, (2, 3))

@@ -94,7 +94,8 @@ ASA = [
 ]
 CRISS_CROSS = [
     ({"query": 1.0}, TypeError, "query must be a tensor, got 1.0 of type float"),
-    (FOUR, ValueError, r"query must have the 4 dimensions \[B, D, H, W\], got .*\[8, 5, 4\]"),
+    (FOUR, ValueError, r"query must have the dimensions \[B, D, H, W\] or \[B, D, T, H, W\], got .*\[8, 5, 4\]"),
+    ({"query": lambda x: x[:, :, None]}, ValueError, r"key must have the 5 dimensions \[B, D, T, H, W\], got"),
     ({"value": lambda x: x[None]}, ValueError, r"value must have the 4 dimensions \[B, Dv, H, W\]"),
     ({"key": lambda x: x[:, :7]}, ValueError, r"key must have the shape of query, \[2, 8, 5, 4\], got .*\[2, 7"),
     ({"query": lambda x: x[:, :0]}, ValueError, "query must have channels, H and W >= 1, got"),
@@ -146,7 +147,15 @@ WRONG = [
     ("linear", {"eps": None}, TypeError, "eps must be a number, got None"),
     ("channel_plain", {"x": torch.zeros(3, 4, 5)}, ValueError, r"x must have the 4 dimensions \[B, heads, N, C\]"),
     ("channel_plain", {"x": torch.zeros(1, 2, 3, 4).int()}, TypeError, "x must be one of .*got a torch.int32"),
-    ("axial", {"value": torch.zeros(2, 6, 5)}, ValueError, r"value must have the 4 dimensions \[B, C, H, W\]"),
+    ("axial", {"value": torch.zeros(2, 6, 5)}, ValueError, r"the dimensions \[B, C, H, W\] or \[B, C, T, H, W\], got"),
+    (
+        "axial",
+        {"time": torch.zeros(2, 6, 5, 7)},
+        ValueError,
+        r"a value \[B, C, H, W\] wants no time, got a torch.float32",
+    ),
+    ("axial_video", {"time": None}, ValueError, r"a value \[B, C, T, H, W\] wants time, got none"),
+    ("axial_video", {"row": torch.zeros(2, 3, 2, 3, 5)}, ValueError, r"row must have the B, T, H, W of value, .*got"),
     ("axial", {"value": torch.zeros(2, 6, 5, 7).int()}, TypeError, "value must be one of"),
     ("axial", {"row": torch.zeros(2, 3, 5, 6)}, ValueError, r"row must have the B, H, W of value, \[2, 5, 7\], got"),
     ("axial", {"column": torch.zeros(2, 3, 5, 7).half()}, TypeError, "column must have the dtype of value"),
@@ -159,12 +168,25 @@ WRONG = [
     ("squeeze", {"attention": torch.zeros(2, 3, 3, 4).half()}, TypeError, "attention must have the dtype of residual"),
     ("squeeze", {"pool": 0}, ValueError, "pool must be >= 1, got pool=0"),
     ("squeeze", {"pool": 1}, ValueError, r"= \[2, 3, 6, 8\] for pool=1"),
+    ("squeeze", {"pool": (2, 2, 2)}, ValueError, r"pool must be an integer, or 2 of them, .* got pool=\(2, 2, 2\)"),
+    (
+        "squeeze",
+        {"residual": torch.zeros(2, 6)},
+        ValueError,
+        r"\[B, C, L\] or \[B, C, H, W\] or \[B, C, T, H, W\], got",
+    ),
+    ("squeeze_video", {"pool": 2}, ValueError, r"ceil\(T / pool\), .* = \[2, 3, 2, 2, 2\] for pool=2 and .*, got"),
+    ("squeeze_sequence", {"upsample": "bilinear"}, ValueError, r"one of \['nearest', 'linear'\], got 'bilinear'"),
     ("squeeze", {"activation": "relu"}, ValueError, "activation must be one of .*got 'relu'"),
     ("squeeze", {"upsample": "bicubic"}, ValueError, "upsample must be one of .*got 'bicubic'"),
     ("interlaced_long", {"grid": (5, 5)}, ValueError, r"H \* W = N = 48, got 5 \* 5 = 25"),
     ("interlaced_long", {"factors": 3}, TypeError, "factors must be two integers, got 3"),
     ("interlaced_long", {"factors": (3, 0)}, ValueError, "each of factors must be >= 1"),
     ("interlaced_long", {"factors": (7, 2)}, ValueError, r"at most \(H, W\) = \(6, 8\), got factors=\(7, 2\)"),
+    ("interlaced_video", {"factors": (2, 3)}, TypeError, r"factors must be three integers, got \(2, 3\)"),
+    ("interlaced_video", {"factors": (3, 3, 4)}, ValueError, r"\(T, H, W\) = \(2, 3, 5\), got factors=\(3, 3, 4\)"),
+    ("interlaced_video", {"factors": None}, ValueError, r"at most \(T, H, W\) .* got factors=\(8, 8, 8\)"),
+    ("interlaced_sequence", {"factors": 4}, TypeError, "factors must be a tuple of one integer, got 4"),
     ("interlaced_long", {"span": "wide"}, ValueError, "span must be one of .*got 'wide'"),
     ("interlaced_long", {"scale": "1"}, TypeError, "scale must be a number"),
     ("salient", {"query": 3}, TypeError, "query must be a tensor, got 3 of type int"),
@@ -217,12 +239,16 @@ WRONG_MODULES = [
     ("asa", {"threshold_band": 0.0}, ValueError, "threshold_band must be > 0 and finite, got 0.0"),
     ("asa", {"published": True, "impl": "blocked"}, ValueError, "the reference, got impl='blocked'"),
     ("asa", {"impl": "fast"}, ValueError, "impl must be one of"),
+    ("asa", {"dims": 4}, ValueError, "dims must be 1, 2 or 3, got dims=4"),
+    ("asa", {"dims": 3, "window": (3, 3)}, ValueError, r"window must be an odd integer, or 3 of them, .*\(3, 3\)"),
+    ("asa", {"dims": 3, "published": True}, ValueError, "AdaptiveSparseAttention .* of dims=2, got dims=3"),
     ("criss_cross", {"recurrence": 0}, ValueError, "recurrence must be >= 1"),
     ("criss_cross", {"impl": "fast"}, ValueError, "impl must be one of"),
     ("non_local", {"mode": "softmax"}, ValueError, r"mode must be one of .*got 'softmax'"),
     ("non_local", {"heads": 3}, ValueError, "in_channels // reduction = 8 must be divisible by heads = 3"),
     ("non_local", {"mode": "gaussian", "in_channels": 17, "heads": 2}, ValueError, "in_channels = 17 .*heads = 2"),
     ("non_local", {"norm": "layer"}, ValueError, "norm must be one of"),
+    ("non_local", {"sub_sample": "output"}, ValueError, "sub_sample must be False, True or 'input', got 'output'"),
     ("linear_attention", {"kind": "both"}, ValueError, "kind must be one of .*got 'both'"),
     ("linear_attention", {"reduction": 0}, ValueError, "reduction must be >= 1"),
     ("efficient_attention", {"heads": 3}, ValueError, "value_channels = 16 must be divisible by heads = 3"),
@@ -232,10 +258,13 @@ WRONG_MODULES = [
     ("channelized_axial", {"hidden_ratio": 0}, ValueError, "hidden_ratio must be > 0 and finite, got 0"),
     ("channelized_axial", {"key_channels": 0}, ValueError, "key_channels must be >= 1"),
     ("squeeze_and_attention", {"upsample": "cubic"}, ValueError, "upsample must be one of"),
+    ("squeeze_and_attention", {"upsample": "bilinear", "dims": 3}, ValueError, "upsample must be one of .*'trilinear'"),
+    ("squeeze_and_attention", {"pool": (2, 2), "dims": 3}, ValueError, "pool must be an integer, or 3 of them"),
     ("squeeze_and_attention", {"activation": "relu"}, ValueError, "activation must be one of"),
     ("interlaced_sparse", {"factors": (8, 8, 8)}, TypeError, r"factors must be two integers, got \(8, 8, 8\)"),
     ("interlaced_sparse", {"factors": [(8, 8), (8, -1)]}, ValueError, "each of factors must be >= 1"),
     ("interlaced_sparse", {"factors": []}, TypeError, r"factors must be two integers, got \[\]"),
+    ("interlaced_sparse", {"factors": (8, 8), "dims": 3}, TypeError, "factors must be three integers, got"),
     ("interlaced_sparse", {"heads": 3}, ValueError, "key_channels = 8 must be divisible by heads = 3"),
     ("salient_positions", {"topk": 0}, ValueError, "topk must be >= 1"),
     ("salient_positions", {"heads": 3}, ValueError, "inner_channels = 8 must be divisible by heads = 3"),
@@ -268,6 +297,22 @@ def test_wrong_module_inputs(name):
     message = rf"unknown key 'head.weight' in a .*, expected {KEYS.get(name, '')}.*without their prefix"
     with pytest.raises(ValueError, match=message):
         type(block).from_upstream({"head.weight": torch.zeros(1)})
+    with pytest.raises(ValueError, match="dims must be 1, 2 or 3, got dims=0"):
+        nn.build(name, 16, dims=0)
+
+
+@pytest.mark.parametrize(("dims", "layout", "sides"), [(1, r"\[B, C, L\]", "L"), (3, r"\[B, C, T, H, W\]", "T, H, W")])
+@pytest.mark.parametrize("name", nn.available())
+def test_wrong_maps_of_other_dimensions(name, dims, layout, sides):
+    block = nn.build(name, 16, dims=dims)
+    for x, message in (
+        (torch.randn(1, 16, *[9] * dims, 9), rf"x must have the {dims + 2} dimensions {layout}, got"),
+        (torch.randn(1, 8, *[9] * dims), "x must have C = in_channels = 16 channels, got"),
+        (torch.randn(8, *[9] * dims), "x must have C = in_channels = 16 channels, got"),
+        (torch.randn(1, 16, *[9] * (dims - 1), 0), f"x must have {sides} >= 1, got"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            block(x)
 
 
 def test_maps_that_are_too_small():
@@ -277,3 +322,7 @@ def test_maps_that_are_too_small():
         nn.SalientPositionsAttention(16)(torch.randn(1, 16, 2, 3))
     with pytest.raises(ValueError, match=r"sub_sample needs H, W >= 2 with published=True, got .*\[1, 16, 1, 3\]"):
         nn.NonLocal(16, sub_sample=True, published=True)(torch.randn(1, 16, 1, 3))
+    with pytest.raises(ValueError, match=r"sub_sample needs L >= 2 with published=True, got .*\[1, 16, 1\]"):
+        nn.NonLocal(16, sub_sample=True, published=True, dims=1)(torch.randn(1, 16, 1))
+    with pytest.raises(ValueError, match=r"factors must be at most \(T, H, W\) = \(4, 9, 9\), got factors=\(8, 8, 8\)"):
+        nn.InterlacedSparseAttention(16, dims=3)(torch.randn(1, 16, 4, 9, 9))

@@ -7,11 +7,11 @@ import pickle
 
 import pytest
 import torch
-from block_cases import MODULES
+from block_cases import MODULES, OTHER_DIMS, SIDES
 
 from asa_ops import nn
 
-WIDE = [row for row in MODULES if row[1].get("reduction") != 100]  # what is drawn differs from a constant
+WIDE = [row for row in MODULES + OTHER_DIMS if row[1].get("reduction") != 100]  # what is drawn differs from a constant
 each_block = pytest.mark.parametrize("name, options, identity", WIDE, ids=str)
 
 
@@ -82,7 +82,7 @@ def test_deferred_initialisation_has_the_constructors_distribution(name, options
                 torch.testing.assert_close(statistic(x), statistic(y), rtol=0.1, atol=0)
             assert x.mean().abs() < 4 * y.std() / x.numel() ** 0.5, key
     if identity:
-        image = torch.randn(2, 48, 5, 7)
+        image = torch.randn(2, 48, *SIDES[block.dims])
         assert torch.equal(block(image), image)
 
 
@@ -109,6 +109,10 @@ def test_layers_are_what_users_look_for():
     assert all(isinstance(layer, torch.nn.Conv2d) for layer in [*layers, nn.NonLocal(16).proj])
     assert isinstance(block.norm, torch.nn.BatchNorm2d)
     assert isinstance(nn.ChannelizedAxialAttention(16).column_gate, torch.nn.ParameterList)
+    for dims, conv in ((1, torch.nn.Conv1d), (3, torch.nn.Conv3d)):
+        other = nn.NonLocal(16, norm="batch", dims=dims)
+        assert all(isinstance(layer, conv) for layer in [other.query, other.value, other.proj])
+        assert isinstance(other.norm, getattr(torch.nn, f"BatchNorm{dims}d"))
     assert "Conv2d(16, 8, kernel_size=(1, 1), stride=(1, 1))" in repr(block)
     synced = torch.nn.SyncBatchNorm.convert_sync_batchnorm(block)
     assert isinstance(synced.norm, torch.nn.SyncBatchNorm) and not synced.norm.weight.any()

@@ -68,7 +68,9 @@ def test_what_is_no_integer_is_named_with_its_type(x):
         lambda: checks.as_positive_int("topk", x),
         lambda: checks.as_window(x, 2),
         lambda: checks.as_grid((4, x), 12, 1, 2, 3),
-        lambda: checks.as_pair("factors", [x, 4]),
+        lambda: checks.as_tuple("factors", [x, 4], 2),
+        lambda: checks.as_each_side("pool", (4, x), 2),
+        lambda: checks.as_dims(x),
     ):
         with pytest.raises(TypeError, match=f"integer.*got .*{same_kind(x)}"):
             refuse()
@@ -170,6 +172,8 @@ BLOCKS = [  # name, options that are integers, options that are numbers
     ("non_local", {"reduction": 4, "heads": 2}, {}),
     ("salient_positions", {"inner_channels": 4, "topk": 5, "heads": 2}, {}),
     ("squeeze_and_attention", {"out_channels": 8, "pool": 3}, {}),
+    ("squeeze_and_attention", {"pool": (2, 3), "dims": 2}, {}),
+    ("asa", {"window": (3, 5), "dims": 2}, {}),
 ]
 
 

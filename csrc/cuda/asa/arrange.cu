@@ -204,9 +204,9 @@ __global__ void __launch_bounds__(kArrangeThreads)
                             : blockIdx.y == kQuery ? all.query
                             : blockIdx.y == kKey   ? all.key
                                                    : all.gradient;
-  const int blocks = tokens.order.blocks();
+  const int blocks = tokens.order.count;
   if (tokens.out == nullptr || int64_t(blockIdx.x) >= int64_t(p.n_heads) * blocks) return;
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int z = blockIdx.x / blocks, block = tokens.order.first + blockIdx.x % blocks;
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
   T* const stage = reinterpret_cast<T*>(shared_memory() + sizeof(Shared));
   const bool is_first = z % p.heads == 0 && (p.per_image == 1 || z == 0);
@@ -256,7 +256,8 @@ void arrange(const Problem<T>& problem, const Arranging<T>& tokens, cudaStream_t
 template <class T>
 void arrange_backward(const Problem<T>& problem, const Arranging<T>& tokens, const Saved<T>& saved,
                       const RowGradients& row, const Lists& by_rows, const Lists& by_columns, cudaStream_t stream) {
-  launch_arrange(problem, tokens, by_rows.entries == nullptr ? 4 : 5, saved, row, by_rows, by_columns, stream);
+  const bool listed = by_rows.entries != nullptr || by_columns.entries != nullptr;  // one side may be empty
+  launch_arrange(problem, tokens, listed ? 5 : 4, saved, row, by_rows, by_columns, stream);
 }
 
 #define INSTANTIATE(T)                                                                                         \

@@ -33,7 +33,7 @@ __device__ __forceinline__ int list_band(const Problem<T>& p, int z, int block, 
     const int j = start + lane * splits;
     bool here = j * kBlock < n_keys && (!p.mutual || p.offered.at(z, block, j));
     if (here) {
-      const Half* const peaks = p.peaks.of(z) + int64_t(j) * p.rows.padded + block * kBlock;
+      const Half* const peaks = p.peaks.of(z) + int64_t(j) * p.rows.computed() + block * kBlock;
       here = false;
       for (int i = 0; i < kBlock && !here; ++i) here = is_reached(rows[i], to_float(peaks[i]), band2);
     }
@@ -76,8 +76,8 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const RowGradient
     const int j = int(entries[turn]);
     const int64_t other = keys + int64_t(j) * kBlock;
     const uint32_t survivors =
-        p.occupied.at(z, block, j) ? bits_by_rows(p.survivors.of(z), p.rows.padded, block, j, at) : 0;
-    const uint32_t counting = p.mutual ? bits_by_columns(p.one_way.of(z), p.rows.padded, block, j, at) : ~0u;
+        p.occupied.at(z, block, j) ? bits_by_rows(p.survivors.of(z), p.survivors.rows, block, j, at) : 0;
+    const uint32_t counting = p.mutual ? bits_by_columns(p.one_way.of(z), p.one_way.rows, block, j, at) : ~0u;
     Tile s, product;
     multiply_chunks<T>(s, ring, chunks);
     multiply_chunks<T>(product, ring, chunks_v);
@@ -128,7 +128,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const RowGradient
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
     const float all = sum_over_quad(sum[high]);
-    if (threadIdx.x % 4 == 0) sums[own + at.row + 8 * high] = all;
+    if (threadIdx.x % 4 == 0) sums[int64_t(blockIdx.x) * kBlock + at.row + 8 * high] = all;
   }
 }
 
@@ -157,9 +157,7 @@ __device__ __forceinline__ float2 sum_window(const Problem<T>& p, const Saved<T>
       du += step > 0 ? step * offer : 0;
     }
     if (learning.dalpha == nullptr || !(s2 >= own.kappa2)) return;
-    if (p.mutual &&
-        !(p.offered.at(z, position / kBlock, j / kBlock) && bit_at(p.one_way, p.rows.padded, z, j, position)))
-      return;
+    if (p.mutual && !(p.offered.at(z, position / kBlock, j / kBlock) && bit_at(p.one_way, z, j, position))) return;
     const float step = step_derivative((s2 - own.lse2 - own.cut2) * kLn2, band);
     if (!(step > 0)) return;
     if (flag != 0) offer = 0;
@@ -178,11 +176,12 @@ template <class T>
 __global__ void __launch_bounds__(kThreads)
     asa_dt_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Learning learning) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const int blocks = p.rows.blocks(), splits = learning.splits, share = int(blockIdx.y) - splits;
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, image = image_of(z, p.heads, p.per_image);
+  const int splits = learning.splits, share = int(blockIdx.y) - splits;
+  const int z = blockIdx.x / p.rows.count, block = p.rows.first + blockIdx.x % p.rows.count;
+  const int image = image_of(z, p.heads, p.per_image);
   const int n_keys = p.keys.counts[image];
   const int32_t* const tokens = p.rows.order + row_at(image, p.rows.padded, block * kBlock);
-  const int64_t rows = int64_t(p.n_heads) * p.rows.padded, own = row_at(z, p.rows.padded, block * kBlock);
+  const int64_t rows = int64_t(gridDim.x) * kBlock, own = int64_t(blockIdx.x) * kBlock;  // of the parts
   if (threadIdx.x < kBlock) {
     const int token = tokens[threadIdx.x];
     RowThresholds found = thresholds_of(p, saved, z, token, n_keys, token < 0 ? 0 : saved.base2.of(z)[token]);
@@ -229,7 +228,7 @@ template <class T>
 void find_threshold_gradients(const Problem<T>& problem, const Saved<T>& saved, const RowGradients& row,
                               const Learning& learning, cudaStream_t stream) {
   const int programs = learning.splits + (problem.window > 0 ? kShares : 0);
-  launch("asa_dt_kernel", &asa_dt_kernel<T>, dim3(problem.n_heads * problem.rows.blocks(), programs), kThreads,
+  launch("asa_dt_kernel", &asa_dt_kernel<T>, dim3(problem.n_heads * problem.rows.count, programs), kThreads,
          sizeof(Shared), stream, problem, saved, row, learning);
 }
 

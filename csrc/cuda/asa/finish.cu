@@ -14,14 +14,14 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
     asa_finish_out_kernel(Problem<T> p, Parts values, Totals totals, Saved<T> saved) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
-  const int64_t rows = int64_t(p.n_heads) * p.rows.padded;
+  const int64_t rows = int64_t(p.n_heads) * p.rows.computed();
   Vector sum{};
   float largest = -INFINITY, total = 0;
   int count = 0;
   bool nan_row = false;
-  for (int part = 0; part < values.splits; ++part) largest = fmaxf(largest, totals.largest[part * rows + at.index]);
+  for (int part = 0; part < values.splits; ++part) largest = fmaxf(largest, totals.largest[part * rows + at.computed]);
   for (int part = 0; part < values.splits; ++part) {
-    const int64_t row = part * rows + at.index;
+    const int64_t row = part * rows + at.computed;
     const float weight = exp2f(totals.largest[row] - (largest == -INFINITY ? 0 : largest));
     total += totals.total[row] * weight;
     count += totals.count[row];
@@ -73,7 +73,7 @@ __global__ void __launch_bounds__(kThreads)
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
   const float delta = row.delta[at.index], top = row.grad_top[at.index], share = row.share[at.index];
-  float error = number_of(errors, at.index, int64_t(p.n_heads) * p.rows.padded);
+  float error = number_of(errors, at.computed, int64_t(p.n_heads) * p.rows.computed());
   const Vector q = vector_at(p.q, at.index, p.width), d_out = vector_at(p.d_out, at.index, p.width_v);
   visit_keys(p, at, saved.local, [&](int j) {
     const int64_t key = row_at(at.z, p.keys.padded, j);
@@ -89,8 +89,8 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
     asa_finish_dq_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts sums, T* dq) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
-  const int64_t rows = int64_t(p.n_heads) * p.rows.padded;
-  Vector sum = sum_of(sums, at.index, rows, p.width);
+  const int64_t rows = int64_t(p.n_heads) * p.rows.computed();
+  Vector sum = sum_of(sums, at.computed, rows, p.width);
   scale(sum, 1 / shrink_of(p.bounds, p.n_heads, at.z));
   const Vector q = vector_at(p.q, at.index, p.width), d_out = vector_at(p.d_out, at.index, p.width_v);
   const float delta = row.delta[at.index], top = row.grad_top[at.index], share = row.share[at.index];
@@ -112,8 +112,8 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
     asa_finish_dkv_kernel(Problem<T> p, Saved<T> saved, RowGradients row, Parts sums_k, Parts sums_v, T* dk, T* dv) {
   const WarpRow at(p.keys, p.heads, p.per_image);
   if (at.token < 0) return;
-  const int64_t keys = int64_t(p.n_heads) * p.keys.padded;
-  Vector sum_k = sum_of(sums_k, at.index, keys, p.width), sum_v = sum_of(sums_v, at.index, keys, p.width_v);
+  const int64_t keys = int64_t(p.n_heads) * p.keys.computed();
+  Vector sum_k = sum_of(sums_k, at.computed, keys, p.width), sum_v = sum_of(sums_v, at.computed, keys, p.width_v);
   scale(sum_k, 1 / shrink_of(p.bounds, p.n_heads, at.z));
   const Vector k = vector_at(p.k, at.index, p.width), v = vector_at(p.v, at.index, p.width_v);
   visit_queries(p, at, saved.local, [&](int i) {

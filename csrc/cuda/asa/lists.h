@@ -39,7 +39,7 @@ __device__ __forceinline__ void list_tiles(const Lists& lists, int z, int row_bl
     uint32_t* const entries = lists.entries + row * lists.others;
     int length = 0;
     for (int group = 0; group < groups; ++group) {
-      const int first = tile * lists.blocks;
+      const int first = lists.first + tile * lists.blocks;
       const bool two = lists.blocks == 2 && first + 1 < row_blocks;
       const uint32_t one = word_of(first, group), other = two ? word_of(first + 1, group) : 0;
       const uint32_t local = local_of(first, group) | (two ? local_of(first + 1, group) : 0);
@@ -60,7 +60,8 @@ __device__ __forceinline__ void list_tiles(const Lists& lists, int z, int row_bl
 // that stand for tokens take all blocks of `others`.
 __device__ __forceinline__ int length_of(const Lists& lists, int64_t index, int n, int others) {
   if (lists.lengths != nullptr) return lists.lengths[index];
-  return index % lists.tiles * lists.blocks * kBlock < n ? (others + kBlock - 1) / kBlock : 0;
+  const int64_t block = lists.first + index % lists.tiles * lists.blocks;
+  return block * kBlock < n ? (others + kBlock - 1) / kBlock : 0;
 }
 
 // The entries of a tile of rows.
@@ -75,6 +76,19 @@ struct Entries {
   }
   __device__ __forceinline__ int block(int k) const { return int((*this)[k] & kEntryBlock); }
 };
+
+// Clears the bits of tiles of a block of rows, and of all blocks of keys that are `block` modulo the blocks of rows.
+template <class T>
+__device__ __forceinline__ void clear_occupied(const Problem<T>& p, int z, int block, int thread, int threads) {
+  if (p.rows.computes(block))
+    for (int group = thread; group < p.occupied.groups; group += threads) {
+      *p.occupied.word(z, block, group) = 0;
+      if (p.offered.words != nullptr) *p.offered.word(z, block, group) = 0;
+    }
+  for (int j = block; j < p.keys.blocks(); j += p.rows.blocks())
+    for (int group = thread; p.keys.computes(j) && group < p.occupied_columns.groups; group += threads)
+      *p.occupied_columns.word(z, j, group) = 0;
+}
 
 // Lists the tiles that hold survivors.
 template <class T>

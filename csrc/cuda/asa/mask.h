@@ -100,7 +100,7 @@ __device__ __forceinline__ Found exchange_bits(const Problem<T>& p, Bits& tile, 
   return found;
 }
 
-// Stores it: a thread a word.
+// Stores it, for the rows and for the keys that the call computes: a thread a word.
 template <class T>
 __device__ __forceinline__ void store_bits(const Problem<T>& p, const Saved<T>& saved, int z, int image, int i, int j,
                                            bool has_local, const Found& found, int row, int side) {
@@ -108,17 +108,20 @@ __device__ __forceinline__ void store_bits(const Problem<T>& p, const Saved<T>& 
   const auto store = [&](int own, int other, int row, int side, uint32_t neighbours, uint32_t offers,
                          uint32_t offered) {
     const int query = own * kBlock + row, group = 2 * other + side;
-    const int64_t at = int64_t(group) * p.rows.padded + query;
+    const bool of_rows = p.rows.computes(own), of_keys = p.keys.computes(other);
+    const auto at = [&](const PairBits& bits) -> uint32_t& { return bits.of(z)[int64_t(group) * bits.rows + query]; };
     const uint32_t real = first_bits(n_keys - 32 * group);  // zeros, which stand where there are no keys, may score
     neighbours &= real;
     uint32_t word = neighbours;
     if (has_local) word |= local_bits(p, saved, z, image, query, group, neighbours);
-    p.survivors.of(z)[at] = word;
+    if (of_rows) at(p.survivors) = word;
+    if (of_keys && p.columns.words != nullptr) at(p.columns) = word;
     const bool any = __any_sync(~0u, word != 0), speaks = row % 32 == 0;
-    if (any && speaks) p.occupied.set(z, own, other), p.occupied_columns.set(z, other, own);
+    if (any && speaks && of_rows) p.occupied.set(z, own, other);
+    if (any && speaks && of_keys) p.occupied_columns.set(z, other, own);
     if (p.one_way.words == nullptr) return;
-    p.one_way.of(z)[at] = offers & real;
-    if (__any_sync(~0u, offered != 0) && speaks) p.offered.set(z, own, other);
+    if (of_keys) at(p.one_way) = offers & real;
+    if (__any_sync(~0u, offered != 0) && speaks && of_rows) p.offered.set(z, own, other);
   };
   store(i, j, row, side, found.neighbours.there, found.own.there, found.other.there);
   if (p.mutual && i != j)

@@ -1,4 +1,4 @@
-// Adaptive sparse attention on the GPU: what its kernels share, and the steps of a call. call.cu has their order.
+// Adaptive sparse attention on the GPU: what its kernels share, and the steps of a call. call.h has their order.
 //
 // arrange.cu arranges tokens: n_heads = B * heads heads of `padded` tokens each, the map cut into tiles of 8 x 8,
 // padding left out, zeros up to whole blocks of 64 tokens and to a width of 64, 128 or 256. So no tile needs a bounds
@@ -25,8 +25,13 @@ constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
 
 // In which order the tokens of every image stand: arrange.cu finds it.
+//
+// A process that shares a map with others computes some blocks of its rows and of its columns. Arrays of rows, or of
+// keys, have all of them; arrays of pairs or tiles, and sums in parts, have those of these blocks only. Pointers to
+// what has fewer blocks are set back, so that the blocks of the map are counted there too.
 struct Order {
   int n = 0, padded = 0;
+  int first = 0, count = 0;  // blocks that a call computes, all or those of a process: the first one, and how many
   int height = 1, width = 0;  // of the map
   const bool* real = nullptr;  // [images, n] false at padding; null: all are real
   int32_t* order = nullptr;  // [images, padded] token at a position, -1 where there is none
@@ -34,6 +39,8 @@ struct Order {
   int32_t* counts = nullptr;  // [images] real tokens
 
   __host__ __device__ int blocks() const { return padded / kBlock; }
+  __host__ __device__ int computed() const { return count * kBlock; }  // positions
+  __device__ __forceinline__ bool computes(int block) const { return block >= first && block < first + count; }
 };
 
 // Where the numbers of a [B, heads, N, D] tensor lie.
@@ -69,11 +76,12 @@ struct PerHead {
   __device__ __forceinline__ U* of(int z) const { return data + z * stride; }
 };
 
-// A bit for every pair of a head: that of query i and key j is bit j % 32 of [j / 32][i]. Tiles that the bits of tiles
-// leave out were never written.
+// A bit for every pair of a head: that of query i and key j is bit j % 32 of [j / 32][i], `rows` queries after another.
+// Tiles that the bits of tiles leave out were never written.
 struct PairBits {
   uint32_t* words = nullptr;
   int64_t stride = 0;  // words of a head
+  int rows = 0;
 
   __device__ __forceinline__ uint32_t* of(int z) const { return words + z * stride; }
 };
@@ -112,11 +120,12 @@ struct Problem {
   uint32_t* not_finite;  // [n_heads, keys / 32] keys whose value is not finite, which is 0 in v
   // [2, n_heads] the largest |v|, the largest finite sum of |do| of a query, as bits; null but in a backward of Half
   uint32_t* bounds;
-  PairBits survivors;
-  PairBits one_way;  // A, where thresholds learn and neighbours must be mutual
+  PairBits survivors;  // of the rows that a call computes
+  PairBits columns;  // of the keys that it computes; null: survivors has them, or nobody asks
+  PairBits one_way;  // A of these keys, where thresholds learn and neighbours must be mutual
   TileBits occupied, occupied_columns;  // tiles with a survivor, [row block, key block] and transposed
   TileBits offered;  // beside `one_way`: whether a key of the block J has a query of the block I as its neighbour
-  PerHead<Half> peaks;  // [key block, row] at least the largest score of a row with the keys of a block
+  PerHead<Half> peaks;  // [key block, computed row] at least the largest score of a row with the keys of a block
   // [key block, row] the smallest of these scores with its sign turned, or a little more; inf if a key is missing. They
   // may be left out.
   PerHead<Half> floors;
@@ -145,19 +154,20 @@ struct Lists {
   int32_t* lengths = nullptr;  // [n_heads, tiles]
   int tiles = 0, others = 0;
   int blocks = 1;  // of a tile
+  int first = 0;  // block
 };
 
 // An entry: a block; whether it may hold pairs of a window; for which blocks of the tile of rows it is, the first or the
 // second; and for which of them all pairs are neighbours.
 constexpr uint32_t kEntryBlock = (1u << 24) - 1, kEntryLocal = 1u << 24, kEntryFirst = 1u << 30, kEntryWhole = 1u << 28;
 
-// A sum over survivors in parts, [splits, n_heads * padded, width]; no parts: there is nothing to sum.
+// A sum over survivors in parts, [splits, n_heads * computed, width]; no parts: there is nothing to sum.
 struct Parts {
   float* sums = nullptr;
   int splits = 0;
 };
 
-// The softmax of rows over their survivors, in the same parts, [splits, n_heads * padded].
+// The softmax of rows over their survivors, in the same parts, [splits, n_heads * computed].
 struct Totals {
   float* largest;  // score, base 2
   float* total;  // of exp2(s2 - largest)
@@ -253,7 +263,7 @@ template <class T>
 void arrange_backward(const Problem<T>& problem, const Arranging<T>& tokens, const Saved<T>& saved,
                       const RowGradients& row, const Lists& by_rows, const Lists& by_columns, cudaStream_t stream);
 
-// Maximum and sum of exponentials of rows in parts, [splits, n_heads * padded]: a row has parts of its keys.
+// Maximum and sum of exponentials of rows in parts, [splits, n_heads * computed]: a row has parts of its keys.
 struct Statistics {
   float *largest, *total;
   int splits;  // at most, or of every row
@@ -285,7 +295,8 @@ void find_statistics(const Problem<T>& problem, const Statistics& statistics, cu
 template <class T>
 void find_kth(const Problem<T>& problem, const PerHead<float>& kappa2, cudaStream_t stream);
 
-// select.cu. What the plan needs beside a problem.
+// select.cu. What the plan needs beside a problem. Of some rows alone there are no lists yet: they need what other
+// processes find.
 struct Plan {
   Statistics statistics;
   Thresholds thresholds;
@@ -301,6 +312,20 @@ struct Plan {
 // Log-sum-exps, thresholds, local survivors, lists.
 template <class T>
 void make_plan(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, cudaStream_t stream);
+
+// exchange.cu: what processes that share a map tell each other of the rows that they scan. `numbers` [n_heads, rows,
+// numbers_of(window)]: lse2, cut2, kappa2, the k-th score, log_mean2, and four local flags each. `flags` [n_heads, row
+// blocks, key blocks], where there are thresholds: whether a tile reaches one of its rows.
+__host__ __device__ __forceinline__ int numbers_of(int window) { return 5 + (window * window + 3) / 4; }
+// Of the rows that a call computes, after their plan.
+template <class T>
+void tell_rows(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, float* numbers, uint8_t* flags,
+               cudaStream_t stream);
+// Of all rows: their thresholds, local flags and tiles, the statistics of those that a call computes, and the lists of
+// these; `of_keys`, if it has room: of all rows with the keys that it computes. Clears bits of tiles.
+template <class T>
+void take_rows(const Problem<T>& problem, const Plan& plan, const Lists& of_keys, const Saved<T>& saved,
+               const float* numbers, const uint8_t* flags, cudaStream_t stream);
 
 // Decides the pairs of all listed tiles, and of their transposes if mutual; lists those that hold survivors.
 template <class T>
@@ -333,7 +358,7 @@ struct Learning {
   float band;
   float *dalpha, *dbeta;  // [n_heads, n]
   uint32_t* entries;  // [n_heads, row blocks, key blocks] room for lists
-  float* parts;  // [splits + 1, n_heads * padded] room for sums
+  float* parts;  // [splits + 1, n_heads * computed] room for sums
   int splits;
   uint32_t* done;  // [n_heads, row blocks] programs; zeroed
 };

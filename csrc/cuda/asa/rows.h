@@ -6,20 +6,23 @@
 
 namespace asa_ops::cuda {
 
-// Programs for a row a warp.
+// Programs for a row a warp, of those that a call computes.
 inline dim3 row_programs(int n_heads, const Order& rows) {
-  return dim3(unsigned(int64_t(n_heads) * rows.padded / kWarps));
+  return dim3(unsigned(int64_t(n_heads) * rows.computed() / kWarps));
 }
 
 // The row of this warp.
 struct WarpRow {
+  int64_t computed;  // in [n_heads, computed]
+  int z, position;
   int64_t index;  // in [n_heads, padded]
-  int z, position, image, token;  // token -1: there is none
+  int image, token;  // token -1: there is none
 
   __device__ WarpRow(const Order& rows, int heads, int per_image)
-      : index(int64_t(blockIdx.x) * kWarps + threadIdx.x / 32),
-        z(int(index / rows.padded)),
-        position(int(index % rows.padded)),
+      : computed(int64_t(blockIdx.x) * kWarps + threadIdx.x / 32),
+        z(int(computed / rows.computed())),
+        position(rows.first * kBlock + int(computed % rows.computed())),
+        index(row_at(z, rows.padded, position)),
         image(image_of(z, heads, per_image)),
         token(rows.order[row_at(image, rows.padded, position)]) {}
 };
@@ -80,7 +83,7 @@ __device__ __forceinline__ float dot(const Vector& a, const Vector& b) {
   return sum_over_warp(sum);
 }
 
-// The sum of a row's parts.
+// The sum of a row's parts, of all `rows` that are computed.
 __device__ __forceinline__ Vector sum_of(const Parts& parts, int64_t row, int64_t rows, int width) {
   Vector sum{};
   for (int part = 0; part < parts.splits; ++part)
@@ -128,14 +131,14 @@ __device__ __forceinline__ uint8_t& local_flag(const Problem<T>& p, const PerHea
   return local.of(z)[int64_t(token) * (p.window * p.window) + offset];
 }
 
-__device__ __forceinline__ bool bit_at(const PairBits& bits, int padded, int z, int query, int key) {
-  return bits.of(z)[int64_t(key / 32) * padded + query] >> key % 32 & 1;
+__device__ __forceinline__ bool bit_at(const PairBits& bits, int z, int query, int key) {
+  return bits.of(z)[int64_t(key / 32) * bits.rows + query] >> key % 32 & 1;
 }
 
 // Whether a pair survives, positions both.
 template <class T>
 __device__ __forceinline__ bool survives(const Problem<T>& p, int z, int query, int key) {
-  return p.occupied.at(z, query / kBlock, key / kBlock) && bit_at(p.survivors, p.rows.padded, z, query, key);
+  return p.occupied.at(z, query / kBlock, key / kBlock) && bit_at(p.survivors, z, query, key);
 }
 
 // Calls use(position) for the survivors of a row by its bits.
@@ -146,7 +149,7 @@ __device__ __forceinline__ void visit_bits(const Problem<T>& p, const WarpRow& a
   for (int start = 0; start < groups; start += 32) {
     const int group = start + lane;
     const bool there = group < groups && p.occupied.at(at.z, at.position / kBlock, group / 2);
-    const uint32_t own = there ? words[int64_t(group) * p.rows.padded] : 0;
+    const uint32_t own = there ? words[int64_t(group) * p.survivors.rows] : 0;
     for (unsigned left = __ballot_sync(~0u, own != 0); left != 0; left &= left - 1) {
       const int holder = __ffs(int(left)) - 1;
       for (uint32_t word = __shfl_sync(~0u, own, holder); word != 0; word &= word - 1)

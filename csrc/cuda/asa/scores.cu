@@ -14,8 +14,8 @@ namespace {
 // Of every row over each `splits`-th block of keys, axis 1 of the grid.
 template <class T>
 __global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, Statistics statistics) {
-  const int blocks = p.rows.blocks();
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y, splits = statistics.splits;
+  const int z = blockIdx.x / p.rows.count, block = p.rows.first + blockIdx.x % p.rows.count;
+  const int split = blockIdx.y, splits = statistics.splits;
   const int n_keys = p.keys.counts[image_of(z, p.heads, p.per_image)];
   const int chunks = chunks_of<T>(p.width);
   const T* const q = p.q + row_at(z, p.rows.padded, block * kBlock) * p.width;
@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, 
         peak = max_over_quad(peak);
         // A little above, so that no tile is missed however another kernel's product rounds.
         if (threadIdx.x % 4 == 0)
-          p.peaks.of(z)[int64_t(j) * p.rows.padded + block * kBlock + at.row + 8 * half] =
+          p.peaks.of(z)[int64_t(j) * p.rows.computed() + block * kBlock + at.row + 8 * half] =
               half_above(peak + fabsf(peak) * 1e-4f + 1e-6f);
       }
     }
@@ -64,8 +64,7 @@ __global__ void __launch_bounds__(kThreads) asa_statistics_kernel(Problem<T> p, 
   for (int half = 0; half < 2; ++half) {
     const float base = max_over_quad(high[half]), finite = base == -INFINITY ? 0 : base;
     const float all = sum_over_quad(sum[half] * exp2f(high[half] - finite));
-    const int64_t row =
-        int64_t(split) * p.n_heads * p.rows.padded + row_at(z, p.rows.padded, block * kBlock + at.row + 8 * half);
+    const int64_t row = (int64_t(split) * gridDim.x + blockIdx.x) * kBlock + at.row + 8 * half;  // of the parts
     if (threadIdx.x % 4 == 0) statistics.largest[row] = base, statistics.total[row] = all;
   }
 }
@@ -105,8 +104,7 @@ __device__ __forceinline__ int shift_of(const Interval& row) {
 template <class T>
 __global__ void __launch_bounds__(kThreads) asa_topk_kernel(Problem<T> p, PerHead<float> kappa2) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const int blocks = p.rows.blocks();
-  const int z = blockIdx.x / blocks, i0 = blockIdx.x % blocks * kBlock;
+  const int z = blockIdx.x / p.rows.count, i0 = (p.rows.first + blockIdx.x % p.rows.count) * kBlock;
   const int image = image_of(z, p.heads, p.per_image);
   const int n_rows = p.rows.counts[image], n_keys = p.keys.counts[image];
   const int chunks = chunks_of<T>(p.width);
@@ -210,14 +208,13 @@ template <class T>
 void find_statistics(const Problem<T>& problem, const Statistics& statistics, cudaStream_t stream) {
   const int bytes = chunks_of<T>(problem.width) * kChunkBytes + kStages * kChunkBytes;
   launch("asa_statistics_kernel", &asa_statistics_kernel<T>,
-         dim3(problem.n_heads * problem.rows.blocks(), statistics.splits), kThreads, bytes, stream, problem,
-         statistics);
+         dim3(problem.n_heads * problem.rows.count, statistics.splits), kThreads, bytes, stream, problem, statistics);
 }
 
 template <class T>
 void find_kth(const Problem<T>& problem, const PerHead<float>& kappa2, cudaStream_t stream) {
-  launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.n_heads * problem.rows.blocks()), kThreads,
-         sizeof(Shared), stream, problem, kappa2);
+  launch("asa_topk_kernel", &asa_topk_kernel<T>, dim3(problem.n_heads * problem.rows.count), kThreads, sizeof(Shared),
+         stream, problem, kappa2);
 }
 
 #define INSTANTIATE(T)                                                               \

@@ -98,8 +98,7 @@ __device__ __forceinline__ LogSumExp combine(const Statistics& parts, int count,
 template <class T>
 __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Plan plan, Saved<T> saved) {
   RowThresholds* const rows = reinterpret_cast<RowThresholds*>(shared_memory());
-  const int blocks = p.rows.blocks(), key_blocks = p.keys.blocks();
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks;
+  const int z = blockIdx.x / p.rows.count, block = p.rows.first + blockIdx.x % p.rows.count;
   const int image = image_of(z, p.heads, p.per_image), n_keys = p.keys.counts[image];
   const int thread = threadIdx.x, warp = thread / 32, lane = thread % 32;
   const int32_t* const tokens = p.rows.order + row_at(image, p.rows.padded, block * kBlock);
@@ -107,7 +106,8 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
     const int token = tokens[thread];
     const int64_t row = row_at(z, p.rows.padded, block * kBlock + thread);
     const int parts = plan.statistics.count(z, p.n_heads, block);
-    const LogSumExp found = combine(plan.statistics, parts, row, int64_t(p.n_heads) * p.rows.padded);
+    const LogSumExp found =
+        combine(plan.statistics, parts, int64_t(blockIdx.x) * kBlock + thread, int64_t(p.n_heads) * p.rows.computed());
     if (token >= 0) {
       saved.lse[row_at(z, p.rows.n, token)] = found.lse2 * kLn2;
       if (saved.base2.data != nullptr) saved.base2.of(z)[token] = found.lse2;
@@ -128,13 +128,7 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
       if (tokens[i] >= 0) find_local_survivors(p, z, image, tokens[i], block * kBlock + i, saved, plan.local);
   if (!p.has_bits) return;
 
-  for (int group = thread; group < p.occupied.groups; group += kPlanThreads) {
-    *p.occupied.word(z, block, group) = 0;
-    if (p.offered.words != nullptr) *p.offered.word(z, block, group) = 0;
-  }
-  for (int j = block; j < key_blocks; j += blocks)
-    for (int group = thread; group < p.occupied_columns.groups; group += kPlanThreads)
-      *p.occupied_columns.word(z, j, group) = 0;
+  clear_occupied(p, z, block, thread, kPlanThreads);
   __syncthreads();
   // Sets the bits of this block's tiles whose rows any, or all, pass in a block of keys, and those of their transposes.
   const auto mark = [&](const TileBits& tiles, const TileBits& back, auto passes) {
@@ -145,9 +139,9 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
       for (int k = 0; k < 8; ++k) {
         const int j = 8 * eight + k;
         if (j * kBlock >= n_keys) break;
-        const bool marked = passes(int64_t(j) * p.rows.padded + block * kBlock + lane);
+        const bool marked = passes(int64_t(j) * p.rows.computed() + block * kBlock + lane);
         bits |= unsigned(marked) << k;
-        if (marked && p.mutual && lane == 0) back.set(z, j, block);
+        if (marked && back.words != nullptr && lane == 0) back.set(z, j, block);
       }
       if (lane == 0) bytes[eight] = uint8_t(bits);
     }
@@ -163,14 +157,14 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
       return !__any_sync(~0u, !is_reached(rows[lane], -to_float(floors[0]), 0) ||
                                   !is_reached(rows[lane + 32], -to_float(floors[32]), 0));
     });
-  if (!arrive_last(plan.done + z, 1, blocks)) return;
+  if (plan.lists.entries == nullptr || !arrive_last(plan.done + z, 1, p.rows.count)) return;
   const auto of = [&](const TileBits& tiles, const TileBits& back, int i, int group) {
     const uint32_t there = load_fresh(tiles.word(z, i, group));
     return p.mutual ? there & load_fresh(back.word(z, i, group)) : there;
   };
   const auto local_of = [&](int i, int group) { return p.window > 0 ? load_fresh(plan.local.word(z, i, group)) : 0; };
   list_tiles(
-      plan.lists, z, blocks, thread, kPlanThreads,
+      plan.lists, z, p.rows.blocks(), thread, kPlanThreads,
       [&](int i, int group) {
         const uint32_t there = of(plan.reached, plan.reached_back, i, group) | local_of(i, group);
         return p.mutual ? there & ~first_bits(i - 32 * group) : there;
@@ -185,22 +179,26 @@ struct Shared {
   Bits bits;
 };
 
-// Every gridDim.y-th listed block of a block of rows; the last program of a head lists what holds survivors.
+// Every gridDim.y-th listed block of a block of rows; the last program of a head lists what holds survivors. Whoever
+// lists a tile of mutual neighbours, it is decided in the same products, those of the tile above the diagonal.
 template <class T>
 __global__ void __launch_bounds__(kThreads, kPrograms)
     asa_mask_kernel(Problem<T> p, Plan plan, Saved<T> saved, uint32_t* done, Lists found) {
   Shared& shared = *reinterpret_cast<Shared*>(shared_memory());
-  const int blocks = p.rows.blocks(), padded = p.rows.padded;
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, image = image_of(z, p.heads, p.per_image);
+  const int z = blockIdx.x / plan.lists.tiles, block = plan.lists.first + blockIdx.x % plan.lists.tiles;
+  const int image = image_of(z, p.heads, p.per_image);
   const Entries list(plan.lists, blockIdx.x);
   const int length = plan.lists.lengths[blockIdx.x];
   const Thresholds& thresholds = plan.thresholds;
   const int chunks = chunks_of<T>(p.width), products = p.mutual && !p.symmetric ? 2 : 1;
-  const int64_t own = row_at(z, padded, block * kBlock), keys = row_at(z, p.keys.padded, 0);
+  const int64_t rows = row_at(z, p.rows.padded, 0), keys = row_at(z, p.keys.padded, 0);
+  const auto row_block = [&](int listed) { return p.mutual ? min(block, listed) : block; };
+  const auto key_block = [&](int listed) { return p.mutual ? max(block, listed) : listed; };
   const auto load = [&](int step, char* chunk) {
     const int turn = int(blockIdx.y) + step / (chunks * products) * int(gridDim.y);
     if (turn >= length) return;
-    const int64_t other = keys + int64_t(list.block(turn)) * kBlock;
+    const int listed = list.block(turn);
+    const int64_t own = rows + row_block(listed) * kBlock, other = keys + key_block(listed) * kBlock;
     const bool back = step / chunks % products == 1;
     copy_chunk(chunk, (back ? p.k : p.q) + own * p.width, step % chunks);
     copy_chunk(chunk + kChunkBytes, (back ? p.q : p.k) + other * p.width, step % chunks);
@@ -210,13 +208,13 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
   const bool has_topk = thresholds.kappa2 != nullptr;
 
   for (int turn = blockIdx.y; turn < length; turn += gridDim.y) {
-    const int j = list.block(turn);
+    const int first = row_block(list.block(turn)), j = key_block(list.block(turn));
     Tile s;
     multiply_chunks<T>(s, ring, chunks);
     uint32_t bits = 0, back = 0;
 #pragma unroll
     for (int high = 0; high < 2; ++high) {
-      const int64_t row = own + at.row + 8 * high;
+      const int64_t row = rows + first * kBlock + at.row + 8 * high;
       const float lse2 = thresholds.lse2[row], cut2 = thresholds.cut2[row];
       const float kappa2 = has_topk ? thresholds.kappa2[row] : -INFINITY;
 #pragma unroll
@@ -247,11 +245,11 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
     }
     const int row = threadIdx.x % kBlock, side = threadIdx.x / kBlock;
     const Found words =
-        exchange_bits(p, shared.bits, bits, back, j == block, at.row, at.column, row, side, [] { __syncthreads(); });
-    store_bits(p, saved, z, image, block, j, list[turn] & kEntryLocal, words, row, side);
+        exchange_bits(p, shared.bits, bits, back, j == first, at.row, at.column, row, side, [] { __syncthreads(); });
+    store_bits(p, saved, z, image, first, j, list[turn] & kEntryLocal, words, row, side);
   }
   ring.finish();
-  if (p.few || !arrive_last(done + z, 1, blocks * gridDim.y)) return;
+  if (found.entries == nullptr || !arrive_last(done + z, 1, plan.lists.tiles * gridDim.y)) return;
   list_occupied(p, found, z, true, threadIdx.x, kThreads);
 }
 
@@ -259,15 +257,15 @@ __global__ void __launch_bounds__(kThreads, kPrograms)
 
 template <class T>
 void make_plan(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, cudaStream_t stream) {
-  launch("asa_plan_kernel", &asa_plan_kernel<T>, dim3(problem.n_heads * problem.rows.blocks()), kPlanThreads,
+  launch("asa_plan_kernel", &asa_plan_kernel<T>, dim3(problem.n_heads * problem.rows.count), kPlanThreads,
          kBlock * sizeof(RowThresholds), stream, problem, plan, saved);
 }
 
 template <class T>
 void find_survivors(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, uint32_t* done,
                     const Lists& lists, cudaStream_t stream) {
-  const int blocks = problem.n_heads * problem.rows.blocks();
-  const int splits = min(plan.lists.others, 1 + 8 * processors() / blocks);  // lists differ in length
+  const int blocks = problem.n_heads * plan.lists.tiles;
+  const int splits = min(plan.lists.others, 1 + 8 * processors() / max(blocks, 1));  // lists differ in length
   launch("asa_mask_kernel", &asa_mask_kernel<T>, dim3(blocks, splits), kThreads, sizeof(Shared), stream, problem, plan,
          saved, done, lists);
 }

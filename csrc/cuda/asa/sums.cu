@@ -31,7 +31,7 @@ enum class Form { kGrowing, kWeight, kGradient, kDelta };
 template <class T>
 struct Operands {
   bool rows_are_queries;
-  int n_heads, padded, other_padded, query_padded;  // tokens of the own side, of the other one, of queries
+  int n_heads, padded, other_padded;  // tokens of the own side, of the other one
   int width, width_v;
   float scale2;
   const T *own, *other;  // q and k, or k and q
@@ -54,8 +54,8 @@ __global__ void __launch_bounds__(kThreads, 2) asa_sums_kernel(Operands<T> g) {
   constexpr int kSummed = FORM == Form::kDelta ? 0 : WIDTH / kColumns<T>;  // chunks
   using Shape = Layout<T, WIDTH>;
   constexpr int N = Shape::kColumns / 8;
-  const int blocks = g.padded / kBlock;
-  const int z = blockIdx.x / blocks, block = blockIdx.x % blocks, split = blockIdx.y, splits = gridDim.y;
+  const int z = blockIdx.x / g.lists.tiles, block = g.lists.first + blockIdx.x % g.lists.tiles;
+  const int split = blockIdx.y, splits = gridDim.y;
   const int image = image_of(z, g.heads, g.per_image), n = g.counts[image], n_other = g.other_counts[image];
   const Entries list(g.lists, blockIdx.x);
   const int length = length_of(g.lists, blockIdx.x, n, n_other);
@@ -103,8 +103,9 @@ __global__ void __launch_bounds__(kThreads, 2) asa_sums_kernel(Operands<T> g) {
   for (int turn = split; turn < length; turn += splits) {
     const int j = list.block(turn);
     const uint32_t survivors = g.survivors.words == nullptr ? bits_of_all(n - block * kBlock, n_other - j * kBlock, at)
-                               : g.rows_are_queries ? bits_by_rows(g.survivors.of(z), g.query_padded, block, j, at)
-                                                    : bits_by_columns(g.survivors.of(z), g.query_padded, block, j, at);
+                               : g.rows_are_queries
+                                   ? bits_by_rows(g.survivors.of(z), g.survivors.rows, block, j, at)
+                                   : bits_by_columns(g.survivors.of(z), g.survivors.rows, block, j, at);
     uint32_t not_finite = 0;
     if (FORM == Form::kGrowing) {
       const uint32_t* const keys = g.not_finite + (others / kBlock + j) * 2;
@@ -183,7 +184,7 @@ __global__ void __launch_bounds__(kThreads, 2) asa_sums_kernel(Operands<T> g) {
   nan_row |= __shfl_xor_sync(~0u, nan_row, 2);
 #pragma unroll
   for (int high = 0; high < 2; ++high) {
-    const int64_t row = int64_t(split) * g.n_heads * g.padded + own + at.row + 8 * high;
+    const int64_t row = (int64_t(split) * gridDim.x + blockIdx.x) * kBlock + at.row + 8 * high;  // of the parts
     const float all = sum_over_quad(total[high]);
     int kept = count[high] + __shfl_xor_sync(~0u, count[high], 1);
     kept += __shfl_xor_sync(~0u, kept, 2);
@@ -206,8 +207,8 @@ template <class T, int WIDTH, Form FORM>
 void run(const Operands<T>& g, cudaStream_t stream) {
   const bool gradients = FORM == Form::kGradient || FORM == Form::kDelta;
   const int chunks = chunks_of<T>(g.width) + (gradients ? chunks_of<T>(g.width_v) : 0);
-  launch("asa_sums_kernel", &asa_sums_kernel<T, WIDTH, FORM>, dim3(g.n_heads * (g.padded / kBlock), g.parts.splits),
-         kThreads, Layout<T, WIDTH>::bytes(chunks), stream, g);
+  launch("asa_sums_kernel", &asa_sums_kernel<T, WIDTH, FORM>, dim3(g.n_heads * g.lists.tiles, g.parts.splits), kThreads,
+         Layout<T, WIDTH>::bytes(chunks), stream, g);
 }
 
 template <class T, Form FORM>
@@ -226,12 +227,13 @@ void sum_survivors(Sum what, const Problem<T>& p, const Lists& lists, const RowG
   const bool by_queries = what != Sum::kDk && what != Sum::kDv;
   Operands<T> g{};
   g.rows_are_queries = by_queries;
-  g.n_heads = p.n_heads, g.query_padded = p.rows.padded;
+  g.n_heads = p.n_heads;
   g.padded = by_queries ? p.rows.padded : p.keys.padded, g.other_padded = by_queries ? p.keys.padded : p.rows.padded;
   g.width = p.width, g.width_v = p.width_v, g.scale2 = p.scale2;
   g.own = by_queries ? p.q : p.k, g.other = by_queries ? p.k : p.q;
   g.own_v = by_queries ? p.d_out : p.v, g.other_v = by_queries ? p.v : p.d_out;
-  g.survivors = p.survivors, g.heads = p.heads, g.per_image = p.per_image;
+  g.survivors = by_queries || p.columns.words == nullptr ? p.survivors : p.columns, g.heads = p.heads,
+  g.per_image = p.per_image;
   g.counts = (by_queries ? p.rows : p.keys).counts, g.other_counts = (by_queries ? p.keys : p.rows).counts;
   g.not_finite = p.not_finite;
   g.top = what == Sum::kDv ? row.top : row.grad_top, g.share = row.share, g.delta = row.delta, g.bounds = p.bounds;
