@@ -102,10 +102,12 @@ class Options(NamedTuple):
             raise RuntimeError(f"asa_attention: a window has a side for each of the grid, got {grid=} and {window=}")
         if not grid:
             return cls((0, 0, 0), (1, 1, 1), topk, reciprocal, scale)
-        first = (1,) * (3 - len(grid))
+        first = [1] * (3 - len(grid))
         # A window wider than the grid is the grid. Not the builtins: they would have torch.compile ask which is larger.
-        sides = [torch.sym_min(x, torch.sym_max(2 * side - 1, 1)) for x, side in zip(window, grid, strict=True)]
-        return cls((*first, *grid), (*first, *sides), topk, reciprocal, scale)
+        wide = [torch.sym_min(x, torch.sym_max(2 * side - 1, 1)) for x, side in zip(window, grid, strict=True)]
+        depth, height, width = (*first, *grid)
+        along, down, across = (*first, *wide)
+        return cls((depth, height, width), (along, down, across), topk, reciprocal, scale)
 
     @property
     def positions(self) -> int:
