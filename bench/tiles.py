@@ -30,7 +30,7 @@ NOISE = 0.05
 
 
 def read(name: str, size: tuple[int, ...]) -> Tensor:
-    """Return a volume or a film [C, T, H, W] in [0, 1]: the middle of a volume, the first frames of a film made smaller."""
+    """Return the middle of a volume, or the first frames of a film made smaller, [C, T, H, W] in [0, 1]."""
     if name == SAMPLE or name.endswith(".npy"):
         if name == SAMPLE:
             import nibabel

@@ -45,11 +45,11 @@ struct Options {
     for (const int64_t side : sides) check(side > 0 && side % 2 == 1, "window", "of odd sides");
     if (!grid.empty()) {
       int64_t* const of_grid[] = {&depth, &height, &width};
-      const int64_t largest = *std::max_element(grid.begin(), grid.end()), none = 3 - static_cast<int64_t>(grid.size());
+      const int64_t none = 3 - static_cast<int64_t>(grid.size());
       for (int64_t i = 0; i < 3; ++i) {
         *of_grid[i] = i < none ? 1 : grid[i - none];
         // A window wider than the grid is the grid.
-        window[i] = i < none ? 1 : std::min(sides[i - none], std::max<int64_t>(2 * largest - 1, 1));
+        if (i >= none) window[i] = std::min(sides[i - none], std::max<int64_t>(2 * grid[i - none] - 1, 1));
       }
     }
     check(topk >= 0, "topk", "at least 0");

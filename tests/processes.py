@@ -1,5 +1,6 @@
 """A few processes of one torch.distributed group that run what a test asks for, again and again."""
 
+import contextlib
 import os
 import tempfile
 import traceback
@@ -54,7 +55,8 @@ class Processes:
     def end(self) -> None:
         for pipe, child in zip(self.pipes, self.children, strict=True):
             if child.is_alive():
-                pipe.send(None)
+                with contextlib.suppress(OSError):  # it may end this moment
+                    pipe.send(None)
         for child in self.children:
             child.join(10)
             child.kill()

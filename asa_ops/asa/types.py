@@ -12,7 +12,6 @@ The C++ implementations are ops (``asa_ops.asa.ops``). One in Python is a module
         Return the survivors K.
 """
 
-import functools
 import math
 from collections.abc import Iterable, Sequence
 from typing import Literal, NamedTuple
@@ -103,11 +102,12 @@ class Options(NamedTuple):
             raise RuntimeError(f"asa_attention: a window has a side for each of the grid, got {grid=} and {window=}")
         if not grid:
             return cls((0, 0, 0), (1, 1, 1), topk, reciprocal, scale)
-        first = (1,) * (3 - len(grid))
+        first = [1] * (3 - len(grid))
         # A window wider than the grid is the grid. Not the builtins: they would have torch.compile ask which is larger.
-        widest = torch.sym_max(2 * functools.reduce(torch.sym_max, grid) - 1, 1)
-        sides = [torch.sym_min(side, widest) for side in window]
-        return cls((*first, *grid), (*first, *sides), topk, reciprocal, scale)
+        wide = [torch.sym_min(x, torch.sym_max(2 * side - 1, 1)) for x, side in zip(window, grid, strict=True)]
+        depth, height, width = (*first, *grid)
+        along, down, across = (*first, *wide)
+        return cls((depth, height, width), (along, down, across), topk, reciprocal, scale)
 
     @property
     def positions(self) -> int:

@@ -124,7 +124,7 @@ def test_sides_of_one_change_nothing(impl, grid, window):
     inputs, options = make(replace(case, batch=1, heads=1) if impl == "triton" else case, torch.float32)
     results = []
     for more in range(4 - len(grid)):
-        options |= {"grid": (*[1] * more, *grid), "window": (*[1] * more, *[window] * len(grid))}
+        options |= {"grid": (*[1] * more, *grid), "window": window}
         leaves = with_grad(inputs)
         out, stats = asa_attention(*leaves, **options, impl=impl, return_stats=True)
         results.append([out, *stats, *torch.autograd.grad(out.square().sum(), leaves)])

@@ -82,26 +82,20 @@ def test_float16(name):
     check(named(name), torch.float16)
 
 
-@pytest.fixture
-def tiles(request, monkeypatch):
-    """Cut some kernels into other blocks than the interpreter's."""
-    find = configs.find
-
-    def changed(kernel, *x):
-        return find(kernel, *x)._replace(**request.param.get(kernel, {}))
-
-    monkeypatch.setattr(configs, "find", changed)
-
-
-SQUARE = {"block_m": 128, "block_n": 128}
-WIDE = {"mask": SQUARE, "dq": {"block_m": 128}, "dkv": {"block_m": 128}, "aggregate": {"block_m": 128, "block_n": 64}}
+# Blocks of every kernel, as on a GPU but of other sizes.
+BLOCKS = {
+    "descriptors": configs.Config(64, 64, 4, 1, tma=True),
+    "wide": configs.Config(128, 128, 4, 1, tma=True),
+    "chunks": configs.Config(64, 64, 4, 1, chunk=16, columns=16),
+}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("tiles", [WIDE], indirect=True, ids=["wide"])
+@pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("name", ["plain", "topk", "one_way"])
-def test_other_blocks(tiles, name):
-    check(named(name))
+def test_other_blocks(monkeypatch, blocks, name):
+    monkeypatch.setattr(configs, "find", lambda *_: BLOCKS[blocks])
+    check(replace(named(name), dim=19, dim_v=33))
 
 
 class Allocated(TorchDispatchMode):

@@ -36,6 +36,10 @@ criss_cross_attention(x, x, x, impl=1)  # type: ignore[arg-type]
 linear: Tensor = linear_attention(x, x, x, eps=1e-6)
 block = nn.AdaptiveSparseAttention(8, window=5, threshold_grad=None)
 nn.AdaptiveSparseAttention(8, threshold_grad="no")  # type: ignore[arg-type]
+video = nn.AdaptiveSparseAttention(8, window=(3, 5, 5), dims=3)
+nn.SqueezeAndAttention(8, pool=(1, 2, 2), dims=3)
+nn.InterlacedSparseAttention(8, factors=[(4,), (8,)], dims=1)
+nn.NonLocal(8, sub_sample="output")  # type: ignore[arg-type]
 module: torch.nn.Module = nn.build("criss_cross", 8)
 """
 

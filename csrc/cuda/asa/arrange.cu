@@ -1,9 +1,9 @@
 // Tokens into the order and form that the other kernels read.
 //
-// Attention does not depend on the order of tokens, but which tiles are skipped does: neighbours on the map are
-// neighbours in memory if the map is cut into tiles of 8 x 8. Real positions come first and zeros follow; padding is
-// left out. A program arranges a block of one tensor. It finds the tokens of its block by itself, so that orders need
-// no launch of their own.
+// Attention does not depend on the order of tokens, but which tiles are skipped does: neighbours on the grid are
+// neighbours in memory if it is cut into tiles of 8 x 8, or 4 x 4 x 4. Real positions come first and zeros follow;
+// padding is left out. A program arranges a block of one tensor. It finds the tokens of its block by itself, so that
+// orders need no launch of their own.
 
 #include "lists.h"
 #include "rows.h"
@@ -13,13 +13,19 @@ namespace {
 
 constexpr int kArrangeThreads = 256;
 
-// The token at a position of the 8 x 8 order; tiles at the borders are smaller, no position is empty.
-__device__ __forceinline__ int token_at(int position, int height, int width) {
-  const int band = position / (8 * width), in_band = position % (8 * width);
-  const int tall = min(8, height - 8 * band);
-  const int tile = in_band / (8 * tall), in_tile = in_band % (8 * tall);
-  const int wide = min(8, width - 8 * tile);
-  return (8 * band + in_tile / wide) * width + 8 * tile + in_tile % wide;
+// The token at a position of the order of tiles, 8 x 8 or, of a volume, 4 x 4 x 4: slabs of slices, in them bands of
+// rows, in them tiles. Those at the borders are smaller, no position is empty.
+__device__ __forceinline__ int token_at(int position, const Order& o) {
+  const bool is_map = o.depth == 1;
+  const int side = is_map ? 8 : 4, slab = is_map ? 0 : position / (side * o.height * o.width);
+  const int thick = is_map ? 1 : min(side, o.depth - side * slab),
+            in_slab = position - slab * side * o.height * o.width;
+  const int band = in_slab / (side * thick * o.width), in_band = in_slab % (side * thick * o.width);
+  const int tall = min(side, o.height - side * band);
+  const int tile = in_band / (side * thick * tall), in_tile = in_band % (side * thick * tall);
+  const int wide = min(side, o.width - side * tile);
+  const int slice = is_map ? 0 : side * slab + in_tile / (tall * wide), row = side * band + in_tile / wide % tall;
+  return (slice * o.height + row) * o.width + side * tile + in_tile % wide;
 }
 
 struct alignas(16) Shared {
@@ -35,7 +41,7 @@ __device__ __forceinline__ void find_tokens(const Order& o, int image, int block
   int count = o.n;
   if (o.real == nullptr) {
     if (thread < kBlock) {
-      const int token = position < o.n ? token_at(position, o.height, o.width) : -1;
+      const int token = position < o.n ? token_at(position, o) : -1;
       shared.tokens[thread] = token;
       if (store && token >= 0) place[token] = position;
     }
@@ -44,11 +50,11 @@ __device__ __forceinline__ void find_tokens(const Order& o, int image, int block
     const int share = (o.n + kArrangeThreads - 1) / kArrangeThreads;
     const int first = min(o.n, thread * share), last = min(o.n, first + share);
     int own = 0;
-    for (int p = first; p < last; ++p) own += real[token_at(p, o.height, o.width)];
+    for (int p = first; p < last; ++p) own += real[token_at(p, o)];
     if (thread < kBlock) shared.tokens[thread] = -1;
     int at = sum_before<kArrangeThreads>(own, shared.in_warps, count) - block * kBlock;
     for (int p = first; p < last; ++p) {
-      const int token = token_at(p, o.height, o.width);
+      const int token = token_at(p, o);
       if (!real[token]) {
         if (store && block == 0) place[token] = -1;
         continue;

@@ -154,9 +154,6 @@ inline Kept kept_of(const Arguments& x, bool keep) { return kept_of(x, KeptBits(
 inline void check_all(const Arguments& x) {
   x.check_all();
   check(x.dim() <= 256 && x.dim_v() <= 256, "D", "at most 256");
-  const int64_t* const window = x.options.window;
-  check(!x.beta || (x.options.depth <= 1 && window[0] == 1 && window[1] == window[2]), "window",
-        "square: others do not work on a GPU yet");
   check(x.n_q() < 1 << 28 && x.n_k() < 1 << 28, "N", "below 2^28");  // eight rows of a map in an int
   const ScalarType type = x.type();
   check(type == ScalarType::Half || type == ScalarType::BFloat16 || type == ScalarType::Float, "query",
@@ -434,7 +431,8 @@ class Call {
     p_.width = padded_width(p_.dim), p_.width_v = padded_width(p_.dim_v);
     if (on_hopper_) p_.width = p_.width_v = std::max(p_.width, p_.width_v);
     p_.per_image = x.real ? 1 : 0;
-    p_.window = x.beta ? static_cast<int>(options.window[2]) : 0;
+    p_.window = static_cast<int>(x.positions());
+    std::copy_n(options.window, 3, p_.sides);
     p_.topk = options.topk < x.n_k() ? static_cast<int>(options.topk) : 0;
     p_.has_bits = x.has_neighbours();
     p_.mutual = options.reciprocal && p_.has_bits;
@@ -442,9 +440,10 @@ class Call {
     p_.scale = static_cast<float>(options.scale), p_.scale2 = static_cast<float>(options.scale * kLog2E);
     p_.alpha = multiplier(x.alpha), p_.beta = multiplier(x.beta);
     const bool map = x.is_map();
-    p_.keys = new_order(x.key, x.real, map ? options.depth * options.height : 1, map ? options.width : x.n_k());
+    p_.keys =
+        new_order(x.key, x.real, map ? options.depth : 1, map ? options.height : 1, map ? options.width : x.n_k());
     // One order for each image if keys have padding, as kernels expect.
-    p_.rows = x.n_q() == x.n_k() ? p_.keys : new_order(x.query, std::nullopt, 1, x.n_q(), x.real ? x.batch() : 1);
+    p_.rows = x.n_q() == x.n_k() ? p_.keys : new_order(x.query, std::nullopt, 1, 1, x.n_q(), x.real ? x.batch() : 1);
 
     p_.rows.first = computed.rows.first, p_.rows.count = computed.rows.count;
     p_.keys.first = computed.keys.first, p_.keys.count = computed.keys.count;
@@ -583,13 +582,15 @@ class Call {
 
   bool is_dense() const { return !p_.has_bits && p_.window == 0; }
 
-  Order new_order(const Tensor& x, const Optional& real, int64_t height, int64_t width, int64_t images = 1) {
+  Order new_order(const Tensor& x, const Optional& real, int64_t depth, int64_t height, int64_t width,
+                  int64_t images = 1) {
     if (real) images = real->size(0);
     const int n = static_cast<int>(x.size(2)), room = padded(n);
     return {n,
             room,
             0,
             room / kBlock,
+            static_cast<int>(depth),
             static_cast<int>(height),
             static_cast<int>(width),
             data<const bool>(real),

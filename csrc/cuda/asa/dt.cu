@@ -94,11 +94,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const RowGradient
         for (int i = 2 * high; i < 2 * high + 2; ++i) {
           const int column = j * kBlock + at.column_of(n, i);
           bool counts = bit_of(counting, n, i) && column < n_keys;
-          if (counts && p.window > 0) {
-            const int key = key_tokens[column], reach = p.window / 2;
-            counts = abs(token / p.keys.width - key / p.keys.width) > reach ||
-                     abs(token % p.keys.width - key % p.keys.width) > reach;
-          }
+          if (counts && p.window > 0) counts = window_offset(p, token, key_tokens[column]) < 0;
           const float s2 = s[n][i] * p.scale2;
           counts = counts && s2 >= own_thresholds.kappa2;
           product[n][i] =

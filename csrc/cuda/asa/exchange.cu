@@ -16,7 +16,7 @@ template <class T>
 __global__ void __launch_bounds__(kExchangeThreads)
     asa_tell_kernel(Problem<T> p, Plan plan, Saved<T> saved, float* numbers, uint8_t* flags) {
   const int z = blockIdx.x / p.rows.count, block = p.rows.first + blockIdx.x % p.rows.count;
-  const int image = image_of(z, p.heads, p.per_image), width = numbers_of(p.window), members = p.window * p.window;
+  const int image = image_of(z, p.heads, p.per_image), width = numbers_of(p.window), members = p.window;
   const int32_t* const tokens = p.rows.order + row_at(image, p.rows.padded, block * kBlock);
   for (int i = threadIdx.x; i < kBlock * width; i += kExchangeThreads) {
     const int row = i / width, which = i % width, token = tokens[row];
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kExchangeThreads)
     asa_take_kernel(Problem<T> p, Plan plan, Lists of_keys, Saved<T> saved, const float* numbers,
                     const uint8_t* flags) {
   const int blocks = p.rows.blocks(), z = blockIdx.x / blocks, block = blockIdx.x % blocks, thread = threadIdx.x;
-  const int image = image_of(z, p.heads, p.per_image), width = numbers_of(p.window), members = p.window * p.window;
+  const int image = image_of(z, p.heads, p.per_image), width = numbers_of(p.window), members = p.window;
   const int32_t* const tokens = p.rows.order + row_at(image, p.rows.padded, block * kBlock);
   const auto note_local = [&](int token, int offset) {
     const int j = p.keys.place[row_at(image, p.keys.n, window_token(p, token, offset))] / kBlock;

@@ -43,7 +43,7 @@ struct Part {
   int64_t row_blocks() const { return padded(x.n_q()) / kBlock; }
   int64_t key_blocks() const { return padded(x.n_k()) / kBlock; }
   int64_t positions() const { return row_blocks() * kBlock; }
-  int64_t numbers() const { return numbers_of(x.beta ? static_cast<int>(x.options.window[2]) : 0); }
+  int64_t numbers() const { return numbers_of(static_cast<int>(x.positions())); }
 
   // Bits of the keys are for a backward.
   KeptBits bits(bool keep) const { return KeptBits(x, computed, keep && x.has_neighbours() && !takes_few(x)); }

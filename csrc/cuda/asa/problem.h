@@ -32,7 +32,7 @@ constexpr float kLn2 = 0.6931471805599453f;
 struct Order {
   int n = 0, padded = 0;
   int first = 0, count = 0;  // blocks that a call computes, all or those of a process: the first one, and how many
-  int height = 1, width = 0;  // of the map
+  int depth = 1, height = 1, width = 0;  // of the grid
   const bool* real = nullptr;  // [images, n] false at padding; null: all are real
   int32_t* order = nullptr;  // [images, padded] token at a position, -1 where there is none
   int32_t* place = nullptr;  // [images, n] position of a token, -1 for padding
@@ -106,7 +106,8 @@ struct Problem {
   int per_image;  // 1: the order differs from image to image, 0: one for all
   Order rows, keys;
   int dim, dim_v, width, width_v;  // of q and k, of v; before and after arranging
-  int window;  // side, 0: no local block
+  int window;  // positions of the local window, 0: no local block
+  int sides[3];  // of the window
   int topk;  // 0: none
   bool mutual;  // neighbours must be each other's
   bool symmetric;  // query is key
@@ -138,7 +139,7 @@ struct Saved {
   float *lse, *lse_kept;
   int32_t* survivors;
   PerHead<float> kappa2, log_mean2;  // [n]
-  PerHead<uint8_t> local;  // [n, window^2] 1: a local survivor, 2: and a neighbour
+  PerHead<uint8_t> local;  // [n, window] 1: a local survivor, 2: and a neighbour
   PerHead<T> residual;  // [n, dim_v] what rounding took from out
   PerHead<float> base2;  // [3, n] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 };
@@ -316,7 +317,7 @@ void make_plan(const Problem<T>& problem, const Plan& plan, const Saved<T>& save
 // exchange.cu: what processes that share a map tell each other of the rows that they scan. `numbers` [n_heads, rows,
 // numbers_of(window)]: lse2, cut2, kappa2, the k-th score, log_mean2, and four local flags each. `flags` [n_heads, row
 // blocks, key blocks], where there are thresholds: whether a tile reaches one of its rows.
-__host__ __device__ __forceinline__ int numbers_of(int window) { return 5 + (window * window + 3) / 4; }
+__host__ __device__ __forceinline__ int numbers_of(int window) { return 5 + (window + 3) / 4; }
 // Of the rows that a call computes, after their plan.
 template <class T>
 void tell_rows(const Problem<T>& problem, const Plan& plan, const Saved<T>& saved, float* numbers, uint8_t* flags,

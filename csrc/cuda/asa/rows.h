@@ -98,24 +98,47 @@ __device__ __forceinline__ float number_of(const Parts& parts, int64_t row, int6
   return sum;
 }
 
-// The `offset`-th token of the window around a token, in raster order; -1 off the map.
+// The `offset`-th token of the window around a token, in raster order; -1 off the grid.
 template <class T>
 __device__ __forceinline__ int window_token(const Problem<T>& p, int token, int offset) {
-  const int height = p.keys.height, width = p.keys.width;
-  const int r = token / width + offset / p.window - p.window / 2, c = token % width + offset % p.window - p.window / 2;
-  return r < 0 || r >= height || c < 0 || c >= width ? -1 : r * width + c;
+  const int depth = p.keys.depth, height = p.keys.height, width = p.keys.width, *const sides = p.sides;
+  int line = token / width, slice = 0;
+  const int c = token % width + offset % sides[2] - sides[2] / 2;
+  offset /= sides[2];
+  if (depth > 1) {
+    slice = line / height + offset / sides[1] - sides[0] / 2;
+    line %= height, offset %= sides[1];
+  }
+  const int r = line + offset - sides[1] / 2;
+  const bool inside = slice >= 0 && slice < depth && r >= 0 && r < height && c >= 0 && c < width;
+  return inside ? (slice * height + r) * width + c : -1;
+}
+
+// The offset of a token in the window around another, both in raster order; -1 outside.
+template <class T>
+__device__ __forceinline__ int window_offset(const Problem<T>& p, int token, int other) {
+  const int height = p.keys.height, width = p.keys.width, *const sides = p.sides;
+  int line = token / width, other_line = other / width, a = 0;
+  const int c = other % width - token % width + sides[2] / 2;
+  if (p.keys.depth > 1) {
+    a = other_line / height - line / height + sides[0] / 2;
+    line %= height, other_line %= height;
+  }
+  const int r = other_line - line + sides[1] / 2;
+  const bool inside = a >= 0 && a < sides[0] && r >= 0 && r < sides[1] && c >= 0 && c < sides[2];
+  return inside ? (a * sides[1] + r) * sides[2] + c : -1;
 }
 
 // The offset of the token itself in the window around its `offset`-th one.
 template <class T>
 __device__ __forceinline__ int back_of(const Problem<T>& p, int offset) {
-  return p.window * p.window - 1 - offset;
+  return p.window - 1 - offset;
 }
 
-// Calls use(offset, position) for the window around a token, position -1 off the map and for padding.
+// Calls use(offset, position) for the window around a token, position -1 off the grid and for padding.
 template <class T, class Use>
 __device__ __forceinline__ void visit_window(const Problem<T>& p, int image, int token, Use use) {
-  for (int offset = 0; offset < p.window * p.window; ++offset) {
+  for (int offset = 0; offset < p.window; ++offset) {
     const int other = window_token(p, token, offset);
     use(offset, other < 0 ? -1 : p.keys.place[row_at(image, p.keys.n, other)]);
   }
@@ -128,7 +151,7 @@ constexpr uint8_t kLocal = 1, kBoth = 3;
 template <class T>
 __device__ __forceinline__ uint8_t& local_flag(const Problem<T>& p, const PerHead<uint8_t>& local, int z, int token,
                                                int offset) {
-  return local.of(z)[int64_t(token) * (p.window * p.window) + offset];
+  return local.of(z)[int64_t(token) * p.window + offset];
 }
 
 __device__ __forceinline__ bool bit_at(const PairBits& bits, int z, int query, int key) {
@@ -177,11 +200,8 @@ __device__ __forceinline__ void visit_queries(const Problem<T>& p, const WarpRow
   if (p.few)
     visit_bits(p, at, [&](int i) {
       if (p.window > 0) {
-        const int token = p.rows.order[row_at(at.image, p.rows.padded, i)], side = p.window;
-        const int r = token / p.keys.width - at.token / p.keys.width + side / 2;
-        const int c = token % p.keys.width - at.token % p.keys.width + side / 2;
-        const bool is_near = r >= 0 && r < side && c >= 0 && c < side;
-        if (is_near && local_flag(p, local, at.z, at.token, r * side + c) == kLocal) return;  // and no neighbour
+        const int offset = window_offset(p, at.token, p.rows.order[row_at(at.image, p.rows.padded, i)]);
+        if (offset >= 0 && local_flag(p, local, at.z, at.token, offset) == kLocal) return;  // and no neighbour
       }
       use(i);
     });

@@ -28,7 +28,7 @@ constexpr int kTogether = 4;  // members of a window whose scores are formed at 
 template <class T>
 __device__ __forceinline__ void find_local_survivors(const Problem<T>& p, int z, int image, int token, int position,
                                                      const Saved<T>& saved, const TileBits& local) {
-  const int members = p.window * p.window, lane = threadIdx.x % 32;
+  const int members = p.window, lane = threadIdx.x % 32;
   const Vector q = vector_at(p.q, row_at(z, p.rows.padded, position), p.width);
   // Calls use(offset, position or -1, score) for every member.
   const auto visit = [&](auto use) {

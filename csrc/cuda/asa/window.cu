@@ -13,17 +13,17 @@ __global__ void __launch_bounds__(kThreads)
                          int64_t columns) {
   const WarpRow at(p.rows, p.heads, p.per_image);
   if (at.token < 0) return;
-  const int lane = threadIdx.x % 32, side = p.window, width = p.keys.width;
+  const int lane = threadIdx.x % 32;
   const int64_t* const offset = row_offsets + row_at(at.z, p.rows.n, at.token);
   const int64_t end = offset[1] < columns ? offset[1] : columns;
   int64_t slot = offset[0] >= 0 ? offset[0] : end;
   for (int start = 0; start < p.keys.n; start += 32) {
     const int token = start + lane;
     const int j = token < p.keys.n ? p.keys.place[row_at(at.image, p.keys.n, token)] : -1;
-    bool kept = j >= 0 && (p.has_bits ? survives(p, at.z, at.position, j) : side == 0);
-    if (j >= 0 && !p.has_bits && side > 0) {
-      const int r = token / width - at.token / width + side / 2, c = token % width - at.token % width + side / 2;
-      kept = r >= 0 && r < side && c >= 0 && c < side && local_flag(p, saved.local, at.z, at.token, r * side + c);
+    bool kept = j >= 0 && (p.has_bits ? survives(p, at.z, at.position, j) : p.window == 0);
+    if (j >= 0 && !p.has_bits && p.window > 0) {
+      const int offset = window_offset(p, at.token, token);
+      kept = offset >= 0 && local_flag(p, saved.local, at.z, at.token, offset);
     }
     const unsigned votes = __ballot_sync(~0u, kept);
     const int64_t mine = slot + __popc(votes & first_bits(lane));
