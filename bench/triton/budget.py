@@ -51,13 +51,14 @@ CALLS = (  # of asa_attention: arguments, whether thresholds learn
     ({"topk": 16}, True),
     ({"reciprocal": False}, True),
     ({"symmetric": True}, False),
+    ({"grid": (16, 16, 16)}, True),
     ({"alpha": False, "beta": False}, False),
     ({"alpha": False}, True),
     ({"alpha": False, "beta": False, "topk": 16}, True),
 )
 
 # Constants that distinguish a launch from others of its kernel.
-VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "BY_ROWS", "BY_COLUMNS", "WINDOW", "NEGATIVE")
+VARIANTS = ("MUTUAL", "SYMMETRIC", "ONE_WAY_BITS", "BY_ROWS", "BY_COLUMNS", "POSITIONS", "NEGATIVE")
 VARIANTS += ("SPLITS", "COLUMN", "OF_KEYS", "DELTA", "DELTA_ERROR", "first")  # of a part of the rows
 
 

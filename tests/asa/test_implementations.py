@@ -51,10 +51,10 @@ QUICK = {
     ("cuda", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "mixed"),
     ("triton", "float32"): (
         *("plain", "beta_only", "dense", "one_way", "more_keys", "padding_topk", "all_empty", "mixed", "one_token"),
-        "one_column",
+        *("one_column", "sequence_topk", "volume_padding", "map_window"),
     ),
     ("triton", "half"): ("plain", "wide_values"),
-    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk"),
+    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "volume"),
 }
 
 
@@ -79,7 +79,7 @@ def emulated(impl: str, kind: str, case: Case, *values, heads: int | None = None
         emulated(impl, "float32" if name == "float32" else "half", case, dtype)
         for impl in (*EMULATED, *INTERPRETED)
         for name, dtype in DTYPES.items()
-        for case in CASES
+        for case in (*CASES, *OTHER_GRIDS * (impl in INTERPRETED))
         if (impl, name) != ("triton", "bfloat16")  # which the interpreter gets wrong
     ],
 )
@@ -89,12 +89,12 @@ def test_equals_reference(impl, dtype, case):
 
 def learning():
     """The error rule compares maxima, which should be taken over many numbers: more heads, and no few rows."""
-    for case in CASES:
+    for case in (*CASES, *OTHER_GRIDS):
         if not case.batch or (case.alpha, case.beta) in ((None, None), ("inf", "inf")):
             continue
         if case.name in ("all_dense", "window_only_by_inf", "topk_one_way"):  # a threshold whose gradient is 0
             continue
-        for impl in (*EMULATED, *INTERPRETED):
+        for impl in (*EMULATED * (case in CASES), *INTERPRETED):
             heads = 8 if case.name in ("sharp", "window_5") else None  # a last bit moves a gradient by 1e-6
             if impl == "cuda":
                 heads = 32 if case.n_keys else 8
@@ -115,12 +115,13 @@ def test_equals_reference_on_larger_maps(impl, grid):
     check_against_reference(impl, *make(case, torch.float32))
 
 
-@each_fast
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS, *INTERPRETED])
 @pytest.mark.parametrize("grid", [(96,), (8, 12)], ids=["sequence", "map"])
 @pytest.mark.parametrize("window", [3, 5])
 def test_sides_of_one_change_nothing(impl, grid, window):
     """A volume of one slice is a map, and a map of one row is a sequence, to the last bit."""
-    inputs, options = make(Case("flat", grid=grid, options={"threshold_grad": "straight_through"}), torch.float32)
+    case = Case("flat", grid=grid, options={"threshold_grad": "straight_through"})
+    inputs, options = make(replace(case, batch=1, heads=1) if impl == "triton" else case, torch.float32)
     results = []
     for more in range(4 - len(grid)):
         options |= {"grid": (*[1] * more, *grid), "window": window}

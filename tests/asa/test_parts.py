@@ -22,6 +22,7 @@ from asa_ops.asa.triton import configs
 from asa_ops.asa.triton.part import Part
 
 CASES = [case for case in CASES if case.grid == (9, 7)]
+VOLUME = Case("volume", grid=(3, 5, 9), batch=1, heads=1, options={"window": (3, 1, 3)})
 # Two blocks of 128 positions; and four, or three of keys.
 SMALL, LARGE = (
     [
@@ -30,7 +31,7 @@ SMALL, LARGE = (
     ]
     for grid, more in (((9, 15), 120), ((19, 23), 270))
 )
-QUICK = ("plain", "more_keys")
+QUICK = ("plain", "more_keys", "volume")
 # How many positions parts scan, how many they compute where what is known by then moves them, and their own keys where
 # those are not their rows.
 SPLITS = {2: ([128, 128], [0, 256], [128, 128]), 4: ([128, 256, 0, 128], [256, 0, 128, 128], [0, 256, 0, 128])}
@@ -46,7 +47,7 @@ def named(name: str, cases: list[Case] = LARGE) -> Case:
     return next(case for case in cases if case.name == name)
 
 
-@pytest.mark.parametrize("case", [slow(x, when=x.name not in QUICK, id=x.name) for x in SMALL])
+@pytest.mark.parametrize("case", [slow(x, when=x.name not in QUICK, id=x.name) for x in (*SMALL, VOLUME)])
 def test_parts_are_one_call(case):
     check(case)
 

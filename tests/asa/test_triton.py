@@ -26,6 +26,7 @@ from asa_ops.asa.triton import configs as triton_configs
 from asa_ops.asa.triton.configs import Config
 from asa_ops.asa.types import Inputs, Options, Saved
 from asa_ops.core import devices, dispatch, triton_launch
+from bench import accounting
 
 triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
@@ -159,6 +160,8 @@ LAUNCHES = {  # of a forward and of a backward
     "float16": ({"dtype": torch.float16}, 9, 7),
     "no_beta": ({"beta": False}, 9, 7),
     "no_alpha": ({"alpha": False}, 6, 3),
+    "sequence": ({"grid": (4096,)}, 9, 7),
+    "volume": ({"grid": (16, 16, 16)}, 9, 7),
     "padding": ({"padding": True}, 9, 7),
     "few": ({"topk": 16}, 9, 7),
     "many": ({"topk": 400}, 9, 7),
@@ -187,7 +190,8 @@ def test_a_call_is_at_most_nine_launches(monkeypatch, name):
     thresholds = [torch.empty(2, 2, n, device="meta") if given.get(x, True) else None for x in ("alpha", "beta")]
     real = torch.empty(2, n_keys, dtype=torch.bool, device="meta") if given.get("padding") else None
     inputs = Inputs(query, key, value, *thresholds, real)
-    options = Options.of((64, 64), [3, 3], given.get("topk", 0), given.get("reciprocal", True), 0.1)
+    grid = given.get("grid", (64, 64))
+    options = Options.of(grid, [3] * len(grid), given.get("topk", 0), given.get("reciprocal", True), 0.1)
     saved = Saved.new(inputs, options, "triton", keep=True, band=band or 0.0)
     found = []
     monkeypatch.setattr(triton_launch, "architecture", lambda device: 90)
@@ -232,24 +236,40 @@ def test_a_product_of_the_interpreter_is_one_number_per_element():
 
 def problem_of(case):
     inputs, options = make(case, torch.float32)
-    return Problem(Inputs(*inputs, options.get("key_padding_mask")), Options.of(case.grid, [3, 3], 0, True, 1.0), False)
+    settings = Options.of(case.grid, [3] * len(case.grid), 0, True, 1.0)
+    return Problem(Inputs(*inputs, options.get("key_padding_mask")), settings, False)
 
 
 def tokens_of(problem):
     return arrange.arrange_tokens(problem, arrange.find_orders(problem))
 
 
-@pytest.mark.parametrize("grid", [(1, 1), (8, 8), (9, 7), (17, 19), (40, 3), (3, 40), (1, 130)], ids=str)
-def test_order_cuts_the_map_into_tiles(grid):
-    height, width = grid
+MAPS = [(1, 1), (8, 8), (9, 7), (17, 19), (40, 3), (3, 40), (1, 130)]
+VOLUMES = [(4, 4, 4), (9, 7, 5), (2, 17, 6), (5, 1, 11), (130, 1, 1), (1, 9, 7)]
+
+
+@pytest.mark.parametrize("grid", [(1,), (130,), *MAPS, *VOLUMES], ids=str)
+def test_order_cuts_the_grid_into_tiles(grid):
     order = arrange.find_orders(problem_of(Case("order", grid=grid, batch=1, heads=1))).keys
-    n = height * width
+    n = math.prod(grid)
     tokens = order.order[0, :n].long()
     assert sorted(tokens.tolist()) == list(range(n)) and (order.order[0, n:] == -1).all()
     assert torch.equal(order.place[0, tokens], torch.arange(n, dtype=torch.int32)) and order.counts.item() == n
-    tiles = [(t // width // 8, t % width // 8) for t in tokens.tolist()]
+    grid = grid[1:] if len(grid) == 3 and grid[0] == 1 else grid  # a volume of one slice is a map
+    side = {1: 64, 2: 8, 3: 4}[len(grid)]
+    tiles = [tuple(x // side for x in place) for place in torch.stack(torch.unravel_index(tokens, grid), 1).tolist()]
     runs = [tile for tile, previous in zip(tiles, [None, *tiles], strict=False) if tile != previous]
-    assert len(runs) == len(set(tiles)) == math.ceil(height / 8) * math.ceil(width / 8)  # each tile in one run
+    assert len(runs) == len(set(tiles)) == math.prod(-(-x // side) for x in grid)  # each tile in one run
+    assert torch.equal(tokens, accounting.tile_order(grid))
+
+
+@pytest.mark.slow
+def test_windows_of_hundreds_of_positions():
+    """More than a kernel holds the scores of, and most of them outside the grid."""
+    options = {"window": (3, 15, 11)}
+    inputs, options = make(Case("wide", grid=(2, 8, 3), batch=1, heads=1, options=options), torch.float32)
+    check_against_reference("triton", inputs, options)
+    check_threshold_gradients("triton", inputs, options)
 
 
 def test_order_has_padding_last():

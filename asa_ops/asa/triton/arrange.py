@@ -1,8 +1,8 @@
 """Tokens in the order and form in which the other kernels read them.
 
-Attention does not depend on the order of tokens, but skipping does: tokens that are neighbours on the map become
-neighbours in memory when the map is cut into tiles of 8 x 8. Real positions come first and padding is left out; zeros
-follow, up to whole blocks.
+Attention does not depend on the order of tokens, but skipping does: tokens that are neighbours on the grid become
+neighbours in memory when it is cut into tiles, a map into 8 x 8 and a volume into 4 x 4 x 4. Real positions come first
+and padding is left out; zeros follow, up to whole blocks.
 
 What does not depend on each other is one launch, in which programs do different things: tokens are arranged beside what
 a forward clears, or beside all that a backward can begin with.
@@ -39,19 +39,35 @@ BLOCKS_A_TIME = tl.constexpr(16)  # of 64 keys, that a program of a backward fla
 
 
 @triton.jit
-def _token_at(position, height, width):
-    """The token at a position of the 8 x 8 order; tiles at the borders are smaller, no position is empty."""
-    band = position // (8 * width)
-    in_band = position - band * 8 * width
-    tall = tl.maximum(tl.minimum(8, height - 8 * band), 1)
-    tile = in_band // (8 * tall)
-    in_tile = in_band - tile * 8 * tall
-    wide = tl.maximum(tl.minimum(8, width - 8 * tile), 1)
-    return (8 * band + in_tile // wide) * width + 8 * tile + in_tile % wide
+def _side(position, area, length, SIDE: tl.constexpr):
+    """Cut a ``length`` with ``area`` tokens each, which stand in a row, into pieces of SIDE, the last one smaller.
+
+    Returned are where the piece of a position begins, the position in it, and how long the piece is.
+    """
+    piece = position // (SIDE * area)
+    return SIDE * piece, position - piece * SIDE * area, tl.maximum(tl.minimum(SIDE, length - SIDE * piece), 1)
 
 
 @triton.jit
-def _order(real, out, height, width, n, BLOCK: tl.constexpr):
+def _token_at(position, depth, height, width, VOLUME: tl.constexpr):
+    """The token at a position, in tiles of 8 x 8, or 4 x 4 x 4; those at the borders are smaller, no position is empty.
+
+    A volume is cut into slabs of slices, and these, or a map, into bands of rows, and a band into tiles.
+    """
+    SIDE: tl.constexpr = 4 if VOLUME else 8
+    slab, deep = 0, 1
+    if VOLUME:
+        slab, position, deep = _side(position, height * width, depth, SIDE)
+    band, position, tall = _side(position, deep * width, height, SIDE)
+    tile, position, wide = _side(position, deep * tall, width, SIDE)
+    row = position // wide
+    if VOLUME:
+        row = (slab + row // tall) * height + row % tall
+    return (band + row) * width + tile + position % wide
+
+
+@triton.jit
+def _order(real, out, depth, height, width, n, VOLUME: tl.constexpr, BLOCK: tl.constexpr):
     """Find the order of n tokens of an image, with padding where ``real`` says so. Axis 0 of the grid: images.
 
     One program an image if there is padding, which takes its blocks one after another.
@@ -61,7 +77,7 @@ def _order(real, out, height, width, n, BLOCK: tl.constexpr):
     placed = 0
     for start in range(tl.program_id(1) * BLOCK, padded, tl.num_programs(1) * BLOCK):
         p = start + tl.arange(0, BLOCK)
-        token = _token_at(p, height, width)
+        token = _token_at(p, depth, height, width, VOLUME)
         inside = p < n
         position = p
         is_real = inside
@@ -80,12 +96,14 @@ def _order(real, out, height, width, n, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_order_kernel(real, orders, height, width, n, n_keys, n_heads, BLOCK: tl.constexpr):
+def _asa_order_kernel(
+    real, orders, depth, height, width, n, n_keys, n_heads, VOLUME: tl.constexpr, BLOCK: tl.constexpr
+):
     """The order of keys and, axis 2 of the grid, that of rows where it is another; notes are 0."""
     if tl.program_id(2) == 0:
-        _order(real, orders.keys, height, width, n_keys, BLOCK)
+        _order(real, orders.keys, depth, height, width, n_keys, VOLUME, BLOCK)
     else:
-        _order(None, orders.rows, 1, n, n, BLOCK)
+        _order(None, orders.rows, 1, 1, n, n, False, BLOCK)
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         clear(orders.notes, 0, n_heads * NUMBER_OF_NOTES)
 
@@ -321,13 +339,13 @@ def find_orders(problem: Problem) -> Orders:
     keys = new(problem.n_keys)
     rows = keys if problem.n == problem.n_keys else new(problem.n)
     orders = Orders(rows, keys, problem.new(problem.n_heads, NOTES, dtype=torch.int32))
-    height, width = (grid[0] * grid[1], grid[2]) if 0 not in grid else (1, problem.n_keys)
+    sides = grid if 0 not in grid else (1, 1, problem.n_keys)
     # With padding, one program an image counts the real tokens.
     programs, block = (max(rows.padded, keys.padded) // PAD, PAD) if real is None else (1, 1024)
     triton_launch.launch(
         _asa_order_kernel, (images, programs, 1 if rows is keys else 2),
-        None if real is None else real.contiguous().view(torch.uint8), orders, height, width, problem.n,
-        problem.n_keys, problem.n_heads, BLOCK=block,
+        None if real is None else real.contiguous().view(torch.uint8), orders, *sides, problem.n,
+        problem.n_keys, problem.n_heads, VOLUME=problem.is_volume, BLOCK=block,
     )  # fmt: skip
     return orders
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...core import triton_launch
 from ..types import Saved
 from .arrange import RowGradients
-from .problem import Bits, PerHead, Problem, Tokens
+from .problem import Bits, PerHead, Problem, Tokens, Window
 from .select import Neighbours, Thresholds
 from .sums import Across, Sums
 from .tiles import (
@@ -44,7 +44,7 @@ class Rows(NamedTuple):
     BLOCK: int
     DIM: int
     DIM_V: int
-    WINDOW: int  # 0: no local block
+    WINDOW: Window
     MUTUAL: bool
     ONE_WAY_BITS: bool
 
@@ -97,14 +97,15 @@ class GradientSums(NamedTuple):
     v: Sums
 
 
-class Window(NamedTuple):
+class Visited(NamedTuple):
     """What a visitor of the window knows of an image and head; made within kernels."""
 
-    local: object  # uint8 [n, WINDOW**2] local survivors
+    local: object  # uint8 [n, POSITIONS] local survivors
     words: object  # bits of neighbours by the words of its side, None without any
     back: object  # and by those of the other side
     place: object  # positions of tokens
     n: object
+    height: object
     width: object
     own: object  # how many positions its side has, and the other one
     others: object
@@ -143,10 +144,10 @@ def _sum_of_wide_parts(sums, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _window_of_rows(local, bits, tokens, z, image, n, width):
+def _window_of_rows(local, bits, tokens, z, image, n, height, width):
     """The windows of rows, among all keys."""
     place, own, others = tokens.keys.place + image * n, tokens.rows.padded, tokens.keys.padded
-    return Window(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, width, own, others)
+    return Visited(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, height, width, own, others)
 
 
 @triton.jit
@@ -157,12 +158,12 @@ def _visit(window, z, p, token, offset, OF_KEYS: tl.constexpr, ALL: tl.constexpr
     positions, whether there is one, whether the pair survives locally, and its neighbour bits from p to the other and
     back (one where there is one only). Bits are read of pairs that survive locally; if ALL, of all.
     """
-    SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
-    other, at, there = in_window(window.place, token, offset, window.n, window.width, ROWS.WINDOW)
+    POSITIONS: tl.constexpr = ROWS.WINDOW.POSITIONS
+    other, at, there = in_window(window.place, token, offset, window.n, window.height, window.width, ROWS.WINDOW)
     if OF_KEYS:
-        flag = window.local + other.to(tl.int64) * SIZE + (SIZE - 1 - offset)
+        flag = window.local + other.to(tl.int64) * POSITIONS + (POSITIONS - 1 - offset)
     else:
-        flag = window.local + token.to(tl.int64) * SIZE + offset
+        flag = window.local + token.to(tl.int64) * POSITIONS + offset
     survives = tl.load(flag, mask=there, other=0) != 0
     one_way = there & False
     other_way = one_way
@@ -190,7 +191,7 @@ def _visit_new(window, z, p, token, offset, OF_KEYS: tl.constexpr, ROWS):
 def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS):
     """Add the pairs that survive locally only to a row's sums of values and weights, largest score and count."""
     q_i = _load_rows(tokens.q, z * window.own + p, None, ROWS.DIM)
-    for offset in range(ROWS.WINDOW * ROWS.WINDOW):  # unrolled it needs so many registers that it is slower
+    for offset in range(ROWS.WINDOW.POSITIONS):  # unrolled it needs so many registers that it is slower
         at, new = _visit_new(window, z, p, token, offset, False, ROWS)
         at_key = z * window.others + at
         s = tl.sum(q_i * _load_rows(tokens.k, at_key, new, ROWS.DIM), 1) * scale2
@@ -210,7 +211,7 @@ def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, t
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_out_kernel(
     sums, neighbours, tokens, local, outputs, multipliers, alpha_stride_b, alpha_stride_h, alpha_stride_n,
-    beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, dim_v, ROWS,
+    beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width, dim_v, ROWS,
 ):  # fmt: skip
     """Finish rows: the parts of the sum over neighbours, the local survivors beside them, output and statistics.
 
@@ -230,8 +231,8 @@ def _asa_finish_out_kernel(
         m = tl.load(stats.largest + at_row)
     count = tl.zeros([ROWS.BLOCK], tl.int32)
     nan_row = count != 0
-    if ROWS.WINDOW > 0:
-        window = _window_of_rows(local, bits, tokens, z, image, n, width)
+    if ROWS.WINDOW.POSITIONS > 0:
+        window = _window_of_rows(local, bits, tokens, z, image, n, height, width)
         acc, summed, m, count, nan_row = _add_local_survivors(
             acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
         )
@@ -282,7 +283,7 @@ def finish_out(problem: Problem, tokens: Tokens, saved: Saved, neighbours: Neigh
     triton_launch.launch(
         _asa_finish_out_kernel, problem.row_programs, sums, neighbours, tokens, PerHead.of(saved.local), outputs,
         Multipliers(alpha, beta), *problem.strides(alpha), *problem.strides(beta), problem.scale2, problem.heads,
-        problem.sharing, problem.n, problem.grid_width, problem.dim_v, ROWS=_rows(problem), warps=problem.warps,
+        problem.sharing, problem.n, *problem.grid_sides, problem.dim_v, ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip
 
 
@@ -294,7 +295,7 @@ def _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, width, ROWS):
+def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, height, width, ROWS):
     """Add to delta what is missing until sum_j p_ij (<do_i, v_j> - delta_i) is 0, neighbours' parts given.
 
     delta comes from the output; its rounding reaches every pair of a row with the same sign. In float32 that is the
@@ -305,13 +306,13 @@ def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n
     at_row = z * padded + p
     delta_i = tl.load(row.delta + at_row)
     missing = _sum_of_parts(sums.partial, sums, at_row, ROWS.BLOCK)
-    if ROWS.WINDOW > 0:
+    if ROWS.WINDOW.POSITIONS > 0:
         token = tl.load(tokens.rows.order + z // sharing * padded + p)
-        window = _window_of_rows(local, bits, tokens, z, z // sharing, n, width)
+        window = _window_of_rows(local, bits, tokens, z, z // sharing, n, height, width)
         q_i = _load_rows(tokens.q, at_row, None, ROWS.DIM)
         do_i = _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
         top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
-        for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=UNROLL):
+        for offset in tl.range(ROWS.WINDOW.POSITIONS, loop_unroll_factor=UNROLL):
             at, new = _visit_new(window, z, p, token, offset, False, ROWS)
             at_key = z * tokens.keys.padded + at
             k_j = _load_rows(tokens.k, at_key, new, ROWS.DIM)
@@ -327,7 +328,7 @@ def correct_delta(
     """Correct delta in place by what it misses over neighbours, ``delta_error``, and over local survivors."""
     triton_launch.launch(
         _asa_correct_delta_kernel, problem.row_programs, delta_error, bits, tokens, PerHead.of(saved.local), row,
-        problem.scale2, problem.sharing, problem.n, problem.grid_width, ROWS=_rows(problem), warps=problem.warps,
+        problem.scale2, problem.sharing, problem.n, *problem.grid_sides, ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip
 
 
@@ -345,8 +346,8 @@ def _alpha_term(
     offer = tl.where(survives, 0, offer)
     if ROWS.ONE_WAY_BITS:  # as they are where neighbours must be mutual and alpha learns
         counts &= other_way
-        SIZE: tl.constexpr = ROWS.WINDOW * ROWS.WINDOW
-        flag = window.local + other.to(tl.int64) * SIZE + (SIZE - 1 - offset)
+        POSITIONS: tl.constexpr = ROWS.WINDOW.POSITIONS
+        flag = window.local + other.to(tl.int64) * POSITIONS + (POSITIONS - 1 - offset)
         back_survives = tl.load(flag, mask=there, other=0) != 0
         if across is not None:  # at_row is among its own keys, at_key among all rows
             tokens = across.tokens
@@ -376,7 +377,7 @@ def _add_window_gradients(
         mean_i = tl.load(of_head(log_mean2, z) + token, mask=token >= 0, other=0)
     # Both directions of a pair take so many registers that three pairs at a time would spill.
     AT_A_TIME: tl.constexpr = 1 if ROWS.ONE_WAY_BITS else UNROLL
-    for offset in tl.range(ROWS.WINDOW * ROWS.WINDOW, loop_unroll_factor=AT_A_TIME):
+    for offset in tl.range(ROWS.WINDOW.POSITIONS, loop_unroll_factor=AT_A_TIME):
         other, at, there, survives, one_way, other_way = _visit(window, z, p, token, offset, False, LEARN, ROWS)
         neighbour = one_way & other_way
         new = survives & (neighbour == 0)
@@ -413,7 +414,7 @@ def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real, w
 def _finish_dq(
     program, sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-    heads, sharing, n, width, dim, ROWS,
+    heads, sharing, n, height, width, dim, ROWS,
 ):  # fmt: skip
     """dq, dalpha and dbeta of BLOCK rows."""
     padded = tokens.rows.padded
@@ -427,13 +428,13 @@ def _finish_dq(
     acc /= shrink_of(tokens.bounds, z)
     dt = _sum_of_parts(sums.t.partial, sums.t, at_row, ROWS.BLOCK)  # -dl/dt
     du = tl.zeros([ROWS.BLOCK], tl.float32)  # -dl/du
-    if ROWS.WINDOW > 0:
+    if ROWS.WINDOW.POSITIONS > 0:
         log_beta2 = du
         if LEARN_BETA:
             log_beta2 = tl.log2(multiplier_of(
                 multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
             ))  # fmt: skip
-        window = _window_of_rows(local.survives, bits, tokens, z, z // sharing, n, width)
+        window = _window_of_rows(local.survives, bits, tokens, z, z // sharing, n, height, width)
         acc, dt, du = _add_window_gradients(
             acc, dt, du, tokens, thresholds, row, across, window, local.log_mean2, log_beta2, z, p, token, factors,
             LEARN_ALPHA, LEARN_BETA, ROWS,
@@ -453,7 +454,9 @@ def _finish_dq(
 
 
 @triton.jit
-def _finish_dkv(program, sums, bits, tokens, local, row, gradients, scale, scale2, sharing, n, width, dim, dim_v, ROWS):
+def _finish_dkv(
+    program, sums, bits, tokens, local, row, gradients, scale, scale2, sharing, n, height, width, dim, dim_v, ROWS
+):
     """dk and dv of BLOCK keys; in the window of a key are the queries whose windows hold it."""
     padded = tokens.keys.padded
     z, p = rows_of(program, padded, ROWS.BLOCK)
@@ -463,12 +466,13 @@ def _finish_dkv(program, sums, bits, tokens, local, row, gradients, scale, scale
     acc_k = _sum_of_wide_parts(sums.k, at_key, ROWS.DIM, ROWS.BLOCK)
     acc_k /= shrink_of(tokens.bounds, z)
     acc_v = _sum_of_wide_parts(sums.v, at_key, ROWS.DIM_V, ROWS.BLOCK)
-    if ROWS.WINDOW > 0:
+    if ROWS.WINDOW.POSITIONS > 0:
         place, others = tokens.rows.place + z // sharing * n, tokens.rows.padded
-        window = Window(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, width, padded, others)
+        words, back = words_of(bits, z), back_of(bits, z)
+        window = Visited(of_head(local, z), words, back, place, n, height, width, padded, others)
         k_j = _load_rows(tokens.k, at_key, None, ROWS.DIM)
         v_j = _load_rows(tokens.v, at_key, None, ROWS.DIM_V)
-        for offset in range(ROWS.WINDOW * ROWS.WINDOW):
+        for offset in range(ROWS.WINDOW.POSITIONS):
             at, new = _visit_new(window, z, p, token, offset, True, ROWS)
             at_row = z * others + at
             q_i = _load_rows(tokens.q, at_row, new, ROWS.DIM)
@@ -493,7 +497,7 @@ def _finish_dkv(program, sums, bits, tokens, local, row, gradients, scale, scale
 def _asa_finish_gradients_kernel(
     sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-    heads, sharing, n_heads, n, n_keys, width, dim, dim_v, ROWS,
+    heads, sharing, n_heads, n, n_keys, height, width, dim, dim_v, ROWS,
 ):  # fmt: skip
     """All gradients: some programs finish BLOCK rows each, the others BLOCK keys each, of ``across`` if given."""
     program = tl.program_id(0) - n_heads * (tokens.rows.padded // ROWS.BLOCK)
@@ -501,17 +505,17 @@ def _asa_finish_gradients_kernel(
         _finish_dq(
             tl.program_id(0), sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
             alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-            heads, sharing, n, width, dim, ROWS,
+            heads, sharing, n, height, width, dim, ROWS,
         )  # fmt: skip
     elif across is None:
         _finish_dkv(
             program, sums, bits, tokens, local.survives, row, gradients, factors.scale, factors.scale2, sharing,
-            n_keys, width, dim, dim_v, ROWS,
+            n_keys, height, width, dim, dim_v, ROWS,
         )  # fmt: skip
     else:
         _finish_dkv(
             program, sums, across.bits, across.tokens, local.survives, across.row, gradients, factors.scale,
-            factors.scale2, sharing, n_keys, width, dim, dim_v, ROWS,
+            factors.scale2, sharing, n_keys, height, width, dim, dim_v, ROWS,
         )  # fmt: skip
 
 
@@ -530,6 +534,6 @@ def finish_gradients(
         _asa_finish_gradients_kernel, (problem.n_heads * (tokens.rows.padded + keys) // block,), sums,
         bits, tokens, thresholds, row, across, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
         Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
-        problem.sharing, problem.n_heads, problem.n, problem.n_keys, problem.grid_width, problem.dim, problem.dim_v,
+        problem.sharing, problem.n_heads, problem.n, problem.n_keys, *problem.grid_sides, problem.dim, problem.dim_v,
         ROWS=_rows(problem, block), registers=255 if learns or problem.dtype.itemsize == 4 else 168,
     )  # fmt: skip

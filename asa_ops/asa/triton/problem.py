@@ -16,6 +16,19 @@ MAX_SPLITS = 4  # parts of a sum, each of which takes memory
 NOTES = 4  # numbers of a head in ``Orders.notes``
 
 
+class Window(NamedTuple):
+    """The window of a local block, and where it lies; kernels are compiled for it."""
+
+    POSITIONS: int  # 0: no local block
+    DEPTH: int  # its sides
+    HEIGHT: int
+    WIDTH: int
+    VOLUME: bool  # on a grid of several slices
+
+
+NO_WINDOW = Window(0, 1, 1, 1, False)
+
+
 class Problem:
     """The sizes and options of a call, and which steps it takes.
 
@@ -35,13 +48,15 @@ class Problem:
         self.all_padded, self.all_key_padded = self.padded, self.key_padded
         self.width, self.width_v = (max(16, 1 << max(d - 1, 0).bit_length()) for d in (self.dim, self.dim_v))
         self.scale, self.scale2 = options.scale, options.scale * LOG2_E
-        self.grid_width = max(options.grid[2], 1)
+        depth, height, width = options.grid
+        self.is_volume = depth > 1
+        self.grid_sides = max(height, 1), max(width, 1)
 
         self.has_bits = alpha is not None or options.topk > 0
         self.dense = not self.has_bits and beta is None
         self.has_tiles = self.has_bits or self.dense  # pairs are kept as bits, in tiles
         self.mutual = options.reciprocal
-        self.window = 0 if beta is None else _side_of(options.window)
+        self.window = NO_WINDOW if beta is None else Window(options.positions, *options.window, self.is_volume)
         self.has_topk = 0 < options.topk < self.n_keys
         # Threshold gradients ask for A_ji where M_ij is 0; without them M itself is stored, which is cheaper to read.
         self.one_way_bits = learn_thresholds and self.mutual and alpha is not None
@@ -110,12 +125,6 @@ class Problem:
         if multiplier is None:
             return 0, 0, 0
         return multiplier.stride(0), multiplier.stride(1) if multiplier.shape[1] > 1 else 0, multiplier.stride(2)
-
-
-def _side_of(window: tuple[int, int, int]) -> int:
-    if window[0] > 1 or window[1] != window[2]:
-        raise RuntimeError(f"asa_attention: impl='triton' takes square windows only, got {window}")
-    return window[1]
 
 
 class Order(NamedTuple):

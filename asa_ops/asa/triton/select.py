@@ -37,7 +37,7 @@ from .tiles import (
     tile_count,
     words_of,
 )
-from .window import NO_WINDOW, NOTHING_LOCAL, Local, window_cut, window_of_rows
+from .window import NO_CUT, NOTHING_LOCAL, Local, window_cut, window_of_rows
 
 
 class Thresholds(NamedTuple):
@@ -295,7 +295,7 @@ def _collect_pairs(flags, pairs, count, tokens, own, TILE: tl.constexpr, MUTUAL:
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_pairs_kernel(
     flags, pairs, notes, tokens, own, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2,
-    heads, sharing, n_heads, n, width, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr, CUT,
+    heads, sharing, n_heads, n, height, width, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr, CUT,
 ):  # fmt: skip
     """Collect the tiles whose pairs are to be decided; the other programs find local survivors meanwhile."""
     programs = n_heads * (tokens.rows.padded // TILE)
@@ -303,11 +303,11 @@ def _asa_pairs_kernel(
         programs = n_heads * (own.padded // TILE)
     if tl.program_id(0) < programs:
         _collect_pairs(flags, pairs, tile_count(notes), tokens, own, TILE, MUTUAL, BLOCK_J)
-    elif CUT.WINDOW > 0:
+    elif CUT.WINDOW.POSITIONS > 0:
         if own is not None:
             tokens = own.tokens
         window_of_rows(tl.program_id(0) - programs, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n,
-                       scale2, heads, sharing, n, width, CUT)  # fmt: skip
+                       scale2, heads, sharing, n, height, width, CUT)  # fmt: skip
 
 
 def collect_pairs(
@@ -325,13 +325,13 @@ def collect_pairs(
         programs, rows = problem.n_heads * (own.padded // tile), own.padded
         capacity = min(capacity, programs * other_tiles)
     pairs = problem.new(capacity, dtype=torch.int64)
-    beta, kept, cut = problem.inputs.beta, NOTHING_LOCAL, NO_WINDOW
+    beta, kept, cut = problem.inputs.beta, NOTHING_LOCAL, NO_CUT
     if saved is not None:
         kept, cut = Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)), window_cut(problem)
-        programs += problem.n_heads * rows // problem.block if problem.window else 0
+        programs += problem.n_heads * rows // problem.block if problem.window.POSITIONS else 0
     triton_launch.launch(
         _asa_pairs_kernel, (programs,), flags, pairs, notes, tokens, own, beta, kept, *problem.strides(beta),
-        problem.scale2, problem.heads, problem.sharing, problem.n_heads, problem.n, problem.grid_width, TILE=tile,
+        problem.scale2, problem.heads, problem.sharing, problem.n_heads, problem.n, *problem.grid_sides, TILE=tile,
         MUTUAL=problem.mutual, BLOCK_J=128, CUT=cut, warps=problem.warps, registers=128,
     )  # fmt: skip
     return pairs

@@ -20,12 +20,14 @@ from .tiles import (
     SCALARS,
     TileKernel,
     admission_weight,
+    constants,
     exponential,
     load_tile,
     load_whole,
     operand,
     own_block,
     pairs_of_tile,
+    place_of,
     product,
     products_both_ways,
     shrink_of,
@@ -309,17 +311,21 @@ def _sum_columns(
 
 
 @triton.jit
-def _outside_window(rows, keys, i, j, width, reach):
+def _outside_window(rows, keys, i, j, height, width, WINDOW):
     """Whether the windows of the tokens at positions i [BLOCK_M] do not hold those at positions j [BLOCK_N]."""
-    token_i, token_j = tl.load(rows + i)[:, None], tl.load(keys + j)[None, :]
-    in_rows = tl.abs(token_i // width - token_j // width) <= reach
-    return (in_rows & (tl.abs(token_i % width - token_j % width) <= reach)) == 0
+    t_i, row_i, column_i = place_of(tl.load(rows + i)[:, None], height, width, WINDOW)
+    t_j, row_j, column_j = place_of(tl.load(keys + j)[None, :], height, width, WINDOW)
+    inside = tl.abs(row_i - row_j) <= WINDOW.HEIGHT // 2
+    inside &= tl.abs(column_i - column_j) <= WINDOW.WIDTH // 2
+    if WINDOW.VOLUME:
+        inside &= tl.abs(t_i - t_j) <= WINDOW.DEPTH // 2
+    return inside == 0
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dt_kernel(
     q, k, v, do, q_others, k_own, v_own, do_others, tokens, lists, bits, thresholds, row, others, sums, scale2, band,
-    sharing, width, reach, SCORES, VALUES, MUTUAL: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    sharing, height, width, SCORES, VALUES, MUTUAL: tl.constexpr, WINDOW,
 ):  # fmt: skip
     """-dl/dt_i, the straight-through gradient of the adaptive threshold, of pairs outside the window.
 
@@ -352,8 +358,8 @@ def _asa_dt_kernel(
             other_way = pairs_of_tile(bits, z, i0, j0, padded, key_padded, BLOCK_M, BLOCK_N, False, True)
             counts &= other_way
             neighbour &= other_way
-        if HAS_WINDOW:
-            counts &= _outside_window(order, key_order, i0 + tl.arange(0, BLOCK_M), j, width, reach)
+        if WINDOW.POSITIONS > 0:
+            counts &= _outside_window(order, key_order, i0 + tl.arange(0, BLOCK_M), j, height, width, WINDOW)
         empty_i = (kept_i == -float("inf"))[:, None]
         offer = admission_weight(s * scale2 - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
         if MUTUAL:
@@ -381,7 +387,7 @@ def sum_thresholds(
     back = [kernel.operand(name, tokens_across) for name in ("q", "k", "v", "do")]
     kernel.launch(
         _asa_dt_kernel, (kernel.programs, splits), "q k v do", *back, tokens, lists, bits, thresholds, row, others,
-        sums, problem.scale2, band, problem.sharing, problem.grid_width, problem.window // 2, MUTUAL=problem.mutual,
-        HAS_WINDOW=problem.window > 0,
+        sums, problem.scale2, band, problem.sharing, *problem.grid_sides, MUTUAL=problem.mutual,
+        WINDOW=constants(problem.window),
     )  # fmt: skip
     return sums

@@ -1,7 +1,7 @@
 """What the kernels of adaptive sparse attention share: tiles of tokens, their products, one bit a pair, the window.
 
-Tokens are arranged (``arrange``): [n_heads * padded, WIDTH], rows in 8 x 8 spatial tiles, padded with zeros to whole
-blocks, so tiles need no masks. Pairs are words[column // 32, row]: bit column % 32 of an int32.
+Tokens are arranged (``arrange``): [n_heads * padded, WIDTH], rows in spatial tiles, padded with zeros to whole blocks,
+so tiles need no masks. Pairs are words[column // 32, row]: bit column % 32 of an int32.
 
 ``BY_ROWS`` and ``BY_COLUMNS`` say how a tile of pairs is read: by the words of its rows, by those of its columns (whose
 bits are rows then), or by both, a pair counting if both say so. Mutual neighbours stored as such, M_ij = M_ji, are read
@@ -32,7 +32,7 @@ UNROLL = tl.constexpr(3)  # offsets of the window at a time, so that their loads
 
 # Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
 SCALARS = [
-    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "height", "width", "topk", "reach",
+    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "depth", "height", "width", "topk",
     "alpha_stride_b", "alpha_stride_h", "alpha_stride_n", "beta_stride_b", "beta_stride_h", "beta_stride_n",
 ]  # fmt: skip
 
@@ -55,7 +55,7 @@ def constants(struct):
 
 @functools.cache
 def _constants(struct: type, *fields):
-    return struct(*map(tl.constexpr, fields))
+    return struct(*(constants(x) if isinstance(x, tuple) else tl.constexpr(x) for x in fields))
 
 
 class TileKernel:
@@ -327,16 +327,36 @@ def count_bits(x):
 
 
 @triton.jit
-def in_window(place, token, offset, n, width, WINDOW: tl.constexpr):
+def place_of(token, height, width, WINDOW):
+    """Slice, row and column of tokens; the slice is 0 without several."""
+    row, column = token // width, token % width
+    t = tl.zeros_like(row)
+    if WINDOW.VOLUME:
+        t = row // height
+        row -= t * height
+    return t, row, column
+
+
+@triton.jit
+def in_window(place, token, offset, n, height, width, WINDOW):
     """The ``offset``-th token of the windows around tokens (raster order), its position, and whether it is a real one.
 
     ``place``: positions of the n tokens of an image. Tokens below 0 have no window.
     """
     offset = tl.cast(offset, tl.int32)  # in the interpreter it is an integer of Python
-    row = token // width + offset // WINDOW - WINDOW // 2
-    column = token % width + offset % WINDOW - WINDOW // 2
-    other = row * width + column
-    on_grid = (row >= 0) & (other < n) & (column >= 0) & (column < width)
+    t, row, column = place_of(token, height, width, WINDOW)
+    line = offset // WINDOW.WIDTH
+    column += offset % WINDOW.WIDTH - WINDOW.WIDTH // 2
+    if WINDOW.DEPTH > 1:
+        row += line % WINDOW.HEIGHT
+        t += line // WINDOW.HEIGHT - WINDOW.DEPTH // 2
+    else:
+        row += line
+    row -= WINDOW.HEIGHT // 2
+    on_grid = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    if WINDOW.DEPTH > 1:
+        on_grid &= (t >= 0) & (t < n // (height * width))
+    other = (t * height + row) * width + column
     at = tl.load(place + other, mask=(token >= 0) & on_grid, other=-1)
     return other, tl.maximum(at, 0), at >= 0
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ...core import triton_launch
 from ..types import Saved
-from .problem import Bits, Order, PerHead, Problem, Tokens
+from .problem import NO_WINDOW, Bits, Order, PerHead, Problem, Tokens, Window
 from .tiles import (
     SCALARS,
     UNROLL,
@@ -21,6 +21,7 @@ from .tiles import (
     in_window,
     multiplier_of,
     of_head,
+    place_of,
     raster_of,
     rows_of,
 )
@@ -51,20 +52,21 @@ class WindowCut(NamedTuple):
 
     BLOCK: int  # rows of a program
     DIM: int
-    WINDOW: int
+    WINDOW: Window
     HELD: int  # so many scores a row are held until the mean is known; 0: they are formed again, for any window
 
 
 @triton.jit
 def window_of_rows(
-    program, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, CUT
-):
+    program, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width,
+    CUT,
+):  # fmt: skip
     """log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i.
 
     Padding has no local survivors.
     """
     BLOCK: tl.constexpr = CUT.BLOCK
-    WINDOW: tl.constexpr = CUT.WINDOW
+    POSITIONS: tl.constexpr = CUT.WINDOW.POSITIONS
     padded, key_padded = tokens.rows.padded, tokens.keys.padded
     z, p = rows_of(program, padded, BLOCK)
     image = z // sharing
@@ -79,8 +81,8 @@ def window_of_rows(
     if CUT.HELD > 0:
         index = tl.arange(0, CUT.HELD)[None, :]
         scores = tl.full([BLOCK, CUT.HELD], -float("inf"), tl.float32)
-    for offset in tl.range(WINDOW * WINDOW, loop_unroll_factor=UNROLL):
-        _, at, there = in_window(place, token, offset, n, width, WINDOW)
+    for offset in tl.range(POSITIONS, loop_unroll_factor=UNROLL):
+        _, at, there = in_window(place, token, offset, n, height, width, CUT.WINDOW)
         s = tl.where(there, _score(q_i, tokens.k, z, at, there, key_padded, scale2, CUT.DIM), -float("inf"))
         first = tl.where(s > m, offset, first)
         m_new = tl.maximum(m, s)
@@ -95,14 +97,14 @@ def window_of_rows(
     multiplier = multiplier_of(beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
     cut = tl.where(multiplier >= 0, tl.log2(multiplier), float("nan"))
     written, in_raster = token != -1, raster_of(token)
-    flags = of_head(kept.survives, z) + in_raster.to(tl.int64) * (WINDOW * WINDOW)
+    flags = of_head(kept.survives, z) + in_raster.to(tl.int64) * POSITIONS
     if CUT.HELD > 0:
         survives = real[:, None] & (scores - mean2[:, None] > cut[:, None])
-        inside = written[:, None] & (index < WINDOW * WINDOW)
+        inside = written[:, None] & (index < POSITIONS)
         tl.store(flags[:, None] + index, survives, mask=inside)
     else:
-        for offset in range(WINDOW * WINDOW):
-            _, at, there = in_window(place, token, offset, n, width, WINDOW)
+        for offset in range(POSITIONS):
+            _, at, there = in_window(place, token, offset, n, height, width, CUT.WINDOW)
             # The largest must not miss a cut that it exceeds by its last bits.
             s = tl.where(offset == first, m, _score(q_i, tokens.k, z, at, there, key_padded, scale2, CUT.DIM))
             tl.store(flags + offset, there & (s - mean2 > cut), mask=written)
@@ -110,19 +112,19 @@ def window_of_rows(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_window_kernel(
-    tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, width, CUT
+    tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width, CUT
 ):
     """:func:`window_of_rows`, where there is nothing else to do meanwhile."""
     window_of_rows(tl.program_id(0), tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads,
-                   sharing, n, width, CUT)  # fmt: skip
+                   sharing, n, height, width, CUT)  # fmt: skip
 
 
-NO_WINDOW = constants(WindowCut(0, 0, 0, 0))
+NO_CUT = constants(WindowCut(0, 0, NO_WINDOW, 0))
 
 
 def window_cut(problem: Problem) -> WindowCut:
-    """Return what the local block is compiled for, WINDOW 0 without one."""
-    held = triton.next_power_of_2(problem.window**2)
+    """Return what the local block is compiled for."""
+    held = triton.next_power_of_2(problem.window.POSITIONS)
     return constants(WindowCut(problem.block, problem.width, problem.window, held if held <= MAX_HELD else 0))
 
 
@@ -131,14 +133,14 @@ def find_local_survivors(problem: Problem, tokens: Tokens, saved: Saved) -> None
     beta, kept = problem.inputs.beta, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local))
     triton_launch.launch(
         _asa_window_kernel, problem.row_programs, tokens, beta, kept, *problem.strides(beta), problem.scale2,
-        problem.heads, problem.sharing, problem.n, problem.grid_width, CUT=window_cut(problem), warps=problem.warps,
+        problem.heads, problem.sharing, problem.n, *problem.grid_sides, CUT=window_cut(problem), warps=problem.warps,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_neighbors_kernel(
-    bits, local, rows, keys, first, row_offsets, col_indices, sharing, n, n_keys, width,
-    DENSE: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
+    bits, local, rows, keys, first, row_offsets, col_indices, sharing, n, n_keys, height, width,
+    DENSE: tl.constexpr, WINDOW, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Write the columns of BLOCK rows, ascending, from their offsets on; of those from position ``first`` on."""
     blocks = tl.cdiv(n, BLOCK)
@@ -155,11 +157,16 @@ def _asa_neighbors_kernel(
         kept = pair & DENSE
         if bits.words is not None:
             kept |= bit_at(bits.words + z * bits.stride, p[:, None], at[None, :], rows.padded, pair)
-        if WINDOW > 0:
-            r = (j // width)[None, :] - (token // width)[:, None] + WINDOW // 2
-            c = (j % width)[None, :] - (token % width)[:, None] + WINDOW // 2
-            there = pair & (r >= 0) & (r < WINDOW) & (c >= 0) & (c < WINDOW)
-            flag = of_head(local, z) + token.to(tl.int64)[:, None] * (WINDOW * WINDOW) + r * WINDOW + c
+        if WINDOW.POSITIONS > 0:
+            t_i, r_i, c_i = place_of(token, height, width, WINDOW)
+            t_j, r_j, c_j = place_of(j, height, width, WINDOW)
+            t = t_j[None, :] - t_i[:, None] + WINDOW.DEPTH // 2
+            r = r_j[None, :] - r_i[:, None] + WINDOW.HEIGHT // 2
+            c = c_j[None, :] - c_i[:, None] + WINDOW.WIDTH // 2
+            there = pair & (t >= 0) & (t < WINDOW.DEPTH)
+            there &= (r >= 0) & (r < WINDOW.HEIGHT) & (c >= 0) & (c < WINDOW.WIDTH)
+            offset = (t * WINDOW.HEIGHT + r) * WINDOW.WIDTH + c
+            flag = of_head(local, z) + token.to(tl.int64)[:, None] * WINDOW.POSITIONS + offset
             kept |= tl.load(flag, mask=there, other=0) != 0
         kept = kept.to(tl.int32)
         tl.store(col_indices + slot[:, None] + tl.cumsum(kept, 1) - 1, j[None, :] + tl.zeros_like(kept), mask=kept != 0)
@@ -176,6 +183,6 @@ def write_columns(
     """
     triton_launch.launch(
         _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(local), rows, keys,
-        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, problem.grid_width,
-        DENSE=problem.dense, WINDOW=problem.window, BLOCK=16, BLOCK_J=64,
+        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, *problem.grid_sides,
+        DENSE=problem.dense, WINDOW=constants(problem.window), BLOCK=16, BLOCK_J=64,
     )  # fmt: skip
