@@ -104,10 +104,10 @@ class Options(NamedTuple):
             return cls((0, 0, 0), (1, 1, 1), topk, reciprocal, scale)
         first = [1] * (3 - len(grid))
         # A window wider than the grid is the grid. Not the builtins: they would have torch.compile ask which is larger.
-        wide = [torch.sym_min(x, torch.sym_max(2 * side - 1, 1)) for x, side in zip(window, grid, strict=True)]
-        depth, height, width = (*first, *grid)
-        along, down, across = (*first, *wide)
-        return cls((depth, height, width), (along, down, across), topk, reciprocal, scale)
+        sides = [torch.sym_min(x, torch.sym_max(2 * side - 1, 1)) for x, side in zip(window, grid, strict=True)]
+        of_grid, of_window = [*first, *grid], [*first, *sides]
+        whole_grid, whole_window = ((x[0], x[1], x[2]) for x in (of_grid, of_window))
+        return cls(whole_grid, whole_window, topk, reciprocal, scale)
 
     @property
     def positions(self) -> int:
