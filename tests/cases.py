@@ -59,8 +59,6 @@ CASES = [
     Case("one_column", grid=(63, 1)),
     Case("wide_values", dim=3, dim_v=33),
     Case("empty_batch", batch=0),
-]
-OTHER_GRIDS = [
     Case("sequence", grid=(65,), options={"window": 5}),
     Case("sequence_topk", grid=(23,), padding=True, options={"window": (7,), "topk": 6}),
     Case("volume", grid=(3, 4, 6)),

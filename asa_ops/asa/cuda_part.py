@@ -13,9 +13,7 @@ from torch import Tensor
 
 from . import ops
 from .parts import Gradients, Outputs, Range, Scan
-from .types import Inputs, Options
-
-SIDE = 8  # of the tiles in whose order tokens stand
+from .types import Inputs, Options, places_of
 
 
 def _op(name: str, device: torch.device) -> Any:
@@ -25,11 +23,14 @@ def _op(name: str, device: torch.device) -> Any:
 
 def _order(n: int, grid: tuple[int, int, int], real: Tensor | None, device: torch.device) -> Tensor:
     """Return the order of n tokens, [1 or B, padded]; csrc/cuda/asa/arrange.cu finds the same."""
-    width = grid[2] if math.prod(grid) == n else n
-    token = torch.arange(n, device=device)
-    row, column = token // width, token % width
-    tile = row // SIDE * (width // SIDE + 1) + column // SIDE
-    order = ((tile * SIDE + row % SIDE) * SIDE + column % SIDE).argsort()[None]
+    grid = grid if math.prod(grid) == n else (1, 1, n)
+    thick, side = (1, 8) if grid[0] == 1 else (4, 4)
+    places = places_of(torch.arange(n, device=device), grid)
+    tile, within = torch.zeros(2, n, dtype=torch.int64, device=device)
+    for place, of_grid, of_tile in zip(places, grid, (thick, side, side), strict=True):
+        tile = tile * (of_grid // of_tile + 1) + place // of_tile
+        within = within * of_tile + place % of_tile
+    order = (tile * Part.block + within).argsort()[None]
     if real is not None:  # padding comes last
         order = order[0][(~real[:, order[0]]).byte().argsort(stable=True)]
         order = torch.where(real.gather(1, order), order, -2 - order)

@@ -13,7 +13,7 @@ import in_parts
 import pytest
 import simt
 import torch
-from cases import CASES, Case, make, op_arguments
+from cases import CASES, Case, make, named, op_arguments
 from implementations import slow
 from torch import Tensor
 
@@ -107,7 +107,8 @@ LARGE = [
     for case in CASES
     if case.grid == (9, 7) and case.batch
 ]
-QUICK = {"plain", "padding_topk", "fewer_queries_padded", "beta_only"}
+LARGE += [named("volume", grid=(5, 11, 7), heads=1), named("volume_padding", grid=(6, 9, 7), heads=1)]
+QUICK = {"volume_padding", "plain", "padding_topk", "fewer_queries_padded", "beta_only"}
 
 
 @pytest.mark.parametrize("case", [slow(x, id=x.name, when=x.name not in QUICK) for x in LARGE])

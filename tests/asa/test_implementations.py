@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CASES, IDS, OTHER_GRIDS, Case, make, named, op_arguments, saved_of, with_grad
+from cases import CASES, IDS, Case, each_case, make, named, op_arguments, saved_of, with_grad
 from compare import (
     STRAIGHT_THROUGH,
     call_and_gradients,
@@ -73,13 +73,13 @@ def emulated(impl: str, kind: str, case: Case, *values, heads: int | None = None
         pytest.param(impl, dtype, case, id=f"{case.name}-{name}-{impl}", marks=ON_GPU.get(impl, []))
         for impl in (*IMPLEMENTATIONS, *ON_GPU)
         for name, dtype in DTYPES.items()
-        for case in (*CASES, *OTHER_GRIDS)
+        for case in CASES
     ]
     + [
         emulated(impl, "float32" if name == "float32" else "half", case, dtype)
         for impl in (*EMULATED, *INTERPRETED)
         for name, dtype in DTYPES.items()
-        for case in (*CASES, *OTHER_GRIDS * (impl in INTERPRETED))
+        for case in CASES
         if (impl, name) != ("triton", "bfloat16")  # which the interpreter gets wrong
     ],
 )
@@ -89,12 +89,12 @@ def test_equals_reference(impl, dtype, case):
 
 def learning():
     """The error rule compares maxima, which should be taken over many numbers: more heads, and no few rows."""
-    for case in (*CASES, *OTHER_GRIDS):
+    for case in CASES:
         if not case.batch or (case.alpha, case.beta) in ((None, None), ("inf", "inf")):
             continue
         if case.name in ("all_dense", "window_only_by_inf", "topk_one_way"):  # a threshold whose gradient is 0
             continue
-        for impl in (*EMULATED * (case in CASES), *INTERPRETED):
+        for impl in (*EMULATED, *INTERPRETED):
             heads = 8 if case.name in ("sharp", "window_5") else None  # a last bit moves a gradient by 1e-6
             if impl == "cuda":
                 heads = 32 if case.n_keys else 8
@@ -140,7 +140,7 @@ def test_float32_thresholds_beside_bfloat16(impl):
 
 
 @each_impl
-@pytest.mark.parametrize("case", [*CASES, *OTHER_GRIDS], ids=lambda case: case.name)
+@each_case
 @pytest.mark.parametrize("band", [slow(0.7), 2.0])
 def test_float64_equals_reference_threshold_gradients_included(impl, case, band):
     inputs, options = make(case)

@@ -6,7 +6,7 @@ import math
 import hypothesis
 import pytest
 import torch
-from cases import CASES, OTHER_GRIDS, Case, make, named, with_grad
+from cases import CASES, Case, make, named, with_grad
 from compare import STRAIGHT_THROUGH, exact_scores, find_survivors, survivors
 from hypothesis import strategies as st
 
@@ -95,8 +95,8 @@ def test_equals_loops(name):
     check_against_loop(named(name, **small, options=options), seed=1)
 
 
-@pytest.mark.parametrize("case", [case for case in OTHER_GRIDS if case.batch], ids=lambda case: case.name)
-def test_other_grids_equal_loops(case):
+@pytest.mark.parametrize("case", [case for case in CASES if len(case.grid) != 2], ids=lambda case: case.name)
+def test_sequences_and_volumes_equal_loops(case):
     check_against_loop(case, seed=1)
 
 
