@@ -1,13 +1,12 @@
 """The squeeze-and-attention block."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..blocks.squeeze_and_attention import check_upsample, squeeze_and_attention
 from ..core import checks
-from ..core.contracts import is_known
 from .common import Block, conv_norm_relu, rename
 
 _UPSTREAM = {
@@ -15,8 +14,6 @@ _UPSTREAM = {
     for name, ours in (("conv", "residual"), ("conv_atten", "attention"))
     for i, j in ((0, "0.0"), (1, "0.1"), (3, "1.0"), (4, "1.1"))
 }
-
-_MEAN_POOL: dict[int, Callable[..., Tensor]] = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
 
 
 class SqueezeAndAttention(Block):
@@ -83,10 +80,14 @@ class SqueezeAndAttention(Block):
 
     def _squeeze(self, x: Tensor) -> Tensor:
         """Return the means of the windows."""
-        windows = checks.as_each_side("pool", self.pool, self.dims)
-        if self.dims == 3:  # avg_pool3d alone takes no map that is smaller than a window
-            windows = tuple(int(n) if is_known(n < p) else p for n, p in zip(x.shape[2:], windows, strict=True))
-        return _MEAN_POOL[self.dims](x, windows, ceil_mode=True, count_include_pad=False)
+        if self.dims < 3:
+            mean_pool = F.avg_pool1d if self.dims == 1 else F.avg_pool2d
+            return mean_pool(x, self.pool, ceil_mode=True, count_include_pad=False)
+        # avg_pool3d takes no map smaller than a window, nor bfloat16 on a CPU: frames first, then the pixels of each.
+        frames, *window = checks.as_each_side("pool", self.pool, 3)
+        x = F.avg_pool2d(x.flatten(3), (frames, 1), ceil_mode=True, count_include_pad=False).unflatten(3, x.shape[3:])
+        means = F.avg_pool2d(x.flatten(1, 2), window, ceil_mode=True, count_include_pad=False)
+        return means.unflatten(1, x.shape[1:3])
 
     def extra_repr(self) -> str:
         return (
