@@ -83,13 +83,11 @@ class SqueezeAndAttention(Block):
         if self.dims < 3:
             mean_pool = F.avg_pool1d if self.dims == 1 else F.avg_pool2d
             return mean_pool(x, self.pool, ceil_mode=True, count_include_pad=False)
-        # avg_pool3d takes no map that is smaller than a window: frames first, then the pixels of each.
+        # avg_pool3d takes no map smaller than a window, nor bfloat16 on a CPU: frames first, then the pixels of each.
         frames, *window = checks.as_each_side("pool", self.pool, 3)
-        height, width = x.shape[3:]
-        x = F.avg_pool2d(x.flatten(3), (frames, 1), ceil_mode=True, count_include_pad=False)
-        x = x.unflatten(3, (height, width)).transpose(1, 2)
-        means = F.avg_pool2d(x.flatten(0, 1), window, ceil_mode=True, count_include_pad=False)
-        return means.unflatten(0, x.shape[:2]).transpose(1, 2)
+        x = F.avg_pool2d(x.flatten(3), (frames, 1), ceil_mode=True, count_include_pad=False).unflatten(3, x.shape[3:])
+        means = F.avg_pool2d(x.flatten(1, 2), window, ceil_mode=True, count_include_pad=False)
+        return means.unflatten(1, x.shape[1:3])
 
     def extra_repr(self) -> str:
         return (
