@@ -354,9 +354,9 @@ def in_window(place, token, offset, n, height, width, WINDOW):
         row += line
     row -= WINDOW.HEIGHT // 2
     on_grid = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-    if WINDOW.DEPTH > 1:
-        on_grid &= (t >= 0) & (t < n // (height * width))
     other = (t * height + row) * width + column
+    if WINDOW.DEPTH > 1:
+        on_grid &= (t >= 0) & (other < n)
     at = tl.load(place + other, mask=(token >= 0) & on_grid, other=-1)
     return other, tl.maximum(at, 0), at >= 0
 
