@@ -138,7 +138,7 @@ def near_dense(grid: tuple[int, ...], dim: int, generator: torch.Generator) -> l
     x = features(grid, 2 * dim, generator)
     with torch.random.fork_rng(), torch.no_grad():
         torch.manual_seed(generator.initial_seed())
-        tokens = AdaptiveSparseAttention(2 * dim).tokens(x)
+        tokens = AdaptiveSparseAttention(2 * dim, dims=len(grid)).tokens(x)
     return [tokens[name][0, 0] for name in ("query", "key", "value", "alpha", "beta")]
 
 

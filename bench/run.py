@@ -179,10 +179,13 @@ def to_do(parser: argparse.ArgumentParser, options: argparse.Namespace) -> list[
     if ops != ["asa"] and (kinds != ["iid"] or heads > 1 or options.alpha):
         parser.error("blocks take --inputs iid, --heads 1 and no --alpha: their cost depends on none of these")
     every = ops, options.size or ["64x64"], options.dim or [64], kinds, options.alpha or [None], options.mode or MODES
-    return [
-        ("", Spec(op, size, dim, heads, batch, options.dtype, kind, alpha), mode)
-        for op, size, dim, kind, alpha, mode in itertools.product(*every)
-    ]
+    try:
+        return [
+            ("", Spec(op, size, dim, heads, batch, options.dtype, kind, alpha), mode)
+            for op, size, dim, kind, alpha, mode in itertools.product(*every)
+        ]
+    except ValueError as error:
+        parser.error(f"--size: {error}")
 
 
 def start(parser: argparse.ArgumentParser, options: argparse.Namespace, specs: list[Spec]) -> Record:

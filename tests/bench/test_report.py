@@ -27,7 +27,7 @@ def test_a_file_is_read_as_it_was_written(tmp_path):
         (lambda x: x.pop("ceilings"), "all of it: missing fields ['ceilings'], unknown fields []"),
         (lambda x: x["cases"][0].update(speed=1), "cases[0]: missing fields [], unknown fields ['speed']"),
         (lambda x: x["cases"][1].update(mode="bwd"), "cases[1].mode: expected one of fwd, fwd+bwd, mem, got 'bwd'"),
-        (lambda x: x["cases"][0].update(size="64"), "cases[0].size: expected HxW, as 64x64, got '64'"),
+        (lambda x: x["cases"][0].update(size="64x"), "cases[0].size: expected HxW, as 64x64, or L or TxHxW, got '64x'"),
         (lambda x: x["cases"][0].update(dim="64"), "cases[0].dim: expected int, got '64'"),
         (lambda x: x["cases"][0].update(dim=True), "cases[0].dim: expected int, got True"),
         (lambda x: x["cases"][0].update(ours=["asa"]), "cases[0].ours: asa not among the methods asa cpu, "),

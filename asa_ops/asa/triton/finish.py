@@ -497,10 +497,14 @@ def _finish_dkv(
 def _asa_finish_gradients_kernel(
     sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-    heads, sharing, n_heads, n, n_keys, height, width, dim, dim_v, ROWS,
+    heads, sharing, n, n_keys, height, width, dim, dim_v, ROWS,
 ):  # fmt: skip
     """All gradients: some programs finish BLOCK rows each, the others BLOCK keys each, of ``across`` if given."""
-    program = tl.program_id(0) - n_heads * (tokens.rows.padded // ROWS.BLOCK)
+    keys = tokens.keys.padded
+    if across is not None:
+        keys = across.tokens.keys.padded
+    of_rows = tokens.rows.padded // ROWS.BLOCK  # programs, of a head
+    program = tl.program_id(0) - tl.num_programs(0) // (of_rows + keys // ROWS.BLOCK) * of_rows
     if program < 0:
         _finish_dq(
             tl.program_id(0), sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
@@ -534,6 +538,6 @@ def finish_gradients(
         _asa_finish_gradients_kernel, (problem.n_heads * (tokens.rows.padded + keys) // block,), sums,
         bits, tokens, thresholds, row, across, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
         Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
-        problem.sharing, problem.n_heads, problem.n, problem.n_keys, *problem.grid_sides, problem.dim, problem.dim_v,
+        problem.sharing, problem.n, problem.n_keys, *problem.grid_sides, problem.dim, problem.dim_v,
         ROWS=_rows(problem, block), registers=255 if learns or problem.dtype.itemsize == 4 else 168,
     )  # fmt: skip
