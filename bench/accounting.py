@@ -40,6 +40,8 @@ class Sparsity(NamedTuple):
 
 def tile_order(grid: tuple[int, ...]) -> Tensor:
     """Return the tokens of a grid [N] in the order of tiles of 64, 8 x 8 or 4 x 4 x 4, smaller at the borders."""
+    while len(grid) > 1 and grid[0] == 1:  # a volume of one slice is a map
+        grid = grid[1:]
     side = round(BLOCK ** (1 / len(grid)))
     tiles = [torch.arange(math.prod(grid)).view(grid)]
     for axis in range(len(grid)):

@@ -40,11 +40,14 @@ def read(name: str, size: tuple[int, ...]) -> Tensor:
         else:
             with files.named(Path(name)):
                 volume = np.load(name, allow_pickle=False)
-        if volume.ndim != 3:
-            raise files.FileError(f"{name} must hold a volume [T, H, W], got {list(volume.shape)}")
+        if volume.ndim != 3 or volume.dtype.kind not in "biuf":
+            raise files.FileError(f"{name} must hold a volume [T, H, W], got {volume.dtype} {list(volume.shape)}")
+        most = np.percentile(volume, 99.9)
+        if not most > 0:
+            raise files.FileError(f"{name} must hold numbers above 0")
         begins = [(n - min(n, side)) // 2 for n, side in zip(volume.shape, size, strict=True)]
         x = volume[tuple(slice(begin, begin + side) for begin, side in zip(begins, size, strict=True))]
-        return torch.from_numpy(x / np.percentile(volume, 99.9)).float().clamp(0, 1)[None]
+        return torch.from_numpy(x / most).float().clamp(0, 1)[None]
     import av  # pip install av
 
     frames = []
@@ -53,6 +56,8 @@ def read(name: str, size: tuple[int, ...]) -> Tensor:
             frames.append(torch.from_numpy(frame.to_ndarray(format="rgb24")))
             if len(frames) == size[0]:
                 break
+    if not frames:
+        raise files.FileError(f"{name} must hold frames, got none")
     film = torch.stack(frames).permute(0, 3, 1, 2) / 255
     return F.interpolate(film, size[1:], mode="bilinear", antialias=True).transpose(0, 1).contiguous()
 
@@ -124,7 +129,14 @@ def active(rows: Tensor, columns: Tensor, order: Tensor) -> float:
 def main(arguments: list[str] | None = None) -> list[list[str]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("inputs", nargs="*", default=[SAMPLE], help=".npy volumes, or films (pip install av)")
-    parser.add_argument("--size", type=int, nargs=3, default=(16, 48, 64), metavar=("T", "H", "W"))
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=3,
+        default=(16, 48, 64),
+        metavar=("T", "H", "W"),
+        help="taken of each input (16 48 64)",
+    )
     options = parser.parse_args(arguments)
     if min(options.size) < 1:
         parser.error(f"--size must be at least 1 a side, got {options.size}")

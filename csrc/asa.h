@@ -29,7 +29,7 @@ constexpr const char* kListSurvivorsSchema =
 
 // The arguments of a call that are no tensors.
 struct Options {
-  int64_t depth = 0, height = 0, width = 0;  // of the grid, sides of 1 before those that it has; 0, 0, 0: none
+  int64_t depth = 0, height = 0, width = 0;  // of the grid, sides of 1 before those that it has; a product of 0: none
   int64_t window[3] = {1, 1, 1};  // sides of the local window
   int64_t topk;  // 0: none
   bool reciprocal;

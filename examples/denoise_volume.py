@@ -55,14 +55,17 @@ def read(name: str) -> np.ndarray:
         elif path.suffix == ".npy":
             volume = np.load(path, allow_pickle=False)
         else:
-            with warnings.catch_warnings(action="ignore"):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 volume = skimage.io.imread(path)
     except Exception as error:  # readers raise whatever a broken file makes happen
         reason = "it needs `pip install nibabel`" if isinstance(error, ImportError) else str(error) or repr(error)
         raise pictures.PictureError(f"cannot read {name} as a volume: {reason:.200}") from error
-    if volume.ndim != 3 or volume.dtype.kind not in "biuf":
+    colours = volume.ndim == 3 and volume.shape[2] in (3, 4) and volume.dtype == np.uint8
+    if volume.ndim != 3 or volume.dtype.kind not in "biuf" or colours:
         shape = list(volume.shape)
-        raise pictures.PictureError(f"{name} must hold a volume [T, H, W] of numbers, got {volume.dtype} {shape}")
+        what = f"a picture in colours {shape}" if colours else f"{volume.dtype} {shape}"
+        raise pictures.PictureError(f"{name} must hold a volume [T, H, W] of numbers, got {what}")
     volume = np.nan_to_num(volume.astype(np.float64))
     low, high = np.percentile(volume, (0.1, 99.9))
     if not low < high:

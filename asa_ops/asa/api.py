@@ -276,6 +276,8 @@ def check(
         raise ValueError(f"beta needs grid=(L,), (H, W) or (T, H, W) with the product N = {n_q}, got grid=None")
     # AOTInductor of torch 2.13 loses an empty list.
     sides = [0, 0] if grid is None else list(checks.as_grid(grid, n_q, 1, 2, 3))
+    if grid is None and isinstance(window, tuple | list):
+        raise ValueError(f"a window with a side for each of the grid needs a grid, got grid=None and window={window}")
     windows = list(checks.as_window(window, len(sides)))
     if topk is not None:
         topk = checks.as_positive_int("topk", topk)

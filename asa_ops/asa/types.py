@@ -89,7 +89,7 @@ class Inputs(NamedTuple):
 class Options(NamedTuple):
     """The other arguments of a call, resolved."""
 
-    grid: tuple[int, int, int]  # (T, H, W), sides of 1 before those that it has; (0, 0, 0): none
+    grid: tuple[int, int, int]  # (T, H, W), sides of 1 before those that it has; a product of 0: none
     window: tuple[int, int, int]  # its sides, odd
     topk: int  # 0: none
     reciprocal: bool

@@ -95,6 +95,8 @@ def channelized_axial_attention(
     if (time is not None) != (dims == 3):
         expected, given = ("time", "none") if dims == 3 else ("no time", checks.describe(time))
         raise ValueError(f"a value {checks.map_layout(dims)} wants {expected}, got {given}")
+    if time_gate is not None and dims != 3:
+        raise ValueError(f"a value {checks.map_layout(dims)} wants no time_gate, got one")
     for name, x in zip(maps, axes, strict=True):
         checks.check_tensor(name, x, checks.map_layout(dims, "D"))
         checks.check_like(name, x, value, "value")

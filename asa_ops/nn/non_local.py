@@ -93,7 +93,7 @@ class NonLocal(Block):
         )
         checks.check_choice("mode", mode, _MODES)
         checks.check_choice("norm", norm, (None, "batch"))
-        if sub_sample not in (False, True, "input"):
+        if not (isinstance(sub_sample, bool) or (isinstance(sub_sample, str) and sub_sample == "input")):
             raise ValueError(f"sub_sample must be False, True or 'input', got {checks.describe(sub_sample)}")
         dims = checks.as_dims(dims)
         inner = max(in_channels // reduction, 1)
@@ -162,6 +162,6 @@ class NonLocal(Block):
         if "pair.weight" in renamed and "value.weight" in renamed:  # theirs is of a matrix of pairs whatever the maps
             pair, dims = renamed["pair.weight"], renamed["value.weight"].dim() - 2
             renamed["pair.weight"] = pair.reshape(*pair.shape[:2], *[1] * dims)
-        if "norm.weight" in renamed and (bias := renamed.pop("proj.bias", None)) is not None:
+        if "norm.running_mean" in renamed and (bias := renamed.pop("proj.bias", None)) is not None:
             renamed["norm.running_mean"] = renamed["norm.running_mean"] - bias
         return renamed

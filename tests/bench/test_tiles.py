@@ -38,6 +38,6 @@ def test_the_table(tmp_path, capsys):
     assert all(0 < float(share) <= 1 for row in rows for share in row[2:])
     assert "| noise, patches |" in capsys.readouterr().out
     np.save(tmp_path / "map.npy", np.ones((3, 4)))
-    with pytest.raises(tiles.files.FileError, match=r"must hold a volume \[T, H, W\], got \[3, 4\]"):
+    with pytest.raises(tiles.files.FileError, match=r"must hold a volume \[T, H, W\], got float64 \[3, 4\]"):
         tiles.read(str(tmp_path / "map.npy"), (1, 1, 1))
     assert math.prod(tiles.read(tiles.SAMPLE, (3, 4, 5)).shape) == 60

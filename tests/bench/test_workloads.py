@@ -33,7 +33,7 @@ def test_inputs_are_the_same_every_time(kind, monkeypatch):
     torch.manual_seed(len(kind))
     if kind not in inputs.INPUTS:
         monkeypatch.setattr(inputs, "skimage", None)
-    for grid, dim in (((8, 9), 5), ((64, 128), 128)):
+    for grid, dim in (((8, 9), 5), ((64, 128), 128), ((40,), 8), ((3, 5, 8), 8)):
         made = [inputs.make(kind.split()[0], grid, dim) for _ in range(2)]
         assert [x.shape[2] for x in made[0]] == [math.prod(grid)] * 5
         assert made[0][0].std() > (0.01 if kind == "near-dense" else 0.1)

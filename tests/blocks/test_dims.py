@@ -313,3 +313,16 @@ def test_traces(name, dims):
     block = block_of(name, dims).eval()
     x, other = torch.randn(2, 2, 8, *SIDES[dims])
     torch.testing.assert_close(torch.jit.trace(block, (x,))(other), block(other))
+
+
+def test_a_gate_of_time_wants_time():
+    x = torch.randn(1, 2, 3, 4)
+    with pytest.raises(ValueError, match=r"a value \[B, C, H, W\] wants no time_gate, got one"):
+        channelized_axial_attention(x, x, x, time_gate=(torch.ones(3, 3), torch.ones(3, 3)))
+
+
+def test_a_checkpoint_of_some_layers_is_renamed():
+    """Without the statistics of its norm a bias before it stays where it is."""
+    layers = {f"conv_out.{name}": torch.randn(4) for name in ("conv.bias", "bn.weight", "bn.bias")}
+    renamed = nn.NonLocal.from_upstream(layers)
+    assert set(renamed) == {"proj.bias", "norm.weight", "norm.bias"}

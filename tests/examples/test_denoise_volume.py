@@ -50,9 +50,11 @@ def test_files_of_volumes(tmp_path):
     assert volumes[0].min() == 0 and volumes[0].max() == 1
     assert denoise_volume.centre(volumes[0], (3, 99, 2)).shape == (3, 6, 2)
     np.save(tmp_path / "picture.npy", stack[0])
+    np.save(tmp_path / "colours.npy", np.zeros((8, 9, 3), np.uint8))
     (tmp_path / "broken.nii").write_bytes(b"no volume")
     for name, message in (
         ("picture.npy", r"must hold a volume \[T, H, W\] of numbers, got uint8 \[6, 7\]"),
+        ("colours.npy", r"must hold a volume .*, got a picture in colours \[8, 9, 3\]"),
         ("broken.nii", "cannot read .*broken.nii as a volume"),
         ("none.tif", "cannot read .*none.tif as a volume"),
     ):

@@ -46,7 +46,7 @@ def output_and_gradients(function, block, x) -> list[torch.Tensor]:
     ],
 )
 def test_blocks_train_at_sizes_that_change(name, way, dims, request):
-    if (name, dims) == ("squeeze_and_attention", 3):  # nor do AvgPool3d and Conv3d
+    if (name, dims) == ("squeeze_and_attention", 3):
         request.applymarker(pytest.mark.xfail(reason="Inductor of torch 2.13 fails on pooled volumes", strict=True))
     torch._dynamo.reset()
     block = block_of(name, dims).double()  # some gradients are 0 but for rounding: a bias before a batch norm

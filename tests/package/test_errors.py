@@ -64,6 +64,7 @@ ASA = [
     ({"grid": (1, 2, 3, 4)}, TypeError, r"grid must be .*\(T, H, W\), got \(1, 2, 3, 4\)"),
     ({"grid": (4.0, 6)}, TypeError, r"integers .*\(H, W\).*, got 4.0 of type float"),
     ({"window": (3, 3, 3)}, ValueError, r"window must be an odd integer, or 2 of them, .*got window=\(3, 3, 3\)"),
+    ({"window": (3, 3), "grid": None, "beta": None}, ValueError, r"window .* needs a grid, got .*window=\(3, 3\)"),
     ({"window": (3, 2)}, ValueError, r"window must be odd, got window=\(3, 2\)"),
     ({"window": (3, 3.0)}, TypeError, r"each side of window must be an integer >= 1, got 3.0"),
     ({"window": 4}, ValueError, r"window must be odd, got window=4"),
