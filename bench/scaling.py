@@ -108,7 +108,7 @@ def find_costs(grid: tuple[int, int], rounds: int) -> Costs:
         rows=median_of(lambda: ops.asa_rows_bwd(*of_rows, *found, bits), rounds) / pairs,
         columns=median_of(lambda: ops.asa_columns_bwd(*of_rows, bits, local, bits, softmax, groups), rounds) / pairs,
         whole=statistics.median(whole[1:]) / pairs,
-        copy=median_of(lambda: collectives._unpack(collectives._pack(message), message), rounds) / packed.nbytes,
+        copy=median_of(lambda: collectives._unpack([collectives._pack(message)], message, [n]), rounds) / packed.nbytes,
         survivors=pairs / n**2,
     )
     torch.set_num_threads(threads)
