@@ -66,6 +66,7 @@ CASES = [
     Case("volume_window", grid=(4, 3, 4), alpha=None, options={"window": (7, 3, 5)}),
     Case("volume_one_way", grid=(5, 2, 3), heads=3, alpha="heads", beta="heads", options={"reciprocal": False}),
     Case("map_window", grid=(6, 5), options={"window": (1, 5)}),
+    Case("window_of_511", grid=(4, 37), batch=1, heads=1, options={"window": (7, 73)}),
 ]
 IDS = [case.name for case in CASES]
 each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
