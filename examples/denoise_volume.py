@@ -10,6 +10,7 @@ means, which looks at the voxels nearby alone, stands beside.
 """
 
 import argparse
+import functools
 import math
 import warnings
 from collections.abc import Callable
@@ -167,14 +168,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     with tqdm(total=total, desc="tuning", unit="run", leave=False) as bar:
         for name, (method, settings) in methods.items():
             for way in PATCHES:
-                setting = best(
-                    small,
-                    lambda *setting, method=method, way=way: method(way, small_noisy, noise, *setting),
-                    settings,
-                    bar,
-                )
-                run = lambda method=method, way=way, setting=setting: method(way, noisy, noise, *setting)  # noqa: E731
-                volume, seconds, _ = measured(run)
+                setting = best(small, functools.partial(method, way, small_noisy, noise), settings, bar)
+                volume, seconds, _ = measured(functools.partial(method, way, noisy, noise, *setting))
                 results[f"{name}, {way}"] = psnr(clean, volume)
                 bar.clear()
                 print(f"{name + ', ' + way:<34}{results[f'{name}, {way}']:>9.2f}{seconds:>9.2f}")
