@@ -1,6 +1,6 @@
 """The adaptive sparse attention block."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..core import checks, dispatch
 from ..core.dispatch import Impl
 from ..core.layout import to_map, to_tokens
 from .common import CONV, NORMAL_CONV, Block, Factory, last_layers, rename
+from .training import attend, scheduled
 
 _UPSTREAM = {
     "theta.conv": "query",
@@ -71,6 +72,8 @@ class AdaptiveSparseAttention(Block):
         >>> video(torch.randn(1, 64, 4, 12, 16)).shape
         torch.Size([1, 64, 4, 12, 16])
     """
+
+    asa_thresholds = ("alpha", "beta")  # for what trains and watches them: asa_ops.nn.training
 
     def __init__(
         self,
@@ -155,7 +158,7 @@ class AdaptiveSparseAttention(Block):
             "query": query,
             "key": key,
             "value": to_tokens(self.value(x), self.heads),
-            "alpha": activate(alpha).flatten(2),
+            "alpha": scheduled(self, activate(alpha).flatten(2)),
             "beta": None if beta is None else activate(beta).flatten(2),
             "grid": checks.as_sides(x.shape[2:], self.dims),
             "window": self.window,
@@ -166,9 +169,11 @@ class AdaptiveSparseAttention(Block):
     def attend(self, x: Tensor) -> Tensor:
         tokens = self.tokens(x)
         if self.published:
-            out = cast(Tensor, reference_attention(**tokens, published=True))
+            out = attend(self, reference_attention, **tokens, published=True)
         else:
-            out = asa_attention(
+            out = attend(
+                self,
+                asa_attention,
                 **tokens,
                 threshold_grad=self.threshold_grad,
                 threshold_band=self.threshold_band,

@@ -34,7 +34,9 @@ class Block(nn.Module):
         if isinstance(x, torch.fx.Proxy):  # a leaf of torch.fx by itself: sizes are checked when there are some
             if x.tracer.root is self:
                 name = type(self).__name__
-                raise RuntimeError(f"{name} is a leaf of torch.fx: trace what contains it, as nn.Sequential({name}(..))")
+                raise RuntimeError(
+                    f"{name} is a leaf of torch.fx: trace what contains it, as nn.Sequential({name}(..))"
+                )
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         checks.check_feature_map(x, self.in_channels, self.dims)
         return self.attend(x) if x.dim() == self.dims + 2 else self.attend(x[None])[0]
