@@ -1,6 +1,7 @@
 """Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out.
 
-With ``dims=1`` or ``dims=3`` they take sequences [B, C, L] or volumes and videos [B, C, T, H, W].
+With ``dims=1`` or ``dims=3`` they take sequences [B, C, L] or volumes and videos [B, C, T, H, W]. And what trains and
+watches thresholds: :func:`parameter_groups`, :class:`ThresholdSchedule`, :class:`monitor`.
 """
 
 from typing import Any
