@@ -307,6 +307,7 @@ def test_source_archive_holds_what_a_build_reads(tmp_path):
         metadata = file.extractfile(held["PKG-INFO"]).read().decode()
     needed = {"README.md", "LICENSE", "setup.py", "pyproject.toml"}
     files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "asa_ops").rglob("*.py")]
+    files += (ROOT / "asa_ops" / "explore" / "page").glob("*.*")
     assert needed | set(map(named, files)) <= held.keys()
     assert "Description-Content-Type: text/markdown" in metadata
     assert (ROOT / "README.md").read_text().strip() in metadata
