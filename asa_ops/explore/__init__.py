@@ -20,9 +20,9 @@ from torch import Tensor
 from ..asa import NeighborGraph, reciprocal_neighbors
 from ..core import checks
 from .document import render
-from .pairs import LEVELS, MAX_PAIRS, Levels, Pairs, check_graph, softmax_weights
+from .pairs import LEVELS, Levels, Pairs, check_graph, softmax_weights
 
-__all__ = ["LEVELS", "MAX_PAIRS", "page", "page_of_graph"]
+__all__ = ["page", "page_of_graph"]
 
 
 @torch.no_grad()
@@ -41,16 +41,16 @@ def page(
 ) -> str:
     """Return an HTML page that shows the survivors of every pixel at levels of alpha and beta.
 
-    It has two sliders. At level a of one and b of the other it shows ``reciprocal_neighbors(query, key, a, b,
-    grid=grid, window=window, scale=scale)``, and at the lowest end of the second what it gives without ``beta``.
-    The page grows with the pairs that survive at the lowest alpha, by about 2 bytes for two that are mutual.
+    It has a slider of alpha and one of beta. It shows what :func:`asa_ops.reciprocal_neighbors` gives for the two
+    levels, and with beta off what it gives without one. The page grows with the pairs that survive at the lowest alpha,
+    by about 2 bytes for two mutual neighbours.
 
     Args:
         query: [1, 1, N, D], finite.
         key: [1, 1, N, D], finite.
         grid: (H, W) with H * W = N.
-        alpha: levels, numbers >= 0, inf among them: at least one and at most ``LEVELS``, which is 8.
-        beta: the same; there may be none.
+        alpha: levels, 1 to 8 numbers >= 0, which may be inf.
+        beta: levels, at most 8.
         window: odd side of the local window, or one for each side of the grid.
         scale: factor of the scores, default D**-0.5.
         picture: uint8 [any height, any width, 3], shown beneath; needs Pillow.
@@ -61,7 +61,7 @@ def page(
         The text of an HTML file.
 
     Raises:
-        ValueError: shapes, sizes or numbers that do not fit; more than ``MAX_PAIRS`` pairs to store.
+        ValueError: shapes, sizes or numbers that do not fit; more than 40 million pairs to store.
         TypeError: dtypes that do not.
         ImportError: there is a picture and no Pillow.
 
@@ -122,7 +122,7 @@ def page_of_graph(
         The text of an HTML file.
 
     Raises:
-        ValueError: shapes or numbers that do not fit; more than ``MAX_PAIRS`` pairs to store.
+        ValueError: shapes or numbers that do not fit; more than 40 million pairs to store.
         TypeError: dtypes that do not.
         ImportError: there is a picture and no Pillow.
 

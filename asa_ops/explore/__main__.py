@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import NeighborGraph, reciprocal_neighbors
+from ..asa import NeighborGraph, reciprocal_neighbors
 from ..core import checks
-from . import LEVELS, page, page_of_graph, pictures
+from . import page, page_of_graph, pictures
+from .pairs import LEVELS
 
 SIZES = (96, 80, 64, 56, 48, 40, 32, 24)  # of the long side, tried in turn
 PAIRS = 4_000_000  # survivors at the lowest alpha with which the page is a few MB
