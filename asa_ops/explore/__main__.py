@@ -27,6 +27,7 @@ from . import page, page_of_graph, pictures
 from .pairs import LEVELS
 
 SIZES = (96, 80, 64, 56, 48, 40, 32, 24)  # of the long side, tried in turn
+MAX_SIZE = 256  # 65,536 pixels: their graph takes N^2 / 8 bytes, 0.5 GB, while it is made
 PAIRS = 4_000_000  # survivors at the lowest alpha with which the page is a few MB
 GRAPHS = (".npz", ".pt")
 
@@ -69,8 +70,8 @@ def main(arguments: list[str] | None = None) -> Path:
 
 def check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     """End the command where an option cannot be what it is."""
-    if options.size is not None and options.size < 2:
-        parser.error(f"--size must be at least 2, got {options.size}")
+    if options.size is not None and not 2 <= options.size <= MAX_SIZE:
+        parser.error(f"--size must be 2 to {MAX_SIZE}, got {options.size}")
     for name in ("patch", "window"):
         value = getattr(options, name)
         if value < 1 or value % 2 == 0:

@@ -117,7 +117,7 @@ def numbers_of_7_bits(x: Tensor) -> bytes:
 
 def as_bytes(x: Tensor) -> bytes:
     """Return whole numbers modulo 256 as bytes."""
-    return bytes((x & 255).tolist())
+    return pictures.bytes_of((x & 255).to(torch.uint8))
 
 
 def jpeg(picture: Tensor) -> str:

@@ -13,7 +13,7 @@ from ..asa import NeighborGraph
 from ..core import checks
 
 LEVELS = 8  # of each threshold: one bit of a byte for each
-MAX_PAIRS = 40_000_000  # a page of some 100 MB: no browser on a phone shows it
+MAX_PAIRS = 40_000_000  # a page of some 60 MB: no browser on a phone shows it
 ROWS = 512  # of scores at a time
 
 
@@ -72,13 +72,10 @@ class Pairs:
         Raises:
             ValueError: there are more than MAX_PAIRS pairs.
         """
+        check_pairs(len(graph.col_indices) // 2)  # there are no fewer; before all of them are sorted
         codes, forward = self._codes(graph)
         union = torch.cat([self.codes, codes]).unique()
-        if len(union) > MAX_PAIRS:
-            raise ValueError(
-                f"{len(union):,} pairs survive, more than the {MAX_PAIRS:,} that a page can hold: explore a smaller "
-                "map, or raise the lowest alpha"
-            )
+        check_pairs(len(union))
         if len(union) > len(self.codes):
             places = torch.searchsorted(union, self.codes)
             self.bits = {
@@ -107,6 +104,15 @@ class Pairs:
         rows = torch.arange(self.n).repeat_interleave(graph.row_offsets.cpu().diff())
         forward = rows <= columns
         return torch.where(forward, rows * self.n + columns, columns * self.n + rows), forward
+
+
+def check_pairs(pairs: int) -> None:
+    """Raise ValueError where a page cannot hold so many pairs."""
+    if pairs > MAX_PAIRS:
+        raise ValueError(
+            f"{pairs:,} pairs or more survive, and a page can hold {MAX_PAIRS:,}: explore a smaller map, or raise the "
+            "lowest alpha"
+        )
 
 
 def softmax_weights(query: Tensor, key: Tensor, pairs: Pairs, scale: float) -> Weights:

@@ -1,6 +1,7 @@
 """Pictures: their files, and their patches as queries and keys."""
 
 import contextlib
+import ctypes
 import os
 import sys
 import warnings
@@ -84,7 +85,13 @@ def to_tensor(image: Any) -> Tensor:
 def to_image(picture: Tensor) -> Any:
     """Return uint8 [H, W, 3] as an image of Pillow."""
     height, width, _ = picture.shape
-    return pillow().frombytes("RGB", (width, height), bytes(picture.flatten().tolist()))
+    return pillow().frombytes("RGB", (width, height), bytes_of(picture))
+
+
+def bytes_of(x: Tensor) -> bytes:
+    """Return the numbers of a uint8 tensor, without NumPy."""
+    x = x.cpu().contiguous()
+    return ctypes.string_at(x.data_ptr(), x.numel())
 
 
 def shrunk(picture: Tensor, side: int) -> Tensor:

@@ -251,7 +251,7 @@ def test_pages_that_cannot_be(call, message):
 
 def test_page_refuses_more_pairs_than_it_can_hold(monkeypatch):
     monkeypatch.setattr(pairs, "MAX_PAIRS", 77)
-    with pytest.raises(ValueError, match="78 pairs survive, more than the 77"):
+    with pytest.raises(ValueError, match="78 pairs or more survive, and a page can hold 77"):
         explore.page(q, q, grid=(3, 4), alpha=[0])
 
 
@@ -374,7 +374,7 @@ def test_command_says_what_is_wrong_with_a_file(tmp_path):
     assert not (tmp_path / "x.html").exists()
 
 
-OPTIONS = ["--size 1", "--patch 4", "--window 0", "--width 0", "--width nan", "--alpha -1", "--map -1"]
+OPTIONS = ["--size 1", "--size 257", "--patch 4", "--window 0", "--width 0", "--width nan", "--alpha -1", "--map -1"]
 OPTIONS += [f"--beta {' '.join(map(str, range(9)))}"]
 
 
