@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..asa import NeighborGraph, reciprocal_neighbors
 from ..core import checks
+from . import pictures
 from .document import render
 from .pairs import LEVELS, Levels, Pairs, check_graph, softmax_weights
 
@@ -164,7 +165,7 @@ def as_levels(name: str, levels: Sequence[float], at_least: int) -> list[float]:
 
 
 def check_picture(picture: Tensor | None) -> None:
-    """Check that a picture is uint8 [height, width, 3]."""
+    """Check that a picture is uint8 [height, width, 3], and that there is Pillow to store it."""
     if picture is None:
         return
     checks.check_tensor("picture", picture, "[height, width, 3]")
@@ -172,3 +173,4 @@ def check_picture(picture: Tensor | None) -> None:
         raise TypeError(f"picture must be uint8 [height, width, 3], got {checks.describe(picture)}")
     if picture.shape[2] != 3 or 0 in picture.shape:
         raise ValueError(f"picture must be uint8 [height, width, 3], got {checks.describe(picture)}")
+    pictures.pillow()

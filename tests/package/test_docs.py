@@ -96,6 +96,7 @@ def test_python_blocks_run(page, blocks, tmp_path, monkeypatch):
             if words[0] == "python":  # in this process: importing torch takes longer than most of them
                 module = words[1] == "-m"
                 monkeypatch.setattr(sys, "argv", words[1 + module :])
+                monkeypatch.delitem(sys.modules, f"{words[2]}.__main__" if module else "", raising=False)
                 (runpy.run_module if module else runpy.run_path)(words[1 + module], run_name="__main__")
                 continue
             assert words[0] == "torchrun"
