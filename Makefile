@@ -16,7 +16,7 @@ BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,ki
 	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo large-map volume segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel lint format clean
+.PHONY: demo large-map volume segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel docs lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -99,6 +99,14 @@ format: $(READY)
 	$(RUN) -m ruff check --fix .
 	$(RUN) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CSRC)
+
+docs: build/docs-venv/ready  ## the site of the documentation, in build/docs; a warning is an error
+	build/docs-venv/bin/python -m sphinx -W --keep-going -q -c docs -d build/docs-cache . build/docs
+
+build/docs-venv/ready: docs/requirements.txt
+	$(PYTHON) -m venv build/docs-venv
+	build/docs-venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info asa_ops/*.so

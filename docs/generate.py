@@ -17,6 +17,7 @@ from typing import Union, get_args, get_origin
 
 import asa_ops
 import asa_ops.distributed
+import asa_ops.explore
 
 PAGE = Path(__file__).with_name("api.md")
 HEAD = """# API
@@ -34,7 +35,8 @@ def render() -> str:
     public = [(name, getattr(asa_ops, name)) for name in names if name != "nn"]
     modules = [(f"nn.{name}", getattr(asa_ops.nn, name)) for name in asa_ops.nn.__all__]
     spread = [(f"distributed.{name}", getattr(asa_ops.distributed, name)) for name in asa_ops.distributed.__all__]
-    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules + spread)
+    pages = [(f"explore.{name}", getattr(asa_ops.explore, name)) for name in asa_ops.explore.__all__]
+    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules + spread + pages)
     parts = [HEAD, contents, "## Functions"]
     for position, (name, obj) in enumerate(public):
         parts += [f"### `{name}`", *body(name, obj)]
@@ -46,6 +48,9 @@ def render() -> str:
         parts += [f"### `{name}`", *body(name, obj)]
     parts += ["## One map over several processes", markdown(asa_ops.distributed.__doc__)]
     for name, obj in spread:
+        parts += [f"### `{name}`", *body(name, obj)]
+    parts += ["## A page to explore", markdown(asa_ops.explore.__doc__)]
+    for name, obj in pages:
         parts += [f"### `{name}`", *body(name, obj)]
     return "\n\n".join(parts) + "\n"
 

@@ -14,9 +14,11 @@ import sysconfig
 import tarfile
 from pathlib import Path
 
+import PIL.Image
 import pytest
 
 import asa_ops
+import asa_ops.explore
 
 ROOT = Path(__file__).parents[2]
 MODULES = [name for _, name, _ in pkgutil.walk_packages(asa_ops.__path__, "asa_ops.") if not name.endswith("._C")]
@@ -49,7 +51,7 @@ def test_docstring_examples(name):
 
 
 def test_public_functions_have_examples():
-    public = [getattr(module, name) for module in (asa_ops, asa_ops.nn) for name in module.__all__]
+    public = [getattr(module, name) for module in (asa_ops, asa_ops.nn, asa_ops.explore) for name in module.__all__]
     for function in public:
         if function not in (asa_ops.nn, asa_ops.AsaStats, asa_ops.NeighborGraph):
             assert ">>>" in function.__doc__, function
@@ -88,8 +90,15 @@ def test_python_blocks_run(page, blocks, tmp_path, monkeypatch):
         else:
             exec(compile(block, page.name, "exec"), namespace)
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    PIL.Image.effect_noise((24, 16), 100).save("photo.jpg")
     for words in commands(page):
         if Path(words[-1]).is_file():
+            if words[0] == "python":  # in this process: importing torch takes longer than most of them
+                module = words[1] == "-m"
+                monkeypatch.setattr(sys, "argv", words[1 + module :])
+                monkeypatch.delitem(sys.modules, f"{words[2]}.__main__" if module else "", raising=False)
+                (runpy.run_module if module else runpy.run_path)(words[1 + module], run_name="__main__")
+                continue
             assert words[0] == "torchrun"
             run = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
             subprocess.run(run, check=True, env=environment, capture_output=True, timeout=120)
@@ -121,6 +130,8 @@ def check_python_command(words: list[str], page: Path) -> None:
     if words[:2] == ["-m", "build"] or f"# {words[0]}\n" in "".join(fenced(page, "python")):
         return  # of others: `pip install build`; or a file that a block above writes
     name, arguments = (f"{words[1].replace('.', '/')}.py", words[2:]) if words[0] == "-m" else (words[0], words[1:])
+    if words[0] == "-m" and not (ROOT / name).is_file():
+        name = f"{name.removesuffix('.py')}/__main__.py"
     assert (ROOT / name).is_file(), words
     sources = "".join(source.read_text() for source in (ROOT / name).parent.glob("*.py"))
     for word in arguments:
@@ -154,6 +165,14 @@ def test_files_and_targets_that_are_named_exist(page):
         assert (ROOT / path).exists(), path
 
 
+def test_every_page_is_on_the_site():
+    """Their links are checked when it is built: `make docs`."""
+    navigation = runpy.run_path(str(ROOT / "docs" / "conf.py"))["NAVIGATION"]
+    listed = {f"{name}.md" for names in navigation.values() for name in names}
+    assert {named(page) for page in PAGES} - {"README.md", "CONTRIBUTING.md"} <= listed
+    assert all(list(ROOT.glob(page)) for page in listed)
+
+
 def test_the_first_page_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 130
 
@@ -163,7 +182,7 @@ def test_api_page_is_that_of_the_docstrings(monkeypatch):
     page = ROOT / "docs" / "api.md"
     rendered = runpy.run_path(str(page.with_name("generate.py")))["render"]()
     assert page.read_text() == rendered, "run: python docs/generate.py"
-    for module in (asa_ops, asa_ops.nn):
+    for module in (asa_ops, asa_ops.nn, asa_ops.explore):
         assert all(f"{name}`" in rendered for name in module.__all__ if name != "nn")
 
 
@@ -307,6 +326,7 @@ def test_source_archive_holds_what_a_build_reads(tmp_path):
         metadata = file.extractfile(held["PKG-INFO"]).read().decode()
     needed = {"README.md", "LICENSE", "setup.py", "pyproject.toml"}
     files = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "asa_ops").rglob("*.py")]
+    files += (ROOT / "asa_ops" / "explore" / "page").glob("*.*")
     assert needed | set(map(named, files)) <= held.keys()
     assert "Description-Content-Type: text/markdown" in metadata
     assert (ROOT / "README.md").read_text().strip() in metadata

@@ -2,6 +2,7 @@
 
 import ast
 import itertools
+import re
 from collections import Counter
 from graphlib import TopologicalSorter
 from pathlib import Path
@@ -12,9 +13,16 @@ from asa_ops.core import dispatch
 
 ROOT = Path(__file__).parents[2]
 # A file may import what stands in a later group; within a group, only its own package.
-LAYERS = [["asa_ops.nn"], ["asa_ops.asa", "asa_ops.criss_cross", "asa_ops.blocks"], ["asa_ops.core"]]
+LAYERS = [
+    ["asa_ops.explore"],
+    ["asa_ops.nn"],
+    ["asa_ops.asa", "asa_ops.criss_cross", "asa_ops.blocks"],
+    ["asa_ops.core"],
+]
 # Whoever imports triton; core.devices asks within a function whether there is one.
 TRITON = ["asa_ops.asa.triton", "asa_ops.criss_cross.triton", "asa_ops.core.triton_launch", "asa_ops.core.devices"]
+# What else a file may import, within a function that says how to install it.
+OPTIONAL = {"asa_ops.explore.pictures": {"PIL"}, "asa_ops.explore.__main__": {"numpy"}}
 
 
 # Beside asa_ops and its own folder: what files of bench, examples and tests import of the others.
@@ -28,6 +36,7 @@ ACROSS = {
     "tests.segmentation_cases": ["examples"],
     "tests.segmentation_ranks": ["examples"],
 }
+IMPORTED = re.compile(r"^(?:import|from) (\S+)")  # not within a function
 FOLDERS = ("asa_ops", "bench", "examples", "tests")
 
 
@@ -87,8 +96,10 @@ def test_imports_point_down(name):
 def test_the_package_needs_torch_alone(name):
     others = GRAPH[name] - set(FILES)
     assert within(name, TRITON) or "triton" not in others
-    for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage"):
-        assert optional not in others
+    for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage", "PIL"):
+        assert optional not in others - OPTIONAL.get(name, set())
+    at_once = {word.split(".")[0] for line in FILES[name].read_text().splitlines() for word in IMPORTED.findall(line)}
+    assert not at_once & OPTIONAL.get(name, set())
 
 
 def test_what_is_around_the_package_imports_the_package_and_what_the_table_says():
