@@ -444,7 +444,8 @@ void add_whole(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>
         w.whole_ds[to + c] = c < columns ? slab.ds[entry + c] : T(0);
       }
     }
-    add_transposed(w.whole_p, Sliced<T>{p.d_out_slices, p.n_q, i}, end - i, columns, p.dim_v, p.dv + begin * p.dim_v, w.sums);
+    add_transposed(w.whole_p, Sliced<T>{p.d_out_slices, p.n_q, i}, end - i, columns, p.dim_v, p.dv + begin * p.dim_v,
+                   w.sums);
     add_transposed(w.whole_ds, Sliced<T>{p.q_slices, p.n_q, i}, end - i, columns, p.dim, p.dk + begin * p.dim, w.sums);
   }
 }

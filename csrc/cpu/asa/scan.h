@@ -1,6 +1,6 @@
 // Scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits.
 
-constexpr int64_t kScoreBytes = 1024 * 1024;  // of the scores formed at a time, but at least kFewest rows
+constexpr int64_t kScoreBytes = 512 * 1024;  // of the scores formed at a time, but at least kFewest rows
 constexpr double kMostSum = 1e10;  // of exp(s - shift): further from their shift scores would lose digits
 constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 
