@@ -48,16 +48,39 @@ void pack_panels(const T* x, int64_t n, int64_t dim, T* panels, Queue& queue) {
   }
 }
 
+// How many vectors of a row tile() takes at a time, where so many are left.
+constexpr int64_t wide_of(int64_t remaining) {
+  return remaining == 4 || remaining == 2 ? 2 : remaining == 1 ? 1 : kVectors;
+}
+
+// Rows that are right factors are packed by slices: of all rows the columns that tile() takes at a time lie in one piece,
+// so that they come in time from the second-level cache. Columns from d on start at d * n.
+template <class T>
+void pack_slices(const T* x, int64_t n, int64_t dim, T* slices, Queue& queue) {
+  for (int64_t i; queue.take(i);)
+    for (int64_t row = i * kPanel<T>; row < smaller(n, (i + 1) * kPanel<T>); ++row)
+      for (int64_t d = 0; d < dim;) {
+        const int64_t width = wide_of((dim - d) / kLanes<T>) * kLanes<T>;
+        T* const to = slices + d * n + row * width;
+        for (int64_t c = 0; c < width; c += kLanes<T>) store(to + c, load(x + row * dim + d + c));
+        d += width;
+      }
+}
+
 // How the left factor of a product lies: a(row, term) = a[row * stride + term], or a[term * stride + row].
 enum class Left { by_row, by_term };
 
-// The right factor of a product: rows that lie one after the other, or those of a list.
+// The right factor of a product: rows that lie one after the other, those of a list, or rows in slices, of which there
+// are n, from one on.
 template <class T>
 struct Consecutive {
   const T* rows;
   int64_t stride;
   const T* operator()(int64_t t) const { return rows + t * stride; }
-  Consecutive at(int64_t t, int64_t d) const { return {rows + t * stride + d, stride}; }
+  template <int>
+  Consecutive at(int64_t t, int64_t d) const {
+    return {rows + t * stride + d, stride};
+  }
 };
 
 template <class T>
@@ -66,7 +89,21 @@ struct Listed {
   int64_t stride;
   const int32_t* list;
   const T* operator()(int64_t t) const { return rows + list[t] * stride; }
-  Listed at(int64_t t, int64_t d) const { return {rows + d, stride, list + t}; }
+  template <int>
+  Listed at(int64_t t, int64_t d) const {
+    return {rows + d, stride, list + t};
+  }
+};
+
+template <class T>
+struct Sliced {
+  const T* slices;
+  int64_t n, first;
+  template <int kWide>
+  Consecutive<T> at(int64_t t, int64_t d) const {
+    constexpr int64_t kWidth = kWide * kLanes<T>;
+    return {slices + d * n + (first + t) * kWidth, kWidth};
+  }
 };
 
 // c[kRows][kWide vectors] = sum over terms of a(row, term) * b(term)[.], or adds it to c.
@@ -105,19 +142,13 @@ static void add_product(const T* a, int64_t a_stride, Right b, int64_t terms, in
     const T* const x = kLeft == Left::by_row ? a + t : a + t * a_stride;
     const int64_t depth = smaller(kDepth, terms - t);
     for (int64_t d = 0; d < dim;) {
-      const int64_t remaining = (dim - d) / kLanes<T>;
-      const int64_t wide = remaining == 4 || remaining == 2 ? 2 : remaining == 1 ? 1 : kVectors;
-      if (wide == 1) tile<kLeft, 1>(x, a_stride, b.at(t, d), depth, c + d, dim, true);
-      if (wide == 2) tile<kLeft, 2>(x, a_stride, b.at(t, d), depth, c + d, dim, true);
-      if (wide == 3) tile<kLeft, 3>(x, a_stride, b.at(t, d), depth, c + d, dim, true);
+      const int64_t wide = wide_of((dim - d) / kLanes<T>);
+      if (wide == 1) tile<kLeft, 1>(x, a_stride, b.template at<1>(t, d), depth, c + d, dim, true);
+      if (wide == 2) tile<kLeft, 2>(x, a_stride, b.template at<2>(t, d), depth, c + d, dim, true);
+      if (wide == 3) tile<kLeft, 3>(x, a_stride, b.template at<3>(t, d), depth, c + d, dim, true);
       d += wide * kLanes<T>;
     }
   }
-}
-
-template <Left kLeft, class T>
-static void add_product(const T* a, int64_t a_stride, const T* b, int64_t terms, int64_t dim, T* c) {
-  add_product<kLeft>(a, a_stride, Consecutive<T>{b, dim}, terms, dim, c);
 }
 
 // y = factor * x, and of rows, as many as make a multiple of kRows: 0 beyond those there are.

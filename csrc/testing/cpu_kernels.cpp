@@ -590,6 +590,7 @@ void check_case(const Case& c, Ways& ways) {
   Memory<uint64_t> bits(p.blocks_q * p.blocks_k * kBlock);
   Memory<T> k_panels(kernels.panels(n_k) * kernels.panel_size(c.dim));
   Memory<T> v_panels(kernels.panels(n_k) * kernels.panel_size(c.dim_v));
+  Memory<T> v_slices(n_k * c.dim_v), k_slices(n_k * c.dim), q_slices(n_q * c.dim), d_out_slices(n_q * c.dim_v);
   p.out = out.data(), p.lse = lse.data(), p.lse_kept = lse_kept.data(), p.survivors = survivors.data();
   p.kappa = kappa.data(), p.log_mean = log_mean.data(), p.local = local.data();
   if (p.thresholded) {
@@ -603,7 +604,11 @@ void check_case(const Case& c, Ways& ways) {
   const auto pack_all = [&](const T* from, int64_t dim, T* panels) {
     run(0, kernels.panels(n_k), 0, [&](Queue& queue, void*) { kernels.pack_panels(from, n_k, dim, panels, queue); });
   };
+  const auto slice_all = [&](const T* from, int64_t n, int64_t dim, T* slices) {
+    run(0, kernels.panels(n), 0, [&](Queue& queue, void*) { kernels.pack_slices(from, n, dim, slices, queue); });
+  };
   pack_all(p.k, c.dim, p.k_panels);
+  slice_all(p.v, n_k, c.dim_v, p.v_slices = v_slices.data());
   if (p.is_one_block()) {
     run(0, 1, kernels.forward_block_bytes(p), [&](Queue&, void* scratch) { kernels.forward_block(p, scratch); });
   } else {
@@ -658,6 +663,9 @@ void check_case(const Case& c, Ways& ways) {
   if (p.alpha) p.dalpha = dalpha.data();
   if (p.beta) p.dbeta = dbeta.data();
   pack_all(p.v, c.dim_v, p.v_panels = v_panels.data());
+  slice_all(p.k, n_k, c.dim, p.k_slices = k_slices.data());
+  slice_all(p.q, n_q, c.dim, p.q_slices = q_slices.data());
+  slice_all(p.d_out, n_q, c.dim_v, p.d_out_slices = d_out_slices.data());
   for (int64_t begin = 0, end; begin < n_q; begin = end) {
     end = std::min(n_q, begin + kMostRows);
     const int64_t entries = numbers[end] - numbers[begin];

@@ -367,7 +367,8 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
           const T factor = masked_exponentials(row, survivors.row(p, r), from, to, shift[r], sum[r]);
           if (factor != 1) scale_row(sums + r * p.dim_v, p.dim_v, factor, sums + r * p.dim_v);
         }
-        add_product<Left::by_row>(w.whole, stride, p.v + from * p.dim_v, to - from, p.dim_v, sums + first * p.dim_v);
+        add_product<Left::by_row>(w.whole, stride, Sliced<T>{p.v_slices, p.n_k, from}, to - from, p.dim_v,
+                                  sums + first * p.dim_v);
       });
     }
 
@@ -505,7 +506,8 @@ void forward_block(const Problem<T>& p, void* scratch) {
   log_sum.take_logarithms(p.n_q);
   for (int64_t first = 0; first < p.n_q; first += kRows) {
     for (int64_t x = 0; x < kRows * p.dim_v; ++x) w.sums[x] = 0;
-    add_product<Left::by_row>(scores.exponentials_of(first), w.scan.stride, p.v, p.n_k, p.dim_v, w.sums);
+    add_product<Left::by_row>(scores.exponentials_of(first), w.scan.stride, Consecutive<T>{p.v, p.dim_v}, p.n_k,
+                              p.dim_v, w.sums);
     for (int64_t r = first; r < smaller(p.n_q, first + kRows); ++r)
       finish_row(p, r, w.m + r, count[r], shift[r] + log_sum[r], sum[r], w.sums + (r - first) * p.dim_v);
   }

@@ -352,8 +352,8 @@ void backward_rows(const Problem<T>& p, const Slab<T>& slab, Queue& queue, void*
     const int64_t keys = cached_rows<T>(p.dim);
     for (int64_t from = 0; from < p.n_k; from += keys)
       for_whole([&](int64_t first, int64_t) {
-        add_product<Left::by_row>(ds[first] + from, stride, p.k + from * p.dim, smaller(keys, p.n_k - from), p.dim,
-                                  sums + first * p.dim);
+        add_product<Left::by_row>(ds[first] + from, stride, Sliced<T>{p.k_slices, p.n_k, from},
+                                  smaller(keys, p.n_k - from), p.dim, sums + first * p.dim);
       });
     if constexpr (kHasTiles<T>)
       if (on_tiles(p)) {
@@ -418,7 +418,7 @@ void add_listed(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T
 
 // x[rows][dim] += the product of left[terms][kBlock], transposed, with right[terms][dim].
 template <class T>
-void add_transposed(const T* left, const T* right, int64_t terms, int64_t rows, int64_t dim, T* x, T* sums) {
+void add_transposed(const T* left, Sliced<T> right, int64_t terms, int64_t rows, int64_t dim, T* x, T* sums) {
   int64_t r = 0;
   for (; r + kRows <= rows; r += kRows) add_product<Left::by_term>(left + r, kBlock, right, terms, dim, x + r * dim);
   if (r == rows) return;
@@ -444,8 +444,9 @@ void add_whole(const Problem<T>& p, const Slab<T>& slab, const ColumnsScratch<T>
         w.whole_ds[to + c] = c < columns ? slab.ds[entry + c] : T(0);
       }
     }
-    add_transposed(w.whole_p, p.d_out + i * p.dim_v, end - i, columns, p.dim_v, p.dv + begin * p.dim_v, w.sums);
-    add_transposed(w.whole_ds, p.q + i * p.dim, end - i, columns, p.dim, p.dk + begin * p.dim, w.sums);
+    add_transposed(w.whole_p, Sliced<T>{p.d_out_slices, p.n_q, i}, end - i, columns, p.dim_v, p.dv + begin * p.dim_v,
+                   w.sums);
+    add_transposed(w.whole_ds, Sliced<T>{p.q_slices, p.n_q, i}, end - i, columns, p.dim, p.dk + begin * p.dim, w.sums);
   }
 }
 

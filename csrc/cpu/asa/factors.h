@@ -33,28 +33,31 @@ int64_t parts_of(const Problem<T>& p, const Rows& q, const Rows& k, const Rows* 
   return finite ? 2 : 0;
 }
 
-// x[n][dim] in panels, in memory of a workspace; null if they are not needed.
+// x[n][dim] in panels or slices, in memory of a workspace; null if they are not needed.
+enum class Packing { panels, slices };
 template <class T>
-class Panels {
+class Packed {
  public:
-  Panels(const Kernels<T>& kernels, int64_t n, int64_t dim, bool needed, Workspace& workspace)
-      : kernels_(kernels), n_(n), dim_(dim), needed_(needed) {
-    panels_ = workspace.add<T>(needed ? kernels.panels(n) * kernels.panel_size(dim) : 0);
+  Packed(const Kernels<T>& kernels, int64_t n, int64_t dim, bool needed, Packing how, Workspace& workspace)
+      : kernels_(kernels), n_(n), dim_(dim), needed_(needed), how_(how) {
+    const int64_t size = how == Packing::panels ? kernels.panels(n) * kernels.panel_size(dim) : n * dim;
+    numbers_ = workspace.add<T>(needed ? size : 0);
   }
 
   T* pack(const T* x, const Workspace& workspace) const {
     if (!needed_) return nullptr;
-    T* const panels = panels_.get(workspace);
-    run({0, kernels_.panels(n_)}, workspace,
-        [&](Queue& queue, void*) { kernels_.pack_panels(x, n_, dim_, panels, queue); });
-    return panels;
+    T* const numbers = numbers_.get(workspace);
+    const auto run_all = how_ == Packing::panels ? kernels_.pack_panels : kernels_.pack_slices;
+    run({0, kernels_.panels(n_)}, workspace, [&](Queue& queue, void*) { run_all(x, n_, dim_, numbers, queue); });
+    return numbers;
   }
 
  private:
   const Kernels<T>& kernels_;
   int64_t n_, dim_;
   bool needed_;
-  Workspace::Piece<T> panels_;
+  Packing how_;
+  Workspace::Piece<T> numbers_;
 };
 
 // The same in tiles, as sums of so many bf16 numbers; null if that is 0. With kinds, of whole rows only.

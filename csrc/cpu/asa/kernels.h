@@ -48,6 +48,7 @@ constexpr Kernels<T> kernels() {
   return {panels_of<T>,
           panel_size<T>,
           pack_panels<T>,
+          pack_slices<T>,
           pack_tiles<T>,
           read_rows<T>,
           write_rows<T>,

@@ -58,7 +58,9 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   const auto shift = workspace.add<T>(begun_rows), factor = workspace.add<T>(begun_rows);
   const auto mass = workspace.add<T>(begun_rows), squares = workspace.add<T>(begun_rows);
   const auto sizes = workspace.add<T>(begins ? p.blocks_k * kBlock : 0);
-  const Panels<T> k_panels(kernels, p.n_k, p.dim, p.parts == 0, workspace);
+  const bool sliced = p.parts == 0 && !one_block;
+  const Packed<T> k_panels(kernels, p.n_k, p.dim, p.parts == 0, Packing::panels, workspace);
+  const Packed<T> v_slices(kernels, p.n_k, p.dim_v, sliced, Packing::slices, workspace);
   const Tiles<T> k_tiles(kernels, p.n_k, p.dim, p.parts, Tiled::columns, workspace);
   const Tiles<T> v_tiles(kernels, p.n_k, p.dim_v, one_block ? 0 : p.parts, Tiled::terms, workspace);
   workspace.add_share(one_block ? kernels.forward_block_bytes(p) : kernels.scan_bytes(p));
@@ -84,7 +86,7 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
     else
       read_begun(p, passes.begun);
   }
-  p.k_panels = k_panels.pack(p.k, workspace);
+  p.k_panels = k_panels.pack(p.k, workspace), p.v_slices = v_slices.pack(p.v, workspace);
   p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
   if (one_block) return kernels.forward_block(p, workspace.share(0)), written->finish(workspace);
   if (passes.scan && p.scanned())
@@ -192,8 +194,11 @@ void sum_slabs(const Call& call, Problem<T> p, int64_t i, int64_t threads, const
   const auto dq = written(gradients.dq, p.end - p.begin, nullptr);
   const auto dk = written(gradients.dk, p.n_k, dk_sum), dv = written(gradients.dv, p.n_k, dv_sum);
   const bool any_panels = any_whole && p.parts == 0;
-  const Panels<T> k_panels(kernels, p.n_k, p.dim, any_panels, workspace);
-  const Panels<T> v_panels(kernels, p.n_k, p.dim_v, any_panels, workspace);
+  const Packed<T> k_panels(kernels, p.n_k, p.dim, any_panels, Packing::panels, workspace);
+  const Packed<T> v_panels(kernels, p.n_k, p.dim_v, any_panels, Packing::panels, workspace);
+  const Packed<T> k_slices(kernels, p.n_k, p.dim, any_panels && dq, Packing::slices, workspace);
+  const Packed<T> q_slices(kernels, p.n_q, p.dim, any_panels && dk, Packing::slices, workspace);
+  const Packed<T> d_out_slices(kernels, p.n_q, p.dim_v, any_panels && dk, Packing::slices, workspace);
   const int64_t tiled = any_whole ? p.parts : 0, tiled_rows = dq ? tiled : 0, tiled_columns = dk ? tiled : 0;
   const Tiles<T> k_tiles(kernels, p.n_k, p.dim, tiled, Tiled::columns, workspace);
   const Tiles<T> v_tiles(kernels, p.n_k, p.dim_v, tiled, Tiled::columns, workspace);
@@ -216,6 +221,8 @@ void sum_slabs(const Call& call, Problem<T> p, int64_t i, int64_t threads, const
     std::fill_n(p.dv, p.n_k * p.dim_v, T(0));
   }
   p.k_panels = k_panels.pack(p.k, workspace), p.v_panels = v_panels.pack(p.v, workspace);
+  p.k_slices = k_slices.pack(p.k, workspace), p.q_slices = q_slices.pack(p.q, workspace);
+  p.d_out_slices = d_out_slices.pack(p.d_out, workspace);
   p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
   p.k_terms = k_terms.pack(p.k, workspace);
   p.q_left = q_left.pack(p.q, workspace), p.d_out_left = d_out_left.pack(p.d_out, workspace);

@@ -79,7 +79,9 @@ struct Problem {
   const uint64_t* back;
   int64_t back_stride;
   bool* local;  // [n_q][positions], with a beta
-  T *k_panels, *v_panels;  // keys and values packed for products of whole rows (gemm.h), where there are any
+  // Packed for products of whole rows (gemm.h), where there are any: keys and values by panels; and by slices values, or
+  // in the backward keys, queries and gradients.
+  T *k_panels, *v_panels, *v_slices, *k_slices, *q_slices, *d_out_slices;
   // The same for AMX (tiles.h), if q, k and v are sums of so many bf16 numbers: 1 or 2; 0: without AMX.
   int64_t parts;
   const uint16_t *k_tiles, *v_tiles;  // as columns, as terms; in the backward both as columns
@@ -139,7 +141,8 @@ template <class T>
 struct Kernels {
   int64_t (*panels)(int64_t n);  // how many panels n keys make
   int64_t (*panel_size)(int64_t dim);  // numbers in one
-  void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);
+  void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);  // one at a time
+  void (*pack_slices)(const T* x, int64_t n, int64_t dim, T* slices, Queue&);  // as many rows as a panel has
   void (*pack_tiles)(const T* x, int64_t n, int64_t dim, int64_t parts, Tiled, const Kind*, uint16_t* tiles, Queue&);
 
   void (*read_rows)(const Rows&, int64_t begin, int64_t end, int64_t padded, const bool* real, T* to);

@@ -1,6 +1,6 @@
 // Scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits.
 
-constexpr int64_t kScoreBytes = 1024 * 1024;  // of the scores formed at a time, but at least kFewest rows
+constexpr int64_t kScoreBytes = 512 * 1024;  // of the scores formed at a time, but at least kFewest rows
 constexpr double kMostSum = 1e10;  // of exp(s - shift): further from their shift scores would lose digits
 constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 
@@ -55,7 +55,7 @@ Column<T> log_multipliers(const Problem<T>& p, int64_t first, int64_t rows) {
 template <class T>
 struct ScanScratch {
   int64_t width, panels, stride, at_a_time, keys, sums_stride;
-  T *q, *s, *parts, *work, *window, *weights, *sums;
+  T *q, *s, *work, *window, *weights, *sums;
   T* e;  // exp(s - shift), as s, where keys are one block; else null
   uint16_t *q_left, *weights_left;  // on AMX, instead of q and weights; of kSquare rows after the other
 
@@ -72,7 +72,6 @@ struct ScanScratch {
     q_left = arena.take<uint16_t>(tiles ? at_a_time * q_row(p) : 0);
     s = arena.take<T>(at_a_time * stride);
     e = p.is_one_block() ? arena.take<T>(at_a_time * stride) : nullptr;
-    parts = arena.take<T>(kBlock * kLanes<T>);
     work = arena.take<T>(p.topk ? p.n_k : 0);
     window = arena.take<T>(p.positions * kLanes<T>);
     weights = arena.take<T>(p.thresholded && !tiles ? kRows * keys : 0);
@@ -112,11 +111,12 @@ struct Scores {
             smaller(kSquare, rows - r), [&](int64_t x) { return p.q + (first + r + x) * p.dim; }, p.dim, p.parts,
             w.q_left + r * w.q_row(p));
     for (int64_t r = 0; r < rows; ++r) sum[r] = 0;
-    constexpr int64_t kParts = 32;  // panels whose sums are added up by lanes
-    for (int64_t begin = 0; begin < w.panels; begin += kParts) {
-      for (int64_t x = 0; x < rows * kLanes<T>; ++x) w.parts[x] = 0;
-      for (int64_t i = begin; i < smaller(w.panels, begin + kParts); ++i) add_panel(i);
-      for (int64_t r = 0; r < rows; ++r) sum[r] += sum_of<T>(load(w.parts + r * kLanes<T>));
+    // Products and exponentials each have the registers for themselves; what goes between them stays in the cache.
+    constexpr int64_t kKeys = 384;  // at a time, whole panels
+    for (int64_t from = 0; from < w.panels * w.width; from += kKeys) {
+      const int64_t to = smaller(w.panels * w.width, from + kKeys);
+      for (int64_t i = from / w.width; i < to / w.width; ++i) form_panel(i);
+      for (int64_t r = 0; r < rows; ++r) add_exponentials(r, from, to);
     }
     for (int64_t r = 0; r < rows; ++r) {
       for (int64_t j = w.panels * w.width; j < p.blocks_k * kBlock; ++j) row(r)[j] = -kInfinity;
@@ -137,57 +137,51 @@ struct Scores {
   }
 
  private:
-  void add_panel(int64_t i) {
+  void form_panel(int64_t i) {
     if constexpr (kHasTiles<T>)
-      if (on_tiles(p)) return add_tiles(i);
+      if (on_tiles(p)) return form_tiles(i);
     const T* const panel = p.k_panels + i * panel_size<T>(p.dim);
     const int64_t from = i * kPanel<T>, keys = smaller(kPanel<T>, p.n_k - from);
     for (int64_t d = 0; d < p.dim; d += kDepth)
-      for (int64_t r = 0; r < rows; r += kRows) {
+      for (int64_t r = 0; r < rows; r += kRows)
         add_scores(w.q + r * p.dim, panel, keys, p.dim, d, smaller(p.dim, d + kDepth), row(r) + from, w.stride);
-        if (d + kDepth < p.dim) continue;
-        for (int64_t x = r; x < smaller(rows, r + kRows); ++x)
-          add_exponentials<kPanel<T>>(x, row(x) + from, from, keys);
-      }
   }
 
   // The same on AMX. Scores are scaled afterwards: scaled queries would be no bf16 numbers.
-  void add_tiles(int64_t i) {
-    const int64_t from = i * kSquare, keys = smaller(kSquare, p.n_k - from), stride = rounded_up(p.dim, kSquare);
+  void form_tiles(int64_t i) {
+    const int64_t from = i * kSquare, stride = rounded_up(p.dim, kSquare);
     for (int64_t r = 0; r < rows; r += kSquare) {
       multiply({w.q_left + r * w.q_row(p), stride, kSquare * stride}, tiles_of_columns(p.k_tiles, p.dim, p.parts, i),
                stride / kSquare, p.parts, row(r) + from, w.stride, false);
-      for (int64_t x = r; x < smaller(rows, r + kSquare); ++x) {
+      for (int64_t x = r; x < smaller(rows, r + kSquare); ++x)
         scale_row(row(x) + from, kSquare, p.scale, row(x) + from);
-        add_exponentials<kSquare>(x, row(x) + from, from, keys);
-      }
     }
   }
 
-  template <int64_t kWidth>
-  void hide(T* s, int64_t from, int64_t keys) {
-    const int64_t end = smaller(kWidth, p.blocks_k * kBlock - from);  // nobody reads further
-    for (int64_t j = keys / kLanes<T> * kLanes<T>; j < end; j += kLanes<T>)
-      store(s + j, choose(lowest_bits(keys - j), load(s + j), splat(T(-kInfinity))));
+  // Makes scores [from, to) of a row -inf where there is no key.
+  void hide(T* s, int64_t from, int64_t to) {
+    const int64_t end = smaller(to, p.blocks_k * kBlock);  // nobody reads further
+    for (int64_t j = p.n_k / kLanes<T> * kLanes<T>; j < end; j += kLanes<T>)
+      store(s + j, choose(lowest_bits(p.n_k - j), load(s + j), splat(T(-kInfinity))));
     if (p.real_k != nullptr)
-      for (int64_t j = 0; j < keys; ++j)
-        if (!p.real_k[from + j]) s[j] = -kInfinity;
+      for (int64_t j = from; j < smaller(to, p.n_k); ++j)
+        if (!p.real_k[j]) s[j] = -kInfinity;
   }
 
-  template <int64_t kWidth>
-  void add_exponentials(int64_t r, T* s, int64_t from, int64_t keys) {
-    if (keys < kWidth || p.real_k != nullptr) hide<kWidth>(s, from, keys);
-    if (from == 0) shift[r] = largest_score(s, kWidth);
-    T* const part = w.parts + r * kLanes<T>;
-    Vec<T> total = load(part);
+  void add_exponentials(int64_t r, int64_t from, int64_t to) {
+    T *const s = row(r), *const exponentials = w.e == nullptr ? nullptr : exponentials_of(r);
+    if (to > p.n_k || p.real_k != nullptr) hide(s, from, to);
+    if (from == 0) shift[r] = largest_score(s, w.width);
+    const Vec<T> largest = splat(shift[r]);
+    const int64_t end = smaller(to, rounded_up(p.n_k, kLanes<T>));
+    Vec<T> total = {};
 #pragma GCC unroll 4
-    for (int64_t j = 0; j < kWidth; j += kLanes<T>) {
-      if (j >= keys) continue;
-      const Vec<T> e = exponential(load(s + j) - shift[r]);
-      if (w.e != nullptr) store(exponentials_of(r) + from + j, e);
+    for (int64_t j = from; j < end; j += kLanes<T>) {
+      const Vec<T> e = exponential(load(s + j) - largest);
+      if (exponentials != nullptr) store(exponentials + j, e);
       total += e;
     }
-    store(part, total);
+    sum[r] += sum_of<T>(total);
   }
 
   void sum_again(int64_t r) {
@@ -229,7 +223,7 @@ struct Beginning {
         T* const weights = w.weights + x * w.keys;
         form_weights(x, r + x < scores.rows, from, keys, [&](int64_t j, Vec<T> e) { store(weights + j, e); });
       }
-      add_product<Left::by_row>(w.weights, w.keys, p.v + from * p.dim_v, keys, p.dim_v, sums);
+      add_product<Left::by_row>(w.weights, w.keys, Sliced<T>{p.v_slices, p.n_k, from}, keys, p.dim_v, sums);
     }
     for (int64_t x = 0; x < smaller(kRows, scores.rows - r); ++x) finish(x);
   }
@@ -258,16 +252,20 @@ struct Beginning {
   template <class F>
   void form_weights(int64_t x, bool present, int64_t from, int64_t keys, const F& write) {
     const int64_t i = scores.first + r + x;
-    const uint64_t* const bits = p.words(i / kBlock, 0) + i % kBlock;
+    const uint64_t* const bits = p.words(i / kBlock, from / kBlock) + i % kBlock;
+    const T *const s = scores.row(r + x) + from, *const sizes = p.sizes + from;
     const T shift = present ? scores.shift[r + x] : T(0), factor = present ? scores.factor(r + x) : T(1);
     Vec<T> sum = {}, sum_of_squares = {};
-    for (int64_t j = 0; j < keys; j += kLanes<T>) {
-      const uint64_t lanes = present ? bits[(from + j) / kBlock * kBlock] >> (from + j) % kBlock : 0;
-      const Vec<T> e = choose(lanes, exponential(load(scores.row(r + x) + from + j) - shift) * factor, Vec<T>{});
-      write(j, e);
-      sum += e;
-      const Vec<T> sized = e * load(p.sizes + from + j);
-      sum_of_squares += sized * sized;
+    for (int64_t block = 0; block < keys; block += kBlock) {
+      const uint64_t word = present ? bits[block] : 0;
+#pragma GCC unroll 4
+      for (int64_t j = block; j < smaller(keys, block + kBlock); j += kLanes<T>) {
+        const Vec<T> e = choose(word >> (j - block), exponential(load(s + j) - shift) * factor, Vec<T>{});
+        write(j, e);
+        sum += e;
+        const Vec<T> sized = e * load(sizes + j);
+        sum_of_squares += sized * sized;
+      }
     }
     mass[x] += sum_of<T>(sum);
     squares[x] += sum_of<T>(sum_of_squares);

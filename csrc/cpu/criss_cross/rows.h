@@ -24,8 +24,9 @@ template <Left kLeft, class T>
 void add_rows(const T* a, int64_t a_stride, const T* b, int64_t rows, int64_t terms, int64_t columns, T* c) {
   for (int64_t t = 0; t < terms; t += kTogether)
     for (int64_t r = 0; r < rows; r += kRows)
-      add_product<kLeft>(kLeft == Left::by_row ? a + r * a_stride + t : a + r + t * a_stride, a_stride, b + t * columns,
-                         smaller(kTogether, terms - t), columns, c + r * columns);
+      add_product<kLeft>(kLeft == Left::by_row ? a + r * a_stride + t : a + r + t * a_stride, a_stride,
+                         Consecutive<T>{b + t * columns, columns}, smaller(kTogether, terms - t), columns,
+                         c + r * columns);
 }
 
 // s[key][query] of some queries of a row; w.k holds the keys.
