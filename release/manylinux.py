@@ -39,8 +39,9 @@ def versions(library: Path) -> dict[str, str]:
 def write_library(soname: str, symbols: dict[str, str], folder: Path) -> Path:
     """Write a library that defines every symbol in its version, and return it."""
     source, script, library = (folder / f"{soname}{suffix}" for suffix in (".s", ".map", ""))
-    lines = [f".globl our.{name}\nour.{name}:\n.symver our.{name}, {name}@@{symbols[name]}" for name in symbols]
-    source.write_text("\n".join([".text", *lines, '.section .note.GNU-stack,"",%progbits', ""]))
+    define = ".globl our.{0}\n.type our.{0}, @function\nour.{0}: .byte 0\n.size our.{0}, 1\n.symver our.{0}, {0}@@{1}\n"
+    definitions = "".join(define.format(*symbol) for symbol in symbols.items())
+    source.write_text(f'.text\n{definitions}.section .note.GNU-stack,"",%progbits\n')
     script.write_text("".join(f"{version} {{ local: our.*; }};\n" for version in sorted({*symbols.values()})))
     output_of("cc", "-shared", "-nostdlib", f"-Wl,-soname,{soname},--version-script,{script}", source, "-o", library)
     return library

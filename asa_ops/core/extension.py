@@ -25,7 +25,9 @@ def load(library: Path) -> str | None:
         torch.ops.load_library(library)
         number = OPS.extension_version()
     except (OSError, AttributeError, RuntimeError) as error:
-        return f"the compiled extension cannot be loaded ({error})"
+        return (
+            f"the compiled extension cannot be loaded ({error.__cause__ or error})"  # the cause names what is missing
+        )
     built = f"{number // 10000}.{number // 100 % 100}.{number % 100}"
     try:
         wanted = version(NAMESPACE)
