@@ -129,8 +129,8 @@ def choose(call: Call, impl: str) -> str:
     Warns:
         UserWarning: once, if plain PyTorch runs what the compiled extension would, were it there.
     """
-    chosen = resolve(call, impl)
-    if impl == "auto" and chosen == "blocked" and extension.WHY_MISSING in [_why_not(x, call) for x in _PREDICATES]:
+    chosen, missing = resolve(call, impl), extension.WHY_MISSING
+    if missing and impl == "auto" and chosen == "blocked" and missing in [_why_not(name, call) for name in _PREDICATES]:
         _warn_of_missing_extension()
     return chosen
 
