@@ -16,7 +16,7 @@ BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,ki
 	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo large-map volume segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel docs lint format clean
+.PHONY: demo large-map volume segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel sdist hub docs lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -81,13 +81,22 @@ bench-check: $(READY)  ## a minute: has a ratio to dense attention moved by more
 gpu:  ## on a CUDA machine, with its own Python: tests, timings, profiles, 5 minutes a call, which goes on; OUT=folder, KEEP=1
 	$(PYTHON) -m bench.gpu --out $(OUT) $(if $(KEEP),--keep) $(ARGS)
 
-wheel: $(READY)  ## one wheel for CPU and GPU, every Python and torch that pyproject.toml allows, in dist, and its audit
-	rm -rf dist build/lib* build/wheel
-	$(RUN) -m pip wheel --quiet --disable-pip-version-check --no-build-isolation --no-deps --wheel-dir dist .
+wheel: $(READY)  ## one manylinux wheel for CPU and GPU, every Python and torch that pyproject.toml allows, in dist, and its audit
+	rm -rf dist build/lib* build/wheel build/linux
+	LDFLAGS="$$($(RUN) release/manylinux.py build/manylinux)" ASA_OPS_REQUIRE_EXT=1 $(RUN) -m pip wheel --quiet \
+		--disable-pip-version-check --no-build-isolation --no-deps --wheel-dir build/linux .
+	PATH="$(VENV)/bin:$$PATH" $(RUN) -m auditwheel repair --only-plat --plat manylinux_2_28_$$(uname -m) \
+		--exclude "libtorch*" --exclude "libc10*" --wheel-dir dist build/linux/*.whl
 	$(RUN) -m abi3audit --strict --summary dist/*.whl
 	@$(RUN) -m zipfile -e dist/*.whl build/wheel
 	@du -h dist/*.whl build/wheel/asa_ops/_C.abi3.so
 	@$(RUN) -c 'import torch; torch.ops.load_library("build/wheel/asa_ops/_C.abi3.so"); print("CUDA architectures:", torch.ops.asa_ops.cuda_architectures() or "none")'
+
+sdist: $(READY)  ## a source archive in dist
+	$(RUN) -c 'from setuptools import build_meta; print(build_meta.build_sdist("dist"))'
+
+hub: $(READY)  ## the package as Hugging Face's kernels loads it, in build/hub, its audit, and a call of it
+	$(RUN) release/hub.py build/hub
 
 lint: $(READY)  ## style and types, under a minute
 	$(RUN) -m ruff check .

@@ -1,8 +1,10 @@
 """Build the compiled extension asa_ops/_C.abi3.so; everything else is in pyproject.toml.
 
 Without a working C++ compiler the package installs all the same, without the extension; without a working nvcc the
-extension holds no CUDA kernels. Environment: ASA_OPS_CUDA_ARCHS (default "80;90a;100") are the GPUs that CUDA kernels
-are compiled for, ASA_OPS_NO_CUDA=1 leaves them out, MAX_JOBS is how many files are compiled at a time.
+extension holds no CUDA kernels. Environment: ASA_OPS_REQUIRE_EXT=1 makes a missing C++ compiler an error,
+ASA_OPS_CUDA_ARCHS (default "80;90a;100") are the GPUs that CUDA kernels are compiled for, ASA_OPS_NO_CUDA=1 leaves them
+out, ASA_OPS_NAMESPACE is the namespace of the ops, for a copy of the package under another name, MAX_JOBS is how many
+files are compiled at a time.
 """
 
 import os
@@ -41,6 +43,10 @@ def why_not(compiler: list[str], suffix: str, program: str) -> str | None:
     return None
 
 
+def is_set(name: str) -> bool:
+    return os.environ.get(name, "0") not in ("", "0")
+
+
 def why_no_compiler() -> str | None:
     """Return why the C++ compiler that torch's build would use does not work, or None."""
     return why_not(shlex.split(get_cxx_compiler()), ".cpp", "#include <cstdint>\nint main() { return 0; }\n")
@@ -48,7 +54,7 @@ def why_no_compiler() -> str | None:
 
 def why_no_cuda(nvcc: str | None, flags: list[str]) -> str | None:
     """Return why the extension cannot hold CUDA kernels, or None."""
-    if os.environ.get("ASA_OPS_NO_CUDA", "0") not in ("", "0"):
+    if is_set("ASA_OPS_NO_CUDA"):
         return "ASA_OPS_NO_CUDA is set"
     if not CUDA_SOURCES:
         return "there are none in csrc/cuda"
@@ -163,6 +169,7 @@ def extension() -> dict:
             ("TORCH_TARGET_VERSION", "0x020a000000000000"),  # torch 2.10
             ("TORCH_STABLE_ONLY", None),
             ("ASA_OPS_VERSION", str(10000 * major + 100 * minor + patch)),
+            *([("ASA_OPS_NAMESPACE", namespace)] if (namespace := os.environ.get("ASA_OPS_NAMESPACE")) else []),
         ],
         extra_compile_args=["-std=c++17", "-O3", "-Wall", "-fvisibility=hidden", "-g0", *PREFIXES],
         extra_link_args=["-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else [],
@@ -175,6 +182,8 @@ def extension() -> dict:
 
 
 reason = why_no_compiler()
+if reason and is_set("ASA_OPS_REQUIRE_EXT"):
+    sys.exit(f"asa_ops: the extension that ASA_OPS_REQUIRE_EXT asks for needs a C++ compiler: {reason}")
 if reason:
     print(f"asa_ops: building without the compiled extension ({reason})", file=sys.stderr)
 setup(version=VERSION, **({} if reason else extension()))

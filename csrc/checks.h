@@ -10,6 +10,11 @@
 #include <type_traits>
 #include <vector>
 
+// The ops' namespace in torch: the name that the package is imported as, asa_ops/core/contracts.py.
+#ifndef ASA_OPS_NAMESPACE
+#define ASA_OPS_NAMESPACE asa_ops
+#endif
+
 namespace asa_ops {
 
 using torch::headeronly::ScalarType;

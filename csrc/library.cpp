@@ -37,7 +37,7 @@ std::tuple<int64_t, int64_t> cuda_versions() {
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(asa_ops, m) {
+STABLE_TORCH_LIBRARY(ASA_OPS_NAMESPACE, m) {
   m.def("extension_version() -> int");
   m.def("cpu_isa() -> int");
   m.def("cuda_architectures() -> str");
@@ -51,7 +51,7 @@ STABLE_TORCH_LIBRARY(asa_ops, m) {
       "Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("extension_version", TORCH_BOX(&extension_version));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
   m.impl("cuda_versions", TORCH_BOX(&cuda_versions));

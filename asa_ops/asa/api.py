@@ -230,7 +230,7 @@ _LAYOUTS = {"query": "bhn.", "key": "bgm.", "value": "bgm.", "alpha": "BHN", "be
 
 def _over_tokens(*args: Any, **options: Any) -> Any:
     """Call :func:`asa_ops.distributed.asa_attention`, which imports this module."""
-    return importlib.import_module("asa_ops.distributed").asa_attention(*args, **options)
+    return importlib.import_module("..distributed", __package__).asa_attention(*args, **options)
 
 
 def chosen(query: Tensor, value: Tensor, impl: str) -> str:
@@ -238,8 +238,8 @@ def chosen(query: Tensor, value: Tensor, impl: str) -> str:
     dim = max(query.shape[-1], value.shape[-1])
     # Sizes may be symbols, or, under torch.jit.trace, tensors; and what is remembered cannot be traced.
     plain = type(dim) is int and isinstance(impl, str) and not torch.compiler.is_compiling()
-    resolve = dispatch.remembered if plain else dispatch.resolve
-    return resolve(dispatch.Call(*_OP, query.device, query.dtype, dim), impl)
+    choose = dispatch.remembered if plain else dispatch.choose
+    return choose(dispatch.Call(*_OP, query.device, query.dtype, dim), impl)
 
 
 def check(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.contracts import OPS
 from . import ops
 from .parts import Gradients, Outputs, Range, Scan
 from .types import Inputs, Options, places_of
@@ -18,7 +19,7 @@ from .types import Inputs, Options, places_of
 
 def _op(name: str, device: torch.device) -> Any:
     """Return an op for tensors of ``device``; on a CPU that of the emulation of the tests."""
-    return getattr(torch.ops.asa_ops, f"asa_{'emulated_' if device.type == 'cpu' else ''}tiles_{name}")
+    return getattr(OPS, f"asa_{'emulated_' if device.type == 'cpu' else ''}tiles_{name}")
 
 
 def _order(n: int, grid: tuple[int, int, int], real: Tensor | None, device: torch.device) -> Tensor:

@@ -24,6 +24,8 @@ from torch.utils.flop_counter import register_flop_formula
 
 from ..core import dispatch, extension
 from ..core.contracts import (
+    NAMESPACE,
+    OPS,
     allows_tf32,
     backward_of,
     below_autograd,
@@ -47,7 +49,7 @@ BACKWARD = (
 )
 # What an op takes between ``inputs`` and ``band``: grid, window, topk, reciprocal, scale.
 OpOptions = tuple[list[int], list[int], int, bool, float]
-_LIBRARY = torch.library.Library("asa_ops", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _FORWARD_MODE = (
     "asa_attention has no forward-mode derivative (jvp) in this implementation: use reverse mode (torch.func.vjp, "
     "torch.func.jacrev), or impl='reference' with threshold_grad=None"
@@ -113,10 +115,10 @@ class _Ops:
     """The ops of an implementation, by the stem of their names, and autograd around them."""
 
     def __init__(self, stem: str):
-        fwd, bwd = (getattr(torch.ops.asa_ops, f"{stem}_{name}").default for name in ("fwd", "bwd"))
+        fwd, bwd = (getattr(OPS, f"{stem}_{name}").default for name in ("fwd", "bwd"))
         plain_fwd, plain_bwd = below_autograd(fwd), below_autograd(bwd)
         self.fwd, self.bwd, self.no_grad = fwd, bwd, plain_fwd
-        self.list_survivors = getattr(torch.ops.asa_ops, f"{stem}_list_survivors", None)  # of those in C++
+        self.list_survivors = getattr(OPS, f"{stem}_list_survivors", None)  # of those in C++
 
         class Attention(torch.autograd.Function):
             @staticmethod
@@ -171,7 +173,7 @@ def of(impl: str, device: torch.device) -> _Ops:
 
 def register(stem: str, impl: str | None = None) -> None:
     """Tell torch about a pair of ops; ``impl`` None: that of C++ for the device of the inputs."""
-    fwd, bwd = (f"asa_ops::{stem}_{name}" for name in ("fwd", "bwd"))
+    fwd, bwd = (f"{NAMESPACE}::{stem}_{name}" for name in ("fwd", "bwd"))
 
     @torch.library.register_fake(fwd)  # type: ignore[untyped-decorator]
     def _(*args: Any) -> Any:
@@ -184,17 +186,17 @@ def register(stem: str, impl: str | None = None) -> None:
         tokens = (x.new_empty(x.shape) for x in (query, key, value))
         return *tokens, *(like(None, x, query) for x in (alpha, beta))
 
-    @register_flop_formula(getattr(torch.ops.asa_ops, f"{stem}_fwd"))
+    @register_flop_formula(getattr(OPS, f"{stem}_fwd"))
     def _(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
         """Dense cost: shapes cannot say how many pairs survive (:func:`flops` can)."""
         return flops(q_shape, k_shape, v_shape)
 
-    @register_flop_formula(getattr(torch.ops.asa_ops, f"{stem}_bwd"))
+    @register_flop_formula(getattr(OPS, f"{stem}_bwd"))
     def _(do_shape: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
         batch, heads, n_q, dim = q_shape
         return 2 * batch * heads * n_q * k_shape[2] * (3 * dim + 2 * v_shape[3])
 
-    run_outside_autocast(*(getattr(torch.ops.asa_ops, f"{stem}_{name}").default for name in ("fwd", "bwd")))
+    run_outside_autocast(*(getattr(OPS, f"{stem}_{name}").default for name in ("fwd", "bwd")))
     _OPS[stem] = _Ops(stem)
 
 
@@ -209,7 +211,7 @@ def flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, pairs: int | None = No
     return 2 * everybody * dim + 2 * (everybody if pairs is None else pairs) * v_shape[3]
 
 
-@torch.library.custom_op("asa_ops::asa_neighbors", mutates_args=())
+@torch.library.custom_op(f"{NAMESPACE}::asa_neighbors", mutates_args=())
 def asa_neighbors(
     query: Tensor,
     key: Tensor,
@@ -242,7 +244,7 @@ def _(query: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     return row_offsets, query.new_empty(torch.library.get_ctx().new_dynamic_size(), dtype=torch.int32)
 
 
-@register_flop_formula(torch.ops.asa_ops.asa_neighbors)
+@register_flop_formula(OPS.asa_neighbors)
 def _neighbors_flops(q_shape: Shape, k_shape: Shape, *args: Any, **kwargs: Any) -> int:
     return flops(q_shape, k_shape, q_shape, pairs=0)
 
@@ -303,4 +305,4 @@ for _impl in ("triton", "blocked"):
     register(f"asa_{_impl}", _impl)
 if not extension.WHY_MISSING:
     register("asa")
-run_outside_autocast(torch.ops.asa_ops.asa_neighbors.default)
+run_outside_autocast(OPS.asa_neighbors.default)

@@ -15,6 +15,11 @@ from torch.autograd import forward_ad
 
 from .checks import check_plain, describe, is_dtensor
 
+# The ops are in the namespace of torch that has the name which the package is imported as. It is another than asa_ops
+# where Hugging Face's kernels loads the package: two versions of it then have ops of their own.
+NAMESPACE = __name__.partition(".")[0]
+OPS: Any = getattr(torch.ops, NAMESPACE)
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
@@ -182,7 +187,7 @@ def backward_of(op: Callable[..., Any], double_backward: str) -> type[torch.auto
 def run_outside_autocast(*ops: Callable[..., Any]) -> None:
     """Have ops run outside autocast, so that their bodies compute what their fakes promise."""
     for device in ("cpu", "cuda"):
-        library = torch.library.Library("asa_ops", "FRAGMENT")
+        library = torch.library.Library(NAMESPACE, "FRAGMENT")
         for op in ops:
 
             def outside(*args: Any, _op: Callable[..., Any] = op, _device: str = device, **kwargs: Any) -> Any:

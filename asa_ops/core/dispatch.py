@@ -7,6 +7,7 @@ the one measured faster; an explicit ``impl`` never falls back.
 
 import functools
 import importlib
+import warnings
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Literal, NamedTuple, get_args
@@ -14,23 +15,23 @@ from typing import Literal, NamedTuple, get_args
 import torch
 
 from . import checks, devices, extension
-from .contracts import constant_under_compile
+from .contracts import NAMESPACE, constant_under_compile
 
 # For every op, by the stem of its folder and kernels, where each implementation is: a folder of C++, whose ops the
-# extension holds, or a module, loaded when it is first used.
+# extension holds, or a module of the package, loaded when it is first used.
 IMPLEMENTATIONS = {
     "asa": {
         "cpu": "csrc/cpu/asa",
-        "triton": "asa_ops.asa.triton",
+        "triton": ".asa.triton",
         "cuda": "csrc/cuda/asa",
-        "blocked": "asa_ops.asa.blocked",
-        "reference": "asa_ops.asa.reference",
+        "blocked": ".asa.blocked",
+        "reference": ".asa.reference",
     },
     "criss_cross": {
-        "cpu": "asa_ops.criss_cross.cpu",
-        "triton": "asa_ops.criss_cross.triton",
-        "blocked": "asa_ops.criss_cross.blocked",
-        "reference": "asa_ops.criss_cross.reference",
+        "cpu": ".criss_cross.cpu",
+        "triton": ".criss_cross.triton",
+        "blocked": ".criss_cross.blocked",
+        "reference": ".criss_cross.reference",
     },
 }
 Impl = Literal["auto", "cpu", "triton", "cuda", "blocked", "reference"]
@@ -41,7 +42,7 @@ _MAX_DIM = 256
 @functools.cache
 def load(stem: str, impl: str) -> ModuleType:
     """Return the module of an implementation in Python."""
-    return importlib.import_module(IMPLEMENTATIONS[stem][impl])
+    return importlib.import_module(IMPLEMENTATIONS[stem][impl], NAMESPACE)
 
 
 class Call(NamedTuple):
@@ -122,8 +123,30 @@ def resolve(call: Call, impl: str) -> str:
     return impl
 
 
+def choose(call: Call, impl: str) -> str:
+    """Return the implementation that runs ``call``, for the call itself: as :func:`resolve`.
+
+    Warns:
+        UserWarning: once, if plain PyTorch runs what the compiled extension would, were it there.
+    """
+    chosen, missing = resolve(call, impl), extension.WHY_MISSING
+    if missing and impl == "auto" and chosen == "blocked" and missing in [_why_not(name, call) for name in _PREDICATES]:
+        _warn_of_missing_extension()
+    return chosen
+
+
 # It is asked once for each kind of call.
-remembered = functools.cache(resolve)
+remembered = functools.cache(choose)
+
+
+@constant_under_compile
+def _warn_of_missing_extension() -> None:
+    _warn_once(f"asa_ops runs in plain PyTorch, which is slower: {extension.WHY_MISSING}. impl='blocked' asks for it")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _for_tests(name: str, call: Call) -> bool:

@@ -12,7 +12,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .contracts import allows_tf32
+from .contracts import NAMESPACE, allows_tf32
 
 SLOW = 2.0  # seconds of compiling after which a process is told what it waits for
 
@@ -30,7 +30,7 @@ class CompileListener:
     def __call__(self, *, src, times, cache_hit, **more) -> None:
         if self.others is not None:
             self.others(src=src, times=times, cache_hit=cache_hit, **more)
-        if cache_hit or not getattr(getattr(src, "fn", None), "__module__", "").startswith("asa_ops."):
+        if cache_hit or not getattr(getattr(src, "fn", None), "__module__", "").startswith(f"{NAMESPACE}."):
             return
         was_told = self.seconds > SLOW
         self.seconds += times.total / 1e6

@@ -51,4 +51,4 @@ def criss_cross_attention(
     no_kernels = "there are kernels for maps [B, D, H, W] only" if query.dim() == 5 else None
     # The value may have any number of channels: kernels take them in parts.
     call = dispatch.Call(*names, query.device, query.dtype, query.shape[1], no_kernels)
-    return ops.attend(query, key, value, scale, dispatch.resolve(call, impl))
+    return ops.attend(query, key, value, scale, dispatch.choose(call, impl))

@@ -6,11 +6,13 @@ The kernels take contiguous maps in float32 or float64; half precisions are comp
 import torch
 from torch import Tensor
 
+from ..core.contracts import OPS
+
 
 def fwd(query: Tensor, key: Tensor, value: Tensor, scale: float, out: Tensor, stats: Tensor) -> None:
     """Write into ``out`` and ``stats``."""
     full = out if out.dtype == stats.dtype else torch.empty_like(out, dtype=stats.dtype)
-    torch.ops.asa_ops.criss_cross_cpu_fwd(*_prepare(stats.dtype, query, key, value), scale, full, stats)
+    OPS.criss_cross_cpu_fwd(*_prepare(stats.dtype, query, key, value), scale, full, stats)
     if full is not out:
         out.copy_(full)
 
@@ -21,7 +23,7 @@ def bwd(
     """Return dq, dk, dv."""
     inputs = _prepare(stats.dtype, do, query, key, value)
     dq, dk, dv = (torch.empty_like(x) for x in inputs[1:])
-    torch.ops.asa_ops.criss_cross_cpu_bwd(*inputs, stats.contiguous(), scale, dq, dk, dv)
+    OPS.criss_cross_cpu_bwd(*inputs, stats.contiguous(), scale, dq, dk, dv)
     return dq, dk, dv
 
 

@@ -9,21 +9,21 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ..core import dispatch
-from ..core.contracts import backward_of, below_autograd, differentiate, run_outside_autocast
+from ..core.contracts import NAMESPACE, OPS, backward_of, below_autograd, differentiate, run_outside_autocast
 from . import reference
 
 Shape = Sequence[int]
 
 
-_LIBRARY = torch.library.Library("asa_ops", "FRAGMENT")
+_LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 _INPUTS = "Tensor query, Tensor key, Tensor value"
 for _schema in (
     f"criss_cross_fwd({_INPUTS}, float scale, str impl) -> (Tensor out, Tensor stats)",
     f"criss_cross_bwd(Tensor grad_out, {_INPUTS}, Tensor stats, float scale, str impl) -> (Tensor, Tensor, Tensor)",
 ):
     _LIBRARY.define(_schema, tags=torch.Tag.pt2_compliant_tag)
-criss_cross_fwd = torch.ops.asa_ops.criss_cross_fwd.default
-criss_cross_bwd = torch.ops.asa_ops.criss_cross_bwd.default
+criss_cross_fwd = OPS.criss_cross_fwd.default
+criss_cross_bwd = OPS.criss_cross_bwd.default
 
 
 @torch.library.impl(_LIBRARY, "criss_cross_fwd", "CompositeExplicitAutograd")
@@ -110,12 +110,12 @@ differentiate(_LIBRARY, criss_cross_fwd, _CrissCross)
 differentiate(_LIBRARY, criss_cross_bwd, backward_of(criss_cross_bwd, _DOUBLE_BACKWARD))
 
 
-@register_flop_formula(torch.ops.asa_ops.criss_cross_fwd)
+@register_flop_formula(OPS.criss_cross_fwd)
 def _forward_flops(q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * _pairs(q_shape) * (q_shape[1] + v_shape[1])
 
 
-@register_flop_formula(torch.ops.asa_ops.criss_cross_bwd)
+@register_flop_formula(OPS.criss_cross_bwd)
 def _backward_flops(do_shape: Shape, q_shape: Shape, k_shape: Shape, v_shape: Shape, *args: Any, **kwargs: Any) -> int:
     return 2 * _pairs(q_shape) * (3 * q_shape[1] + 2 * v_shape[1])
 

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from ..asa import api, ops
 from ..asa.types import Grid, Inputs, ThresholdGrad, Window
 from ..core import checks
-from ..core.contracts import allows_tf32, cast_under_autocast
+from ..core.contracts import OPS, allows_tf32, cast_under_autocast
 from ..core.dispatch import Impl
 from . import collectives
 
@@ -123,7 +123,7 @@ def agree(
             "impl": chosen,
         }
         if chosen == "cpu":  # their kernels differ in more than the last digits: in how many rows they take at a time
-            same["instruction set"] = torch.ops.asa_ops.cpu_isa()
+            same["instruction set"] = OPS.cpu_isa()
         elif chosen in ("triton", "cuda"):  # whoever asks for a pair decides it, so all must round alike
             device = inputs.query.device
             gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None

@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..asa.types import Inputs, NeighborGraph, new_graph
+from ..core.contracts import OPS
 from . import collectives
 from .call import Call
 from .ranges import BLOCK, blocks_of, ranges, ranges_of_equal_work
@@ -84,7 +85,7 @@ class Part:
     def make_mutual(self, bits: Tensor) -> None:
         """Make the bits of own rows those of mutual neighbours: those of others need not be kept."""
         for first, piece in self.pieces(bits):
-            torch.ops.asa_ops.asa_keep_mutual(bits, piece, first)
+            OPS.asa_keep_mutual(bits, piece, first)
 
     def gather(self, *tensors: Tensor) -> list[Tensor]:
         """Return tensors of own rows [B, heads, n, ..] as those of all rows."""
@@ -103,7 +104,7 @@ class Part:
         Rows are even until their neighbours are counted; from here on each process has rows of equal work. Where nobody
         asks for one-way neighbours later, bits are those of mutual ones, and there are none of columns.
         """
-        lse, *found, begun = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
+        lse, *found, begun = OPS.asa_rows_scan(*self.options, self.own(self.rows))
         if not self.is_thresholded():
             return lse, found, begun, None
         mutual, blocks = self.call.options[3], blocks_of(self.rows)
@@ -111,7 +112,7 @@ class Part:
         only_mutual = mutual and not self.call.band and not any_begun
         if only_mutual:
             self.make_mutual(found[0])
-        work = torch.ops.asa_ops.asa_count_bits(found[0]).sum((0, 1))
+        work = OPS.asa_count_bits(found[0]).sum((0, 1))
         (work,) = collectives.all_gather_rows(self.call.group, [work[None, None]], blocks)
         lse, *found, begun = self.share_out(work.flatten(), blocks, lse, *found, begun)
         if only_mutual:
@@ -155,13 +156,13 @@ class Attention(torch.autograd.Function):
         part = Part(call, call.gather(Inputs(*tensors)))
         lse, found, begun, back = part.scan()
         given = part.options_of(back)
-        out, lse_kept, survivors = torch.ops.asa_ops.asa_rows_fwd(
+        out, lse_kept, survivors = OPS.asa_rows_fwd(
             *given, part.own(part.rows), lse, *found, begun, part.both_ways(back)
         )
         home = part.send_home(part.rows, call.n_q, out, lse, lse_kept, survivors)
         if call.keep:
             if call.options[3] and back is not None and not call.band:
-                torch.ops.asa_ops.asa_keep_mutual(found[0], back, 0)
+                OPS.asa_keep_mutual(found[0], back, 0)
                 back = None
             ctx.call, ctx.split = call, (part.rows, part.columns)
             ctx.dtypes = [x.dtype for x in tensors if x is not None]
@@ -180,20 +181,16 @@ class Attention(torch.autograd.Function):
         grad_out = collectives.all_gather_rows(call.group, [grad_out], call.n_q)[0]
         nan_rows, survivors, lse_kept, local_of_all = part.gather(nan_rows, survivors, lse_kept, local)
         of_all = grad_out, nan_rows, survivors
-        dq, softmax, groups = torch.ops.asa_ops.asa_rows_bwd(
-            *of_all, *part.options_of(back), rows, *found, part.both_ways(back)
-        )
+        dq, softmax, groups = OPS.asa_rows_bwd(*of_all, *part.options_of(back), rows, *found, part.both_ways(back))
         softmax, groups = (x.mT.contiguous() for x in part.gather(softmax.mT, groups.mT))
         mine = bits if call.options[3] and part.is_thresholded() else None
-        dk, dv = torch.ops.asa_ops.asa_columns_bwd(
-            *of_all, *part.options, columns, mine, local_of_all, back, softmax, groups
-        )
+        dk, dv = OPS.asa_columns_bwd(*of_all, *part.options, columns, mine, local_of_all, back, softmax, groups)
         gradients: list[Tensor | None] = [*part.send_home(part.rows, call.n_q, dq)]
         gradients += part.send_home(part.columns, call.n_k, dk, dv)
         learning = [x is not None for x in part.inputs[3:5]]
         if call.band > 0 and any(learning):
             delta = softmax[:, :, 2].contiguous()
-            thresholds = torch.ops.asa_ops.asa_thresholds_bwd(
+            thresholds = OPS.asa_thresholds_bwd(
                 *of_all,
                 *part.options,
                 rows,
@@ -231,9 +228,9 @@ def neighbors(call: Call, tensors: Inputs) -> NeighborGraph:
     part = Part(call, call.gather(tensors))
     lse, found, begun, back = part.scan()
     given, rows = part.options_of(back), part.own(part.rows)
-    _, _, survivors = torch.ops.asa_ops.asa_rows_fwd(*given, rows, lse, *found, begun, part.both_ways(back))
+    _, _, survivors = OPS.asa_rows_fwd(*given, rows, lse, *found, begun, part.both_ways(back))
     graph = new_graph(survivors)
-    torch.ops.asa_ops.asa_rows_list_survivors(*given, rows, *found, part.both_ways(back), *graph)
+    OPS.asa_rows_list_survivors(*given, rows, *found, part.both_ways(back), *graph)
     return _send_home(part, survivors, graph)
 
 

@@ -25,17 +25,18 @@ from torch.autograd.function import once_differentiable
 
 from ..asa import ops, parts
 from ..asa.types import Inputs, NeighborGraph, Options, new_graph
+from ..core.contracts import NAMESPACE
 from . import collectives
 from .call import Call
 from .ranges import blocks_of, ranges, ranges_of_equal_work
 
 # Where the implementations are.
-PARTS = {"triton": "asa_ops.asa.triton.part", "cuda": "asa_ops.asa.cuda_part"}
+PARTS = {"triton": ".asa.triton.part", "cuda": ".asa.cuda_part"}
 _Tokens = list[tuple[Tensor, Tensor]]  # images and tokens, for each process
 
 
 def _implementation(impl: str) -> type[parts.Part]:
-    return importlib.import_module(PARTS[impl]).Part
+    return importlib.import_module(PARTS[impl], NAMESPACE).Part
 
 
 def can_run(call: Call, inputs: Inputs) -> bool:

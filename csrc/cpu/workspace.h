@@ -15,6 +15,8 @@
 #include <exception>
 #include <memory>
 #include <mutex>
+#include <stdexcept>
+#include <string>
 #include <utility>
 
 namespace asa_ops::cpu {
@@ -106,23 +108,23 @@ void run(Queue queue, const Workspace& workspace, const F& pass) {
 // all threads.
 template <class F>
 void for_heads(int64_t heads, const F& f) {
-  std::exception_ptr failure;  // across the stable ABI its message would be lost
+  std::string failure;  // thrown across the stable ABI its message would be lost, and std::exception_ptr is too new
   std::mutex mutex;
   const int64_t all = torch::stable::get_num_threads();
   const bool side_by_side = heads >= all;
   const auto some = [&](int64_t begin, int64_t end) {
     try {
       for (int64_t head = begin; head < end; ++head) f(head, side_by_side ? 1 : all);
-    } catch (...) {
+    } catch (const std::exception& error) {
       const std::lock_guard<std::mutex> lock(mutex);
-      failure = std::current_exception();
+      failure = error.what();
     }
   };
   if (side_by_side)
     torch::stable::parallel_for(0, heads, 1, some);
   else
     some(0, heads);
-  if (failure) std::rethrow_exception(failure);
+  if (!failure.empty()) throw std::runtime_error(failure);
 }
 
 }  // namespace asa_ops::cpu

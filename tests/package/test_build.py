@@ -1,12 +1,18 @@
 """The compiled extension and the package around it."""
 
+import ctypes
+import importlib
 import os
+import platform
+import re
 import runpy
+import shlex
 import shutil
 import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -121,9 +127,43 @@ def installed(tmp_path: Path, **environment: str) -> Path:
     return tmp_path / "installed"
 
 
-def test_installs_and_works_without_a_compiler(tmp_path):
+WARNINGS = """
+import warnings, torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import asa_ops
+    q, x = torch.randn(1, 1, 6, 4), torch.randn(1, 1, 3, 3)
+    print(asa_ops.__file__, asa_ops.explain(q).splitlines()[1], sep="\\n")
+    asa_ops.non_local_attention(q, q, q)  # has no kernels
+    for impl in ("blocked", "reference"):
+        asa_ops.asa_attention(q, q, q, torch.ones(1, 1, 6), impl=impl)
+    print(len(caught), "warnings before")
+    asa_ops.criss_cross_attention(x, x, x)
+    for _ in range(2):
+        asa_ops.asa_attention(q, q, q, torch.ones(1, 1, 6))
+    asa_ops.reciprocal_neighbors(q, q, torch.ones(1, 1, 6))
+    print(*(f"{warning.category.__name__}: {warning.message}" for warning in caught), sep="\\n")
+"""
+
+
+def test_installs_without_a_compiler_and_warns_once_where_the_extension_would_run(tmp_path):
     folder = installed(tmp_path, CXX="no-such-compiler")
-    assert "the compiled extension is missing (no working C++ compiler" in run_with(folder, sys.executable)
+    printed = output_of(sys.executable, "-c", WARNINGS, env=os.environ | {"PYTHONPATH": str(folder)}, cwd=folder)
+    file, reason, before, *warned = printed.splitlines()
+    assert file.startswith(str(folder)) and before == "0 warnings before" and len(warned) == 1
+    for part in ("UserWarning: asa_ops runs in plain PyTorch", "REQUIRE_EXT=1", "impl='blocked'"):
+        assert part in warned[0]
+    why = reason.removeprefix("  cpu        ")
+    assert why.startswith("the compiled extension is missing, asa_ops was installed without") and why in warned[0]
+
+
+def test_an_extension_that_is_required_and_cannot_be_built_is_an_error(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("setuptools.setup", lambda **arguments: pytest.fail("it went on"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("ASA_OPS_REQUIRE_EXT", "1")
+    with pytest.raises(SystemExit, match="ASA_OPS_REQUIRE_EXT asks for needs a C\\+\\+ compiler: 'no-such-compiler'"):
+        runpy.run_path("setup.py")
 
 
 @pytest.mark.slow
@@ -189,6 +229,106 @@ def test_setup_reads_the_architectures(setup_file, monkeypatch):
 @pytest.mark.skipif("ASA_OPS_OTHER_PYTHON" not in os.environ, reason="ASA_OPS_OTHER_PYTHON names no Python with torch")
 def test_the_same_binary_works_under_another_python_and_torch(tmp_path):
     assert "  cpu        runs" in run_with(copied(tmp_path), os.environ["ASA_OPS_OTHER_PYTHON"])
+
+
+# It uses what is newer than manylinux_2_28, or has newer versions.
+NEWER = """
+#include <dlfcn.h>
+#include <pthread.h>
+#include <cmath>
+#include <memory>
+#include <new>
+#include <sstream>
+#include <string>
+extern "C" int answer(double x, long n) {
+  std::unique_ptr<double[]> many(new double[n]);
+  std::shared_ptr<double> shared = std::make_shared<double>(std::exp(x)), other = shared;
+  pthread_t thread;
+  pthread_create(&thread, nullptr, [](void* p) -> void* { return *static_cast<double*>(p) += 1, p; }, shared.get());
+  pthread_join(thread, nullptr);
+  std::ostringstream out;
+  out << *other << (dlsym(RTLD_DEFAULT, "exp") != nullptr);
+  return std::stoi(out.str());
+}
+"""
+
+
+def link(folder: Path, program: str, *flags: str) -> Path:
+    (folder / "program.cpp").write_text(program)
+    command = ["c++", "-O1", "-fPIC", "-shared", *flags, folder / "program.cpp", "-o", folder / "program.so"]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return folder / "program.so"
+
+
+@needs_nm
+@pytest.mark.skipif(sys.platform != "linux", reason="manylinux is of Linux")
+def test_a_wheel_takes_no_symbol_newer_than_manylinux(tmp_path):
+    """Whatever glibc and libstdc++ the machine has that links it."""
+    program = output_of(sys.executable, ROOT / "release/manylinux.py", tmp_path / "stubs")
+    flags = shlex.split(program)
+    library = link(tmp_path, NEWER, *flags)
+    taken = re.findall(r" [UwW] \w+@(\w+?)_([\d.]+)$", output_of("nm", "-D", library), re.MULTILINE)
+    assert {"GLIBC", "GLIBCXX"} <= {library for library, _ in taken}
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 24), "CXXABI": (1, 3, 11), "GCC": (7,)}
+    assert all(tuple(map(int, version.split("."))) <= newest[name] for name, version in taken)
+    assert ctypes.CDLL(str(library)).answer(ctypes.c_double(0.0), ctypes.c_long(4)) == 21  # exp(0) + 1, and found
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        link(tmp_path, 'extern "C" int close_range(...); int f() { return close_range(); }', *flags)  # of glibc 2.34
+    assert "close_range" in failed.value.stderr
+
+
+LOADS = """
+import sys, torch
+from pathlib import Path
+from kernels import get_local_kernel
+from kernels._rust import Build, Digest, DigestAlgorithm, Metadata
+
+out, variant = map(Path, sys.argv[1:])
+package = get_local_kernel(out)
+q = torch.randn(1, 1, 6, 4, requires_grad=True)
+package.asa_attention(q, q, q, torch.ones(1, 1, 6)).sum().backward()
+assert "  cpu        runs" in package.explain(q) and q.grad is not None
+metadata = Metadata.read_from_file(variant / "metadata.json")
+metadata.digest.validate(Digest.hash_variant(DigestAlgorithm.SHA256, variant))
+(backend,) = Build.open(out).general.backends
+assert backend == metadata.backend.backend_type and metadata.name.python_name == "asa_ops"
+print(package.__name__, package.__file__)
+"""
+
+
+def loaded_by_kernels(out: Path, variant: Path) -> list[str]:
+    """Have Hugging Face's kernels load what is laid out, away from the source tree; return its name and file."""
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
+    return output_of(sys.executable, "-c", LOADS, out, variant, cwd=out, env=environment).split()
+
+
+@pytest.fixture
+def hub(monkeypatch) -> ModuleType:
+    pytest.importorskip("kernels", reason="no Hugging Face kernels here")
+    monkeypatch.syspath_prepend(ROOT / "release")
+    return importlib.import_module("hub")
+
+
+def test_kernels_loads_the_package(hub, tmp_path):
+    """Here under its own name, with the extension that is built already."""
+    variant = hub.lay_out(ROOT / "asa_ops", "asa_ops", hub.Backend("cpu", {"type": "cpu"}), tmp_path)
+    assert variant.name == f"torch-stable-abi210-cpu-{platform.machine()}-linux"
+    assert loaded_by_kernels(tmp_path, variant) == ["asa_ops", str(variant / "__init__.py")]
+    assert hub.capabilities(["80", "90a", "100"]) == ["8.0", "9.0a", "10.0+PTX"]
+
+
+@pytest.mark.slow
+def test_kernels_loads_the_package_beside_an_installed_one(hub, tmp_path, monkeypatch):
+    monkeypatch.setenv("ASA_OPS_NO_CUDA", "1")
+    package = hub.build("_asa_ops_test", tmp_path / "build")
+    variant = hub.lay_out(package, "_asa_ops_test", hub.backend_of(package, "_asa_ops_test"), tmp_path / "out")
+    hub.check(variant)
+    assert loaded_by_kernels(tmp_path / "out", variant)[0] == "_asa_ops_test"
+    beside = "import sys, torch, asa_ops; from kernels import get_local_kernel; from pathlib import Path\n"
+    beside += "other, q = get_local_kernel(Path(sys.argv[1])), torch.randn(1, 2, 96, 16)\n"
+    beside += "a, b = (x.asa_attention(q, q, q, 1.0, 1.0, grid=(8, 12), impl='cpu') for x in (asa_ops, other))\n"
+    beside += "print(other is not asa_ops and torch.equal(a, b), *sorted({x.__name__ for x in (asa_ops, other)}))"
+    assert output_of(sys.executable, "-c", beside, variant, cwd=ROOT).split() == ["True", "_asa_ops_test", "asa_ops"]
 
 
 def test_public_names():

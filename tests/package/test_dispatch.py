@@ -132,3 +132,24 @@ def test_explain_says_why_the_extension_is_missing(monkeypatch):
     assert "cpu        it was never built" in asa_ops.explain(x)
     with pytest.raises(RuntimeError, match="impl='cpu' cannot run this asa_attention call: it was never built"):
         asa_ops.asa_attention(x, x, x, impl="cpu")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_call_that_the_missing_extension_would_run_warns_once(device, machine, monkeypatch):
+    machine(missing="it was never built")
+    monkeypatch.setattr(devices, "_why_no_triton_on", lambda device: "there is no Triton")
+    dispatch._warn_once.cache_clear()
+    with pytest.warns(UserWarning, match="plain PyTorch, which is slower: it was never built") as caught:
+        assert [dispatch.choose(call(device, dim=dim), "auto") for dim in (64, 128)] == ["blocked"] * 2
+    assert len(caught) == 1
+    dispatch._warn_once.cache_clear()
+
+
+@pytest.mark.parametrize("missing", [None, "it was never built"])
+def test_other_calls_do_not_warn_of_the_extension(missing, machine, recwarn):
+    machine(missing=missing)
+    dispatch._warn_once.cache_clear()
+    assert dispatch.choose(call("cuda"), "auto") == "triton"
+    assert dispatch.choose(call("cpu")._replace(no_kernels="there are none"), "auto") == "blocked"
+    assert dispatch.choose(call("cpu"), "blocked") == "blocked"
+    assert not recwarn.list

@@ -125,6 +125,19 @@ def test_commands_name_what_there_is(page):
             assert words[:2] in (["pip", "install"], ["pip", "wheel"]), f"{named(page)}: unknown command {words}"
 
 
+def test_workflows_call_what_there_is():
+    steps = "".join(path.read_text() for path in (ROOT / ".github/workflows").glob("*.yml"))
+    runs = re.findall(r"- run: (.*)", steps)
+    assert runs and "${{ secrets" not in steps and "\npermissions:\n  contents: read\n" in steps
+    for words in map(str.split, runs):
+        if words[0] == "make":
+            assert set(words[1:]) <= TARGETS
+        elif words[0] == "python":
+            assert (ROOT / words[1]).is_file()
+        else:
+            assert words[0] == "pip" or (ROOT / words[0]).is_file()
+
+
 def check_python_command(words: list[str], page: Path) -> None:
     """Fail unless the module or the file is there and its folder's sources name every option."""
     if words[:2] == ["-m", "build"] or f"# {words[0]}\n" in "".join(fenced(page, "python")):

@@ -134,28 +134,28 @@ void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, 
 }  // namespace asa_ops::cpu
 
 #if !defined(ASA_AMX_TESTING)
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&asa_ops::cpu::cpu_isa));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CPU, m) {
   m.impl("asa_fwd", TORCH_BOX(&asa_ops::cpu::asa_fwd));
   m.impl("asa_bwd", TORCH_BOX(&asa_ops::cpu::asa_bwd));
   m.impl("asa_list_survivors", TORCH_BOX(&asa_ops::cpu::asa_list_survivors));
 }
 #else  // beside the extension, for the tests
-STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ASA_OPS_NAMESPACE, m) {
   m.def("asa_amx_isa() -> int");
   m.def((std::string("asa_amx_fwd") + asa_ops::kForwardSchema).c_str());
   m.def((std::string("asa_amx_bwd") + asa_ops::kBackwardSchema).c_str());
   m.def((std::string("asa_amx_list_survivors") + asa_ops::kListSurvivorsSchema).c_str());
 }
 
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CompositeExplicitAutograd, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CompositeExplicitAutograd, m) {
   m.impl("asa_amx_isa", TORCH_BOX(&asa_ops::cpu::cpu_isa));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CPU, m) {
   m.impl("asa_amx_fwd", TORCH_BOX(&asa_ops::cpu::asa_fwd));
   m.impl("asa_amx_bwd", TORCH_BOX(&asa_ops::cpu::asa_bwd));
   m.impl("asa_amx_list_survivors", TORCH_BOX(&asa_ops::cpu::asa_list_survivors));

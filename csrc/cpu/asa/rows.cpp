@@ -390,7 +390,7 @@ std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor 
 #endif
 #define ASA_FOUND "Tensor bits, Tensor kappa, Tensor log_mean, Tensor local"
 #define ASA_OF_ALL_ROWS "Tensor grad_out, Tensor nan_rows, Tensor survivors, "
-STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ASA_OPS_NAMESPACE, m) {
   m.def(ASA_OP("rows_scan") "(" ASA_INPUTS ASA_OPTIONS "int[] rows) -> (Tensor lse, " ASA_FOUND ", Tensor begun)");
   m.def(ASA_OP("rows_fwd") "(" ASA_INPUTS ASA_OPTIONS "int[] rows, Tensor(a!) lse, " ASA_FOUND
                            ", Tensor begun, Tensor? back) -> (Tensor out, Tensor lse_kept, Tensor survivors)");
@@ -408,7 +408,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
                         ", Tensor? back, Tensor lse_kept, Tensor delta, float band) -> (Tensor dalpha, Tensor dbeta)");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CPU, m) {
   m.impl(ASA_OP("rows_scan"), TORCH_BOX(&asa_ops::cpu::scan));
   m.impl(ASA_OP("rows_fwd"), TORCH_BOX(&asa_ops::cpu::aggregate));
   m.impl(ASA_OP("keep_mutual"), TORCH_BOX(&asa_ops::cpu::keep_mutual));

@@ -95,7 +95,7 @@ void criss_cross_cpu_bwd(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor stat
 }  // namespace
 }  // namespace asa_ops::cpu
 
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CPU, m) {
   m.impl("criss_cross_cpu_fwd", TORCH_BOX(&asa_ops::cpu::criss_cross_cpu_fwd));
   m.impl("criss_cross_cpu_bwd", TORCH_BOX(&asa_ops::cpu::criss_cross_cpu_bwd));
 }

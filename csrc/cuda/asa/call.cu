@@ -74,18 +74,18 @@ void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, 
 }  // namespace asa_ops::cuda
 
 #if defined(__CUDACC__)
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CUDA, m) {
   m.impl("asa_fwd", TORCH_BOX(&asa_ops::cuda::asa_fwd));
   m.impl("asa_bwd", TORCH_BOX(&asa_ops::cuda::asa_bwd));
   m.impl("asa_list_survivors", TORCH_BOX(&asa_ops::cuda::asa_list_survivors));
 }
 #else  // an emulation on CPU tensors, for the tests
-STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ASA_OPS_NAMESPACE, m) {
   m.def((std::string("asa_emulated_fwd") + asa_ops::kForwardSchema).c_str());
   m.def((std::string("asa_emulated_bwd") + asa_ops::kBackwardSchema).c_str());
   m.def((std::string("asa_emulated_list_survivors") + asa_ops::kListSurvivorsSchema).c_str());
 }
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, CPU, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, CPU, m) {
   m.impl("asa_emulated_fwd", TORCH_BOX(&asa_ops::cuda::asa_fwd));
   m.impl("asa_emulated_bwd", TORCH_BOX(&asa_ops::cuda::asa_bwd));
   m.impl("asa_emulated_list_survivors", TORCH_BOX(&asa_ops::cuda::asa_list_survivors));

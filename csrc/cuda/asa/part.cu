@@ -220,7 +220,7 @@ const std::string kEndBackward = "(" ASA_INPUTS ASA_OUTPUTS ", " ASA_OPTIONS "fl
 #define ASA_STEM "asa_emulated_tiles_"
 #define ASA_DEVICE CPU
 #endif
-STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
+STABLE_TORCH_LIBRARY_FRAGMENT(ASA_OPS_NAMESPACE, m) {
   m.def((ASA_STEM "can_run" + asa_ops::cuda::kCanRun).c_str());
   m.def((ASA_STEM "scan" + asa_ops::cuda::kScan).c_str());
   m.def((ASA_STEM "attend" + asa_ops::cuda::kAttend).c_str());
@@ -228,7 +228,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(asa_ops, m) {
   m.def((ASA_STEM "begin_bwd" + asa_ops::cuda::kBeginBackward).c_str());
   m.def((ASA_STEM "end_bwd" + asa_ops::cuda::kEndBackward).c_str());
 }
-STABLE_TORCH_LIBRARY_IMPL(asa_ops, ASA_DEVICE, m) {
+STABLE_TORCH_LIBRARY_IMPL(ASA_OPS_NAMESPACE, ASA_DEVICE, m) {
   m.impl(ASA_STEM "can_run", TORCH_BOX(&asa_ops::cuda::can_run));
   m.impl(ASA_STEM "scan", TORCH_BOX(&asa_ops::cuda::scan));
   m.impl(ASA_STEM "attend", TORCH_BOX(&asa_ops::cuda::attend));
