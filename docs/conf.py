@@ -5,6 +5,7 @@ from pathlib import Path
 
 NAVIGATION = {
     "The library": [
+        "docs/install",
         "docs/first-steps",
         "docs/method",
         "docs/blocks",
