@@ -507,6 +507,27 @@ def test_no_keys_give_zeros(impl):
     assert (query.grad == 0).all()
 
 
+@each_impl
+def test_nothing_but_extra_tokens_is_dense(impl):
+    (query, key, value, alpha, beta), options = make_for(impl, named("plain", grid=(23,)))
+    given = options | {"grid": (0,), "extra_tokens": 23, "topk": 1, "impl": impl}
+    out = asa_attention(query, key, value, alpha, beta, **given)
+    dense = asa_attention(query, key, value, impl=impl)
+    torch.testing.assert_close(out, dense, rtol=0, atol=4 * torch.finfo(out.dtype).eps)
+
+
+@each_impl
+def test_thresholds_of_extra_tokens_do_not_matter(impl):
+    (*tokens, alpha, beta), options = make_for(impl, named("extra"))
+    expected = asa_attention(*tokens, alpha, beta, **options, impl=impl)
+    alpha[..., 0], beta[..., 0] = torch.nan, -1
+    leaves = with_grad([*tokens, alpha, beta])
+    out = asa_attention(*leaves, **options, **STRAIGHT_THROUGH, impl=impl)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() and (x.grad[..., 0] == 0).all() for x in leaves[3:])
+
+
 @each_fast
 def test_a_window_wider_than_the_map_is_the_map(impl):
     inputs, options = make(named("plain"), torch.float32)

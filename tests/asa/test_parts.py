@@ -120,7 +120,10 @@ def test_memory_is_that_of_own_pairs(monkeypatch, reciprocal, band):
     monkeypatch.setattr(triton_launch, "launch", lambda *_, **__: None)
     query, key, value = (torch.empty(1, 1, n, dim, device="meta") for _ in range(3))
     alpha, beta = torch.empty(1, 1, n, device="meta"), torch.empty(1, 1, n, device="meta") if reciprocal else None
-    inputs, options = Inputs(query, key, value, alpha, beta, None), Options.of([256, 512], [3, 3], 0, reciprocal, 0.1)
+    inputs, options = (
+        Inputs(query, key, value, alpha, beta, None),
+        Options.of([256, 512], [3, 3], 0, 0, reciprocal, 0.1),
+    )
     own, bits, of_tokens = (n // size, 2 * n // size), n * n // size // 8, n * dim * 4
     with Allocated() as forward:
         part = Part(inputs, options, band, True)
