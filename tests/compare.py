@@ -78,7 +78,8 @@ def in_gaps(inputs, options):
     if alpha is not None:
         alpha = _in_gaps(s, alpha, s.isfinite())
     if beta is not None:
-        near = real_k[:, None, None, :] & reference.in_window(options["grid"], options.get("window", 3), s.device)
+        of_grid = options["grid"], options.get("window", 3), s.device, options.get("extra_tokens", 0)
+        near = real_k[:, None, None, :] & reference.in_window(*of_grid)
         beta = _in_gaps(s.masked_fill(~near, -torch.inf), beta, near)
     return [query, key, value, alpha, beta]
 
