@@ -48,13 +48,13 @@ def make_for(impl: str, case: Case, **larger) -> tuple:
 QUICK = {
     ("cuda", "float32"): IDS,
     ("cuda", "half"): ("plain", "topk", "one_way", "padding", "wide_values", "mixed"),
-    ("cuda", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "mixed"),
+    ("cuda", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "mixed", "extra_padding"),
     ("triton", "float32"): (
         *("plain", "beta_only", "dense", "one_way", "more_keys", "padding_topk", "all_empty", "mixed", "one_token"),
-        *("one_column", "volume_padding", "map_window"),
+        *("one_column", "volume_padding", "map_window", "extra_padding"),
     ),
     ("triton", "half"): ("plain", "wide_values"),
-    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "volume_padding"),
+    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "volume_padding", "extra_volume"),
 }
 
 
