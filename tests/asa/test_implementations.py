@@ -528,6 +528,21 @@ def test_thresholds_of_extra_tokens_do_not_matter(impl):
     assert all(x.grad.isfinite().all() and (x.grad[..., 0] == 0).all() for x in leaves[3:])
 
 
+@everywhere(quick=())
+@pytest.mark.parametrize("reciprocal", [True, False])
+def test_extra_tokens_keep_tokens_without_a_score(impl, reciprocal):
+    """And are kept by them, where thresholds decide nothing: comparisons with NaN are false, and so is -inf > -inf."""
+    (query, key, value, alpha, beta), options = make(named("extra", options={"extra_tokens": 3}), torch.float32)
+    query[:, :, 9], query[:, :, 1, 4], key[:, :, 30, 4] = torch.nan, -1, torch.inf
+    inputs, options = [query, key, value, alpha, beta], options | {"reciprocal": reciprocal}
+    kept = survivors(impl, inputs, options)
+    assert kept[:, :, :3].all() and kept[..., :3].all() and not kept[:, :, 9, 3:].any()
+    out = asa_attention(*inputs, **options, impl=impl)
+    expected = asa_attention(*inputs, **options, impl="reference")
+    torch.testing.assert_close(out[:, :, 1], expected[:, :, 1], rtol=1e-4, atol=1e-5)
+    assert out[:, :, 1].isfinite().all() and out[:, :, 9].isnan().all()
+
+
 @each_fast
 def test_a_window_wider_than_the_map_is_the_map(impl):
     inputs, options = make(named("plain"), torch.float32)
