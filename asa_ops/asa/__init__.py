@@ -17,6 +17,7 @@ With s_ij = scale * <q_i, k_j>, n the number of real positions, lse_i = log sum_
 
 Without alpha and topk, M is empty if there is a beta (the local window alone) and everybody otherwise (dense
 attention). alpha_i = 0 keeps every position, alpha_i = inf none, beta_i = 0 the whole window. Padding counts nowhere.
+Where i or j is an extra token A_ij is 1, L_ij is 0, and the pair adds nothing to the gradients of thresholds.
 
 Gradients. Survivors are constants: query, key and value get the gradient of a softmax over survivors. With
 ``threshold_grad="straight_through"`` the step at a threshold gets the derivative d(z) = max(0, 1 - |z| / w) / w, with

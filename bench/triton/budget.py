@@ -55,6 +55,8 @@ CALLS = (  # of asa_attention: arguments, whether thresholds learn
     ({"alpha": False, "beta": False}, False),
     ({"alpha": False}, True),
     ({"alpha": False, "beta": False, "topk": 16}, True),
+    ({"grid": (64, 63), "extra_tokens": 64}, True),
+    ({"grid": (64, 63), "extra_tokens": 64, "reciprocal": False, "topk": 16}, True),
 )
 
 # Constants that distinguish a launch from others of its kernel.

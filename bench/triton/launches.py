@@ -84,14 +84,14 @@ def intercepted(
 
 
 def _settings(options: dict) -> Options:
-    grid = options["grid"]
-    return Options.of(grid, [3] * len(grid), options.get("topk", 0), options.get("reciprocal", True), 0.1)
+    grid, extra, topk = options["grid"], options.get("extra_tokens", 0), options.get("topk", 0)
+    return Options.of(grid, [3] * len(grid), extra, topk, options.get("reciprocal", True), 0.1)
 
 
 def go_through(tensors: list, options: dict, band: float | None = None, mask: Tensor | None = None) -> None:
     """Make every launch of a forward and a backward call on query, key, value, alpha, beta without memory.
 
-    With the call's ``options`` grid, topk and reciprocal; thresholds learn within a ``band`` around each.
+    With the call's ``options`` grid, extra_tokens, topk and reciprocal; thresholds learn within a ``band`` around each.
     """
     inputs = Inputs(*tensors, mask)
     settings = _settings(options)
