@@ -87,7 +87,7 @@ def test_imports_point_down(name):
 def test_the_package_needs_torch_alone(name):
     others = GRAPH[name] - set(FILES)
     assert within(name, TRITON) or "triton" not in others
-    for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage"):
+    for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage", "onnx", "onnxscript"):
         assert optional not in others
 
 
