@@ -68,8 +68,8 @@ def sparsity(tensors: list[Tensor], grid: tuple[int, ...], window: int = 3) -> S
     for head, row, column in _pairs(graph, n):
         seen[head, block[row], block[column]] = True
         chosen[head, row, block[column]] = True
-    options = Options.of(grid, [window] * len(grid), 0, True, 1.0)
-    columns, inside = window_columns(options.grid, options.window, slice(0, n), device)
+    options = Options.of(grid, [window] * len(grid), 0, 0, True, 1.0)
+    columns, inside = window_columns(options, slice(0, n), device)
     row, offset = inside.nonzero(as_tuple=True)
     local[:, block[row], block[columns[row, offset]]] = True
     sizes = block.bincount(minlength=blocks).double()

@@ -16,7 +16,7 @@ namespace asa_ops {
 
 // The schemas of the ops; asa_ops.asa.ops describes the arguments, and has the same for implementations in Python.
 #define ASA_INPUTS "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask, "
-#define ASA_OPTIONS "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, "
+#define ASA_OPTIONS "SymInt[] grid, SymInt[] window, SymInt extra_tokens, SymInt topk, bool reciprocal, float scale, "
 #define ASA_PRECISION "bool tf32=False"
 #define ASA_OUTPUTS "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
 constexpr const char* kForwardSchema =
@@ -31,14 +31,15 @@ constexpr const char* kListSurvivorsSchema =
 struct Options {
   int64_t depth = 0, height = 0, width = 0;  // of the grid, sides of 1 before those that it has; a product of 0: none
   int64_t window[3] = {1, 1, 1};  // sides of the local window
+  int64_t extra;  // tokens before those of the grid, which keep everybody and are kept by everybody
   int64_t topk;  // 0: none
   bool reciprocal;
   double scale;
   double band;  // half width of the window in which thresholds learn; 0: they do not
 
-  Options(const std::vector<int64_t>& grid, const std::vector<int64_t>& sides, int64_t topk, bool reciprocal,
-          double scale, double band)
-      : topk(topk), reciprocal(reciprocal), scale(scale), band(band) {
+  Options(const std::vector<int64_t>& grid, const std::vector<int64_t>& sides, int64_t extra, int64_t topk,
+          bool reciprocal, double scale, double band)
+      : extra(extra), topk(topk), reciprocal(reciprocal), scale(scale), band(band) {
     check(grid.size() <= 3, "grid", "[L], [H, W], [T, H, W] or []");
     check(grid.empty() || sides.size() == grid.size(), "window", "one odd side for each of the grid");
     for (const int64_t side : grid) check(side >= 0 && side <= INT32_MAX, "grid", "of sides from 0 to 2^31 - 1");
@@ -52,6 +53,7 @@ struct Options {
         if (i >= none) window[i] = std::min(sides[i - none], std::max<int64_t>(2 * grid[i - none] - 1, 1));
       }
     }
+    check(extra >= 0, "extra_tokens", "at least 0");
     check(topk >= 0, "topk", "at least 0");
     check(band >= 0, "band", "at least 0");
   }
@@ -81,11 +83,11 @@ struct Arguments {
   ScalarType type() const { return query.scalar_type(); }
   ScalarType statistics() const { return type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float; }
 
-  // Whether keys have places on a grid; in doubles, which do not overflow.
+  // Whether keys, but for extra tokens, have places on a grid; in doubles, which do not overflow.
   bool is_map() const {
     double n = 1;
     for (const int64_t side : {options.depth, options.height, options.width}) n *= static_cast<double>(side);
-    return n == n_k();
+    return n == static_cast<double>(n_k() - options.extra);
   }
 
   // Whether there are adaptive neighbours. Otherwise all keys are neighbours, or none if there is a beta.
@@ -112,7 +114,10 @@ struct Arguments {
     if (real) check(*real, "key_padding_mask", query, ScalarType::Bool, {b, n_k()});
     const bool one_map = n_q() == n_k();
     check(one_map || !options.reciprocal || !has_neighbours(), "N", "that of keys if neighbours must be mutual");
-    check(!beta || (one_map && is_map()), "grid", "of N positions, those of query and key");
+    const int64_t extra = options.extra;
+    check(extra <= n_k() && (extra == 0 || one_map), "extra_tokens", "at most N, of as many queries as keys");
+    check(extra == 0 || !beta || has_neighbours(), "alpha", "given, with a beta and extra tokens");
+    check(!beta || (one_map && is_map()), "grid", "of N positions, those of query and key without extra tokens");
     double positions = 1;
     for (const int64_t side : options.window) positions *= static_cast<double>(side);
     check(!beta || positions <= INT32_MAX, "window", "of less than 2^31 positions");

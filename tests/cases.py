@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from asa_ops.asa import ops
+from asa_ops.asa.api import with_extra_tokens
+from asa_ops.asa.ops import OpOptions
 from asa_ops.asa.types import Inputs, Options, Saved
 
 
@@ -27,6 +29,11 @@ class Case:
     padding: bool = False
     sharpness: float = 1.5  # standard deviation of the scores, roughly
     options: dict = field(default_factory=dict)
+
+    @property
+    def n(self) -> int:
+        """How many tokens there are."""
+        return math.prod(self.grid) + self.options.get("extra_tokens", 0)
 
 
 CASES = [
@@ -66,6 +73,13 @@ CASES = [
     Case("volume_window", grid=(4, 3, 4), alpha=None, options={"window": (7, 3, 5)}),
     Case("volume_one_way", grid=(5, 2, 3), heads=3, alpha="heads", beta="heads", options={"reciprocal": False}),
     Case("map_window", grid=(6, 5), options={"window": (1, 5)}),
+    Case("extra", options={"extra_tokens": 1}),
+    Case("extra_padding", padding=True, options={"extra_tokens": 3}),
+    Case("extra_window_only", alpha=None, options={"extra_tokens": 2, "window": 5}),
+    Case("extra_topk_alone", alpha=None, beta=None, padding=True, options={"extra_tokens": 4, "topk": 3}),
+    Case("extra_one_way", alpha="heads", options={"extra_tokens": 3, "reciprocal": False}),
+    Case("extra_blocks", grid=(5, 13), options={"extra_tokens": 67}),
+    Case("extra_volume", grid=(3, 4, 6), padding=True, options={"extra_tokens": 2, "window": (3, 1, 5)}),
     Case("window_of_511", grid=(4, 37), batch=1, heads=1, options={"window": (7, 73)}),
 ]
 IDS = [case.name for case in CASES]
@@ -75,8 +89,7 @@ each_case = pytest.mark.parametrize("case", CASES, ids=IDS)
 def threshold(kind: str | None, case: Case, dtype: torch.dtype, generator) -> Tensor | None:
     if kind is None:
         return None
-    n = math.prod(case.grid)
-    shape = case.batch, case.heads if kind == "heads" else 1, n
+    shape = case.batch, case.heads if kind == "heads" else 1, case.n
     x = torch.empty(shape, dtype=torch.float64).uniform_(0.2, 2.5, generator=generator)
     if kind == "zero":
         x.zero_()
@@ -94,7 +107,7 @@ def make(
 ) -> tuple[list[Tensor | None], dict]:
     """Return ([query, key, value, alpha, beta], options) of a case, the same numbers in every dtype up to rounding."""
     generator = torch.Generator().manual_seed(seed)
-    n = math.prod(case.grid)
+    n = case.n
     n_keys = case.n_keys or n
 
     def normal(*shape):
@@ -127,8 +140,9 @@ def op_arguments(inputs: list[Tensor | None], options: dict, keep: bool = True, 
     """Return the arguments of the ops of a forward pass."""
     grid, window = list(options.get("grid", ())), options.get("window", 3)
     window = list(window) if isinstance(window, tuple) else [window] * (len(grid) or 2)
-    rest = options.get("topk", 0), options.get("reciprocal", True), options.get("scale", inputs[0].shape[-1] ** -0.5)
-    return *inputs, options.get("key_padding_mask"), grid, window, *rest, band, keep
+    rest = options.get("reciprocal", True), options.get("scale", inputs[0].shape[-1] ** -0.5)
+    given = OpOptions(grid, window, options.get("extra_tokens", 0), options.get("topk", 0), *rest)
+    return *with_extra_tokens(Inputs(*inputs, options.get("key_padding_mask")), given), *given, band, keep
 
 
 def saved_of(inputs: list[Tensor | None], options: dict, impl: str, **more) -> Saved:

@@ -64,8 +64,8 @@ def exact_scores(inputs, options) -> tuple[Tensor, tuple[Tensor, Tensor]]:
 
 def find_survivors(s: Tensor, inputs, options, real):
     """Return what the reference finds from scores."""
-    arguments = [options.get("grid"), options.get("window", 3), options.get("topk"), options.get("reciprocal", True)]
-    return reference.find_survivors(s, *inputs[3:], *arguments, *real)
+    given = {"grid": None, "window": 3, "extra_tokens": 0, "topk": None, "reciprocal": True}
+    return reference.find_survivors(s, *inputs[3:], *(options.get(name, x) for name, x in given.items()), *real)
 
 
 def in_gaps(inputs, options):
@@ -78,7 +78,8 @@ def in_gaps(inputs, options):
     if alpha is not None:
         alpha = _in_gaps(s, alpha, s.isfinite())
     if beta is not None:
-        near = real_k[:, None, None, :] & reference.in_window(options["grid"], options.get("window", 3), s.device)
+        of_grid = options["grid"], options.get("window", 3), s.device, options.get("extra_tokens", 0)
+        near = real_k[:, None, None, :] & reference.in_window(*of_grid)
         beta = _in_gaps(s.masked_fill(~near, -torch.inf), beta, near)
     return [query, key, value, alpha, beta]
 
@@ -274,7 +275,7 @@ def by_ranges(stem: str, inputs: list, options: dict, d_out: Tensor, begin_of_se
     backs = [None, None]
     if thresholded:
         backs = [torch.cat([scan[1][:, :, :, of] for scan in scans], 2).contiguous() for of in blocks]
-    mutual = backs if args[9] else [None, None]
+    mutual = backs if args[10] else [None, None]
     parts = [op("rows_fwd")(*args, each, *scan, back) for each, scan, back in zip(rows, scans, mutual, strict=True)]
     out, lse_kept, survivors = (torch.cat(x, 2) for x in zip(*parts, strict=True))
     lse = torch.cat([scan[0] for scan in scans], 2)
@@ -286,7 +287,7 @@ def by_ranges(stem: str, inputs: list, options: dict, d_out: Tensor, begin_of_se
     dq = torch.cat([x[0] for x in gradients], 2)
     softmax, groups = (torch.cat([x[i] for x in gradients], 3).contiguous() for i in (1, 2))
     columns = [
-        op("columns_bwd")(*given, each, scan[1] if args[9] and thresholded else None, local, back, softmax, groups)
+        op("columns_bwd")(*given, each, scan[1] if args[10] and thresholded else None, local, back, softmax, groups)
         for each, scan, back in zip(rows, scans, backs, strict=True)
     ]
     return [out, lse, lse_kept, survivors, dq, *(torch.cat(x, 2) for x in zip(*columns, strict=True))]

@@ -71,7 +71,7 @@ def backward(part: type, inputs: Inputs, options: Options, band: float, rows: li
 def arguments(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[Inputs, Options]:
     """Return a call as implementations take it."""
     given = op_arguments(*make(case, dtype, device=device))
-    return ops.broadcast(Inputs(*given[:6])), Options.of(*given[6:11])
+    return ops.broadcast(Inputs(*given[:6])), Options.of(*given[6:12])
 
 
 def triton_call(inputs: Inputs, options: Options, band: float, d_out: Tensor) -> tuple[list[Tensor], list]:

@@ -243,7 +243,7 @@ class Call:
     def run_backward(self) -> list[Tensor]:
         """Return the gradients, from what a forward kept as it should."""
         backward = ops.of("cuda", self.grad_out.device).bwd
-        options = (*self.arguments[6:12], self.tf32)
+        options = (*self.arguments[6:13], self.tf32)
         return list(backward(self.grad_out, *self.arguments[:6], *self.forward, *options))
 
 

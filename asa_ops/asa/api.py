@@ -24,6 +24,7 @@ def asa_attention(
     *,
     grid: Grid | None = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -45,6 +46,7 @@ def asa_attention(
     *,
     grid: Grid | None = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -66,6 +68,7 @@ def asa_attention(
     *,
     grid: Grid | None = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -86,6 +89,7 @@ def asa_attention(
     *,
     grid: Grid | None = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -114,9 +118,12 @@ def asa_attention(
         alpha: non-local threshold multiplier >= 0, a number or a tensor that broadcasts to [B, heads, N_q], in the
             dtype of ``query`` or float32: 0 keeps every position, inf none. None: no adaptive threshold.
         beta: local threshold multiplier >= 0, as alpha. None: no local block.
-        grid: (L,) of a sequence, (H, W) of a map or (T, H, W) of a volume or video, of N positions, in raster order;
-            required by ``beta``.
+        grid: (L,) of a sequence, (H, W) of a map or (T, H, W) of a volume or video, of N - extra_tokens positions, in
+            raster order; required by ``beta``.
         window: odd side of the local window, or one for each side of the grid; it is cut at the borders.
+        extra_tokens: how many tokens stand before those of the grid, class tokens for example. They keep everybody and
+            everybody keeps them, whatever ``topk`` and their own ``alpha`` and ``beta`` are, which get zero gradients.
+            Their weights count in the rows of the others, so that alpha keeps its meaning.
         topk: neighbours must also be among the ``topk`` largest scores of their row (ties are all kept).
         reciprocal: keep a pair only if each is the other's neighbour.
         key_padding_mask: bool [B, N_k], True = a real position. Padding is nobody's neighbour; where N_q == N_k padding
@@ -152,13 +159,16 @@ def asa_attention(
     if type(query) is not Tensor and checks.is_dtensor(query):
         from ..core import dtensors
 
-        given: dict[str, Any] = {"grid": grid, "window": window, "topk": topk, "reciprocal": reciprocal, "scale": scale}
-        given |= {"threshold_grad": threshold_grad, "threshold_band": threshold_band, "impl": impl}
+        given: dict[str, Any] = {"grid": grid, "window": window, "extra_tokens": extra_tokens, "topk": topk}
+        given |= {"reciprocal": reciprocal, "scale": scale, "threshold_grad": threshold_grad}
+        given |= {"threshold_band": threshold_band, "impl": impl}
         given |= {"key_padding_mask": key_padding_mask, "return_stats": return_stats}
         tensors = (query, key, value, alpha, beta)
         return dtensors.run(asa_attention, _LAYOUTS, "bhn.", tensors, given, _over_tokens)
     query, key, value = cast_under_autocast(query=query, key=key, value=value)  # thresholds keep their dtype
-    inputs, options = check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
+    inputs, options = check(
+        query, key, value, alpha, beta, key_padding_mask, grid, window, extra_tokens, topk, reciprocal, scale
+    )
     checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
     threshold_band = checks.as_positive_number("threshold_band", threshold_band)
     out, stats = ops.attend(inputs, options, threshold_grad, threshold_band, chosen(query, value, impl))
@@ -174,6 +184,7 @@ def reciprocal_neighbors(
     *,
     grid: Grid | None = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -205,7 +216,9 @@ def reciprocal_neighbors(
         )
     query, key = cast_under_autocast(query=query, key=key)
     value = key[..., :0]  # nobody's values are asked for
-    inputs, options = check(query, key, value, alpha, beta, key_padding_mask, grid, window, topk, reciprocal, scale)
+    inputs, options = check(
+        query, key, value, alpha, beta, key_padding_mask, grid, window, extra_tokens, topk, reciprocal, scale
+    )
     return ops.neighbors(inputs, options, chosen(query, query, impl))
 
 
@@ -251,6 +264,7 @@ def check(
     key_padding_mask: Tensor | None,
     grid: Grid | None,
     window: Window,
+    extra_tokens: int,
     topk: int | None,
     reciprocal: bool,
     scale: float | None,
@@ -269,13 +283,17 @@ def check(
     if not isinstance(reciprocal, bool):
         raise TypeError(f"reciprocal must be True or False, got {checks.describe(reciprocal)}")
     n_q, n_k = query.shape[2], key.shape[2]
-    if n_q != n_k and (reciprocal or beta is not None or grid is not None):
-        given = "reciprocal=True" if reciprocal else "beta" if beta is not None else f"grid={grid}"
+    extra_tokens = checks.as_int("extra_tokens", extra_tokens, at_least=0)
+    if n_q != n_k and (reciprocal or beta is not None or grid is not None or extra_tokens):
+        given = f"{grid=}" if grid is not None else f"{extra_tokens=}"
+        given = "reciprocal=True" if reciprocal else "beta" if beta is not None else given
         raise ValueError(f"{given} needs as many queries as keys, got N_q = {n_q} and N_k = {n_k}")
+    if extra_tokens > n_q:
+        raise ValueError(f"extra_tokens must be at most N = {n_q}, got {extra_tokens=}")
     if beta is not None and grid is None:
         raise ValueError(f"beta needs grid=(L,), (H, W) or (T, H, W) with the product N = {n_q}, got grid=None")
     # AOTInductor of torch 2.13 loses an empty list.
-    sides = [0, 0] if grid is None else list(checks.as_grid(grid, n_q, 1, 2, 3))
+    sides = [0, 0] if grid is None else list(checks.as_grid(grid, n_q, 1, 2, 3, extra_tokens=extra_tokens))
     if grid is None and isinstance(window, tuple | list):
         raise ValueError(f"a window with a side for each of the grid needs a grid, got grid=None and window={window}")
     windows = list(checks.as_window(window, len(sides)))
@@ -283,4 +301,20 @@ def check(
         topk = checks.as_positive_int("topk", topk)
         if topk > n_k:
             raise ValueError(f"topk must be at most the number of keys, N_k = {n_k}, got topk={topk}")
-    return inputs, (sides, windows, topk or 0, reciprocal, checks.as_scale(scale, query))
+    options = ops.OpOptions(sides, windows, extra_tokens, topk or 0, reciprocal, checks.as_scale(scale, query))
+    return with_extra_tokens(inputs, options), options
+
+
+def with_extra_tokens(inputs: Inputs, options: ops.OpOptions, first: int = 0) -> Inputs:
+    """Return the inputs with the thresholds of extra tokens, which keep everybody; ``first``: number of the first row.
+
+    Without adaptive neighbours beside a local block nobody on the grid has any.
+    """
+    query, _, _, alpha, beta, _ = inputs
+    if not options.extra_tokens or (alpha is None and beta is None):
+        return inputs
+    is_extra = torch.arange(first, first + query.shape[2], device=query.device) < options.extra_tokens
+    if alpha is None and not options.topk:
+        alpha = query.new_full((1, 1, 1), torch.inf, dtype=inputs.precision)
+    alpha, beta = (x if x is None else x.masked_fill(is_extra, 0) for x in (alpha, beta))
+    return inputs._replace(alpha=alpha, beta=beta)

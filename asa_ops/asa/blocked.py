@@ -23,14 +23,11 @@ _BLOCK_ELEMENTS = 2**20
 _MIN_ROWS = 64
 
 
-def window_columns(
-    grid: tuple[int, int, int], window: tuple[int, int, int], rows: slice, device: torch.device
-) -> tuple[Tensor, Tensor]:
+def window_columns(options: Options, rows: slice, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return the tokens of the window around every token in ``rows``.
 
     Args:
-        grid: (T, H, W) of the token grid.
-        window: odd sides of the window.
+        options: grid, window and how many tokens stand before the grid; these have no window.
         rows: contiguous range of tokens, in raster order.
         device: where the result lies.
 
@@ -39,12 +36,14 @@ def window_columns(
             positions - 1 - o). Where the window leaves the grid the column is the row's own token.
         inside: bool [rows, positions], False where the window leaves the grid.
     """
-    offsets = torch.cartesian_prod(*(torch.arange(-(side // 2), side // 2 + 1, device=device) for side in window)).T
+    offsets = torch.cartesian_prod(
+        *(torch.arange(-(side // 2), side // 2 + 1, device=device) for side in options.window)
+    ).T
     token = torch.arange(rows.start, rows.stop, device=device)
-    places = torch.stack(places_of(token, grid))[:, :, None] + offsets[:, None, :]
-    sides = torch.tensor(grid, device=device)[:, None, None]
-    inside = ((places >= 0) & (places < sides)).all(0)
-    columns = (places[0] * grid[1] + places[1]) * grid[2] + places[2]
+    places = torch.stack(places_of(token - options.extra, options.grid))[:, :, None] + offsets[:, None, :]
+    sides = torch.tensor(options.grid, device=device)[:, None, None]
+    inside = ((places >= 0) & (places < sides)).all(0) & (token >= options.extra)[:, None]
+    columns = (places[0] * options.grid[1] + places[1]) * options.grid[2] + places[2] + options.extra
     return torch.where(inside, columns, token[:, None]), inside
 
 
@@ -118,7 +117,7 @@ class _Head:
 
     def in_window(self, rows: slice) -> tuple[Tensor, Tensor]:
         """The window around i in rows: its columns and which of them are real neighbours, both [rows, positions]."""
-        columns, inside = window_columns(self.options.grid, self.options.window, rows, self.q.device)
+        columns, inside = window_columns(self.options, rows, self.q.device)
         if self.real_k is not None:
             inside = inside & self.real_k[columns] & self.real_q[rows, None]
         return columns, inside
@@ -133,7 +132,7 @@ class _Head:
         return None if self.local is None else self._scatter_window(rows, lambda columns: self.local[columns, opposite])
 
     def _scatter_window(self, rows: slice, flags_of: Callable[[Tensor], Tensor]) -> Tensor:
-        columns, inside = window_columns(self.options.grid, self.options.window, rows, self.q.device)
+        columns, inside = window_columns(self.options, rows, self.q.device)
         flags = flags_of(columns)
         # Columns outside the grid repeat the row's own token, so they must write what its own place writes.
         centre = self.options.positions // 2
@@ -217,6 +216,8 @@ def _find(head: _Head, rows: slice, s: Tensor, saved: Saved) -> None:
         if head.options.topk:
             saved.kappa[rows] = s.topk(head.options.topk).values[:, -1]
             neighbours &= s >= saved.kappa[rows, None]
+        neighbours[:, : head.options.extra] = True
+        neighbours[: max(head.options.extra - rows.start, 0)] = True
         if (pairs := head.real_pairs(rows)) is not None:
             neighbours &= pairs
         head.bits[rows] = pack_bits(neighbours)
@@ -340,6 +341,7 @@ def _threshold_gradients(
             offer.masked_fill_(~head.adaptive_back(rows), 0)
         if head.options.topk:  # a neighbour is among the k largest, whatever the last bits of its score are here
             offer = offer.masked_fill((s < saved.kappa[rows, None]) & ~head.adaptive(rows), 0)
+        offer[:, : head.options.extra] = 0  # whoever keeps extra tokens, thresholds are not why
         step = _step_derivative(head.above_alpha(rows, s, saved.lse[rows]), band)
         dalpha[at][rows] = _by_multiplier(step.mul_(offer), head.alpha[rows])
     if head.beta is not None:

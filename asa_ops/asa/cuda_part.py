@@ -21,8 +21,9 @@ def _op(name: str, device: torch.device) -> Any:
     return getattr(torch.ops.asa_ops, f"asa_{'emulated_' if device.type == 'cpu' else ''}tiles_{name}")
 
 
-def _order(n: int, grid: tuple[int, int, int], real: Tensor | None, device: torch.device) -> Tensor:
+def _order(n: int, grid: tuple[int, int, int], extra: int, real: Tensor | None, device: torch.device) -> Tensor:
     """Return the order of n tokens, [1 or B, padded]; csrc/cuda/asa/arrange.cu finds the same."""
+    n -= extra  # which stand before the grid
     grid = grid if math.prod(grid) == n else (1, 1, n)
     thick, side = (1, 8) if grid[0] == 1 else (4, 4)
     places = places_of(torch.arange(n, device=device), grid)
@@ -30,11 +31,12 @@ def _order(n: int, grid: tuple[int, int, int], real: Tensor | None, device: torc
     for place, of_grid, of_tile in zip(places, grid, (thick, side, side), strict=True):
         tile = tile * (of_grid // of_tile + 1) + place // of_tile
         within = within * of_tile + place % of_tile
-    order = (tile * Part.block + within).argsort()[None]
+    order = (tile * Part.block + within).argsort() + extra
+    order = torch.cat([torch.arange(extra, device=device), order])[None]
     if real is not None:  # padding comes last
         order = order[0][(~real[:, order[0]]).byte().argsort(stable=True)]
         order = torch.where(real.gather(1, order), order, -2 - order)
-    return torch.nn.functional.pad(order.int(), (0, -n % Part.block), value=-1)
+    return torch.nn.functional.pad(order.int(), (0, -order.shape[1] % Part.block), value=-1)
 
 
 class Part:
@@ -53,10 +55,10 @@ class Part:
         self.has_thresholds = inputs.alpha is not None or options.topk > 0
         query, key = inputs.query, inputs.key
         self.n_heads = query.shape[0] * query.shape[1]
-        self.key_order = _order(key.shape[2], options.grid, inputs.key_padding_mask, key.device)
+        self.key_order = _order(key.shape[2], options.grid, options.extra, inputs.key_padding_mask, key.device)
         self.row_order = self.key_order
         if query.shape[2] != key.shape[2]:
-            self.row_order = _order(query.shape[2], (1, 1, query.shape[2]), None, query.device)
+            self.row_order = _order(query.shape[2], (1, 1, query.shape[2]), 0, None, query.device)
 
     def _call(self, name: str, *args: Any, first: tuple[Tensor, ...] = (), saved: tuple[Tensor, ...] = ()) -> Any:
         return _op(name, self.inputs.query.device)(*first, *self.inputs, *saved, *self.options, *args)

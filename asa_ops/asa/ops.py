@@ -7,6 +7,7 @@ extension loads). The implementations in Python have ops of the same schemas: ``
 
     grid             the sides of the map; [] or [0, 0]: none
     window           an odd side for each dimension
+    extra_tokens     alpha and beta of these are 0; with a beta or topk alone, alpha is there too
     topk             0: none
     band             half width of the window in which thresholds learn; 0: they do not
     keep             whether a backward will follow: ``kept`` holds what it needs, otherwise nothing
@@ -15,7 +16,7 @@ extension loads). The implementations in Python have ops of the same schemas: ``
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ from .types import AsaStats, Inputs, NeighborGraph, Options, Saved, kept_bytes, 
 
 Shape = Sequence[int]
 
-_OPTIONS = "SymInt[] grid, SymInt[] window, SymInt topk, bool reciprocal, float scale, float band"
+_OPTIONS = "SymInt[] grid, SymInt[] window, SymInt extra_tokens, SymInt topk, bool reciprocal, float scale, float band"
 _PRECISION = "bool tf32=False"
 _INPUTS = "Tensor query, Tensor key, Tensor value, Tensor? alpha, Tensor? beta, Tensor? key_padding_mask"
 _OUTPUTS = "Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept"
@@ -45,8 +46,19 @@ BACKWARD = (
     f"(Tensor grad_out, {_INPUTS}, {_OUTPUTS}, {_OPTIONS}, {_PRECISION}) "
     "-> (Tensor dq, Tensor dk, Tensor dv, Tensor dalpha, Tensor dbeta)"
 )
-# What an op takes between ``inputs`` and ``band``: grid, window, topk, reciprocal, scale.
-OpOptions = tuple[list[int], list[int], int, bool, float]
+
+
+class OpOptions(NamedTuple):
+    """What an op takes between ``inputs`` and ``band``."""
+
+    grid: list[int]
+    window: list[int]
+    extra_tokens: int
+    topk: int
+    reciprocal: bool
+    scale: float
+
+
 _LIBRARY = torch.library.Library("asa_ops", "FRAGMENT")
 _FORWARD_MODE = (
     "asa_attention has no forward-mode derivative (jvp) in this implementation: use reverse mode (torch.func.vjp, "
@@ -69,14 +81,14 @@ def _define(impl: str) -> None:
     """Define the ops of an implementation in Python."""
 
     def forward(*args: Any) -> Any:
-        tensors, options, (band, keep) = args[:6], args[6:11], args[11:13]
+        tensors, options, (band, keep) = args[:6], args[6:12], args[12:14]
         inputs, options = broadcast(Inputs(*tensors)), Options.of(*options)
         saved = Saved.new(inputs, options, impl, keep, band)
         dispatch.load("asa", impl).fwd(inputs, options, saved, band if band and keep else None)
         return *saved[:4], saved.kept if keep else saved.kept.new_empty(*saved.kept.shape[:2], 0)
 
     def backward(grad_out: Tensor, *args: Any) -> Any:
-        tensors, outputs, options, band = args[:6], args[6:11], args[11:16], args[16]
+        tensors, outputs, options, band = args[:6], args[6:11], args[11:17], args[17]
         inputs, options = broadcast(Inputs(*tensors)), Options.of(*options)
         expected, found = kept_bytes(inputs, options, impl, band=band), outputs[4].shape[2]
         if expected and not found:
@@ -141,7 +153,7 @@ class _Ops:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     """Keep what a backward needs."""
-    ctx.options, ctx.others = (*inputs[6:12], *inputs[13:]), len(inputs) - 5  # all but `keep`
+    ctx.options, ctx.others = (*inputs[6:13], *inputs[14:]), len(inputs) - 5  # all but `keep`
     ctx.save_for_backward(*inputs[:6], *output)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # what is kept would get a gradient of zeros as large as it is
@@ -164,7 +176,7 @@ def _is_transformed() -> bool:
 
 def _dense(*args: Any) -> tuple[Tensor, ...]:
     """Compute what a forward op returns, for inference, by the formula: O(N^2) memory per image and head."""
-    inputs, options = Inputs(*args[:6]), args[6:11]
+    inputs, options = Inputs(*args[:6]), OpOptions(*args[6:12])
     out, stats = attend(inputs, options, None, 0.0, "reference")
     return out, *stats, out.new_empty(*out.shape[:2], 0, dtype=torch.uint8)
 
@@ -182,9 +194,9 @@ def register(stem: str, impl: str | None = None) -> None:
 
     @torch.library.register_fake(fwd)  # type: ignore[untyped-decorator]
     def _(*args: Any) -> Any:
-        inputs, options, keep = Inputs(*args[:6]), Options.of(*args[6:11]), args[12]
+        inputs, options, keep = Inputs(*args[:6]), Options.of(*args[6:12]), args[13]
         kind = impl or ("cpu" if inputs.query.device.type == "cpu" else "cuda")
-        return new_outputs(inputs, kept_bytes(inputs, options, kind, band=args[11]) if keep else 0)
+        return new_outputs(inputs, kept_bytes(inputs, options, kind, band=args[12]) if keep else 0)
 
     @torch.library.register_fake(bwd)  # type: ignore[untyped-decorator]
     def _(grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, alpha: Any, beta: Any, *_: Any) -> Any:
@@ -225,6 +237,7 @@ def asa_neighbors(
     key_padding_mask: Tensor | None,
     grid: Sequence[int],
     window: Sequence[int],
+    extra_tokens: int,
     topk: int,
     reciprocal: bool,
     scale: float,
@@ -232,7 +245,7 @@ def asa_neighbors(
 ) -> tuple[Tensor, Tensor]:
     """Return the graph of :func:`asa_ops.reciprocal_neighbors` by ``impl``; arguments as of ``asa_fwd``."""
     inputs = Inputs(query, key, key[..., :0], alpha, beta, key_padding_mask)  # nobody's values are asked for
-    options = (list(grid), list(window), topk, reciprocal, scale)
+    options = (list(grid), list(window), extra_tokens, topk, reciprocal, scale)
     if impl not in ("cpu", "cuda"):
         return dispatch.load("asa", impl).neighbor_graph(broadcast(inputs), Options.of(*options))
     ops = of(impl, query.device)
@@ -273,11 +286,12 @@ def attend(
 ) -> tuple[Tensor, AsaStats]:
     """Run ``impl`` with autograd on checked arguments; return out and its statistics."""
     if impl == "reference":  # plain torch, differentiable twice: no op around it
-        grid, window, topk, reciprocal, scale = options
+        grid, window, extra, topk, reciprocal, scale = options
         return reference.asa_attention(  # type: ignore[return-value]  # with its statistics
             *broadcast(inputs)[:5],
             grid=grid,
             window=window,
+            extra_tokens=extra,
             topk=topk or None,
             reciprocal=reciprocal,
             key_padding_mask=inputs.key_padding_mask,

@@ -41,6 +41,7 @@ def asa_attention(
     *,
     grid: Sequence[int] | None = None,
     window: int | Sequence[int] = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -55,19 +56,21 @@ def asa_attention(
     Args:
         published: reproduce two artefacts of the authors' code, so that published checkpoints match: a position exactly
             at its threshold counts 1/2, and rows are normalised by sum + 1e-12. Needs alpha, beta and grid, without
-            topk, reciprocal=False or key_padding_mask. Thresholds get zero gradients.
+            extra_tokens, topk, reciprocal=False or key_padding_mask. Thresholds get zero gradients.
     """
     real_q, real_k = real_positions(query, key, key_padding_mask)
     s = scores(query, key, scale, real_q, real_k)
     v = without_padding(value, real_k).to(s.dtype)
     alpha, beta = (x if x is None else x.to(s.dtype) for x in (alpha, beta))
     if published:
-        plain = topk is None and reciprocal and key_padding_mask is None
+        plain = topk is None and reciprocal and key_padding_mask is None and not extra_tokens
         if alpha is None or beta is None or grid is None or not plain:
-            raise ValueError("published=True needs alpha, beta, grid, and no topk, reciprocal=False, key_padding_mask")
+            raise ValueError(
+                "published=True needs alpha, beta, grid, and no extra_tokens, topk, reciprocal=False, key_padding_mask"
+            )
         out, stats = _published(s, v, alpha, beta, grid, window)
     else:
-        survivors = find_survivors(s, alpha, beta, grid, window, topk, reciprocal, real_q, real_k)
+        survivors = find_survivors(s, alpha, beta, grid, window, extra_tokens, topk, reciprocal, real_q, real_k)
         lse, kept = survivors.lse, survivors.kept
         out, lse_kept = attend(s, v, kept, survivors.nan_rows)
         stats = AsaStats(
@@ -77,7 +80,9 @@ def asa_attention(
         )
         learns = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (alpha, beta))
         if threshold_grad == "straight_through" and (learns or not torch.compiler.is_compiling()):
-            pair = real_q[:, None, :, None] & real_k[:, None, None, :]
+            on_grid = torch.arange(s.shape[-1], device=s.device) >= extra_tokens  # thresholds decide of others only
+            pair = real_q[:, None, :, None] & (real_k & on_grid)[:, None, None, :]
+            pair = pair & on_grid[:, None] if extra_tokens else pair
             fixed = s, v, lse_kept, pair, *survivors, reciprocal, threshold_band
             out = _StraightThrough.apply(out, alpha, beta, *fixed)
     # Thresholds are constants, but a parameter behind them must get a zero gradient, not None (DDP waits for it).
@@ -117,6 +122,7 @@ def find_survivors(
     beta: Tensor | None,
     grid: Sequence[int] | None,
     window: int | Sequence[int],
+    extra_tokens: int,
     topk: int | None,
     reciprocal: bool,
     real_q: Tensor,
@@ -139,12 +145,16 @@ def find_survivors(
         adaptive = adaptive & (s - lse[..., None] > log_alpha[..., None])
     elif topk is None and beta is not None:
         adaptive = torch.zeros_like(adaptive)
+    # Extra tokens keep everybody and are kept by everybody, whatever the thresholds are.
+    is_extra = torch.arange(s.shape[-2], device=s.device) < extra_tokens
+    if extra_tokens:
+        adaptive = adaptive | (pair & (is_extra[:, None] | is_extra))
     non_local = adaptive & adaptive.mT if reciprocal else adaptive
 
     inside = local = torch.zeros_like(adaptive)
     if beta is not None:
         assert grid is not None
-        inside = pair & in_window(grid, window, s.device)
+        inside = pair & in_window(grid, window, s.device, extra_tokens)
         log_mean = s.masked_fill(~inside, -torch.inf).logsumexp(-1) - inside.sum(-1).to(s.dtype).log()
         u = (beta.log() + log_mean).masked_fill(~inside.any(-1), -torch.inf)  # padding has no window
         local = inside & (s - log_mean[..., None] > beta.log()[..., None])
@@ -153,7 +163,7 @@ def find_survivors(
     nan_rows = (real_q & real_k.any(-1, keepdim=True))[:, None] & ~lse.isfinite()
     for x in (alpha, beta):
         if x is not None:
-            nan_rows = nan_rows | (real_q[:, None] & ~(x >= 0))
+            nan_rows = nan_rows | ((real_q & ~is_extra)[:, None] & ~(x >= 0))
     return Survivors(adaptive, non_local, local, inside, non_local | local, lse, t, kappa, u, nan_rows)
 
 
@@ -163,19 +173,19 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
     real_q, real_k = real_positions(query, key, key_padding_mask)
     s = scores(query, key, options.scale, real_q, real_k)
     alpha, beta = (x if x is None else x.to(s.dtype) for x in (alpha, beta))
-    grid, window, topk, reciprocal, _ = options
-    kept = find_survivors(s, alpha, beta, grid, window, topk or None, reciprocal, real_q, real_k).kept
+    grid, window, extra, topk, reciprocal, _ = options
+    kept = find_survivors(s, alpha, beta, grid, window, extra, topk or None, reciprocal, real_q, real_k).kept
     return NeighborGraph.of_rows(kept.flatten(0, 1), query.device)
 
 
-def in_window(grid: Sequence[int], window: int | Sequence[int], device: torch.device) -> Tensor:
-    """Return [N, N] bool: j lies in the window around i, of a side for every side of the grid."""
+def in_window(grid: Sequence[int], window: int | Sequence[int], device: torch.device, extra_tokens: int = 0) -> Tensor:
+    """Return [N, N] bool: j lies in the window around i, of a side for every side of the grid; no extra token does."""
     inside = torch.ones(1, 1, dtype=torch.bool, device=device)
     for side, of_window in zip(grid, checks.as_window(window, len(grid)), strict=True):
         place = torch.arange(side, device=device)
         near = (place[:, None] - place).abs() <= of_window // 2
         inside = (inside[:, None, :, None] & near[:, None]).flatten(2).flatten(0, 1)
-    return inside
+    return torch.nn.functional.pad(inside, (extra_tokens, 0, extra_tokens, 0))
 
 
 def attend(s: Tensor, v: Tensor, kept: Tensor, nan_rows: Tensor | None = None) -> tuple[Tensor, Tensor]:

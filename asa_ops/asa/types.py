@@ -91,23 +91,26 @@ class Options(NamedTuple):
 
     grid: tuple[int, int, int]  # (T, H, W), sides of 1 before those that it has; a product of 0: none
     window: tuple[int, int, int]  # its sides, odd
+    extra: int  # so many tokens stand before the grid: everybody keeps them, and they keep everybody
     topk: int  # 0: none
     reciprocal: bool
     scale: float
 
     @classmethod
-    def of(cls, grid: Sequence[int], window: Sequence[int], topk: int, reciprocal: bool, scale: float) -> "Options":
+    def of(
+        cls, grid: Sequence[int], window: Sequence[int], extra: int, topk: int, reciprocal: bool, scale: float
+    ) -> "Options":
         """Return the options from the arguments of an op; csrc/asa.h does the same."""
         if len(grid) > 3 or (grid and len(window) != len(grid)):
             raise RuntimeError(f"asa_attention: a window has a side for each of the grid, got {grid=} and {window=}")
         if not grid:
-            return cls((0, 0, 0), (1, 1, 1), topk, reciprocal, scale)
+            return cls((0, 0, 0), (1, 1, 1), extra, topk, reciprocal, scale)
         first = [1] * (3 - len(grid))
         # A window wider than the grid is the grid. Not the builtins: they would have torch.compile ask which is larger.
         sides = [torch.sym_min(x, torch.sym_max(2 * side - 1, 1)) for x, side in zip(window, grid, strict=True)]
         of_grid, of_window = [*first, *grid], [*first, *sides]
         whole_grid, whole_window = ((x[0], x[1], x[2]) for x in (of_grid, of_window))
-        return cls(whole_grid, whole_window, topk, reciprocal, scale)
+        return cls(whole_grid, whole_window, extra, topk, reciprocal, scale)
 
     @property
     def positions(self) -> int:

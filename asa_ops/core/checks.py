@@ -292,14 +292,15 @@ def as_sides(grid: object, *dims: int) -> tuple[int, ...]:
     return tuple(cast(list[int], sides))
 
 
-def as_grid(grid: object, n: int, *dims: int) -> tuple[int, ...]:
-    """Return ``grid`` as integers whose product is n, as many as one of ``dims``."""
+def as_grid(grid: object, n: int, *dims: int, extra_tokens: int = 0) -> tuple[int, ...]:
+    """Return ``grid`` as integers whose product is n, without extra tokens, as many as one of ``dims``."""
     sides = as_sides(grid, *dims)
     negative = any(side < 0 for side in sides)
-    if negative or math.prod(sides) != n:
+    if negative or math.prod(sides) != n - extra_tokens:
         kind, product = _GRIDS[len(sides)], " * ".join(SIDES[len(sides)])
         given = " * ".join(map(str, sides)) + (f" = {math.prod(sides)}" if len(sides) > 1 else "")
-        raise ValueError(f"grid must be {kind} with {product} = N = {n}, got {given}")
+        wanted = f"N - extra_tokens = {n} - {extra_tokens}" if extra_tokens else f"N = {n}"
+        raise ValueError(f"grid must be {kind} with {product} = {wanted}, got {given}")
     return sides
 
 

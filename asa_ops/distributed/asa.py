@@ -23,6 +23,7 @@ def asa_attention(
     grid: Grid | None = None,
     group: Group = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -45,6 +46,7 @@ def asa_attention(
     grid: Grid | None = None,
     group: Group = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -67,6 +69,7 @@ def asa_attention(
     grid: Grid | None = None,
     group: Group = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -89,8 +92,9 @@ def asa_attention(
         value: [B, key heads, n_k, Dv].
         alpha: threshold multiplier of this process's queries, a number or a tensor that broadcasts to [B, heads, n_q].
         beta: local threshold multiplier, as alpha.
-        grid: (L,), (H, W) or (T, H, W) of the whole map: as many positions as all n_q.
+        grid: (L,), (H, W) or (T, H, W) of the whole map: as many positions as all n_q, but for extra tokens.
         group: a process group, a DeviceMesh of one dimension, or None: all processes.
+        extra_tokens: as of one process, the first tokens of all.
         topk: as of one process, of all keys.
         key_padding_mask: bool [B, n_k], of this process's keys.
         window, reciprocal, scale, threshold_grad, threshold_band, impl, return_stats: as of one process, the same
@@ -114,7 +118,21 @@ def asa_attention(
     """
     learning = (threshold_grad, threshold_band)
     call, inputs = agree(
-        group, query, key, value, alpha, beta, grid, window, topk, reciprocal, key_padding_mask, scale, impl, learning
+        group,
+        query,
+        key,
+        value,
+        alpha,
+        beta,
+        grid,
+        window,
+        extra_tokens,
+        topk,
+        reciprocal,
+        key_padding_mask,
+        scale,
+        impl,
+        learning,
     )
     out, *stats = _computing(call, inputs).Attention.apply(call, *inputs)
     return (out, AsaStats(*stats)) if return_stats else out
@@ -131,6 +149,7 @@ def reciprocal_neighbors(
     grid: Grid | None = None,
     group: Group = None,
     window: Window = 3,
+    extra_tokens: int = 0,
     topk: int | None = None,
     reciprocal: bool = True,
     key_padding_mask: Tensor | None = None,
@@ -152,7 +171,7 @@ def reciprocal_neighbors(
         >>> q, k = torch.randn(2, 1, 2, 32 * 16, 64)  # 16 of the 32 rows of a map
         >>> row_offsets, columns = distributed.reciprocal_neighbors(q, k, 1.0, grid=(32, 32))  # doctest: +SKIP
     """
-    options = grid, window, topk, reciprocal, key_padding_mask, scale, impl, (None, 1.0)
+    options = grid, window, extra_tokens, topk, reciprocal, key_padding_mask, scale, impl, (None, 1.0)
     call, inputs = agree(group, query, key, None, alpha, beta, *options, has_values=False)
     return _computing(call, inputs).neighbors(call, inputs)
 

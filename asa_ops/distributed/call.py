@@ -79,6 +79,7 @@ def agree(
     beta: Tensor | float | None,
     grid: Grid | None,
     window: Window,
+    extra_tokens: int,
     topk: int | None,
     reciprocal: bool,
     key_padding_mask: Tensor | None,
@@ -97,12 +98,13 @@ def agree(
     def look() -> collectives.Found[_Seen]:
         tokens: dict[str, Any] = {"query": query, "key": key} | ({"value": value} if has_values else {})
         q, k, *v = cast_under_autocast(**tokens)
+        extra = checks.as_int("extra_tokens", extra_tokens, at_least=0)  # which another process may have
         of_map = topk if topk is None else checks.as_positive_int("topk", topk)  # this process may have fewer keys
         whole_grid = None if grid is None else checks.as_sides(grid, 1, 2, 3)
         n = q.shape[2] if isinstance(q, Tensor) and q.dim() == 4 else 0
         place = None if whole_grid is None else (*[1] * (len(whole_grid) - 1), n)
         inputs, options = api.check(
-            q, k, v[0] if v else k[..., :0], alpha, beta, key_padding_mask, place, window, None, reciprocal, scale
+            q, k, v[0] if v else k[..., :0], alpha, beta, key_padding_mask, place, window, 0, None, reciprocal, scale
         )
         checks.check_choice("threshold_grad", threshold_grad, (None, "straight_through"))
         band = checks.as_positive_number("threshold_band", threshold_band)
@@ -114,10 +116,11 @@ def agree(
             "dtypes": [x if x is None else x.dtype for x in inputs],
             "requires_grad": torch.is_grad_enabled() and [x is not None and x.requires_grad for x in inputs],
             "grid": whole_grid,
-            "window": options[1],
+            "window": options.window,
+            "extra_tokens": extra,
             "topk": of_map,
             "reciprocal": reciprocal,
-            "scale": options[4],
+            "scale": options.scale,
             "threshold_grad": threshold_grad,
             "threshold_band": band,
             "impl": chosen,
@@ -132,15 +135,21 @@ def agree(
         if chosen == "cuda":
             same["ASA_OPS_HOPPER"] = os.environ.get("ASA_OPS_HOPPER")
         sizes = [inputs.query.shape[2], inputs.key.shape[2]]
-        return _Seen(inputs, options, whole_grid, of_map, band, chosen), sizes, same
+        return _Seen(inputs, options._replace(extra_tokens=extra), whole_grid, of_map, band, chosen), sizes, same
 
     seen, sizes = collectives.agree(group, look)
     n_q, n_k = ([of[i] for of in sizes] for i in (0, 1))
     if seen.topk is not None and seen.topk > sum(n_k):
         raise ValueError(f"topk must be at most the number of keys, N_k = {sum(n_k)}, got topk={seen.topk}")
-    place = [0, 0] if seen.grid is None else list(checks.as_grid(seen.grid, sum(n_q), 1, 2, 3))
-    options = (place, seen.options[1], seen.topk or 0, reciprocal, seen.options[4])
-    asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in seen.inputs]
+    extra, n = seen.options.extra_tokens, sum(n_q)
+    if extra > n or (extra and n != sum(n_k)):
+        raise ValueError(
+            f"extra_tokens must be at most N = {n}, as many queries as keys, got {extra_tokens=}, N_k = {sum(n_k)}"
+        )
+    place = [0, 0] if seen.grid is None else list(checks.as_grid(seen.grid, n, 1, 2, 3, extra_tokens=extra))
+    options = seen.options._replace(grid=place, topk=seen.topk or 0)
+    inputs = api.with_extra_tokens(seen.inputs, options, sum(n_q[: dist.get_rank(group)]))
+    asked = [torch.is_grad_enabled() and x is not None and x.requires_grad for x in inputs]
     learns = threshold_grad is not None and any(asked[3:5])
     call = Call(group, n_q, n_k, options, threshold_grad, seen.band, seen.impl, any(asked), learns)
-    return call, seen.inputs
+    return call, inputs

@@ -95,7 +95,7 @@ class Part:
         return collectives.redistribute_rows(self.call.group, tensors, held, wanted)
 
     def is_thresholded(self) -> bool:
-        return self.inputs.alpha is not None or self.call.options[2] > 0
+        return self.inputs.alpha is not None or self.call.options.topk > 0
 
     def scan(self) -> tuple[Tensor, list[Tensor], Tensor, Tensor | None]:
         """Return lse, who was found, outputs begun, and the bits of own columns where they will be asked for.
@@ -106,7 +106,7 @@ class Part:
         lse, *found, begun = torch.ops.asa_ops.asa_rows_scan(*self.options, self.own(self.rows))
         if not self.is_thresholded():
             return lse, found, begun, None
-        mutual, blocks = self.call.options[3], blocks_of(self.rows)
+        mutual, blocks = self.call.options.reciprocal, blocks_of(self.rows)
         any_begun = collectives.any_process(self.call.group, bool(begun[..., 0].any()))
         only_mutual = mutual and not self.call.band and not any_begun
         if only_mutual:
@@ -125,7 +125,7 @@ class Part:
 
     def both_ways(self, back: Tensor | None) -> Tensor | None:
         """Return the bits of columns where rows are to be read with them."""
-        return back if self.call.options[3] else None
+        return back if self.call.options.reciprocal else None
 
     def share_out(self, work: Tensor, blocks: list[int], lse: Tensor, bits: Tensor, *rest: Tensor) -> list[Tensor]:
         """Choose rows of equal work, by the neighbours of every block, and send what is known of them there."""
@@ -140,7 +140,7 @@ class Part:
             self.columns = self.rows
         (bits,) = collectives.redistribute_rows(self.call.group, [bits], blocks, blocks_of(self.rows))
         # There is no kappa without topk, and no log_mean without beta.
-        has = [True, self.call.options[2] > 0, self.inputs.beta is not None, True, True]
+        has = [True, self.call.options.topk > 0, self.inputs.beta is not None, True, True]
         there = [x for x, is_there in zip((lse, *rest), has, strict=True) if is_there]
         moved = iter(collectives.redistribute_rows(self.call.group, there, before, self.rows))
         lse, *others = [next(moved) if is_there else x for x, is_there in zip((lse, *rest), has, strict=True)]
@@ -160,7 +160,7 @@ class Attention(torch.autograd.Function):
         )
         home = part.send_home(part.rows, call.n_q, out, lse, lse_kept, survivors)
         if call.keep:
-            if call.options[3] and back is not None and not call.band:
+            if call.options.reciprocal and back is not None and not call.band:
                 torch.ops.asa_ops.asa_keep_mutual(found[0], back, 0)
                 back = None
             ctx.call, ctx.split = call, (part.rows, part.columns)
@@ -184,7 +184,7 @@ class Attention(torch.autograd.Function):
             *of_all, *part.options_of(back), rows, *found, part.both_ways(back)
         )
         softmax, groups = (x.mT.contiguous() for x in part.gather(softmax.mT, groups.mT))
-        mine = bits if call.options[3] and part.is_thresholded() else None
+        mine = bits if call.options.reciprocal and part.is_thresholded() else None
         dk, dv = torch.ops.asa_ops.asa_columns_bwd(
             *of_all, *part.options, columns, mine, local_of_all, back, softmax, groups
         )

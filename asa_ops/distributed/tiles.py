@@ -43,7 +43,7 @@ def can_run(call: Call, inputs: Inputs) -> bool:
     n_q, n_k, heads = sum(call.n_q), sum(call.n_k), inputs.query.shape[0] * inputs.query.shape[1]
     if call.impl not in PARTS or min(n_q, n_k, heads) == 0:
         return False
-    part, scale = _implementation(call.impl), call.options[4]
+    part, scale = _implementation(call.impl), call.options.scale
     return max(n_q, n_k) > part.block and part.can_run(inputs, n_q, n_k, scale)
 
 
@@ -122,7 +122,7 @@ class _Pass:
     def _share_out(self, flags: Tensor, peaks: Tensor | None) -> Tensor | None:
         """Choose rows of equal work, by how many pairs are to be decided; return peaks of own rows."""
         before, block = self.rows, self.part.block
-        visited = flags & flags.mT if self.call.options[3] else flags
+        visited = flags & flags.mT if self.call.options.reciprocal else flags
         pairs = visited.sum((0, 2)).view(-1, block // parts.TILE).sum(1) * parts.TILE**2
         # Beside the neighbours, masks of all pairs are read: they take about as long as one pair in 64.
         masks = sum(self.call.n_k) * len(flags) * (block // parts.TILE)

@@ -85,7 +85,7 @@ def intercepted(
 
 def _settings(options: dict) -> Options:
     grid = options["grid"]
-    return Options.of(grid, [3] * len(grid), options.get("topk", 0), options.get("reciprocal", True), 0.1)
+    return Options.of(grid, [3] * len(grid), 0, options.get("topk", 0), options.get("reciprocal", True), 0.1)
 
 
 def go_through(tensors: list, options: dict, band: float | None = None, mask: Tensor | None = None) -> None:

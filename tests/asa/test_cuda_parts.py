@@ -41,15 +41,15 @@ def one_call(arguments: tuple, d_out: Tensor) -> list[Tensor]:
     """Return outputs, gradients and the graph of a whole map."""
     of_map = ops.of("cuda", d_out.device)
     outputs = of_map.fwd(*arguments)
-    gradients = of_map.bwd(d_out, *arguments[:6], *outputs, *arguments[6:12])
+    gradients = of_map.bwd(d_out, *arguments[:6], *outputs, *arguments[6:13])
     graph = new_graph(outputs[3])
-    of_map.list_survivors(*arguments[:6], *outputs, *arguments[6:12], *graph)
+    of_map.list_survivors(*arguments[:6], *outputs, *arguments[6:13], *graph)
     return [*outputs[:4], *gradients, graph.col_indices]
 
 
 def in_ranges(arguments: tuple, d_out: Tensor, bounds: tuple[float, ...], scanned: tuple[float, ...]) -> list[Tensor]:
     """Return the same from parts; ``scanned``: of other parts before thresholds are known, if there are any."""
-    given, options, band = Inputs(*arguments[:6]), Options.of(*arguments[6:11]), arguments[11]
+    given, options, band = Inputs(*arguments[:6]), Options.of(*arguments[6:12]), arguments[12]
     inputs, n_q, n_k = ops.broadcast(given), given.query.shape[2], given.key.shape[2]
     rows, keys = sizes(n_q, bounds), sizes(n_k, bounds)
     if given.alpha is None and not options.topk:
@@ -108,7 +108,7 @@ LARGE = [
     if case.grid == (9, 7) and case.batch
 ]
 LARGE += [named("volume", grid=(5, 11, 7), heads=1), named("volume_padding", grid=(6, 9, 7), heads=1)]
-QUICK = {"volume_padding", "plain", "padding_topk", "fewer_queries_padded", "beta_only"}
+QUICK = {"volume_padding", "plain", "padding_topk", "fewer_queries_padded", "beta_only", "extra_topk_alone"}
 
 
 @pytest.mark.parametrize("case", [slow(x, id=x.name, when=x.name not in QUICK) for x in LARGE])
@@ -178,7 +178,7 @@ def test_a_backward_may_run_twice(name):
     """Of a window alone it writes what others tell of theirs."""
     inputs, options = make(next(case for case in LARGE if case.name == name), torch.float32)
     arguments = op_arguments(inputs, options)
-    given, settings = ops.broadcast(Inputs(*arguments[:6])), Options.of(*arguments[6:11])
+    given, settings = ops.broadcast(Inputs(*arguments[:6])), Options.of(*arguments[6:12])
     rows = sizes(given.query.shape[2], (0.5,))
     outputs, found, _ = in_parts.forward(Part, given, settings, 2.0, rows, rows, rows)
     once, twice = (in_parts.backward(Part, given, settings, 2.0, rows, rows, found, outputs.out) for _ in range(2))

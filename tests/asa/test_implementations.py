@@ -48,13 +48,13 @@ def make_for(impl: str, case: Case, **larger) -> tuple:
 QUICK = {
     ("cuda", "float32"): IDS,
     ("cuda", "half"): ("plain", "topk", "one_way", "padding", "wide_values", "mixed"),
-    ("cuda", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "mixed"),
+    ("cuda", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "mixed", "extra_padding"),
     ("triton", "float32"): (
         *("plain", "beta_only", "dense", "one_way", "more_keys", "padding_topk", "all_empty", "mixed", "one_token"),
-        *("one_column", "volume_padding", "map_window"),
+        *("one_column", "volume_padding", "map_window", "extra_padding"),
     ),
     ("triton", "half"): ("plain", "wide_values"),
-    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "volume_padding"),
+    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "volume_padding", "extra_volume"),
 }
 
 
@@ -505,6 +505,27 @@ def test_no_keys_give_zeros(impl):
     assert (stats.lse == -torch.inf).all() and (stats.lse_kept == -torch.inf).all() and (stats.survivors == 0).all()
     out.sum().backward()
     assert (query.grad == 0).all()
+
+
+@each_impl
+def test_nothing_but_extra_tokens_is_dense(impl):
+    (query, key, value, alpha, beta), options = make_for(impl, named("plain", grid=(23,)))
+    given = options | {"grid": (0,), "extra_tokens": 23, "topk": 1, "impl": impl}
+    out = asa_attention(query, key, value, alpha, beta, **given)
+    dense = asa_attention(query, key, value, impl=impl)
+    torch.testing.assert_close(out, dense, rtol=0, atol=4 * torch.finfo(out.dtype).eps)
+
+
+@each_impl
+def test_thresholds_of_extra_tokens_do_not_matter(impl):
+    (*tokens, alpha, beta), options = make_for(impl, named("extra"))
+    expected = asa_attention(*tokens, alpha, beta, **options, impl=impl)
+    alpha[..., 0], beta[..., 0] = torch.nan, -1
+    leaves = with_grad([*tokens, alpha, beta])
+    out = asa_attention(*leaves, **options, **STRAIGHT_THROUGH, impl=impl)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() and (x.grad[..., 0] == 0).all() for x in leaves[3:])
 
 
 @each_fast

@@ -22,7 +22,7 @@ from asa_ops.asa.triton import configs
 from asa_ops.asa.triton.part import Part
 
 CASES = [case for case in CASES if case.grid == (9, 7)]
-VOLUME = Case("volume", grid=(3, 5, 9), batch=1, heads=1, options={"window": (3, 1, 3)})
+VOLUME = Case("extra_volume", grid=(3, 5, 9), batch=1, heads=1, options={"window": (3, 1, 3), "extra_tokens": 2})
 # Two blocks of 128 positions; and four, or three of keys.
 SMALL, LARGE = (
     [
@@ -31,7 +31,7 @@ SMALL, LARGE = (
     ]
     for grid, more in (((9, 15), 120), ((19, 23), 270))
 )
-QUICK = ("plain", "more_keys", "volume")
+QUICK = ("plain", "more_keys", "extra_volume")
 # How many positions parts scan, how many they compute where what is known by then moves them, and their own keys where
 # those are not their rows.
 SPLITS = {2: ([128, 128], [0, 256], [128, 128]), 4: ([128, 256, 0, 128], [256, 0, 128, 128], [0, 256, 0, 128])}
@@ -120,7 +120,10 @@ def test_memory_is_that_of_own_pairs(monkeypatch, reciprocal, band):
     monkeypatch.setattr(triton_launch, "launch", lambda *_, **__: None)
     query, key, value = (torch.empty(1, 1, n, dim, device="meta") for _ in range(3))
     alpha, beta = torch.empty(1, 1, n, device="meta"), torch.empty(1, 1, n, device="meta") if reciprocal else None
-    inputs, options = Inputs(query, key, value, alpha, beta, None), Options.of([256, 512], [3, 3], 0, reciprocal, 0.1)
+    inputs, options = (
+        Inputs(query, key, value, alpha, beta, None),
+        Options.of([256, 512], [3, 3], 0, 0, reciprocal, 0.1),
+    )
     own, bits, of_tokens = (n // size, 2 * n // size), n * n // size // 8, n * dim * 4
     with Allocated() as forward:
         part = Part(inputs, options, band, True)

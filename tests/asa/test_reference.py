@@ -14,7 +14,7 @@ from asa_ops import asa_attention
 from asa_ops.asa import reference
 
 
-def loop_head(s, value, alpha, beta, real_q, real_k, grid=None, window=3, topk=None, reciprocal=True):
+def loop_head(s, value, alpha, beta, real_q, real_k, grid=None, window=3, extra_tokens=0, topk=None, reciprocal=True):
     """Return outputs and survivors of one head from its scores, in scalar Python, row after row."""
     columns = [j for j, real in enumerate(real_k) if real]
     features = list(zip(*value, strict=True))
@@ -25,6 +25,8 @@ def loop_head(s, value, alpha, beta, real_q, real_k, grid=None, window=3, topk=N
     def is_neighbour(i, j):
         if not (real_q[i] and real_k[j]):
             return False
+        if min(i, j) < extra_tokens:
+            return True
         if alpha is None and topk is None:
             return beta is None
         if alpha and alpha[i] > 0 and not math.exp(s[i][j]) / total(i, columns) > alpha[i] / len(columns):
@@ -32,13 +34,15 @@ def loop_head(s, value, alpha, beta, real_q, real_k, grid=None, window=3, topk=N
         return topk is None or sum(s[i][m] > s[i][j] for m in columns) < topk
 
     def place(i):
-        along = []
+        along, i = [], i - extra_tokens
         for side in reversed(grid):
             i, x = divmod(i, side)
             along.append(x)
         return along[::-1]
 
     def is_near(i, j):
+        if min(i, j) < extra_tokens:
+            return False
         sides = window if isinstance(window, tuple) else [window] * len(grid)
         return all(abs(x - y) <= side // 2 for x, y, side in zip(place(i), place(j), sides, strict=True))
 
@@ -95,8 +99,12 @@ def test_equals_loops(name):
     check_against_loop(named(name, **small, options=options), seed=1)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if len(case.grid) != 2], ids=lambda case: case.name)
-def test_sequences_and_volumes_equal_loops(case):
+@pytest.mark.parametrize(
+    "case",
+    [case for case in CASES if len(case.grid) != 2 or "extra_tokens" in case.options],
+    ids=lambda case: case.name,
+)
+def test_sequences_volumes_and_extra_tokens_equal_loops(case):
     check_against_loop(case, seed=1)
 
 
@@ -110,7 +118,9 @@ def any_case(draw) -> Case:
     beta = draw(kinds)
     n_keys = draw(st.none() | st.integers(1, 40)) if not reciprocal and beta is None else None
     side = st.sampled_from([1, 3, 5])
-    options = {"reciprocal": reciprocal, "window": draw(side | st.tuples(*[side] * len(grid)))}
+    options = {"reciprocal": reciprocal, "window": draw(side if n_keys else side | st.tuples(*[side] * len(grid)))}
+    if n_keys is None and draw(st.booleans()):
+        options["extra_tokens"] = draw(st.integers(1, 5))
     if draw(st.booleans()):
         options["topk"] = draw(st.integers(1, n_keys or n))
     if draw(st.booleans()):
@@ -162,7 +172,10 @@ def surrogate_threshold_gradients(inputs, options, grad_out, band):
     gap = s - lse_kept[..., None]
     c = torch.where(found.kept, gap.exp(), gap.sigmoid())
     c = torch.where((~found.kept.any(-1))[..., None], torch.ones_like(c), c)
-    pair = real_q[:, None, :, None] & real_k[:, None, None, :]
+    on_grid = torch.arange(s.shape[-1]) >= options.get("extra_tokens", 0)  # no threshold decides of the others
+    pair = (real_q[:, None, :, None] & real_k[:, None, None, :]) & on_grid
+    if "extra_tokens" in options:
+        pair &= on_grid[:, None]
 
     def moving(threshold, x):  # the threshold as a function of its multiplier, lse held constant
         threshold = torch.where(real_q[:, None], threshold, torch.zeros_like(threshold))

@@ -190,7 +190,7 @@ def test_a_call_is_at_most_nine_launches(monkeypatch, name):
     real = torch.empty(2, n_keys, dtype=torch.bool, device="meta") if given.get("padding") else None
     inputs = Inputs(query, key, value, *thresholds, real)
     grid = given.get("grid", (64, 64))
-    options = Options.of(grid, [3] * len(grid), given.get("topk", 0), given.get("reciprocal", True), 0.1)
+    options = Options.of(grid, [3] * len(grid), 0, given.get("topk", 0), given.get("reciprocal", True), 0.1)
     saved = Saved.new(inputs, options, "triton", keep=True, band=band or 0.0)
     found = []
     monkeypatch.setattr(triton_launch, "architecture", lambda device: 90)
@@ -235,7 +235,7 @@ def test_a_product_of_the_interpreter_is_one_number_per_element():
 
 def problem_of(case):
     inputs, options = make(case, torch.float32)
-    settings = Options.of(case.grid, [3] * len(case.grid), 0, True, 1.0)
+    settings = Options.of(case.grid, [3] * len(case.grid), 0, 0, True, 1.0)
     return Problem(Inputs(*inputs, options.get("key_padding_mask")), settings, False)
 
 
@@ -302,7 +302,7 @@ def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
     expected = torch.ldexp((mantissa * 2**11).round() / 2**11, exponent)
     expected = torch.where(exact.isfinite(), expected, exact.double()).float()
     monkeypatch.setattr(triton_launch, "precision", lambda dtype: "tf32")
-    tokens = tokens_of(Problem(Inputs(*inputs, None), Options.of((3, 3), [3, 3], 0, True, 1.0), False))
+    tokens = tokens_of(Problem(Inputs(*inputs, None), Options.of((3, 3), [3, 3], 0, 0, True, 1.0), False))
     found = tokens.q[tokens.rows.place[0].long(), : exact.shape[1]]
     assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7)) and not torch.equal(expected, exact)
 

@@ -45,7 +45,7 @@ def test_sparsity_equals_a_count_made_from_the_mask(kind, grid, monkeypatch):
     assert query.shape == (1, 2, n, 16) and alpha.shape == (1, 2, n)
     real = reference.real_positions(query, key, None)
     s = reference.scores(query, key, None, *real)
-    all_of = reference.find_survivors(s, alpha, beta, grid, 3, None, True, *real)
+    all_of = reference.find_survivors(s, alpha, beta, grid, 3, 0, None, True, *real)
     mask, neighbours, window = all_of.kept[0], all_of.adaptive[0], all_of.in_window[0, 0]
     found = accounting.sparsity(tensors, grid)
     # float32 scores: a pair or two may lie within rounding of a threshold

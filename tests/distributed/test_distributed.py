@@ -103,7 +103,9 @@ def test_equals_one_process(processes, size, case):
 
 
 @pytest.mark.parametrize("impl", INTERPRETED)
-@pytest.mark.parametrize("name", ["alpha_only", *map(slow, ("plain", "more_keys", "padding", "beta_only", "dense"))])
+@pytest.mark.parametrize(
+    "name", ["alpha_only", *map(slow, ("plain", "more_keys", "padding", "beta_only", "dense", "extra"))]
+)
 def test_tiles_equal_one_process(processes, name, impl):
     """Two blocks of 128 positions: over two processes."""
     case = named(name, grid=(9, 15), batch=1, heads=1)
@@ -299,14 +301,16 @@ def check_neighbors(processes, size: int, case: Case, impl: str) -> None:
 
 @pytest.mark.parametrize("grid", [(9, 7), (19, 23)], ids=str)
 @pytest.mark.parametrize("size", [1, 3, 4])
-@pytest.mark.parametrize("name", ["plain", "one_way", "topk_alone", "padding", "beta_only", "empty_batch"])
+@pytest.mark.parametrize("name", ["plain", "one_way", "topk_alone", "padding", "beta_only", "empty_batch", "extra"])
 def test_neighbors_of_one_process(processes, name, size, grid):
     check_neighbors(processes, size, named(name, grid=grid), "auto")
 
 
 @pytest.mark.parametrize("impl", [*INTERPRETED, *EMULATED])
 @pytest.mark.parametrize("size", [slow(1), 2, slow(3)])
-@pytest.mark.parametrize("name", ["plain", *map(slow, ("padding", "one_way", "topk_alone", "beta_only", "dense"))])
+@pytest.mark.parametrize(
+    "name", ["plain", *map(slow, ("padding", "one_way", "topk_alone", "beta_only", "dense", "extra"))]
+)
 def test_neighbors_by_tiles(processes, name, size, impl):
     case = named(name, grid=(9, 15), heads=1)
     check_neighbors(processes, size, replace(case, batch=1 + case.padding), impl)

@@ -28,7 +28,7 @@ def attention(mistakes, query, key, value, alpha, beta, impl=None, return_stats=
     real = reference.real_positions(query, key, options.get("key_padding_mask"))
     s = reference.scores(hand_on("query", query), hand_on("key", key), options.get("scale"), *real)
     grid, window = options.get("grid"), options.get("window", 3)
-    found = reference.find_survivors(s, alpha, beta, grid, window, options.get("topk"), True, *real)
+    found = reference.find_survivors(s, alpha, beta, grid, window, 0, options.get("topk"), True, *real)
     kept = mistakes.get("kept", lambda x: x)(found.kept)
     summed = mistakes.get("summed", lambda x: x)(kept)
     out, lse_kept = reference.attend(hand_on("scores", s), hand_on("value", value), summed)

@@ -129,6 +129,7 @@ class Call(torch.nn.Module):
 CALLS = {
     "map": Call("beta", grid=(4, 6), window=(1, 5), scale=0.3, shared=True),
     "volume": Call("alpha", "beta", "mask", grid=(2, 3, 4), window=(3, 1, 3), topk=9),
+    "extra_tokens": Call("alpha", "beta", extra_tokens=3, grid=(3, 7)),
     "one_way": Call("alpha", reciprocal=False, impl="blocked"),
 }
 

@@ -49,12 +49,16 @@ def _side(position, area, length, SIDE: tl.constexpr):
 
 
 @triton.jit
-def _token_at(position, depth, height, width, VOLUME: tl.constexpr):
+def _token_at(position, depth, height, width, extra, VOLUME: tl.constexpr):
     """The token at a position, in tiles of 8 x 8, or 4 x 4 x 4; those at the borders are smaller, no position is empty.
 
-    A volume is cut into slabs of slices, and these, or a map, into bands of rows, and a band into tiles.
+    A volume is cut into slabs of slices, and these, or a map, into bands of rows, and a band into tiles. ``extra``
+    tokens come before the grid.
     """
     SIDE: tl.constexpr = 4 if VOLUME else 8
+    of_all = position
+    if extra is not None:
+        position = tl.maximum(position - extra, 0)
     slab, deep = 0, 1
     if VOLUME:
         slab, position, deep = _side(position, height * width, depth, SIDE)
@@ -63,21 +67,24 @@ def _token_at(position, depth, height, width, VOLUME: tl.constexpr):
     row = position // wide
     if VOLUME:
         row = (slab + row // tall) * height + row % tall
-    return (band + row) * width + tile + position % wide
+    token = (band + row) * width + tile + position % wide
+    if extra is not None:
+        token = tl.where(of_all < extra, of_all, extra + token)
+    return token
 
 
 @triton.jit
-def _order(real, out, depth, height, width, n, VOLUME: tl.constexpr, BLOCK: tl.constexpr):
+def _order(real, out, depth, height, width, extra, n, VOLUME: tl.constexpr, BLOCK: tl.constexpr):
     """Find the order of n tokens of an image, with padding where ``real`` says so. Axis 0 of the grid: images.
 
     One program an image if there is padding, which takes its blocks one after another.
     """
     image = tl.cast(tl.program_id(0), tl.int64)
     padded = out.padded
-    placed = 0
+    placed, placed_extra = 0, 0
     for start in range(tl.program_id(1) * BLOCK, padded, tl.num_programs(1) * BLOCK):
         p = start + tl.arange(0, BLOCK)
-        token = _token_at(p, depth, height, width, VOLUME)
+        token = _token_at(p, depth, height, width, extra, VOLUME)
         inside = p < n
         position = p
         is_real = inside
@@ -87,23 +94,27 @@ def _order(real, out, depth, height, width, n, VOLUME: tl.constexpr, BLOCK: tl.c
             # Padding fills the places up to n from the last one on.
             position = tl.where(inside, tl.where(is_real, up_to_here - 1, n - 1 - (p - up_to_here)), p)
             placed += tl.sum(is_real.to(tl.int32), 0)
+            if extra is not None:
+                placed_extra += tl.sum((is_real & (token < extra)).to(tl.int32), 0)
         found = tl.where(is_real, token, tl.where(inside, -2 - token, -1))
         tl.store(out.order + image * padded + position, found, mask=p < padded)
         tl.store(out.place + image * n + token, tl.where(is_real, position, -1), mask=inside)
     if real is None:
-        placed = n
+        placed, placed_extra = n, extra
     tl.store(out.counts + image, placed)
+    if extra is not None:
+        tl.store(out.extra + image, placed_extra)
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_order_kernel(
-    real, orders, depth, height, width, n, n_keys, n_heads, VOLUME: tl.constexpr, BLOCK: tl.constexpr
+    real, orders, depth, height, width, extra, n, n_keys, n_heads, VOLUME: tl.constexpr, BLOCK: tl.constexpr
 ):
     """The order of keys and, axis 2 of the grid, that of rows where it is another; notes are 0."""
     if tl.program_id(2) == 0:
-        _order(real, orders.keys, depth, height, width, n_keys, VOLUME, BLOCK)
+        _order(real, orders.keys, depth, height, width, extra, n_keys, VOLUME, BLOCK)
     else:
-        _order(None, orders.rows, 1, 1, n, n, False, BLOCK)
+        _order(None, orders.rows, 1, 1, n, None, n, False, BLOCK)
     if tl.program_id(0) + tl.program_id(1) + tl.program_id(2) == 0:
         clear(orders.notes, 0, n_heads * NUMBER_OF_NOTES)
 
@@ -319,33 +330,32 @@ def _asa_arrange_backward_kernel(
                 None, None, kept.base2, alpha, None, kept.kappa, tokens, thresholds, z, p, first == 0,
                 alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n, 0, 64,
             )  # fmt: skip
-            n_keys = tl.load(tokens.keys.counts + z // sharing)
-            flag_tiles(peaks, thresholds.flags, z, p, block, first, lse2, cut2 - band2, kth, n_keys, padded, key_blocks,
+            flag_tiles(peaks, thresholds.flags, tokens, z, sharing, p, block, first, lse2, cut2 - band2, kth, True,
                        64, BLOCK_J)  # fmt: skip
 
 
 def find_orders(problem: Problem) -> Orders:
     """Find the orders of rows and of keys, of every image where some keys are padding, and clear the notes."""
     query, real, grid = problem.inputs.query, problem.inputs.key_padding_mask, problem.options.grid
-    images = 1 if real is None else query.shape[0]
+    images, extra = 1 if real is None else query.shape[0], problem.options.extra
 
     def new(n: int) -> Order:
         padded = padded_length(n)
-        order, place, counts = (
-            problem.new(*shape, dtype=torch.int32) for shape in ((images, padded), (images, n), (images,))
+        order, place, counts, count_extra = (
+            problem.new(*shape, dtype=torch.int32) for shape in ((images, padded), (images, n), (images,), (images,))
         )
-        return Order(order, place, counts, padded)
+        return Order(order, place, counts, count_extra if extra else None, padded)
 
     keys = new(problem.n_keys)
     rows = keys if problem.n == problem.n_keys else new(problem.n)
     orders = Orders(rows, keys, problem.new(problem.n_heads, NOTES, dtype=torch.int32))
-    sides = grid if 0 not in grid else (1, 1, problem.n_keys)
+    sides = grid if 0 not in grid else (1, 1, problem.n_keys - extra)
     # With padding, one program an image counts the real tokens.
     programs, block = (max(rows.padded, keys.padded) // PAD, PAD) if real is None else (1, 1024)
     triton_launch.launch(
         _asa_order_kernel, (images, programs, 1 if rows is keys else 2),
-        None if real is None else real.contiguous().view(torch.uint8), orders, *sides, problem.n,
-        problem.n_keys, problem.n_heads, VOLUME=problem.is_volume, BLOCK=block,
+        None if real is None else real.contiguous().view(torch.uint8), orders, *sides, extra or None,
+        problem.n, problem.n_keys, problem.n_heads, VOLUME=problem.is_volume, BLOCK=block,
     )  # fmt: skip
     return orders
 

@@ -107,6 +107,7 @@ class Visited(NamedTuple):
     n: object
     height: object
     width: object
+    extra: object
     own: object  # how many positions its side has, and the other one
     others: object
 
@@ -144,10 +145,10 @@ def _sum_of_wide_parts(sums, at, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _window_of_rows(local, bits, tokens, z, image, n, height, width):
+def _window_of_rows(local, bits, tokens, z, image, n, height, width, extra):
     """The windows of rows, among all keys."""
     place, own, others = tokens.keys.place + image * n, tokens.rows.padded, tokens.keys.padded
-    return Visited(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, height, width, own, others)
+    return Visited(of_head(local, z), words_of(bits, z), back_of(bits, z), place, n, height, width, extra, own, others)
 
 
 @triton.jit
@@ -159,7 +160,9 @@ def _visit(window, z, p, token, offset, OF_KEYS: tl.constexpr, ALL: tl.constexpr
     back (one where there is one only). Bits are read of pairs that survive locally; if ALL, of all.
     """
     POSITIONS: tl.constexpr = ROWS.WINDOW.POSITIONS
-    other, at, there = in_window(window.place, token, offset, window.n, window.height, window.width, ROWS.WINDOW)
+    other, at, there = in_window(
+        window.place, token, offset, window.n, window.height, window.width, window.extra, ROWS.WINDOW
+    )
     if OF_KEYS:
         flag = window.local + other.to(tl.int64) * POSITIONS + (POSITIONS - 1 - offset)
     else:
@@ -211,7 +214,7 @@ def _add_local_survivors(acc, summed, m, count, nan_row, tokens, window, z, p, t
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_out_kernel(
     sums, neighbours, tokens, local, outputs, multipliers, alpha_stride_b, alpha_stride_h, alpha_stride_n,
-    beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width, dim_v, ROWS,
+    beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width, extra, dim_v, ROWS,
 ):  # fmt: skip
     """Finish rows: the parts of the sum over neighbours, the local survivors beside them, output and statistics.
 
@@ -232,7 +235,7 @@ def _asa_finish_out_kernel(
     count = tl.zeros([ROWS.BLOCK], tl.int32)
     nan_row = count != 0
     if ROWS.WINDOW.POSITIONS > 0:
-        window = _window_of_rows(local, bits, tokens, z, image, n, height, width)
+        window = _window_of_rows(local, bits, tokens, z, image, n, height, width, extra)
         acc, summed, m, count, nan_row = _add_local_survivors(
             acc, summed, m, count, nan_row, tokens, window, z, p, token, scale2, ROWS
         )
@@ -283,7 +286,7 @@ def finish_out(problem: Problem, tokens: Tokens, saved: Saved, neighbours: Neigh
     triton_launch.launch(
         _asa_finish_out_kernel, problem.row_programs, sums, neighbours, tokens, PerHead.of(saved.local), outputs,
         Multipliers(alpha, beta), *problem.strides(alpha), *problem.strides(beta), problem.scale2, problem.heads,
-        problem.sharing, problem.n, *problem.grid_sides, problem.dim_v, ROWS=_rows(problem), warps=problem.warps,
+        problem.sharing, problem.n, *problem.of_grid, problem.dim_v, ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip
 
 
@@ -295,7 +298,7 @@ def _gradient_of_score(q_i, do_i, k_j, v_j, new, top_i, share_i, delta_i, scale2
 
 
 @triton.jit(do_not_specialize=SCALARS)
-def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, height, width, ROWS):
+def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n, height, width, extra, ROWS):
     """Add to delta what is missing until sum_j p_ij (<do_i, v_j> - delta_i) is 0, neighbours' parts given.
 
     delta comes from the output; its rounding reaches every pair of a row with the same sign. In float32 that is the
@@ -308,7 +311,7 @@ def _asa_correct_delta_kernel(sums, bits, tokens, local, row, scale2, sharing, n
     missing = _sum_of_parts(sums.partial, sums, at_row, ROWS.BLOCK)
     if ROWS.WINDOW.POSITIONS > 0:
         token = tl.load(tokens.rows.order + z // sharing * padded + p)
-        window = _window_of_rows(local, bits, tokens, z, z // sharing, n, height, width)
+        window = _window_of_rows(local, bits, tokens, z, z // sharing, n, height, width, extra)
         q_i = _load_rows(tokens.q, at_row, None, ROWS.DIM)
         do_i = _load_rows(tokens.do, at_row, None, ROWS.DIM_V)
         top_i, share_i = tl.load(row.top + at_row), tl.load(row.share + at_row)
@@ -328,7 +331,7 @@ def correct_delta(
     """Correct delta in place by what it misses over neighbours, ``delta_error``, and over local survivors."""
     triton_launch.launch(
         _asa_correct_delta_kernel, problem.row_programs, delta_error, bits, tokens, PerHead.of(saved.local), row,
-        problem.scale2, problem.sharing, problem.n, *problem.grid_sides, ROWS=_rows(problem), warps=problem.warps,
+        problem.scale2, problem.sharing, problem.n, *problem.of_grid, ROWS=_rows(problem), warps=problem.warps,
     )  # fmt: skip
 
 
@@ -414,7 +417,7 @@ def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real, w
 def _finish_dq(
     program, sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-    heads, sharing, n, height, width, dim, ROWS,
+    heads, sharing, n, height, width, extra, dim, ROWS,
 ):  # fmt: skip
     """dq, dalpha and dbeta of BLOCK rows."""
     padded = tokens.rows.padded
@@ -434,7 +437,7 @@ def _finish_dq(
             log_beta2 = tl.log2(multiplier_of(
                 multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
             ))  # fmt: skip
-        window = _window_of_rows(local.survives, bits, tokens, z, z // sharing, n, height, width)
+        window = _window_of_rows(local.survives, bits, tokens, z, z // sharing, n, height, width, extra)
         acc, dt, du = _add_window_gradients(
             acc, dt, du, tokens, thresholds, row, across, window, local.log_mean2, log_beta2, z, p, token, factors,
             LEARN_ALPHA, LEARN_BETA, ROWS,
@@ -455,8 +458,9 @@ def _finish_dq(
 
 @triton.jit
 def _finish_dkv(
-    program, sums, bits, tokens, local, row, gradients, scale, scale2, sharing, n, height, width, dim, dim_v, ROWS
-):
+    program, sums, bits, tokens, local, row, gradients, scale, scale2, sharing, n, height, width, extra, dim, dim_v,
+    ROWS,
+):  # fmt: skip
     """dk and dv of BLOCK keys; in the window of a key are the queries whose windows hold it."""
     padded = tokens.keys.padded
     z, p = rows_of(program, padded, ROWS.BLOCK)
@@ -469,7 +473,7 @@ def _finish_dkv(
     if ROWS.WINDOW.POSITIONS > 0:
         place, others = tokens.rows.place + z // sharing * n, tokens.rows.padded
         words, back = words_of(bits, z), back_of(bits, z)
-        window = Visited(of_head(local, z), words, back, place, n, height, width, padded, others)
+        window = Visited(of_head(local, z), words, back, place, n, height, width, extra, padded, others)
         k_j = _load_rows(tokens.k, at_key, None, ROWS.DIM)
         v_j = _load_rows(tokens.v, at_key, None, ROWS.DIM_V)
         for offset in range(ROWS.WINDOW.POSITIONS):
@@ -497,7 +501,7 @@ def _finish_dkv(
 def _asa_finish_gradients_kernel(
     sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-    heads, sharing, n, n_keys, height, width, dim, dim_v, ROWS,
+    heads, sharing, n, n_keys, height, width, extra, dim, dim_v, ROWS,
 ):  # fmt: skip
     """All gradients: some programs finish BLOCK rows each, the others BLOCK keys each, of ``across`` if given."""
     keys = tokens.keys.padded
@@ -509,17 +513,17 @@ def _asa_finish_gradients_kernel(
         _finish_dq(
             tl.program_id(0), sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
             alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
-            heads, sharing, n, height, width, dim, ROWS,
+            heads, sharing, n, height, width, extra, dim, ROWS,
         )  # fmt: skip
     elif across is None:
         _finish_dkv(
             program, sums, bits, tokens, local.survives, row, gradients, factors.scale, factors.scale2, sharing,
-            n_keys, height, width, dim, dim_v, ROWS,
+            n_keys, height, width, extra, dim, dim_v, ROWS,
         )  # fmt: skip
     else:
         _finish_dkv(
             program, sums, across.bits, across.tokens, local.survives, across.row, gradients, factors.scale,
-            factors.scale2, sharing, n_keys, height, width, dim, dim_v, ROWS,
+            factors.scale2, sharing, n_keys, height, width, extra, dim, dim_v, ROWS,
         )  # fmt: skip
 
 
@@ -538,6 +542,6 @@ def finish_gradients(
         _asa_finish_gradients_kernel, (problem.n_heads * (tokens.rows.padded + keys) // block,), sums,
         bits, tokens, thresholds, row, across, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
         Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
-        problem.sharing, problem.n, problem.n_keys, *problem.grid_sides, problem.dim, problem.dim_v,
+        problem.sharing, problem.n, problem.n_keys, *problem.of_grid, problem.dim, problem.dim_v,
         ROWS=_rows(problem, block), registers=255 if learns or problem.dtype.itemsize == 4 else 168,
     )  # fmt: skip

@@ -265,8 +265,8 @@ class Part:
 def _slice_order(order: Order, own: Range) -> Order:
     """Return some positions of an order; tokens keep their positions in all of it."""
     begin, end = own
-    counts = (order.counts - begin).clamp(0, end - begin)
-    return Order(order.order[:, begin:end].contiguous(), order.place, counts, end - begin)
+    counts, extra = (x if x is None else (x - begin).clamp(0, end - begin) for x in (order.counts, order.extra))
+    return Order(order.order[:, begin:end].contiguous(), order.place, counts, extra, end - begin)
 
 
 def _new_bits(problem: Problem) -> Tensor:

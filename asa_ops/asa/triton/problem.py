@@ -50,7 +50,7 @@ class Problem:
         self.scale, self.scale2 = options.scale, options.scale * LOG2_E
         depth, height, width = options.grid
         self.is_volume = depth > 1
-        self.grid_sides = max(height, 1), max(width, 1)
+        self.of_grid = max(height, 1), max(width, 1), options.extra or None  # None: kernels do without
 
         self.has_bits = alpha is not None or options.topk > 0
         self.dense = not self.has_bits and beta is None
@@ -133,6 +133,7 @@ class Order(NamedTuple):
     order: Tensor  # int32 [images, padded] token at a position; -2 - token of padding, which comes last; -1: none
     place: Tensor  # int32 [images, n] position of a token, -1 for padding
     counts: Tensor  # int32 [images] real tokens
+    extra: Tensor | None  # int32 [images] how many of them are extra tokens, which come first; None: no token is
     padded: int  # a multiple of 128
 
 

@@ -157,16 +157,27 @@ def thresholds_of_rows(
 
 @triton.jit
 def flag_tiles(
-    peaks, flags, z, p, block, first, lse2, cut2, kappa2, n_keys, padded, key_blocks,
-    ROWS: tl.constexpr, BLOCK_J: tl.constexpr,
+    peaks, flags, tokens, z, sharing, p, block, first, lse2, cut2, kappa2, LEARNING: tl.constexpr, ROWS: tl.constexpr,
+    BLOCK_J: tl.constexpr,
 ):  # fmt: skip
-    """Flag which of BLOCK_J blocks of 64 keys, from ``first`` on, ROWS rows reach; ``block``: their first of 64."""
+    """Flag which of BLOCK_J blocks of 64 keys, from ``first`` on, ROWS rows reach; ``block``: their first of 64.
+
+    Extra tokens reach everybody and everybody reaches them; if LEARNING they reach nobody, since no threshold decides.
+    """
     SUB: tl.constexpr = ROWS // 64
     j = first + tl.arange(0, BLOCK_J)
+    n_keys = tl.load(tokens.keys.counts + z // sharing)
+    padded, key_blocks = tokens.rows.padded, tokens.keys.padded // 64
     there = j * 64 < n_keys
     at_peak = peaks.peaks + z * peaks.stride + tl.cast(j, tl.int64)[None, :] * padded + p[:, None]
     peak = tl.load(at_peak, mask=there[None, :], other=-float("inf")).to(tl.float32)
     reached = ((peak - lse2[:, None]) > cut2[:, None]) & (peak >= kappa2[:, None])
+    if tokens.keys.extra is not None:
+        extra = (p < tl.load(tokens.rows.extra + z // sharing))[:, None]
+        if LEARNING:
+            reached &= extra == 0
+        else:
+            reached |= extra | (j * 64 < tl.load(tokens.keys.extra + z // sharing))[None, :]
     reached = tl.max(tl.reshape(reached.to(tl.int32), [SUB, 64, BLOCK_J]), 1) * there.to(tl.int32)[None, :]
     row = (tl.cast(block, tl.int64) + tl.arange(0, SUB)) * key_blocks  # of all heads
     tl.store(flags + row[:, None] + j[None, :], reached.to(tl.int8), mask=(j < key_blocks)[None, :])
@@ -188,9 +199,8 @@ def _asa_flags_kernel(
         alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n, SPLITS, 64,
     )  # fmt: skip
     if thresholds.flags is not None:
-        n_keys = tl.load(tokens.keys.counts + z // sharing)
-        flag_tiles(peaks, thresholds.flags, z, p, tl.program_id(0), tl.program_id(1) * BLOCK_J, lse2, cut2 - band2,
-                   kappa2, n_keys, padded, tokens.keys.padded // 64, 64, BLOCK_J)  # fmt: skip
+        flag_tiles(peaks, thresholds.flags, tokens, z, sharing, p, tl.program_id(0), tl.program_id(1) * BLOCK_J, lse2,
+                   cut2 - band2, kappa2, False, 64, BLOCK_J)  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SCALARS)
@@ -214,10 +224,9 @@ def _asa_topk_kernel(
         statistics, lse, base2, alpha, tl.where(real, kth, 0), None, tokens, thresholds, z, p, True,
         alpha_stride_b, alpha_stride_h, alpha_stride_n, heads, sharing, n, SPLITS, BLOCK_M,
     )  # fmt: skip
-    key_blocks = key_padded // 64
-    for first in range(0, key_blocks, BLOCK_J):
-        flag_tiles(peaks, thresholds.flags, z, p, tl.program_id(0) * (BLOCK_M // 64), first, lse2, cut2 - band2, kappa2,
-                   n_keys, padded, key_blocks, BLOCK_M, BLOCK_J)  # fmt: skip
+    for first in range(0, key_padded // 64, BLOCK_J):
+        flag_tiles(peaks, thresholds.flags, tokens, z, sharing, p, tl.program_id(0) * (BLOCK_M // 64), first, lse2,
+                   cut2 - band2, kappa2, False, BLOCK_M, BLOCK_J)  # fmt: skip
 
 
 def new_thresholds(problem: Problem) -> Thresholds:
@@ -295,7 +304,8 @@ def _collect_pairs(flags, pairs, count, tokens, own, TILE: tl.constexpr, MUTUAL:
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_pairs_kernel(
     flags, pairs, notes, tokens, own, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2,
-    heads, sharing, n_heads, n, height, width, TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr, CUT,
+    heads, sharing, n_heads, n, height, width, extra,
+    TILE: tl.constexpr, MUTUAL: tl.constexpr, BLOCK_J: tl.constexpr, CUT,
 ):  # fmt: skip
     """Collect the tiles whose pairs are to be decided; the other programs find local survivors meanwhile."""
     programs = n_heads * (tokens.rows.padded // TILE)
@@ -307,7 +317,7 @@ def _asa_pairs_kernel(
         if own is not None:
             tokens = own.tokens
         window_of_rows(tl.program_id(0) - programs, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n,
-                       scale2, heads, sharing, n, height, width, CUT)  # fmt: skip
+                       scale2, heads, sharing, n, height, width, extra, CUT)  # fmt: skip
 
 
 def collect_pairs(
@@ -331,7 +341,7 @@ def collect_pairs(
         programs += problem.n_heads * rows // problem.block if problem.window.POSITIONS else 0
     triton_launch.launch(
         _asa_pairs_kernel, (programs,), flags, pairs, notes, tokens, own, beta, kept, *problem.strides(beta),
-        problem.scale2, problem.heads, problem.sharing, problem.n_heads, problem.n, *problem.grid_sides, TILE=tile,
+        problem.scale2, problem.heads, problem.sharing, problem.n_heads, problem.n, *problem.of_grid, TILE=tile,
         MUTUAL=problem.mutual, BLOCK_J=128, CUT=cut, warps=problem.warps, registers=128,
     )  # fmt: skip
     return pairs
@@ -352,6 +362,14 @@ def _are_neighbours(s, thresholds, at, ROWS: tl.constexpr):
     if thresholds.kappa2 is not None:
         a &= s >= tl.expand_dims(tl.load(thresholds.kappa2 + at), axis)
     return a
+
+
+@triton.jit
+def _have_extra_token(tokens, image, i0, j0, TILE: tl.constexpr):
+    """Which pairs of a tile are neighbours because one of them is an extra token; both are real."""
+    i, j = (i0 + tl.arange(0, TILE))[:, None], (j0 + tl.arange(0, TILE))[None, :]
+    real = (i < tl.load(tokens.rows.counts + image)) & (j < tl.load(tokens.keys.counts + image))
+    return real & ((i < tl.load(tokens.rows.extra + image)) | (j < tl.load(tokens.keys.extra + image)))
 
 
 @triton.jit
@@ -416,10 +434,14 @@ def _decide_tile(
     n_keys = tl.load(tokens.keys.counts + z // sharing)
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, TILE)
     a = _are_neighbours(s, thresholds, rows, True)
+    if tokens.keys.extra is not None:
+        a |= _have_extra_token(tokens, z // sharing, i0, j0, TILE)
     if MUTUAL:
         back = s if SYMMETRIC else back * scale2
         columns = z.to(tl.int64) * padded + j0 + tl.arange(0, TILE)
         a_back = _are_neighbours(back, thresholds, columns, False)
+        if tokens.keys.extra is not None:
+            a_back |= _have_extra_token(tokens, z // sharing, i0, j0, TILE)
         kept = a & a_back
         largest_columns = tl.max(tl.where(kept, back, -float("inf")), 0)
     else:
@@ -491,9 +513,9 @@ def _asa_mask_kernel(
 ):  # fmt: skip
     """Decide every pair of the listed tiles, and what rows need to know about their neighbours.
 
-    A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i]. If MUTUAL, a tile (I, J) also gets s_ji, by a second
-    product laid out [i, j] (none if SYMMETRIC, query is key), so that M = A_ij and A_ji, as bits of the rows i and of
-    the rows j. Stored is M, or A if ONE_WAY_BITS.
+    A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i], and 1 where i or j is an extra token. If MUTUAL, a tile
+    (I, J) also gets s_ji, by a second product laid out [i, j] (none if SYMMETRIC, query is key), so that M = A_ij and
+    A_ji, as bits of the rows i and of the rows j. Stored is M, or A if ONE_WAY_BITS.
     """
     n_listed = tl.load(tile_count(notes))
     tiles, other_tiles = tokens.rows.padded // SCORES.BLOCK_M, tokens.keys.padded // SCORES.BLOCK_M

@@ -311,10 +311,10 @@ def _sum_columns(
 
 
 @triton.jit
-def _outside_window(rows, keys, i, j, height, width, WINDOW):
+def _outside_window(rows, keys, i, j, height, width, extra, WINDOW):
     """Whether the windows of the tokens at positions i [BLOCK_M] do not hold those at positions j [BLOCK_N]."""
-    t_i, row_i, column_i = place_of(tl.load(rows + i)[:, None], height, width, WINDOW)
-    t_j, row_j, column_j = place_of(tl.load(keys + j)[None, :], height, width, WINDOW)
+    t_i, row_i, column_i = place_of(tl.load(rows + i)[:, None], height, width, extra, WINDOW)
+    t_j, row_j, column_j = place_of(tl.load(keys + j)[None, :], height, width, extra, WINDOW)
     inside = tl.abs(row_i - row_j) <= WINDOW.HEIGHT // 2
     inside &= tl.abs(column_i - column_j) <= WINDOW.WIDTH // 2
     if WINDOW.VOLUME:
@@ -325,7 +325,7 @@ def _outside_window(rows, keys, i, j, height, width, WINDOW):
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_dt_kernel(
     q, k, v, do, q_others, k_own, v_own, do_others, tokens, lists, bits, thresholds, row, others, sums, scale2, band,
-    sharing, height, width, SCORES, VALUES, MUTUAL: tl.constexpr, WINDOW,
+    sharing, height, width, extra, SCORES, VALUES, MUTUAL: tl.constexpr, WINDOW,
 ):  # fmt: skip
     """-dl/dt_i, the straight-through gradient of the adaptive threshold, of pairs outside the window.
 
@@ -354,12 +354,14 @@ def _asa_dt_kernel(
         dp, dp_back = products_both_ways(do, v, do_others, v_own, i_row, j_row, MUTUAL, VALUES)
         neighbour = pairs_of_tile(bits, z, i0, j0, padded, key_padded, BLOCK_M, BLOCK_N, True, False)
         counts = (j < n_keys)[None, :]
+        if tokens.keys.extra is not None:  # whoever keeps extra tokens, thresholds are not why
+            counts &= (j >= tl.load(tokens.keys.extra + image))[None, :]
         if MUTUAL:
             other_way = pairs_of_tile(bits, z, i0, j0, padded, key_padded, BLOCK_M, BLOCK_N, False, True)
             counts &= other_way
             neighbour &= other_way
         if WINDOW.POSITIONS > 0:
-            counts &= _outside_window(order, key_order, i0 + tl.arange(0, BLOCK_M), j, height, width, WINDOW)
+            counts &= _outside_window(order, key_order, i0 + tl.arange(0, BLOCK_M), j, height, width, extra, WINDOW)
         empty_i = (kept_i == -float("inf"))[:, None]
         offer = admission_weight(s * scale2 - kept_i[:, None], neighbour, empty_i) * (dp - delta_i[:, None])
         if MUTUAL:
@@ -387,7 +389,7 @@ def sum_thresholds(
     back = [kernel.operand(name, tokens_across) for name in ("q", "k", "v", "do")]
     kernel.launch(
         _asa_dt_kernel, (kernel.programs, splits), "q k v do", *back, tokens, lists, bits, thresholds, row, others,
-        sums, problem.scale2, band, problem.sharing, *problem.grid_sides, MUTUAL=problem.mutual,
+        sums, problem.scale2, band, problem.sharing, *problem.of_grid, MUTUAL=problem.mutual,
         WINDOW=constants(problem.window),
     )  # fmt: skip
     return sums

@@ -32,7 +32,7 @@ UNROLL = tl.constexpr(3)  # offsets of the window at a time, so that their loads
 
 # Arguments for which no kernel is compiled anew when they happen to be 1 or a multiple of 16.
 SCALARS = [
-    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "depth", "height", "width", "topk",
+    "heads", "n_heads", "sharing", "n", "n_keys", "dim", "dim_v", "depth", "height", "width", "extra", "topk",
     "alpha_stride_b", "alpha_stride_h", "alpha_stride_n", "beta_stride_b", "beta_stride_h", "beta_stride_n",
 ]  # fmt: skip
 
@@ -327,8 +327,10 @@ def count_bits(x):
 
 
 @triton.jit
-def place_of(token, height, width, WINDOW):
-    """Slice, row and column of tokens; the slice is 0 without several."""
+def place_of(token, height, width, extra, WINDOW):
+    """Slice, row and column of tokens; the slice is 0 without several. ``extra`` tokens before the grid have none."""
+    if extra is not None:
+        token -= extra
     row, column = token // width, token % width
     t = tl.zeros_like(row)
     if WINDOW.VOLUME:
@@ -338,13 +340,13 @@ def place_of(token, height, width, WINDOW):
 
 
 @triton.jit
-def in_window(place, token, offset, n, height, width, WINDOW):
+def in_window(place, token, offset, n, height, width, extra, WINDOW):
     """The ``offset``-th token of the windows around tokens (raster order), its position, and whether it is a real one.
 
-    ``place``: positions of the n tokens of an image. Tokens below 0 have no window.
+    ``place``: positions of the n tokens of an image. Tokens below 0, and ``extra`` ones, have no window.
     """
     offset = tl.cast(offset, tl.int32)  # in the interpreter it is an integer of Python
-    t, row, column = place_of(token, height, width, WINDOW)
+    t, row, column = place_of(token, height, width, extra, WINDOW)
     line = offset // WINDOW.WIDTH
     column += offset % WINDOW.WIDTH - WINDOW.WIDTH // 2
     if WINDOW.DEPTH > 1:
@@ -355,9 +357,13 @@ def in_window(place, token, offset, n, height, width, WINDOW):
     row -= WINDOW.HEIGHT // 2
     on_grid = (row >= 0) & (row < height) & (column >= 0) & (column < width)
     other = (t * height + row) * width + column
+    first = 0
+    if extra is not None:
+        first = extra
+        other += extra
     if WINDOW.DEPTH > 1:
         on_grid &= (t >= 0) & (other < n)
-    at = tl.load(place + other, mask=(token >= 0) & on_grid, other=-1)
+    at = tl.load(place + other, mask=(token >= first) & on_grid, other=-1)
     return other, tl.maximum(at, 0), at >= 0
 
 

@@ -59,7 +59,7 @@ class WindowCut(NamedTuple):
 @triton.jit
 def window_of_rows(
     program, tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width,
-    CUT,
+    extra, CUT,
 ):  # fmt: skip
     """log_mean2_i = log2 mean exp2 s2_ij over the window of i; local survivors s2_ij - log_mean2_i > log2 beta_i.
 
@@ -82,7 +82,7 @@ def window_of_rows(
         index = tl.arange(0, CUT.HELD)[None, :]
         scores = tl.full([BLOCK, CUT.HELD], -float("inf"), tl.float32)
     for offset in tl.range(POSITIONS, loop_unroll_factor=UNROLL):
-        _, at, there = in_window(place, token, offset, n, height, width, CUT.WINDOW)
+        _, at, there = in_window(place, token, offset, n, height, width, extra, CUT.WINDOW)
         s = tl.where(there, _score(q_i, tokens.k, z, at, there, key_padded, scale2, CUT.DIM), -float("inf"))
         first = tl.where(s > m, offset, first)
         m_new = tl.maximum(m, s)
@@ -104,7 +104,7 @@ def window_of_rows(
         tl.store(flags[:, None] + index, survives, mask=inside)
     else:
         for offset in range(POSITIONS):
-            _, at, there = in_window(place, token, offset, n, height, width, CUT.WINDOW)
+            _, at, there = in_window(place, token, offset, n, height, width, extra, CUT.WINDOW)
             # The largest must not miss a cut that it exceeds by its last bits.
             s = tl.where(offset == first, m, _score(q_i, tokens.k, z, at, there, key_padded, scale2, CUT.DIM))
             tl.store(flags + offset, there & (s - mean2 > cut), mask=written)
@@ -112,11 +112,12 @@ def window_of_rows(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_window_kernel(
-    tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width, CUT
-):
+    tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads, sharing, n, height, width, extra,
+    CUT,
+):  # fmt: skip
     """:func:`window_of_rows`, where there is nothing else to do meanwhile."""
     window_of_rows(tl.program_id(0), tokens, beta, kept, beta_stride_b, beta_stride_h, beta_stride_n, scale2, heads,
-                   sharing, n, height, width, CUT)  # fmt: skip
+                   sharing, n, height, width, extra, CUT)  # fmt: skip
 
 
 NO_CUT = constants(WindowCut(0, 0, NO_WINDOW, 0))
@@ -133,13 +134,13 @@ def find_local_survivors(problem: Problem, tokens: Tokens, saved: Saved) -> None
     beta, kept = problem.inputs.beta, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local))
     triton_launch.launch(
         _asa_window_kernel, problem.row_programs, tokens, beta, kept, *problem.strides(beta), problem.scale2,
-        problem.heads, problem.sharing, problem.n, *problem.grid_sides, CUT=window_cut(problem), warps=problem.warps,
+        problem.heads, problem.sharing, problem.n, *problem.of_grid, CUT=window_cut(problem), warps=problem.warps,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_neighbors_kernel(
-    bits, local, rows, keys, first, row_offsets, col_indices, sharing, n, n_keys, height, width,
+    bits, local, rows, keys, first, row_offsets, col_indices, sharing, n, n_keys, height, width, extra,
     DENSE: tl.constexpr, WINDOW, BLOCK: tl.constexpr, BLOCK_J: tl.constexpr,
 ):  # fmt: skip
     """Write the columns of BLOCK rows, ascending, from their offsets on; of those from position ``first`` on."""
@@ -158,13 +159,15 @@ def _asa_neighbors_kernel(
         if bits.words is not None:
             kept |= bit_at(bits.words + z * bits.stride, p[:, None], at[None, :], rows.padded, pair)
         if WINDOW.POSITIONS > 0:
-            t_i, r_i, c_i = place_of(token, height, width, WINDOW)
-            t_j, r_j, c_j = place_of(j, height, width, WINDOW)
+            t_i, r_i, c_i = place_of(token, height, width, extra, WINDOW)
+            t_j, r_j, c_j = place_of(j, height, width, extra, WINDOW)
             t = t_j[None, :] - t_i[:, None] + WINDOW.DEPTH // 2
             r = r_j[None, :] - r_i[:, None] + WINDOW.HEIGHT // 2
             c = c_j[None, :] - c_i[:, None] + WINDOW.WIDTH // 2
             there = pair & (t >= 0) & (t < WINDOW.DEPTH)
             there &= (r >= 0) & (r < WINDOW.HEIGHT) & (c >= 0) & (c < WINDOW.WIDTH)
+            if extra is not None:
+                there &= (token >= extra)[:, None] & (j >= extra)[None, :]
             offset = (t * WINDOW.HEIGHT + r) * WINDOW.WIDTH + c
             flag = of_head(local, z) + token.to(tl.int64)[:, None] * WINDOW.POSITIONS + offset
             kept |= tl.load(flag, mask=there, other=0) != 0
@@ -183,6 +186,6 @@ def write_columns(
     """
     triton_launch.launch(
         _asa_neighbors_kernel, (problem.n_heads * triton.cdiv(problem.n, 16),), bits, PerHead.of(local), rows, keys,
-        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, *problem.grid_sides,
+        first, row_offsets, col_indices, problem.sharing, problem.n, problem.n_keys, *problem.of_grid,
         DENSE=problem.dense, WINDOW=constants(problem.window), BLOCK=16, BLOCK_J=64,
     )  # fmt: skip

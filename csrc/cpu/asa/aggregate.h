@@ -423,8 +423,8 @@ ASA_INLINE bool is_near(const Scores<T>& scores, int64_t r, T sum) {
 template <class T>
 void find_local_of_block(const Scores<T>& scores, uint64_t* m) {
   const Problem<T>& p = scores.p;
-  uint64_t keys = 0, window[kBlock];
-  for (int64_t j = 0; j < p.n_k; ++j) keys |= static_cast<uint64_t>(real(p.real_k, j)) << j;
+  const uint64_t keys = real_keys(p, 0);
+  uint64_t window[kBlock];
   Column<T> log_mean(1), log_beta(1), shift(-kInfinity);
   for (int64_t r = 0; r < p.n_q; ++r) {
     window[r] = 0;

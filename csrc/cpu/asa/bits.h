@@ -12,16 +12,29 @@ struct Extent {
       : reach(window / 2), first(larger(-reach, -place)), last(smaller(reach, side - 1 - place)) {}
 };
 
+// The real ones of a block of keys.
+template <class T>
+ASA_INLINE uint64_t real_keys(const Problem<T>& p, int64_t block) {
+  const int64_t first = block * kBlock, count = smaller(kBlock, p.n_k - first);
+  if (p.real_k == nullptr) return lowest_bits(count);
+  uint64_t keys = 0;
+  for (int64_t c = 0; c < count; ++c) keys |= static_cast<uint64_t>(p.real_k[first + c]) << c;
+  return keys;
+}
+
 // Calls f(j, columns, o) for every row of the window around token i: tokens [j, j + columns) of the grid, from offset o on.
+// Extra tokens have none.
 template <class T, class F>
 ASA_INLINE void for_window_rows(const Problem<T>& p, int64_t i, const F& f) {
-  const int64_t line = i / p.width, column = i % p.width, slice = p.depth == 1 ? 0 : line / p.height;
+  const int64_t place = i - p.extra;
+  if (place < 0) return;
+  const int64_t line = place / p.width, column = place % p.width, slice = p.depth == 1 ? 0 : line / p.height;
   const Extent slices(p.window[0], slice, p.depth), rows(p.window[1], line - slice * p.height, p.height),
       columns(p.window[2], column, p.width);
   for (int64_t a = slices.first; a <= slices.last; ++a)
     for (int64_t b = rows.first; b <= rows.last; ++b) {
       const int64_t row = (a + slices.reach) * p.window[1] + b + rows.reach;
-      f((line + a * p.height + b) * p.width + column + columns.first, columns.last - columns.first + 1,
+      f(p.extra + (line + a * p.height + b) * p.width + column + columns.first, columns.last - columns.first + 1,
         row * p.window[2] + columns.first + columns.reach);
     }
 }
@@ -131,9 +144,7 @@ void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
         __builtin_memcpy(tile, own, sizeof(tile));
       }
     } else {
-      uint64_t keys = 0;
-      for (int64_t c = j * kBlock; c < smaller(p.n_k, (j + 1) * kBlock); ++c)
-        keys |= static_cast<uint64_t>(real(p.real_k, c)) << c % kBlock;
+      const uint64_t keys = real_keys(p, j);
       for (int64_t r = 0; r < kBlock; ++r) {
         const int64_t i = block * kBlock + r;
         tile[r] = p.positions == 0 && i < p.n_q && real(p.real_q, i) ? keys : 0;

@@ -85,10 +85,10 @@ void list(const Call& call, const Outputs& saved, const int64_t* offsets, int32_
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
                                                            Optional beta, Optional key_padding_mask,
                                                            std::vector<int64_t> grid, std::vector<int64_t> window,
-                                                           int64_t topk, bool reciprocal, double scale, double band,
-                                                           bool keep, bool) {
-  const Call call =
-      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
+                                                           int64_t extra_tokens, int64_t topk, bool reciprocal,
+                                                           double scale, double band, bool keep, bool) {
+  const Call call = call_of(query, key, value, alpha, beta, key_padding_mask,
+                            Options(grid, window, extra_tokens, topk, reciprocal, scale, band));
   const Outputs x = call.x.new_outputs(keep ? call.kept.bytes : 0);
   if (call.x.is_empty())
     call.x.clear(x);
@@ -97,14 +97,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor 
   return {x.out, x.lse, x.lse_kept, x.survivors, x.kept};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value,
-                                                           Optional alpha, Optional beta, Optional key_padding_mask,
-                                                           Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
-                                                           Tensor kept, std::vector<int64_t> grid,
-                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
-                                                           double scale, double band, bool) {
-  const Call call =
-      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional key_padding_mask,
+    Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, std::vector<int64_t> grid,
+    std::vector<int64_t> window, int64_t extra_tokens, int64_t topk, bool reciprocal, double scale, double band, bool) {
+  const Call call = call_of(query, key, value, alpha, beta, key_padding_mask,
+                            Options(grid, window, extra_tokens, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   call.x.check_saved(saved, call.kept.bytes);
   check(grad_out, "grad_out", query, call.x.type(), {call.x.batch(), call.x.heads(), call.x.n_q(), call.x.dim_v()});
@@ -117,10 +115,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tens
 
 void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
                         Optional key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
-                        Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk,
-                        bool reciprocal, double scale, double band, Tensor row_offsets, Tensor col_indices) {
-  const Call call =
-      call_of(query, key, value, alpha, beta, key_padding_mask, Options(grid, window, topk, reciprocal, scale, band));
+                        Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t extra_tokens,
+                        int64_t topk, bool reciprocal, double scale, double band, Tensor row_offsets,
+                        Tensor col_indices) {
+  const Call call = call_of(query, key, value, alpha, beta, key_padding_mask,
+                            Options(grid, window, extra_tokens, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   call.x.check_saved(saved, call.kept.bytes);
   const int64_t* const offsets = check_graph(row_offsets, col_indices, query, call.x.n_heads() * call.x.n_q());

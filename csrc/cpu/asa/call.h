@@ -163,6 +163,7 @@ struct Call {
     p.k_at_a_time = at_a_time(p.blocks_k, threads);
     p.depth = x.options.depth, p.height = x.options.height, p.width = x.options.width, p.topk = x.options.topk;
     std::copy_n(x.options.window, 3, p.window);
+    p.extra = x.options.extra;
     p.positions = x.positions();
     p.scale = static_cast<T>(x.options.scale), p.band = static_cast<T>(x.options.band);
     p.reciprocal = x.options.reciprocal, p.thresholded = x.has_neighbours();

@@ -40,6 +40,7 @@ struct Problem {
   int64_t q_at_a_time, k_at_a_time;  // rows that a thread takes at a time: kBlock, 2 kBlock or kMostRows
   int64_t depth, height, width;  // of the grid
   int64_t window[3], positions;  // sides of the local window, and how many positions it has; 0: no local block
+  int64_t extra;  // tokens before those of the grid, which keep everybody and are kept by everybody
   int64_t topk;
   bool reciprocal;
   bool keeps;  // a backward will read bits and local

@@ -117,10 +117,10 @@ void by_type(const Call& call, const F& f) {
 
 Call call_of_rows(const Tensor& query, const Tensor& key, const Tensor& value, const Optional& alpha,
                   const Optional& beta, const Optional& real, const std::vector<int64_t>& grid,
-                  const std::vector<int64_t>& window, int64_t topk, bool reciprocal, double scale, double band,
-                  const std::vector<int64_t>& rows) {
-  Call call = call_of(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, band),
-                      range_of(rows));
+                  const std::vector<int64_t>& window, int64_t extra_tokens, int64_t topk, bool reciprocal, double scale,
+                  double band, const std::vector<int64_t>& rows) {
+  Call call = call_of(query, key, value, alpha, beta, real,
+                      Options(grid, window, extra_tokens, topk, reciprocal, scale, band), range_of(rows));
   check(!call.x.is_empty(), "N", "at least 1");
   check(call.x.n_q() > kBlock || call.x.n_k() > kBlock, "N", "of more than one block: that is for one process");
   return call;
@@ -130,9 +130,10 @@ using Sides = std::vector<int64_t>;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Tensor key, Tensor value, Optional alpha,
                                                                 Optional beta, Optional real, Sides grid, Sides window,
-                                                                int64_t topk, bool reciprocal, double scale,
-                                                                Sides rows) {
-  const Call call = call_of_rows(query, key, value, alpha, beta, real, grid, window, topk, reciprocal, scale, 0, rows);
+                                                                int64_t extra_tokens, int64_t topk, bool reciprocal,
+                                                                double scale, Sides rows) {
+  const Call call =
+      call_of_rows(query, key, value, alpha, beta, real, grid, window, extra_tokens, topk, reciprocal, scale, 0, rows);
   const Arguments& x = call.x;
   const Found found = Found::make(call);
   const Tensor lse =
@@ -152,10 +153,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
-                                             Optional real, Sides grid, Sides window, int64_t topk, bool reciprocal,
-                                             double scale, Sides rows, Tensor lse, Tensor bits, Tensor kappa,
-                                             Tensor log_mean, Tensor local, Tensor begun, Optional back) {
-  const Call call = call_of_rows(query, key, value, alpha, beta, real, grid, window, topk, reciprocal, scale, 0, rows);
+                                             Optional real, Sides grid, Sides window, int64_t extra_tokens,
+                                             int64_t topk, bool reciprocal, double scale, Sides rows, Tensor lse,
+                                             Tensor bits, Tensor kappa, Tensor log_mean, Tensor local, Tensor begun,
+                                             Optional back) {
+  const Call call =
+      call_of_rows(query, key, value, alpha, beta, real, grid, window, extra_tokens, topk, reciprocal, scale, 0, rows);
   const Arguments& x = call.x;
   const Given given{call};
   const Found found{bits, kappa, log_mean, local};
@@ -215,9 +218,10 @@ Tensor count_bits(Tensor bits) {
 }
 
 void list(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real, Sides grid,
-          Sides window, int64_t topk, bool reciprocal, double scale, Sides rows, Tensor bits, Tensor kappa,
-          Tensor log_mean, Tensor local, Optional back, Tensor row_offsets, Tensor col_indices) {
-  const Call call = call_of_rows(query, key, value, alpha, beta, real, grid, window, topk, reciprocal, scale, 0, rows);
+          Sides window, int64_t extra_tokens, int64_t topk, bool reciprocal, double scale, Sides rows, Tensor bits,
+          Tensor kappa, Tensor log_mean, Tensor local, Optional back, Tensor row_offsets, Tensor col_indices) {
+  const Call call =
+      call_of_rows(query, key, value, alpha, beta, real, grid, window, extra_tokens, topk, reciprocal, scale, 0, rows);
   const Found found{bits, kappa, log_mean, local};
   found.check(call, back);
   const int64_t* const offsets =
@@ -259,9 +263,11 @@ struct OfAllRows {
 // how many of them it lists, likewise.
 std::tuple<Tensor, Tensor, Tensor> rows_bwd(Tensor d_out, Tensor nan_rows, Tensor survivors, Tensor query, Tensor key,
                                             Tensor value, Optional alpha, Optional beta, Optional real, Sides grid,
-                                            Sides window, int64_t topk, bool reciprocal, double scale, Sides rows,
-                                            Tensor bits, Tensor kappa, Tensor log_mean, Tensor local, Optional back) {
-  const Call call = call_of_rows(query, key, value, alpha, beta, real, grid, window, topk, reciprocal, scale, 0, rows);
+                                            Sides window, int64_t extra_tokens, int64_t topk, bool reciprocal,
+                                            double scale, Sides rows, Tensor bits, Tensor kappa, Tensor log_mean,
+                                            Tensor local, Optional back) {
+  const Call call =
+      call_of_rows(query, key, value, alpha, beta, real, grid, window, extra_tokens, topk, reciprocal, scale, 0, rows);
   const Arguments& x = call.x;
   const OfAllRows all{d_out, nan_rows, survivors};
   const Found found{bits, kappa, log_mean, local};
@@ -295,9 +301,11 @@ std::tuple<Tensor, Tensor, Tensor> rows_bwd(Tensor d_out, Tensor nan_rows, Tenso
 // these keys as queries, if neighbours must be mutual; without `back` they are M.
 std::tuple<Tensor, Tensor> columns_bwd(Tensor d_out, Tensor nan_rows, Tensor survivors, Tensor query, Tensor key,
                                        Tensor value, Optional alpha, Optional beta, Optional real, Sides grid,
-                                       Sides window, int64_t topk, bool reciprocal, double scale, Sides rows,
-                                       Optional bits, Tensor local, Optional back, Tensor softmax, Tensor groups) {
-  const Call call = call_of(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, 0));
+                                       Sides window, int64_t extra_tokens, int64_t topk, bool reciprocal, double scale,
+                                       Sides rows, Optional bits, Tensor local, Optional back, Tensor softmax,
+                                       Tensor groups) {
+  const Call call =
+      call_of(query, key, value, alpha, beta, real, Options(grid, window, extra_tokens, topk, reciprocal, scale, 0));
   const Arguments& x = call.x;
   const Given given{call};
   const OfAllRows all{d_out, nan_rows, survivors};
@@ -348,11 +356,12 @@ std::tuple<Tensor, Tensor> columns_bwd(Tensor d_out, Tensor nan_rows, Tensor sur
 // dalpha and dbeta of the rows. `lse_kept`, `local` and `delta` are those of all rows.
 std::tuple<Tensor, Tensor> thresholds_bwd(Tensor d_out, Tensor nan_rows, Tensor survivors, Tensor query, Tensor key,
                                           Tensor value, Optional alpha, Optional beta, Optional real, Sides grid,
-                                          Sides window, int64_t topk, bool reciprocal, double scale, Sides rows,
-                                          Tensor lse, Tensor bits, Tensor kappa, Tensor log_mean, Tensor local,
-                                          Optional back, Tensor lse_kept, Tensor delta, double band) {
-  const Call call =
-      call_of_rows(query, key, value, alpha, beta, real, grid, window, topk, reciprocal, scale, band, rows);
+                                          Sides window, int64_t extra_tokens, int64_t topk, bool reciprocal,
+                                          double scale, Sides rows, Tensor lse, Tensor bits, Tensor kappa,
+                                          Tensor log_mean, Tensor local, Optional back, Tensor lse_kept, Tensor delta,
+                                          double band) {
+  const Call call = call_of_rows(query, key, value, alpha, beta, real, grid, window, extra_tokens, topk, reciprocal,
+                                 scale, band, rows);
   const Arguments& x = call.x;
   const Given given{call};
   const OfAllRows all{d_out, nan_rows, survivors};

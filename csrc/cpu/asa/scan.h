@@ -332,6 +332,18 @@ void find_local(const Scores<T>& scores) {
   }
 }
 
+// Adds extra tokens to the neighbours of row i, or everybody, if it is one; returns how many are new.
+template <class T>
+int64_t add_extra(const Problem<T>& p, int64_t i, uint64_t* bits) {
+  int64_t count = 0;
+  for (int64_t j = 0; j < (i < p.extra ? p.blocks_k : (p.extra + kBlock - 1) / kBlock); ++j) {
+    const uint64_t kept = (i < p.extra ? ~uint64_t{0} : lowest_bits(p.extra - j * kBlock)) & real_keys(p, j);
+    count += __builtin_popcountll(kept & ~bits[j * kBlock]);
+    bits[j * kBlock] |= kept;
+  }
+  return count;
+}
+
 // The statistics of the rows, and who their adaptive neighbours are; `neighbours` are how many each kRows rows have.
 template <class T>
 void find_neighbours(const Scores<T>& scores, int64_t* neighbours) {
@@ -359,6 +371,7 @@ void find_neighbours(const Scores<T>& scores, int64_t* neighbours) {
       bits[j * kBlock] = word;
       count += __builtin_popcountll(word);
     }
+    if (p.extra > 0 && present) count += add_extra(p, i, bits);
     neighbours[r / kRows] += count;
   }
 }

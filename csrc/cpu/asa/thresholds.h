@@ -103,7 +103,7 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
     if (p.reciprocal) {
       count = list_bits(back + row, p.blocks_k, 0, list) - list;
     } else {
-      for (int64_t j = 0; j < p.n_k; ++j)
+      for (int64_t j = p.extra; j < p.n_k; ++j)
         if (real(p.real_k, j)) list[count++] = static_cast<int32_t>(j);
     }
     dots(scaled(p.q + i * p.dim), p.k, p.dim, list, count, s);
@@ -177,6 +177,8 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
     add_local(p, block, false, local);
     add_local(p, block, true, local_back);
     if (p.dalpha != nullptr && p.reciprocal) neighbors_back(p, block, back);
+    for (int64_t r = 0; r < kBlock; ++r)  // whoever keeps extra tokens, thresholds are not why
+      for (int64_t j = 0; j * kBlock < p.extra; ++j) back[r * p.blocks_k + j] &= ~lowest_bits(p.extra - j * kBlock);
     const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
     const Column<T> log_alphas = log_multipliers(p, block * kBlock, rows);
     for (int64_t r = 0; r < rows; ++r) {

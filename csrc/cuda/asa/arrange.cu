@@ -13,9 +13,11 @@ namespace {
 
 constexpr int kArrangeThreads = 256;
 
-// The token at a position of the order of tiles, 8 x 8 or, of a volume, 4 x 4 x 4: slabs of slices, in them bands of
-// rows, in them tiles. Those at the borders are smaller, no position is empty.
+// The token at a position of the order: extra tokens, then tiles, 8 x 8 or, of a volume, 4 x 4 x 4: slabs of slices, in
+// them bands of rows, in them tiles. Those at the borders are smaller, no position is empty.
 __device__ __forceinline__ int token_at(int position, const Order& o) {
+  if (position < o.extra) return position;
+  position -= o.extra;
   const bool is_map = o.depth == 1;
   const int side = is_map ? 8 : 4, slab = is_map ? 0 : position / (side * o.height * o.width);
   const int thick = is_map ? 1 : min(side, o.depth - side * slab),
@@ -25,7 +27,7 @@ __device__ __forceinline__ int token_at(int position, const Order& o) {
   const int tile = in_band / (side * thick * tall), in_tile = in_band % (side * thick * tall);
   const int wide = min(side, o.width - side * tile);
   const int slice = is_map ? 0 : side * slab + in_tile / (tall * wide), row = side * band + in_tile / wide % tall;
-  return (slice * o.height + row) * o.width + side * tile + in_tile % wide;
+  return o.extra + (slice * o.height + row) * o.width + side * tile + in_tile % wide;
 }
 
 struct alignas(16) Shared {
@@ -55,6 +57,7 @@ __device__ __forceinline__ void find_tokens(const Order& o, int image, int block
     int at = sum_before<kArrangeThreads>(own, shared.in_warps, count) - block * kBlock;
     for (int p = first; p < last; ++p) {
       const int token = token_at(p, o);
+      if (store && block == 0 && p == o.extra) o.extra_counts[image] = at;
       if (!real[token]) {
         if (store && block == 0) place[token] = -1;
         continue;
@@ -69,7 +72,9 @@ __device__ __forceinline__ void find_tokens(const Order& o, int image, int block
   __syncthreads();
   if (!store) return;
   if (thread < kBlock) o.order[int64_t(image) * o.padded + position] = shared.tokens[thread];
-  if (block == 0 && thread == 0) o.counts[image] = count;
+  if (block != 0 || thread != 0) return;
+  o.counts[image] = count;
+  if (o.real == nullptr || o.extra == o.n) o.extra_counts[image] = min(o.extra, count);
 }
 
 // Loads the tokens of a block to `stage`, arranged, with zeros up to their width and where there is none.

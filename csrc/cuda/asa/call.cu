@@ -8,10 +8,10 @@ namespace {
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_fwd(Tensor query, Tensor key, Tensor value, Optional alpha,
                                                            Optional beta, Optional key_padding_mask,
                                                            std::vector<int64_t> grid, std::vector<int64_t> window,
-                                                           int64_t topk, bool reciprocal, double scale, double band,
-                                                           bool keep, bool tf32) {
+                                                           int64_t extra_tokens, int64_t topk, bool reciprocal,
+                                                           double scale, double band, bool keep, bool tf32) {
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
-                                   Options(grid, window, topk, reciprocal, scale, keep ? band : 0));
+                                   Options(grid, window, extra_tokens, topk, reciprocal, scale, keep ? band : 0));
   const Outputs outputs = x.new_outputs(keep ? kept_of(x, true).bytes : 0);
   if (x.is_empty() || (x.real && x.n_q() == x.n_k())) Arguments::clear(outputs);  // kernels do not write padding
   if (!x.is_empty()) for_type(query, [&](auto zero) { Call<decltype(zero)>(x, outputs, keep, tf32).forward(); });
@@ -31,10 +31,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tens
                                                            Optional alpha, Optional beta, Optional key_padding_mask,
                                                            Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
                                                            Tensor kept, std::vector<int64_t> grid,
-                                                           std::vector<int64_t> window, int64_t topk, bool reciprocal,
-                                                           double scale, double band, bool tf32) {
+                                                           std::vector<int64_t> window, int64_t extra_tokens,
+                                                           int64_t topk, bool reciprocal, double scale, double band,
+                                                           bool tf32) {
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
-                                   Options(grid, window, topk, reciprocal, scale, band));
+                                   Options(grid, window, extra_tokens, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   x.check_saved(saved, kept_of(x, true).bytes);
   check(grad_out, "grad_out", query, x.type(), {x.batch(), x.heads(), x.n_q(), x.dim_v()});
@@ -56,10 +57,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> asa_bwd(Tensor grad_out, Tens
 
 void asa_list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
                         Optional key_padding_mask, Tensor out, Tensor lse, Tensor lse_kept, Tensor survivors,
-                        Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t topk,
-                        bool reciprocal, double scale, double band, Tensor row_offsets, Tensor col_indices) {
+                        Tensor kept, std::vector<int64_t> grid, std::vector<int64_t> window, int64_t extra_tokens,
+                        int64_t topk, bool reciprocal, double scale, double band, Tensor row_offsets,
+                        Tensor col_indices) {
   const Arguments x = arguments_of(query, key, value, alpha, beta, key_padding_mask,
-                                   Options(grid, window, topk, reciprocal, scale, band));
+                                   Options(grid, window, extra_tokens, topk, reciprocal, scale, band));
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   x.check_saved(saved, kept_of(x, true).bytes);
   check_graph(x, row_offsets, col_indices);

@@ -160,10 +160,10 @@ inline void check_all(const Arguments& x) {
         "float16, bfloat16 or float32");
 }
 
-// Whether rows keep few neighbours.
+// Whether rows keep few neighbours; extra tokens keep everybody.
 inline bool takes_few(const Arguments& x) {
   const int64_t topk = x.options.topk < x.n_k() ? x.options.topk : 0;
-  return x.options.reciprocal && topk > 0 && topk <= kFew;
+  return x.options.reciprocal && topk > 0 && topk <= kFew && x.options.extra == 0;
 }
 
 constexpr int kRowGradients = 5;  // numbers of a row
@@ -440,10 +440,10 @@ class Call {
     p_.scale = static_cast<float>(options.scale), p_.scale2 = static_cast<float>(options.scale * kLog2E);
     p_.alpha = multiplier(x.alpha), p_.beta = multiplier(x.beta);
     const bool map = x.is_map();
-    p_.keys =
-        new_order(x.key, x.real, map ? options.depth : 1, map ? options.height : 1, map ? options.width : x.n_k());
+    p_.keys = new_order(x.key, x.real, map ? options.depth : 1, map ? options.height : 1,
+                        map ? options.width : x.n_k() - options.extra, options.extra);
     // One order for each image if keys have padding, as kernels expect.
-    p_.rows = x.n_q() == x.n_k() ? p_.keys : new_order(x.query, std::nullopt, 1, 1, x.n_q(), x.real ? x.batch() : 1);
+    p_.rows = x.n_q() == x.n_k() ? p_.keys : new_order(x.query, std::nullopt, 1, 1, x.n_q(), 0, x.real ? x.batch() : 1);
 
     p_.rows.first = computed.rows.first, p_.rows.count = computed.rows.count;
     p_.keys.first = computed.keys.first, p_.keys.count = computed.keys.count;
@@ -582,10 +582,11 @@ class Call {
 
   bool is_dense() const { return !p_.has_bits && p_.window == 0; }
 
-  Order new_order(const Tensor& x, const Optional& real, int64_t depth, int64_t height, int64_t width,
+  Order new_order(const Tensor& x, const Optional& real, int64_t depth, int64_t height, int64_t width, int64_t extra,
                   int64_t images = 1) {
     if (real) images = real->size(0);
     const int n = static_cast<int>(x.size(2)), room = padded(n);
+    int32_t* const counts = scratch_.template get<int32_t>(2 * images);
     return {n,
             room,
             0,
@@ -593,10 +594,12 @@ class Call {
             static_cast<int>(depth),
             static_cast<int>(height),
             static_cast<int>(width),
+            static_cast<int>(extra),
             data<const bool>(real),
             scratch_.template get<int32_t>(images * room),
             scratch_.template get<int32_t>(images * n),
-            scratch_.template get<int32_t>(images)};
+            counts,
+            counts + images};
   }
 
   // `summed`: whether products sum over the tokens, which takes them transposed in TF32.

@@ -52,6 +52,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const RowGradient
   const int64_t own = row_at(z, p.rows.padded, block * kBlock), keys = row_at(z, p.keys.padded, 0);
   const int32_t* const row_tokens = p.rows.order + row_at(image, p.rows.padded, block * kBlock);
   const int32_t* const key_tokens = p.keys.order + row_at(image, p.keys.padded, 0);
+  const int extra = p.keys.extra_counts[image];  // whoever keeps these, thresholds are not why
   const int chunks = chunks_of<T>(p.width), chunks_v = chunks_of<T>(p.width_v);
   const int one_way = chunks + chunks_v, steps = p.mutual ? 2 * one_way : one_way;  // of a tile
   const auto load = [&](int step, char* chunk) {
@@ -93,7 +94,7 @@ __device__ __forceinline__ void sum_tiles(const Problem<T>& p, const RowGradient
 #pragma unroll
         for (int i = 2 * high; i < 2 * high + 2; ++i) {
           const int column = j * kBlock + at.column_of(n, i);
-          bool counts = bit_of(counting, n, i) && column < n_keys;
+          bool counts = bit_of(counting, n, i) && column < n_keys && column >= extra;
           if (counts && p.window > 0) counts = window_offset(p, token, key_tokens[column]) < 0;
           const float s2 = s[n][i] * p.scale2;
           counts = counts && s2 >= own_thresholds.kappa2;
@@ -182,6 +183,7 @@ __global__ void __launch_bounds__(kThreads)
     const int token = tokens[threadIdx.x];
     RowThresholds found = thresholds_of(p, saved, z, token, n_keys, token < 0 ? 0 : saved.base2.of(z)[token]);
     found.kappa2 -= 2 * last_bits(found.kappa2);  // scores are formed again: no neighbour may miss it
+    if (token < p.rows.extra) found.cut2 = INFINITY;  // which reaches nobody: no threshold decides of its neighbours
     shared.rows[threadIdx.x] = found;
   }
   __syncthreads();

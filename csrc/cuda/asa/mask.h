@@ -62,6 +62,13 @@ __device__ __forceinline__ uint32_t local_bits(const Problem<T>& p, const Saved<
   return word;
 }
 
+// The keys of a group that are neighbours of a query because one of the two is an extra token.
+template <class T>
+__device__ __forceinline__ uint32_t extra_bits(const Problem<T>& p, int image, int query, int group) {
+  if (p.keys.extra == 0 || query >= p.rows.counts[image]) return 0;
+  return query < p.rows.extra_counts[image] ? ~0u : first_bits(p.keys.extra_counts[image] - 32 * group);
+}
+
 // The words of a tile that a thread stores: word `side` of row `row` of a tile (I, J), and, if neighbours must be mutual,
 // a word of (J, I). A warp has 32 rows, and transposes 32 x 32 bits; so the second is word row / 32 of row 32 side + row
 // % 32.
@@ -100,7 +107,8 @@ __device__ __forceinline__ Found exchange_bits(const Problem<T>& p, Bits& tile, 
   return found;
 }
 
-// Stores it, for the rows and for the keys that the call computes: a thread a word.
+// Stores it, for the rows and for the keys that the call computes: a thread a word. Extra tokens join the neighbours
+// here, but not what thresholds ask for: none decides of them.
 template <class T>
 __device__ __forceinline__ void store_bits(const Problem<T>& p, const Saved<T>& saved, int z, int image, int i, int j,
                                            bool has_local, const Found& found, int row, int side) {
@@ -111,7 +119,7 @@ __device__ __forceinline__ void store_bits(const Problem<T>& p, const Saved<T>& 
     const bool of_rows = p.rows.computes(own), of_keys = p.keys.computes(other);
     const auto at = [&](const PairBits& bits) -> uint32_t& { return bits.of(z)[int64_t(group) * bits.rows + query]; };
     const uint32_t real = first_bits(n_keys - 32 * group);  // zeros, which stand where there are no keys, may score
-    neighbours &= real;
+    neighbours = (neighbours | extra_bits(p, image, query, group)) & real;
     uint32_t word = neighbours;
     if (has_local) word |= local_bits(p, saved, z, image, query, group, neighbours);
     if (of_rows) at(p.survivors) = word;

@@ -89,9 +89,10 @@ bool can_run(Tensor query, int64_t n_q, int64_t n_k, int64_t dim_v, double scale
 
 // What other processes must know of these rows, and peaks where a backward asks for them.
 std::tuple<Tensor, Tensor, Tensor> scan(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta,
-                                        Optional real, Sides grid, Sides window, int64_t topk, bool reciprocal,
-                                        double scale, double band, Sides rows) {
-  const Part part(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, band), rows);
+                                        Optional real, Sides grid, Sides window, int64_t extra_tokens, int64_t topk,
+                                        bool reciprocal, double scale, double band, Sides rows) {
+  const Part part(query, key, value, alpha, beta, real,
+                  Options(grid, window, extra_tokens, topk, reciprocal, scale, band), rows);
   const Arguments& x = part.x;
   const int64_t n_heads = part.n_heads(), own = part.computed.rows.positions();
   const Tensor numbers = part.make({n_heads, own, part.numbers()}, ScalarType::Float);
@@ -113,11 +114,11 @@ std::tuple<Tensor, Tensor, Tensor> scan(Tensor query, Tensor key, Tensor value, 
 // Outputs of these rows, from numbers and flags of all rows; and bits, which `keep` says are for a backward.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend(Tensor query, Tensor key, Tensor value, Optional alpha,
                                                           Optional beta, Optional real, Sides grid, Sides window,
-                                                          int64_t topk, bool reciprocal, double scale, double band,
-                                                          bool keep, Sides rows, Sides keys, Tensor numbers,
-                                                          Tensor flags) {
-  const Part part(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, keep ? band : 0),
-                  rows, keys);
+                                                          int64_t extra_tokens, int64_t topk, bool reciprocal,
+                                                          double scale, double band, bool keep, Sides rows, Sides keys,
+                                                          Tensor numbers, Tensor flags) {
+  const Part part(query, key, value, alpha, beta, real,
+                  Options(grid, window, extra_tokens, topk, reciprocal, scale, keep ? band : 0), rows, keys);
   const Arguments& x = part.x;
   part.check_numbers(numbers);
   check_contiguous(flags, "flags", query, ScalarType::Byte,
@@ -130,11 +131,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> attend(Tensor query, Tensor k
 }
 
 void list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Optional beta, Optional real, Tensor out,
-                    Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, Sides grid, Sides window, int64_t topk,
-                    bool reciprocal, double scale, double band, bool keep, Sides rows, Sides keys, Tensor row_offsets,
-                    Tensor col_indices) {
-  const Part part(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, keep ? band : 0),
-                  rows, keys);
+                    Tensor lse, Tensor lse_kept, Tensor survivors, Tensor kept, Sides grid, Sides window,
+                    int64_t extra_tokens, int64_t topk, bool reciprocal, double scale, double band, bool keep,
+                    Sides rows, Sides keys, Tensor row_offsets, Tensor col_indices) {
+  const Part part(query, key, value, alpha, beta, real,
+                  Options(grid, window, extra_tokens, topk, reciprocal, scale, keep ? band : 0), rows, keys);
   const Arguments& x = part.x;
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   part.check_saved(saved, keep);
@@ -148,10 +149,11 @@ void list_survivors(Tensor query, Tensor key, Tensor value, Optional alpha, Opti
 // Of these rows: the gradient of the output, arranged, and RowGradients; and what is noted of heads.
 std::tuple<Tensor, Tensor, Tensor> begin_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Optional alpha,
                                              Optional beta, Optional real, Tensor out, Tensor lse, Tensor lse_kept,
-                                             Tensor survivors, Tensor kept, Sides grid, Sides window, int64_t topk,
-                                             bool reciprocal, double scale, double band, Sides rows, Sides keys) {
-  const Part part(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, band), rows,
-                  keys);
+                                             Tensor survivors, Tensor kept, Sides grid, Sides window,
+                                             int64_t extra_tokens, int64_t topk, bool reciprocal, double scale,
+                                             double band, Sides rows, Sides keys) {
+  const Part part(query, key, value, alpha, beta, real,
+                  Options(grid, window, extra_tokens, topk, reciprocal, scale, band), rows, keys);
   const Arguments& x = part.x;
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   part.check_saved(saved, true);
@@ -171,12 +173,12 @@ std::tuple<Tensor, Tensor, Tensor> begin_bwd(Tensor grad_out, Tensor query, Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> end_bwd(Tensor query, Tensor key, Tensor value, Optional alpha,
                                                            Optional beta, Optional real, Tensor out, Tensor lse,
                                                            Tensor lse_kept, Tensor survivors, Tensor kept, Sides grid,
-                                                           Sides window, int64_t topk, bool reciprocal, double scale,
-                                                           double band, Sides rows, Sides keys, Optional peaks,
-                                                           Optional numbers, Tensor arranged, Tensor of_rows,
-                                                           Tensor noted) {
-  const Part part(query, key, value, alpha, beta, real, Options(grid, window, topk, reciprocal, scale, band), rows,
-                  keys);
+                                                           Sides window, int64_t extra_tokens, int64_t topk,
+                                                           bool reciprocal, double scale, double band, Sides rows,
+                                                           Sides keys, Optional peaks, Optional numbers,
+                                                           Tensor arranged, Tensor of_rows, Tensor noted) {
+  const Part part(query, key, value, alpha, beta, real,
+                  Options(grid, window, extra_tokens, topk, reciprocal, scale, band), rows, keys);
   const Arguments& x = part.x;
   const Outputs saved{out, lse, lse_kept, survivors, kept};
   part.check_saved(saved, true), part.check_peaks(peaks);

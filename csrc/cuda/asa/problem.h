@@ -33,10 +33,12 @@ struct Order {
   int n = 0, padded = 0;
   int first = 0, count = 0;  // blocks that a call computes, all or those of a process: the first one, and how many
   int depth = 1, height = 1, width = 0;  // of the grid
+  int extra = 0;  // tokens before those of the grid, which keep everybody and are kept by everybody
   const bool* real = nullptr;  // [images, n] false at padding; null: all are real
   int32_t* order = nullptr;  // [images, padded] token at a position, -1 where there is none
   int32_t* place = nullptr;  // [images, n] position of a token, -1 for padding
   int32_t* counts = nullptr;  // [images] real tokens
+  int32_t* extra_counts = nullptr;  // [images] how many of them, the first ones, are extra tokens
 
   __host__ __device__ int blocks() const { return padded / kBlock; }
   __host__ __device__ int computed() const { return count * kBlock; }  // positions
@@ -144,7 +146,8 @@ struct Saved {
   PerHead<float> base2;  // [3, n] in base 2: lse, the largest score of a survivor, the sum of exponentials below it
 };
 
-// Thresholds in arranged order, [n_heads, padded]: j is a neighbour of i if s2 - lse2 > cut2 and s2 >= kappa2.
+// Thresholds in arranged order, [n_heads, padded]: j is a neighbour of i if s2 - lse2 > cut2 and s2 >= kappa2, or if one
+// of the two is an extra token.
 struct Thresholds {
   float *lse2, *cut2, *kappa2;  // kappa2 null: no topk
 };

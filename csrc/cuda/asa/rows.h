@@ -98,12 +98,14 @@ __device__ __forceinline__ float number_of(const Parts& parts, int64_t row, int6
   return sum;
 }
 
-// The `offset`-th token of the window around a token, in raster order; -1 off the grid.
+// The `offset`-th token of the window around a token, in raster order; -1 off the grid, where extra tokens are.
 template <class T>
 __device__ __forceinline__ int window_token(const Problem<T>& p, int token, int offset) {
   const int depth = p.keys.depth, height = p.keys.height, width = p.keys.width, *const sides = p.sides;
-  int line = token / width, slice = 0;
-  const int c = token % width + offset % sides[2] - sides[2] / 2;
+  const int place = token - p.keys.extra;
+  if (place < 0) return -1;
+  int line = place / width, slice = 0;
+  const int c = place % width + offset % sides[2] - sides[2] / 2;
   offset /= sides[2];
   if (depth > 1) {
     slice = line / height + offset / sides[1] - sides[0] / 2;
@@ -111,15 +113,17 @@ __device__ __forceinline__ int window_token(const Problem<T>& p, int token, int 
   }
   const int r = line + offset - sides[1] / 2;
   const bool inside = slice >= 0 && slice < depth && r >= 0 && r < height && c >= 0 && c < width;
-  return inside ? (slice * height + r) * width + c : -1;
+  return inside ? p.keys.extra + (slice * height + r) * width + c : -1;
 }
 
 // The offset of a token in the window around another, both in raster order; -1 outside.
 template <class T>
 __device__ __forceinline__ int window_offset(const Problem<T>& p, int token, int other) {
   const int height = p.keys.height, width = p.keys.width, *const sides = p.sides;
-  int line = token / width, other_line = other / width, a = 0;
-  const int c = other % width - token % width + sides[2] / 2;
+  const int place = token - p.keys.extra, other_place = other - p.keys.extra;
+  if (place < 0 || other_place < 0) return -1;
+  int line = place / width, other_line = other_place / width, a = 0;
+  const int c = other_place % width - place % width + sides[2] / 2;
   if (p.keys.depth > 1) {
     a = other_line / height - line / height + sides[0] / 2;
     line %= height, other_line %= height;

@@ -2,8 +2,8 @@
 //
 // peaks[J, i] is at least the largest score that query i gives to the 64 keys of block J. asa_plan_kernel finds the
 // thresholds of rows and their local survivors, and lists the tiles to visit: those where some row's peak exceeds that
-// row's threshold, in both directions if neighbours must be mutual, and those with a local survivor. Tiles that are
-// left out hold no survivor; tiles that are visited in vain cost time only.
+// row's threshold, in both directions if neighbours must be mutual, those with extra tokens, and those with a local
+// survivor. Tiles that are left out hold no survivor; tiles that are visited in vain cost time only.
 //
 // asa_mask_kernel alone decides neighbours: A_ij = [s2_ij - lse2_i > cut2_i] and [s2_ij >= kappa2_i]. If they must be
 // mutual, a second product laid out [i, j] gives s_ji for a tile (I, J) too (none if query is key), so that M = A_ij
@@ -139,20 +139,22 @@ __global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Pl
       for (int k = 0; k < 8; ++k) {
         const int j = 8 * eight + k;
         if (j * kBlock >= n_keys) break;
-        const bool marked = passes(int64_t(j) * p.rows.computed() + block * kBlock + lane);
+        const bool marked = passes(j, int64_t(j) * p.rows.computed() + block * kBlock + lane);
         bits |= unsigned(marked) << k;
         if (marked && back.words != nullptr && lane == 0) back.set(z, j, block);
       }
       if (lane == 0) bytes[eight] = uint8_t(bits);
     }
   };
-  mark(plan.reached, plan.reached_back, [&](int64_t at) {
+  const int of_rows = p.rows.extra_counts[image], of_keys = p.keys.extra_counts[image];
+  mark(plan.reached, plan.reached_back, [&](int j, int64_t at) {
     const Half* const peaks = p.peaks.of(z) + at;
-    return __any_sync(~0u, is_reached(rows[lane], to_float(peaks[0]), plan.band2) ||
+    return block * kBlock < of_rows || j * kBlock < of_keys ||
+           __any_sync(~0u, is_reached(rows[lane], to_float(peaks[0]), plan.band2) ||
                                is_reached(rows[lane + 32], to_float(peaks[32]), plan.band2));
   });
   if (p.floors.data != nullptr)
-    mark(plan.whole, plan.whole_back, [&](int64_t at) {
+    mark(plan.whole, plan.whole_back, [&](int, int64_t at) {
       const Half* const floors = p.floors.of(z) + at;
       return !__any_sync(~0u, !is_reached(rows[lane], -to_float(floors[0]), 0) ||
                                   !is_reached(rows[lane + 32], -to_float(floors[32]), 0));
