@@ -149,7 +149,7 @@ class _Ops:
 
         self.with_grad = Attention.apply
         # The ops themselves have the same gradient, under torch.compile and torch.func too.
-        differentiate(_LIBRARY, fwd, Attention)
+        differentiate(_LIBRARY, fwd, Attention, _dense)
         differentiate(_LIBRARY, bwd, backward_of(bwd, _DOUBLE_BACKWARD))
 
 
@@ -174,6 +174,13 @@ def _backward(run: Any, ctx: Any, grad_out: Tensor | None) -> Any:
 def _is_transformed() -> bool:
     """Whether torch.compile or a torch.func transform is at work."""
     return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+
+
+def _dense(*args: Any) -> tuple[Tensor, ...]:
+    """Compute what a forward op returns, for inference, by the formula: O(N^2) memory per image and head."""
+    inputs, options = Inputs(*args[:6]), OpOptions(*args[6:12])
+    out, stats = attend(inputs, options, None, 0.0, "reference")
+    return out, *stats, out.new_empty(*out.shape[:2], 0, dtype=torch.uint8)
 
 
 def of(impl: str, device: torch.device) -> _Ops:
@@ -281,7 +288,7 @@ def attend(
 ) -> tuple[Tensor, AsaStats]:
     """Run ``impl`` with autograd on checked arguments; return out and its statistics."""
     if impl == "reference":  # plain torch, differentiable twice: no op around it
-        grid, window, extra, topk, reciprocal, scale = Options.of(*options)
+        grid, window, extra, topk, reciprocal, scale = options
         return reference.asa_attention(  # type: ignore[return-value]  # with its statistics
             *broadcast(inputs)[:5],
             grid=grid,

@@ -5,7 +5,6 @@ The formulas stand in ``asa_ops/asa/__init__.py``; the names here are theirs. Sc
 computed in float32 and the result is rounded once.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -181,12 +180,11 @@ def neighbor_graph(inputs: Inputs, options: Options) -> NeighborGraph:
 
 def in_window(grid: Sequence[int], window: int | Sequence[int], device: torch.device, extra_tokens: int = 0) -> Tensor:
     """Return [N, N] bool: j lies in the window around i, of a side for every side of the grid; no extra token does."""
-    place = torch.arange(math.prod(grid), device=device)
-    inside = torch.ones(len(place), len(place), dtype=torch.bool, device=device)
-    for side, of_window in zip(reversed(grid), reversed(checks.as_window(window, len(grid))), strict=True):
-        along = place % max(side, 1)
-        inside &= (along[:, None] - along[None, :]).abs() <= of_window // 2
-        place = place // max(side, 1)
+    inside = torch.ones(1, 1, dtype=torch.bool, device=device)
+    for side, of_window in zip(grid, checks.as_window(window, len(grid)), strict=True):
+        place = torch.arange(side, device=device)
+        near = (place[:, None] - place).abs() <= of_window // 2
+        inside = (inside[:, None, :, None] & near[:, None]).flatten(2).flatten(0, 1)
     return torch.nn.functional.pad(inside, (extra_tokens, 0, extra_tokens, 0))
 
 
@@ -285,7 +283,8 @@ def _published(
     weight = published_mask(s, alpha, beta, grid, window)
     kept = weight * s.softmax(-1)
     total = kept.sum(-1)
-    out = (kept / (total[..., None] + 1e-12)) @ v
+    epsilon = torch.full_like(total, 1e-12)  # the exporter to ONNX drops a sum with the number, taking it for 0
+    out = (kept / (total + epsilon)[..., None]) @ v
     out = out.masked_fill(~((alpha >= 0) & (beta >= 0))[..., None], torch.nan)
     lse = s.logsumexp(-1).detach()
     return out, AsaStats(lse, lse + total.detach().log(), (weight > 0).sum(-1, dtype=torch.int32))

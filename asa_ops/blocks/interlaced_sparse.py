@@ -105,7 +105,8 @@ def interlaced_sparse_attention(
 
 def _blocks(grid: Sequence[int], factors: Sequence[int]) -> list[int]:
     """Return how many blocks of the size ``factors`` the padded map has along each side."""
-    return [-(-side // factor) for side, factor in zip(grid, factors, strict=True)]
+    # Not by a negative number: the exporter to ONNX would round its quotient towards 0.
+    return [(side + factor - 1) // factor for side, factor in zip(grid, factors, strict=True)]
 
 
 def _groups(x: Tensor, grid: Sequence[int], factors: Sequence[int], span: str) -> Tensor:
@@ -162,7 +163,8 @@ def _by_index(
     groups, n = (size, count) if long else (count, size)
     # From group and place in it to the token: both count in raster order, one the blocks, the other within a block.
     at = torch.arange(groups * n, device=query.device)
-    block, within = (at % n, at // n) if long else (at // n, at % n)
+    group, place = _coordinates(at, (groups, n))
+    block, within = (place, group) if long else (group, place)
     real, token = torch.ones_like(at, dtype=torch.bool), torch.zeros_like(at)
     for side, factor, (before, _), b, w in zip(
         grid, factors, around, _coordinates(block, blocks), _coordinates(within, factors), strict=True
@@ -188,8 +190,9 @@ def _coordinates(at: Tensor, sides: Sequence[int]) -> list[Tensor]:
     """Return the coordinates, one for each side, of places counted in raster order."""
     found = []
     for side in reversed(sides[1:]):
-        found.append(at % side)
-        at = at // side
+        rest = at // side
+        found.append(at - rest * side)  # the exporter to ONNX has no % of a side that is a variable
+        at = rest
     return [at, *reversed(found)]
 
 

@@ -42,7 +42,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..core import checks
-from ..core.contracts import at_least_float32, cast_under_autocast, ignoring_autocast, outside_autocast, takes_dtensors
+from ..core.contracts import (
+    at_least_float32,
+    cast_under_autocast,
+    exporting_to_onnx,
+    ignoring_autocast,
+    outside_autocast,
+    takes_dtensors,
+)
 from .softmax_attention import softmax_attention
 
 MODES = ("gaussian", "dot_product", "concatenation")
@@ -110,7 +117,10 @@ def non_local_attention(
         else:
             assert weight is not None  # checked above
             for_query, for_key = weight.to(q.dtype)
-            out = scale * _relu_of_sums(q @ for_query, k @ for_key, v)
+            if exporting_to_onnx():  # which has no searchsorted; onnxruntime gets products with vectors wrong
+                out = scale * (q @ for_query[:, None] + (k @ for_key[:, None]).mT).relu() @ v
+            else:
+                out = scale * _relu_of_sums(q @ for_query, k @ for_key, v)
         return out.to(query.dtype)
 
 

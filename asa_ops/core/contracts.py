@@ -5,6 +5,7 @@ Inputs are cast where autograd sees it, and kernels run outside autocast. vmap f
 
 import contextlib
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
@@ -42,6 +43,12 @@ def allows_tf32() -> bool:
 def has_autocast(device: str) -> bool:
     """Return whether ``device`` has autocast."""
     return torch.amp.is_autocast_available(device)
+
+
+@constant_under_compile
+def exporting_to_onnx() -> bool:
+    """Return whether ``torch.onnx.export`` is tracing."""
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()  # it need not be imported to say no
 
 
 def cast_under_autocast(**tensors: Tensor) -> tuple[Tensor, ...]:
@@ -139,14 +146,24 @@ def run_folded(
     return tuple(x.unflatten(0, (size, batch)) for x in outputs), (0,) * len(outputs)
 
 
-def differentiate(library: torch.library.Library, op: Any, function: type[torch.autograd.Function]) -> None:
+def differentiate(
+    library: torch.library.Library,
+    op: Any,
+    function: type[torch.autograd.Function],
+    formula: Callable[..., Any] | None = None,
+) -> None:
     """Give an op the gradient of ``function``, and a batching rule, whoever calls it and whatever transforms it.
 
     This is not ``torch.library.register_autograd``, which torch.compile cannot trace under torch.func.grad.
+
+    ``formula`` computes the same in PyTorch's own operations: ``torch.onnx.export`` traces it in place of the op.
     """
     without = below_autograd(op)
 
     def run(*args: Any) -> Any:
+        # The exporter to ONNX traces every program once more, exported before or not, and gets here.
+        if formula is not None and exporting_to_onnx():
+            return formula(*args)
         asked = torch.is_grad_enabled() and any([isinstance(x, Tensor) and x.requires_grad for x in args])
         if not asked and forward_ad._current_level < 0:
             return without(*args)

@@ -166,7 +166,9 @@ def max_pool(x: Tensor, ceil_mode: bool = True) -> Tensor:
     """
     if x.dim() == 5:
         return F.max_pool3d(x, (1, 2, 2), ceil_mode=ceil_mode)
-    return (F.max_pool1d if x.dim() == 3 else F.max_pool2d)(x, 2, ceil_mode=ceil_mode)
+    if x.dim() == 3:  # as a map of one row: F.max_pool1d would tie an exported program to the length of its sample
+        return F.max_pool2d(x.unsqueeze(2), (1, 2), ceil_mode=ceil_mode).squeeze(2)
+    return F.max_pool2d(x, 2, ceil_mode=ceil_mode)
 
 
 def rename(state_dict: Mapping[str, Tensor], modules: Mapping[str, str | None]) -> dict[str, Tensor]:

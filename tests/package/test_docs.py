@@ -1,7 +1,7 @@
 """Examples in docstrings run, and so does what README and docs/ show; their links, commands and figures are true."""
 
 import doctest
-import importlib
+import importlib.util
 import os
 import pkgutil
 import re
@@ -61,8 +61,11 @@ def test_public_functions_have_examples():
 WITH_PYTHON = [page for page in PAGES if fenced(page, "python") and page.name != "api.md"]
 
 
+HAS_ONNX = all(importlib.util.find_spec(name) for name in ("onnx", "onnxscript", "onnxruntime"))
+
+
 def compiles(block: str) -> bool:
-    return "torch.compile(" in block or "aoti_compile" in block
+    return any(call in block for call in ("torch.compile(", "aoti_compile", "torch.onnx.export("))
 
 
 def programs():
@@ -70,7 +73,7 @@ def programs():
     header = Path(sysconfig.get_path("include"), "Python.h").exists()
     needs = pytest.mark.skipif(not header, reason="Inductor needs Python.h (Debian: apt install python3-dev)")
     for page in WITH_PYTHON:
-        blocks = fenced(page, "python")
+        blocks = [block for block in fenced(page, "python") if HAS_ONNX or "onnxruntime" not in block]
         plain = [block for block in blocks if not compiles(block)]
         many_programs = [pytest.mark.slow] if page.name == "distributed.md" else []  # of two processes each
         yield pytest.param(page, plain, id=named(page), marks=many_programs)
