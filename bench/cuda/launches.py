@@ -52,7 +52,7 @@ def _call(dtype: torch.dtype, dim: int, dim_v: int) -> None:
     out.sum().backward()
     reciprocal_neighbors(query, key, threshold, threshold, **options)
     inputs = Inputs(*(x.detach() for x in (query, key, value, threshold, threshold)), None)
-    part = Part(inputs, Options((1, 5, 8), (1, 3, 3), 33, True, 0.1), 0.0, False)
+    part = Part(inputs, Options((1, 5, 8), (1, 3, 3), 0, 33, True, 0.1), 0.0, False)
     part.attend((0, 64), (0, 64), part.scan((0, 64)))  # of what they launch more
 
 

@@ -188,7 +188,7 @@ def test_a_backward_may_run_twice(name):
 def part_of(n: int, rows: parts.Range, keep: bool, band: float = 2.0, **options) -> tuple[Part, Tensor]:
     """Return a part of a map of n tokens in a row, and what it keeps."""
     query, alpha = torch.randn(1, 1, n, 8), torch.ones(1, 1, n)
-    inputs, settings = Inputs(query, query, query, alpha, None, None), Options((1, 1, n), (1, 1, 1), 0, True, 0.3)
+    inputs, settings = Inputs(query, query, query, alpha, None, None), Options((1, 1, n), (1, 1, 1), 0, 0, True, 0.3)
     part = Part(inputs, settings._replace(**options), band, keep)
     scan = part.scan(rows)
     numbers = scan.numbers.new_zeros(1, part.row_order.shape[1], scan.numbers.shape[2])

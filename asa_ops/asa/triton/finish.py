@@ -60,11 +60,12 @@ class Multipliers(NamedTuple):
 
 
 class Factors(NamedTuple):
-    """What scores and their gradients are multiplied by, and the half width of a threshold's slope."""
+    """What scores, their gradients and thresholds are multiplied by, and the half width of a threshold's slope."""
 
     scale: float
     scale2: float
     band: float
+    multipliers: Multipliers
 
 
 class Outputs(NamedTuple):
@@ -415,7 +416,7 @@ def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real, w
 
 @triton.jit
 def _finish_dq(
-    program, sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
+    program, sums, bits, tokens, thresholds, row, across, local, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     heads, sharing, n, height, width, extra, dim, ROWS,
 ):  # fmt: skip
@@ -435,7 +436,7 @@ def _finish_dq(
         log_beta2 = du
         if LEARN_BETA:
             log_beta2 = tl.log2(multiplier_of(
-                multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
+                factors.multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n
             ))  # fmt: skip
         window = _window_of_rows(local.survives, bits, tokens, z, z // sharing, n, height, width, extra)
         acc, dt, du = _add_window_gradients(
@@ -449,10 +450,12 @@ def _finish_dq(
     there = written[:, None] & (d < dim)[None, :]
     tl.store(gradients.dq + at[:, None] * dim + d[None, :], acc.to(gradients.dq.dtype.element_ty), mask=there)
     if LEARN_ALPHA:
-        alpha = multiplier_of(multipliers.alpha, z, token, real, heads, alpha_stride_b, alpha_stride_h, alpha_stride_n)
+        alpha = factors.multipliers.alpha
+        alpha = multiplier_of(alpha, z, token, real, heads, alpha_stride_b, alpha_stride_h, alpha_stride_n)
         _store_threshold_gradient(gradients.dalpha, at, dt, alpha, not_finite, real, written)
     if LEARN_BETA:
-        beta = multiplier_of(multipliers.beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
+        beta = factors.multipliers.beta
+        beta = multiplier_of(beta, z, token, real, heads, beta_stride_b, beta_stride_h, beta_stride_n)
         _store_threshold_gradient(gradients.dbeta, at, du, beta, not_finite, real, written)
 
 
@@ -499,7 +502,7 @@ def _finish_dkv(
 
 @triton.jit(do_not_specialize=SCALARS)
 def _asa_finish_gradients_kernel(
-    sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
+    sums, bits, tokens, thresholds, row, across, local, gradients, factors,
     alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
     heads, sharing, n, n_keys, height, width, extra, dim, dim_v, ROWS,
 ):  # fmt: skip
@@ -511,7 +514,7 @@ def _asa_finish_gradients_kernel(
     program = tl.program_id(0) - tl.num_programs(0) // (of_rows + keys // ROWS.BLOCK) * of_rows
     if program < 0:
         _finish_dq(
-            tl.program_id(0), sums, bits, tokens, thresholds, row, across, local, multipliers, gradients, factors,
+            tl.program_id(0), sums, bits, tokens, thresholds, row, across, local, gradients, factors,
             alpha_stride_b, alpha_stride_h, alpha_stride_n, beta_stride_b, beta_stride_h, beta_stride_n,
             heads, sharing, n, height, width, extra, dim, ROWS,
         )  # fmt: skip
@@ -533,7 +536,7 @@ def finish_gradients(
 ) -> None:  # fmt: skip
     """Write all gradients, of thresholds where they are asked for; of a part of the rows, keys are those ``across``."""
     alpha, beta = problem.inputs[3:5]
-    factors = Factors(problem.scale, problem.scale2, band or 1.0)
+    factors = Factors(problem.scale, problem.scale2, band or 1.0, Multipliers(alpha, beta))
     # Rows take more registers than keys, most where thresholds learn and in float32. Small programs leave room for more
     # of them side by side: three on a multiprocessor where a thread has at most 168.
     block, learns = problem.block // (problem.warps // 4), band is not None
@@ -541,7 +544,7 @@ def finish_gradients(
     triton_launch.launch(
         _asa_finish_gradients_kernel, (problem.n_heads * (tokens.rows.padded + keys) // block,), sums,
         bits, tokens, thresholds, row, across, Local(PerHead.of(saved.log_mean), PerHead.of(saved.local)),
-        Multipliers(alpha, beta), gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
+        gradients, factors, *problem.strides(alpha), *problem.strides(beta), problem.heads,
         problem.sharing, problem.n, problem.n_keys, *problem.of_grid, problem.dim, problem.dim_v,
         ROWS=_rows(problem, block), registers=255 if learns or problem.dtype.itemsize == 4 else 168,
     )  # fmt: skip

@@ -367,9 +367,10 @@ def _are_neighbours(s, thresholds, at, ROWS: tl.constexpr):
 @triton.jit
 def _have_extra_token(tokens, image, i0, j0, TILE: tl.constexpr):
     """Which pairs of a tile are neighbours because one of them is an extra token; both are real."""
-    i, j = (i0 + tl.arange(0, TILE))[:, None], (j0 + tl.arange(0, TILE))[None, :]
-    real = (i < tl.load(tokens.rows.counts + image)) & (j < tl.load(tokens.keys.counts + image))
-    return real & ((i < tl.load(tokens.rows.extra + image)) | (j < tl.load(tokens.keys.extra + image)))
+    i, j = i0 + tl.arange(0, TILE), j0 + tl.arange(0, TILE)
+    of_real = tl.where(i < tl.load(tokens.rows.counts + image), tl.load(tokens.keys.extra + image), 0)
+    end = tl.where(i < tl.load(tokens.rows.extra + image), tl.load(tokens.keys.counts + image), of_real)
+    return j[None, :] < end[:, None]
 
 
 @triton.jit
@@ -434,18 +435,18 @@ def _decide_tile(
     n_keys = tl.load(tokens.keys.counts + z // sharing)
     rows = z.to(tl.int64) * padded + i0 + tl.arange(0, TILE)
     a = _are_neighbours(s, thresholds, rows, True)
-    if tokens.keys.extra is not None:
-        a |= _have_extra_token(tokens, z // sharing, i0, j0, TILE)
     if MUTUAL:
         back = s if SYMMETRIC else back * scale2
         columns = z.to(tl.int64) * padded + j0 + tl.arange(0, TILE)
         a_back = _are_neighbours(back, thresholds, columns, False)
-        if tokens.keys.extra is not None:
-            a_back |= _have_extra_token(tokens, z // sharing, i0, j0, TILE)
         kept = a & a_back
+        if tokens.keys.extra is not None:
+            kept |= _have_extra_token(tokens, z // sharing, i0, j0, TILE)
         largest_columns = tl.max(tl.where(kept, back, -float("inf")), 0)
     else:
         kept = a & ((j0 + tl.arange(0, TILE)) < n_keys)[None, :]
+        if tokens.keys.extra is not None:
+            kept |= _have_extra_token(tokens, z // sharing, i0, j0, TILE)
     largest_rows = tl.max(tl.where(kept, s, -float("inf")), 1)
     # Positions after the last real one have zeros for keys: their scores are numbers, their bits must be 0.
     group = tl.arange(0, TILE // 32)
@@ -464,6 +465,9 @@ def _decide_tile(
         if ONE_WAY_BITS:
             stored_rows = pack_rows(a, TILE, TILE) & real_j
             stored_columns = pack_columns(a_back, TILE, TILE) & real_i
+            if tokens.keys.extra is not None:
+                stored_rows |= of_rows
+                stored_columns |= of_columns
         # A diagonal tile has every pair twice, each from another product: both must agree.
         diagonal = i_tile == j_tile
         both = stored_rows & tl.trans(stored_columns)
