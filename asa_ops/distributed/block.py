@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor, Shard
 from ..core import checks
 from ..core.layout import to_map
 from ..nn import AdaptiveSparseAttention
+from ..nn.training import attend
 from . import collectives, strips
 from .asa import asa_attention
 from .call import Group
@@ -93,7 +94,9 @@ class _OfStrips(AdaptiveSparseAttention):
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # processes wait for each other in the middle
     def attend(self, x: Tensor) -> Tensor:
         tokens = self.tokens(x)
-        out = asa_attention(
+        out = attend(
+            self,
+            asa_attention,
             **tokens,
             group=self.group,
             threshold_grad=self.threshold_grad,

@@ -17,6 +17,7 @@ from .linear_attention import LinearAttention
 from .non_local import NonLocal
 from .salient_positions import SalientPositionsAttention
 from .squeeze_and_attention import SqueezeAndAttention
+from .training import ThresholdSchedule, monitor, parameter_groups
 
 __all__ = [
     "AdaptiveSparseAttention",
@@ -28,8 +29,11 @@ __all__ = [
     "NonLocal",
     "SalientPositionsAttention",
     "SqueezeAndAttention",
+    "ThresholdSchedule",
     "available",
     "build",
+    "monitor",
+    "parameter_groups",
 ]
 
 # The names are the stems of the files.

@@ -1,8 +1,10 @@
 """The adaptive sparse attention block."""
 
-from typing import Any, cast
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..asa import asa_attention
 from ..asa.reference import asa_attention as reference_attention
@@ -10,7 +12,8 @@ from ..asa.types import ThresholdGrad, Window
 from ..core import checks, dispatch
 from ..core.dispatch import Impl
 from ..core.layout import to_map, to_tokens
-from .common import CONV, NORMAL_CONV, Block, last_layers, rename
+from .common import CONV, NORMAL_CONV, Block, Factory, last_layers, rename
+from .training import attend, scheduled
 
 _UPSTREAM = {
     "theta.conv": "query",
@@ -52,6 +55,7 @@ class AdaptiveSparseAttention(Block):
             (:func:`asa_ops.asa.reference.asa_attention`), thresholds without gradient. Dense, O(N^2) memory; their code
             has ``dims=2``.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -68,6 +72,8 @@ class AdaptiveSparseAttention(Block):
         >>> video(torch.randn(1, 64, 4, 12, 16)).shape
         torch.Size([1, 64, 4, 12, 16])
     """
+
+    asa_thresholds = ("alpha", "beta")  # for what trains and watches them: asa_ops.nn.training
 
     def __init__(
         self,
@@ -86,8 +92,11 @@ class AdaptiveSparseAttention(Block):
         impl: Impl = "auto",
         published: bool = False,
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         in_channels, reduction, heads = checks.as_positive_ints(
             in_channels=in_channels, reduction=reduction, heads=heads
         )
@@ -122,12 +131,12 @@ class AdaptiveSparseAttention(Block):
         self.impl, self.published = impl, published
 
         if mode == "embedded_gaussian":
-            self.query = NORMAL_CONV[dims](in_channels, inner, 1)
-            self.key = NORMAL_CONV[dims](in_channels, inner, 1)
-        self.value = NORMAL_CONV[dims](in_channels, inner, 1)
-        self.proj, self.norm = last_layers(inner, in_channels, norm, dims)
-        self.alpha = CONV[dims](in_channels, 1, 3, padding=1)
-        self.beta = CONV[dims](in_channels, 1, 3, padding=1) if local else None
+            self.query = NORMAL_CONV[dims](in_channels, inner, 1, **factory)
+            self.key = NORMAL_CONV[dims](in_channels, inner, 1, **factory)
+        self.value = NORMAL_CONV[dims](in_channels, inner, 1, **factory)
+        self.proj, self.norm = last_layers(inner, in_channels, norm, dims, **factory)
+        self.alpha = CONV[dims](in_channels, 1, 3, padding=1, **factory)
+        self.beta = CONV[dims](in_channels, 1, 3, padding=1, **factory) if local else None
 
     def tokens(self, x: Tensor) -> dict[str, Any]:
         """Return the arguments of :func:`asa_ops.asa_attention` for the feature map ``x``.
@@ -149,7 +158,7 @@ class AdaptiveSparseAttention(Block):
             "query": query,
             "key": key,
             "value": to_tokens(self.value(x), self.heads),
-            "alpha": activate(alpha).flatten(2),
+            "alpha": scheduled(self, activate(alpha).flatten(2)),
             "beta": None if beta is None else activate(beta).flatten(2),
             "grid": checks.as_sides(x.shape[2:], self.dims),
             "window": self.window,
@@ -160,9 +169,11 @@ class AdaptiveSparseAttention(Block):
     def attend(self, x: Tensor) -> Tensor:
         tokens = self.tokens(x)
         if self.published:
-            out = cast(Tensor, reference_attention(**tokens, published=True))
+            out = attend(self, reference_attention, **tokens, published=True)
         else:
-            out = asa_attention(
+            out = attend(
+                self,
+                asa_attention,
                 **tokens,
                 threshold_grad=self.threshold_grad,
                 threshold_band=self.threshold_band,

@@ -5,10 +5,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..blocks.channelized_axial import channelized_axial_attention
 from ..core import checks
-from .common import GLOROT_CONV, Block, conv_norm_relu, rename
+from .common import GLOROT_CONV, Block, Factory, conv_norm_relu, rename
 
 _UPSTREAM = {"v_querykey_convbnrelu": "column", "h_querykey_convbnrelu": "row", "value_convbnrelu": "value"}
 _SLOPE = 0.20000000298023224  # 0.2 rounded to float32, as in the published code
@@ -39,6 +40,7 @@ class ChannelizedAxialAttention(Block):
         hidden_ratio: channels of a hidden layer over C, at least 1 channel.
         channel_attention: False: no gates, plain axial attention.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -62,8 +64,11 @@ class ChannelizedAxialAttention(Block):
         hidden_ratio: float = 0.25,
         channel_attention: bool = True,
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         out_channels = in_channels if out_channels is None else out_channels
         in_channels, out_channels, key_channels = checks.as_positive_ints(
             in_channels=in_channels, out_channels=out_channels, key_channels=key_channels
@@ -73,13 +78,13 @@ class ChannelizedAxialAttention(Block):
         self.dims, self.in_channels, self.channel_attention = checks.as_dims(dims), in_channels, channel_attention
         for name in (*self._axes, "value"):
             channels = out_channels if name == "value" else key_channels
-            layers = conv_norm_relu(in_channels, channels, eps=1e-3, conv=GLOROT_CONV, dims=self.dims)
+            layers = conv_norm_relu(in_channels, channels, eps=1e-3, conv=GLOROT_CONV, dims=self.dims, **factory)
             self.add_module(name, layers)
         if channel_attention:
             hidden = max(int(out_channels * hidden_ratio), 1)
             sizes = [out_channels, *[hidden] * hidden_layers, out_channels]
             for axis in self._axes:
-                gate = _Gate(torch.empty(*shape) for shape in zip(sizes[1:], sizes[:-1], strict=True))
+                gate = _Gate(torch.empty(*shape, **factory) for shape in zip(sizes[1:], sizes[:-1], strict=True))
                 self.add_module(f"{axis}_gate", gate)
 
     @property

@@ -32,6 +32,11 @@ class Block(nn.Module):
         without B, and is returned so.
         """
         if isinstance(x, torch.fx.Proxy):  # a leaf of torch.fx by itself: sizes are checked when there are some
+            if x.tracer.root is self:
+                name = type(self).__name__
+                raise RuntimeError(
+                    f"{name} is a leaf of torch.fx: trace what contains it, as nn.Sequential({name}(..))"
+                )
             return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
         checks.check_feature_map(x, self.in_channels, self.dims)
         return self.attend(x) if x.dim() == self.dims + 2 else self.attend(x[None])[0]
@@ -119,6 +124,7 @@ class ZeroBatchNorm2d(_ZeroNorm, nn.BatchNorm2d): ...
 class ZeroBatchNorm3d(_ZeroNorm, nn.BatchNorm3d): ...
 
 
+Factory = dict[str, Any]  # device and dtype of a layer's tensors, as torch's layers take them
 Layers = Mapping[int, Callable[..., Any]]  # by the number of dimensions
 CONV: Layers = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 NORMAL_CONV: Layers = {1: NormalConv1d, 2: NormalConv2d, 3: NormalConv3d}
@@ -136,17 +142,21 @@ def conv_norm_relu(
     eps: float = 1e-5,
     conv: Layers = CONV,
     dims: int = 2,
+    **factory: Any,
 ) -> nn.Sequential:
     """Return a convolution that keeps the size of the map, batch norm and ReLU."""
-    first = conv[dims](in_channels, out_channels, kernel, padding=kernel // 2, bias=bias)
-    return nn.Sequential(first, BATCH_NORM[dims](out_channels, eps=eps), nn.ReLU())
+    first = conv[dims](in_channels, out_channels, kernel, padding=kernel // 2, bias=bias, **factory)
+    return nn.Sequential(first, BATCH_NORM[dims](out_channels, eps=eps, **factory), nn.ReLU())
 
 
-def last_layers(in_channels: int, out_channels: int, norm: str | None, dims: int) -> tuple[nn.Module, nn.Module]:
+def last_layers(
+    in_channels: int, out_channels: int, norm: str | None, dims: int, **factory: Any
+) -> tuple[nn.Module, nn.Module]:
     """Return the output projection and what follows it, batch norm or nothing; their result starts as 0."""
     if norm is None:
-        return ZERO_CONV[dims](in_channels, out_channels, 1), nn.Identity()
-    return CONV[dims](in_channels, out_channels, 1, bias=False), ZERO_BATCH_NORM[dims](out_channels)
+        return ZERO_CONV[dims](in_channels, out_channels, 1, **factory), nn.Identity()
+    proj = CONV[dims](in_channels, out_channels, 1, bias=False, **factory)
+    return proj, ZERO_BATCH_NORM[dims](out_channels, **factory)
 
 
 def max_pool(x: Tensor, ceil_mode: bool = True) -> Tensor:

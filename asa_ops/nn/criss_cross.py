@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..core import checks, dispatch
 from ..core.dispatch import Impl
 from ..criss_cross import criss_cross_attention
-from .common import CONV, Block, rename
+from .common import CONV, Block, Factory, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
@@ -29,6 +30,7 @@ class CrissCrossAttention(Block):
             needs to reach the whole map.
         impl: see :func:`asa_ops.criss_cross_attention`.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -53,8 +55,11 @@ class CrissCrossAttention(Block):
         recurrence: int | None = None,
         impl: Impl = "auto",
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         dims = checks.as_dims(dims)
         recurrence = dims if recurrence is None else recurrence
         in_channels, reduction, recurrence = checks.as_positive_ints(
@@ -63,10 +68,10 @@ class CrissCrossAttention(Block):
         checks.check_choice("impl", impl, dispatch.NAMES)
         self.dims, self.in_channels, self.inner_channels = dims, in_channels, max(in_channels // reduction, 1)
         self.recurrence, self.impl = recurrence, impl
-        self.query = CONV[dims](in_channels, self.inner_channels, 1)
-        self.key = CONV[dims](in_channels, self.inner_channels, 1)
-        self.value = CONV[dims](in_channels, in_channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
+        self.query = CONV[dims](in_channels, self.inner_channels, 1, **factory)
+        self.key = CONV[dims](in_channels, self.inner_channels, 1, **factory)
+        self.value = CONV[dims](in_channels, in_channels, 1, **factory)
+        self.gamma = nn.Parameter(torch.zeros(1, **factory))
 
     def reset_parameters(self) -> None:
         """Initialise again, as published: convolutions by torch's default, gamma 0."""

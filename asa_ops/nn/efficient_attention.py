@@ -1,11 +1,13 @@
 """The efficient attention block."""
 
+import torch
 from torch import Tensor
+from torch.types import Device
 
 from ..blocks.efficient_attention import efficient_attention
 from ..core import checks
 from ..core.layout import to_map, to_tokens
-from .common import CONV, Block, rename
+from .common import CONV, Block, Factory, rename
 
 _UPSTREAM = {"queries": "query", "keys": "key", "values": "value", "reprojection": "proj"}
 
@@ -24,6 +26,7 @@ class EfficientAttention(Block):
         value_channels: channels of the value in all heads, default ``in_channels``.
         published: leave the last key_channels % heads channels of query and key unused, as the authors' code does.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -46,8 +49,11 @@ class EfficientAttention(Block):
         value_channels: int | None = None,
         published: bool = False,
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         key_channels = in_channels if key_channels is None else key_channels
         value_channels = in_channels if value_channels is None else value_channels
         in_channels, key_channels, value_channels, heads = checks.as_positive_ints(
@@ -61,10 +67,10 @@ class EfficientAttention(Block):
         self.in_channels, self.key_channels, self.value_channels = in_channels, key_channels, value_channels
         self.heads, self.published, self.dims = heads, published, checks.as_dims(dims)
         conv = CONV[self.dims]
-        self.query = conv(in_channels, key_channels, 1)
-        self.key = conv(in_channels, key_channels, 1)
-        self.value = conv(in_channels, value_channels, 1)
-        self.proj = conv(value_channels, in_channels, 1)
+        self.query = conv(in_channels, key_channels, 1, **factory)
+        self.key = conv(in_channels, key_channels, 1, **factory)
+        self.value = conv(in_channels, value_channels, 1, **factory)
+        self.proj = conv(value_channels, in_channels, 1, **factory)
 
     def attend(self, x: Tensor) -> Tensor:
         used = self.key_channels - self.key_channels % self.heads

@@ -5,11 +5,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..blocks.interlaced_sparse import interlaced_sparse_attention
 from ..core import checks
 from ..core.layout import crop, pad, padding_to_multiples, to_map, to_tokens
-from .common import CONV, Block, conv_norm_relu, rename
+from .common import CONV, Block, Factory, conv_norm_relu, rename
 
 _DROPOUT = {1: nn.Dropout1d, 2: nn.Dropout2d, 3: nn.Dropout3d}  # of whole channels
 
@@ -34,6 +35,7 @@ class InterlacedSparseAttention(Block):
         dropout: probability of dropping a channel of the output.
         published: pad the map with zeros that take part in attention and batch statistics, as the authors' code does.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -59,8 +61,11 @@ class InterlacedSparseAttention(Block):
         dropout: float = 0.0,
         published: bool = False,
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         in_channels = checks.as_positive_int("in_channels", in_channels)
         out_channels = in_channels if out_channels is None else out_channels
         key_channels = max(in_channels // 2, 1) if key_channels is None else key_channels
@@ -79,15 +84,15 @@ class InterlacedSparseAttention(Block):
         self.stages = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    span: _Attention(channels, key_channels, value_channels, out_channels, heads, dims)
+                    span: _Attention(channels, key_channels, value_channels, out_channels, heads, dims, factory)
                     for span, channels in (("long", in_channels), ("short", out_channels))
                 }
             )
             for _ in every
         )
         own = in_channels if len(every) == 1 else len(every) * out_channels
-        self.up = nn.Identity() if len(every) == 1 else conv_norm_relu(in_channels, own, dims=dims)
-        self.proj = conv_norm_relu(own + len(every) * out_channels, out_channels, dims=dims)
+        self.up = nn.Identity() if len(every) == 1 else conv_norm_relu(in_channels, own, dims=dims, **factory)
+        self.proj = conv_norm_relu(own + len(every) * out_channels, out_channels, dims=dims, **factory)
         self.dropout = _DROPOUT[dims](checks.as_number("dropout", dropout))
 
     def attend(self, x: Tensor) -> Tensor:
@@ -138,19 +143,26 @@ class _Attention(nn.Module):
     """1x1 convolutions around the attention of one span."""
 
     def __init__(
-        self, in_channels: int, key_channels: int, value_channels: int, out_channels: int, heads: int, dims: int
+        self,
+        in_channels: int,
+        key_channels: int,
+        value_channels: int,
+        out_channels: int,
+        heads: int,
+        dims: int,
+        factory: Factory,
     ):
         super().__init__()
         self.heads = heads
         self.query, self.key = (
             nn.Sequential(
-                conv_norm_relu(in_channels, key_channels, dims=dims),
-                conv_norm_relu(key_channels, key_channels, dims=dims),
+                conv_norm_relu(in_channels, key_channels, dims=dims, **factory),
+                conv_norm_relu(key_channels, key_channels, dims=dims, **factory),
             )
             for _ in range(2)
         )
-        self.value = CONV[dims](in_channels, value_channels, 1, bias=False)
-        self.proj = nn.Sequential(conv_norm_relu(value_channels, out_channels, dims=dims))
+        self.value = CONV[dims](in_channels, value_channels, 1, bias=False, **factory)
+        self.proj = nn.Sequential(conv_norm_relu(value_channels, out_channels, dims=dims, **factory))
 
     def forward(self, x: Tensor, factors: tuple[int, ...], span: str) -> Tensor:
         """Map [B, in_channels, H, W], or the like, to [B, out_channels, H, W]."""

@@ -2,11 +2,12 @@
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..blocks.linear_attention import channel_linear_attention, linear_attention
 from ..core import checks
 from ..core.layout import to_map, to_tokens
-from .common import CONV, Block, rename
+from .common import CONV, Block, Factory, rename
 
 _UPSTREAM = {"query_conv": "query", "key_conv": "key", "value_conv": "value", "gamma": "gamma"}
 
@@ -24,6 +25,7 @@ class LinearAttention(Block):
         reduction: query and key have max(C // reduction, 1) channels ("position" only).
         eps: see :func:`asa_ops.linear_attention`.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -39,8 +41,18 @@ class LinearAttention(Block):
         torch.Size([2, 64, 100])
     """
 
-    def __init__(self, in_channels: int, kind: str = "position", reduction: int = 8, eps: float = 1e-6, dims: int = 2):
+    def __init__(
+        self,
+        in_channels: int,
+        kind: str = "position",
+        reduction: int = 8,
+        eps: float = 1e-6,
+        dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         in_channels, reduction = checks.as_positive_ints(in_channels=in_channels, reduction=reduction)
         checks.check_choice("kind", kind, ("position", "channel"))
         eps = checks.as_number("eps", eps)
@@ -48,10 +60,10 @@ class LinearAttention(Block):
         if kind == "position":
             inner = max(in_channels // reduction, 1)
             conv = CONV[self.dims]
-            self.query = conv(in_channels, inner, 1)
-            self.key = conv(in_channels, inner, 1)
-            self.value = conv(in_channels, in_channels, 1)
-        self.gamma = nn.Parameter(torch.zeros(1))
+            self.query = conv(in_channels, inner, 1, **factory)
+            self.key = conv(in_channels, inner, 1, **factory)
+            self.value = conv(in_channels, in_channels, 1, **factory)
+        self.gamma = nn.Parameter(torch.zeros(1, **factory))
 
     def reset_parameters(self) -> None:
         """Initialise again, as published: convolutions by torch's default, gamma 0."""

@@ -2,12 +2,14 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
+from torch.types import Device
 
 from ..blocks.non_local import non_local_attention
 from ..core import checks
 from ..core.layout import to_map, to_tokens
-from .common import CONV, NORMAL_CONV, Block, last_layers, max_pool, rename
+from .common import CONV, NORMAL_CONV, Block, Factory, last_layers, max_pool, rename
 
 _UPSTREAM = {
     # mmcv, and with it mmaction2
@@ -60,6 +62,7 @@ class NonLocal(Block):
         norm: None, or "batch": batch norm after the output projection.
         published: sub-sample as the authors' code does: it leaves out the last row or column of an odd size.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -86,8 +89,11 @@ class NonLocal(Block):
         norm: str | None = None,
         published: bool = False,
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         in_channels, reduction, heads = checks.as_positive_ints(
             in_channels=in_channels, reduction=reduction, heads=heads
         )
@@ -104,12 +110,12 @@ class NonLocal(Block):
         self.mode, self.use_scale, self.sub_sample, self.published = mode, use_scale, sub_sample, published
 
         if mode != "gaussian":
-            self.query = NORMAL_CONV[dims](in_channels, inner, 1)
-            self.key = NORMAL_CONV[dims](in_channels, inner, 1)
-        self.value = NORMAL_CONV[dims](in_channels, inner, 1)
+            self.query = NORMAL_CONV[dims](in_channels, inner, 1, **factory)
+            self.key = NORMAL_CONV[dims](in_channels, inner, 1, **factory)
+        self.value = NORMAL_CONV[dims](in_channels, inner, 1, **factory)
         if mode == "concatenation":
-            self.pair = CONV[dims](2 * inner // heads, 1, 1, bias=False)
-        self.proj, self.norm = last_layers(inner, in_channels, norm, dims)
+            self.pair = CONV[dims](2 * inner // heads, 1, 1, bias=False, **factory)
+        self.proj, self.norm = last_layers(inner, in_channels, norm, dims, **factory)
 
     def attend(self, x: Tensor) -> Tensor:
         if self.sub_sample and self.published and 1 in x.shape[2:][-2:]:

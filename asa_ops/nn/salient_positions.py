@@ -1,12 +1,14 @@
 """The salient positions attention block."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.types import Device
 
 from ..blocks.salient_positions import salient_positions_attention
 from ..core import checks
 from ..core.layout import LINEAR, to_map, to_tokens
-from .common import BATCH_NORM, CONV, Block, max_pool, rename
+from .common import BATCH_NORM, CONV, Block, Factory, max_pool, rename
 
 _UPSTREAM = {
     "theta": "query",
@@ -34,6 +36,7 @@ class SalientPositionsAttention(Block):
             every frame, in one of pairs, linearly.
         heads: attention heads.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -56,8 +59,11 @@ class SalientPositionsAttention(Block):
         sub_sample: bool = False,
         heads: int = 1,
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         in_channels = checks.as_positive_int("in_channels", in_channels)
         inner_channels = max(in_channels // 2, 1) if inner_channels is None else inner_channels
         inner_channels, heads = checks.as_positive_ints(inner_channels=inner_channels, heads=heads)
@@ -66,10 +72,10 @@ class SalientPositionsAttention(Block):
         self.dims, self.in_channels, self.topk = checks.as_dims(dims), in_channels, topk
         self.sub_sample, self.heads = sub_sample, heads
         conv = CONV[self.dims]
-        self.query = conv(in_channels, inner_channels, 1)
-        self.value = conv(in_channels, inner_channels, 1)
-        self.proj = conv(inner_channels, in_channels, 1)
-        self.norm = BATCH_NORM[self.dims](in_channels)
+        self.query = conv(in_channels, inner_channels, 1, **factory)
+        self.value = conv(in_channels, inner_channels, 1, **factory)
+        self.proj = conv(inner_channels, in_channels, 1, **factory)
+        self.norm = BATCH_NORM[self.dims](in_channels, **factory)
 
     def attend(self, x: Tensor) -> Tensor:
         value = self.value(x)

@@ -2,12 +2,14 @@
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.types import Device
 
 from ..blocks.squeeze_and_attention import check_upsample, squeeze_and_attention
 from ..core import checks
-from .common import Block, conv_norm_relu, rename
+from .common import Block, Factory, conv_norm_relu, rename
 
 _UPSTREAM = {
     f"{name}.conv.{i}": f"{ours}.{j}"
@@ -32,6 +34,7 @@ class SqueezeAndAttention(Block):
         activation: "sigmoid", or None.
         upsample: "nearest" or "bilinear"; "linear" with ``dims=1``, "trilinear" with ``dims=3``.
         dims: dimensions of the maps: 1, [B, C, L], 2, [B, C, H, W], or 3, [B, C, T, H, W].
+        device, dtype: of all parameters and buffers, as torch's layers take them.
 
     Raises:
         ValueError: options that do not fit, and in ``forward`` an input that is not [B, in_channels, H, W], or as
@@ -54,8 +57,11 @@ class SqueezeAndAttention(Block):
         activation: str | None = "sigmoid",
         upsample: str = "nearest",
         dims: int = 2,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        factory: Factory = {"device": device, "dtype": dtype}
         out_channels = in_channels if out_channels is None else out_channels
         in_channels, out_channels = checks.as_positive_ints(in_channels=in_channels, out_channels=out_channels)
         dims = checks.as_dims(dims)
@@ -66,8 +72,8 @@ class SqueezeAndAttention(Block):
         self.pool: int | tuple[int, ...] = pools if isinstance(pool, tuple | list) else pools[0]
         self.residual, self.attention = (
             nn.Sequential(
-                conv_norm_relu(in_channels, out_channels, kernel=3, bias=True, dims=dims),
-                conv_norm_relu(out_channels, out_channels, kernel=3, bias=True, dims=dims),
+                conv_norm_relu(in_channels, out_channels, kernel=3, bias=True, dims=dims, **factory),
+                conv_norm_relu(out_channels, out_channels, kernel=3, bias=True, dims=dims, **factory),
             )
             for _ in range(2)
         )

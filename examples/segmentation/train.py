@@ -32,6 +32,8 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.fsdp import fully_shard
 from tqdm import tqdm
 
+from asa_ops.nn import parameter_groups
+
 from .. import files
 from . import data
 from .checkpoint import Checkpoint, CheckpointError
@@ -227,12 +229,7 @@ def share_buffers(model: nn.Module) -> None:
 
 def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
     """Return the optimizer; a group's learning rate is its ``rate`` times that of the step."""
-    thresholds = {"head.block.alpha", "head.block.beta"} if config.block == "asa" else set()
-    groups = {1.0: [], config.threshold_rate: []}
-    for name, parameter in model.named_parameters():
-        learns = name.removeprefix("module.").rpartition(".")[0] in thresholds  # DDP's modules are in `module`
-        groups[config.threshold_rate if learns else 1.0].append(parameter)
-    groups = [{"params": parameters, "rate": rate} for rate, parameters in groups.items() if parameters]
+    groups = [group | {"rate": group["lr"]} for group in parameter_groups(model, 1.0, config.threshold_rate)]
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, config.learning_rate, momentum=0.9, weight_decay=config.weight_decay)
     return torch.optim.AdamW(groups, config.learning_rate, weight_decay=config.weight_decay)

@@ -67,6 +67,25 @@ def test_reset_parameters_gives_what_the_constructor_gives(name, options, identi
 
 
 @each_block
+def test_device_and_dtype(name, options, identity):
+    plain = nn.build(name, 16, **options)
+    torch.manual_seed(1)
+    expected = nn.build(name, 16, **options, dtype=torch.float64)
+    block = nn.build(name, 16, **options, device="meta", dtype=torch.float64)
+    for key, x in plain.state_dict().items():
+        dtype = torch.float64 if x.is_floating_point() else x.dtype
+        for other, device in ((expected, "cpu"), (block, "meta")):
+            found = other.state_dict()[key]
+            assert (found.dtype, found.device.type, found.shape) == (dtype, device, x.shape), key
+    assert list(block.state_dict()) == list(expected.state_dict()) == list(plain.state_dict())
+    block.to_empty(device="cpu")
+    torch.manual_seed(1)
+    block.reset_parameters()
+    torch.testing.assert_close(block.state_dict(), expected.state_dict(), rtol=0, atol=0)
+    assert block(torch.randn(2, 16, *SIDES[block.dims], dtype=torch.float64)).dtype == torch.float64
+
+
+@each_block
 @pytest.mark.parametrize("protocol", [by_the_block, by_the_owners, one_by_one, by_all_that_can])
 def test_deferred_initialisation_has_the_constructors_distribution(name, options, identity, protocol):
     block, other = deferred(name, options, protocol, channels=48), nn.build(name, 48, **options)
