@@ -1,6 +1,7 @@
 """Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out.
 
 With ``dims=1`` or ``dims=3`` they take sequences [B, C, L] or volumes and videos [B, C, T, H, W].
+:class:`AdaptiveSparseSelfAttention` takes and returns tokens [B, N, C].
 """
 
 from typing import Any
@@ -9,6 +10,7 @@ from torch.nn import Module
 
 from ..core import checks
 from .asa import AdaptiveSparseAttention
+from .asa_self_attention import AdaptiveSparseSelfAttention
 from .channelized_axial import ChannelizedAxialAttention
 from .criss_cross import CrissCrossAttention
 from .efficient_attention import EfficientAttention
@@ -21,6 +23,7 @@ from .training import ThresholdSchedule, monitor, parameter_groups
 
 __all__ = [
     "AdaptiveSparseAttention",
+    "AdaptiveSparseSelfAttention",
     "ChannelizedAxialAttention",
     "CrissCrossAttention",
     "EfficientAttention",
