@@ -88,7 +88,8 @@ def test_the_package_needs_torch_alone(name):
     others = GRAPH[name] - set(FILES)
     assert within(name, TRITON) or "triton" not in others
     for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage"):
-        assert optional not in others
+        assert optional not in others or name == f"asa_ops.integrations.{optional}"
+    assert not [module for module in GRAPH[name] if within(module, ["asa_ops.integrations"])]
 
 
 def test_what_is_around_the_package_imports_the_package_and_what_the_table_says():
