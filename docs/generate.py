@@ -17,13 +17,14 @@ from typing import Union, get_args, get_origin
 
 import asa_ops
 import asa_ops.distributed
+import asa_ops.integrations.transformers
 
 PAGE = Path(__file__).with_name("api.md")
 HEAD = """# API
 
 Written by `python docs/generate.py` from the docstrings; a test fails where the two differ. Functions take tokens
-[B, heads, N, D] or maps [B, C, H, W]; the modules at the end take and return maps. `help(asa_ops.asa_attention)` shows
-the same in Python."""
+[B, heads, N, D] or maps [B, C, H, W]; the modules take and return maps, one of them tokens.
+`help(asa_ops.asa_attention)` shows the same in Python."""
 FIRST = ["asa_attention", "reciprocal_neighbors", "explain", "AsaStats", "NeighborGraph"]
 TITLES = {"Args": "Arguments", "Example": "Example", "Raises": "Raises", "Returns": "Returns", "Attributes": "Fields"}
 
@@ -34,7 +35,9 @@ def render() -> str:
     public = [(name, getattr(asa_ops, name)) for name in names if name != "nn"]
     modules = [(f"nn.{name}", getattr(asa_ops.nn, name)) for name in asa_ops.nn.__all__]
     spread = [(f"distributed.{name}", getattr(asa_ops.distributed, name)) for name in asa_ops.distributed.__all__]
-    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules + spread)
+    hub = asa_ops.integrations.transformers
+    models = [(f"integrations.transformers.{name}", getattr(hub, name)) for name in hub.__all__]
+    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules + spread + models)
     parts = [HEAD, contents, "## Functions"]
     for position, (name, obj) in enumerate(public):
         parts += [f"### `{name}`", *body(name, obj)]
@@ -46,6 +49,9 @@ def render() -> str:
         parts += [f"### `{name}`", *body(name, obj)]
     parts += ["## One map over several processes", markdown(asa_ops.distributed.__doc__)]
     for name, obj in spread:
+        parts += [f"### `{name}`", *body(name, obj)]
+    parts += ["## Models of transformers", markdown(hub.__doc__)]
+    for name, obj in models:
         parts += [f"### `{name}`", *body(name, obj)]
     return "\n\n".join(parts) + "\n"
 
