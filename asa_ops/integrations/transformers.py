@@ -12,9 +12,9 @@ CLIP, YOLOS, DETR, SegFormer and others. These values of its configuration, of w
 
 :func:`add_thresholds` replaces ``asa_alpha`` by parameters that learn.
 
-In cross attention, and where keys are fewer than queries (SegFormer's sequence reduction), a key has no row in which it
-could choose: a query keeps every key above its threshold (``reciprocal=False``), and has neither local block nor extra
-tokens.
+In cross attention (of layers with "Cross" in their class's name, or of more or fewer keys than queries, as after
+SegFormer's sequence reduction) a key has no row in which it could choose: a query keeps every key above its threshold
+(``reciprocal=False``), and has neither local block nor extra tokens.
 """
 
 import inspect
@@ -151,7 +151,7 @@ def from_pretrained(auto_class: Any, name: str, alpha: float = 0.0, **options: A
         if module is not None and _can_run(module):
             _add(module, alpha)
 
-    # Thresholds must be there when the weights are read, between which two from_pretrained lets nobody in.
+    # from_pretrained makes the model and reads its weights in one go: thresholds are added to layers as they are made.
     hook = register_module_module_registration_hook(add)
     try:
         model, info = auto_class.from_pretrained(name, attn_implementation="asa", output_loading_info=True, **options)
@@ -195,10 +195,6 @@ def _name(module: nn.Module) -> str:
     return type(module).__name__ if index is None else f"{type(module).__name__} (layer {index})"
 
 
-def _is_cross(module: nn.Module) -> bool:
-    return "Cross" in type(module).__name__ or bool(getattr(module, "is_cross_attention", False))
-
-
 def _mask(kv_length: int, mask_function: Any, attention_mask: Tensor | None = None, **options: Any) -> Tensor | None:
     """Return a padding mask as [B, 1, 1, N_k]; others as transformers makes them, which :func:`_attention` refuses."""
     if mask_function is not bidirectional_mask_function or (
@@ -240,7 +236,7 @@ def _attention(
     alpha = getattr(config, _ALPHA, 0.0) if learned is None else scheduled(module, threshold(learned, query))
     n = query.shape[2]
     given: dict[str, Any] = {"reciprocal": False}
-    if n == key.shape[2] and not _is_cross(module):
+    if n == key.shape[2] and "Cross" not in type(module).__name__:
         extra_tokens = _extra_tokens(config)
         given = {"extra_tokens": extra_tokens}
         if (beta := getattr(config, "asa_beta", None)) is not None:
