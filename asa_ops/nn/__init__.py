@@ -1,7 +1,8 @@
 """Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out.
 
 With ``dims=1`` or ``dims=3`` they take sequences [B, C, L] or volumes and videos [B, C, T, H, W].
-:class:`AdaptiveSparseSelfAttention` takes and returns tokens [B, N, C].
+:class:`AdaptiveSparseSelfAttention` takes and returns tokens [B, N, C]. And what trains and watches thresholds:
+:func:`parameter_groups`, :class:`ThresholdSchedule`, :class:`monitor`.
 """
 
 from typing import Any

@@ -2,7 +2,8 @@
 
 These functions know a layer by its attribute ``asa_thresholds``: names of those of its parameters, or of modules in it,
 from which alpha and beta come. Such a layer passes its alpha through :func:`scheduled`, and calls
-:func:`asa_ops.asa_attention` through :func:`attend`.
+:func:`asa_ops.asa_attention` through :func:`attend`. Then it can be scheduled, by a buffer ``asa_factor``, and
+monitored: ``asa_monitored`` asks it to keep its last call as ``asa_call``.
 """
 
 import inspect
@@ -101,7 +102,7 @@ def _active_tiles(
             query[:1, :1].float(),
             key[:1, :1].float(),
             in_columns[None, None].expand(min(key.shape[0], 1), -1, -1, -1),
-            *(x[:1, :1].float() if isinstance(x, Tensor) and x.dim() == 3 else x for x in (alpha, beta)),
+            *(x[(None,) * (3 - x.dim())][:1, :1].float() if isinstance(x, Tensor) else x for x in (alpha, beta)),
             grid=grid,
             extra_tokens=extra_tokens,
             key_padding_mask=None if key_padding_mask is None else key_padding_mask[:1],
@@ -196,8 +197,8 @@ class ThresholdSchedule:
 
     Args:
         model: has layers with thresholds, such as :class:`AdaptiveSparseAttention`, on their device.
-        start: number of steps that are dense.
-        stop: number of steps after which the thresholds are as learned, at least ``start``.
+        start: the step after which the factor grows.
+        stop: the step from which on the thresholds are as learned, at least ``start``.
 
     Raises:
         TypeError: ``model`` is no module, ``start`` or ``stop`` no integer.
@@ -272,8 +273,8 @@ class monitor:
 
     Under ``torch.compile`` it works without a graph break; a model that is compiled already is compiled once more. With
     ``DistributedDataParallel`` the statistics are those of this process's part of the batch. Nothing is noted under
-    transforms of ``torch.func``, nor in the replicas of ``torch.nn.DataParallel``. A model has one monitor:
-    another takes over.
+    transforms of ``torch.func``, nor in the replicas of ``torch.nn.DataParallel``. A model has one monitor: another
+    takes over.
 
     Args:
         model: has layers with thresholds, such as :class:`AdaptiveSparseAttention`.
@@ -307,8 +308,8 @@ class monitor:
         softmax that they hold; ``active_tiles``: if asked for, the share of the tiles of 64 x 64 pairs in which one
         survives, 64 neighbours on the grid forming the side of one (8 x 8 pixels). ``alpha_mean``, ``alpha_min``,
         ``alpha_max``, ``alpha_q05``, ``alpha_q50``, ``alpha_q95``, the quantiles of at most 65,536 of them, and
-        the same of beta: the multipliers as they were used. Padding counts nowhere. A layer that was not called, or
-        with an empty batch, has no entry.
+        the same of beta: the multipliers as they were used. Padding counts among thresholds only. A layer that was not
+        called, or with an empty batch, has no entry.
 
         This copies from the device once, which is where it waits: ask every so many steps, not more often than you log.
         """

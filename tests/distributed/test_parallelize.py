@@ -12,7 +12,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from asa_ops.distributed import parallelize, strips
-from asa_ops.nn import AdaptiveSparseAttention, NonLocal
+from asa_ops.nn import AdaptiveSparseAttention, NonLocal, ThresholdSchedule, monitor
 
 pytestmark = pytest.mark.xdist_group("processes")
 SHAPE = (2, 8, 9, 13)  # two blocks of tokens
@@ -98,6 +98,28 @@ def test_strips_are_those_of_one_process(processes, name, heights):
     thresholds = block.tokens(x)["alpha"]
     assert (thresholds > 0).double().mean() > 0.1 and thresholds.std() > 0.1  # they matter
     check(processes.run(len(heights), of_process, options, heights, times), expected)
+
+
+def watched_of_process(group, rank: int, heights: tuple[int, ...]) -> dict[str, float]:
+    block = block_of() if group is None else parallelize(block_of(), group)
+    schedule = ThresholdSchedule(block, 0, 2)
+    schedule.step()
+    with monitor(block, tiles=group is not None) as watched:  # of strips there are no tiles
+        block(strips_of(x_and_weights()[0], heights)[rank])
+        return watched.statistics()
+
+
+def test_statistics_of_strips(processes):
+    """Each process has those of its rows."""
+    heights = (4, 5)
+    whole, parts = watched_of_process(None, 0, (9,)), processes.run(2, watched_of_process, heights)
+    assert {name: x for name, x in whole.items() if "_" not in name} == pytest.approx(
+        {
+            name: sum(h * part[name] for h, part in zip(heights, parts, strict=True)) / 9
+            for name in ("survivors", "density", "mass")
+        }
+    )
+    assert all(part.keys() == whole.keys() for part in parts)
 
 
 def one_map_of_process(group, rank: int, heights: tuple[int, ...]) -> torch.Tensor:

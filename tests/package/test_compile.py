@@ -1,5 +1,7 @@
 """torch.compile with its default backend, torch.export for any size, compiled transforms, torch.fx."""
 
+import copy
+import pickle
 import subprocess
 import sys
 import sysconfig
@@ -121,14 +123,61 @@ def test_compiled_autograd():
     torch.testing.assert_close(results, expected)
 
 
+class NodePaths(torch.fx.Tracer):
+    """Notes in which module each node was made, as torchvision's create_feature_extractor does."""
+
+    def __init__(self):
+        super().__init__()
+        self.path, self.paths = "", {}
+
+    def call_module(self, module, forward, args, kwargs):
+        before, self.path = self.path, self.path_of_module(module)
+        try:
+            if self.is_leaf_module(module, self.path):
+                return self.create_proxy("call_module", self.path, args, kwargs)
+            return forward(*args, **kwargs)
+        finally:
+            self.path = before
+
+    def create_proxy(self, kind, target, *args, **kwargs):
+        proxy = super().create_proxy(kind, target, *args, **kwargs)
+        self.paths[proxy.node] = self.path
+        return proxy
+
+
 @pytest.mark.parametrize("name", nn.available())
 def test_blocks_are_leaves_of_fx(name):
     """A network is traced through, its blocks are not: their checks want sizes."""
-    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), torch.nn.Sequential(block_of(name)), torch.nn.ReLU()).eval()
-    traced = torch.fx.symbolic_trace(network)
-    assert [str(node.target) for node in traced.graph.nodes if node.op == "call_module"] == ["0", "1.0", "2"]
+    inner = torch.nn.Sequential(block_of(name))
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 1), inner, torch.nn.Conv2d(8, 2, 1))
     x = torch.randn(2, 3, 6, 8)
-    torch.testing.assert_close(traced(x), network(x))
+    for training in (True, False):
+        network.train(training)
+        graph = (tracer := NodePaths()).trace(network)
+        assert [path for path in tracer.paths.values() if path] == ["0", "1.0", "2"]
+        torch.testing.assert_close(torch.fx.GraphModule(network, graph)(x), network(x))
+        # What the block returns, instead of the output: as a feature extractor, the rest left out.
+        (end,) = (node for node in graph.nodes if node.op == "output")
+        end.args = ({"features": next(node for node, path in tracer.paths.items() if path == "1.0")},)
+        graph.eliminate_dead_code()
+        extractor = torch.fx.GraphModule(network, graph)
+        graph.lint()
+        assert [child for child, _ in extractor.named_children()] == ["0", "1"]
+    expected = network[:2](x)
+    for each in (extractor, copy.deepcopy(extractor), pickle.loads(pickle.dumps(extractor))):
+        torch.testing.assert_close(each(x)["features"], expected)
+    with pytest.raises(RuntimeError, match=f"{type(inner[0]).__name__} is a leaf of torch.fx"):
+        torch.fx.symbolic_trace(inner[0])
+
+
+def test_functions_are_leaves_of_fx_where_they_are_wrapped():
+    class Network(torch.nn.Module):
+        def forward(self, x):
+            return asa_attention(x, x, x, 1.2).relu()
+
+    graph = torch.fx.Tracer(autowrap_functions=(asa_attention,)).trace(Network())
+    x = torch.randn(1, 2, 9, 4)
+    torch.testing.assert_close(torch.fx.GraphModule(Network(), graph)(x), Network()(x))
 
 
 @pytest.mark.parametrize("name", nn.available())

@@ -1,11 +1,12 @@
-"""DistributedDataParallel: every parameter gets a gradient, so that no reduction waits for one."""
+"""DistributedDataParallel: every parameter gets a gradient, so that no reduction waits for one. And FSDP2."""
 
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from asa_ops.nn import AdaptiveSparseAttention
+from asa_ops.nn import AdaptiveSparseAttention, ThresholdSchedule, monitor, parameter_groups
 
 
 @pytest.fixture
@@ -32,3 +33,23 @@ def test_trains_under_ddp(one_process, options):
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+def test_schedule_groups_and_monitor_of_a_distributed_block(one_process, wrap):
+    block, x = AdaptiveSparseAttention(8), torch.randn(2, 8, 5, 4)
+    torch.nn.init.normal_(block.proj.weight)
+    torch.nn.init.constant_(block.alpha.bias, 1.0)
+    schedule = ThresholdSchedule(block, 1, 2)
+    wrapped = wrap(block)
+    groups = parameter_groups(wrapped, 0.01)
+    assert [len(group["params"]) for group in groups] == [8, 4]
+    optimizer, densities = torch.optim.SGD(groups), []
+    with monitor(wrapped) as watched:
+        for _ in range(3):
+            wrapped(x).square().mean().backward()
+            optimizer.step()
+            schedule.step()
+            statistics = watched.statistics()
+            densities += [value for name, value in statistics.items() if name.endswith("density")]
+    assert densities[:2] == [1, 1] and 0 < densities[2] < 1

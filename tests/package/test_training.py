@@ -242,6 +242,9 @@ def test_monitor_counts_active_tiles(grid):
     with nn.monitor(layer, tiles=True) as watched:
         layer(x)
         found = watched.statistics()["active_tiles"]
+        layer.threshold = torch.nn.Parameter(torch.full((2, n), 1.5))  # of each head and token
+        layer(x)
+        assert watched.statistics()["active_tiles"] == found
     graph = reciprocal_neighbors(x[:1, :1], x[:1, :1], 1.5, **layer.options)
     rows = torch.arange(n).repeat_interleave(graph.row_offsets.diff()).tolist()
     tiles = {(tile[row], tile[column]) for row, column in zip(rows, graph.col_indices.tolist(), strict=True)}

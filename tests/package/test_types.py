@@ -41,6 +41,12 @@ nn.SqueezeAndAttention(8, pool=(1, 2, 2), dims=3)
 nn.InterlacedSparseAttention(8, factors=[(4,), (8,)], dims=1)
 nn.NonLocal(8, sub_sample="output")  # type: ignore[arg-type]
 module: torch.nn.Module = nn.build("criss_cross", 8)
+nn.NonLocal(8, device="meta", dtype=torch.float64)
+nn.NonLocal(8, dtype="float64")  # type: ignore[arg-type]
+optimizer = torch.optim.SGD(nn.parameter_groups(module, 0.1))
+with nn.monitor(block, tiles=True) as watched:
+    statistics: dict[str, float] = watched.statistics()
+state: dict[str, int] = nn.ThresholdSchedule(block, 0, 10).state_dict()
 """
 
 
