@@ -16,7 +16,7 @@ BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,ki
 	non_local,mode=dot_product
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
-.PHONY: demo large-map volume segment test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel sdist hub docs lint format clean
+.PHONY: demo large-map volume segment sparsify test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel sdist hub docs lint format clean
 
 demo: $(READY)  ## denoise a photograph; ARGS="--size 256 my.jpg" passes options
 	$(RUN) examples/denoise.py $(ARGS)
@@ -29,6 +29,9 @@ volume: $(READY)  ## denoise a volume, at once and slice by slice; ARGS="brain.n
 
 segment: $(READY)  ## train a segmentation network on made pictures; ARGS="--block criss_cross --steps 200" passes options
 	$(RUN) -m examples.segmentation.train --overwrite $(ARGS)
+
+sparsify: $(READY)  ## train a vision transformer with dense attention, fine-tune it to sparse; ARGS="--steps 500" passes options
+	$(RUN) examples/sparsify.py $(ARGS)
 
 test: $(READY)  ## everything that must pass, in minutes
 	$(RUN) -m pytest -n auto --maxprocesses 8 --dist loadgroup -m "not slow" $(ARGS)

@@ -13,6 +13,7 @@ NAVIGATION = {
         "docs/gallery",
     ],
     "Use": [
+        "docs/integrations",
         "docs/deploy",
         "docs/distributed",
         "docs/explore",

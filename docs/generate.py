@@ -18,13 +18,14 @@ from typing import Union, get_args, get_origin
 import asa_ops
 import asa_ops.distributed
 import asa_ops.explore
+import asa_ops.integrations.transformers
 
 PAGE = Path(__file__).with_name("api.md")
 HEAD = """# API
 
 Written by `python docs/generate.py` from the docstrings; a test fails where the two differ. Functions take tokens
-[B, heads, N, D] or maps [B, C, H, W]; the modules at the end take and return maps. `help(asa_ops.asa_attention)` shows
-the same in Python."""
+[B, heads, N, D] or maps [B, C, H, W]; the modules take and return maps, one of them tokens.
+`help(asa_ops.asa_attention)` shows the same in Python."""
 FIRST = ["asa_attention", "reciprocal_neighbors", "explain", "AsaStats", "NeighborGraph"]
 TITLES = {"Args": "Arguments", "Example": "Example", "Raises": "Raises", "Returns": "Returns", "Attributes": "Fields"}
 
@@ -36,7 +37,9 @@ def render() -> str:
     modules = [(f"nn.{name}", getattr(asa_ops.nn, name)) for name in asa_ops.nn.__all__]
     spread = [(f"distributed.{name}", getattr(asa_ops.distributed, name)) for name in asa_ops.distributed.__all__]
     pages = [(f"explore.{name}", getattr(asa_ops.explore, name)) for name in asa_ops.explore.__all__]
-    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules + spread + pages)
+    hub = asa_ops.integrations.transformers
+    models = [(f"integrations.transformers.{name}", getattr(hub, name)) for name in hub.__all__]
+    contents = " · ".join(f"[`{name}`](#{anchor(name)})" for name, _ in public + modules + spread + models + pages)
     parts = [HEAD, contents, "## Functions"]
     for position, (name, obj) in enumerate(public):
         parts += [f"### `{name}`", *body(name, obj)]
@@ -51,6 +54,9 @@ def render() -> str:
         parts += [f"### `{name}`", *body(name, obj)]
     parts += ["## A page to explore", markdown(asa_ops.explore.__doc__)]
     for name, obj in pages:
+        parts += [f"### `{name}`", *body(name, obj)]
+    parts += ["## Models of transformers", markdown(hub.__doc__)]
+    for name, obj in models:
         parts += [f"### `{name}`", *body(name, obj)]
     return "\n\n".join(parts) + "\n"
 

@@ -1,7 +1,8 @@
 """Attention blocks as modules: a feature map [B, C, H, W] in, one of the same height and width out.
 
-With ``dims=1`` or ``dims=3`` they take sequences [B, C, L] or volumes and videos [B, C, T, H, W]. And what trains and
-watches thresholds: :func:`parameter_groups`, :class:`ThresholdSchedule`, :class:`monitor`.
+With ``dims=1`` or ``dims=3`` they take sequences [B, C, L] or volumes and videos [B, C, T, H, W].
+:class:`AdaptiveSparseSelfAttention` takes and returns tokens [B, N, C]. And what trains and watches thresholds:
+:func:`parameter_groups`, :class:`ThresholdSchedule`, :class:`monitor`.
 """
 
 from typing import Any
@@ -10,6 +11,7 @@ from torch.nn import Module
 
 from ..core import checks
 from .asa import AdaptiveSparseAttention
+from .asa_self_attention import AdaptiveSparseSelfAttention
 from .channelized_axial import ChannelizedAxialAttention
 from .criss_cross import CrissCrossAttention
 from .efficient_attention import EfficientAttention
@@ -22,6 +24,7 @@ from .training import ThresholdSchedule, monitor, parameter_groups
 
 __all__ = [
     "AdaptiveSparseAttention",
+    "AdaptiveSparseSelfAttention",
     "ChannelizedAxialAttention",
     "CrissCrossAttention",
     "EfficientAttention",

@@ -19,6 +19,18 @@ from torch.nn.modules.conv import _ConvNd
 from ..core import checks
 
 
+def as_leaf(module: nn.Module, x: Any, *others: Any) -> Any:
+    """Return a module's call as one node of torch.fx: sizes are checked when there are some.
+
+    Raises:
+        RuntimeError: the module itself is traced.
+    """
+    if x.tracer.root is module:
+        name = type(module).__name__
+        raise RuntimeError(f"{name} is a leaf of torch.fx: trace what contains it, as nn.Sequential({name}(..))")
+    return x.tracer.create_proxy("call_module", x.tracer.path_of_module(module), (x, *others), {})
+
+
 class Block(nn.Module):
     """A module of feature maps whose layers initialise themselves."""
 
@@ -31,13 +43,8 @@ class Block(nn.Module):
         With ``dims=1`` maps are [B, in_channels, L], with ``dims=3`` [B, in_channels, T, H, W]. One map may come
         without B, and is returned so.
         """
-        if isinstance(x, torch.fx.Proxy):  # a leaf of torch.fx by itself: sizes are checked when there are some
-            if x.tracer.root is self:
-                name = type(self).__name__
-                raise RuntimeError(
-                    f"{name} is a leaf of torch.fx: trace what contains it, as nn.Sequential({name}(..))"
-                )
-            return x.tracer.create_proxy("call_module", x.tracer.path_of_module(self), (x,), {})
+        if isinstance(x, torch.fx.Proxy):
+            return as_leaf(self, x)
         checks.check_feature_map(x, self.in_channels, self.dims)
         return self.attend(x) if x.dim() == self.dims + 2 else self.attend(x[None])[0]
 

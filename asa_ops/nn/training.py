@@ -46,7 +46,7 @@ def attend(layer: Any, function: Callable[..., Any], **arguments: Any) -> Tensor
         return function(**arguments)
     out, stats = function(**arguments, return_stats=True)
     query, key, mask = arguments["query"], arguments["key"], arguments.get("key_padding_mask")
-    n = math.prod(arguments["grid"]) if arguments.get("grid") else key.shape[2]
+    n = math.prod(arguments["grid"]) + arguments.get("extra_tokens", 0) if arguments.get("grid") else key.shape[2]
     given = {name: arguments.get(name) for name in ("alpha", "beta")}
     layer.asa_call = _Call(
         stats,
@@ -71,6 +71,7 @@ def _active_tiles(
     alpha: Any = None,
     beta: Any = None,
     grid: Any = None,
+    extra_tokens: int = 0,
     key_padding_mask: Tensor | None = None,
     **options: Any,
 ) -> Tensor:
@@ -82,10 +83,13 @@ def _active_tiles(
     n_q, n_k = query.shape[2], key.shape[2]
     index = torch.zeros(n_k, dtype=torch.int64, device=key.device)
     if grid is not None:
-        token, below = torch.arange(n_k, device=key.device), n_k
+        below = n_k - extra_tokens
+        token = torch.arange(below, device=key.device)
+        index = index[extra_tokens:]
         for side, of_tile in zip(grid, _TILE_SIDES[len(grid)], strict=True):
             below = below // side
             index = index * (-(-side // of_tile)) + token // below % side // of_tile
+        index = torch.nn.functional.pad(index, (extra_tokens, 0), value=-1)  # these come first
     columns = index.argsort(stable=True).argsort() // _TILE
     rows = columns if grid is not None else torch.arange(n_q, device=key.device) // _TILE
     in_columns, in_rows = (
@@ -100,6 +104,7 @@ def _active_tiles(
             in_columns[None, None].expand(min(key.shape[0], 1), -1, -1, -1),
             *(x[(None,) * (3 - x.dim())][:1, :1].float() if isinstance(x, Tensor) else x for x in (alpha, beta)),
             grid=grid,
+            extra_tokens=extra_tokens,
             key_padding_mask=None if key_padding_mask is None else key_padding_mask[:1],
             **same,
         )

@@ -288,6 +288,7 @@ QUOTES = [  # page, section, whether its tables alone, how many figures at least
     ("docs/speed.md", "On a CPU", True, 11, r"[+-]?\d+\.\d+", ["bench/results/amd-epyc-family-26-model-2.md"]),
     ("docs/blocks.md", "Speed", True, 11, r"[+-]?\d+\.\d+", ["bench/results/amd-epyc-family-25-model-17.md"]),
     ("docs/evidence.md", "The demo", True, 41, r"[+-]?\d+\.\d+", ["examples/results/denoise.txt"]),
+    ("docs/integrations.md", "From dense to sparse", True, 5, r"\d+\.\d+", ["examples/results/sparsify.txt"]),
     ("docs/evidence.md", "A volume", True, 7, r"[+-]?\d+\.\d+", ["examples/results/volume.txt"]),
     (
         *("docs/evidence.md", r"Do thresholds learn\?", False, 6, r"[+-]?\d+\.\d+"),

@@ -97,7 +97,9 @@ def test_the_package_needs_torch_alone(name):
     others = GRAPH[name] - set(FILES)
     assert within(name, TRITON) or "triton" not in others
     for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage", "PIL", "onnx", "onnxscript"):
-        assert optional not in others - OPTIONAL.get(name, set())
+        of_integration = name == f"asa_ops.integrations.{optional}"
+        assert optional not in others - OPTIONAL.get(name, set()) or of_integration
+    assert not [module for module in GRAPH[name] if within(module, ["asa_ops.integrations"])]
     at_once = {word.split(".")[0] for line in FILES[name].read_text().splitlines() for word in IMPORTED.findall(line)}
     assert not at_once & OPTIONAL.get(name, set())
 
