@@ -25,6 +25,7 @@ from asa_ops import asa_attention, distributed
 from asa_ops.asa.types import Inputs
 from asa_ops.distributed import collectives
 from examples import files
+from examples.pages import table
 
 from . import inputs, measure
 
@@ -153,10 +154,6 @@ def time_processes(sizes: Sequence[int], grids: Sequence[tuple[int, int]], round
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_serve, (sizes, grids, rounds, folder), nprocs=max(sizes))
         return torch.load(f"{folder}/times")
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
 def page(costs: Costs, times: dict[tuple[int, int], float], cores: int) -> str:

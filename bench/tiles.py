@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from asa_ops import reciprocal_neighbors
 from examples import files
-
-from .report import table
+from examples.pages import table
 
 SAMPLE = "nibabel's MRI"
 TILES = ((1, 1, 64), (1, 8, 8), (2, 4, 8), (4, 4, 4), (4, 2, 8), (8, 2, 4), (8, 8, 1), (16, 2, 2))
