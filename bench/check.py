@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 from examples import files
-from examples.pages import table
 
 from . import measure, record, report, run
 from .record import Case, Record
@@ -85,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         now, moved = compare(case, options.rounds)
         ratios = [report.with_quartiles(x) for x in (case.ratio(case.ours[0], PEER), now)]
         rows.append([case.label, *ratios, moved or "within the spread"])
-    print(f"\n{table(('case, ours / ' + PEER, 'on file', 'now', ''), rows, even=True)}\n")
+    print(f"\n{report.table(('case, ours / ' + PEER, 'on file', 'now', ''), rows, even=True)}\n")
     print(f"on file: {against.name}, commit {known.environment.get('commit')}; now {environment['commit']}")
     if differs:
         print(f"not the same: {'; '.join(differs)}. Ratios may differ for that alone.")

@@ -5,8 +5,6 @@ import dataclasses
 import re
 from typing import NamedTuple
 
-from examples.pages import table
-
 from . import report
 from .peers import DENSE
 from .record import MODES, Case, Kernel, Record
@@ -146,7 +144,7 @@ def choices(results: Record) -> str:
         may = name if name and name in by_kernels and all_passed(by_kernels[name]) else "no change"
         times = (f"{name}, {1e3 * seconds:.3f} ms" if name else "not measured" for name, seconds in fastest.values())
         rows.append([dtype, dim, right, *times, may])
-    return table(["dtype", "D", "right", *(f"fastest, {x}" for x in MODES[:2]), "auto may take"], rows)
+    return report.table(["dtype", "D", "right", *(f"fastest, {x}" for x in MODES[:2]), "auto may take"], rows)
 
 
 def fastest_of(cases: list[Case], dtype: str, dim: int, mode: str) -> tuple[str | None, float]:
@@ -167,7 +165,7 @@ def profiles(results: Record) -> str:
             rate = kernel.flops and kernel.seconds and kernel.flops / kernel.seconds
             numbers = report.number(kernel.seconds, 1e6), report.percent(kernel.seconds / total.seconds, 0)
             rows.append([x.label, x.method, name, kernel.launches, *numbers, report.number(rate or None, 1e-12, 0)])
-    return table(["forward and backward", "method", "kernel", "launches", "us", "share", "TFLOP/s"], rows)
+    return report.table(["forward and backward", "method", "kernel", "launches", "us", "share", "TFLOP/s"], rows)
 
 
 def render(results: Record) -> str:
@@ -179,12 +177,12 @@ def render(results: Record) -> str:
     steps = [(x.step, x.status, f"{x.seconds:.0f}", x.note) for x in results.steps]
     left = "\n".join(f"- {step}: {what}" for step, what in results.left.items())
     parts = {
-        "Steps": table(["step", "status", "seconds", "note"], steps),
+        "Steps": report.table(["step", "status", "seconds", "note"], steps),
         "What is left to another call": left,
         "What is right, what is fastest": choices(results),
         "Tests": tests(results),
         "Goals missed": missed or ("None of those measured." if judged else ""),
-        "Goals": table(["goal", "wanted", "measured", "verdict"], judged),
+        "Goals": report.table(["goal", "wanted", "measured", "verdict"], judged),
         "Profiles": profiles(results),
         "First call, how it was measured": report.joined(first, *results.notes),
     }

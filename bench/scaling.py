@@ -25,9 +25,9 @@ from asa_ops import asa_attention, distributed
 from asa_ops.asa.types import Inputs
 from asa_ops.distributed import collectives
 from examples import files
-from examples.pages import table
 
 from . import inputs, measure
+from .report import table
 
 DIM = 64
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -82,7 +82,7 @@ def find_costs(grid: tuple[int, int], rounds: int) -> Costs:
     torch.set_num_threads(1)
     ops, n = torch.ops.asa_ops, grid[0] * grid[1]
     query, key, value, alpha, beta = inputs.make("labels", grid, DIM)
-    given = [*Inputs(query, key, value, alpha, beta, None), list(grid), [3, 3], 0, True, DIM**-0.5]
+    given = [*Inputs(query, key, value, alpha, beta, None), list(grid), [3, 3], 0, 0, True, DIM**-0.5]
     rows = [0, n]
     lse, *found, begun = ops.asa_rows_scan(*given, rows)
     bits, _, _, local = found

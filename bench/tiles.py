@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from asa_ops import reciprocal_neighbors
 from examples import files
-from examples.pages import table
+
+from .report import table
 
 SAMPLE = "nibabel's MRI"
 TILES = ((1, 1, 64), (1, 8, 8), (2, 4, 8), (4, 4, 4), (4, 2, 8), (8, 2, 4), (8, 8, 1), (16, 2, 2))

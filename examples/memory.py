@@ -7,9 +7,6 @@ import contextlib
 import ctypes
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-T = TypeVar("T")
 
 
 def resident(name: str) -> int | None:
@@ -21,7 +18,7 @@ def resident(name: str) -> int | None:
     return 1024 * int(status.split(f"{name}:")[1].split()[0])
 
 
-def added(call: Callable[[], T]) -> tuple[T, int | None]:
+def added(call: Callable[[], object]) -> tuple[object, int | None]:
     """Return what a call returns, and the bytes by which it raises the peak of this process, None outside Linux."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)  # what was freed before is given back, so that using it again counts

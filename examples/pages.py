@@ -1,7 +1,4 @@
-"""The tables of every page and command, in Markdown.
-
-Not by a library: a machine with a GPU makes pages too, with no more than torch, Triton and NumPy.
-"""
+"""The tables of the pages that commands write: a GPU machine, where some do, need not have a library for them."""
 
 from collections.abc import Iterable
 

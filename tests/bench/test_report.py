@@ -8,7 +8,7 @@ import pytest
 from bench_cases import stored
 
 from bench import check, goals, record, report
-from examples import files, pages
+from examples import files
 
 
 def test_a_file_is_read_as_it_was_written(tmp_path):
@@ -102,9 +102,9 @@ def test_exponents_are_fitted():
 
 
 def test_tables_are_markdown():
-    assert pages.table(["a", "bc"], []) == ""
-    assert pages.table(["a", "bc"], [["x | y", 1]]) == "| a | bc |\n| --- | --- |\n| x / y | 1 |"
-    assert pages.table(["a", "b"], [["long", 1]], even=True) == "| a    | b   |\n| ---- | --- |\n| long | 1   |"
+    assert report.table(["a", "bc"], []) == ""
+    assert report.table(["a", "bc"], [["x | y", 1]]) == "| a | bc |\n| --- | --- |\n| x / y | 1 |"
+    assert report.table(["a", "b"], [["long", 1]], even=True) == "| a    | b   |\n| ---- | --- |\n| long | 1   |"
 
 
 def test_every_committed_page_says_what_its_file_says():

@@ -30,7 +30,7 @@ ACROSS = {
     "bench": ["examples.files", "examples.memory", "examples.pages"],  # files, memory and tables there and here
     "bench.cuda": ["tests.simt"],  # the emulation of the kernels
     "tests.asa.test_whole": ["bench.workloads"],  # whose cases are counted there
-    "tests.bench": ["bench", "examples.files", "examples.memory", "examples.pages"],
+    "tests.bench": ["bench", "examples.files", "examples.memory"],
     "tests.bench_cases": ["bench"],
     "tests.examples": ["examples"],
     "tests.segmentation_cases": ["examples"],
@@ -96,17 +96,7 @@ def test_imports_point_down(name):
 def test_the_package_needs_torch_alone(name):
     others = GRAPH[name] - set(FILES)
     assert within(name, TRITON) or "triton" not in others
-    for optional in (
-        "numpy",
-        "torchvision",
-        "timm",
-        "transformers",
-        "matplotlib",
-        "skimage",
-        "PIL",
-        "onnx",
-        "onnxscript",
-    ):
+    for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage", "PIL", "onnx", "onnxscript"):
         assert optional not in others - OPTIONAL.get(name, set())
     at_once = {word.split(".")[0] for line in FILES[name].read_text().splitlines() for word in IMPORTED.findall(line)}
     assert not at_once & OPTIONAL.get(name, set())
