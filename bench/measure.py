@@ -1,7 +1,6 @@
 """Seconds and bytes of calls, the machine they ran on, and what it can do at most."""
 
 import contextlib
-import ctypes
 import dataclasses
 import functools
 import gc
@@ -22,6 +21,7 @@ import torch
 
 from asa_ops import asa_attention
 from asa_ops.core import extension
+from examples import memory
 
 from . import inputs, progress, workloads
 from .workloads import Spec
@@ -145,12 +145,6 @@ def in_graphs(calls: dict[str, Callable], rounds: int) -> dict[str, list[float]]
     return times
 
 
-def resident(name: str) -> int:
-    """Return a figure of this process's memory in bytes, "VmRSS" now or "VmHWM" at most (Linux)."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.split(f"{name}:")[1].split()[0])
-
-
 def bytes_added(call: Callable, device: str) -> int:
     """Return the bytes by which a call raises the peak of memory, on a CPU of this process (Linux)."""
     gc.collect()
@@ -160,14 +154,10 @@ def bytes_added(call: Callable, device: str) -> int:
         before = torch.cuda.memory_allocated()
         call()
         return torch.cuda.max_memory_allocated() - before
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is given back, so that using it again counts
-    try:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        before = resident("VmRSS")
-    except OSError:
-        before = resident("VmHWM")
-    call()
-    return max(resident("VmHWM") - before, 0)
+    _, added = memory.added(call)
+    if added is None:
+        raise RuntimeError("bytes of a process are measured on Linux alone")
+    return added
 
 
 def bytes_of(spec: Spec, device: str, name: str, backward: bool) -> int:

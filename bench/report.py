@@ -3,8 +3,7 @@
     python -m bench.report results.json                       # bench/results/<machine>.md, .json and pictures
     python -m bench.report results.json --folder build/bench
 
-The file is what ``bench.run`` wrote. Nothing is measured here. ``table`` writes the tables: a GPU machine, which makes
-pages too, need not have a library for them.
+The file is what ``bench.run`` wrote. Nothing is measured here.
 """
 
 import argparse
@@ -20,6 +19,7 @@ from typing import NamedTuple
 import numpy as np
 
 from examples import files
+from examples.pages import table
 
 from . import accounting, record
 from .peers import DENSE, PEERS
@@ -106,17 +106,6 @@ def crossings(cases: list[Case]) -> str:
             where = ", ".join(f"ASA {verdict} {place:.0f}" for place, verdict in crossing(points)) or always
             lines.append(f"- {label}, {mode}: {min(ratios):.2f} to {max(ratios):.2f} of dense; {where}.")
     return "\n".join(lines)
-
-
-def table(header: Iterable[str], rows: Iterable[Iterable[object]], even: bool = False) -> str:
-    """Return a Markdown table, with columns ``even`` to be read as text; "" if there are no rows."""
-    rows = [[str(cell).replace("|", "/") for cell in row] for row in rows]
-    if not rows:
-        return ""
-    lines = [list(header), *rows]
-    widths = [max(3, *map(len, column)) if even else 0 for column in zip(*lines, strict=True)]
-    lines.insert(1, ["-" * max(3, width) for width in widths])
-    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in lines)
 
 
 def with_quartiles(values: list[float] | None) -> str:

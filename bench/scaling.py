@@ -27,6 +27,7 @@ from asa_ops.distributed import collectives
 from examples import files
 
 from . import inputs, measure
+from .report import table
 
 DIM = 64
 SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -81,7 +82,7 @@ def find_costs(grid: tuple[int, int], rounds: int) -> Costs:
     torch.set_num_threads(1)
     ops, n = torch.ops.asa_ops, grid[0] * grid[1]
     query, key, value, alpha, beta = inputs.make("labels", grid, DIM)
-    given = [*Inputs(query, key, value, alpha, beta, None), list(grid), [3, 3], 0, True, DIM**-0.5]
+    given = [*Inputs(query, key, value, alpha, beta, None), list(grid), [3, 3], 0, 0, True, DIM**-0.5]
     rows = [0, n]
     lse, *found, begun = ops.asa_rows_scan(*given, rows)
     bits, _, _, local = found
@@ -153,10 +154,6 @@ def time_processes(sizes: Sequence[int], grids: Sequence[tuple[int, int]], round
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_serve, (sizes, grids, rounds, folder), nprocs=max(sizes))
         return torch.load(f"{folder}/times")
-
-
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in [head, ["---"] * len(head), *lines])
 
 
 def page(costs: Costs, times: dict[tuple[int, int], float], cores: int) -> str:

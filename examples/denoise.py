@@ -11,8 +11,6 @@ a denoiser and no attention, and shows what a tool made for the task reaches.
 """
 
 import argparse
-import contextlib
-import ctypes
 import math
 import statistics
 import time
@@ -22,6 +20,7 @@ from pathlib import Path
 
 import files
 import matplotlib.pyplot as plt
+import memory
 import numpy as np
 import pictures
 import skimage
@@ -107,30 +106,23 @@ def best(clean: np.ndarray, method: Callable, settings: list[tuple], bar: tqdm) 
     return max(scores, key=scores.get)
 
 
-def memory(field: str) -> int | None:
-    """Return a memory figure of this process in bytes ("VmRSS": now, "VmHWM": at most), or None outside Linux."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field):
-                return int(line.split()[1]) * 1024
-    return None
-
-
 def measured(run: Callable) -> tuple[object, float, float | None]:
     """Return what ``run`` returns, its seconds, and the bytes by which it raised the peak of resident memory.
 
     The seconds are the median of the calls that fit into TIMING, at least one.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)  # give back what earlier runs freed, so that reusing it counts
-        Path("/proc/self/clear_refs").write_text("5")  # start the peak anew
-    before, seconds, peak = memory("VmRSS"), [], None
-    while not seconds or sum(seconds) + seconds[-1] < TIMING:
+    seconds = []
+
+    def timed() -> object:
         start = time.perf_counter()
         result = run()
         seconds.append(time.perf_counter() - start)
-        peak = peak or memory("VmHWM")
-    return result, statistics.median(seconds), None if peak is None else peak - before
+        return result
+
+    result, peak = memory.added(timed)
+    while sum(seconds) + seconds[-1] < TIMING:
+        result = timed()
+    return result, statistics.median(seconds), peak
 
 
 @dataclass

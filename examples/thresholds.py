@@ -29,6 +29,7 @@ from pathlib import Path
 import files
 import matplotlib.pyplot as plt
 import numpy as np
+import pages
 import skimage
 import torch
 from confidence import interval
@@ -386,12 +387,13 @@ def table(results: dict) -> str:
         "better on: how many of the seeds' test photographs, and the least and the largest gain on one, dB;",
         "alpha: median of the test tiles' pixels (5 % to 95 %), mean of seeds.",
         "",
-        "| method | test, dB | gain on the test, dB | better on | gain on the training photographs, dB | alpha |",
-        "|---|---|---|---|---|---|",
     ]
+    header = "method", "test, dB", "gain on the test, dB", "better on", "gain on the training photographs, dB", "alpha"
+    rows = []
     for name in options["methods"]:
         score = interval([seed[name]["test"] for seed in runs.values()])
-        cells = ["{:.2f} ± {:.2f}".format(*score), "{:+.3f} ± {:.3f}".format(*interval(gains(runs, name, "test")))]
+        gained = interval(gains(runs, name, "test"))
+        cells = [name, "{:.2f} ± {:.2f}".format(*score), "{:+.3f} ± {:.3f}".format(*gained)]
         each = by_photograph(runs, name)
         better = f"{sum(x > 0 for x in each)} of {len(each)} ({min(each):+.2f} to {max(each):+.2f})"
         cells.append("-" if name == REFERENCE else better)
@@ -404,9 +406,10 @@ def table(results: dict) -> str:
             cells.append(f"{np.mean([seed[name]['start']['alpha'] for seed in runs.values()]):.2f}")
         else:
             cells.append("-")
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        rows.append(cells)
     ceiling = "{:+.2f} ± {:.2f}".format(*interval([results["ceilings"][i] for i in runs]))
     lines += [
+        pages.table(header, rows),
         "",
         "An oracle that gives every test tile the alpha of the grid that is best for it, by looking at the clean tile,",
         f"would gain {ceiling} dB.",

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from asa_ops import asa_attention
 from asa_ops.nn import AdaptiveSparseAttention
 
-from .. import files
+from .. import files, memory, pages
 from ..confidence import interval
 from .cli import main_of
 from .config import NO_BLOCK, Config, ConfigError
@@ -107,19 +107,11 @@ def figures(block: AdaptiveSparseAttention, x: torch.Tensor) -> tuple[float, flo
     return stats.survivors.double().mean().item(), *quartiles
 
 
-def peak() -> int | None:
-    """Return the peak of this process's resident memory in bytes, None outside Linux."""
-    try:
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
-    except OSError:
-        return None
-
-
 def run(name: str, seed: int, steps: int | None, path: Path) -> None:
     """Train one variant and write what it did."""
     settings = VARIANTS[name] | {"seed": seed} | ({"steps": steps} if steps else {})
     config = Config.load("shapes").replace(**settings)
-    watch, before = Watch(config.steps), peak()
+    watch, before = Watch(config.steps), memory.resident("VmHWM")
     with tempfile.TemporaryDirectory() as folder:
         result = train(config, Path(folder), after_step=watch)
     told = {
@@ -130,7 +122,7 @@ def run(name: str, seed: int, steps: int | None, path: Path) -> None:
         "iou": result.report.iou.tolist(),
         "loss": statistics.fmean(result.losses[-max(config.steps // 10, 1) :]),
         "seconds": statistics.median(watch.seconds) if watch.seconds else None,
-        "bytes": None if before is None else peak() - before,
+        "bytes": None if before is None else memory.resident("VmHWM") - before,
         "curve": watch.curve,
     }
     files.write(path, json.dumps(told) + "\n")
@@ -240,28 +232,29 @@ def table(runs: dict[str, dict[int, dict]]) -> str:
         "at the first and the last of the samples taken in training, means over seeds; the quartiles of alpha, and",
         "milliseconds and memory of a step on one CPU thread, medians over seeds.",
         "",
-        "| block | seeds | mIoU, % | gain | survivors, first | last | alpha, last (quartiles) | ms a step | MB |",
-        "|---|---|---|---|---|---|---|---|---|",
     ]
+    header = ["block", "seeds", "mIoU, %", "gain", "survivors, first", "last"]
+    header += ["alpha, last (quartiles)", "ms a step", "MB"]
+    rows = []
     for name, seeds in runs.items():
         curves = [told["curve"] for told in seeds.values() if told["curve"]]
         first, last = ([curve[i][1] for curve in curves] for i in (0, -1))
         alpha = np.median([curve[-1][2:] for curve in curves], 0) if curves else None
-        memory = [x["bytes"] for x in seeds.values() if x["bytes"] is not None]
+        taken = [x["bytes"] for x in seeds.values() if x["bytes"] is not None]
         seconds = [x["seconds"] for x in seeds.values() if x["seconds"] is not None]
         cells = [
             name,
-            str(len(seeds)),
+            len(seeds),
             told([100 * x["miou"] for x in seeds.values()]),
             "-" if name == REFERENCE else told(gains(runs, name), "{:+.2f} ± {:.2f}"),
             f"{statistics.fmean(first):.0f}" if first else "-",
             f"{statistics.fmean(last):.0f}" if last else "-",
             "-" if alpha is None else "{1:.2f} ({0:.2f} to {2:.2f})".format(*alpha),
             f"{1e3 * statistics.median(seconds):.0f}" if seconds else "-",
-            f"{statistics.median(memory) / 1e6:.0f}" if memory else "-",
+            f"{statistics.median(taken) / 1e6:.0f}" if taken else "-",
         ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        rows.append(cells)
+    return "\n".join([*lines, pages.table(header, rows)]) + "\n"
 
 
 def draw(path: Path, runs: dict[str, dict[int, dict]]) -> None:

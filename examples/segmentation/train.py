@@ -236,7 +236,7 @@ def optimizer_of(config: Config, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Return the polynomially decaying learning rate of a step."""
+    """Return the polynomially decaying learning rate of a step; that of torch's PolynomialLR ends at 0."""
     span = config.learning_rate - config.min_learning_rate
     return span * (1 - step / config.steps) ** 0.9 + config.min_learning_rate
 

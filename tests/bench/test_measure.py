@@ -16,6 +16,7 @@ from bench_cases import stand_in_for_cuda, stored, tiles
 
 from asa_ops.asa import reference
 from bench import accounting, inputs, measure, workloads
+from examples import memory
 
 
 def test_dense_operations_are_those_of_the_formula():
@@ -109,6 +110,21 @@ def test_bytes_added_are_those_allocated():
     """Of 128 MB at the same time, whatever was freed before: in a process of its own, for tests before leave traces."""
     run = subprocess.run([sys.executable, "-c", ALLOCATING], cwd=ROOT, capture_output=True, text=True)
     assert int(run.stdout or -1) == pytest.approx(2**27, rel=0.05), run.stderr
+
+
+def test_memory_where_the_system_tells_less(monkeypatch):
+    """Without leave to start the peak anew the bytes above it count; outside Linux there are none."""
+    figures = {"VmRSS": 10, "VmHWM": 30}
+    monkeypatch.setattr(memory, "resident", figures.get)
+    monkeypatch.setattr(Path, "write_text", mock.Mock(side_effect=[1, PermissionError, PermissionError]))
+    assert memory.added(lambda: figures.update(VmHWM=42) or "result") == ("result", 32)
+    assert memory.added(lambda: figures.update(VmHWM=50)) == (None, 8)
+    assert memory.added(lambda: figures.update(VmHWM=20)) == (None, 0)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "read_text", mock.Mock(side_effect=FileNotFoundError))
+    assert memory.added(lambda: "result") == ("result", None)
+    with pytest.raises(RuntimeError, match="on Linux alone"):
+        measure.bytes_added(list, "cpu")
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_the_table_is_of_the_runs(tmp_path):
     assert list(runs) == [name for name in ablation.VARIANTS if name in scores]
     lines = [line.split(" | ") for line in ablation.table(runs).splitlines() if line.startswith("| ")]
     rows = {name.removeprefix("| "): cells for name, *cells in lines}
-    assert len(rows) == 6
+    assert len(rows) == 7  # with the titles and the line below
     # half of the interval: t(0.975, 2 degrees of freedom) = 4.303 times the deviation over sqrt(3)
     assert rows["none"][:4] == ["3", f"52.00 ± {4.303 * 2 / math.sqrt(3):.2f}", "-9.00 ± 2.48", "-"]
     assert rows["asa, no gradient"][2:5] == ["-", "200", "51"]

@@ -229,7 +229,7 @@ def test_runs_some_methods(thresholds, tmp_path):
     results = thresholds.main([*SMALL, "--methods", "learned h", "--out", str(path)])
     assert [list(runs) for runs in results["runs"].values()] == [["fixed alpha", "learned h"]] * 2
     text = path.with_suffix(".md").read_text()
-    assert text.count("\n| ") == 3 and "without a gradient" not in text
+    assert text.count("\n| ") == 4 and "without a gradient" not in text
     assert skimage.io.imread(path.with_suffix(".png")).std() > 1
 
 

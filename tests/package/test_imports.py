@@ -27,10 +27,10 @@ OPTIONAL = {"asa_ops.explore.pictures": {"PIL"}, "asa_ops.explore.__main__": {"n
 
 # Beside asa_ops and its own folder: what files of bench, examples and tests import of the others.
 ACROSS = {
-    "bench": ["examples.files"],  # how files are written there and here
+    "bench": ["examples.files", "examples.memory", "examples.pages"],  # files, memory and tables there and here
     "bench.cuda": ["tests.simt"],  # the emulation of the kernels
     "tests.asa.test_whole": ["bench.workloads"],  # whose cases are counted there
-    "tests.bench": ["bench", "examples.files"],
+    "tests.bench": ["bench", "examples.files", "examples.memory"],
     "tests.bench_cases": ["bench"],
     "tests.examples": ["examples"],
     "tests.segmentation_cases": ["examples"],
