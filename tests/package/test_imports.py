@@ -96,7 +96,17 @@ def test_imports_point_down(name):
 def test_the_package_needs_torch_alone(name):
     others = GRAPH[name] - set(FILES)
     assert within(name, TRITON) or "triton" not in others
-    for optional in ("numpy", "torchvision", "timm", "transformers", "matplotlib", "skimage", "PIL", "onnx", "onnxscript"):
+    for optional in (
+        "numpy",
+        "torchvision",
+        "timm",
+        "transformers",
+        "matplotlib",
+        "skimage",
+        "PIL",
+        "onnx",
+        "onnxscript",
+    ):
         of_integration = name == f"asa_ops.integrations.{optional}"
         assert optional not in others - OPTIONAL.get(name, set()) or of_integration
     assert not [module for module in GRAPH[name] if within(module, ["asa_ops.integrations"])]
