@@ -51,11 +51,13 @@ def linker_flags(folder: Path) -> list[str]:
     """Write the libraries into ``folder``, and return the flags that have the linker take them."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in LIBRARIES:
-        # What -lc and -lm find: a script for the linker, which names the real library.
-        script = Path(output_of("cc", f"-print-file-name={name}").strip()).read_text()
-        real = re.search(rf"\S*/{name}\.6", script)[0]
+        # What -lc and -lm find: the real library, or a script for the linker that names it.
+        found = Path(output_of("cc", f"-print-file-name={name}").strip())
+        is_library = found.read_bytes()[:4] == b"\x7fELF"
+        script = str(found) if is_library else found.read_text()
+        real = script if is_library else re.search(rf"\S*/{name}\.6", script)[0]
         library = write_library(f"{name}.6", versions(Path(real)), folder)
-        (folder / name).write_text(script.replace(real, str(library)))
+        (folder / name).write_text(f"GROUP ( {library} )" if is_library else script.replace(real, str(library)))
     newer, archive = folder / "newer.o", folder / "libnewer.a"
     output_of("c++", "-fPIC", "-O2", "-c", Path(__file__).with_suffix(".cpp"), "-o", newer)
     output_of("ar", "rcs", archive, newer)

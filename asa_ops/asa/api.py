@@ -124,6 +124,7 @@ def asa_attention(
         extra_tokens: how many tokens stand before those of the grid, class tokens for example. They keep everybody and
             everybody keeps them, whatever ``topk`` and their own ``alpha`` and ``beta`` are, which get zero gradients.
             Their weights count in the rows of the others, so that alpha keeps its meaning.
+            With ``beta`` alone they make a call as long as one with ``alpha``.
         topk: neighbours must also be among the ``topk`` largest scores of their row (ties are all kept).
         reciprocal: keep a pair only if each is the other's neighbour.
         key_padding_mask: bool [B, N_k], True = a real position. Padding is nobody's neighbour; where N_q == N_k padding

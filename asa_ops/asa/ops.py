@@ -7,7 +7,7 @@ extension loads). The implementations in Python have ops of the same schemas: ``
 
     grid             the sides of the map; [] or [0, 0]: none
     window           an odd side for each dimension
-    extra_tokens     alpha and beta of these are 0; with a beta or topk alone, alpha is there too
+    extra_tokens     alpha and beta of these are 0; with a beta there is an alpha or a topk too
     topk             0: none
     band             half width of the window in which thresholds learn; 0: they do not
     keep             whether a backward will follow: ``kept`` holds what it needs, otherwise nothing

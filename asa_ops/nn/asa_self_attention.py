@@ -1,6 +1,5 @@
 """Adaptive sparse self-attention over tokens [B, N, C], as vision transformers have it."""
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -141,11 +140,13 @@ class AdaptiveSparseSelfAttention(nn.Module):
         if is_causal:
             raise ValueError(f"{name} has no causal attention, got is_causal=True: use timm.layers.Attention here")
         batch, n, _ = x.shape
-        query, key, value = self.qkv(x).view(batch, n, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        query, key, value = (
+            self.qkv(x).view(batch, n, 3, self.num_heads, self.dim // self.num_heads).permute(2, 0, 3, 1, 4)
+        )
         query, key = self.q_norm(query), self.k_norm(key)
         grid = self.grid
         if grid is None and self.beta is not None:
-            side = math.isqrt(max(n - self.extra_tokens, 0))
+            side = torch.sym_int(torch.sym_sqrt(torch.sym_max(n - self.extra_tokens, 0)))  # N may be a symbol
             if side * side != n - self.extra_tokens:
                 raise ValueError(
                     f"{name} with beta needs grid=(H, W) where the tokens are no square, got N - extra_tokens = "

@@ -60,7 +60,7 @@ def attend(layer: Any, function: Callable[..., Any], **arguments: Any) -> Tensor
 def scheduled(layer: nn.Module, alpha: Tensor) -> Tensor:
     """Return ``alpha`` of ``layer``, or what a :class:`ThresholdSchedule` makes of it."""
     factor = getattr(layer, "asa_factor", None)
-    return alpha if factor is None else alpha * factor
+    return alpha if factor is None else torch.where(factor == 0, 0.0, alpha * factor)  # inf, too, begins as 0
 
 
 @torch.no_grad()
@@ -257,7 +257,7 @@ class ThresholdSchedule:
     def remove(self) -> None:
         """Leave plain modules: no layer has a factor any more."""
         for layer in self._layers:
-            del layer.asa_factor
+            layer._buffers.pop("asa_factor", None)  # another schedule may have taken it away
         self._layers = []
 
     def _write(self) -> None:

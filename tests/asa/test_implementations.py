@@ -508,6 +508,18 @@ def test_no_keys_give_zeros(impl):
 
 
 @each_impl
+@pytest.mark.parametrize("alpha", [0.0, 0.1])
+def test_no_values_have_no_gradients(impl, alpha):
+    """Where most pairs survive: kernels take whole rows there."""
+    tokens, options = make_for(impl, named("alpha_only", dim_v=0))
+    leaves = with_grad([*tokens[:3], torch.full_like(tokens[3], alpha)])
+    out = asa_attention(*leaves, **options, **STRAIGHT_THROUGH, impl=impl)
+    assert out.shape[-1] == 0
+    out.sum().backward()
+    assert all((x.grad == 0).all() for x in leaves)
+
+
+@each_impl
 def test_nothing_but_extra_tokens_is_dense(impl):
     (query, key, value, alpha, beta), options = make_for(impl, named("plain", grid=(23,)))
     given = options | {"grid": (0,), "extra_tokens": 23, "topk": 1, "impl": impl}

@@ -273,3 +273,17 @@ def test_active_tiles_with_extra_tokens():
     assert statistics["active_tiles"] == pytest.approx(len(active) / 25)
     assert statistics["density"] == pytest.approx(len(columns) / 258**2)
     assert 9 <= len(active) < 25
+
+
+@pytest.mark.parametrize("size", [(0, 16, 32), (2, 0, 32)])
+def test_self_attention_of_nothing(size):
+    layer = AdaptiveSparseSelfAttention(32, num_heads=2, beta=1.0)
+    assert layer(torch.randn(size)).shape == size
+
+
+def test_self_attention_compiles_for_squares_of_any_size():
+    layer = AdaptiveSparseSelfAttention(32, num_heads=2, alpha=1.0, beta=1.0)
+    compiled = torch.compile(layer, backend="eager", fullgraph=True, dynamic=True)
+    for n in (16, 25, 36):
+        x = torch.randn(2, n, 32)
+        torch.testing.assert_close(compiled(x), layer(x))

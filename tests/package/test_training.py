@@ -324,6 +324,23 @@ def test_monitor_of_parts_of_a_wrapper():
     assert len(nn.parameter_groups(block, 1.0)[1]["params"]) == 4
 
 
+def test_two_schedules_of_a_model_are_removed():
+    block, x = attending(), torch.randn(1, 16, 6, 7)
+    expected = block(x)
+    schedules = [nn.ThresholdSchedule(block, 0, 4) for _ in range(2)]
+    for schedule in schedules:
+        schedule.remove()
+    assert torch.equal(block(x), expected) and not list(block.buffers())
+
+
+def test_an_infinite_threshold_begins_as_dense():
+    layer, dense = (nn.AdaptiveSparseSelfAttention(16, num_heads=2, alpha=alpha) for alpha in (torch.inf, 0.0))
+    dense.load_state_dict({name: x for name, x in layer.state_dict().items() if name != "alpha"})
+    nn.ThresholdSchedule(layer, 0, 4)
+    x = torch.randn(2, 9, 16)
+    assert torch.equal(layer(x), dense(x))
+
+
 # Errors.
 
 BLOCK = nn.AdaptiveSparseAttention(8)
