@@ -380,7 +380,7 @@ def test_nobody_is_mutual_without_neighbours():
     query, key = torch.randn(1, 1, 70, 4, requires_grad=True), torch.randn(1, 1, 130, 4, requires_grad=True)
     forward, results = ops.of("cuda", query.device).fwd, []
     for reciprocal in (True, False):
-        out, *_ = forward(query, key, key, None, None, None, [], [3, 3], 0, reciprocal, 0.5, 0.0, True)
+        out, *_ = forward(query, key, key, None, None, None, [], [3, 3], 0, 0, reciprocal, 0.5, 0.0, True)
         results.append([out, *torch.autograd.grad(out.square().sum(), (query, key))])
     assert equal(*results)
 

@@ -214,7 +214,8 @@ def stages() -> dict[str, dict]:
     part, _ = part_of(200, (64, 128), True)
     names = ("query", "key", "value", "alpha", "beta", "key_padding_mask")
     given = dict(zip(names, part.inputs, strict=True))
-    options = dict(zip(("grid", "window", "topk", "reciprocal", "scale", "band"), part.options, strict=True))
+    names = ("grid", "window", "extra_tokens", "topk", "reciprocal", "scale", "band")
+    options = dict(zip(names, part.options, strict=True))
     given |= options | {"rows": [64, 128]}
     numbers, flags = torch.zeros(1, 256, 5), torch.zeros(1, 4, 4, dtype=torch.uint8)
     saved = dict(zip(("out", "lse", "lse_kept", "survivors", "kept"), part.saved, strict=True)) | {"keys": [64, 128]}
