@@ -60,7 +60,7 @@ def test_ranges_whose_neighbours_are_their_own(instruction_set):
 
 # It takes long: other sets than this machine's best with `make test-all`.
 @pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in INSTRUCTION_SETS], indirect=True)
-@pytest.mark.parametrize("name,sizes", [slow("plain", {}), ("mixed", {"dim": 64, "batch": 1, "heads": 1})])
+@pytest.mark.parametrize("name,sizes", [slow("plain", {}), slow("mixed", {"dim": 64, "batch": 1, "heads": 1})])
 def test_lists_longer_than_a_stretch(instruction_set, name, sizes):
     check_against_reference("cpu", *make(named(name, grid=(40, 47), **sizes), torch.float32))
 

@@ -54,7 +54,7 @@ QUICK = {
         *("one_column", "volume_padding", "map_window", "extra_padding"),
     ),
     ("triton", "half"): ("plain", "wide_values"),
-    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "volume_padding", "extra_volume"),
+    ("triton", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "extra_volume"),
 }
 
 

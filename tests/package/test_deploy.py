@@ -84,6 +84,7 @@ def gradients(*inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
     return out.detach(), *torch.autograd.grad(out, leaves, grad_out)
 
 
+@pytest.mark.slow
 def test_the_gradient_as_a_function(program, tmp_path):
     inputs = [*torch.randn(3, 1, 2, 70, 8), torch.ones(1, 1, 70), torch.randn(1, 2, 70, 8)]
     exported = torch.export.export(make_fx(gradients)(*inputs), tuple(inputs))

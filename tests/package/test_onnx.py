@@ -99,6 +99,7 @@ def test_blocks_at_one_size(name):
     assert program.domains == {""}
 
 
+@pytest.mark.slow
 def test_a_program_exported_before_at_any_size():
     (block,) = blocks = blocks_of([("asa", {})])
     exported = torch.export.export(block, (torch.randn(2, 16, 6, 8),), dynamic_shapes=(any_size(2),))
