@@ -179,7 +179,6 @@ ASA_INLINE void add_scores(const T* x, const T* panel, int64_t n, int64_t dim, i
 template <class T>
 void scores(const T* x, const T* panel, int64_t n, int64_t dim, T* s, int64_t stride) {
   int64_t d = 0;  // without head dims scores are 0
-  do
-    add_scores(x, panel, n, dim, d, smaller(dim, d + kDepth), s, stride);
+  do add_scores(x, panel, n, dim, d, smaller(dim, d + kDepth), s, stride);
   while ((d += kDepth) < dim);
 }
