@@ -1,16 +1,13 @@
 """Reading pictures, whatever is in their files."""
 
-import contextlib
 import logging
-import os
-import sys
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import PIL.Image
 import PIL.ImageOps
+
+from asa_ops.explore.pictures import silence
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # without one logging prints its errors
 
@@ -44,20 +41,3 @@ def read(path: Path, mode: str | None, upright: bool = False) -> np.ndarray:
         told = isinstance(error, OSError | SyntaxError | ValueError)  # of a KeyError the text alone is a riddle
         reason = getattr(error, "strerror", None) or (str(error) if told else repr(error))
         raise PictureError(f"cannot read {path} as a picture: {reason:.200}") from error
-
-
-@contextlib.contextmanager
-def silence() -> Iterator[None]:
-    """Keep Pillow's warnings off the screen, and what its libraries in C print there about broken files."""
-    with warnings.catch_warnings(), open(os.devnull, "wb") as nowhere:
-        warnings.simplefilter("ignore")
-        if sys.__stderr__ is None:  # closed: file 2 may be any
-            yield
-            return
-        screen = os.dup(2)
-        try:
-            os.dup2(nowhere.fileno(), 2)
-            yield
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
