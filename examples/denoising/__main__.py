@@ -1,0 +1,167 @@
+"""Denoise photographs that nobody has learned from: what do thresholds that learn gain?
+
+Every method is trained on some photographs of a set and tested on the others; a seed gives all of them the same crops
+and noise to train on, and the noise of the test is that of all seeds. Each run adds a line to a file, so that the same
+command goes on where it was interrupted, and where nothing is missing only writes the tables and the plot again; so does --report.
+
+    python -m examples.photographs build/photographs --list examples/photographs.csv     # the set; see there
+    python -m examples.denoising                        # 5 seeds of everything: most of a day on one thread
+    python -m examples.denoising --methods "ASA, alpha and h learned" "dense, h learned" --seeds 1 --out quick.jsonl
+"""
+
+import argparse
+import json
+import platform
+import subprocess
+import zlib
+from dataclasses import astuple
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from .. import files
+from ..photographs import Photographs, PhotographsError
+from . import report, study
+from .attention import Constants
+from .methods import METHODS
+
+ROOT = Path(__file__).parents[2]
+FIRST = ("photographs", "steps", "tuned")  # in the first line of a file of results
+DEFAULT = ROOT / "examples/results/denoising.jsonl"
+
+
+class StudyError(Exception):
+    """A file of results that cannot be gone on with; the message says why."""
+
+
+def processor() -> str:
+    """Return what the processor is, as far as the system tells."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    except OSError:
+        return platform.processor() or platform.machine()
+    told = {name.strip(): value.strip() for name, value in lines.items()}
+    name = told.get("model name", platform.machine())
+    return f"{name} family {told['cpu family']} model {told['model']}" if "cpu family" in told else name
+
+
+def commit() -> str:
+    """Return the commit of this repository, "unknown" outside of one."""
+    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def fingerprint(photographs: Photographs) -> str:
+    """Return what tells sets of photographs apart."""
+    parts = (photographs.train, photographs.test)
+    return f"{zlib.crc32(b''.join(part.crops.numpy().tobytes() for part in parts)):08x}"
+
+
+def read(path: Path) -> tuple[dict | None, report.Runs]:
+    """Return the first line of a file of results, None if there is no file, and its runs by method and seed.
+
+    Raises:
+        StudyError: a line is broken, or not of this study.
+    """
+    if not path.exists():
+        return None, {}
+    lines = files.read(path).splitlines()
+    first, *others = (entry(line, i, path, ("method", "seed", "test") if i else FIRST) for i, line in enumerate(lines))
+    runs: report.Runs = {}
+    for told in others:
+        runs.setdefault(told["method"], {})[told["seed"]] = told
+    return first, {name: runs[name] for name in METHODS if name in runs}
+
+
+def entry(line: str, i: int, path: Path, names: tuple[str, ...]) -> dict:
+    """Return line ``i`` of a file of results, which must have entries of these names."""
+    try:
+        told = json.loads(line)
+    except ValueError as error:
+        raise StudyError(f"line {i + 1} of {path} is broken ({error}): remove it") from error
+    if not isinstance(told, dict) or not told.keys() >= set(names):
+        raise StudyError(f"line {i + 1} of {path} is not of this study, expected {', '.join(names)}: remove it")
+    return told
+
+
+def constants(tuned: dict) -> dict:
+    """Return what was tuned, as a file has it, as the study has it."""
+    return {
+        kind: {float(noise): Constants(*values) for noise, values in levels.items()} for kind, levels in tuned.items()
+    }
+
+
+def render(path: Path) -> None:
+    """Write the tables and the plot of a file of results."""
+    first, runs = read(path)
+    if first is None or not runs:
+        raise StudyError(f"{path} holds no results yet")
+    every = [told for seeds in runs.values() for told in seeds.values()]
+    about = {"steps": first["steps"]}
+    about |= {f"{name}s": sorted({told[name] for told in every}) for name in ("machine", "commit")}
+    text = report.page(runs, first["tuned"], about)
+    print(text)
+    files.write(path.with_suffix(".md"), text)
+    report.draw(path.with_suffix(".png"), runs)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="denoising", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    default = Path("build/photographs.npz")
+    parser.add_argument("--photographs", type=Path, default=default, help=f"the set ({default})")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
+    parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
+    parser.add_argument("--steps", type=int, default=600, help="of training (600)")
+    parser.add_argument("--out", type=Path, default=DEFAULT, help="results; a .md and a .png are written beside them")
+    parser.add_argument("--report", action="store_true", help="run nothing, write the tables and the plot of --out")
+    options = parser.parse_args(arguments)
+    for name in ("seeds", "steps"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    files.check_out(parser, options.out, ".jsonl")
+    files.check([options.out, *(options.out.with_suffix(x) for x in (".md", ".png"))], [options.photographs])
+    if options.report:
+        render(options.out)
+        return
+    torch.set_num_threads(1)  # results repeat bitwise
+
+    photographs = Photographs.load(options.photographs)
+    if (side := photographs.train.crops.shape[-1]) < study.SIDE:
+        raise StudyError(f"{options.photographs} has crops of {side} pixels, expected at least {study.SIDE}")
+    asked = {"photographs": fingerprint(photographs), "steps": options.steps}
+    first, runs = read(options.out)
+    if first is None:
+        print("tuning h and alpha, minutes", flush=True)
+        tuned = study.tune(photographs)
+        plain = {kind: {f"{x:g}": astuple(value) for x, value in levels.items()} for kind, levels in tuned.items()}
+        first = asked | {"tuned": plain}
+        files.write(options.out, json.dumps(first) + "\n")
+    for name, value in asked.items():
+        if first[name] != value:
+            raise StudyError(f"{options.out} is of {name} {first[name]!r}, not {value!r}: name another with --out")
+    tuned = constants(first["tuned"])
+    todo = [
+        (name, seed)
+        for seed in range(options.seeds)
+        for name in options.methods
+        if seed not in runs.get(name, {}) and (seed == 0 or study.is_trained(METHODS[name].build(tuned)))
+    ]
+    where = {"machine": processor(), "torch": torch.__version__, "commit": commit()}
+    with tqdm(total=len(todo) * options.steps, unit="step", smoothing=0.05) as bar:
+        for name, seed in todo:
+            bar.set_description(f"{name}, seed {seed}")
+            done = bar.n
+            told = study.run(name, seed, photographs, tuned, options.steps, bar.update)
+            bar.update(done + options.steps - bar.n)
+            files.append(options.out, json.dumps(study.rounded(told | where)) + "\n")
+    render(options.out)
+
+
+if __name__ == "__main__":
+    files.run(main, PhotographsError, StudyError, ModuleNotFoundError)

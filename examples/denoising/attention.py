@@ -1,0 +1,188 @@
+"""Non-local means as attention, of which everything may be learned: thresholds, the width h, and what is compared.
+
+Every pixel averages the colours of the pixels whose 5 x 5 patches are like its own (Buades, Coll and Morel, "A
+non-local algorithm for image denoising", CVPR 2005): attention with s_ij = -||p_i - p_j||^2 / h_i^2, patches p as
+queries and keys and colours as values. Dense attention averages over all pixels, adaptive sparse attention over
+reciprocal neighbours above the threshold alpha_i of both.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from asa_ops import asa_attention
+
+PATCH = 5
+VALUES = 3 * PATCH * PATCH  # of a patch
+SCALES = (5, 11)  # windows of the local variance, pixels
+FEATURES = 32  # of the embedding
+ALPHA_REACH, WIDTH_REACH = 2.0, 0.75  # alpha and h stay within e^+-reach of the best fixed ones
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What is best for all pixels of one noise level.
+
+    Attributes:
+        width: h, in units of noise * sqrt(VALUES), the length of a patch of noise.
+        alpha: None for dense attention.
+    """
+
+    width: float
+    alpha: float | None
+
+
+class Predictor(nn.Module):
+    """What of every pixel deviates from a constant, from the noisy pixels around it: at first nothing.
+
+    It sees the colours and, in windows of several sizes, the local variance beside that of the noise, which tells flat
+    from textured.
+    """
+
+    def __init__(self, outputs: int, channels: int = 24):
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(3 + 2 * len(SCALES) + 1, channels),
+            nn.GELU(),
+            convolution(channels, channels),
+            nn.GELU(),
+            convolution(channels, channels, dilation=2),
+            nn.GELU(),
+            convolution(channels, outputs),
+        )
+        nn.init.zeros_(self.layers[-1].weight)
+        nn.init.zeros_(self.layers[-1].bias)
+
+    def forward(self, noisy: Tensor, noise: Tensor) -> Tensor:
+        """Return the logarithms of factors, [B, outputs, H, W], for noisy [B, 3, H, W] and noise [B]."""
+        return self.layers(torch.cat([noisy - 0.5, *texture(noisy, noise)], 1))
+
+
+def convolution(inputs: int, outputs: int, dilation: int = 1) -> nn.Conv2d:
+    return nn.Conv2d(inputs, outputs, 3, padding=dilation, dilation=dilation, padding_mode="reflect")
+
+
+def texture(noisy: Tensor, noise: Tensor) -> list[Tensor]:
+    """Return what tells texture from noise: maps [B, 1, H, W], of every scale the variance beyond that of the noise."""
+    noise = noise.view(-1, 1, 1, 1)
+    maps = [noise.log().expand_as(noisy[:, :1]) + 2.3]  # about 0 in the middle
+    for side in SCALES:
+        padded = F.pad(noisy, [side // 2] * 4, mode="reflect")
+        mean = F.avg_pool2d(padded, side, 1)
+        variance = (F.avg_pool2d(padded.square(), side, 1) - mean.square()).mean(1, keepdim=True).clamp(min=0)
+        ratio = variance / noise.square()
+        maps += [(0.2 * (ratio - 1)).clamp(max=4), ratio.sqrt().log1p()]
+    return maps
+
+
+def patches_of(noisy: Tensor) -> Tensor:
+    """Return the patch around every pixel, [B, N, VALUES], less its mean over the picture, which no score sees."""
+    patches = F.unfold(F.pad(noisy, [PATCH // 2] * 4, mode="reflect"), PATCH).mT
+    return patches - patches.mean(1, keepdim=True)
+
+
+class NonLocalMeans(nn.Module):
+    """A denoiser: pictures [B, 3, H, W] and the noise of each [B] in, pictures out.
+
+    Args:
+        constants: by noise level, where learning starts.
+        learns: of "alpha" and "h" what is predicted for every pixel.
+        embeds: whether features of three convolutions stand beside the patches, and patches are weighted.
+        band: ``threshold_band`` of :func:`asa_ops.asa_attention`.
+        gradient: its ``threshold_grad``.
+    """
+
+    def __init__(
+        self,
+        constants: dict[float, Constants],
+        learns: tuple[str, ...] = (),
+        embeds: bool = False,
+        band: float = 1.0,
+        gradient: str | None = "straight_through",
+    ):
+        super().__init__()
+        self.constants, self.learns, self.band, self.gradient = constants, learns, band, gradient
+        self.predictor = Predictor(len(learns)) if learns else None
+        self.embedding = Embedding() if embeds else None
+        self.survivors: Tensor | None = None  # of the last call without a gradient, [B], means over rows
+
+    def forward(self, noisy: Tensor, noise: Tensor) -> Tensor:
+        width = self.constant("width", noise) * math.sqrt(VALUES) * noise[:, None]
+        alpha = None if self.is_dense else self.constant("alpha", noise)
+        if self.predictor is not None:
+            outputs = self.predictor(noisy, noise).flatten(2)
+            for name, output in zip(self.learns, outputs.unbind(1), strict=True):
+                if name == "h":
+                    width = width * (WIDTH_REACH * output.tanh()).exp()
+                else:
+                    alpha = alpha * (ALPHA_REACH * output.tanh()).exp()
+        patches = patches_of(noisy)
+        if self.embedding is not None:
+            patches = self.embedding(noisy, noise, patches)
+        n = patches.shape[1]
+        return self.attend(patches, width.expand(-1, n), alpha if alpha is None else alpha.expand(-1, n), noisy)
+
+    def attend(self, patches: Tensor, width: Tensor, alpha: Tensor | None, noisy: Tensor) -> Tensor:
+        """Return the attention of tokens [B, N, D] whose h and alpha are [B, N]."""
+        scale = width.square().reciprocal()[..., None]
+        query = torch.cat([2 * patches, -torch.ones_like(scale)], -1) * scale  # 2 <p_i, p_j> - ||p_j||^2
+        key = torch.cat([patches, patches.square().sum(-1, keepdim=True)], -1)
+        query, key, value = query[:, None], key[:, None], noisy.flatten(2).mT[:, None]
+        if alpha is None:
+            value = F.pad(value, (0, query.shape[-1] - 3))  # as long as keys: torch's fused kernel asks for it
+            out = F.scaled_dot_product_attention(query, key, value, scale=1.0)[..., :3]
+        else:
+            learns = torch.is_grad_enabled()
+            out, stats = asa_attention(
+                query,
+                key,
+                value,
+                alpha[:, None],
+                scale=1.0,
+                grid=noisy.shape[-2:],
+                threshold_grad=self.gradient if learns else None,
+                threshold_band=self.band,
+                return_stats=True,
+            )
+            self.survivors = None if learns else stats.survivors.double().mean((1, 2))
+        return out[:, 0].mT.unflatten(2, noisy.shape[-2:])
+
+    @property
+    def is_dense(self) -> bool:
+        return all(each.alpha is None for each in self.constants.values())
+
+    def constant(self, name: str, noise: Tensor) -> Tensor:
+        """Return a constant for pictures of these noise levels, [B, 1]."""
+        levels = torch.tensor(list(self.constants), dtype=noise.dtype)
+        values = torch.tensor([getattr(each, name) for each in self.constants.values()], dtype=noise.dtype)
+        return values[(levels - noise[:, None]).abs().argmin(1)][:, None]
+
+
+class Embedding(nn.Module):
+    """Tokens to compare: the patches, of weights that are learned, features of three convolutions, and the place."""
+
+    def __init__(self, channels: int = 32):
+        super().__init__()
+        self.layers = nn.Sequential(
+            convolution(4, channels),
+            nn.GELU(),
+            convolution(channels, channels),
+            nn.GELU(),
+            convolution(channels, FEATURES),
+        )
+        nn.init.normal_(self.layers[-1].weight, std=0.02)
+        self.weights = nn.Parameter(torch.zeros(VALUES))  # logarithms
+        self.place = nn.Parameter(torch.zeros(()))
+
+    def forward(self, noisy: Tensor, noise: Tensor, patches: Tensor) -> Tensor:
+        level = noise.view(-1, 1, 1, 1).expand_as(noisy[:, :1])
+        features = self.layers(torch.cat([noisy - 0.5, level], 1)).flatten(2).mT
+        height, width = noisy.shape[-2:]
+        rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        place = torch.stack([rows, columns], -1).view(1, -1, 2).to(noisy) / 100
+        place = (place - place.mean(1, keepdim=True)).expand(len(noisy), -1, -1)
+        scale = 10 * noise[:, None, None]  # as h, which scores are divided by, grows with the noise
+        return torch.cat([patches * self.weights.exp(), scale * features, scale * self.place * place], -1)

@@ -1,0 +1,191 @@
+"""Tables and plots of what the study found."""
+
+import statistics
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+
+from .. import files, pages
+from ..confidence import interval
+from .methods import ATTENTION, METHODS, NETWORK, REFERENCE
+
+Runs = dict[str, dict[int, dict]]  # by method and seed
+
+TITLES = {
+    ATTENTION: "Attention alone",
+    NETWORK: "A network of about 100,000 parameters with one block",
+}
+BESIDE = ("scikit-image", "BM3D")  # in both tables
+NETWORK_REFERENCE = "network, no block"
+LEARNED = "ASA, embedding, alpha and h learned"
+QUESTIONS = (  # what the study asks: a method, what it is held against
+    ("ASA, alpha learned", REFERENCE),
+    ("ASA, alpha and h learned", REFERENCE),
+    ("ASA, alpha and h learned", "ASA, h learned"),
+    ("ASA, alpha and h learned", "ASA, alpha and h as published (no gradient of alpha)"),
+    ("ASA, alpha and h learned", "dense, h learned"),
+    (LEARNED, REFERENCE),
+    (LEARNED, "ASA, embedding and h learned"),
+    (LEARNED, "dense, embedding and h learned"),
+    (LEARNED, "scikit-image"),
+    (LEARNED, "BM3D"),
+    ("network, asa", NETWORK_REFERENCE),
+    ("network, asa", "network, non_local"),
+    ("network, asa", "network, asa, published"),
+    ("network, asa", "BM3D"),
+)
+
+
+def scores(runs: Runs, name: str, noise: str, figure: str) -> np.ndarray:
+    """Return a figure of the photographs, [seeds, photographs]."""
+    return np.array([list(told["test"][noise][figure].values()) for told in runs[name].values()])
+
+
+def gains(runs: Runs, name: str, reference: str, noise: str) -> np.ndarray:
+    """Return by how many dB a method beats another, photograph by photograph, [seeds that both have, photographs].
+
+    What is not trained is the same for every seed.
+    """
+    theirs = runs[reference]
+    fixed = next(iter(theirs.values())) if "curve" not in next(iter(theirs.values())) else None
+    pairs = [
+        (told, fixed or theirs.get(seed) or next(iter(theirs.values())))
+        for seed, told in runs[name].items()
+        if fixed or seed in theirs or "curve" not in told
+    ]
+    return np.array(
+        [[x - other["test"][noise]["psnr"][photo] for photo, x in told["test"][noise]["psnr"].items()]
+         for told, other in pairs]
+    ).reshape(len(pairs), -1)  # fmt: skip
+
+
+def told(values: np.ndarray, form: str = "{:+.2f} ± {:.2f}") -> str:
+    return form.format(*interval(values.tolist()))
+
+
+def main_table(runs: Runs, group: str, reference: str) -> str:
+    """Return the table of a group of methods: PSNR and gains at every noise level."""
+    names = [name for name in METHODS if name in runs and (METHODS[name].group == group or name in BESIDE)]
+    noises = list(next(iter(next(iter(runs.values())).values()))["test"])
+    header = ["method", "seeds"]
+    for noise in noises:
+        header += [f"PSNR, noise {noise}", "gain, dB", "worst", "SSIM"]
+    header += ["survivors a row", "ms a step", "ms a picture"]
+    rows = []
+    for name in names:
+        row: list[object] = [name, len(runs[name]) if "curve" in next(iter(runs[name].values())) else "-"]
+        for noise in noises:
+            row.append(f"{scores(runs, name, noise, 'psnr').mean():.2f}")
+            each = gains(runs, name, reference, noise) if reference in runs else np.empty((0, 0))
+            if name == reference or not each.size:
+                row += ["-", "-"]
+            else:
+                row += [told(each.mean(0)), f"{each.mean(0).min():+.2f}"]
+            row.append(f"{scores(runs, name, noise, 'ssim').mean():.3f}")
+        every = list(runs[name].values())
+        kept = [told["test"][noises[1]]["survivors"] for told in every]
+        row.append(f"{statistics.fmean(kept):.0f}" if kept[0] is not None else "-")
+        steps = [told["step seconds"] for told in every if "step seconds" in told]
+        row.append(f"{1e3 * statistics.median(steps):.0f}" if steps else "-")
+        row.append(f"{1e3 * statistics.median(told['test'][noises[1]]['seconds'] for told in every):.0f}")
+        rows.append(row)
+    return pages.table(header, rows)
+
+
+def answers(runs: Runs) -> str:
+    """Return the differences that the study asks for, with their intervals over photographs and over seeds."""
+    noises = list(next(iter(next(iter(runs.values())).values()))["test"])
+    rows = []
+    for name, reference in QUESTIONS:
+        if name not in runs or reference not in runs:
+            continue
+        for noise in noises:
+            each = gains(runs, name, reference, noise)
+            if not len(each):
+                continue
+            photographs = each.mean(0)
+            better = f"{(photographs > 0).sum()} of {photographs.size}"
+            seeds = told(each.mean(1)) if len(each) > 1 else "-"
+            cells = (told(photographs), seeds, better, f"{photographs.min():+.2f}", f"{photographs.max():+.2f}")
+            rows.append((name, reference, noise, len(each), *cells))
+    header = ("method", "over", "noise", "seeds", "gain, dB: photographs", "seeds", "better on", "worst", "best")
+    return pages.table(header, rows)
+
+
+def by_photograph(runs: Runs, noise: str) -> str:
+    """Return the PSNR of every photograph to test on, means over seeds."""
+    shown = [name for name in ("scikit-image", "BM3D", REFERENCE, "ASA, alpha and h learned", LEARNED) if name in runs]
+    shown += [name for name in ("dense, embedding and h learned", NETWORK_REFERENCE, "network, asa") if name in runs]
+    photographs = next(iter(next(iter(runs.values())).values()))["test"][noise]["psnr"]
+    columns = [scores(runs, name, noise, "psnr").mean(0) for name in shown]
+    rows = [(name, *(f"{column[i]:.2f}" for column in columns)) for i, name in enumerate(photographs)]
+    return pages.table(("photograph", *shown), rows)
+
+
+def page(runs: Runs, tuned: dict, about: dict) -> str:
+    """Return the results as Markdown."""
+    noises = list(next(iter(next(iter(runs.values())).values()))["test"])
+    first = next(iter(next(iter(runs.values())).values()))["test"][noises[0]]["psnr"]
+    parts = [
+        "# Denoising photographs that nobody has learned from",
+        "\n".join(
+            [
+                f"Means over the crops of {len(first)} photographs, of which nothing was trained or tuned on;"
+                f" {about['steps']:,} steps on others.",
+                "Gains are paired, photograph by photograph with the same noise; ± is half of a 95 % confidence",
+                "interval (Student's t) over photographs, means over seeds; worst is the photograph that gains least.",
+                f"Survivors and milliseconds are those at noise {noises[1]}, of one thread of a machine that did other",
+                "work besides: a step is of 4 crops of 32 x 32, a picture 48 x 48.",
+                f"Machine: {', '.join(about['machines'])}; commits: {', '.join(about['commits'])}.",
+            ]
+        ),
+        "## Answers",
+        answers(runs),
+        f"## {TITLES[ATTENTION]}",
+        f"Gains are over `{REFERENCE}`.",
+        main_table(runs, ATTENTION, REFERENCE),
+        "h in units of noise times the square root of the values of a patch, and alpha, as tuned on the photographs to"
+        " train on:",
+        pages.table(
+            ("noise", "dense, h", "ASA, h", "alpha", "scikit-image, h / noise"),
+            [(x, tuned["dense"][x][0], *tuned["asa"][x], tuned["nearby"][x][0]) for x in tuned["asa"]],
+        ),
+        f"## {TITLES[NETWORK]}",
+        f"Gains are over `{NETWORK_REFERENCE}`.",
+        main_table(runs, NETWORK, NETWORK_REFERENCE),
+        f"## Photograph by photograph, noise {noises[1]}",
+        by_photograph(runs, noises[1]),
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def draw(path: Path, runs: Runs) -> None:
+    """Draw the gains of attention, and the quality of the networks against the time of training."""
+    noises = list(next(iter(next(iter(runs.values())).values()))["test"])
+    figure, axes = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    names = [name for name in METHODS if name in runs and METHODS[name].group == ATTENTION and name != REFERENCE]
+    names += [name for name in BESIDE if name in runs]
+    for i, noise in enumerate(noises):
+        for y, name in enumerate(reversed(names)):
+            if REFERENCE not in runs or not (each := gains(runs, name, REFERENCE, noise)).size:
+                continue
+            mean, half = interval(each.mean(0).tolist())
+            place = y + 0.2 * (1 - i)
+            label = f"noise {noise}" if y == 0 else None
+            axes[0].errorbar(mean, place, xerr=np.nan_to_num(half), fmt="o", color=f"C{i}", capsize=3, label=label)
+    axes[0].set_yticks(range(len(names)), reversed(names))
+    axes[0].axvline(0, color="black", linewidth=0.8)
+    axes[0].set_xlabel(f"gain over {REFERENCE}, dB: photographs never seen, 95 % intervals")
+    axes[0].grid(axis="x", alpha=0.3)
+    if axes[0].containers:
+        axes[0].legend()
+    axes[1].set_prop_cycle(color=plt.get_cmap("tab20").colors)
+    for name in (name for name in METHODS if name in runs and METHODS[name].group == NETWORK):
+        curves = np.array([told["curve"] for told in runs[name].values()])
+        axes[1].plot(*curves.mean(0).T, ".-", label=name.removeprefix("network, "))
+    axes[1].set(xlabel="seconds of training, one thread", ylabel="PSNR of the crops trained on, all noise levels, dB")
+    if axes[1].lines:
+        axes[1].legend()
+    files.save(figure, path, dpi=90)
+    plt.close(figure)
