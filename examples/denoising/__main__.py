@@ -117,7 +117,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--photographs", type=Path, default=default, help=f"the set ({default})")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="default: all")
     parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
-    parser.add_argument("--steps", type=int, default=600, help="of training (600)")
+    parser.add_argument("--steps", type=int, default=600, help="of training; networks four times as many (600)")
     parser.add_argument("--out", type=Path, default=DEFAULT, help="results; a .md and a .png are written beside them")
     parser.add_argument("--report", action="store_true", help="run nothing, write the tables and the plot of --out")
     options = parser.parse_args(arguments)
@@ -153,12 +153,12 @@ def main(arguments: list[str] | None = None) -> None:
         if seed not in runs.get(name, {}) and (seed == 0 or study.is_trained(METHODS[name].build(tuned)))
     ]
     where = {"machine": processor(), "torch": torch.__version__, "commit": commit()}
-    with tqdm(total=len(todo) * options.steps, unit="step", smoothing=0.05) as bar:
+    with tqdm(total=options.steps * sum(METHODS[name].longer for name, _ in todo), unit="step", smoothing=0.05) as bar:
         for name, seed in todo:
             bar.set_description(f"{name}, seed {seed}")
             done = bar.n
             told = study.run(name, seed, photographs, tuned, options.steps, bar.update)
-            bar.update(done + options.steps - bar.n)
+            bar.update(done + options.steps * METHODS[name].longer - bar.n)
             files.append(options.out, json.dumps(study.rounded(told | where)) + "\n")
     render(options.out)
 

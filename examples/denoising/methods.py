@@ -27,11 +27,13 @@ class Method:
         group: of methods that are compared in one table.
         build: makes the denoiser from what was tuned; a module is trained if it has parameters.
         threshold_rate: see :func:`asa_ops.nn.parameter_groups`.
+        longer: how many times as many steps it is trained for.
     """
 
     group: str
     build: Callable[[Tuned], Denoiser]
     threshold_rate: float = 1.0
+    longer: int = 1
 
 
 def attention(kind: str, *learns: str, **options) -> Method:
@@ -40,7 +42,7 @@ def attention(kind: str, *learns: str, **options) -> Method:
 
 
 def network(block: str | None, **options) -> Method:
-    return Method(NETWORK, lambda _: DenoisingNetwork(block, **options), threshold_rate=0.1)
+    return Method(NETWORK, lambda _: DenoisingNetwork(block, **options), threshold_rate=0.1, longer=4)
 
 
 def each(denoise: Callable[[np.ndarray, float], np.ndarray]) -> Denoiser:

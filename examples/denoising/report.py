@@ -132,7 +132,7 @@ def page(runs: Runs, tuned: dict, about: dict) -> str:
         "\n".join(
             [
                 f"Means over the crops of {len(first)} photographs, of which nothing was trained or tuned on;"
-                f" {about['steps']:,} steps on others.",
+                f" {about['steps']:,} steps on others, networks four times as many.",
                 "Gains are paired, photograph by photograph with the same noise; ± is half of a 95 % confidence",
                 "interval (Student's t) over photographs, means over seeds; worst is the photograph that gains least.",
                 f"Survivors and milliseconds are those at noise {noises[1]}, of one thread of a machine that did other",

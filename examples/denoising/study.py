@@ -23,7 +23,7 @@ ALPHAS = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
 TUNING = 16  # crops for training that the constants are tuned on
 SIDE, BATCH = 32, 4  # of the crops in a step of training
 RATE, DECAY, NORM = 2e-3, 1e-3, 1.0  # of AdamW, its weight decay, and where gradients are clipped
-TEST_CROPS = 6  # of a photograph, at most
+TEST_CROPS = 4  # of a photograph, at most
 TEST_BATCH = 6
 POINTS = 10  # of a curve of training
 
@@ -170,13 +170,14 @@ def run(
         seed: of the initialisation and of what is trained on.
         photographs: of both.
         tuned: where learning starts.
-        steps: of training.
+        steps: of training an attention alone; see :attr:`Method.longer`.
         after_step: called after each.
     """
     method: Method = METHODS[name]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         denoise = method.build(tuned)
+    steps *= method.longer
     told: dict = {"method": name, "seed": seed, "steps": steps}
     if is_trained(denoise):
         before = memory.resident("VmHWM")
