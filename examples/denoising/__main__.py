@@ -2,7 +2,7 @@
 
 Every method is trained on some photographs of a set and tested on the others; a seed gives all of them the same crops
 and noise to train on, and the noise of the test is that of all seeds. Each run adds a line to a file, so that the same
-command goes on where it was interrupted, and where nothing is missing only writes the tables and the plot again; so does --report.
+command goes on where it was interrupted. --report writes the tables and the plot of what is there.
 
     python -m examples.photographs build/photographs --list examples/photographs.csv     # the set; see there
     python -m examples.denoising                        # 5 seeds of everything: most of a day on one thread

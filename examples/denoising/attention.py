@@ -19,7 +19,8 @@ PATCH = 5
 VALUES = 3 * PATCH * PATCH  # of a patch
 SCALES = (5, 11)  # windows of the local variance, pixels
 FEATURES = 32  # of the embedding
-ALPHA_REACH, WIDTH_REACH = 2.0, 0.75  # alpha and h stay within e^+-reach of the best fixed ones
+ALPHA_REACH, WIDTH_REACH = 4.0, 1.0  # alpha and h stay within e^+-reach of the best fixed ones
+HEAVIEST = 0.6  # of a row's largest weight, its own: a learned threshold is at most that much
 
 
 @dataclass(frozen=True)
@@ -78,6 +79,23 @@ def texture(noisy: Tensor, noise: Tensor) -> list[Tensor]:
     return maps
 
 
+def bounded(output: Tensor, reach: float) -> Tensor:
+    """Return the factor whose logarithm is an output, near 0, and never beyond ``reach``."""
+    return (reach * (output / reach).tanh()).exp()
+
+
+@torch.no_grad()
+def heaviest(query: Tensor, key: Tensor) -> Tensor:
+    """Return the alpha that would keep of a row what weighs as much as itself, [B, N], for query and key [B, N, D].
+
+    No weight of a row is above that of the pixel itself, so that larger alphas keep nobody: where all patches are
+    alike, as in the sky, this is near 1, in texture it is in the hundreds.
+    """
+    _, stats = asa_attention(query[:, None], key[:, None], key[:, None, :, :1], scale=1.0, return_stats=True)
+    own = (query * key).sum(-1)
+    return (own - stats.lse[:, 0] + math.log(query.shape[1])).exp()
+
+
 def patches_of(noisy: Tensor) -> Tensor:
     """Return the patch around every pixel, [B, N, VALUES], less its mean over the picture, which no score sees."""
     patches = F.unfold(F.pad(noisy, [PATCH // 2] * 4, mode="reflect"), PATCH).mT
@@ -116,9 +134,9 @@ class NonLocalMeans(nn.Module):
             outputs = self.predictor(noisy, noise).flatten(2)
             for name, output in zip(self.learns, outputs.unbind(1), strict=True):
                 if name == "h":
-                    width = width * (WIDTH_REACH * output.tanh()).exp()
+                    width = width * bounded(output, WIDTH_REACH)
                 else:
-                    alpha = alpha * (ALPHA_REACH * output.tanh()).exp()
+                    alpha = alpha * bounded(output, ALPHA_REACH)
         patches = patches_of(noisy)
         if self.embedding is not None:
             patches = self.embedding(noisy, noise, patches)
@@ -130,6 +148,8 @@ class NonLocalMeans(nn.Module):
         scale = width.square().reciprocal()[..., None]
         query = torch.cat([2 * patches, -torch.ones_like(scale)], -1) * scale  # 2 <p_i, p_j> - ||p_j||^2
         key = torch.cat([patches, patches.square().sum(-1, keepdim=True)], -1)
+        if "alpha" in self.learns:
+            alpha = torch.minimum(alpha, HEAVIEST * heaviest(query, key))
         query, key, value = query[:, None], key[:, None], noisy.flatten(2).mT[:, None]
         if alpha is None:
             value = F.pad(value, (0, query.shape[-1] - 3))  # as long as keys: torch's fused kernel asks for it

@@ -70,14 +70,32 @@ def test_learning_starts_at_the_constants_and_stays_near():
     learns = attention.NonLocalMeans(CONSTANTS, ("alpha", "h"))
     with torch.no_grad():
         assert torch.equal(learns(noisy, noise), fixed(noisy, noise))
-        learns.predictor.layers[-1].bias.fill_(100.0)
-        learns(noisy, noise)
-        reach = math.exp(attention.WIDTH_REACH), math.exp(attention.ALPHA_REACH)
+        learns.predictor.layers[-1].bias.fill_(-100.0)
+        reach = math.exp(-attention.WIDTH_REACH), math.exp(-attention.ALPHA_REACH)
         far = {
             noise: attention.Constants(each.width * reach[0], each.alpha * reach[1])
             for noise, each in CONSTANTS.items()
         }
         torch.testing.assert_close(learns(noisy, noise), attention.NonLocalMeans(far)(noisy, noise))
+
+
+def test_learned_thresholds_never_lose_a_row():
+    """A flat picture, and one of texture, with the largest alpha that can be learned."""
+    noise = torch.tensor([0.1, 0.1])
+    random = torch.Generator().manual_seed(0)
+    clean = torch.stack([torch.full((3, 12, 12), 0.5), torch.rand(3, 12, 12, generator=random)])
+    noisy = clean + 0.1 * torch.randn(clean.shape, generator=random)
+    learns = attention.NonLocalMeans(CONSTANTS, ("alpha",))
+    learns.predictor.layers[-1].bias.data.fill_(100.0)
+    with torch.no_grad():
+        out = learns(noisy, noise)
+    assert (out[0] - 0.5).abs().max() < 0.5 and out.min() > -0.5
+    assert (learns.survivors >= 1).all()
+    patches = attention.patches_of(noisy)
+    key = torch.cat([patches, patches.square().sum(-1, keepdim=True)], -1)
+    query = torch.cat([2 * patches, -torch.ones(2, 144, 1)], -1)
+    weights = (-torch.cdist(patches, patches).square()).softmax(-1)
+    torch.testing.assert_close(attention.heaviest(query, key), 144 * weights.amax(-1), rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("alpha", [0.5, 1.0, 4.0])
