@@ -35,6 +35,10 @@ def pytest_collection_finish():
     gc.freeze()
 
 
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries of C++ tell of what is never collected
+
+
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Fill what torch.empty and its kin return with NaN (integers: the largest)."""

@@ -135,10 +135,20 @@ def _broadcast(self, lhs, rhs, broadcast=TritonSemantic.broadcast_impl_value) ->
     return broadcast(self, lhs, rhs)
 
 
+def _operands(self, lhs, rhs, *options, check=TritonSemantic.binary_op_type_checking_impl, **more) -> tuple:
+    """Return two tensors of one numeric type as they are: but of a division, there is nothing to cast or broadcast."""
+    tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
+    divides = len(options) > 3 or more
+    if tensors and not divides and not lhs.dtype.is_ptr() and lhs.type.name == rhs.type.name:
+        return lhs, rhs
+    return check(self, lhs, rhs, *options, **more)
+
+
 tl.dtype.__eq__ = _same
 tl.block_type.__init__ = _make_block
 tl.tensor.__init__ = _make_tensor
 TritonSemantic.broadcast_impl_value = _broadcast
+TritonSemantic.binary_op_type_checking_impl = _operands
 TritonSemantic.computation_type_impl = _remembering(
     TritonSemantic.computation_type_impl,
     lambda _, a, a_is_number, b, b_is_number, divides: (a.name, a_is_number, b.name, b_is_number, divides),
