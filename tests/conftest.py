@@ -1,6 +1,7 @@
 """Shared fixtures: uninitialised memory is poisoned, so that reading it shows; Triton kernels are interpreted."""
 
 import contextlib
+import gc
 import importlib.util
 import os
 import resource
@@ -26,6 +27,16 @@ else:
 
 from implementations import INSTRUCTION_SETS
 from processes import Processes
+
+
+def pytest_collection_finish():
+    """Let garbage collections pass over what is there by now: all of torch and thousands of tests take them long."""
+    gc.collect()
+    gc.freeze()
+
+
+def pytest_sessionfinish():
+    gc.unfreeze()  # libraries of C++ tell of what is never collected
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,7 @@
 """Triton's interpreter made to round as a GPU may: products that no block shape changes, and scores that differ.
 
-Imported before kernels run, it replaces two operations of the interpreter:
+Imported before kernels run, it replaces two operations of the interpreter, and remembers what it derives of types again
+and again, which takes most of its time:
 
 - ``tl.dot`` is a matrix product of NumPy there, whose BLAS rounds one and the same element differently in products of
   different shapes and on different processors. Here terms are added one after the other in float64, and the sum is
@@ -9,10 +10,13 @@ Imported before kernels run, it replaces two operations of the interpreter:
   :func:`perturbed` every product, and every float sum, is off by a few units in the last place, at random.
 """
 
+import functools
+from collections.abc import Callable
 from contextlib import contextmanager
 
 import numpy as np
 import triton.language as tl
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
 _noise: tuple[np.random.Generator, int] | None = None
@@ -80,6 +84,76 @@ def _patch_lang_once(fn, patch_lang=interpreter._patch_lang) -> _Launch:
     return _Launch.current
 
 
+def _remembering(function: Callable, key: Callable) -> Callable:
+    """Return the function as one that computes its result once for every key of its arguments."""
+    results = {}
+
+    def remembered(*args):
+        of = key(*args)
+        if of not in results:
+            results[of] = function(*args)
+        return results[of]
+
+    return remembered
+
+
+def _sides(shape) -> tuple:
+    return tuple(x.value if isinstance(x, tl.constexpr) else x for x in shape)
+
+
+def _attributes(init: Callable, kind: type, *args) -> dict:
+    made = object.__new__(kind)
+    init(made, *args)
+    return made.__dict__
+
+
+_of_block = _remembering(
+    functools.partial(_attributes, tl.block_type.__init__, tl.block_type),
+    lambda element, shape: (element.name, _sides(shape)),
+)
+_of_tensor = _remembering(
+    lambda kind, init=tl.tensor.__init__: _attributes(init, tl.tensor, None, kind), lambda kind: kind.name
+)
+
+
+def _make_block(self, element_ty, shape) -> None:
+    self.__dict__.update(_of_block(element_ty, shape))
+
+
+def _make_tensor(self, handle, type) -> None:
+    self.__dict__.update(_of_tensor(type))
+    self.handle = handle
+
+
+def _same(self, other, equal=tl.dtype.__eq__) -> bool:
+    return self is other or equal(self, other)
+
+
+def _broadcast(self, lhs, rhs, broadcast=TritonSemantic.broadcast_impl_value) -> tuple:
+    if lhs.type.is_block() and rhs.type.is_block() and lhs.type.shape.values == rhs.type.shape.values:
+        return lhs, rhs
+    return broadcast(self, lhs, rhs)
+
+
+def _operands(self, lhs, rhs, *options, check=TritonSemantic.binary_op_type_checking_impl, **more) -> tuple:
+    """Return two tensors of one numeric type as they are: but of a division, there is nothing to cast or broadcast."""
+    tensors = isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor)
+    divides = len(options) > 3 or more
+    if tensors and not divides and not lhs.dtype.is_ptr() and lhs.type.name == rhs.type.name:
+        return lhs, rhs
+    return check(self, lhs, rhs, *options, **more)
+
+
+tl.dtype.__eq__ = _same
+tl.block_type.__init__ = _make_block
+tl.tensor.__init__ = _make_tensor
+TritonSemantic.broadcast_impl_value = _broadcast
+TritonSemantic.binary_op_type_checking_impl = _operands
+TritonSemantic.computation_type_impl = _remembering(
+    TritonSemantic.computation_type_impl,
+    lambda _, a, a_is_number, b, b_is_number, divides: (a.name, a_is_number, b.name, b_is_number, divides),
+)
+interpreter._get_np_dtype = _remembering(interpreter._get_np_dtype, lambda kind: kind.scalar.name)
 interpreter._patch_lang = _patch_lang_once
 interpreter.InterpreterBuilder.create_dot = _dot
 interpreter.ReduceOps.sum = _sum

@@ -39,7 +39,7 @@ def test_threshold_gradients_of_every_instruction_set(instruction_set, case):
     check_equal_to("reference", *make(case))
 
 
-@pytest.mark.parametrize("dim", [1, 3, 16, 77, 512])
+@pytest.mark.parametrize("dim", [1, 3, 16, 77, 260, slow(512)])
 def test_any_head_dim(instruction_set, dim):
     check_against_reference("cpu", *make(Case("dim", dim=dim, dim_v=dim + 1, grid=(11, 12)), torch.float32))
 
@@ -124,7 +124,7 @@ def nearly_dense(removed: str, n: int, dtype: torch.dtype) -> tuple[list, dict]:
     return [x[None, None].to(dtype) for x in (query, key, value, alpha, beta)], {"grid": (1, n), "window": 3}
 
 
-@pytest.mark.parametrize("beta", [False, True])
+@pytest.mark.parametrize("beta", [False, slow(True)])
 @pytest.mark.parametrize(
     "removed",
     [
@@ -177,7 +177,7 @@ def test_equal_weights_add_up(instruction_set):
         torch.testing.assert_close(stats.lse_kept, stats.lse, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("gap", [20, 40, 60, 80])
+@pytest.mark.parametrize("gap", [20, slow(40), slow(60), 80])
 def test_first_keys_far_below_the_others(instruction_set, gap):
     query, key = torch.zeros(2, 1, 1, 400, 16)
     query[..., 0], key[..., :48, 0] = 1, -gap
@@ -234,7 +234,7 @@ def test_a_window_that_nobody_uses_costs_nothing():
     call_and_gradients("cpu", inputs, {"window": 10**9 + 1})
 
 
-@pytest.mark.parametrize("reciprocal", [False, True])
+@pytest.mark.parametrize("reciprocal", [False, slow(True)])
 def test_survivors_of_a_backward_in_more_than_one_slab(reciprocal):
     """The backward holds 16 MB of survivors at a time, 0.8 million in float64."""
     inputs, _ = rows_of_any_density(3000, 8, torch.float64)
@@ -260,8 +260,8 @@ def check_kernels(folder: Path, name: str, compiler: list[str], emulator: tuple[
     assert not wrong and run.returncode == 0 and len(lines) > 300, run.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not simt.COMPILER, reason="no C++ compiler here")
-@pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in INSTRUCTION_SETS], indirect=True)
 def test_kernels_by_themselves(instruction_set, tmp_path):
     # Quick to compile; the second flag fuses products and sums, as -O3 does.
     flags = ["-O1", "-fexpensive-optimizations"]

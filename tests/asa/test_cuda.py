@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import simt
 import torch
-from cases import Case, each_case, make, named, with_grad
+from cases import CASES, Case, make, named, with_grad
 from compare import (
     call_and_gradients,
     check_against_reference,
@@ -81,7 +81,7 @@ def exactly(kernel_set, inputs) -> tuple[list, dict]:
 
 
 @each_set_and_dtype
-@pytest.mark.parametrize("dims", [(64, 128), (65, 40), (130, 64), (256, 256)], ids=str)
+@pytest.mark.parametrize("dims", [(64, 128), slow((65, 40)), slow((130, 64)), (256, 256)], ids=str)
 @pytest.mark.parametrize("options", [slow({}), {"reciprocal": False}], ids=["mutual", "one_way"])
 def test_wide_heads_in_several_tiles(kernel_set, dtype, dims, options):
     dim, dim_v = dims
@@ -91,8 +91,19 @@ def test_wide_heads_in_several_tiles(kernel_set, dtype, dims, options):
     check_against_reference("cuda", inputs, options, **factors)
 
 
-@each_set(torch.float16, slow(torch.float32), slow(torch.bfloat16))
-@pytest.mark.parametrize("options", [{}, {"reciprocal": False}, {"topk": 20}], ids=["mutual", "one_way", "topk"])
+OTHERS = (("general", "one_way"), ("general", "topk"))  # test_implementations.py has the like of them
+
+
+@pytest.mark.parametrize(
+    "kernel_set,dtype,options",
+    [
+        slow(kernels, dtype, options, id=f"{name}-{kernels}-{of}", when=of != "float16" or (kernels, name) in OTHERS)
+        for name, options in (("mutual", {}), ("one_way", {"reciprocal": False}), ("topk", {"topk": 20}))
+        for of, dtype in DTYPES.items()
+        for kernels in SETS
+    ],
+    indirect=["kernel_set"],
+)
 def test_threshold_gradients_of_several_tiles(kernel_set, dtype, options):
     """An offset of the values cancels in what an admitted pair changes."""
     inputs, options = make(Case("tiles", grid=(9, 15), batch=1, heads=4, dim=70, dim_v=66, options=options), dtype)
@@ -102,9 +113,14 @@ def test_threshold_gradients_of_several_tiles(kernel_set, dtype, options):
     check_threshold_gradients("cuda", inputs, options, **factors)
 
 
+# What the general set is enough for in `make test`, in test_implementations.py.
+GENERAL = ("alpha_only", "head_thresholds", "topk_alone", "window_5", "window_wider_than_map", "all_dense", "all_empty")
+GENERAL += ("scale", "one_column", "empty_batch", "sequence_topk", "volume_padding", "map_window", "window_of_511")
+
+
 @on_hopper  # the general set does so in test_implementations.py
 @pytest.mark.parametrize("dtype", [torch.float16, slow(torch.bfloat16), slow(torch.float32)], ids=str)
-@each_case
+@pytest.mark.parametrize("case", [slow(case, id=case.name, when=case.name in GENERAL) for case in CASES])
 def test_hopper_equals_reference(kernel_set, dtype, case):
     inputs, options = make(case, dtype)
     inputs, factors = exactly(kernel_set, inputs)
@@ -124,7 +140,7 @@ SHARED = {
     "one_way": replace(LONG, options={"reciprocal": False}),
     "fewer_keys": replace(LONG, n_keys=333, beta=None, options={"reciprocal": False}),
 }
-IN_TEST = {(torch.bfloat16, "wider")}
+IN_TEST = {(torch.bfloat16, "wide")}
 
 
 @on_hopper
@@ -325,9 +341,9 @@ def check_topk(inputs, options, topk: int, **factors) -> None:
 
 
 @pytest.mark.parametrize("topk", [1, 5, 40])
-@each_set_and_dtype
+@each_set(torch.float32, slow(torch.bfloat16), torch.float16)
 def test_topk(kernel_set, dtype, topk):
-    inputs, options = make(named("alpha_only", grid=(9, 15), dim=19), dtype)
+    inputs, options = make(named("alpha_only", grid=(9, 15), batch=1, dim=19), dtype)
     inputs, factors = exactly(kernel_set, inputs)
     check_topk(inputs, options, topk, **factors)
 

@@ -108,7 +108,7 @@ LARGE = [
     if case.grid == (9, 7) and case.batch
 ]
 LARGE += [named("volume", grid=(5, 11, 7), heads=1), named("volume_padding", grid=(6, 9, 7), heads=1)]
-QUICK = {"volume_padding", "plain", "padding_topk", "fewer_queries_padded", "beta_only", "extra_topk_alone"}
+QUICK = {"volume_padding", "padding_topk", "fewer_queries_padded", "beta_only", "extra_topk_alone"}
 
 
 @pytest.mark.parametrize("case", [slow(x, id=x.name, when=x.name not in QUICK) for x in LARGE])

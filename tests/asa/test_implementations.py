@@ -21,7 +21,6 @@ from implementations import (
     IMPLEMENTATIONS,
     INTERPRETED,
     ON_GPU,
-    each_dtype,
     each_fast,
     each_impl,
     everywhere,
@@ -44,9 +43,18 @@ def make_for(impl: str, case: Case, **larger) -> tuple:
     return make(case, torch.float32)
 
 
-# Emulation and the interpreter are slow: in `make test` they run these; in half precisions what differs from float32.
+# Of half precisions what differs from float32, which the CPU's implementations compute in.
+HALF = ("plain", "dense", "one_way", "more_keys", "topk", "padding", "padding_topk", "mixed", "sharp", "one_token")
+HALF += ("wide_values", "empty_batch", "volume_padding", "extra_padding", "extra_one_way")
+# Emulation and the interpreter are slow: in `make test` they run these, every option once; the kernels for compute
+# capability 9.0 run the other cases (test_cuda.py).
 QUICK = {
-    ("cuda", "float32"): IDS,
+    ("cuda", "float32"): (
+        *("plain", "alpha_only", "beta_only", "dense", "head_thresholds", "one_way", "more_keys", "topk", "topk_alone"),
+        *("padding", "padding_topk", "window_5", "window_wider_than_map", "all_dense", "all_empty", "mixed", "scale"),
+        *("sharp", "one_token", "one_column", "wide_values", "empty_batch", "sequence_topk", "volume_padding"),
+        *("map_window", "window_of_511", "extra_padding", "extra_blocks"),
+    ),
     ("cuda", "half"): ("plain", "topk", "one_way", "padding", "wide_values", "mixed"),
     ("cuda", "learning"): ("plain", "one_way", "more_keys", "padding_topk", "mixed", "extra_padding"),
     ("triton", "float32"): (
@@ -70,8 +78,14 @@ def emulated(impl: str, kind: str, case: Case, *values, heads: int | None = None
 @pytest.mark.parametrize(
     "impl,dtype,case",
     [
-        pytest.param(impl, dtype, case, id=f"{case.name}-{name}-{impl}", marks=ON_GPU.get(impl, []))
-        for impl in (*IMPLEMENTATIONS, *ON_GPU)
+        pytest.param(impl, dtype, case, id=f"{case.name}-{name}-{impl}", marks=ON_GPU[impl])
+        for impl in ON_GPU
+        for name, dtype in DTYPES.items()
+        for case in CASES
+    ]
+    + [
+        slow(impl, dtype, case, id=f"{case.name}-{name}-{impl}", when=dtype.itemsize == 2 and case.name not in HALF)
+        for impl in IMPLEMENTATIONS
         for name, dtype in DTYPES.items()
         for case in CASES
     ]
@@ -108,7 +122,7 @@ def test_threshold_gradients(impl, case):
 
 
 @each_impl
-@pytest.mark.parametrize("grid", [(17, 97), (1, 1093), (33, 31), (1093,), (7, 9, 17)], ids=str)
+@pytest.mark.parametrize("grid", [(17, 97), slow((1, 1093)), slow((33, 31)), (1093,), (7, 9, 17)], ids=str)
 def test_equals_reference_on_larger_maps(impl, grid):
     """More than one block of rows, none of them full."""
     case = Case("large", grid=grid, batch=1, heads=1, dim=32, dim_v=16, sharpness=3.0)
@@ -158,7 +172,7 @@ def test_float64_equals_reference_threshold_gradients_included(impl, case, band)
 
 @everywhere("name", IDS, kernels=("plain",))
 def test_thresholds_get_zero_gradients_not_none(impl, name):
-    inputs, options = make(named(name), torch.float32)
+    inputs, options = make(named(name, heads=1) if impl == "triton" else named(name), torch.float32)
     *_, alpha, beta = inputs = with_grad(inputs)
     asa_attention(*inputs, **options, impl=impl).sum().backward()
     for x in (alpha, beta):
@@ -170,7 +184,9 @@ def test_thresholds_get_zero_gradients_not_none(impl, name):
 def test_numerical_gradients(impl, name):
     """Of the reference second ones too."""
     options = {"topk": 3} if "topk" in named(name).options else named(name).options
-    case = named(name, grid=(3, 2), n_keys=named(name).n_keys and 5, heads=1, dim=3, dim_v=2, options=options)
+    batch = 2 if name == "padding" else 1  # of which one is all padding
+    n_keys = named(name).n_keys and 5
+    case = named(name, grid=(3, 2), n_keys=n_keys, batch=batch, heads=1, dim=3, dim_v=2, options=options)
     inputs, options = make(case)
     query, key, value, alpha, beta = with_grad(inputs)
 
@@ -563,9 +579,15 @@ def test_a_window_wider_than_the_map_is_the_map(impl):
 
 
 @each_impl
-@each_dtype
+@pytest.mark.parametrize(
+    ("dtype", "band"),
+    [
+        slow(dtype, band, id=f"{band}-{name}", when=band == 0.7 and name != "float32")
+        for name, dtype in DTYPES.items()
+        for band in (0.7, 2.0)
+    ],
+)
 @pytest.mark.parametrize("offset", [slow(0), 10])
-@pytest.mark.parametrize("band", [0.7, 2.0])
 def test_threshold_gradients_in_low_precision(impl, dtype, offset, band):
     """Under the error rule: an offset of the values cancels in what an admitted pair changes."""
     case = Case("low", batch=1, heads=8, grid=(12, 11), dim=16, dim_v=8)
@@ -738,10 +760,11 @@ def test_query_heads_share_keys(impl):
 @everywhere("shape", [((),), ((12,),), ((3, 1),), ((2, 1, 1),), ((1, 3, 12),)], quick=[((3, 1),)])
 def test_thresholds_broadcast(impl, shape):
     dtype = torch.float32 if impl in ("triton", "cuda") else torch.float64
-    tokens = torch.randn(3, 2, 3, 12, 4, dtype=dtype).unbind()
+    images = 1 if impl == "triton" and len(shape) < 3 else 2
+    tokens = torch.randn(3, images, 3, 12, 4, dtype=dtype).unbind()
     alpha = torch.rand(shape, dtype=dtype) + 0.6
     results = []
-    for threshold in (alpha, alpha.expand(2, 3, 12).contiguous()):
+    for threshold in (alpha, alpha.expand(images, 3, 12).contiguous()):
         leaf = threshold.clone().requires_grad_()
         out = asa_attention(*tokens, leaf, 0.9, grid=(3, 4), impl=impl, **STRAIGHT_THROUGH)
         (gradient,) = torch.autograd.grad(out.square().sum(), leaf)

@@ -38,9 +38,9 @@ def extra_memory(n: int, direction: str, impl: str) -> int:
 @pytest.mark.parametrize(
     ("impl", "direction", "blocks"),
     [
-        slow("cpu", "forward", 50e6),  # and the backward has one before it
-        ("cpu", "backward", 80e6),
-        ("cpu", "learning", 120e6),
+        slow("cpu", "forward", 50e6),
+        slow("cpu", "backward", 80e6),
+        ("cpu", "learning", 120e6),  # which has the others in it
         slow("blocked", "forward", 50e6),
         slow("blocked", "backward", 80e6),
         slow("blocked", "learning", 120e6),

@@ -135,8 +135,11 @@ def test_module_compiles_with_inductor():
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("impl", ["blocked", "reference"])
-@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize(
+    ("impl", "compiled"),
+    [("blocked", False), ("blocked", True), ("reference", False), slow("reference", True)],
+    ids=lambda x: {False: "eager", True: "compiled"}.get(x, x),
+)
 def test_autocast_casts_tokens_but_not_thresholds(impl, compiled):
     torch._dynamo.reset()
     inputs, options = make(named("plain"), torch.float32)

@@ -31,7 +31,7 @@ SMALL, LARGE = (
     ]
     for grid, more in (((9, 15), 120), ((19, 23), 270))
 )
-QUICK = ("plain", "more_keys", "extra_volume")
+QUICK = ("more_keys", "extra_volume")
 # How many positions parts scan, how many they compute where what is known by then moves them, and their own keys where
 # those are not their rows.
 SPLITS = {2: ([128, 128], [0, 256], [128, 128]), 4: ([128, 256, 0, 128], [256, 0, 128, 128], [0, 256, 0, 128])}

@@ -82,6 +82,7 @@ def test_what_the_sanitizer_said(check, status, log, expected):
     assert gpu.sanitizer_status(check, status, log) == expected
 
 
+@pytest.mark.slow
 def test_both_tools_of_the_sanitizer_run(monkeypatch, tmp_path):
     """A script in their place, which runs the program that it is given."""
     tool = tmp_path / "compute-sanitizer"
@@ -102,6 +103,7 @@ def pytest_in(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=folder, env=os.environ | {"PYTHONPATH": str(measure.ROOT)}, capture_output=True)
 
 
+@pytest.mark.slow
 def test_a_share_is_every_nth_chosen_test_and_outcomes_are_told_as_they_come(tmp_path):
     """What has ended is left out, and what ended the last process has failed."""
     lines = "import pytest", "def test_other(): pass", "@pytest.mark.parametrize('i', range(5))"
@@ -146,6 +148,7 @@ def test_after_a_lost_device_the_next_process_goes_on_behind_the_test(monkeypatc
     assert gpu.is_done([*events, {"event": "step", "status": "failed"}])
 
 
+@pytest.mark.slow
 def test_kernels_that_end_their_processes_stop_only_their_own_tests(monkeypatch, tmp_path):
     """One crashes; what hangs is ended the same way, by a signal."""
     lines = [

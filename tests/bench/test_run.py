@@ -30,6 +30,7 @@ SMALL = ["--size", "8x8", "--dim", "16", "--rounds", "1"]
 no_device = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 
 
+@pytest.mark.slow
 def test_run_measures_blocks_and_flex(tmp_path, quick, monkeypatch):
     monkeypatch.setattr(measure, "bytes_once", fail)
     arguments = ["--size", "16x16", "--dim", "32", "--rounds", "1", "--add"]
@@ -164,6 +165,7 @@ def test_the_cost_of_a_call_is_a_table(monkeypatch, quick):
     assert all(1 < float(row.split(" | ")[2]) < 1e6 for row in rows)  # microseconds
 
 
+@pytest.mark.slow
 def test_a_check_tells_what_moved(tmp_path, capsys, monkeypatch):
     assert check.verdict([0.4, 0.5, 0.6], [0.79, 0.8, 0.9]) == "slower"
     assert check.verdict([0.4, 0.5, 0.6], [0.2, 0.25, 0.3]) == "faster"

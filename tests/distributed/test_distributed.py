@@ -394,6 +394,7 @@ def die_or_wait(group, rank: int) -> None:
     distributed.asa_attention(q, q, q, 1.0, group=group)
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_ends_the_others():
     pool = Processes(2, timedelta(seconds=10))
     with pytest.raises(AssertionError, match="process 1 ended") as raised:

@@ -75,8 +75,9 @@ def programs():
     for page in WITH_PYTHON:
         blocks = [block for block in fenced(page, "python") if HAS_ONNX or "onnxruntime" not in block]
         plain = [block for block in blocks if not compiles(block)]
-        many_programs = [pytest.mark.slow] if page.name == "distributed.md" else []  # of two processes each
-        yield pytest.param(page, plain, id=named(page), marks=many_programs)
+        # Programs of two processes each; exports and traces.
+        takes_long = [pytest.mark.slow] if page.name in ("distributed.md", "deploy.md") else []
+        yield pytest.param(page, plain, id=named(page), marks=takes_long)
         if plain != blocks:
             yield pytest.param(page, blocks, id=f"{named(page)}, compiled", marks=[pytest.mark.slow, needs])
 
