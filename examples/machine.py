@@ -1,5 +1,6 @@
 """What results depend on besides their settings: the state of this tree, the processor, torch."""
 
+import os
 import platform
 import re
 import subprocess
@@ -7,19 +8,26 @@ from pathlib import Path
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[1]
+
 
 def environment() -> dict[str, str]:
-    """Return the commit (with "-dirty" where files differ from it), the processor and torch's version."""
+    """Return the commit, the processor and torch's version."""
     return {"commit": commit(), "processor": processor(), "torch": torch.__version__}
 
 
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12"]
+def output_of(*command: str) -> str | None:
+    """Return what a command prints, None where it is not there or fails."""
     try:
-        folder = Path(__file__).parent
-        return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return None
+
+
+def commit() -> str:
+    """Return the commit of this tree; ASA_OPS_COMMIT names it where the tree is a copy without a repository."""
+    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=12")
+    return os.environ.get("ASA_OPS_COMMIT") or found or "unknown"
 
 
 def processor() -> str:

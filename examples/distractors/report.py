@@ -113,9 +113,9 @@ def page(lines: Lines) -> str:
     what = (
         f"mIoU in per cent by number of distractors, on test pictures, after {first['steps']} steps; ± is half of a",
         "95 % confidence interval over seeds (Student's t), which one seed has not. Of three learning rates, the one",
-        f"that is best on validation pictures with seed 0. Gains of `{LEARNED}` over the block are paired, seed by seed.",
-        f"Survivors of a row, of {TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step, the",
-        "median of steps and seeds.",
+        "that is best on validation pictures with seed 0. Gains of one block over another are paired, seed by seed.",
+        f"Survivors of a row, of {TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step,",
+        "the median of steps and seeds.",
     )
     found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
     tables = [f"## {optimizer}\n\n{table(runs, first['distractors'])}" for optimizer, runs in found.items()]
