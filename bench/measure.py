@@ -7,11 +7,8 @@ import gc
 import importlib.metadata
 import itertools
 import multiprocessing
-import os
 import platform
-import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -22,6 +19,7 @@ import torch
 from asa_ops import asa_attention
 from asa_ops.core import extension
 from examples import memory
+from examples.machine import commit, output_of, processor
 
 from . import inputs, progress, workloads
 from .workloads import Spec
@@ -32,31 +30,6 @@ SLOW = 10  # times the fastest method: such a one is timed in few rounds
 SLOW_ROUNDS = 2
 REPLAYS = 5  # of a CUDA graph, back to back
 PEERS = ("xformers", "natten", "adasplash")
-
-
-def output_of(*command: str) -> str | None:
-    """Return what a command prints, None where it is not there or fails."""
-    try:
-        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
-def commit() -> str:
-    """Return the commit of this tree; ASA_OPS_COMMIT names it where the tree is a copy without a repository."""
-    found = output_of("git", "describe", "--always", "--dirty", "--abbrev=12")
-    return os.environ.get("ASA_OPS_COMMIT") or found or "unknown"
-
-
-def processor() -> str:
-    """Return the processor's name, with its family and model where Linux tells: names of virtual ones say little."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return platform.processor()
-    found = dict(re.findall(r"^(model name|cpu family|model)\s*: (.*)$", lines, re.M))
-    name, family, model = (found.get(key, "?") for key in ("model name", "cpu family", "model"))
-    return f"{name} (family {family}, model {model})"
 
 
 def environment(device: str) -> dict[str, object]:

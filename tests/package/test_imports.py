@@ -27,7 +27,9 @@ OPTIONAL = {"asa_ops.explore.pictures": {"PIL"}, "asa_ops.explore.__main__": {"n
 
 # Beside asa_ops and its own folder: what files of bench, examples and tests import of the others.
 ACROSS = {
-    "bench": ["examples.files", "examples.memory", "examples.pages"],  # files, memory and tables there and here
+    "bench": [  # files, machines, memory and tables there and here
+        *("examples.files", "examples.machine", "examples.memory", "examples.pages"),
+    ],
     "bench.cuda": ["tests.simt"],  # the emulation of the kernels
     "tests.asa.test_whole": ["bench.workloads"],  # whose cases are counted there
     "tests.bench": ["bench", "examples.files", "examples.memory"],

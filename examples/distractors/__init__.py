@@ -1,0 +1,1 @@
+"""Where attention must choose: few far places that matter among many distractors."""
