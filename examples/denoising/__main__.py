@@ -11,8 +11,6 @@ command goes on where it was interrupted. --report writes the tables and the plo
 
 import argparse
 import json
-import platform
-import subprocess
 import zlib
 from dataclasses import astuple
 from pathlib import Path
@@ -20,39 +18,18 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from .. import files
+from .. import files, machine
 from ..photographs import Photographs, PhotographsError
 from . import report, study
 from .attention import Constants
 from .methods import METHODS
 
-ROOT = Path(__file__).parents[2]
 FIRST = ("photographs", "steps", "tuned")  # in the first line of a file of results
-DEFAULT = ROOT / "examples/results/denoising.jsonl"
+DEFAULT = Path(__file__).parents[1] / "results/denoising.jsonl"
 
 
 class StudyError(Exception):
     """A file of results that cannot be gone on with; the message says why."""
-
-
-def processor() -> str:
-    """Return what the processor is, as far as the system tells."""
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    except OSError:
-        return platform.processor() or platform.machine()
-    told = {name.strip(): value.strip() for name, value in lines.items()}
-    name = told.get("model name", platform.machine())
-    return f"{name} family {told['cpu family']} model {told['model']}" if "cpu family" in told else name
-
-
-def commit() -> str:
-    """Return the commit of this repository, "unknown" outside of one."""
-    command = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
 
 
 def fingerprint(photographs: Photographs) -> str:
@@ -102,7 +79,7 @@ def render(path: Path) -> None:
         raise StudyError(f"{path} holds no results yet")
     every = [told for seeds in runs.values() for told in seeds.values()]
     about = {"steps": first["steps"]}
-    about |= {f"{name}s": sorted({told[name] for told in every}) for name in ("machine", "commit")}
+    about |= {f"{name}s": sorted({told[name] for told in every}) for name in ("processor", "commit")}
     text = report.page(runs, first["tuned"], about)
     print(text)
     files.write(path.with_suffix(".md"), text)
@@ -152,7 +129,7 @@ def main(arguments: list[str] | None = None) -> None:
         for name in options.methods
         if seed not in runs.get(name, {}) and (seed == 0 or study.is_trained(METHODS[name].build(tuned)))
     ]
-    where = {"machine": processor(), "torch": torch.__version__, "commit": commit()}
+    where = machine.environment()
     with tqdm(total=options.steps * sum(METHODS[name].longer for name, _ in todo), unit="step", smoothing=0.05) as bar:
         for name, seed in todo:
             bar.set_description(f"{name}, seed {seed}")

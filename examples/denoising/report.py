@@ -137,7 +137,7 @@ def page(runs: Runs, tuned: dict, about: dict) -> str:
                 "interval (Student's t) over photographs, means over seeds; worst is the photograph that gains least.",
                 f"Survivors and milliseconds are those at noise {noises[1]}, of one thread of a machine that did other",
                 "work besides: a step is of 4 crops of 32 x 32, a picture 48 x 48.",
-                f"Machine: {', '.join(about['machines'])}; commits: {', '.join(about['commits'])}.",
+                f"Processor: {', '.join(about['processors'])}; commits: {', '.join(about['commits'])}.",
             ]
         ),
         "## Answers",

@@ -209,7 +209,7 @@ def line(name, seed, values, trained=True):
         for i, noise in enumerate(("0.1", "0.2"))
     }
     more = {"curve": [[1.0, 20.0], [2.0, 21.0]], "step seconds": 0.5} if trained else {}
-    return {"method": name, "seed": seed, "test": test, "machine": "a machine", "commit": "abc"} | more
+    return {"method": name, "seed": seed, "test": test, "processor": "a processor", "commit": "abc"} | more
 
 
 def test_gains_are_paired_by_photograph_and_seed():
@@ -228,7 +228,9 @@ def test_gains_are_paired_by_photograph_and_seed():
     fixed = report.gains(runs, LEARNED, report.REFERENCE, "0.1")
     assert fixed.tolist() == [[1.0, 0.5], [1.5, 0.5], [1.5, 1.0]]
     assert report.gains(runs, LEARNED, "dense, h learned", "0.2").tolist() == [[1.0, 0.5], [0.5, -0.5]]
-    text = report.page(runs, {"dense": {}, "asa": {}, "nearby": {}}, {"steps": 3, "machines": ["m"], "commits": ["c"]})
+    text = report.page(
+        runs, {"dense": {}, "asa": {}, "nearby": {}}, {"steps": 3, "processors": ["p"], "commits": ["c"]}
+    )
     # photographs gain 4 / 3 and 2 / 3: t = 12.7062, s / sqrt(2) = 1 / 3; seeds 0.75, 1, 1.25: t = 4.3027, s = 0.25
     assert (
         f"| {LEARNED} | {report.REFERENCE} | 0.1 | 3 | +1.00 ± 4.24 | +1.00 ± 0.62 | 2 of 2 | +0.67 | +1.33 |" in text
@@ -265,7 +267,7 @@ def test_runs_from_the_command_line(finished, tmp_path, monkeypatch, capsys):
     lines = [json.loads(each) for each in (finished / "out.jsonl").read_text().splitlines()]
     runs = [(told["method"], told["seed"]) for told in lines[1:]]
     assert runs == [("noisy", 0), (report.REFERENCE, 0), (LEARNED, 0), (LEARNED, 1)]  # once what is not trained
-    assert all(told["machine"] and told["torch"] == torch.__version__ for told in lines[1:])
+    assert all(told["processor"] and told["torch"] == torch.__version__ for told in lines[1:])
     text = (finished / "out.md").read_text()
     assert "nan" not in text and (finished / "out.png").stat().st_size > 10_000
     out = copy(finished, tmp_path)
