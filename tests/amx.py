@@ -1,4 +1,4 @@
-"""Build the CPU kernels with AMX for machines that have AVX-512 only.
+"""Build the CPU kernels with AMX for machines that have AVX-512 only, or AVX2: then AVX-512 is emulated too.
 
 The library, loaded beside the extension, defines the ops ``asa_ops::asa_amx_*``: with csrc/cpu/amx.h in plain C++ or,
 with ``ASA_OPS_AMX_TRAPS=1``, with its instructions: the machine must then round to bf16 itself (AVX512-BF16), and a
@@ -8,6 +8,7 @@ handler of signals runs the others.
 import os
 import shlex
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -16,12 +17,20 @@ import torch
 from torch.utils.cpp_extension import get_cxx_compiler, include_paths, library_paths
 
 from asa_ops.asa import ops
+from asa_ops.core import extension
+
+CAPABILITY = torch.backends.cpu.get_cpu_capability()
+AVX512 = CAPABILITY == "AVX512"
+EMULATES = CAPABILITY == "AVX2" and sys.platform.startswith("linux")  # csrc/testing/avx512.h wants GCC
+AVAILABLE = extension.has("asa_fwd", "CPU") and bool(simt.COMPILER) and (AVX512 or EMULATES)
+AVX512_EMULATED = ["-DASA_AVX512_EMULATED", "-mavx2", "-mfma", "-mbmi", "-mpopcnt", "-Wno-psabi"]
 
 CPU = simt.ROOT / "csrc/cpu"
 SOURCES = [*sorted((CPU / "asa").glob("*.cpp")), CPU / "amx.cpp", *sorted(CPU.glob("isa_*.cpp"))]
-HEADERS = [*CPU.rglob("*.h"), *(simt.ROOT / "csrc").glob("*.h"), simt.ROOT / "csrc/testing/amx_traps.h"]
+HEADERS = [*CPU.rglob("*.h"), *(simt.ROOT / "csrc").glob("*.h"), *(simt.ROOT / "csrc/testing").glob("a*.h")]
 FLAGS = ["-std=c++17", "-O2", "-w", "-fPIC", "-fvisibility=hidden", "-DASA_AMX_TESTING"]
 FLAGS += ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY", "-isystem", include_paths()[0]]
+FLAGS += [] if AVX512 else AVX512_EMULATED
 
 
 TRAPS = os.environ.get("ASA_OPS_AMX_TRAPS") == "1"

@@ -29,7 +29,9 @@ constexpr const char* kIsaChoice = "portable";
 bool has_amx();  // asks the system for permission
 
 inline Isa best_isa() {
-#if defined(__x86_64__) && defined(__GNUC__)
+#if defined(ASA_AVX512_EMULATED)
+  return has_amx() ? Isa::amx : Isa::avx512;
+#elif defined(__x86_64__) && defined(__GNUC__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bw"))
     return has_amx() ? Isa::amx : Isa::avx512;

@@ -7,7 +7,11 @@
 // Headers first: nothing of theirs may be compiled for this instruction set, or it could be linked in elsewhere.
 #include <immintrin.h>
 
-#if defined(__clang__)
+#if defined(ASA_AVX512_EMULATED)
+namespace asa_ops::cpu::avx512 {
+#include "../testing/avx512.h"
+}
+#elif defined(__clang__)
 #pragma clang attribute push(__attribute__((target("avx2,fma,bmi,popcnt,avx512f,avx512vl,avx512dq,avx512bw"))), \
                              apply_to = function)
 #else
@@ -18,7 +22,7 @@
 #include "asa/kernels.h"
 
 #include "criss_cross/kernels.h"
-#if defined(__clang__)
+#if defined(__clang__) && !defined(ASA_AVX512_EMULATED)
 #pragma clang attribute pop
 #endif
 #endif

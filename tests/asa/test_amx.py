@@ -11,20 +11,23 @@ import amx
 import pytest
 import simt
 import torch
-from cases import CASES, Case, make, named, with_grad
+from cases import CASES, Case, each_case, make, named, with_grad
 from compare import call_and_gradients, check_against_reference, check_ranges, equal, survivors
 from implementations import slow
 
 from asa_ops import asa_attention
 from asa_ops.asa import ops
-from asa_ops.core import extension
 
-AVX512 = extension.has("asa_fwd", "CPU") and torch.ops.asa_ops.cpu_isa() >= 2
 COMPILER = bool(shutil.which("c++")) and bool(simt.COMPILER)
-emulated = pytest.mark.skipif(not (AVX512 and COMPILER), reason="needs AVX-512 and a C++ compiler")
 QUICK = ("plain", "dense", "one_way", "more_keys", "topk", "padding", "window_5", "all_dense", "mixed", "wide_values")
 HALVES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 each_half = pytest.mark.parametrize("dtype", HALVES.values(), ids=HALVES)
+
+
+def emulated(test):
+    """Mark a test of the library with AMX: where AVX-512 is emulated too, it is slow."""
+    test = pytest.mark.skipif(not amx.AVAILABLE, reason="needs AVX-512, or AVX2 and Linux, and a C++ compiler")(test)
+    return test if amx.AVX512 else pytest.mark.slow(test)
 
 
 @pytest.fixture
@@ -45,6 +48,16 @@ def without_amx(with_amx, monkeypatch):
             return function()
 
     return run
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(amx.AVX512, reason="test_cpu.py runs it on this machine's AVX-512")
+@emulated
+@each_case
+def test_avx512_in_emulation_equals_the_reference(with_amx, monkeypatch, case):
+    monkeypatch.setenv("ASA_OPS_CPU_ISA", "avx512")
+    check_against_reference("cpu", *make(case, torch.float32))
+    torch.testing.assert_close(*(call_and_gradients(impl, *make(case)) for impl in ("cpu", "reference")))
 
 
 def in_more_blocks(case: Case) -> Case:

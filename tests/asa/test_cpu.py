@@ -5,6 +5,7 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import amx
 import pytest
 import simt
 import torch
@@ -266,6 +267,12 @@ def test_kernels_by_themselves(instruction_set, tmp_path):
     # Quick to compile; the second flag fuses products and sums, as -O3 does.
     flags = ["-O1", "-fexpensive-optimizations"]
     check_kernels(tmp_path, instruction_set, [*shlex.split(get_cxx_compiler()), *flags])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(amx.AVX512 or not amx.AVAILABLE, reason="needs AVX2 without AVX-512, and a C++ compiler")
+def test_kernels_for_avx512_in_emulation(tmp_path):
+    check_kernels(tmp_path, "avx512", [*shlex.split(get_cxx_compiler()), "-O1", *amx.AVX512_EMULATED, *amx.BACK_END])
 
 
 @pytest.mark.slow

@@ -258,8 +258,9 @@ struct Beginning {
     Vec<T> sum = {}, sum_of_squares = {};
     for (int64_t block = 0; block < keys; block += kBlock) {
       const uint64_t word = present ? bits[block] : 0;
+      const int64_t end = smaller(keys, block + kBlock);
 #pragma GCC unroll 4
-      for (int64_t j = block; j < smaller(keys, block + kBlock); j += kLanes<T>) {
+      for (int64_t j = block; j < end; j += kLanes<T>) {
         const Vec<T> e = choose(word >> (j - block), exponential(load(s + j) - shift) * factor, Vec<T>{});
         write(j, e);
         sum += e;
