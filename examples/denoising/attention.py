@@ -110,7 +110,7 @@ class NonLocalMeans(nn.Module):
         learns: of "alpha" and "h" what is predicted for every pixel.
         embeds: whether features of three convolutions stand beside the patches, and patches are weighted.
         band: ``threshold_band`` of :func:`asa_ops.asa_attention`.
-        gradient: its ``threshold_grad``.
+        gradient: its ``threshold_grad``; with None, as published, alpha stays where it starts.
     """
 
     def __init__(

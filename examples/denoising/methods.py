@@ -91,7 +91,6 @@ METHODS: dict[str, Method] = {
     "ASA, h learned": attention("asa", "h"),
     "ASA, alpha learned": attention("asa", "alpha"),
     "ASA, alpha and h learned": attention("asa", "alpha", "h"),
-    "ASA, alpha and h as published (no gradient of alpha)": attention("asa", "alpha", "h", gradient=None),
     "dense, embedding and h learned": attention("dense", "h", embeds=True),
     "ASA, embedding and h learned": attention("asa", "h", embeds=True),
     "ASA, embedding, alpha and h learned": attention("asa", "alpha", "h", embeds=True),

@@ -23,7 +23,6 @@ QUESTIONS = (  # what the study asks: a method, what it is held against
     ("ASA, alpha learned", REFERENCE),
     ("ASA, alpha and h learned", REFERENCE),
     ("ASA, alpha and h learned", "ASA, h learned"),
-    ("ASA, alpha and h learned", "ASA, alpha and h as published (no gradient of alpha)"),
     ("ASA, alpha and h learned", "dense, h learned"),
     (LEARNED, REFERENCE),
     (LEARNED, "ASA, embedding and h learned"),
