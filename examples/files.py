@@ -117,11 +117,14 @@ def save(figure, path: Path, dpi: int) -> None:
 
 
 def append(path: Path, text: str) -> None:
-    """Add ``text`` to a text file, all of it or nothing."""
+    """Add ``text`` to a text file, all of it or nothing, on a line of its own."""
     with named(path):
         before = path.stat().st_size if path.exists() else 0
         try:
-            with path.open("ab") as file:
+            with path.open("a+b") as file:
+                if before:
+                    file.seek(-1, os.SEEK_END)
+                    file.write(b"" if file.read(1) == b"\n" else b"\n")
                 file.write(text.encode())
         except BaseException:
             os.truncate(path, before)

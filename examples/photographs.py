@@ -1,7 +1,7 @@
 """Make a set of crops of photographs, some photographs to train on and others to test on.
 
-A photograph is in one part alone, with all of its crops: whoever is tested on it has never seen any of it. Each is
-shrunk to several sizes, and of each size crops are cut that do not overlap. A photograph that is there twice, in
+A photograph is in one part alone, with all of its crops: a method that is tested on it has never seen any of it. Each
+is shrunk to several sizes, and of each size crops are cut that do not overlap. A photograph that is there twice, in
 another size or format, is taken once.
 
     python -m examples.photographs ~/Pictures --out build/photographs.npz
@@ -20,6 +20,7 @@ import argparse
 import csv
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,6 +33,7 @@ from tqdm import tqdm
 from . import files, pages, pictures
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".tif", ".tiff", ".bmp")
+DEFAULT = Path("build/photographs.npz")
 THUMBNAIL = 16  # side of what tells two photographs apart
 ALIKE = 0.99  # correlation of thumbnails of one photograph
 
@@ -97,7 +99,7 @@ class Photographs:
                     )
                     for name in ("train", "test")
                 ]
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise PhotographsError(
@@ -133,7 +135,7 @@ def find(folder: Path, names: list[str] | None) -> list[str]:
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise PhotographsError(f"{folder} lacks {missing[0]!r}{more} of the list")
-    return sorted(names)
+    return sorted(set(names))
 
 
 def read(path: Path, short: int) -> PIL.Image.Image:
@@ -185,7 +187,7 @@ def make(
         shorts: short sides that photographs are shrunk to.
         most: crops of a photograph.
         test: how many photographs are kept for testing.
-        seed: of who is, and of where crops are cut.
+        seed: of the choice of those, and of where crops are cut.
 
     Raises:
         PhotographsError: there are too few.
@@ -195,7 +197,11 @@ def make(
     told: dict[str, tuple[str, str]] = {}
     for name in tqdm(find(folder, names), desc="reading", unit="picture", leave=False):
         try:
+            name.encode()  # as tables and results have it
             image = read(folder / name, max(shorts))
+        except UnicodeEncodeError:
+            told[ascii(name)] = "-", "left out: its name is not in UTF-8"
+            continue
         except pictures.PictureError as error:
             told[name] = "-", f"left out: {error}"
             continue
@@ -237,23 +243,25 @@ def main(arguments: list[str] | None = None) -> Photographs:
     parser.add_argument("--list", type=Path, help="a CSV file: take those of its column 'file' alone, names in FOLDER")
     parser.add_argument("--side", type=int, default=48, help="of a crop, pixels (48)")
     parser.add_argument("--short", type=int, nargs="+", default=[260, 520], help="sides to shrink to (260 520)")
-    parser.add_argument("--crops", type=int, default=10, help="of a photograph, at most (10)")
+    parser.add_argument("--crops", type=int, default=12, help="of a photograph, at most (12)")
     parser.add_argument("--test", type=int, default=20, help="photographs kept for testing (20)")
-    parser.add_argument("--seed", type=int, default=0, help="of who is, and of where crops are cut (0)")
-    parser.add_argument("--out", type=Path, default=Path("build/photographs.npz"), help="build/photographs.npz")
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of those, and of where crops are cut (0)")
+    parser.add_argument("--out", type=Path, default=DEFAULT, help=f"({DEFAULT})")
     options = parser.parse_args(arguments)
     for name, least in {"side": 8, "crops": 1, "test": 1, "seed": 0}.items():
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
     if min(options.short) < options.side:
         parser.error(f"--short must be at least --side = {options.side}, got {min(options.short)}")
+    if options.out == DEFAULT:
+        DEFAULT.parent.mkdir(exist_ok=True)
     files.check_out(parser, options.out, ".npz")
     files.check([options.out], [options.list] if options.list else [])
     names = listed(options.list) if options.list else None
     photographs, rows = make(
         options.folder, names, options.side, options.short, options.crops, options.test, options.seed
     )
-    print(pages.table(("photograph", "pixels", "part", "crops"), rows, even=True))
+    print(pages.table(("photograph", "pixels, shrunk", "part", "crops"), rows, even=True))
     for name, each in (("train", photographs.train), ("test", photographs.test)):
         print(f"{name}: {len(each.crops)} crops of {len(each.names)} photographs")
     photographs.save(options.out)

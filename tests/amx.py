@@ -21,7 +21,8 @@ from asa_ops.core import extension
 
 CAPABILITY = torch.backends.cpu.get_cpu_capability()
 AVX512 = CAPABILITY == "AVX512"
-EMULATES = CAPABILITY == "AVX2" and sys.platform.startswith("linux")  # csrc/testing/avx512.h wants GCC
+GCC = "clang" not in os.path.realpath(simt.COMPILER or "")  # csrc/testing/avx512.h is for it alone
+EMULATES = CAPABILITY == "AVX2" and sys.platform.startswith("linux") and GCC
 AVAILABLE = extension.has("asa_fwd", "CPU") and bool(simt.COMPILER) and (AVX512 or EMULATES)
 AVX512_EMULATED = ["-DASA_AVX512_EMULATED", "-mavx2", "-mfma", "-mbmi", "-mpopcnt", "-Wno-psabi"]
 
@@ -46,7 +47,8 @@ def load() -> None:
 
 def build() -> Path:
     """Return the library, built anew if a source is newer."""
-    library = simt.ROOT / "build" / ("amx_traps" if TRAPS else "amx") / "libasa_amx.so"
+    folder = "amx_traps" if TRAPS else "amx" if AVX512 else "amx_avx2"
+    library = simt.ROOT / "build" / folder / "libasa_amx.so"
     return simt.up_to_date(library, [*SOURCES, *HEADERS, Path(__file__)], lambda: compile_all(library))
 
 

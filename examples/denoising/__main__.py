@@ -6,6 +6,7 @@ command goes on where it was interrupted. --report writes the tables and the plo
 
     python -m examples.photographs build/photographs --list examples/photographs.csv     # the set; see there
     python -m examples.denoising                        # 5 seeds of everything: most of a day on one thread
+    python -m examples.denoising --report --out examples/results/denoising.jsonl         # docs/evidence.md's tables
     python -m examples.denoising --methods "ASA, alpha and h learned" "dense, h learned" --seeds 1 --out quick.jsonl
 """
 
@@ -20,12 +21,12 @@ from tqdm import tqdm
 
 from .. import files, machine
 from ..photographs import Photographs, PhotographsError
-from . import report, study
+from . import methods, report, study
 from .attention import Constants
 from .methods import METHODS
 
 FIRST = ("photographs", "steps", "tuned")  # in the first line of a file of results
-DEFAULT = Path(__file__).parents[1] / "results/denoising.jsonl"
+DEFAULT = Path("runs/denoising.jsonl")
 
 
 class StudyError(Exception):
@@ -39,19 +40,22 @@ def fingerprint(photographs: Photographs) -> str:
 
 
 def read(path: Path) -> tuple[dict | None, report.Runs]:
-    """Return the first line of a file of results, None if there is no file, and its runs by method and seed.
+    """Return the first line of a file of results, None if there is none, and its runs by method and seed.
 
     Raises:
-        StudyError: a line is broken, or not of this study.
+        StudyError: a line is broken, not of this study, or of a run that is there already.
     """
-    if not path.exists():
-        return None, {}
-    lines = files.read(path).splitlines()
-    first, *others = (entry(line, i, path, ("method", "seed", "test") if i else FIRST) for i, line in enumerate(lines))
-    runs: report.Runs = {}
-    for told in others:
-        runs.setdefault(told["method"], {})[told["seed"]] = told
-    return first, {name: runs[name] for name in METHODS if name in runs}
+    first, runs = None, {name: {} for name in METHODS}
+    for i, line in enumerate(files.read(path).splitlines() if path.exists() else []):
+        told = entry(line, i, path, ("method", "seed", "test") if i else FIRST)
+        if i == 0:
+            first = told
+        elif told["method"] not in METHODS or told["seed"] in runs[told["method"]]:
+            what = f"line {i + 1} of {path}, {told['method']!r} of seed {told['seed']},"
+            raise StudyError(f"{what} is of no method, or there before: remove it")
+        else:
+            runs[told["method"]][told["seed"]] = told
+    return first, {name: seeds for name, seeds in runs.items() if seeds}
 
 
 def entry(line: str, i: int, path: Path, names: tuple[str, ...]) -> dict:
@@ -70,6 +74,12 @@ def constants(tuned: dict) -> dict:
     return {
         kind: {float(noise): Constants(*values) for noise, values in levels.items()} for kind, levels in tuned.items()
     }
+
+
+def trains(name: str, tuned: methods.Tuned) -> bool:
+    """Return whether a method learns; what does not needs one seed."""
+    method = METHODS[name]
+    return method.group != methods.PEER and study.is_trained(method.build(tuned))
 
 
 def render(path: Path) -> None:
@@ -101,6 +111,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name in ("seeds", "steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
+    if options.out == DEFAULT:
+        DEFAULT.parent.mkdir(exist_ok=True)
     files.check_out(parser, options.out, ".jsonl")
     files.check([options.out, *(options.out.with_suffix(x) for x in (".md", ".png"))], [options.photographs])
     if options.report:
@@ -112,12 +124,16 @@ def main(arguments: list[str] | None = None) -> None:
     if (side := photographs.train.crops.shape[-1]) < study.SIDE:
         raise StudyError(f"{options.photographs} has crops of {side} pixels, expected at least {study.SIDE}")
     asked = {"photographs": fingerprint(photographs), "steps": options.steps}
-    first, runs = read(options.out)
+    where, (first, runs) = machine.environment(), read(options.out)
+    if "BM3D" in options.methods and "BM3D" not in runs:
+        METHODS["BM3D"].build({})  # tells if the package is missing
     if first is None:
         print("tuning h and alpha, minutes", flush=True)
         tuned = study.tune(photographs)
         plain = {kind: {f"{x:g}": astuple(value) for x, value in levels.items()} for kind, levels in tuned.items()}
         first = asked | {"tuned": plain}
+        if options.out.exists():
+            raise StudyError(f"{options.out} was begun by another run meanwhile: give the command again")
         files.write(options.out, json.dumps(first) + "\n")
     for name, value in asked.items():
         if first[name] != value:
@@ -127,9 +143,8 @@ def main(arguments: list[str] | None = None) -> None:
         (name, seed)
         for seed in range(options.seeds)
         for name in options.methods
-        if seed not in runs.get(name, {}) and (seed == 0 or study.is_trained(METHODS[name].build(tuned)))
+        if seed not in runs.get(name, {}) and (seed == 0 or trains(name, tuned))
     ]
-    where = machine.environment()
     with tqdm(total=options.steps * sum(METHODS[name].longer for name, _ in todo), unit="step", smoothing=0.05) as bar:
         for name, seed in todo:
             bar.set_description(f"{name}, seed {seed}")

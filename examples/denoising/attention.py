@@ -20,7 +20,7 @@ VALUES = 3 * PATCH * PATCH  # of a patch
 SCALES = (5, 11)  # windows of the local variance, pixels
 FEATURES = 32  # of the embedding
 ALPHA_REACH, WIDTH_REACH = 4.0, 1.0  # alpha and h stay within e^+-reach of the best fixed ones
-HEAVIEST = 0.6  # of a row's largest weight, its own: a learned threshold is at most that much
+HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a learned threshold may be
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,6 @@ class NonLocalMeans(nn.Module):
         learns: of "alpha" and "h" what is predicted for every pixel.
         embeds: whether features of three convolutions stand beside the patches, and patches are weighted.
         band: ``threshold_band`` of :func:`asa_ops.asa_attention`.
-        gradient: its ``threshold_grad``; with None, as published, alpha stays where it starts.
     """
 
     def __init__(
@@ -119,10 +118,9 @@ class NonLocalMeans(nn.Module):
         learns: tuple[str, ...] = (),
         embeds: bool = False,
         band: float = 1.0,
-        gradient: str | None = "straight_through",
     ):
         super().__init__()
-        self.constants, self.learns, self.band, self.gradient = constants, learns, band, gradient
+        self.constants, self.learns, self.band = constants, learns, band
         self.predictor = Predictor(len(learns)) if learns else None
         self.embedding = Embedding() if embeds else None
         self.survivors: Tensor | None = None  # of the last call without a gradient, [B], means over rows
@@ -163,7 +161,7 @@ class NonLocalMeans(nn.Module):
                 alpha[:, None],
                 scale=1.0,
                 grid=noisy.shape[-2:],
-                threshold_grad=self.gradient if learns else None,
+                threshold_grad="straight_through" if learns else None,
                 threshold_band=self.band,
                 return_stats=True,
             )

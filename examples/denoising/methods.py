@@ -74,10 +74,12 @@ def bm3d() -> Denoiser:
         ModuleNotFoundError: the package is missing.
     """
     try:
-        from bm3d import bm3d_rgb
+        from bm3d import BM3DProfile, bm3d_rgb
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError("BM3D needs a package that only research may use: pip install bm3d") from error
-    return each(lambda x, noise: bm3d_rgb(x, noise))
+    profile = BM3DProfile()
+    profile.num_threads = 1  # with more, results differ from call to call
+    return each(lambda x, noise: bm3d_rgb(x, noise, profile))
 
 
 REFERENCE = "ASA, best fixed alpha and h"

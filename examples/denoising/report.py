@@ -1,6 +1,7 @@
 """Tables and plots of what the study found."""
 
 import statistics
+from collections.abc import Iterable
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -14,7 +15,7 @@ Runs = dict[str, dict[int, dict]]  # by method and seed
 
 TITLES = {
     ATTENTION: "Attention alone",
-    NETWORK: "A network of about 100,000 parameters with one block",
+    NETWORK: "A network of about 100,000 parameters (squeeze and attention: 147,000) with one block",
 }
 BESIDE = ("scikit-image", "BM3D")  # in both tables
 NETWORK_REFERENCE = "network, no block"
@@ -46,21 +47,21 @@ def gains(runs: Runs, name: str, reference: str, noise: str) -> np.ndarray:
 
     What is not trained is the same for every seed.
     """
-    theirs = runs[reference]
-    fixed = next(iter(theirs.values())) if "curve" not in next(iter(theirs.values())) else None
-    pairs = [
-        (told, fixed or theirs.get(seed) or next(iter(theirs.values())))
-        for seed, told in runs[name].items()
-        if fixed or seed in theirs or "curve" not in told
-    ]
-    return np.array(
-        [[x - other["test"][noise]["psnr"][photo] for photo, x in told["test"][noise]["psnr"].items()]
-         for told, other in pairs]
-    ).reshape(len(pairs), -1)  # fmt: skip
+    both = runs[name], runs[reference]
+    trained = [each for each in both if "curve" in next(iter(each.values()))]
+    seeds = [seed for seed in (trained or both)[0] if all(seed in each for each in trained)]
+    pairs = [[each.get(seed) or next(iter(each.values())) for each in both] for seed in seeds]
+    values = [[list(told["test"][noise]["psnr"].values()) for told in pair] for pair in pairs]
+    return np.array([np.subtract(*pair) for pair in values]).reshape(len(pairs), -1)
 
 
-def told(values: np.ndarray, form: str = "{:+.2f} ± {:.2f}") -> str:
+def plus_minus(values: np.ndarray, form: str = "{:+.2f} ± {:.2f}") -> str:
     return form.format(*interval(values.tolist()))
+
+
+def milliseconds(seconds: Iterable[float | None]) -> str:
+    measured = [1e3 * x for x in seconds if x is not None]
+    return f"{statistics.median(measured):.0f}" if measured else "-"
 
 
 def main_table(runs: Runs, group: str, reference: str) -> str:
@@ -80,14 +81,13 @@ def main_table(runs: Runs, group: str, reference: str) -> str:
             if name == reference or not each.size:
                 row += ["-", "-"]
             else:
-                row += [told(each.mean(0)), f"{each.mean(0).min():+.2f}"]
+                row += [plus_minus(each.mean(0)), f"{each.mean(0).min():+.2f}"]
             row.append(f"{scores(runs, name, noise, 'ssim').mean():.3f}")
         every = list(runs[name].values())
         kept = [told["test"][noises[1]]["survivors"] for told in every]
         row.append(f"{statistics.fmean(kept):.0f}" if kept[0] is not None else "-")
-        steps = [told["step seconds"] for told in every if "step seconds" in told]
-        row.append(f"{1e3 * statistics.median(steps):.0f}" if steps else "-")
-        row.append(f"{1e3 * statistics.median(told['test'][noises[1]]['seconds'] for told in every):.0f}")
+        row.append(milliseconds(told.get("step seconds") for told in every))
+        row.append(milliseconds(told["test"][noises[1]].get("seconds") for told in every))
         rows.append(row)
     return pages.table(header, rows)
 
@@ -105,8 +105,8 @@ def answers(runs: Runs) -> str:
                 continue
             photographs = each.mean(0)
             better = f"{(photographs > 0).sum()} of {photographs.size}"
-            seeds = told(each.mean(1)) if len(each) > 1 else "-"
-            cells = (told(photographs), seeds, better, f"{photographs.min():+.2f}", f"{photographs.max():+.2f}")
+            seeds = plus_minus(each.mean(1)) if len(each) > 1 else "-"
+            cells = (plus_minus(photographs), seeds, better, f"{photographs.min():+.2f}", f"{photographs.max():+.2f}")
             rows.append((name, reference, noise, len(each), *cells))
     header = ("method", "over", "noise", "seeds", "gain, dB: photographs", "seeds", "better on", "worst", "best")
     return pages.table(header, rows)
@@ -130,12 +130,12 @@ def page(runs: Runs, tuned: dict, about: dict) -> str:
         "# Denoising photographs that nobody has learned from",
         "\n".join(
             [
-                f"Means over the crops of {len(first)} photographs, of which nothing was trained or tuned on;"
+                f"Means over the crops of {len(first)} photographs that no method was trained or tuned on;"
                 f" {about['steps']:,} steps on others, networks four times as many.",
                 "Gains are paired, photograph by photograph with the same noise; ± is half of a 95 % confidence",
                 "interval (Student's t) over photographs, means over seeds; worst is the photograph that gains least.",
-                f"Survivors and milliseconds are those at noise {noises[1]}, of one thread of a machine that did other",
-                "work besides: a step is of 4 crops of 32 x 32, a picture 48 x 48.",
+                f"Survivors and milliseconds, of one thread's processor, are those at noise {noises[1]}: a step is of",
+                "4 crops of 32 x 32, a picture 48 x 48. Intervals are not corrected for how many there are.",
                 f"Processor: {', '.join(about['processors'])}; commits: {', '.join(about['commits'])}.",
             ]
         ),
@@ -181,8 +181,11 @@ def draw(path: Path, runs: Runs) -> None:
         axes[0].legend()
     axes[1].set_prop_cycle(color=plt.get_cmap("tab20").colors)
     for name in (name for name in METHODS if name in runs and METHODS[name].group == NETWORK):
-        curves = np.array([told["curve"] for told in runs[name].values()])
-        axes[1].plot(*curves.mean(0).T, ".-", label=name.removeprefix("network, "))
+        every = list(runs[name].values())
+        curve = np.mean([told["curve"] for told in every], 0)
+        seconds = statistics.median(told["step seconds"] * told["steps"] for told in every)
+        times = seconds * np.arange(1, len(curve) + 1) / len(curve)
+        axes[1].plot(times, curve, ".-", label=name.removeprefix("network, "))
     axes[1].set(xlabel="seconds of training, one thread", ylabel="PSNR of the crops trained on, all noise levels, dB")
     if axes[1].lines:
         axes[1].legend()

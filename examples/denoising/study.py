@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from asa_ops.nn import parameter_groups
 
-from .. import memory
 from ..photographs import Part, Photographs
 from .attention import Constants, NonLocalMeans
 from .methods import METHODS, Denoiser, Method, Tuned, nearby
@@ -30,8 +29,8 @@ POINTS = 10  # of a curve of training
 
 def tune(photographs: Photographs) -> Tuned:
     """Return by noise level the h and alpha that are best for crops to train on, by their mean PSNR."""
-    crops = photographs.train.floats()
-    clean = crops[torch.linspace(0, len(crops) - 1, min(TUNING, len(crops))).long()]
+    crops = photographs.train.crops
+    clean = crops[torch.linspace(0, len(crops) - 1, min(TUNING, len(crops))).long()].float() / 255
     pairs = [Constants(width, alpha) for width in WIDTHS for alpha in ALPHAS]
     alone = [Constants(width, None) for width in WIDTHS]
     tried: dict[str, tuple[list[Constants], Callable]] = {
@@ -75,7 +74,7 @@ class Sampler:
     """Crops at random, turned, mirrored, with colours permuted, and their noise; all a function of the seed."""
 
     def __init__(self, part: Part, seed: int):
-        self.crops, self.random = part.floats(), np.random.default_rng(seed)
+        self.crops, self.random = part.crops, np.random.default_rng(seed)
 
     def __call__(self) -> tuple[Tensor, Tensor, Tensor]:
         """Return clean and noisy crops [BATCH, 3, SIDE, SIDE], and the noise of each [BATCH]."""
@@ -89,7 +88,7 @@ class Sampler:
         row, column = (int(self.random.integers(length - SIDE + 1)) for length in crop.shape[1:])
         crop = crop[torch.from_numpy(self.random.permutation(3)), row : row + SIDE, column : column + SIDE]
         crop = crop.rot90(int(self.random.integers(4)), (1, 2))
-        return crop.flip(2) if self.random.integers(2) else crop
+        return (crop.flip(2) if self.random.integers(2) else crop).float() / 255
 
 
 def train(
@@ -98,8 +97,8 @@ def train(
     """Train a denoiser in place, for the mean logarithm of the error of a crop.
 
     Returns:
-        The median of the seconds of a step, and a curve: POINTS times the seconds since the start and the mean PSNR of
-        the crops of the steps since the last point.
+        The median of a step's seconds of this processor, and a curve: POINTS times the mean PSNR of the crops of the
+        steps since the last point.
     """
     groups = parameter_groups(module, RATE, threshold_rate)
     optimizer = torch.optim.AdamW(groups, weight_decay=DECAY)
@@ -108,17 +107,17 @@ def train(
     sample, seconds, scores, curve = Sampler(part, seed), [], [], []
     for step in range(steps):
         clean, noisy, noise = sample()
-        start = time.perf_counter()
+        start = time.process_time()
         error = (module(noisy, noise) - clean).square().mean((1, 2, 3))
         optimizer.zero_grad()
         error.clamp(min=1e-7).log().mean().backward()
         nn.utils.clip_grad_norm_(module.parameters(), NORM)
         optimizer.step()
         schedule.step()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(time.process_time() - start)
         scores.append(-10 * error.detach().log10().mean().item())
         if (step + 1) * POINTS // steps > step * POINTS // steps:
-            curve.append([sum(seconds), statistics.fmean(scores)])
+            curve.append(statistics.fmean(scores))
             scores.clear()
         after_step()
     return {"step seconds": statistics.median(seconds), "curve": curve}
@@ -140,9 +139,9 @@ def test(denoise: Denoiser, part: Part) -> dict[str, dict]:
         noisy = clean + level * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1000 + i))
         images, seconds, survivors = [], [], []
         for each in zip(noisy.split(TEST_BATCH), noise.split(TEST_BATCH), strict=True):
-            start = time.perf_counter()
+            start = time.process_time()
             images.append(denoise(*each))
-            seconds.append((time.perf_counter() - start) / len(each[0]))
+            seconds.append((time.process_time() - start) / len(each[0]))
             if getattr(denoise, "survivors", None) is not None:
                 survivors += denoise.survivors.tolist()
         image = torch.cat(images).clamp(0, 1)
@@ -180,10 +179,8 @@ def run(
     steps *= method.longer
     told: dict = {"method": name, "seed": seed, "steps": steps}
     if is_trained(denoise):
-        before = memory.resident("VmHWM")
         told |= train(denoise, photographs.train, seed, steps, method.threshold_rate, after_step)
         told["parameters"] = sum(x.numel() for x in denoise.parameters())
-        told["bytes"] = None if before is None else memory.resident("VmHWM") - before
         denoise.eval()
     with torch.no_grad():
         return told | {"test": test(denoise, photographs.test)}

@@ -146,7 +146,6 @@ with warnings.catch_warnings(record=True) as caught:
 """
 
 
-@pytest.mark.slow
 def test_installs_without_a_compiler_and_warns_once_where_the_extension_would_run(tmp_path):
     folder = installed(tmp_path, CXX="no-such-compiler")
     printed = output_of(sys.executable, "-c", WARNINGS, env=os.environ | {"PYTHONPATH": str(folder)}, cwd=folder)

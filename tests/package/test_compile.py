@@ -120,7 +120,6 @@ def test_gradients_of_criss_cross_compile_under_vmap():
     torch.testing.assert_close(compiled(*maps), transformed(*maps), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_compiled_autograd():
     torch._dynamo.reset()
     block, x = block_of("asa"), torch.randn(1, 8, 5, 6)
