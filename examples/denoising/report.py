@@ -65,8 +65,10 @@ def milliseconds(seconds: Iterable[float | None]) -> str:
 
 
 def main_table(runs: Runs, group: str, reference: str) -> str:
-    """Return the table of a group of methods: PSNR and gains at every noise level."""
+    """Return the table of a group of methods, PSNR and gains at every noise level, "" if there is no run of them."""
     names = [name for name in METHODS if name in runs and (METHODS[name].group == group or name in BESIDE)]
+    if all(name in BESIDE for name in names):
+        return ""
     noises = list(next(iter(next(iter(runs.values())).values()))["test"])
     header = ["method", "seeds"]
     for noise in noises:
@@ -122,10 +124,21 @@ def by_photograph(runs: Runs, noise: str) -> str:
     return pages.table(("photograph", *shown), rows)
 
 
+def section(runs: Runs, group: str, reference: str, *more: str) -> list[str]:
+    """Return the paragraphs about a group of methods, none if there is no run of them."""
+    table = main_table(runs, group, reference)
+    return [f"## {TITLES[group]}", f"Gains are over `{reference}`.", table, *more] if table else []
+
+
 def page(runs: Runs, tuned: dict, about: dict) -> str:
     """Return the results as Markdown."""
     noises = list(next(iter(next(iter(runs.values())).values()))["test"])
     first = next(iter(next(iter(runs.values())).values()))["test"][noises[0]]["psnr"]
+    constants = pages.table(
+        ("noise", "dense, h", "ASA, h", "alpha", "scikit-image, h / noise"),
+        [(x, tuned["dense"][x][0], *tuned["asa"][x], tuned["nearby"][x][0]) for x in tuned["asa"]],
+    )
+    about_constants = "As tuned on the photographs to train on (h in units of noise times 75^0.5, the size of a patch):"
     parts = [
         "# Denoising photographs that nobody has learned from",
         "\n".join(
@@ -141,18 +154,8 @@ def page(runs: Runs, tuned: dict, about: dict) -> str:
         ),
         "## Answers",
         answers(runs),
-        f"## {TITLES[ATTENTION]}",
-        f"Gains are over `{REFERENCE}`.",
-        main_table(runs, ATTENTION, REFERENCE),
-        "h in units of noise times the square root of the values of a patch, and alpha, as tuned on the photographs to"
-        " train on:",
-        pages.table(
-            ("noise", "dense, h", "ASA, h", "alpha", "scikit-image, h / noise"),
-            [(x, tuned["dense"][x][0], *tuned["asa"][x], tuned["nearby"][x][0]) for x in tuned["asa"]],
-        ),
-        f"## {TITLES[NETWORK]}",
-        f"Gains are over `{NETWORK_REFERENCE}`.",
-        main_table(runs, NETWORK, NETWORK_REFERENCE),
+        *section(runs, ATTENTION, REFERENCE, about_constants, constants),
+        *section(runs, NETWORK, NETWORK_REFERENCE),
         f"## Photograph by photograph, noise {noises[1]}",
         by_photograph(runs, noises[1]),
     ]
@@ -162,7 +165,10 @@ def page(runs: Runs, tuned: dict, about: dict) -> str:
 def draw(path: Path, runs: Runs) -> None:
     """Draw the gains of attention, and the quality of the networks against the time of training."""
     noises = list(next(iter(next(iter(runs.values())).values()))["test"])
-    figure, axes = plt.subplots(1, 2, figsize=(15, 6), layout="constrained")
+    networks = [name for name in METHODS if name in runs and METHODS[name].group == NETWORK]
+    panels = 2 if networks else 1
+    figure, axes = plt.subplots(1, panels, figsize=(7.5 * panels, 6), layout="constrained", squeeze=False)
+    gained, trained = axes[0, 0], axes[0, -1]
     names = [name for name in METHODS if name in runs and METHODS[name].group == ATTENTION and name != REFERENCE]
     names += [name for name in BESIDE if name in runs]
     for i, noise in enumerate(noises):
@@ -172,22 +178,24 @@ def draw(path: Path, runs: Runs) -> None:
             mean, half = interval(each.mean(0).tolist())
             place = y + 0.2 * (1 - i)
             label = f"noise {noise}" if y == 0 else None
-            axes[0].errorbar(mean, place, xerr=np.nan_to_num(half), fmt="o", color=f"C{i}", capsize=3, label=label)
-    axes[0].set_yticks(range(len(names)), reversed(names))
-    axes[0].axvline(0, color="black", linewidth=0.8)
-    axes[0].set_xlabel(f"gain over {REFERENCE}, dB: photographs never seen, 95 % intervals")
-    axes[0].grid(axis="x", alpha=0.3)
-    if axes[0].containers:
-        axes[0].legend()
-    axes[1].set_prop_cycle(color=plt.get_cmap("tab20").colors)
-    for name in (name for name in METHODS if name in runs and METHODS[name].group == NETWORK):
-        every = list(runs[name].values())
-        curve = np.mean([told["curve"] for told in every], 0)
-        seconds = statistics.median(told["step seconds"] * told["steps"] for told in every)
-        times = seconds * np.arange(1, len(curve) + 1) / len(curve)
-        axes[1].plot(times, curve, ".-", label=name.removeprefix("network, "))
-    axes[1].set(xlabel="seconds of training, one thread", ylabel="PSNR of the crops trained on, all noise levels, dB")
-    if axes[1].lines:
-        axes[1].legend()
+            gained.errorbar(mean, place, xerr=np.nan_to_num(half), fmt="o", color=f"C{i}", capsize=3, label=label)
+    gained.set_yticks(range(len(names)), reversed(names))
+    gained.axvline(0, color="black", linewidth=0.8)
+    gained.set_xlabel(f"gain over {REFERENCE}, dB: photographs never seen, 95 % intervals")
+    gained.grid(axis="x", alpha=0.3)
+    if gained.containers:
+        gained.legend()
+    if networks:
+        trained.set_prop_cycle(color=plt.get_cmap("tab20").colors)
+        for name in networks:
+            every = list(runs[name].values())
+            curve = np.mean([told["curve"] for told in every], 0)
+            seconds = statistics.median(told["step seconds"] * told["steps"] for told in every)
+            times = seconds * np.arange(1, len(curve) + 1) / len(curve)
+            trained.plot(times, curve, ".-", label=name.removeprefix("network, "))
+        trained.set(
+            xlabel="seconds of training, one thread", ylabel="PSNR of the crops trained on, all noise levels, dB"
+        )
+        trained.legend()
     files.save(figure, path, dpi=90)
     plt.close(figure)

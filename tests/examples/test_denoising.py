@@ -15,6 +15,7 @@ from examples.photographs import Part, Photographs
 CONSTANTS = {0.1: attention.Constants(0.9, 1.0), 0.2: attention.Constants(0.7, 0.5)}
 DENSE = {noise: attention.Constants(each.width, None) for noise, each in CONSTANTS.items()}
 LEARNED = "ASA, alpha and h learned"
+NETWORKS = {"network, no block": 20.0, "network, asa": 21.0}
 RESULTS = Path(command.__file__).parents[1] / "results/denoising.jsonl"
 
 
@@ -246,6 +247,18 @@ def test_gains_are_paired_by_photograph_and_seed():
     )
     assert "| dense, h learned | 2 | 25.50 | +0.50 ± 0.00 | +0.50 | 0.500 |" in text
     assert "| y | 31.00 | 31.67 |" in text  # at noise 0.2
+
+
+def test_networks_have_a_table_and_a_plot(tmp_path):
+    runs = {name: {0: line(name, 0, {"x": value, "y": 30.0})} for name, value in NETWORKS.items()}
+    about = {"steps": 3, "processors": ["p"], "commits": ["c"]}
+    text = report.page(runs, {"dense": {}, "asa": {}, "nearby": {}}, about)
+    assert "| network, asa | 1 | 25.50 | +0.50 ± 6.35 | +0.00 | 0.500 | 26.50 |" in text and "| 7 | 500 | 250 |" in text
+    assert "## Attention alone" not in text
+    for name in ("networks.png", "attention.png"):
+        report.draw(tmp_path / name, runs)
+        assert (tmp_path / name).stat().st_size > 10_000
+        runs = {report.REFERENCE: {0: line(report.REFERENCE, 0, {"x": 20.0, "y": 30.0}, trained=False)}}
 
 
 @pytest.fixture(scope="module")
