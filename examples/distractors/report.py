@@ -12,7 +12,7 @@ import numpy as np
 from .. import files, pages
 from ..confidence import interval
 from .pictures import TILES
-from .train import RATES, VARIANTS, Run
+from .train import RATES, VARIANTS, WITHOUT, Run
 
 KNOWN = {"variant", "optimizer", "rate", "seed", "steps", "distractors", "validation", "test", "survivors", "seconds"}
 KNOWN |= {"commit", "processor", "torch"}
@@ -106,6 +106,17 @@ def table(runs: Chosen, distractors: list[int]) -> str:
     return pages.table(header, rows)
 
 
+def table_without(runs: Chosen, distractors: list[int]) -> str:
+    """Return what trained networks of an optimizer are without something as Markdown, "" where none was tested so."""
+    rows = []
+    for variant, (_, seeds) in runs.items():
+        tested = [told for told in seeds.values() if told.get("without")]
+        for name in WITHOUT if tested else ():
+            losses = ([told["without"][name][i] - told["test"][i] for told in tested] for i in range(len(distractors)))
+            rows.append([variant, name, len(tested), *(told_in_percent(each, "+.1f") for each in losses)])
+    return pages.table(["block", "without", "seeds", *map(str, distractors)], rows)
+
+
 def page(lines: Lines) -> str:
     """Return all figures as a page."""
     first = next(iter(lines.values()))
@@ -115,11 +126,15 @@ def page(lines: Lines) -> str:
         "95 % confidence interval over seeds (Student's t), which one seed has not. Of three learning rates, the one",
         "that is best on validation pictures with seed 0. Gains of one block over another are paired, seed by seed.",
         f"Survivors of a row, of {TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step,",
-        "the median of steps and seeds.",
+        "the median of steps and seeds. Trained networks are tested without something of their block too, its",
+        "reciprocity (a neighbour need not choose back) or its thresholds (everybody is kept): by what mIoU changes.",
     )
     found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
-    tables = [f"## {optimizer}\n\n{table(runs, first['distractors'])}" for optimizer, runs in found.items()]
-    return "\n\n".join(["\n".join(what), *tables, "Runs: " + "; ".join(sorted(machines)) + "."]) + "\n"
+    parts = ["\n".join(what)]
+    for optimizer, runs in found.items():
+        tables = [form(runs, first["distractors"]) for form in (table, table_without)]
+        parts += [f"## {optimizer}", *filter(None, tables)]
+    return "\n\n".join([*parts, "Runs: " + "; ".join(sorted(machines)) + "."]) + "\n"
 
 
 def draw(path: Path, lines: Lines) -> None:

@@ -130,7 +130,23 @@ def test_a_run_learns_and_repeats(optimizer, one_thread):
     assert all(0 <= score <= 1 for name in ("validation", "test") for score in first[name])
     assert len(first["survivors"]) == 2 and all(0 < count <= SIDE * SIDE for count in first["survivors"])
     assert first["alpha"] == sorted(first["alpha"]) and first["loss"] > 0
+    assert all(0 <= score <= 1 for each in train.WITHOUT for score in first["without"][each])
     assert train.run(train.Run("none", optimizer, 0.01, 0, 1), [0], 5, 5)["survivors"] is None
+
+
+def test_a_block_with_other_arguments():
+    """Without any, it is the block; without thresholds, the dense block of the same weights."""
+    torch.manual_seed(0)
+    block = train.Network("asa", {"norm": "batch"}, start=1.0).block.eval()
+    nn.init.ones_(block.norm.weight)
+    x = torch.randn(2, train.CHANNELS, 6, 5)
+    torch.testing.assert_close(train.Changed(block, {})(x), block(x))
+    dense = blocks.build("non_local", train.CHANNELS, norm="batch").eval()
+    dense.load_state_dict(block.state_dict(), strict=False)
+    kept = train.Changed(block, train.WITHOUT["thresholds"])(x)
+    torch.testing.assert_close(kept, dense(x))
+    apart = [kept, block(x), train.Changed(block, train.WITHOUT["reciprocity"])(x)]
+    assert not any(torch.allclose(apart[i], apart[i - 1]) for i in range(3))
 
 
 def test_a_run_whose_loss_is_no_number_ends():
@@ -149,6 +165,7 @@ def made_up(variant: str, seed: int, test: float, rate: float = 0.01, **changes)
     return {
         "variant": variant, "optimizer": "adamw", "rate": rate, "seed": seed, "steps": 600, "distractors": [0, 200],
         "validation": [0.9, 0.5], "test": [0.9, test], "survivors": survivors, "alpha": None, "loss": 0.1,
+        "without": None,
         "seconds": 0.02 + 0.001 * seed,
     } | MACHINE | changes  # fmt: skip
 
@@ -179,7 +196,12 @@ def test_the_table_of_distractors_is_of_the_runs(tmp_path):
     ]  # fmt: skip
     assert rows[0][3:] == ["90.0", "20.0", "+0.0", "+42.0", "-", "-", "20.0"]  # one seed has no interval
     assert rows[2][5:] == ["-", "-", "31", "20", "21.0"]
-    assert "one, torch 2, commit abc" in text
+    assert "one, torch 2, commit abc" in text and "reciprocity |" not in text
+    for run, told in lines.items():
+        if run.variant == "asa":
+            told["without"] = {"reciprocity": [0.9, 0.5 + told["test"][1]], "thresholds": [0.8, 0.0]}
+    assert "| asa | reciprocity | 3 | +0.0 ± 0.0 | +50.0 ± 0.0 |" in report.page(lines)
+    assert "| asa | thresholds | 3 | -10.0 ± 0.0 | -63.0 ± 4.3 |" in report.page(lines)
     report.draw(tmp_path / "plot.png", lines)
     assert np.asarray(PIL.Image.open(tmp_path / "plot.png")).std() > 1
 
