@@ -12,11 +12,10 @@ import numpy as np
 from .. import files, pages
 from ..confidence import interval
 from .pictures import TILES
-from .train import RATES, VARIANTS, WITHOUT, Run
+from .train import ABLATIONS, LEARNED, RATES, VARIANTS, WITHOUT, Run
 
 KNOWN = {"variant", "optimizer", "rate", "seed", "steps", "distractors", "validation", "test", "survivors", "seconds"}
 KNOWN |= {"commit", "processor", "torch"}
-LEARNED = "asa"  # what gains are told of, seed by seed
 Lines = dict[Run, dict]
 Chosen = dict[str, tuple[float, dict[int, dict]]]  # by variant its learning rate and by seed its runs
 
@@ -53,8 +52,9 @@ def read(path: Path) -> Lines:
 def best_rate(lines: Lines, variant: str, optimizer: str, steps: int) -> float | None:
     """Return the rate that is best in validation on seed 0, the mean of all numbers of distractors.
 
-    None before all rates have run. What tests is not looked at, nor are other seeds.
+    None before all rates have run. What tests is not looked at, nor are other seeds. Ablations have that of LEARNED.
     """
+    variant = LEARNED if variant in ABLATIONS else variant
     runs = {rate: lines.get(Run(variant, optimizer, rate, 0, steps)) for rate in RATES[optimizer]}
     scores = {rate: statistics.fmean(told["validation"]) for rate, told in runs.items() if told is not None}
     return max(scores, key=scores.__getitem__) if len(scores) == len(runs) else None
@@ -68,7 +68,8 @@ def choose(lines: Lines, optimizer: str) -> Chosen:
         rate = best_rate(lines, variant, optimizer, steps)
         if rate is not None:
             seeds = sorted(run.seed for run in lines if run == Run(variant, optimizer, rate, run.seed, steps))
-            result[variant] = rate, {seed: lines[Run(variant, optimizer, rate, seed, steps)] for seed in seeds}
+            if seeds:
+                result[variant] = rate, {seed: lines[Run(variant, optimizer, rate, seed, steps)] for seed in seeds}
     return result
 
 
@@ -124,7 +125,7 @@ def page(lines: Lines) -> str:
     what = (
         f"mIoU in per cent by number of distractors, on test pictures, after {first['steps']} steps; ± is half of a",
         "95 % confidence interval over seeds (Student's t), which one seed has not. Of three learning rates, the one",
-        "that is best on validation pictures with seed 0. Gains of one block over another are paired, seed by seed.",
+        "that is best on validation pictures with seed 0; ablations have that of `asa`. Gains are paired by seeds.",
         f"Survivors of a row, of {TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step,",
         "the median of steps and seeds. Trained networks are tested without something of their block too, its",
         "reciprocity (a neighbour need not choose back) or its thresholds (everybody is kept): by what mIoU changes.",

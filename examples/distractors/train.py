@@ -52,6 +52,7 @@ VARIANTS: dict[str, dict] = {
     "efficient_attention": {"block": "efficient_attention", "options": {"key_channels": KEYS}},
     "linear_attention": {"block": "linear_attention", "options": {"reduction": CHANNELS // KEYS}},
     "squeeze_and_attention": {"block": "squeeze_and_attention"},
+    # The rest are ablations.
     "asa, no gradient": _asa(threshold_grad=None),
     "asa, NLSCB alone": _asa(local=False),
     "asa, band 0.5": _asa(threshold_band=0.5),
@@ -60,6 +61,8 @@ VARIANTS: dict[str, dict] = {
     "asa, alpha 1 at first, no gradient": _asa(start=1.0, threshold_grad=None),
     "asa, softplus": _asa(threshold_activation="softplus"),
 }
+LEARNED = "asa"  # what gains are told of, and whose learning rate ablations have
+ABLATIONS = list(VARIANTS)[list(VARIANTS).index("asa, no gradient") :]
 RATES = {"adamw": (0.003, 0.01, 0.03), "sgd": (0.1, 0.2, 0.4)}  # learning rates, of which the best is taken
 # What a trained network is tested without, as well.
 WITHOUT = {"reciprocity": {"reciprocal": False}, "thresholds": {"alpha": None, "beta": None}}

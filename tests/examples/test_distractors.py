@@ -212,6 +212,9 @@ def test_the_rate_is_chosen_in_validation_on_seed_0():
     assert report.best_rate(lines, "asa", "adamw", 600) is None
     lines |= {train.Run("asa", "adamw", 0.01, 0, 600): made_up("asa", 0, 0.1)}
     assert report.best_rate(lines, "asa", "adamw", 600) == 0.01
+    ablation = made_up("asa, rate 1", 0, 0.1)
+    lines |= {train.Run("asa, rate 1", "adamw", 0.01, 0, 600): ablation}
+    assert report.choose(lines, "adamw")["asa, rate 1"] == (0.01, {0: ablation})
 
 
 def test_runs_among_distractors_go_on(tmp_path, monkeypatch, capsys, one_thread):
@@ -274,13 +277,17 @@ def test_lines_that_do_not_fit(line, message, tmp_path):
         ("--seeds 0", "--seeds must be at least 1, got 0"),
         ("--distractors 5 1000", f"--distractors must be from 0 to {MOST}, got 1000"),
         ("--variants dense", "invalid choice: 'dense'"),
+        (
+            "--variants asa,_rate_1",
+            "--variants 'asa, rate 1' has the learning rate of 'asa', which has not run: add it",
+        ),
         ("--out runs.md", "the table and the plot go beside it: got 'runs.md'"),
     ],
 )
 def test_options_of_the_study(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        study.main(arguments.split())
+        study.main([argument.replace("_", " ") for argument in arguments.split()])
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
