@@ -139,15 +139,20 @@ def page(lines: Lines) -> str:
 
 
 def draw(path: Path, lines: Lines) -> None:
-    """Draw mIoU against distractors, and at the most of them against the time of a step; a row for each optimizer."""
-    found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
+    """Draw mIoU of the blocks against distractors, and at the most of them against the time of a step.
+
+    A row for each optimizer; ablations are left out.
+    """
+    found = {}
+    for optimizer in RATES:
+        runs = {variant: x for variant, x in choose(lines, optimizer).items() if variant not in ABLATIONS}
+        found |= {optimizer: runs} if runs else {}
     figure, axes = plt.subplots(len(found), 2, figsize=(14, 5.5 * len(found)), layout="constrained", squeeze=False)
     distractors = next(iter(lines.values()))["distractors"]
     for (left, right), (optimizer, runs) in zip(axes, found.items(), strict=True):
         for variant, (_, seeds) in runs.items():
             index = list(VARIANTS).index(variant)
-            style = {"color": f"C{index % 10}", "marker": "osD^v"[index % 5], "capsize": 2}
-            style["linestyle"] = "--" if index >= 10 else "-"
+            style = {"color": f"C{index}" if index < 10 else "black", "marker": "osD^v"[index % 5], "capsize": 2}
             by_count = zip(*(told["test"] for told in seeds.values()), strict=True)
             mean, half = np.array([interval([100 * x for x in values]) for values in by_count]).T
             half = np.nan_to_num(half)
@@ -157,7 +162,7 @@ def draw(path: Path, lines: Lines) -> None:
         left.set(title=optimizer, xlabel="distractors", ylabel="mIoU, %: mean of seeds, 95 % confidence interval")
         left.legend(title="block (seeds)", fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         right.set(
-            title=f"{distractors[-1]} distractors", xlabel="ms a step, one thread", ylabel="mIoU, %", xscale="log"
+            title=f"{distractors[-1]} distractors", xlabel="ms a step, one thread", ylabel="mIoU, %", xlim=(0, None)
         )
         for each in (left, right):
             each.grid(alpha=0.3)
