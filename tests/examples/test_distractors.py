@@ -219,10 +219,10 @@ def test_the_rate_is_chosen_in_validation_on_seed_0():
 
 def test_runs_among_distractors_go_on(tmp_path, monkeypatch, capsys, one_thread):
     """An interrupted command, given again, leaves what an uninterrupted one does, and then runs nothing more."""
-    monkeypatch.setattr(study, "VALIDATION", 5)
+    monkeypatch.setattr(study, "VALIDATION", 2)
     monkeypatch.setitem(train.RATES, "adamw", (0.01, 0.03))
     command = ["--variants", "none", "asa", "--optimizers", "adamw", "--seeds", "2", "--steps", "2"]
-    command += ["--distractors", "0", "50", "--pictures", "5"]
+    command += ["--distractors", "50", "--pictures", "2"]
     whole, parts = (tmp_path / name / "runs.jsonl" for name in ("whole", "parts"))
     study.main([*command, "--out", str(whole)])
     page = capsys.readouterr().out.strip()
@@ -291,7 +291,8 @@ def test_options_of_the_study(arguments, message, tmp_path, monkeypatch, capsys)
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_the_committed_page_is_of_the_committed_runs():
-    lines = report.read(RESULTS / "distractors.jsonl")
-    assert report.page(lines) == (RESULTS / "distractors.md").read_text()
-    assert (RESULTS / "distractors.png").stat().st_size > 10_000
+@pytest.mark.parametrize("name", ["distractors", "distractors-1800"])
+def test_the_committed_page_is_of_the_committed_runs(name):
+    lines = report.read(RESULTS / f"{name}.jsonl")
+    assert report.page(lines) == (RESULTS / f"{name}.md").read_text()
+    assert (RESULTS / f"{name}.png").stat().st_size > 10_000
