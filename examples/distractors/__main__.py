@@ -6,7 +6,8 @@
 
 Runs differ in the block, the optimizer, its learning rate and the seed alone; a seed gives all of them the same
 pictures in the same order. With seed 0 every rate runs, with others the one that is best on the validation pictures of
-seed 0. Each run adds a line to --out when it is done, and the same command goes on where it stopped.
+seed 0; ablations have the rate of "asa". Each run adds a line to --out when it is done, and the same command goes on
+where it stopped.
 """
 
 import argparse
@@ -19,7 +20,7 @@ from tqdm import tqdm
 
 from .. import files, machine
 from . import pictures, report
-from .train import RATES, VARIANTS, Run, run
+from .train import ABLATIONS, LEARNED, RATES, VARIANTS, Run, run
 
 DISTRACTORS = [0, 25, 50, 100, 200]
 VALIDATION, TEST = 100, 250  # pictures for each of these
@@ -29,9 +30,11 @@ def missing(lines: report.Lines, options: argparse.Namespace) -> Iterator[Run]:
     """Yield the runs that are not there yet, seed by seed; ``lines`` grows meanwhile, by which rates are chosen."""
     for seed in range(options.seeds):
         for optimizer in options.optimizers:
-            for variant in options.variants:
-                best = report.best_rate(lines, variant, optimizer, options.steps) if seed else None
-                for rate in RATES[optimizer] if best is None else (best,):
+            for variant in sorted(options.variants, key=ABLATIONS.__contains__):  # whose rate is another's
+                rates = RATES[optimizer]
+                if seed or variant in ABLATIONS:
+                    rates = (report.best_rate(lines, variant, optimizer, options.steps),)
+                for rate in rates:
                     next_run = Run(variant, optimizer, rate, seed, options.steps)
                     if next_run not in lines:
                         yield next_run
@@ -42,7 +45,9 @@ def main(arguments: list[str] | None = None) -> None:
         prog="distractors", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     variants, optimizers = list(VARIANTS), list(RATES)
-    parser.add_argument("--variants", nargs="+", choices=variants, default=variants, help="in this order (all)")
+    parser.add_argument(
+        "--variants", nargs="+", choices=variants, default=variants, help="in this order, ablations last (all)"
+    )
     parser.add_argument("--optimizers", nargs="+", choices=optimizers, default=optimizers, help="in this order (all)")
     parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
     parser.add_argument("--steps", type=int, default=600, help="of training (600)")
@@ -72,6 +77,10 @@ def main(arguments: list[str] | None = None) -> None:
             there, asked = next(iter(lines.values()), vars(options))[name], getattr(options, name)
             if there != asked:
                 raise report.ResultError(f"{options.out} has {name} {there}, not {asked}: name another --out")
+        rates = {each: report.best_rate(lines, LEARNED, each, options.steps) for each in options.optimizers}
+        if LEARNED not in options.variants and None in rates.values():
+            for variant in filter(ABLATIONS.__contains__, options.variants):
+                parser.error(f"--variants {variant!r} has the learning rate of {LEARNED!r}, which has not run: add it")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         environment = machine.environment()

@@ -12,11 +12,10 @@ import numpy as np
 from .. import files, pages
 from ..confidence import interval
 from .pictures import TILES
-from .train import RATES, VARIANTS, Run
+from .train import ABLATIONS, LEARNED, RATES, VARIANTS, WITHOUT, Run
 
 KNOWN = {"variant", "optimizer", "rate", "seed", "steps", "distractors", "validation", "test", "survivors", "seconds"}
 KNOWN |= {"commit", "processor", "torch"}
-LEARNED = "asa"  # what gains are told of, seed by seed
 Lines = dict[Run, dict]
 Chosen = dict[str, tuple[float, dict[int, dict]]]  # by variant its learning rate and by seed its runs
 
@@ -53,8 +52,9 @@ def read(path: Path) -> Lines:
 def best_rate(lines: Lines, variant: str, optimizer: str, steps: int) -> float | None:
     """Return the rate that is best in validation on seed 0, the mean of all numbers of distractors.
 
-    None before all rates have run. What tests is not looked at, nor are other seeds.
+    None before all rates have run. What tests is not looked at, nor are other seeds. Ablations have that of LEARNED.
     """
+    variant = LEARNED if variant in ABLATIONS else variant
     runs = {rate: lines.get(Run(variant, optimizer, rate, 0, steps)) for rate in RATES[optimizer]}
     scores = {rate: statistics.fmean(told["validation"]) for rate, told in runs.items() if told is not None}
     return max(scores, key=scores.__getitem__) if len(scores) == len(runs) else None
@@ -68,7 +68,8 @@ def choose(lines: Lines, optimizer: str) -> Chosen:
         rate = best_rate(lines, variant, optimizer, steps)
         if rate is not None:
             seeds = sorted(run.seed for run in lines if run == Run(variant, optimizer, rate, run.seed, steps))
-            result[variant] = rate, {seed: lines[Run(variant, optimizer, rate, seed, steps)] for seed in seeds}
+            if seeds:
+                result[variant] = rate, {seed: lines[Run(variant, optimizer, rate, seed, steps)] for seed in seeds}
     return result
 
 
@@ -106,6 +107,17 @@ def table(runs: Chosen, distractors: list[int]) -> str:
     return pages.table(header, rows)
 
 
+def table_without(runs: Chosen, distractors: list[int]) -> str:
+    """Return what trained networks of an optimizer are without something as Markdown, "" where none was tested so."""
+    rows = []
+    for variant, (_, seeds) in runs.items():
+        tested = [told for told in seeds.values() if told.get("without")]
+        for name in WITHOUT if tested else ():
+            losses = ([told["without"][name][i] - told["test"][i] for told in tested] for i in range(len(distractors)))
+            rows.append([variant, name, len(tested), *(told_in_percent(each, "+.1f") for each in losses)])
+    return pages.table(["block", "without", "seeds", *map(str, distractors)], rows)
+
+
 def page(lines: Lines) -> str:
     """Return all figures as a page."""
     first = next(iter(lines.values()))
@@ -113,25 +125,34 @@ def page(lines: Lines) -> str:
     what = (
         f"mIoU in per cent by number of distractors, on test pictures, after {first['steps']} steps; ± is half of a",
         "95 % confidence interval over seeds (Student's t), which one seed has not. Of three learning rates, the one",
-        "that is best on validation pictures with seed 0. Gains of one block over another are paired, seed by seed.",
+        "that is best on validation pictures with seed 0; ablations have that of `asa`. Gains are paired by seeds.",
         f"Survivors of a row, of {TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step,",
-        "the median of steps and seeds.",
+        "the median of steps and seeds. Trained networks are tested without something of their block too, its",
+        "reciprocity (a neighbour need not choose back) or its thresholds (everybody is kept): by what mIoU changes.",
     )
     found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
-    tables = [f"## {optimizer}\n\n{table(runs, first['distractors'])}" for optimizer, runs in found.items()]
-    return "\n\n".join(["\n".join(what), *tables, "Runs: " + "; ".join(sorted(machines)) + "."]) + "\n"
+    parts = ["\n".join(what)]
+    for optimizer, runs in found.items():
+        tables = [form(runs, first["distractors"]) for form in (table, table_without)]
+        parts += [f"## {optimizer}", *filter(None, tables)]
+    return "\n\n".join([*parts, "Runs: " + "; ".join(sorted(machines)) + "."]) + "\n"
 
 
 def draw(path: Path, lines: Lines) -> None:
-    """Draw mIoU against distractors, and at the most of them against the time of a step; a row for each optimizer."""
-    found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
+    """Draw mIoU of the blocks against distractors, and at the most of them against the time of a step.
+
+    A row for each optimizer; ablations are left out.
+    """
+    found = {}
+    for optimizer in RATES:
+        runs = {variant: x for variant, x in choose(lines, optimizer).items() if variant not in ABLATIONS}
+        found |= {optimizer: runs} if runs else {}
     figure, axes = plt.subplots(len(found), 2, figsize=(14, 5.5 * len(found)), layout="constrained", squeeze=False)
     distractors = next(iter(lines.values()))["distractors"]
     for (left, right), (optimizer, runs) in zip(axes, found.items(), strict=True):
         for variant, (_, seeds) in runs.items():
             index = list(VARIANTS).index(variant)
-            style = {"color": f"C{index % 10}", "marker": "osD^v"[index % 5], "capsize": 2}
-            style["linestyle"] = "--" if index >= 10 else "-"
+            style = {"color": f"C{index}" if index < 10 else "black", "marker": "osD^v"[index % 5], "capsize": 2}
             by_count = zip(*(told["test"] for told in seeds.values()), strict=True)
             mean, half = np.array([interval([100 * x for x in values]) for values in by_count]).T
             half = np.nan_to_num(half)
@@ -141,7 +162,7 @@ def draw(path: Path, lines: Lines) -> None:
         left.set(title=optimizer, xlabel="distractors", ylabel="mIoU, %: mean of seeds, 95 % confidence interval")
         left.legend(title="block (seeds)", fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
         right.set(
-            title=f"{distractors[-1]} distractors", xlabel="ms a step, one thread", ylabel="mIoU, %", xscale="log"
+            title=f"{distractors[-1]} distractors", xlabel="ms a step, one thread", ylabel="mIoU, %", xlim=(0, None)
         )
         for each in (left, right):
             each.grid(alpha=0.3)

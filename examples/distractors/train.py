@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from asa_ops import asa_attention
 from asa_ops import nn as blocks
 
 from . import pictures
@@ -51,6 +52,7 @@ VARIANTS: dict[str, dict] = {
     "efficient_attention": {"block": "efficient_attention", "options": {"key_channels": KEYS}},
     "linear_attention": {"block": "linear_attention", "options": {"reduction": CHANNELS // KEYS}},
     "squeeze_and_attention": {"block": "squeeze_and_attention"},
+    # The rest are ablations.
     "asa, no gradient": _asa(threshold_grad=None),
     "asa, NLSCB alone": _asa(local=False),
     "asa, band 0.5": _asa(threshold_band=0.5),
@@ -59,7 +61,11 @@ VARIANTS: dict[str, dict] = {
     "asa, alpha 1 at first, no gradient": _asa(start=1.0, threshold_grad=None),
     "asa, softplus": _asa(threshold_activation="softplus"),
 }
+LEARNED = "asa"  # what gains are told of, and whose learning rate ablations have
+ABLATIONS = list(VARIANTS)[list(VARIANTS).index("asa, no gradient") :]
 RATES = {"adamw": (0.003, 0.01, 0.03), "sgd": (0.1, 0.2, 0.4)}  # learning rates, of which the best is taken
+# What a trained network is tested without, as well.
+WITHOUT = {"reciprocity": {"reciprocal": False}, "thresholds": {"alpha": None, "beta": None}}
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,18 @@ class Network(nn.Module):
         return self.head(self.block(self.tile(self.embed((image - 0.5) / pictures.CODE))))
 
 
+class Changed(nn.Module):
+    """A trained adaptive sparse attention block whose attention is given other arguments."""
+
+    def __init__(self, block: blocks.AdaptiveSparseAttention, arguments: dict):
+        super().__init__()
+        self.block, self.arguments = block, arguments
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = asa_attention(**(self.block.tokens(x) | self.arguments))
+        return x + self.block.norm(self.block.proj(out[:, 0].mT.unflatten(2, x.shape[2:])))
+
+
 def run(told: Run, distractors: Sequence[int], validation: int, test: int) -> dict:
     """Train and test; return figures for each number of distractors, of so many pictures."""
     settings = dict(VARIANTS[told.variant])
@@ -110,22 +128,19 @@ def run(told: Run, distractors: Sequence[int], validation: int, test: int) -> di
     model = Network(**settings)
     seconds, losses = train(model, told, threshold_rate)
     model.eval()
-    of_test, survivors, alpha = [], [], None
-    for count in distractors:
-        score, statistics_ = evaluate(model, TEST, test, count)
-        of_test.append(score)
-        if statistics_:
-            survivors.append(statistics_["block/survivors"])
-            alpha = [statistics_[f"block/alpha_q{quantile}"] for quantile in ("05", "50", "95")]
-    return vars(told) | {
+    figures = {
         "distractors": list(distractors),
-        "validation": [evaluate(model, VALIDATION, validation, count)[0] for count in distractors],
-        "test": of_test,
-        "survivors": survivors or None,
-        "alpha": alpha,
+        "validation": [evaluate(model, VALIDATION, validation, count) for count in distractors],
+        "test": [evaluate(model, TEST, test, count) for count in distractors],
+        "survivors": None,
+        "alpha": None,
+        "without": None,
         "loss": statistics.fmean(losses[-max(told.steps // 10, 1) :]) if len(losses) == told.steps else None,
         "seconds": statistics.median(seconds),
     }
+    if isinstance(model.block, blocks.AdaptiveSparseAttention):
+        figures |= of_thresholds(model, distractors, test)
+    return vars(told) | figures
 
 
 def train(model: nn.Module, told: Run, threshold_rate: float) -> tuple[list[float], list[float]]:
@@ -163,20 +178,34 @@ def batch(seed: tuple[int, ...], indices: Sequence[int], distractors: int | np.n
 
 
 @torch.no_grad()
-def evaluate(model: Network, seed: int, count: int, distractors: int) -> tuple[float, dict[str, float]]:
-    """Return the mIoU over so many pictures, and where there are thresholds the statistics of the last of them."""
+def evaluate(model: Network, seed: int, count: int, distractors: int) -> float:
+    """Return the mIoU over so many pictures."""
     confusion = torch.zeros(pictures.CLASSES, pictures.CLASSES, dtype=torch.int64)
-    watched = blocks.monitor(model) if isinstance(model.block, blocks.AdaptiveSparseAttention) else None
     for start in range(0, count, AT_ONCE):
         image, label = batch((seed,), range(start, min(start + AT_ONCE, count)), distractors)
         predicted, real = model(image).argmax(1), label != pictures.VOID
         index = pictures.CLASSES * label[real] + predicted[real]
         confusion += index.bincount(minlength=confusion.numel()).view_as(confusion)
-    told = {}
-    if watched:
-        told = watched.statistics()
-        watched.remove()
-    return miou(confusion), told
+    return miou(confusion)
+
+
+@torch.no_grad()
+def of_thresholds(model: Network, distractors: Sequence[int], test: int) -> dict:
+    """Return survivors of a row and quantiles of alpha, of a few pictures, and mIoU without something of the block."""
+    block, survivors = model.block, []
+    with blocks.monitor(model) as watched:
+        for count in distractors:
+            image, _ = batch((TEST,), range(max(test - AT_ONCE, 0), test), count)
+            model(image)
+            told = watched.statistics()
+            survivors.append(told["block/survivors"])
+    figures = {"survivors": survivors, "alpha": [told[f"block/alpha_q{quantile}"] for quantile in ("05", "50", "95")]}
+    if not block.published:
+        figures["without"] = {}
+        for name, arguments in WITHOUT.items():
+            model.block = Changed(block, arguments)
+            figures["without"][name] = [evaluate(model, TEST, test, count) for count in distractors]
+    return figures
 
 
 def miou(confusion: Tensor) -> float:

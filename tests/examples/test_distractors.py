@@ -130,7 +130,23 @@ def test_a_run_learns_and_repeats(optimizer, one_thread):
     assert all(0 <= score <= 1 for name in ("validation", "test") for score in first[name])
     assert len(first["survivors"]) == 2 and all(0 < count <= SIDE * SIDE for count in first["survivors"])
     assert first["alpha"] == sorted(first["alpha"]) and first["loss"] > 0
+    assert all(0 <= score <= 1 for each in train.WITHOUT for score in first["without"][each])
     assert train.run(train.Run("none", optimizer, 0.01, 0, 1), [0], 5, 5)["survivors"] is None
+
+
+def test_a_block_with_other_arguments():
+    """Without any, it is the block; without thresholds, the dense block of the same weights."""
+    torch.manual_seed(0)
+    block = train.Network("asa", {"norm": "batch"}, start=1.0).block.eval()
+    nn.init.ones_(block.norm.weight)
+    x = torch.randn(2, train.CHANNELS, 6, 5)
+    torch.testing.assert_close(train.Changed(block, {})(x), block(x))
+    dense = blocks.build("non_local", train.CHANNELS, norm="batch").eval()
+    dense.load_state_dict(block.state_dict(), strict=False)
+    kept = train.Changed(block, train.WITHOUT["thresholds"])(x)
+    torch.testing.assert_close(kept, dense(x))
+    apart = [kept, block(x), train.Changed(block, train.WITHOUT["reciprocity"])(x)]
+    assert not any(torch.allclose(apart[i], apart[i - 1]) for i in range(3))
 
 
 def test_a_run_whose_loss_is_no_number_ends():
@@ -149,6 +165,7 @@ def made_up(variant: str, seed: int, test: float, rate: float = 0.01, **changes)
     return {
         "variant": variant, "optimizer": "adamw", "rate": rate, "seed": seed, "steps": 600, "distractors": [0, 200],
         "validation": [0.9, 0.5], "test": [0.9, test], "survivors": survivors, "alpha": None, "loss": 0.1,
+        "without": None,
         "seconds": 0.02 + 0.001 * seed,
     } | MACHINE | changes  # fmt: skip
 
@@ -179,7 +196,12 @@ def test_the_table_of_distractors_is_of_the_runs(tmp_path):
     ]  # fmt: skip
     assert rows[0][3:] == ["90.0", "20.0", "+0.0", "+42.0", "-", "-", "20.0"]  # one seed has no interval
     assert rows[2][5:] == ["-", "-", "31", "20", "21.0"]
-    assert "one, torch 2, commit abc" in text
+    assert "one, torch 2, commit abc" in text and "reciprocity |" not in text
+    for run, told in lines.items():
+        if run.variant == "asa":
+            told["without"] = {"reciprocity": [0.9, 0.5 + told["test"][1]], "thresholds": [0.8, 0.0]}
+    assert "| asa | reciprocity | 3 | +0.0 ± 0.0 | +50.0 ± 0.0 |" in report.page(lines)
+    assert "| asa | thresholds | 3 | -10.0 ± 0.0 | -63.0 ± 4.3 |" in report.page(lines)
     report.draw(tmp_path / "plot.png", lines)
     assert np.asarray(PIL.Image.open(tmp_path / "plot.png")).std() > 1
 
@@ -190,21 +212,25 @@ def test_the_rate_is_chosen_in_validation_on_seed_0():
     assert report.best_rate(lines, "asa", "adamw", 600) is None
     lines |= {train.Run("asa", "adamw", 0.01, 0, 600): made_up("asa", 0, 0.1)}
     assert report.best_rate(lines, "asa", "adamw", 600) == 0.01
+    ablation = made_up("asa, rate 1", 0, 0.1)
+    lines |= {train.Run("asa, rate 1", "adamw", 0.01, 0, 600): ablation}
+    assert report.choose(lines, "adamw")["asa, rate 1"] == (0.01, {0: ablation})
 
 
 def test_runs_among_distractors_go_on(tmp_path, monkeypatch, capsys, one_thread):
     """An interrupted command, given again, leaves what an uninterrupted one does, and then runs nothing more."""
-    monkeypatch.setattr(study, "VALIDATION", 5)
+    drawn = []
+    monkeypatch.setattr(report, "draw", lambda path, lines: drawn.append((path, len(lines))))
+    monkeypatch.setattr(study, "VALIDATION", 2)
     monkeypatch.setitem(train.RATES, "adamw", (0.01, 0.03))
     command = ["--variants", "none", "asa", "--optimizers", "adamw", "--seeds", "2", "--steps", "2"]
-    command += ["--distractors", "0", "50", "--pictures", "5"]
+    command += ["--distractors", "50", "--pictures", "2"]
     whole, parts = (tmp_path / name / "runs.jsonl" for name in ("whole", "parts"))
     study.main([*command, "--out", str(whole)])
     page = capsys.readouterr().out.strip()
     assert page == whole.with_suffix(".md").read_text().strip()
-    assert whole.with_suffix(".png").stat().st_size > 1000
+    assert drawn == [(whole.with_suffix(".png"), 6)]
 
-    monkeypatch.setattr(report, "draw", lambda *_: None)
     started = []
 
     def interrupted(run, *others):
@@ -252,17 +278,22 @@ def test_lines_that_do_not_fit(line, message, tmp_path):
         ("--seeds 0", "--seeds must be at least 1, got 0"),
         ("--distractors 5 1000", f"--distractors must be from 0 to {MOST}, got 1000"),
         ("--variants dense", "invalid choice: 'dense'"),
+        (
+            "--variants asa,_rate_1",
+            "--variants 'asa, rate 1' has the learning rate of 'asa', which has not run: add it",
+        ),
         ("--out runs.md", "the table and the plot go beside it: got 'runs.md'"),
     ],
 )
 def test_options_of_the_study(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        study.main(arguments.split())
+        study.main([argument.replace("_", " ") for argument in arguments.split()])
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
-def test_the_committed_page_is_of_the_committed_runs():
-    lines = report.read(RESULTS / "distractors.jsonl")
-    assert report.page(lines) == (RESULTS / "distractors.md").read_text()
-    assert (RESULTS / "distractors.png").stat().st_size > 10_000
+@pytest.mark.parametrize("name", ["distractors", "distractors-1800"])
+def test_the_committed_page_is_of_the_committed_runs(name):
+    lines = report.read(RESULTS / f"{name}.jsonl")
+    assert report.page(lines) == (RESULTS / f"{name}.md").read_text()
+    assert (RESULTS / f"{name}.png").stat().st_size > 10_000
