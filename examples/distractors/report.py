@@ -124,13 +124,15 @@ def page(lines: Lines) -> str:
     machines = {f"{told['processor']}, torch {told['torch']}, commit {told['commit']}" for told in lines.values()}
     what = (
         f"mIoU in per cent by number of distractors, on test pictures, after {first['steps']} steps; ± is half of a",
-        "95 % confidence interval over seeds (Student's t), which one seed has not. Of three learning rates, the one",
+        "95 % confidence interval over seeds (Student's t), a single seed has none. Of three learning rates, the one",
         "that is best on validation pictures with seed 0; ablations have that of `asa`. Gains are paired by seeds.",
         f"Survivors of a row, of {TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step,",
         "the median of steps and seeds. Trained networks are tested without something of their block too, its",
         "reciprocity (a neighbour need not choose back) or its thresholds (everybody is kept): by what mIoU changes.",
     )
     found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
+    if not found:
+        raise ResultError("no block has run with all its rates yet")
     parts = ["\n".join(what)]
     for optimizer, runs in found.items():
         tables = [form(runs, first["distractors"]) for form in (table, table_without)]

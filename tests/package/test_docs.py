@@ -295,7 +295,7 @@ QUOTES = [  # page, section, whether its tables alone, how many figures at least
     ("docs/integrations.md", "From dense to sparse", True, 5, r"\d+\.\d+", ["examples/results/sparsify.txt"]),
     ("docs/evidence.md", "A volume", True, 7, r"[+-]?\d+\.\d+", ["examples/results/volume.txt"]),
     (
-        *("docs/evidence.md", r"Do thresholds learn\?", False, 6, r"[+-]?\d+\.\d+"),
+        *("docs/evidence.md", r"Do thresholds learn\?", False, 90, r"[+-]?\d+\.\d+"),
         ["examples/results/*.md", f"{RUNS}/1500/ablation.md"],
     ),
     ("examples/segmentation/README.md", "What came out", False, 21, r"[+-]?\d+\.\d\d", [f"{RUNS}/*/ablation.md"]),
