@@ -2,7 +2,8 @@
 
 The network is a patch embedding, a residual layer that sees one tile, the block, and a linear classifier: nothing but
 the block carries anything from tile to tile. All blocks but the variants of `asa` are as published, with as many
-channels of queries and keys each, and with batch norm at their end where they may have it, as the authors' code of adaptive sparse attention does.
+channels of queries and keys each, and with batch norm at their end where they may have it, as the authors' code of
+adaptive sparse attention does.
 
 Every picture of training is new. They begin with few distractors, and the most that one has grows with the steps, since
 no block finds out what to look for among many.
