@@ -28,7 +28,7 @@ w = ``threshold_band``, and lse is held constant::
                                               others, 1 in an empty row; lseK_i = log sum_j K_ij exp s_ij
     dl/dt_i   = - sum_j d(s_ij - t_i) [s_ij >= kappa_i] A_ji [(1 - L_ij) G_ij + (1 - L_ji) G_ji]
     dl/du_i   = - sum_{j in W(i)} d(s_ij - u_i) (1 - M_ij) G_ij
-    dl/dalpha_i = dl/dt_i / alpha_i,  dl/dbeta_i = dl/du_i / beta_i,  0 where the multiplier is 0
+    dl/dalpha_i = dl/dt_i / alpha_i,  dl/dbeta_i = dl/du_i / beta_i,  0 where the multiplier is less than 2^-100
 
 (not reciprocal: without A_ji and the second term). Where an output row is NaN, all gradients of its image and head may
 be.

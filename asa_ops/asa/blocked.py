@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .bits import bit_columns, pack_bits, unpack_bits
-from .types import Inputs, NeighborGraph, Options, Saved, bits_shape, log_sum_exp, places_of
+from .types import LEAST_MULTIPLIER, Inputs, NeighborGraph, Options, Saved, bits_shape, log_sum_exp, places_of
 
 # Scores held at once, in elements: small enough to stay near the caches, large enough for the products to run at speed.
 _BLOCK_ELEMENTS = 2**20
@@ -363,5 +363,5 @@ def _step_derivative(z: Tensor, band: float) -> Tensor:
 
 
 def _by_multiplier(terms: Tensor, multiplier: Tensor) -> Tensor:
-    """Gradient by a multiplier from the terms of that by its threshold, -sum / multiplier; 0 where it is 0."""
-    return (-terms.sum(-1) / multiplier).masked_fill_(multiplier == 0, 0)
+    """Gradient by a multiplier from the terms of that by its threshold, -sum / multiplier; 0 where it is about 0."""
+    return (-terms.sum(-1) / multiplier).masked_fill_(multiplier < LEAST_MULTIPLIER, 0)

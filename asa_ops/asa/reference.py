@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.contracts import backward_of, ignoring_autocast
-from .types import AsaStats, Inputs, NeighborGraph, Options, log_sum_exp
+from .types import LEAST_MULTIPLIER, AsaStats, Inputs, NeighborGraph, Options, log_sum_exp
 
 
 class Survivors(NamedTuple):
@@ -235,7 +235,7 @@ def _threshold_gradients(
         return ((1 - z.abs() / band).clamp(min=0) / band).masked_fill(~pair | ~z.isfinite(), 0)
 
     def by_multiplier(gradient: Tensor, x: Tensor) -> Tensor:
-        return (gradient / x).masked_fill((x == 0) | ~real, 0).sum_to_size(x.shape)
+        return (gradient / x).masked_fill((x < LEAST_MULTIPLIER) | ~real, 0).sum_to_size(x.shape)
 
     dalpha = dbeta = None
     if alpha is not None:

@@ -124,6 +124,8 @@ def places_of(token: Tensor, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor
     return token // width // height, token // width % height, token % width
 
 
+# A smaller alpha or beta keeps everybody whatever it is, and has gradient 0 as 0 has: sums over it would overflow.
+LEAST_MULTIPLIER = 2.0**-100
 PADDED_TO = {"triton": 128, "cuda": 64}  # these pad the tokens of a head to a multiple
 
 

@@ -121,6 +121,25 @@ def test_threshold_gradients(impl, case):
     check_threshold_gradients(impl, *make(case, torch.float32), band=1.3)
 
 
+@pytest.mark.parametrize("impl", ["reference", *IMPLEMENTATIONS, *EMULATED, *INTERPRETED])
+def test_thresholds_of_about_0_have_no_gradient(impl):
+    """A softplus far below 0 underflows: what divides by it would overflow, and make its input's gradient NaN."""
+    query, key = (torch.tensor(x)[None, None, :, None] for x in ([200.0, -1.0, 1.0, 0.5], [1.0, 0.512, 0.663, 0.2]))
+    value = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 1.0], [-1.0, 1.0]])[None, None]
+    below = torch.full((1, 1, 4), -96.0, requires_grad=True)
+    options = {"scale": 1.0, "threshold_grad": "straight_through", "threshold_band": 4.0}
+    for shift, least in ((0.0, 0.0), (30.0, 1e-3)):
+        alpha = torch.nn.functional.softplus(below + shift)
+        assert (alpha > 0).all() and (alpha < 2.0**-100).all() == (shift == 0)
+        out = asa_attention(query, key, value, alpha, impl=impl, **options)
+        expected = asa_attention(query, key, value, alpha, impl="reference", **options)
+        (gradient,), (exact,) = (
+            torch.autograd.grad(x.square().sum(), below, retain_graph=True) for x in (out, expected)
+        )
+        torch.testing.assert_close(gradient, exact)
+        assert (gradient.abs().amax() > least) == (least > 0)
+
+
 @each_impl
 @pytest.mark.parametrize("grid", [(17, 97), slow((1, 1093)), slow((33, 31)), (1093,), (7, 9, 17)], ids=str)
 def test_equals_reference_on_larger_maps(impl, grid):

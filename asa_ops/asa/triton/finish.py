@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ...core import triton_launch
-from ..types import Saved
+from ..types import LEAST_MULTIPLIER, Saved
 from .arrange import RowGradients
 from .problem import Bits, PerHead, Problem, Tokens, Window
 from .select import Neighbours, Thresholds
@@ -36,6 +36,8 @@ from .tiles import (
     words_of,
 )
 from .window import Local
+
+LEAST = tl.constexpr(LEAST_MULTIPLIER)
 
 
 class Rows(NamedTuple):
@@ -409,8 +411,9 @@ def _add_window_gradients(
 
 @triton.jit
 def _store_threshold_gradient(out, at, negative, multiplier, not_finite, real, written):
-    """Store dl/dalpha from -dl/dt, or dl/dbeta from -dl/du; 0 where the multiplier is 0, as it is of padding."""
-    gradient = tl.where(multiplier == 0, 0, -negative / tl.where(multiplier == 0, 1, multiplier))
+    """Store dl/dalpha from -dl/dt, or dl/dbeta from -dl/du; 0 where the multiplier is about 0, as it is of padding."""
+    zero = multiplier < LEAST
+    gradient = tl.where(zero, 0, -negative / tl.where(zero, 1, multiplier))
     tl.store(out + at, tl.where(not_finite & real, float("nan"), gradient), mask=written)
 
 

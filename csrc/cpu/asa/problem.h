@@ -8,6 +8,7 @@ namespace asa_ops::cpu {
 
 constexpr int64_t kBlock = 64;  // the bits of a word
 constexpr int64_t kMostRows = 4 * kBlock;  // taken at a time, which share what the cache holds of the other side
+constexpr double kLeastMultiplier = 0x1p-100;  // see asa_ops/asa/types.py
 constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
 
 // AMX multiplies 32 rows and columns at a time, over steps of 32 terms; tiles.h describes how factors lie.

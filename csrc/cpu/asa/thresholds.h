@@ -149,7 +149,7 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
       }
       sum += in_band.sum_of_changes();
     }
-    p.dalpha[i] = p.alpha[i] == 0 ? 0 : -sum / p.alpha[i];
+    p.dalpha[i] = p.alpha[i] < T(kLeastMultiplier) ? 0 : -sum / p.alpha[i];
   };
 
   const auto beta_gradient = [&](int64_t i, int64_t r) {
@@ -168,7 +168,7 @@ void backward_thresholds(const Problem<T>& p, Queue& queue, void* scratch) {
       in_band.lse_kept[c] = p.lse_kept[i];
       in_band.delta[c] = p.delta[i];
     }
-    p.dbeta[i] = p.beta[i] == 0 ? 0 : -in_band.sum_of_changes() / p.beta[i];
+    p.dbeta[i] = p.beta[i] < T(kLeastMultiplier) ? 0 : -in_band.sum_of_changes() / p.beta[i];
   };
 
   for (int64_t block; queue.take(block);) {

@@ -190,7 +190,7 @@ __global__ void __launch_bounds__(kThreads)
   // The gradient of a multiplier from that of the logarithm of its threshold.
   const auto store = [&](float* gradient, const Multiplier& multiplier, int token, float negative) {
     const float x = multiplier_at(multiplier, z, p.heads, token);
-    gradient[row_at(z, p.rows.n, token)] = row.not_finite_head[z] != 0 ? NAN : x == 0 ? 0 : -negative / x;
+    gradient[row_at(z, p.rows.n, token)] = row.not_finite_head[z] != 0 ? NAN : x < kLeastMultiplier ? 0 : -negative / x;
   };
   if (share < 0) {
     const int room = (p.keys.blocks() + splits - 1) / splits;

@@ -23,6 +23,7 @@ constexpr int kFew = 32;  // up to this many neighbours a row are taken one by o
 constexpr int kChunkBytes = kBlock * 128;
 constexpr double kLog2E = 1.4426950408889634;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr float kLeastMultiplier = 0x1p-100f;  // see asa_ops/asa/types.py
 
 // In which order the tokens of every image stand: arrange.cu finds it.
 //
