@@ -13,9 +13,7 @@ from .network import DenoisingNetwork
 
 NEARBY = 11  # how far scikit-image's non-local means looks, pixels (its default)
 ATTENTION, NETWORK, PEER = "attention", "network", "peer"
-Tuned = dict[
-    str, dict[float, Constants]
-]  # of "dense", "asa" and "nearby" by noise level: what is best on training crops
+Tuned = dict[str, dict[float, Constants]]  # of "dense", "asa" and "nearby", what is best at a noise level
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # of pictures [B, 3, H, W] and the noise of each [B]
 
 
