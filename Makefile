@@ -128,7 +128,7 @@ $(READY): $(SOURCES)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "asa_ops: needs Python >= 3.10, $(PYTHON) is $$($(PYTHON) -V 2>&1): make PYTHON=..."; exit 1; }
 	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { echo "asa_ops: $(PYTHON) cannot make virtual environments: install python3-venv (Debian: apt install python3-venv)"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check --no-compile -r requirements.txt
 	ASA_OPS_CUDA_ARCHS="$${ASA_OPS_CUDA_ARCHS:-$(GPU)}" $(RUN) -m pip install --quiet --disable-pip-version-check \
 		--no-build-isolation --no-deps --editable .
 	@$(RUN) -c 'import asa_ops.core.extension as e; e.WHY_MISSING and print("asa_ops:", e.WHY_MISSING)'

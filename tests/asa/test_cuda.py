@@ -105,9 +105,9 @@ OTHERS = (("general", "one_way"), ("general", "topk"))  # test_implementations.p
     indirect=["kernel_set"],
 )
 def test_threshold_gradients_of_several_tiles(kernel_set, dtype, options):
-    """An offset of the values cancels in what an admitted pair changes."""
+    """An offset of the values cancels in what an admitted pair changes, but for how matrix units round its weight."""
     inputs, options = make(Case("tiles", grid=(9, 15), batch=1, heads=4, dim=70, dim_v=66, options=options), dtype)
-    inputs[2] += 10
+    inputs[2] += 10 if dtype != torch.bfloat16 else 10 / 8  # which has three bits less than float16
     inputs[3:] = [x.float() for x in inputs[3:]]
     inputs, factors = exactly(kernel_set, inputs)
     check_threshold_gradients("cuda", inputs, options, **factors)

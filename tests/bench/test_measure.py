@@ -138,7 +138,8 @@ def test_memory_where_the_system_tells_less(monkeypatch):
 def test_bytes_of_a_call(name, count):
     """Two matrices of N x N float32 at least of the published formula, far less of ours."""
     spec = workloads.Spec("asa", "32x32", 8, 1, 1, "float32", "iid", None)
-    found = count(spec, "cpu", name, False)
+    # Pages that the system took away before, and this process touches again meanwhile, count too.
+    found = min(count(spec, "cpu", name, False) for _ in range(3))
     assert found > 2 * 4 * 1024**2 if name == "eager" else found < 4 * 1024**2
 
 

@@ -1,6 +1,7 @@
 """Imports point one way. Read from the source of every file, imports within functions included."""
 
 import ast
+import functools
 import itertools
 import re
 from collections import Counter
@@ -51,6 +52,7 @@ FILES = {name_of(path): path for folder in FOLDERS for path in sorted((ROOT / fo
 PACKAGE = [name for name in FILES if name.startswith("asa_ops")]
 
 
+@functools.cache
 def imports(name: str) -> set[str]:
     """Return the modules that a file imports: those of ours as files, of others the package."""
     path = FILES[name]
@@ -73,21 +75,18 @@ def imports(name: str) -> set[str]:
     return {module if module in FILES else module.split(".")[0] for module in found} - {name}
 
 
-GRAPH = {name: imports(name) for name in FILES}
-
-
 def within(name: str, packages: list[str]) -> str | None:
     return next((package for package in packages if name == package or name.startswith(f"{package}.")), None)
 
 
 def test_there_is_no_circle():
-    TopologicalSorter({name: found & set(FILES) for name, found in GRAPH.items()}).prepare()  # raises CycleError
+    TopologicalSorter({name: imports(name) & set(FILES) for name in FILES}).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("name", PACKAGE)
 def test_imports_point_down(name):
     level = next((i for i, packages in enumerate(LAYERS) if within(name, packages)), None)
-    for module in GRAPH[name] & set(FILES):
+    for module in imports(name) & set(FILES):
         if level is None:  # asa_ops itself
             continue
         own = within(name, LAYERS[level])
@@ -96,7 +95,7 @@ def test_imports_point_down(name):
 
 @pytest.mark.parametrize("name", PACKAGE)
 def test_the_package_needs_torch_alone(name):
-    others = GRAPH[name] - set(FILES)
+    others = imports(name) - set(FILES)
     assert within(name, TRITON) or "triton" not in others
     for optional in (
         "numpy",
@@ -111,22 +110,22 @@ def test_the_package_needs_torch_alone(name):
     ):
         of_integration = name == f"asa_ops.integrations.{optional}"
         assert optional not in others - OPTIONAL.get(name, set()) or of_integration
-    assert not [module for module in GRAPH[name] if within(module, ["asa_ops.integrations"])]
+    assert not [module for module in imports(name) if within(module, ["asa_ops.integrations"])]
     at_once = {word.split(".")[0] for line in FILES[name].read_text().splitlines() for word in IMPORTED.findall(line)}
     assert not at_once & OPTIONAL.get(name, set())
 
 
 def test_what_is_around_the_package_imports_the_package_and_what_the_table_says():
-    for name, modules in GRAPH.items():
+    for name in FILES:
         allowed = ["asa_ops", name.split(".")[0]] * (name not in PACKAGE)
         allowed += [module for importer, across in ACROSS.items() if within(name, [importer]) for module in across]
-        for module in modules & set(FILES):
+        for module in imports(name) & set(FILES):
             assert name in PACKAGE or within(module, allowed), f"{name} imports {module}"
 
 
 def test_tests_import_no_test_file():
-    for name, modules in GRAPH.items():
-        assert not [module for module in modules if module.rpartition(".")[2].startswith("test_")], name
+    for name in FILES:
+        assert not [module for module in imports(name) if module.rpartition(".")[2].startswith("test_")], name
 
 
 @pytest.mark.parametrize(
@@ -141,7 +140,7 @@ def test_no_test_name_stands_twice_in_a_folder(folder):
 def test_blocked_is_written_without_the_reference():
     """They are compared with each other: what one took from the other could not show."""
     for stem in dispatch.IMPLEMENTATIONS:
-        assert f"asa_ops.{stem}.reference" not in GRAPH[f"asa_ops.{stem}.blocked"]
+        assert f"asa_ops.{stem}.reference" not in imports(f"asa_ops.{stem}.blocked")
 
 
 def test_every_implementation_is_in_the_table():

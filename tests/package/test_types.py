@@ -7,7 +7,7 @@ from pathlib import Path
 import asa_ops
 
 ROOT = Path(__file__).parents[2]
-# mypy --strict also complains of an ignored error that it does not find.
+# Of an ignored error that it does not find mypy complains, too: pyproject.toml says so.
 PROGRAM = """
 import torch
 from torch import Tensor
@@ -53,8 +53,8 @@ state: dict[str, int] = nn.ThresholdSchedule(block, 0, 10).state_dict()
 def test_programs_are_checked(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", program]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    # As `make lint` calls it, whose cache then serves.
+    run = subprocess.run([sys.executable, "-m", "mypy", program], cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr
 
 
