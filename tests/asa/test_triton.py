@@ -31,7 +31,7 @@ triton = pytest.importorskip("triton")
 tl = pytest.importorskip("triton.language")
 tiles = pytest.importorskip("asa_ops.asa.triton.tiles")
 arrange = pytest.importorskip("asa_ops.asa.triton.arrange")
-select = pytest.importorskip("asa_ops.asa.triton.select")
+lists = pytest.importorskip("asa_ops.asa.triton.lists")
 call = pytest.importorskip("asa_ops.asa.triton.call")
 interpreter = pytest.importorskip("interpreter")
 Problem = pytest.importorskip("asa_ops.asa.triton.problem").Problem
@@ -310,17 +310,17 @@ def test_arranged_tokens_are_rounded_where_products_take_tf32(monkeypatch):
 @pytest.mark.parametrize("block", [64, slow(128)])
 def test_occupied_tiles_are_those_with_bits(monkeypatch, block):
     """As the forward flags them when it decides pairs, and the backward when it reads the bits."""
-    find, lists = triton_configs.find, []
+    find, listings = triton_configs.find, []
     square = find("mask", 8, torch.float32, 0)._replace(block_m=block, block_n=block)
     monkeypatch.setattr(triton_configs, "find", lambda kernel, *x: square if kernel == "mask" else find(kernel, *x))
-    monkeypatch.setattr(call, "Listing", lambda *args: lists.append(select.Listing(*args)) or lists[-1])
+    monkeypatch.setattr(call, "Listing", lambda *args: listings.append(lists.Listing(*args)) or listings[-1])
     problem = problem_of(Case("large", grid=(20, 20), batch=1, heads=1, dim=8, sharpness=4.0, beta=None))
     saved = Saved.new(problem.inputs, problem.options, "triton", keep=True)
     call.fwd(problem.inputs, problem.options, saved, None)
     call.bwd(torch.ones_like(saved.out), problem.inputs, saved, problem.options, None)
     tiles = (problem.bits(saved.bits).words.view(8, 2, 8, 64) != 0).any(3).any(1)
-    assert len(lists) == 2 and tiles.any() and not tiles[:7, :7].all()
-    for listing in lists:
+    assert len(listings) == 2 and tiles.any() and not tiles[:7, :7].all()
+    for listing in listings:
         assert torch.equal(listing.occupied[0] != 0, tiles.T)
 
 

@@ -19,8 +19,10 @@ from ...core import triton_launch
 from ...core.triton_launch import top_of
 from ..types import Saved
 from .configs import PAD, padded_length
+from .lists import note_occupied
 from .problem import LOG2_E, NOTES, Bits, Order, Orders, Peaks, PerHead, Problem, Tokens
-from .select import NO_NEIGHBOURS, Neighbours, Thresholds, flag_tiles, note_occupied, thresholds_of_rows
+from .select import NO_NEIGHBOURS, Neighbours
+from .thresholds import Thresholds, flag_tiles, thresholds_of_rows
 from .tiles import (
     NUMBER_OF_NOTES,
     SCALARS,

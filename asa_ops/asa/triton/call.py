@@ -13,20 +13,12 @@ from torch import Tensor
 from ..types import Inputs, NeighborGraph, Options, Saved, new_gradients, new_graph, prepare_outputs
 from .arrange import arrange_backward, arrange_tokens, find_orders
 from .finish import Gradients, GradientSums, correct_delta, finish_gradients, finish_out
+from .lists import Listing
 from .problem import Orders, Problem
 from .scores import NO_STATISTICS, find_statistics
-from .select import (
-    NO_NEIGHBOURS,
-    NO_ROW_STATS,
-    NO_THRESHOLDS,
-    Listing,
-    Neighbours,
-    find_neighbours,
-    find_thresholds,
-    keep_everybody,
-    new_thresholds,
-)
+from .select import NO_NEIGHBOURS, NO_ROW_STATS, Neighbours, find_neighbours, keep_everybody
 from .sums import NO_SUMS, sum_columns, sum_out, sum_rows, sum_thresholds
+from .thresholds import NO_THRESHOLDS, find_thresholds, new_thresholds
 from .window import find_local_survivors, write_columns
 
 

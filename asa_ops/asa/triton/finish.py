@@ -13,8 +13,9 @@ from ...core import triton_launch
 from ..types import LEAST_MULTIPLIER, Saved
 from .arrange import RowGradients
 from .problem import Bits, PerHead, Problem, Tokens, Window
-from .select import Neighbours, Thresholds
+from .select import Neighbours
 from .sums import Across, Sums
+from .thresholds import Thresholds
 from .tiles import (
     LN_2,
     SCALARS,

@@ -19,22 +19,12 @@ from ..types import Inputs, Options, Saved, new_gradients
 from .arrange import RowGradients, arrange_backward, arrange_tokens, find_orders
 from .configs import PAD
 from .finish import Gradients, GradientSums, correct_delta, finish_gradients, finish_out
+from .lists import Listing
 from .problem import Bits, Order, Peaks, Problem, Tokens
 from .scores import NO_STATISTICS, find_statistics
-from .select import (
-    NO_NEIGHBOURS,
-    NO_ROW_STATS,
-    NO_THRESHOLDS,
-    Listing,
-    Neighbours,
-    OwnRows,
-    Thresholds,
-    find_neighbours,
-    find_thresholds,
-    keep_everybody,
-    new_thresholds,
-)
+from .select import NO_NEIGHBOURS, NO_ROW_STATS, Neighbours, OwnRows, find_neighbours, keep_everybody
 from .sums import NO_SUMS, Across, sum_columns, sum_out, sum_rows, sum_thresholds
+from .thresholds import NO_THRESHOLDS, Thresholds, find_thresholds, new_thresholds
 from .window import find_local_survivors, write_columns
 
 NO_ROW_GRADIENTS = RowGradients(None, None, None, None, None)

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from ...core.triton_launch import top_of
 from .arrange import RowGradients
+from .lists import Listing
 from .problem import Bits, Problem, Tokens
-from .select import Listing, Neighbours, Thresholds
+from .select import Neighbours
+from .thresholds import Thresholds
 from .tiles import (
     LN_2,
     SCALARS,
