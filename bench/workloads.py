@@ -23,8 +23,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 BLOCKS = [name for name in nn.available() if name != "asa"]
 OPS = ("asa", "criss_cross_attention", *BLOCKS)
 OURS = "asa_ops"  # the name of our method where there is one
-# Of "asa" the kernels of impl="cuda" for compute capability 9.0 are an implementation more: csrc/cuda/asa/call.h takes
-# them, or those for every GPU, by this variable.
+# Of "asa" the kernels of impl="cuda" for compute capability 9.0 are an implementation more: csrc/cuda/asa/arguments.h
+# takes them, or those for every GPU, by this variable.
 HOPPER, HOPPER_VARIABLE = "hopper", "ASA_OPS_HOPPER"
 IMPLS = (*dispatch.NAMES, HOPPER)
 

@@ -134,7 +134,7 @@ def bits_shape(impl: str, n_q: int, n_k: int, one_way: bool = False, peaks: bool
 
     "blocked": the bits of a row in order, lowest first. "cpu": blocks of 64 x 64 pairs, 8 bytes a query. "triton": for
     64 keys and every query, both in arranged order, 64 bits and a float16 that bounds their scores. "cuda": the pieces
-    of ``KeptBits`` in csrc/cuda/asa/call.h, ``one_way`` bits and ``peaks`` among them where thresholds learn.
+    of ``KeptBits`` in csrc/cuda/asa/arguments.h, ``one_way`` bits and ``peaks`` among them where thresholds learn.
     """
     if impl == "blocked":
         return n_q, bit_columns(n_k)

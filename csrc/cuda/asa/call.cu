@@ -2,6 +2,8 @@
 
 #include "call.h"
 
+#include <tuple>
+
 namespace asa_ops::cuda {
 namespace {
 

@@ -7,6 +7,8 @@
 
 #include "call.h"
 
+#include <tuple>
+
 namespace asa_ops::cuda {
 namespace {
 
