@@ -5,7 +5,10 @@
 #include "arguments.h"
 #include "hopper/launchers.h"
 
+#include <torch/csrc/stable/accelerator.h>
+
 #include <algorithm>
+#include <type_traits>
 #include <utility>
 
 namespace asa_ops::cuda {

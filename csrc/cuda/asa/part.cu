@@ -7,7 +7,10 @@
 
 #include "call.h"
 
+#include <torch/csrc/stable/library.h>
+
 #include <tuple>
+#include <vector>
 
 namespace asa_ops::cuda {
 namespace {
