@@ -19,8 +19,8 @@ PATCH = 5
 VALUES = 3 * PATCH * PATCH  # of a patch
 SCALES = (5, 11)  # windows of the local variance, pixels
 FEATURES = 32  # of the embedding
-ALPHA_REACH, WIDTH_REACH = 4.0, 1.0  # alpha and h stay within e^+-reach of the best fixed ones
-HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a learned threshold may be
+LIMIT_REACH, WIDTH_REACH = 4.0, 1.0  # alpha or tail, and h, stay within e^+-reach of the best fixed ones
+HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a threshold of a row may be
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,18 @@ class Constants:
 
     Attributes:
         width: h, in units of noise * sqrt(VALUES), the length of a patch of noise.
-        alpha: None for dense attention.
+        alpha: None for dense attention, and with a tail.
+        tail: the share of a row's weight that its lightest keys have, which are left out; in place of alpha.
     """
 
     width: float
-    alpha: float | None
+    alpha: float | None = None
+    tail: float | None = None
+
+    @property
+    def limit(self) -> str | None:
+        """Return the name of what says who is left out, None where nobody is."""
+        return next((name for name in ("alpha", "tail") if getattr(self, name) is not None), None)
 
 
 class Predictor(nn.Module):
@@ -96,6 +103,26 @@ def heaviest(query: Tensor, key: Tensor) -> Tensor:
     return (own - stats.lse[:, 0] + math.log(query.shape[1])).exp()
 
 
+def alpha_of_tail(query: Tensor, key: Tensor, tail: Tensor) -> Tensor:
+    """Return the alpha that leaves out the lightest keys of a row, which have the share ``tail`` of its weight, [B, N].
+
+    It lies between the lightest weight that is kept and the next. Its derivative is that of a tail a tenth around.
+    """
+    with torch.no_grad():
+        weights = (query @ key.mT).softmax(-1).sort(-1).values
+        logs = weights.clamp(min=1e-30).log()
+        between = (logs[..., 1:] + logs[..., :-1]) / 2
+        sums = weights.cumsum(-1)  # of the lightest one, two, ...
+
+        def find(tail: Tensor) -> Tensor:
+            left_out = torch.searchsorted(sums, tail[..., None].contiguous()).clamp(max=between.shape[-1] - 1)
+            return between.gather(-1, left_out)[..., 0]
+
+        log_alpha = find(tail) + math.log(key.shape[1])
+        slope = (find(1.1 * tail) - find(tail / 1.1)) / (2 * math.log(1.1))
+    return (log_alpha + slope * (tail.log() - tail.detach().log())).exp()
+
+
 def patches_of(noisy: Tensor) -> Tensor:
     """Return the patch around every pixel, [B, N, VALUES], less its mean over the picture, which no score sees."""
     patches = F.unfold(F.pad(noisy, [PATCH // 2] * 4, mode="reflect"), PATCH).mT
@@ -107,7 +134,7 @@ class NonLocalMeans(nn.Module):
 
     Args:
         constants: by noise level, where learning starts.
-        learns: of "alpha" and "h" what is predicted for every pixel.
+        learns: of "h" and "alpha", or "tail", what is predicted for every pixel.
         embeds: whether features of three convolutions stand beside the patches, and patches are weighted.
         band: ``threshold_band`` of :func:`asa_ops.asa_attention`.
     """
@@ -121,32 +148,34 @@ class NonLocalMeans(nn.Module):
     ):
         super().__init__()
         self.constants, self.learns, self.band = constants, learns, band
+        self.limit = next(iter(constants.values())).limit
         self.predictor = Predictor(len(learns)) if learns else None
         self.embedding = Embedding() if embeds else None
         self.survivors: Tensor | None = None  # of the last call without a gradient, [B], means over rows
 
     def forward(self, noisy: Tensor, noise: Tensor) -> Tensor:
         width = self.constant("width", noise) * math.sqrt(VALUES) * noise[:, None]
-        alpha = None if self.is_dense else self.constant("alpha", noise)
+        limit = None if self.limit is None else self.constant(self.limit, noise)
         if self.predictor is not None:
             outputs = self.predictor(noisy, noise).flatten(2)
             for name, output in zip(self.learns, outputs.unbind(1), strict=True):
                 if name == "h":
                     width = width * bounded(output, WIDTH_REACH)
                 else:
-                    alpha = alpha * bounded(output, ALPHA_REACH)
+                    limit = limit * bounded(output, LIMIT_REACH)
         patches = patches_of(noisy)
         if self.embedding is not None:
             patches = self.embedding(noisy, noise, patches)
         n = patches.shape[1]
-        return self.attend(patches, width.expand(-1, n), alpha if alpha is None else alpha.expand(-1, n), noisy)
+        return self.attend(patches, width.expand(-1, n), limit if limit is None else limit.expand(-1, n), noisy)
 
-    def attend(self, patches: Tensor, width: Tensor, alpha: Tensor | None, noisy: Tensor) -> Tensor:
-        """Return the attention of tokens [B, N, D] whose h and alpha are [B, N]."""
+    def attend(self, patches: Tensor, width: Tensor, limit: Tensor | None, noisy: Tensor) -> Tensor:
+        """Return the attention of tokens [B, N, D] whose h and alpha, or tail, are [B, N]."""
         scale = width.square().reciprocal()[..., None]
         query = torch.cat([2 * patches, -torch.ones_like(scale)], -1) * scale  # 2 <p_i, p_j> - ||p_j||^2
         key = torch.cat([patches, patches.square().sum(-1, keepdim=True)], -1)
-        if "alpha" in self.learns:
+        alpha = alpha_of_tail(query, key, limit) if self.limit == "tail" else limit
+        if self.limit in (*self.learns, "tail"):
             alpha = torch.minimum(alpha, HEAVIEST * heaviest(query, key))
         query, key, value = query[:, None], key[:, None], noisy.flatten(2).mT[:, None]
         if alpha is None:
@@ -167,10 +196,6 @@ class NonLocalMeans(nn.Module):
             )
             self.survivors = None if learns else stats.survivors.double().mean((1, 2))
         return out[:, 0].mT.unflatten(2, noisy.shape[-2:])
-
-    @property
-    def is_dense(self) -> bool:
-        return all(each.alpha is None for each in self.constants.values())
 
     def constant(self, name: str, noise: Tensor) -> Tensor:
         """Return a constant for pictures of these noise levels, [B, 1]."""

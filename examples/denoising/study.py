@@ -19,6 +19,7 @@ from .methods import METHODS, Denoiser, Method, Tuned, nearby
 NOISES = (0.05, 0.1, 0.2)  # standard deviations, colours in [0, 1]; every training crop has one of them
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)  # what is tried for the constants
 ALPHAS = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+TAILS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
 TUNING = 16  # crops for training that the constants are tuned on
 SIDE, BATCH = 32, 4  # of the crops in a step of training
 RATE, DECAY, NORM = 2e-3, 1e-3, 1.0  # of AdamW, its weight decay, and where gradients are clipped
@@ -28,14 +29,16 @@ POINTS = 10  # of a curve of training
 
 
 def tune(photographs: Photographs) -> Tuned:
-    """Return by noise level the h and alpha that are best for crops to train on, by their mean PSNR."""
+    """Return by noise level the h and alpha, or tail, that are best for crops to train on, by their mean PSNR."""
     crops = photographs.train.crops
     clean = crops[torch.linspace(0, len(crops) - 1, min(TUNING, len(crops))).long()].float() / 255
     pairs = [Constants(width, alpha) for width in WIDTHS for alpha in ALPHAS]
-    alone = [Constants(width, None) for width in WIDTHS]
+    tails = [Constants(width, tail=tail) for width in WIDTHS for tail in TAILS]
+    alone = [Constants(width) for width in WIDTHS]
     tried: dict[str, tuple[list[Constants], Callable]] = {
         "dense": (alone, NonLocalMeans),
         "asa": (pairs, NonLocalMeans),
+        "tail": (tails, NonLocalMeans),
         "nearby": (alone, nearby),
     }
     tuned: Tuned = {}
