@@ -49,10 +49,12 @@ def read(path: Path) -> tuple[dict | None, report.Runs]:
     """
     first, runs = None, {name: {} for name in METHODS}
     for where, told in files.read_lines(path):
-        if not told.keys() >= set(names := FIRST if first is None else ENTRIES):
-            raise StudyError(f"{where} is not of this study, expected {', '.join(names)}: remove it")
+        if lacking := set(FIRST if first is None else ENTRIES) - told.keys():
+            raise StudyError(f"{where} is not of this study: it has {', '.join(told)}, and no {', '.join(lacking)}")
         if first is None:
             first = told
+            if lacking := set(methods.KINDS) - told["tuned"].keys():
+                raise StudyError(f"{where} has no constants of {', '.join(lacking)}: begin another file")
         elif (name := told["method"]) not in METHODS or told["seed"] in runs[name]:
             raise StudyError(f"{where} {name!r} of seed {told['seed']}, is of no method, or there before: remove it")
         else:
@@ -119,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "BM3D" in options.methods and "BM3D" not in runs:
         METHODS["BM3D"].build({})  # tells if the package is missing
     if first is None:
-        print("tuning h and alpha, minutes", flush=True)
+        print("tuning h, alpha and tail, minutes", flush=True)
         tuned = study.tune(photographs)
         plain = {kind: {f"{x:g}": astuple(value) for x, value in levels.items()} for kind, levels in tuned.items()}
         first = asked | {"tuned": plain}

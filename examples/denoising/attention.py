@@ -3,7 +3,7 @@
 Every pixel averages the colours of the pixels whose 5 x 5 patches are like its own (Buades, Coll and Morel, "A
 non-local algorithm for image denoising", CVPR 2005): attention with s_ij = -||p_i - p_j||^2 / h_i^2, patches p as
 queries and keys and colours as values. Dense attention averages over all pixels, adaptive sparse attention over
-reciprocal neighbours above the threshold alpha_i of both.
+reciprocal neighbours above the threshold alpha_i of both, which may be told by what it leaves out of a row.
 """
 
 import math
@@ -19,7 +19,7 @@ PATCH = 5
 VALUES = 3 * PATCH * PATCH  # of a patch
 SCALES = (5, 11)  # windows of the local variance, pixels
 FEATURES = 32  # of the embedding
-LIMIT_REACH, WIDTH_REACH = 4.0, 1.0  # alpha or tail, and h, stay within e^+-reach of the best fixed ones
+LIMIT_REACH, WIDTH_REACH = 4.0, 1.0  # alpha, or tail / (1 - tail), and h stay within e^+-reach of the best fixed ones
 HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a threshold of a row may be
 
 
@@ -30,7 +30,7 @@ class Constants:
     Attributes:
         width: h, in units of noise * sqrt(VALUES), the length of a patch of noise.
         alpha: None for dense attention, and with a tail.
-        tail: the share of a row's weight that its lightest keys have, which are left out; in place of alpha.
+        tail: in place of alpha, see :func:`alpha_of_tail`.
     """
 
     width: float
@@ -40,7 +40,7 @@ class Constants:
     @property
     def limit(self) -> str | None:
         """Return the name of what says who is left out, None where nobody is."""
-        return next((name for name in ("alpha", "tail") if getattr(self, name) is not None), None)
+        return "alpha" if self.alpha is not None else "tail" if self.tail is not None else None
 
 
 class Predictor(nn.Module):
@@ -87,8 +87,8 @@ def texture(noisy: Tensor, noise: Tensor) -> list[Tensor]:
 
 
 def bounded(output: Tensor, reach: float) -> Tensor:
-    """Return the factor whose logarithm is an output, near 0, and never beyond ``reach``."""
-    return (reach * (output / reach).tanh()).exp()
+    """Return an output near 0, and never beyond ``reach``."""
+    return reach * (output / reach).tanh()
 
 
 @torch.no_grad()
@@ -104,22 +104,26 @@ def heaviest(query: Tensor, key: Tensor) -> Tensor:
 
 
 def alpha_of_tail(query: Tensor, key: Tensor, tail: Tensor) -> Tensor:
-    """Return the alpha that leaves out the lightest keys of a row, which have the share ``tail`` of its weight, [B, N].
+    """Return the alpha that leaves out the lightest keys of a row, [B, N], for query and key [B, N, D], tail [B, N].
 
-    It lies between the lightest weight that is kept and the next. Its derivative is that of a tail a tenth around.
+    These have at least the share ``tail``, below 1, of what all but the heaviest key of the row weigh together; the
+    heaviest, the pixel itself, stays. Alpha lies halfway, in logarithms, between the heaviest weight that is left out
+    and the lightest that is kept. Its derivative is a difference quotient over a tenth around ``tail``; query and key
+    get none.
     """
     with torch.no_grad():
         weights = (query @ key.mT).softmax(-1).sort(-1).values
         logs = weights.clamp(min=1e-30).log()
         between = (logs[..., 1:] + logs[..., :-1]) / 2
-        sums = weights.cumsum(-1)  # of the lightest one, two, ...
+        sums = weights[..., :-1].cumsum(-1)  # of the lightest one, two, ...
 
-        def find(tail: Tensor) -> Tensor:
-            left_out = torch.searchsorted(sums, tail[..., None].contiguous()).clamp(max=between.shape[-1] - 1)
+        def find(share: Tensor) -> Tensor:
+            left_out = torch.searchsorted(sums, share[..., None] * sums[..., -1:]).clamp(max=sums.shape[-1] - 1)
             return between.gather(-1, left_out)[..., 0]
 
+        low, high = tail / 1.1, torch.minimum(1.1 * tail, (1 + tail) / 2)
+        slope = (find(high) - find(low)) / (high / low).log()
         log_alpha = find(tail) + math.log(key.shape[1])
-        slope = (find(1.1 * tail) - find(tail / 1.1)) / (2 * math.log(1.1))
     return (log_alpha + slope * (tail.log() - tail.detach().log())).exp()
 
 
@@ -148,7 +152,10 @@ class NonLocalMeans(nn.Module):
     ):
         super().__init__()
         self.constants, self.learns, self.band = constants, learns, band
-        self.limit = next(iter(constants.values())).limit
+        limits = {each.limit for each in constants.values()}
+        if len(limits) != 1 or not set(learns) <= {"h", *limits}:
+            raise ValueError(f"expected constants of one kind, and of these or 'h' what learns, got {limits}, {learns}")
+        (self.limit,) = limits
         self.predictor = Predictor(len(learns)) if learns else None
         self.embedding = Embedding() if embeds else None
         self.survivors: Tensor | None = None  # of the last call without a gradient, [B], means over rows
@@ -160,9 +167,11 @@ class NonLocalMeans(nn.Module):
             outputs = self.predictor(noisy, noise).flatten(2)
             for name, output in zip(self.learns, outputs.unbind(1), strict=True):
                 if name == "h":
-                    width = width * bounded(output, WIDTH_REACH)
+                    width = width * bounded(output, WIDTH_REACH).exp()
+                elif name == "alpha":
+                    limit = limit * bounded(output, LIMIT_REACH).exp()
                 else:
-                    limit = limit * bounded(output, LIMIT_REACH)
+                    limit = (limit.logit() + bounded(output, LIMIT_REACH)).sigmoid()
         patches = patches_of(noisy)
         if self.embedding is not None:
             patches = self.embedding(noisy, noise, patches)

@@ -13,7 +13,8 @@ from .network import DenoisingNetwork
 
 NEARBY = 11  # how far scikit-image's non-local means looks, pixels (its default)
 ATTENTION, NETWORK, PEER = "attention", "network", "peer"
-Tuned = dict[str, dict[float, Constants]]  # of "dense", "asa", "tail" and "nearby", what is best at a noise level
+KINDS = ("dense", "asa", "tail", "nearby")
+Tuned = dict[str, dict[float, Constants]]  # of each of KINDS what is best at a noise level
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # of pictures [B, 3, H, W] and the noise of each [B]
 
 

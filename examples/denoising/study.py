@@ -14,12 +14,12 @@ from asa_ops.nn import parameter_groups
 
 from ..photographs import Part, Photographs
 from .attention import Constants, NonLocalMeans
-from .methods import METHODS, Denoiser, Method, Tuned, nearby
+from .methods import KINDS, METHODS, Denoiser, Method, Tuned, nearby
 
 NOISES = (0.05, 0.1, 0.2)  # standard deviations, colours in [0, 1]; every training crop has one of them
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)  # what is tried for the constants
 ALPHAS = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
-TAILS = (0.02, 0.05, 0.1, 0.2, 0.35, 0.5)
+TAILS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 TUNING = 16  # crops for training that the constants are tuned on
 SIDE, BATCH = 32, 4  # of the crops in a step of training
 RATE, DECAY, NORM = 2e-3, 1e-3, 1.0  # of AdamW, its weight decay, and where gradients are clipped
@@ -42,7 +42,8 @@ def tune(photographs: Photographs) -> Tuned:
         "nearby": (alone, nearby),
     }
     tuned: Tuned = {}
-    for kind, (settings, build) in tried.items():
+    for kind in KINDS:
+        settings, build = tried[kind]
         tuned[kind] = {}
         for noise in NOISES:
             noisy = clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))

@@ -6,8 +6,8 @@
 
 Runs differ in the block, the optimizer, its learning rate and the seed alone; a seed gives all of them the same
 pictures in the same order. With seed 0 several rates run, with others the one that is best on the validation pictures
-of seed 0; ablations have the rate of "asa". Each run adds a line to --out when it is done, and the same command goes on
-where it stopped.
+of seed 0; ablations have the rate of "asa", which runs before them. Each run adds a line to --out when it is done, and
+the same command goes on where it stopped.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from .. import files, machine
 from . import pictures, report
-from .train import ABLATIONS, LEARNED, RATES, VARIANTS, Run, run
+from .train import ABLATIONS, RATES, VARIANTS, Run, run
 
 DISTRACTORS = [0, 25, 50, 100, 200]
 VALIDATION, TEST = 100, 250  # pictures for each of these
@@ -31,10 +31,10 @@ def missing(lines: report.Lines, options: argparse.Namespace) -> Iterator[Run]:
     for seed in range(options.seeds):
         for optimizer in options.optimizers:
             for variant in sorted(options.variants, key=ABLATIONS.__contains__):  # whose rate is another's
-                best, rate = report.best_rate(lines, variant, optimizer, options.steps)
-                while rate is not None:
-                    yield Run(variant, optimizer, rate, 0, options.steps)
-                    best, rate = report.best_rate(lines, variant, optimizer, options.steps)
+                best, before = report.best_rate(lines, variant, optimizer, options.steps)
+                while before is not None:
+                    yield before
+                    best, before = report.best_rate(lines, variant, optimizer, options.steps)
                 if (run_of_seed := Run(variant, optimizer, best, seed, options.steps)) not in lines:
                     yield run_of_seed
 
@@ -75,10 +75,6 @@ def main(arguments: list[str] | None = None) -> None:
             there, asked = next(iter(lines.values()), vars(options))[name], getattr(options, name)
             if there != asked:
                 raise report.ResultError(f"{options.out} has {name} {there}, not {asked}: name another --out")
-        rates = [report.best_rate(lines, LEARNED, each, options.steps)[0] for each in options.optimizers]
-        if LEARNED not in options.variants and None in rates:
-            for variant in filter(ABLATIONS.__contains__, options.variants):
-                parser.error(f"--variants {variant!r} has the learning rate of {LEARNED!r}, which has not run: add it")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         environment = machine.environment()

@@ -32,8 +32,10 @@ def read(path: Path) -> Lines:
     """
     found: Lines = {}
     for where, told in files.read_lines(path):
-        if not told.keys() >= KNOWN or told["variant"] not in VARIANTS:
-            raise ResultError(f"{where} is not of this experiment, expected {', '.join(sorted(KNOWN))}")
+        if lacking := KNOWN - told.keys():
+            raise ResultError(f"{where} is not of this experiment: it has no {', '.join(sorted(lacking))}")
+        if told["variant"] not in VARIANTS:
+            raise ResultError(f"{where} is of {told['variant']!r}, expected one of {', '.join(VARIANTS)}")
         run = Run(**{name: told[name] for name in Run.__dataclass_fields__})
         if run in found:
             raise ResultError(f"{where} has {run} again: remove one")
@@ -44,8 +46,8 @@ def read(path: Path) -> Lines:
     return found
 
 
-def best_rate(lines: Lines, variant: str, optimizer: str, steps: int) -> tuple[float | None, float | None]:
-    """Return the rate that is best in validation on seed 0 and None, or None and the rate that has to run before.
+def best_rate(lines: Lines, variant: str, optimizer: str, steps: int) -> tuple[float | None, Run | None]:
+    """Return the rate that is best in validation on seed 0 and None, or None and the run that has to come before.
 
     Best is the mean of all numbers of distractors. What tests is not looked at, nor are other seeds. Ablations have the
     rate of LEARNED.
@@ -54,11 +56,12 @@ def best_rate(lines: Lines, variant: str, optimizer: str, steps: int) -> tuple[f
     rates = RATES[optimizer]
     further = [iter(side) for side in FURTHER[optimizer]]
     while True:
-        runs = {rate: lines.get(Run(variant, optimizer, rate, 0, steps)) for rate in rates}
-        for rate, told in runs.items():
-            if told is None:
-                return None, rate
-        best = max(rates, key=lambda rate: statistics.fmean(runs[rate]["validation"]))
+        scores = {}
+        for rate in rates:
+            if (run := Run(variant, optimizer, rate, 0, steps)) not in lines:
+                return None, run
+            scores[rate] = statistics.fmean(lines[run]["validation"])
+        best = max(scores, key=scores.__getitem__)
         lower = next(further[0], None) if best == rates[0] else None
         higher = next(further[1], None) if best == rates[-1] else None
         if lower is None and higher is None:
@@ -131,11 +134,11 @@ def page(lines: Lines) -> str:
     what = (
         f"mIoU in per cent by number of distractors, on test pictures, after {first['steps']} steps; ± is half of a",
         "95 % confidence interval over seeds (Student's t), a single seed has none. Of three learning rates, and the",
-        "next while the best is the least or the largest, the one that is best on validation pictures with seed 0;",
-        f"ablations have that of `asa`. Gains are paired by seeds. Survivors of a row, of {TILES}, on test pictures, a",
-        "mean over seeds; milliseconds of one thread for a step, the median of steps and seeds. Trained networks are",
-        "tested without something of their block too, its reciprocity (a neighbour need not choose back) or its",
-        "thresholds (everybody is kept): by what mIoU changes.",
+        "next, at most two on a side, while the best is the least or the largest, the one that is best on validation",
+        "pictures with seed 0; ablations have that of `asa`. Gains are paired by seeds. Survivors of a row, of",
+        f"{TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step, the median of steps and",
+        "seeds. Trained networks are tested without something of their block too, its reciprocity (a neighbour need",
+        "not choose back) or its thresholds (everybody is kept): by what mIoU changes.",
     )
     found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
     if not found:
@@ -144,6 +147,8 @@ def page(lines: Lines) -> str:
     for optimizer, runs in found.items():
         tables = [form(runs, first["distractors"]) for form in (table, table_without)]
         parts += [f"## {optimizer}", *filter(None, tables)]
+        if left_out := {run.variant for run in lines if run.optimizer == optimizer} - runs.keys():
+            parts.append(f"Not all learning rates have run of {', '.join(sorted(left_out))}: left out.")
     return "\n\n".join([*parts, "Runs: " + "; ".join(sorted(machines)) + "."]) + "\n"
 
 

@@ -82,8 +82,10 @@ def test_learning_starts_at_the_constants_and_stays_near(limit, constants):
         assert torch.equal(learns(noisy, noise), fixed(noisy, noise))
         learns.predictor.layers[-1].bias.fill_(-100.0)
         reach = math.exp(-attention.WIDTH_REACH), math.exp(-attention.LIMIT_REACH)
+        odds = {"alpha": lambda x: x, "tail": lambda x: x / (1 - x)}[limit]
+        back = {"alpha": lambda x: x, "tail": lambda x: x / (1 + x)}[limit]
         far = {
-            noise: attention.Constants(each.width * reach[0], **{limit: getattr(each, limit) * reach[1]})
+            noise: attention.Constants(each.width * reach[0], **{limit: back(odds(getattr(each, limit)) * reach[1])})
             for noise, each in constants.items()
         }
         torch.testing.assert_close(learns(noisy, noise), attention.NonLocalMeans(far)(noisy, noise))
@@ -94,12 +96,12 @@ def test_a_tail_is_what_its_alpha_leaves_out():
     random = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 400, 8, generator=random), torch.randn(2, 400, 8, generator=random)
     weights = (query @ key.mT).softmax(-1)
-    tail = torch.empty(2, 400).uniform_(0.02, 0.7, generator=random)
+    tail = torch.empty(2, 400).uniform_(0.02, 0.99, generator=random)
     dropped = weights <= attention.alpha_of_tail(query, key, tail)[..., None] / 400
-    left_out = (weights * dropped).sum(-1)
+    left_out, others = (weights * dropped).sum(-1), 1 - weights.amax(-1)
     heaviest = (weights * dropped).amax(-1)
-    assert (left_out - heaviest < tail + 1e-5).all()
-    assert (left_out >= torch.minimum(tail, 1 - weights.amax(-1)) - 1e-5).all()  # the heaviest stays
+    assert (left_out > tail * others - 1e-5).all() and (left_out - heaviest < tail * others + 1e-5).all()
+    assert not dropped.all(-1).any()
 
     # Weights proportional to 1 .. n: the lightest k have the share (k / n)^2, so alpha is 2 times the root of the tail.
     key = torch.arange(1, 2001.0).log()[None, :, None]
@@ -110,9 +112,25 @@ def test_a_tail_is_what_its_alpha_leaves_out():
     torch.testing.assert_close(gradient, torch.full_like(gradient, 2.0), rtol=1e-2, atol=0)
 
 
+def test_tails_get_a_gradient():
+    clean, noisy, noise = noisy_pictures()
+    learns = attention.NonLocalMeans(TAILS, ("tail",))
+    (learns(noisy, noise) - clean).square().mean().backward()
+    assert learns.predictor.layers[-1].bias.grad.abs() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("constants", "learns"),
+    [(DENSE, ("alpha",)), (TAILS, ("alpha", "h")), (CONSTANTS | {0.2: attention.Constants(0.7, tail=0.2)}, ())],
+)
+def test_settings_that_contradict_each_other(constants, learns):
+    with pytest.raises(ValueError, match="expected constants of one kind, and of these or 'h' what learns, got"):
+        attention.NonLocalMeans(constants, learns)
+
+
 @pytest.mark.parametrize(("limit", "constants"), [("alpha", CONSTANTS), ("tail", TAILS)])
 def test_learned_thresholds_never_lose_a_row(limit, constants):
-    """A flat picture, and one of texture, with the largest alpha that can be learned."""
+    """A flat picture, and one of texture, with the largest alpha that can be learned; and one all the same."""
     noise = torch.tensor([0.1, 0.1])
     random = torch.Generator().manual_seed(0)
     clean = torch.stack([torch.full((3, 12, 12), 0.5), torch.rand(3, 12, 12, generator=random)])
@@ -123,6 +141,8 @@ def test_learned_thresholds_never_lose_a_row(limit, constants):
         out = learns(noisy, noise)
     assert (out[0] - 0.5).abs().max() < 0.5 and out.min() > -0.5
     assert (learns.survivors >= 1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(learns(clean, noise)[0], clean[0])
     patches = attention.patches_of(noisy)
     key = torch.cat([patches, patches.square().sum(-1, keepdim=True)], -1)
     query = torch.cat([2 * patches, -torch.ones(2, 144, 1)], -1)
@@ -368,7 +388,8 @@ def test_results_of_another_study(finished, tmp_path, monkeypatch):
     twice = before.decode() + before.decode().splitlines()[-1]
     for text, message in (
         ("no JSON\n", "line 1, is broken"),
-        ("{}\n", "line 1, is not of this study"),
+        ("{}\n", "line 1, is not of this study: it has "),
+        (before.decode().replace('"tail"', '"head"'), "line 1, has no constants of tail: begin another file"),
         (twice, "line 6, 'ASA, alpha and h learned' of seed 1, is of no method, or there before"),
     ):
         out.write_text(text)
