@@ -29,32 +29,28 @@ POINTS = 10  # of a curve of training
 
 
 def tune(photographs: Photographs) -> Tuned:
-    """Return by noise level the h and alpha, or tail, that are best for crops to train on, by their mean PSNR."""
+    """Return by noise level the h and alpha that are best for crops to train on, by their mean PSNR.
+
+    And the best tail, with the h of alpha: a tail takes long.
+    """
     crops = photographs.train.crops
     clean = crops[torch.linspace(0, len(crops) - 1, min(TUNING, len(crops))).long()].float() / 255
-    pairs = [Constants(width, alpha) for width in WIDTHS for alpha in ALPHAS]
-    tails = [Constants(width, tail=tail) for width in WIDTHS for tail in TAILS]
-    alone = [Constants(width) for width in WIDTHS]
-    tried: dict[str, tuple[list[Constants], Callable]] = {
-        "dense": (alone, NonLocalMeans),
-        "asa": (pairs, NonLocalMeans),
-        "tail": (tails, NonLocalMeans),
-        "nearby": (alone, nearby),
-    }
-    tuned: Tuned = {}
-    for kind in KINDS:
-        settings, build = tried[kind]
-        tuned[kind] = {}
-        for noise in NOISES:
-            noisy = clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-            levels = torch.full((len(clean),), noise)
+    tuned: Tuned = {kind: {} for kind in KINDS}
+    for noise in NOISES:
+        noisy = clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+        levels = torch.full((len(clean),), noise)
 
-            def score(constants, build=build, noise=noise, noisy=noisy, levels=levels) -> float:
-                denoise = build({noise: constants})
+        def find(settings, build=NonLocalMeans, noise=noise, noisy=noisy, levels=levels) -> Constants:
+            def score(constants: Constants) -> float:
                 with torch.no_grad():
-                    return psnr(in_batches(denoise, noisy, levels), clean).mean().item()
+                    return psnr(in_batches(build({noise: constants}), noisy, levels), clean).mean().item()
 
-            tuned[kind][noise] = max(settings, key=score)
+            return max(settings, key=score)
+
+        alone = [Constants(width) for width in WIDTHS]
+        tuned["dense"][noise], tuned["nearby"][noise] = find(alone), find(alone, nearby)
+        tuned["asa"][noise] = find([Constants(width, alpha) for width in WIDTHS for alpha in ALPHAS])
+        tuned["tail"][noise] = find([Constants(tuned["asa"][noise].width, tail=tail) for tail in TAILS])
     return tuned
 
 

@@ -229,13 +229,18 @@ def test_tuning_takes_the_best_constants(small):
     clean = small.train.floats()
     clean = clean[torch.linspace(0, len(clean) - 1, len(clean)).long()]
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    scores = {}
-    for width in study.WIDTHS:
-        denoise = attention.NonLocalMeans({0.1: attention.Constants(width)})
-        with torch.no_grad():
-            image = denoise(noisy, torch.full((len(clean),), 0.1)).clamp(0, 1)
-        scores[width] = -10 * (image - clean).square().mean((1, 2, 3)).log10().mean().item()
-    assert tuned["dense"][0.1].width == max(scores, key=scores.get)
+
+    def best(settings):
+        scores = {}
+        for constants in settings:
+            with torch.no_grad():
+                image = attention.NonLocalMeans({0.1: constants})(noisy, torch.full((len(clean),), 0.1)).clamp(0, 1)
+            scores[constants] = -10 * (image - clean).square().mean((1, 2, 3)).log10().mean().item()
+        return max(scores, key=scores.get)
+
+    assert tuned["dense"][0.1] == best([attention.Constants(width) for width in study.WIDTHS])
+    width = tuned["asa"][0.1].width
+    assert tuned["tail"][0.1] == best([attention.Constants(width, tail=tail) for tail in study.TAILS])
 
 
 def test_a_run_repeats_and_every_seed_has_the_same_test(small):
