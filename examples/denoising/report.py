@@ -35,6 +35,7 @@ QUESTIONS = (  # what the study asks: a method, what it is held against
     (LEARNED, "BM3D"),
     ("network, asa", NETWORK_REFERENCE),
     ("network, asa", "network, non_local"),
+    ("network, asa", "network, efficient_attention"),
     ("network, asa", "network, asa, published"),
     ("network, asa", "BM3D"),
 )
