@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import json
 import os
 import secrets
 import shutil
@@ -114,6 +115,23 @@ def save(figure, path: Path, dpi: int) -> None:
     """Write a figure of matplotlib, in the format that the name ends in."""
     with whole(path) as file:
         figure.savefig(file, format=path.suffix[1:], dpi=dpi)
+
+
+def read_lines(path: Path) -> Iterator[tuple[str, dict]]:
+    """Yield where each line of a file stands and the JSON object that it holds; nothing if there is no file.
+
+    Raises:
+        FileError: a line holds something else.
+    """
+    for number, line in enumerate(read(path).splitlines() if path.exists() else [], 1):
+        where = f"{path}, line {number},"
+        try:
+            told = json.loads(line)
+        except ValueError as error:
+            raise FileError(f"{where} is broken ({error}): remove it") from error
+        if not isinstance(told, dict):
+            raise FileError(f"{where} must be a JSON object, got {line[:60]!r}: remove it")
+        yield where, told
 
 
 def append(path: Path, text: str) -> None:

@@ -26,6 +26,7 @@ from .attention import Constants
 from .methods import METHODS
 
 FIRST = ("photographs", "steps", "tuned")  # in the first line of a file of results
+ENTRIES = ("method", "seed", "test")  # in the others
 DEFAULT = Path("runs/denoising.jsonl")
 
 
@@ -43,30 +44,22 @@ def read(path: Path) -> tuple[dict | None, report.Runs]:
     """Return the first line of a file of results, None if there is none, and its runs by method and seed.
 
     Raises:
-        StudyError: a line is broken, not of this study, or of a run that is there already.
+        FileError: a line is broken.
+        StudyError: a line is not of this study, or of a run that is there already.
     """
     first, runs = None, {name: {} for name in METHODS}
-    for i, line in enumerate(files.read(path).splitlines() if path.exists() else []):
-        told = entry(line, i, path, ("method", "seed", "test") if i else FIRST)
-        if i == 0:
+    for where, told in files.read_lines(path):
+        if lacking := set(FIRST if first is None else ENTRIES) - told.keys():
+            raise StudyError(f"{where} is not of this study: it has {', '.join(told)}, and no {', '.join(lacking)}")
+        if first is None:
             first = told
-        elif told["method"] not in METHODS or told["seed"] in runs[told["method"]]:
-            what = f"line {i + 1} of {path}, {told['method']!r} of seed {told['seed']},"
-            raise StudyError(f"{what} is of no method, or there before: remove it")
+            if lacking := set(methods.KINDS) - told["tuned"].keys():
+                raise StudyError(f"{where} has no constants of {', '.join(lacking)}: begin another file")
+        elif (name := told["method"]) not in METHODS or told["seed"] in runs[name]:
+            raise StudyError(f"{where} {name!r} of seed {told['seed']}, is of no method, or there before: remove it")
         else:
-            runs[told["method"]][told["seed"]] = told
+            runs[name][told["seed"]] = told
     return first, {name: seeds for name, seeds in runs.items() if seeds}
-
-
-def entry(line: str, i: int, path: Path, names: tuple[str, ...]) -> dict:
-    """Return line ``i`` of a file of results, which must have entries of these names."""
-    try:
-        told = json.loads(line)
-    except ValueError as error:
-        raise StudyError(f"line {i + 1} of {path} is broken ({error}): remove it") from error
-    if not isinstance(told, dict) or not told.keys() >= set(names):
-        raise StudyError(f"line {i + 1} of {path} is not of this study, expected {', '.join(names)}: remove it")
-    return told
 
 
 def constants(tuned: dict) -> dict:
@@ -128,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
     if "BM3D" in options.methods and "BM3D" not in runs:
         METHODS["BM3D"].build({})  # tells if the package is missing
     if first is None:
-        print("tuning h and alpha, minutes", flush=True)
+        print("tuning h, alpha and tail, minutes", flush=True)
         tuned = study.tune(photographs)
         plain = {kind: {f"{x:g}": astuple(value) for x, value in levels.items()} for kind, levels in tuned.items()}
         first = asked | {"tuned": plain}

@@ -3,7 +3,7 @@
 Every pixel averages the colours of the pixels whose 5 x 5 patches are like its own (Buades, Coll and Morel, "A
 non-local algorithm for image denoising", CVPR 2005): attention with s_ij = -||p_i - p_j||^2 / h_i^2, patches p as
 queries and keys and colours as values. Dense attention averages over all pixels, adaptive sparse attention over
-reciprocal neighbours above the threshold alpha_i of both.
+reciprocal neighbours above the threshold alpha_i of both, which may be told by what it leaves out of a row.
 """
 
 import math
@@ -19,8 +19,8 @@ PATCH = 5
 VALUES = 3 * PATCH * PATCH  # of a patch
 SCALES = (5, 11)  # windows of the local variance, pixels
 FEATURES = 32  # of the embedding
-ALPHA_REACH, WIDTH_REACH = 4.0, 1.0  # alpha and h stay within e^+-reach of the best fixed ones
-HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a learned threshold may be
+LIMIT_REACH, WIDTH_REACH = 4.0, 1.0  # alpha, or tail / (1 - tail), and h stay within e^+-reach of the best fixed ones
+HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a threshold of a row may be
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,18 @@ class Constants:
 
     Attributes:
         width: h, in units of noise * sqrt(VALUES), the length of a patch of noise.
-        alpha: None for dense attention.
+        alpha: None for dense attention, and with a tail.
+        tail: in place of alpha, see :func:`alpha_of_tail`.
     """
 
     width: float
-    alpha: float | None
+    alpha: float | None = None
+    tail: float | None = None
+
+    @property
+    def limit(self) -> str | None:
+        """Return the name of what says who is left out, None where nobody is."""
+        return "alpha" if self.alpha is not None else "tail" if self.tail is not None else None
 
 
 class Predictor(nn.Module):
@@ -80,8 +87,8 @@ def texture(noisy: Tensor, noise: Tensor) -> list[Tensor]:
 
 
 def bounded(output: Tensor, reach: float) -> Tensor:
-    """Return the factor whose logarithm is an output, near 0, and never beyond ``reach``."""
-    return (reach * (output / reach).tanh()).exp()
+    """Return an output near 0, and never beyond ``reach``."""
+    return reach * (output / reach).tanh()
 
 
 @torch.no_grad()
@@ -96,6 +103,30 @@ def heaviest(query: Tensor, key: Tensor) -> Tensor:
     return (own - stats.lse[:, 0] + math.log(query.shape[1])).exp()
 
 
+def alpha_of_tail(query: Tensor, key: Tensor, tail: Tensor) -> Tensor:
+    """Return the alpha that leaves out the lightest keys of a row, [B, N], for query and key [B, N, D], tail [B, N].
+
+    These have at least the share ``tail``, below 1, of what all but the heaviest key of the row weigh together; the
+    heaviest, the pixel itself, stays. Alpha lies halfway, in logarithms, between the heaviest weight that is left out
+    and the lightest that is kept. Its derivative is a difference quotient over a tenth around ``tail``; query and key
+    get none.
+    """
+    with torch.no_grad():
+        weights = (query @ key.mT).softmax(-1).sort(-1).values
+        logs = weights.clamp(min=1e-30).log()
+        between = (logs[..., 1:] + logs[..., :-1]) / 2
+        sums = weights[..., :-1].cumsum(-1)  # of the lightest one, two, ...
+
+        def find(share: Tensor) -> Tensor:
+            left_out = torch.searchsorted(sums, share[..., None] * sums[..., -1:]).clamp(max=sums.shape[-1] - 1)
+            return between.gather(-1, left_out)[..., 0]
+
+        low, high = tail / 1.1, torch.minimum(1.1 * tail, (1 + tail) / 2)
+        slope = (find(high) - find(low)) / (high / low).log()
+        log_alpha = find(tail) + math.log(key.shape[1])
+    return (log_alpha + slope * (tail.log() - tail.detach().log())).exp()
+
+
 def patches_of(noisy: Tensor) -> Tensor:
     """Return the patch around every pixel, [B, N, VALUES], less its mean over the picture, which no score sees."""
     patches = F.unfold(F.pad(noisy, [PATCH // 2] * 4, mode="reflect"), PATCH).mT
@@ -107,7 +138,7 @@ class NonLocalMeans(nn.Module):
 
     Args:
         constants: by noise level, where learning starts.
-        learns: of "alpha" and "h" what is predicted for every pixel.
+        learns: of "h" and "alpha", or "tail", what is predicted for every pixel.
         embeds: whether features of three convolutions stand beside the patches, and patches are weighted.
         band: ``threshold_band`` of :func:`asa_ops.asa_attention`.
     """
@@ -121,32 +152,39 @@ class NonLocalMeans(nn.Module):
     ):
         super().__init__()
         self.constants, self.learns, self.band = constants, learns, band
+        limits = {each.limit for each in constants.values()}
+        if len(limits) != 1 or not set(learns) <= {"h", *limits}:
+            raise ValueError(f"expected constants of one kind, and of these or 'h' what learns, got {limits}, {learns}")
+        (self.limit,) = limits
         self.predictor = Predictor(len(learns)) if learns else None
         self.embedding = Embedding() if embeds else None
         self.survivors: Tensor | None = None  # of the last call without a gradient, [B], means over rows
 
     def forward(self, noisy: Tensor, noise: Tensor) -> Tensor:
         width = self.constant("width", noise) * math.sqrt(VALUES) * noise[:, None]
-        alpha = None if self.is_dense else self.constant("alpha", noise)
+        limit = None if self.limit is None else self.constant(self.limit, noise)
         if self.predictor is not None:
             outputs = self.predictor(noisy, noise).flatten(2)
             for name, output in zip(self.learns, outputs.unbind(1), strict=True):
                 if name == "h":
-                    width = width * bounded(output, WIDTH_REACH)
+                    width = width * bounded(output, WIDTH_REACH).exp()
+                elif name == "alpha":
+                    limit = limit * bounded(output, LIMIT_REACH).exp()
                 else:
-                    alpha = alpha * bounded(output, ALPHA_REACH)
+                    limit = (limit.logit() + bounded(output, LIMIT_REACH)).sigmoid()
         patches = patches_of(noisy)
         if self.embedding is not None:
             patches = self.embedding(noisy, noise, patches)
         n = patches.shape[1]
-        return self.attend(patches, width.expand(-1, n), alpha if alpha is None else alpha.expand(-1, n), noisy)
+        return self.attend(patches, width.expand(-1, n), limit if limit is None else limit.expand(-1, n), noisy)
 
-    def attend(self, patches: Tensor, width: Tensor, alpha: Tensor | None, noisy: Tensor) -> Tensor:
-        """Return the attention of tokens [B, N, D] whose h and alpha are [B, N]."""
+    def attend(self, patches: Tensor, width: Tensor, limit: Tensor | None, noisy: Tensor) -> Tensor:
+        """Return the attention of tokens [B, N, D] whose h and alpha, or tail, are [B, N]."""
         scale = width.square().reciprocal()[..., None]
         query = torch.cat([2 * patches, -torch.ones_like(scale)], -1) * scale  # 2 <p_i, p_j> - ||p_j||^2
         key = torch.cat([patches, patches.square().sum(-1, keepdim=True)], -1)
-        if "alpha" in self.learns:
+        alpha = alpha_of_tail(query, key, limit) if self.limit == "tail" else limit
+        if self.limit in (*self.learns, "tail"):
             alpha = torch.minimum(alpha, HEAVIEST * heaviest(query, key))
         query, key, value = query[:, None], key[:, None], noisy.flatten(2).mT[:, None]
         if alpha is None:
@@ -167,10 +205,6 @@ class NonLocalMeans(nn.Module):
             )
             self.survivors = None if learns else stats.survivors.double().mean((1, 2))
         return out[:, 0].mT.unflatten(2, noisy.shape[-2:])
-
-    @property
-    def is_dense(self) -> bool:
-        return all(each.alpha is None for each in self.constants.values())
 
     def constant(self, name: str, noise: Tensor) -> Tensor:
         """Return a constant for pictures of these noise levels, [B, 1]."""

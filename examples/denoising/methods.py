@@ -13,7 +13,8 @@ from .network import DenoisingNetwork
 
 NEARBY = 11  # how far scikit-image's non-local means looks, pixels (its default)
 ATTENTION, NETWORK, PEER = "attention", "network", "peer"
-Tuned = dict[str, dict[float, Constants]]  # of "dense", "asa" and "nearby", what is best at a noise level
+KINDS = ("dense", "asa", "tail", "nearby")
+Tuned = dict[str, dict[float, Constants]]  # of each of KINDS what is best at a noise level
 Denoiser = Callable[[Tensor, Tensor], Tensor]  # of pictures [B, 3, H, W] and the noise of each [B]
 
 
@@ -35,7 +36,7 @@ class Method:
 
 
 def attention(kind: str, *learns: str, **options) -> Method:
-    """Return non-local means by "dense" attention or by "asa"; see :class:`NonLocalMeans`."""
+    """Return non-local means by "dense" attention, by "asa", or by ASA with a "tail"; see :class:`NonLocalMeans`."""
     return Method(ATTENTION, lambda tuned: NonLocalMeans(tuned[kind], learns, **options))
 
 
@@ -91,6 +92,8 @@ METHODS: dict[str, Method] = {
     "ASA, h learned": attention("asa", "h"),
     "ASA, alpha learned": attention("asa", "alpha"),
     "ASA, alpha and h learned": attention("asa", "alpha", "h"),
+    "ASA, best fixed tail and h": attention("tail"),
+    "ASA, tail and h learned": attention("tail", "tail", "h"),
     "dense, embedding and h learned": attention("dense", "h", embeds=True),
     "ASA, embedding and h learned": attention("asa", "h", embeds=True),
     "ASA, embedding, alpha and h learned": attention("asa", "alpha", "h", embeds=True),

@@ -25,6 +25,9 @@ QUESTIONS = (  # what the study asks: a method, what it is held against
     ("ASA, alpha and h learned", REFERENCE),
     ("ASA, alpha and h learned", "ASA, h learned"),
     ("ASA, alpha and h learned", "dense, h learned"),
+    ("ASA, best fixed tail and h", REFERENCE),
+    ("ASA, tail and h learned", REFERENCE),
+    ("ASA, tail and h learned", "ASA, alpha and h learned"),
     (LEARNED, REFERENCE),
     (LEARNED, "ASA, embedding and h learned"),
     (LEARNED, "dense, embedding and h learned"),
@@ -32,6 +35,7 @@ QUESTIONS = (  # what the study asks: a method, what it is held against
     (LEARNED, "BM3D"),
     ("network, asa", NETWORK_REFERENCE),
     ("network, asa", "network, non_local"),
+    ("network, asa", "network, efficient_attention"),
     ("network, asa", "network, asa, published"),
     ("network, asa", "BM3D"),
 )
@@ -135,8 +139,11 @@ def page(runs: Runs, tuned: dict, about: dict) -> str:
     noises = list(next(iter(next(iter(runs.values())).values()))["test"])
     first = next(iter(next(iter(runs.values())).values()))["test"][noises[0]]["psnr"]
     constants = pages.table(
-        ("noise", "dense, h", "ASA, h", "alpha", "scikit-image, h / noise"),
-        [(x, tuned["dense"][x][0], *tuned["asa"][x], tuned["nearby"][x][0]) for x in tuned["asa"]],
+        ("noise", "dense, h", "ASA, h", "alpha", "ASA, h", "tail", "scikit-image, h / noise"),
+        [
+            (x, tuned["dense"][x][0], *tuned["asa"][x][:2], *tuned["tail"][x][::2], tuned["nearby"][x][0])
+            for x in tuned["asa"]
+        ],
     )
     about_constants = "As tuned on the photographs to train on (h in units of noise times 75^0.5, the size of a patch):"
     parts = [

@@ -14,11 +14,12 @@ from asa_ops.nn import parameter_groups
 
 from ..photographs import Part, Photographs
 from .attention import Constants, NonLocalMeans
-from .methods import METHODS, Denoiser, Method, Tuned, nearby
+from .methods import KINDS, METHODS, Denoiser, Method, Tuned, nearby
 
 NOISES = (0.05, 0.1, 0.2)  # standard deviations, colours in [0, 1]; every training crop has one of them
 WIDTHS = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 1.2)  # what is tried for the constants
 ALPHAS = (0.5, 0.7, 1.0, 1.4, 2.0, 4.0)
+TAILS = (0.05, 0.1, 0.2, 0.35, 0.5, 0.7)
 TUNING = 16  # crops for training that the constants are tuned on
 SIDE, BATCH = 32, 4  # of the crops in a step of training
 RATE, DECAY, NORM = 2e-3, 1e-3, 1.0  # of AdamW, its weight decay, and where gradients are clipped
@@ -28,29 +29,28 @@ POINTS = 10  # of a curve of training
 
 
 def tune(photographs: Photographs) -> Tuned:
-    """Return by noise level the h and alpha that are best for crops to train on, by their mean PSNR."""
+    """Return by noise level the h and alpha that are best for crops to train on, by their mean PSNR.
+
+    And the best tail, with the h of alpha: a tail takes long.
+    """
     crops = photographs.train.crops
     clean = crops[torch.linspace(0, len(crops) - 1, min(TUNING, len(crops))).long()].float() / 255
-    pairs = [Constants(width, alpha) for width in WIDTHS for alpha in ALPHAS]
-    alone = [Constants(width, None) for width in WIDTHS]
-    tried: dict[str, tuple[list[Constants], Callable]] = {
-        "dense": (alone, NonLocalMeans),
-        "asa": (pairs, NonLocalMeans),
-        "nearby": (alone, nearby),
-    }
-    tuned: Tuned = {}
-    for kind, (settings, build) in tried.items():
-        tuned[kind] = {}
-        for noise in NOISES:
-            noisy = clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-            levels = torch.full((len(clean),), noise)
+    tuned: Tuned = {kind: {} for kind in KINDS}
+    for noise in NOISES:
+        noisy = clean + noise * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
+        levels = torch.full((len(clean),), noise)
 
-            def score(constants, build=build, noise=noise, noisy=noisy, levels=levels) -> float:
-                denoise = build({noise: constants})
+        def find(settings, build=NonLocalMeans, noise=noise, noisy=noisy, levels=levels) -> Constants:
+            def score(constants: Constants) -> float:
                 with torch.no_grad():
-                    return psnr(in_batches(denoise, noisy, levels), clean).mean().item()
+                    return psnr(in_batches(build({noise: constants}), noisy, levels), clean).mean().item()
 
-            tuned[kind][noise] = max(settings, key=score)
+            return max(settings, key=score)
+
+        alone = [Constants(width) for width in WIDTHS]
+        tuned["dense"][noise], tuned["nearby"][noise] = find(alone), find(alone, nearby)
+        tuned["asa"][noise] = find([Constants(width, alpha) for width in WIDTHS for alpha in ALPHAS])
+        tuned["tail"][noise] = find([Constants(tuned["asa"][noise].width, tail=tail) for tail in TAILS])
     return tuned
 
 

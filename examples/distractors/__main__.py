@@ -5,9 +5,9 @@
     python -m examples.distractors --variants none asa --seeds 1 --steps 100 --out quick.jsonl
 
 Runs differ in the block, the optimizer, its learning rate and the seed alone; a seed gives all of them the same
-pictures in the same order. With seed 0 every rate runs, with others the one that is best on the validation pictures of
-seed 0; ablations have the rate of "asa". Each run adds a line to --out when it is done, and the same command goes on
-where it stopped.
+pictures in the same order. With seed 0 several rates run, with others the one that is best on the validation pictures
+of seed 0; ablations have the rate of "asa", which runs before them. Each run adds a line to --out when it is done, and
+the same command goes on where it stopped.
 """
 
 import argparse
@@ -20,24 +20,23 @@ from tqdm import tqdm
 
 from .. import files, machine
 from . import pictures, report
-from .train import ABLATIONS, LEARNED, RATES, VARIANTS, Run, run
+from .train import ABLATIONS, RATES, VARIANTS, Run, run
 
 DISTRACTORS = [0, 25, 50, 100, 200]
 VALIDATION, TEST = 100, 250  # pictures for each of these
 
 
 def missing(lines: report.Lines, options: argparse.Namespace) -> Iterator[Run]:
-    """Yield the runs that are not there yet, seed by seed; ``lines`` grows meanwhile, by which rates are chosen."""
+    """Yield the runs that are not there yet, seed by seed; ``lines`` must grow by each, for it chooses the rates."""
     for seed in range(options.seeds):
         for optimizer in options.optimizers:
             for variant in sorted(options.variants, key=ABLATIONS.__contains__):  # whose rate is another's
-                rates = RATES[optimizer]
-                if seed or variant in ABLATIONS:
-                    rates = (report.best_rate(lines, variant, optimizer, options.steps),)
-                for rate in rates:
-                    next_run = Run(variant, optimizer, rate, seed, options.steps)
-                    if next_run not in lines:
-                        yield next_run
+                best, before = report.best_rate(lines, variant, optimizer, options.steps)
+                while before is not None:
+                    yield before
+                    best, before = report.best_rate(lines, variant, optimizer, options.steps)
+                if (run_of_seed := Run(variant, optimizer, best, seed, options.steps)) not in lines:
+                    yield run_of_seed
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -52,7 +51,6 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many (5)")
     parser.add_argument("--steps", type=int, default=600, help="of training (600)")
     parser.add_argument("--distractors", type=int, nargs="+", default=DISTRACTORS, help=f"to test with ({DISTRACTORS})")
-    parser.add_argument("--pictures", type=int, default=TEST, help=f"to test with, of each ({TEST})")
     parser.add_argument("--report", action="store_true", help="run nothing")
     parser.add_argument(
         "--out",
@@ -61,7 +59,7 @@ def main(arguments: list[str] | None = None) -> None:
         help="the runs (runs/distractors.jsonl); the table and the plot go beside it, as .md and .png",
     )
     options = parser.parse_args(arguments)
-    for name in ("seeds", "steps", "pictures"):
+    for name in ("seeds", "steps"):
         if getattr(options, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(options, name)}")
     for count in options.distractors:
@@ -77,17 +75,13 @@ def main(arguments: list[str] | None = None) -> None:
             there, asked = next(iter(lines.values()), vars(options))[name], getattr(options, name)
             if there != asked:
                 raise report.ResultError(f"{options.out} has {name} {there}, not {asked}: name another --out")
-        rates = {each: report.best_rate(lines, LEARNED, each, options.steps) for each in options.optimizers}
-        if LEARNED not in options.variants and None in rates.values():
-            for variant in filter(ABLATIONS.__contains__, options.variants):
-                parser.error(f"--variants {variant!r} has the learning rate of {LEARNED!r}, which has not run: add it")
         options.out.parent.mkdir(parents=True, exist_ok=True)
         torch.set_num_threads(1)
         environment = machine.environment()
         with tqdm(missing(lines, options), unit="run") as bar:
             for each in bar:
                 bar.set_postfix_str(f"{each.variant}, {each.optimizer} {each.rate:g}, seed {each.seed}")
-                told = run(each, options.distractors, VALIDATION, options.pictures) | environment
+                told = run(each, options.distractors, VALIDATION, TEST) | environment
                 files.append(options.out, json.dumps(told) + "\n")
                 lines[each] = told
     if not lines:

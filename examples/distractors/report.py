@@ -1,6 +1,5 @@
 """What came out of the runs: their lines, the table, the plot."""
 
-import json
 import math
 import statistics
 from collections.abc import Iterable
@@ -12,7 +11,7 @@ import numpy as np
 from .. import files, pages
 from ..confidence import interval
 from .pictures import TILES
-from .train import ABLATIONS, LEARNED, RATES, VARIANTS, WITHOUT, Run
+from .train import ABLATIONS, FURTHER, LEARNED, RATES, VARIANTS, WITHOUT, Run
 
 KNOWN = {"variant", "optimizer", "rate", "seed", "steps", "distractors", "validation", "test", "survivors", "seconds"}
 KNOWN |= {"commit", "processor", "torch"}
@@ -28,17 +27,15 @@ def read(path: Path) -> Lines:
     """Return by run what a file tells, nothing where there is none.
 
     Raises:
-        ResultError: a line that is broken or not of this experiment, a run twice, or runs that do not compare.
+        FileError: a line that is broken.
+        ResultError: a line that is not of this experiment, a run twice, or runs that do not compare.
     """
     found: Lines = {}
-    for number, line in enumerate(files.read(path).splitlines() if path.exists() else [], 1):
-        where = f"{path}, line {number}"
-        try:
-            told = json.loads(line)
-        except ValueError as error:
-            raise ResultError(f"{where} is broken ({error}): remove it") from error
-        if not isinstance(told, dict) or not told.keys() >= KNOWN or told["variant"] not in VARIANTS:
-            raise ResultError(f"{where} is not of this experiment: {line[:60]!r}")
+    for where, told in files.read_lines(path):
+        if lacking := KNOWN - told.keys():
+            raise ResultError(f"{where} is not of this experiment: it has no {', '.join(sorted(lacking))}")
+        if told["variant"] not in VARIANTS:
+            raise ResultError(f"{where} is of {told['variant']!r}, expected one of {', '.join(VARIANTS)}")
         run = Run(**{name: told[name] for name in Run.__dataclass_fields__})
         if run in found:
             raise ResultError(f"{where} has {run} again: remove one")
@@ -49,15 +46,27 @@ def read(path: Path) -> Lines:
     return found
 
 
-def best_rate(lines: Lines, variant: str, optimizer: str, steps: int) -> float | None:
-    """Return the rate that is best in validation on seed 0, the mean of all numbers of distractors.
+def best_rate(lines: Lines, variant: str, optimizer: str, steps: int) -> tuple[float | None, Run | None]:
+    """Return the rate that is best in validation on seed 0 and None, or None and the run that has to come before.
 
-    None before all rates have run. What tests is not looked at, nor are other seeds. Ablations have that of LEARNED.
+    Best is the mean of all numbers of distractors. What tests is not looked at, nor are other seeds. Ablations have the
+    rate of LEARNED.
     """
     variant = LEARNED if variant in ABLATIONS else variant
-    runs = {rate: lines.get(Run(variant, optimizer, rate, 0, steps)) for rate in RATES[optimizer]}
-    scores = {rate: statistics.fmean(told["validation"]) for rate, told in runs.items() if told is not None}
-    return max(scores, key=scores.__getitem__) if len(scores) == len(runs) else None
+    rates = RATES[optimizer]
+    further = [iter(side) for side in FURTHER[optimizer]]
+    while True:
+        scores = {}
+        for rate in rates:
+            if (run := Run(variant, optimizer, rate, 0, steps)) not in lines:
+                return None, run
+            scores[rate] = statistics.fmean(lines[run]["validation"])
+        best = max(scores, key=scores.__getitem__)
+        lower = next(further[0], None) if best == rates[0] else None
+        higher = next(further[1], None) if best == rates[-1] else None
+        if lower is None and higher is None:
+            return best, None
+        rates = tuple(rate for rate in (lower, *rates, higher) if rate is not None)
 
 
 def choose(lines: Lines, optimizer: str) -> Chosen:
@@ -65,7 +74,7 @@ def choose(lines: Lines, optimizer: str) -> Chosen:
     result: Chosen = {}
     steps = next(iter(lines.values()))["steps"]
     for variant in VARIANTS:
-        rate = best_rate(lines, variant, optimizer, steps)
+        rate, _ = best_rate(lines, variant, optimizer, steps)
         if rate is not None:
             seeds = sorted(run.seed for run in lines if run == Run(variant, optimizer, rate, run.seed, steps))
             if seeds:
@@ -124,11 +133,12 @@ def page(lines: Lines) -> str:
     machines = {f"{told['processor']}, torch {told['torch']}, commit {told['commit']}" for told in lines.values()}
     what = (
         f"mIoU in per cent by number of distractors, on test pictures, after {first['steps']} steps; ± is half of a",
-        "95 % confidence interval over seeds (Student's t), a single seed has none. Of three learning rates, the one",
-        "that is best on validation pictures with seed 0; ablations have that of `asa`. Gains are paired by seeds.",
-        f"Survivors of a row, of {TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step,",
-        "the median of steps and seeds. Trained networks are tested without something of their block too, its",
-        "reciprocity (a neighbour need not choose back) or its thresholds (everybody is kept): by what mIoU changes.",
+        "95 % confidence interval over seeds (Student's t), a single seed has none. Of three learning rates, and the",
+        "next, at most two on a side, while the best is the least or the largest, the one that is best on validation",
+        "pictures with seed 0; ablations have that of `asa`. Gains are paired by seeds. Survivors of a row, of",
+        f"{TILES}, on test pictures, a mean over seeds; milliseconds of one thread for a step, the median of steps and",
+        "seeds. Trained networks are tested without something of their block too, its reciprocity (a neighbour need",
+        "not choose back) or its thresholds (everybody is kept): by what mIoU changes.",
     )
     found = {optimizer: runs for optimizer in RATES if (runs := choose(lines, optimizer))}
     if not found:
@@ -137,6 +147,8 @@ def page(lines: Lines) -> str:
     for optimizer, runs in found.items():
         tables = [form(runs, first["distractors"]) for form in (table, table_without)]
         parts += [f"## {optimizer}", *filter(None, tables)]
+        if left_out := {run.variant for run in lines if run.optimizer == optimizer} - runs.keys():
+            parts.append(f"Not all learning rates have run of {', '.join(sorted(left_out))}: left out.")
     return "\n\n".join([*parts, "Runs: " + "; ".join(sorted(machines)) + "."]) + "\n"
 
 

@@ -64,7 +64,9 @@ VARIANTS: dict[str, dict] = {
 }
 LEARNED = "asa"  # what gains are told of, and whose learning rate ablations have
 ABLATIONS = list(VARIANTS)[list(VARIANTS).index("asa, no gradient") :]
-RATES = {"adamw": (0.003, 0.01, 0.03), "sgd": (0.1, 0.2, 0.4)}  # learning rates, of which the best is taken
+# Learning rates, of which the best is taken; while that is the least or the largest, also the next below or above.
+RATES = {"adamw": (0.003, 0.01, 0.03), "sgd": (0.1, 0.2, 0.4)}
+FURTHER = {"adamw": ((0.001, 0.0003), (0.1, 0.3)), "sgd": ((0.05, 0.025), (0.8, 1.6))}
 # What a trained network is tested without, as well.
 WITHOUT = {"reciprocity": {"reciprocal": False}, "thresholds": {"alpha": None, "beta": None}}
 

@@ -8,15 +8,17 @@ import numpy as np
 import pytest
 import torch
 
+from examples import files
 from examples.denoising import __main__ as command
 from examples.denoising import attention, methods, network, report, study
 from examples.photographs import Part, Photographs
 
 CONSTANTS = {0.1: attention.Constants(0.9, 1.0), 0.2: attention.Constants(0.7, 0.5)}
-DENSE = {noise: attention.Constants(each.width, None) for noise, each in CONSTANTS.items()}
+DENSE = {noise: attention.Constants(each.width) for noise, each in CONSTANTS.items()}
+TAILS = {0.1: attention.Constants(0.9, tail=0.3), 0.2: attention.Constants(0.7, tail=0.2)}
 LEARNED = "ASA, alpha and h learned"
 NETWORKS = {"network, no block": 20.0, "network, asa": 21.0}
-RESULTS = Path(command.__file__).parents[1] / "results/denoising.jsonl"
+RESULTS = Path(command.__file__).parents[1] / "results"
 
 
 def noisy_pictures(side=9):
@@ -43,6 +45,7 @@ def small(monkeypatch):
     monkeypatch.setattr(study, "SIDE", 10)
     monkeypatch.setattr(study, "WIDTHS", (0.7, 0.9))
     monkeypatch.setattr(study, "ALPHAS", (0.5, 1.0))
+    monkeypatch.setattr(study, "TAILS", (0.2, 0.4))
     monkeypatch.setattr(study, "NOISES", (0.1, 0.2))
     return Photographs(part(0, 3), part(1, 2))
 
@@ -70,33 +73,76 @@ def test_everybody_survives_an_alpha_of_0():
         attention.NonLocalMeans(CONSTANTS)(noisy, noise)
 
 
-def test_learning_starts_at_the_constants_and_stays_near():
+@pytest.mark.parametrize(("limit", "constants"), [("alpha", CONSTANTS), ("tail", TAILS)])
+def test_learning_starts_at_the_constants_and_stays_near(limit, constants):
     _, noisy, noise = noisy_pictures()
-    fixed = attention.NonLocalMeans(CONSTANTS)
-    learns = attention.NonLocalMeans(CONSTANTS, ("alpha", "h"))
+    fixed = attention.NonLocalMeans(constants)
+    learns = attention.NonLocalMeans(constants, (limit, "h"))
     with torch.no_grad():
         assert torch.equal(learns(noisy, noise), fixed(noisy, noise))
         learns.predictor.layers[-1].bias.fill_(-100.0)
-        reach = math.exp(-attention.WIDTH_REACH), math.exp(-attention.ALPHA_REACH)
+        reach = math.exp(-attention.WIDTH_REACH), math.exp(-attention.LIMIT_REACH)
+        odds = {"alpha": lambda x: x, "tail": lambda x: x / (1 - x)}[limit]
+        back = {"alpha": lambda x: x, "tail": lambda x: x / (1 + x)}[limit]
         far = {
-            noise: attention.Constants(each.width * reach[0], each.alpha * reach[1])
-            for noise, each in CONSTANTS.items()
+            noise: attention.Constants(each.width * reach[0], **{limit: back(odds(getattr(each, limit)) * reach[1])})
+            for noise, each in constants.items()
         }
         torch.testing.assert_close(learns(noisy, noise), attention.NonLocalMeans(far)(noisy, noise))
 
 
-def test_learned_thresholds_never_lose_a_row():
-    """A flat picture, and one of texture, with the largest alpha that can be learned."""
+def test_a_tail_is_what_its_alpha_leaves_out():
+    """Of random weights, to one of them; its derivative is that of the quantile, of weights that are known."""
+    random = torch.Generator().manual_seed(0)
+    query, key = torch.randn(2, 400, 8, generator=random), torch.randn(2, 400, 8, generator=random)
+    weights = (query @ key.mT).softmax(-1)
+    tail = torch.empty(2, 400).uniform_(0.02, 0.99, generator=random)
+    dropped = weights <= attention.alpha_of_tail(query, key, tail)[..., None] / 400
+    left_out, others = (weights * dropped).sum(-1), 1 - weights.amax(-1)
+    heaviest = (weights * dropped).amax(-1)
+    assert (left_out > tail * others - 1e-5).all() and (left_out - heaviest < tail * others + 1e-5).all()
+    assert not dropped.all(-1).any()
+
+    # Weights proportional to 1 .. n: the lightest k have the share (k / n)^2, so alpha is 2 times the root of the tail.
+    key = torch.arange(1, 2001.0).log()[None, :, None]
+    tail = torch.full((1, 2000), 0.25, requires_grad=True)
+    alpha = attention.alpha_of_tail(torch.ones_like(key), key, tail)
+    torch.testing.assert_close(alpha, torch.ones_like(alpha), rtol=2e-3, atol=0)
+    (gradient,) = torch.autograd.grad(alpha.sum(), tail)
+    torch.testing.assert_close(gradient, torch.full_like(gradient, 2.0), rtol=1e-2, atol=0)
+
+
+def test_tails_get_a_gradient():
+    clean, noisy, noise = noisy_pictures()
+    learns = attention.NonLocalMeans(TAILS, ("tail",))
+    (learns(noisy, noise) - clean).square().mean().backward()
+    assert learns.predictor.layers[-1].bias.grad.abs() > 1e-6
+
+
+@pytest.mark.parametrize(
+    ("constants", "learns"),
+    [(DENSE, ("alpha",)), (TAILS, ("alpha", "h")), (CONSTANTS | {0.2: attention.Constants(0.7, tail=0.2)}, ())],
+)
+def test_settings_that_contradict_each_other(constants, learns):
+    with pytest.raises(ValueError, match="expected constants of one kind, and of these or 'h' what learns, got"):
+        attention.NonLocalMeans(constants, learns)
+
+
+@pytest.mark.parametrize(("limit", "constants"), [("alpha", CONSTANTS), ("tail", TAILS)])
+def test_learned_thresholds_never_lose_a_row(limit, constants):
+    """A flat picture, and one of texture, with the largest alpha that can be learned; and one all the same."""
     noise = torch.tensor([0.1, 0.1])
     random = torch.Generator().manual_seed(0)
     clean = torch.stack([torch.full((3, 12, 12), 0.5), torch.rand(3, 12, 12, generator=random)])
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=random)
-    learns = attention.NonLocalMeans(CONSTANTS, ("alpha",))
+    learns = attention.NonLocalMeans(constants, (limit,))
     learns.predictor.layers[-1].bias.data.fill_(100.0)
     with torch.no_grad():
         out = learns(noisy, noise)
     assert (out[0] - 0.5).abs().max() < 0.5 and out.min() > -0.5
     assert (learns.survivors >= 1).all()
+    with torch.no_grad():
+        torch.testing.assert_close(learns(clean, noise)[0], clean[0])
     patches = attention.patches_of(noisy)
     key = torch.cat([patches, patches.square().sum(-1, keepdim=True)], -1)
     query = torch.cat([2 * patches, -torch.ones(2, 144, 1)], -1)
@@ -153,7 +199,7 @@ def test_networks_have_equal_budgets(name):
 
 def test_scikit_image_gets_the_noise_of_each_picture():
     clean, noisy, noise = noisy_pictures(16)
-    constants = {0.1: attention.Constants(0.6, None), 0.2: attention.Constants(0.8, None)}
+    constants = {0.1: attention.Constants(0.6), 0.2: attention.Constants(0.8)}
     out = methods.nearby(constants)(noisy, noise)
     single = methods.nearby({0.2: constants[0.2]})(noisy[1:], noise[1:])
     assert out.shape == clean.shape and torch.equal(out[1:], single)
@@ -179,17 +225,22 @@ def test_training_lowers_the_error(small):
 
 def test_tuning_takes_the_best_constants(small):
     tuned = study.tune(small)
-    assert set(tuned) == {"dense", "asa", "nearby"} and set(tuned["asa"]) == {0.1, 0.2}
+    assert set(tuned) == {"dense", "asa", "tail", "nearby"} and set(tuned["asa"]) == {0.1, 0.2}
     clean = small.train.floats()
     clean = clean[torch.linspace(0, len(clean) - 1, len(clean)).long()]
     noisy = clean + 0.1 * torch.randn(clean.shape, generator=torch.Generator().manual_seed(1))
-    scores = {}
-    for width in study.WIDTHS:
-        denoise = attention.NonLocalMeans({0.1: attention.Constants(width, None)})
-        with torch.no_grad():
-            image = denoise(noisy, torch.full((len(clean),), 0.1)).clamp(0, 1)
-        scores[width] = -10 * (image - clean).square().mean((1, 2, 3)).log10().mean().item()
-    assert tuned["dense"][0.1].width == max(scores, key=scores.get)
+
+    def best(settings):
+        scores = {}
+        for constants in settings:
+            with torch.no_grad():
+                image = attention.NonLocalMeans({0.1: constants})(noisy, torch.full((len(clean),), 0.1)).clamp(0, 1)
+            scores[constants] = -10 * (image - clean).square().mean((1, 2, 3)).log10().mean().item()
+        return max(scores, key=scores.get)
+
+    assert tuned["dense"][0.1] == best([attention.Constants(width) for width in study.WIDTHS])
+    width = tuned["asa"][0.1].width
+    assert tuned["tail"][0.1] == best([attention.Constants(width, tail=tail) for tail in study.TAILS])
 
 
 def test_a_run_repeats_and_every_seed_has_the_same_test(small):
@@ -341,21 +392,32 @@ def test_results_of_another_study(finished, tmp_path, monkeypatch):
     assert out.read_bytes() == before
     twice = before.decode() + before.decode().splitlines()[-1]
     for text, message in (
-        ("no JSON\n", "line 1 of .* is broken"),
-        ("{}\n", "line 1 of .* is not of this study"),
-        (twice, "line 6 of .*, 'ASA, alpha and h learned' of seed 1, is of no method, or there before"),
+        ("no JSON\n", "line 1, is broken"),
+        ("{}\n", "line 1, is not of this study: it has "),
+        (before.decode().replace('"tail"', '"head"'), "line 1, has no constants of tail: begin another file"),
+        (twice, "line 6, 'ASA, alpha and h learned' of seed 1, is of no method, or there before"),
     ):
         out.write_text(text)
-        with pytest.raises(command.StudyError, match=message):
+        with pytest.raises((files.FileError, command.StudyError), match=message):
             command.main(arguments(tmp_path))
         assert out.read_text() == text
     with pytest.raises(command.StudyError, match="holds no results yet"):
         command.main([*arguments(tmp_path), "--report", "--out", str(tmp_path / "nothing.jsonl")])
 
 
-def test_committed_tables_are_of_the_committed_results(tmp_path, capsys):
-    path = tmp_path / Path(RESULTS).name
-    path.write_bytes(RESULTS.read_bytes())
+SPLITS = ("denoising", "denoising-85")
+
+
+@pytest.mark.parametrize("name", SPLITS)
+def test_committed_tables_are_of_the_committed_results(name, tmp_path, capsys):
+    results, path = RESULTS / f"{name}.jsonl", tmp_path / f"{name}.jsonl"
+    path.write_bytes(results.read_bytes())
     command.main(["--report", "--out", str(path)])
-    assert path.with_suffix(".md").read_text() == RESULTS.with_suffix(".md").read_text()
+    assert path.with_suffix(".md").read_text() == results.with_suffix(".md").read_text()
     assert path.with_suffix(".png").stat().st_size > 10_000
+
+
+def test_the_committed_splits_test_on_different_photographs():
+    runs = [command.read(RESULTS / f"{name}.jsonl")[1][methods.REFERENCE][0] for name in SPLITS]
+    first, second = (told["test"]["0.1"]["psnr"].keys() for told in runs)
+    assert len(first) == len(second) == 20 and not first & second

@@ -1,5 +1,6 @@
 """Segmentation among distractors: the pictures, one run, what is kept of runs, and the table and the plot of them."""
 
+import argparse
 import importlib
 import json
 import math
@@ -197,6 +198,7 @@ def test_the_table_of_distractors_is_of_the_runs(tmp_path):
     assert rows[0][3:] == ["90.0", "20.0", "+0.0", "+42.0", "-", "-", "20.0"]  # one seed has no interval
     assert rows[2][5:] == ["-", "-", "31", "20", "21.0"]
     assert "one, torch 2, commit abc" in text and "reciprocity |" not in text
+    assert "Not all learning rates have run of linear_attention: left out." in text
     for run, told in lines.items():
         if run.variant == "asa":
             told["without"] = {"reciprocity": [0.9, 0.5 + told["test"][1]], "thresholds": [0.8, 0.0]}
@@ -209,12 +211,48 @@ def test_the_table_of_distractors_is_of_the_runs(tmp_path):
 def test_the_rate_is_chosen_in_validation_on_seed_0():
     runs = [*other_rates("asa"), made_up("asa", 1, 0.9, 0.003, validation=[1.0, 1.0])]
     lines = {train.Run(*(told[name] for name in train.Run.__dataclass_fields__)): told for told in runs}
-    assert report.best_rate(lines, "asa", "adamw", 600) is None
+    assert report.best_rate(lines, "asa", "adamw", 600) == (None, train.Run("asa", "adamw", 0.01, 0, 600))
     lines |= {train.Run("asa", "adamw", 0.01, 0, 600): made_up("asa", 0, 0.1)}
-    assert report.best_rate(lines, "asa", "adamw", 600) == 0.01
+    assert report.best_rate(lines, "asa", "adamw", 600) == (0.01, None)
     ablation = made_up("asa, rate 1", 0, 0.1)
     lines |= {train.Run("asa, rate 1", "adamw", 0.01, 0, 600): ablation}
     assert report.choose(lines, "adamw")["asa, rate 1"] == (0.01, {0: ablation})
+
+
+@pytest.mark.parametrize(
+    ("scores", "best", "tried"),
+    [
+        ({0.1: 0.2, 0.2: 0.5, 0.4: 0.3}, 0.2, [0.1, 0.2, 0.4]),
+        ({0.1: 0.5, 0.2: 0.4, 0.4: 0.3, 0.05: 0.4}, 0.1, [0.1, 0.2, 0.4, 0.05]),
+        ({0.1: 0.5, 0.2: 0.4, 0.4: 0.3, 0.05: 0.6, 0.025: 0.7}, 0.025, [0.1, 0.2, 0.4, 0.05, 0.025]),
+        ({0.1: 0.3, 0.2: 0.4, 0.4: 0.5, 0.8: 0.6, 1.6: 0.7}, 1.6, [0.1, 0.2, 0.4, 0.8, 1.6]),
+    ],
+    ids=["within", "least", "smallest", "largest"],
+)
+@pytest.mark.parametrize("variants", [["asa", "asa, rate 1"], ["asa, rate 1"]], ids=["all", "ablation"])
+def test_rates_run_until_the_best_lies_within(scores, best, tried, variants):
+    """And go on from any of the runs."""
+    options = argparse.Namespace(seeds=2, optimizers=["sgd"], variants=variants, steps=600)
+
+    def run(lines, most):
+        ran = []
+        for each in study.missing(lines, options):
+            if len(ran) == most:
+                break
+            ran.append(each)
+            lines[each] = {"validation": [scores[each.rate] if each.variant == "asa" else 1.0]}
+        return ran
+
+    lines = {}
+    ran = run(lines, 99)
+    assert [each.rate for each in ran if (each.variant, each.seed) == ("asa", 0)] == tried
+    assert {(each.variant, each.rate, each.seed) for each in ran} == {
+        *(("asa", rate, 0) for rate in tried),
+        *((variant, best, seed) for variant in variants for seed in range(2)),
+    }
+    assert report.best_rate(lines, "asa", "sgd", 600) == (best, None) and not run(lines, 99)
+    again = {}
+    assert [each for most in [1, 2, 99] for each in run(again, most)] == ran
 
 
 def test_runs_among_distractors_go_on(tmp_path, monkeypatch, capsys, one_thread):
@@ -222,9 +260,11 @@ def test_runs_among_distractors_go_on(tmp_path, monkeypatch, capsys, one_thread)
     drawn = []
     monkeypatch.setattr(report, "draw", lambda path, lines: drawn.append((path, len(lines))))
     monkeypatch.setattr(study, "VALIDATION", 2)
+    monkeypatch.setattr(study, "TEST", 2)
     monkeypatch.setitem(train.RATES, "adamw", (0.01, 0.03))
+    monkeypatch.setitem(train.FURTHER, "adamw", ((), ()))
     command = ["--variants", "none", "asa", "--optimizers", "adamw", "--seeds", "2", "--steps", "2"]
-    command += ["--distractors", "50", "--pictures", "2"]
+    command += ["--distractors", "50"]
     whole, parts = (tmp_path / name / "runs.jsonl" for name in ("whole", "parts"))
     study.main([*command, "--out", str(whole)])
     page = capsys.readouterr().out.strip()
@@ -256,19 +296,20 @@ def test_runs_among_distractors_go_on(tmp_path, monkeypatch, capsys, one_thread)
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("{", r"runs\.jsonl, line 2 is broken"),
-        ("[1]", r"line 2 is not of this experiment: '\[1\]'"),
-        (json.dumps(made_up("nothing", 1, 0.5)), "line 2 is not of this experiment"),
-        (json.dumps(made_up("none", 0, 0.6)), r"line 2 has Run\(variant='none'.* again: remove one"),
-        (json.dumps(made_up("none", 1, 0.5, steps=30)), "line 2 has steps 30, the first line 600"),
-        (json.dumps(made_up("none", 1, 0.5, distractors=[1])), r"line 2 has distractors \[1\], the first"),
+        ("{", r"runs\.jsonl, line 2, is broken"),
+        ("[1]", r"line 2, must be a JSON object, got '\[1\]'"),
+        ("{}", "line 2, is not of this experiment: it has no commit, distractors,"),
+        (json.dumps(made_up("nothing", 1, 0.5)), "line 2, is of 'nothing', expected one of none, non_local"),
+        (json.dumps(made_up("none", 0, 0.6)), r"line 2, has Run\(variant='none'.* again: remove one"),
+        (json.dumps(made_up("none", 1, 0.5, steps=30)), "line 2, has steps 30, the first line 600"),
+        (json.dumps(made_up("none", 1, 0.5, distractors=[1])), r"line 2, has distractors \[1\], the first"),
     ],
-    ids=["broken", "foreign", "unknown", "twice", "steps", "distractors"],
+    ids=["broken", "no object", "foreign", "unknown", "twice", "steps", "distractors"],
 )
 def test_lines_that_do_not_fit(line, message, tmp_path):
     path = put(tmp_path / "runs.jsonl", made_up("none", 0, 0.5))
     files.append(path, line + "\n")
-    with pytest.raises(report.ResultError, match=message):
+    with pytest.raises((files.FileError, report.ResultError), match=message):
         report.read(path)
 
 
@@ -278,17 +319,13 @@ def test_lines_that_do_not_fit(line, message, tmp_path):
         ("--seeds 0", "--seeds must be at least 1, got 0"),
         ("--distractors 5 1000", f"--distractors must be from 0 to {MOST}, got 1000"),
         ("--variants dense", "invalid choice: 'dense'"),
-        (
-            "--variants asa,_rate_1",
-            "--variants 'asa, rate 1' has the learning rate of 'asa', which has not run: add it",
-        ),
         ("--out runs.md", "the table and the plot go beside it: got 'runs.md'"),
     ],
 )
 def test_options_of_the_study(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit):
-        study.main([argument.replace("_", " ") for argument in arguments.split()])
+        study.main(arguments.split())
     assert message in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
