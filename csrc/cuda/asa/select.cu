@@ -94,9 +94,10 @@ __device__ __forceinline__ LogSumExp combine(const Statistics& parts, int count,
   return {base + log2f(sum), base};
 }
 
-// A block of rows a program; the last of a head lists its tiles.
+// A block of rows a program; the last of a head lists its tiles. One program a multiprocessor: with room for two,
+// registers spill on compute capability 10.0.
 template <class T>
-__global__ void __launch_bounds__(kPlanThreads) asa_plan_kernel(Problem<T> p, Plan plan, Saved<T> saved) {
+__global__ void __launch_bounds__(kPlanThreads, 1) asa_plan_kernel(Problem<T> p, Plan plan, Saved<T> saved) {
   RowThresholds* const rows = reinterpret_cast<RowThresholds*>(shared_memory());
   const int z = blockIdx.x / p.rows.count, block = p.rows.first + blockIdx.x % p.rows.count;
   const int image = image_of(z, p.heads, p.per_image), n_keys = p.keys.counts[image];
