@@ -20,7 +20,7 @@ VALUES = 3 * PATCH * PATCH  # of a patch
 SCALES = (5, 11)  # windows of the local variance, pixels
 FEATURES = 32  # of the embedding
 LIMIT_REACH, WIDTH_REACH = 4.0, 1.0  # alpha, or tail / (1 - tail), and h stay within e^+-reach of the best fixed ones
-HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a threshold of a row may be
+HEAVIEST = 0.6  # of a row's largest weight, the pixel's own, is the most that a threshold may be, fixed alphas apart
 
 
 @dataclass(frozen=True)
