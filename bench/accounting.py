@@ -123,6 +123,8 @@ def operations_of(case: Case, method: str) -> float | None:
     Of ASA and dense attention what they visit of all pairs (:func:`units`), else what FlopCounterMode counted.
     """
     impl = method.removeprefix("asa ") if method.startswith("asa ") else "dense" if method in DENSE else None
+    if impl == "learning":
+        return None  # how many pairs have scores near a threshold is not known
     if impl is None or set(case.sparsity) != set(Sparsity._fields):
         return case.methods[method].flops
     number = units(impl, case.mode == "fwd+bwd", Sparsity(**case.sparsity), case.dim, half=case.dtype != "float32")

@@ -11,6 +11,8 @@ round, those more than ten times slower than the fastest in two rounds; on a GPU
 kernels one by one. Mode "mem" counts the bytes that a call adds to the peak, of a fresh process on a CPU, of torch's
 allocator on a GPU. GFLOP/s are of the operations that a method computes. docs/speed.md says how it is measured.
 
+``--impl auto learning`` measures thresholds that learn, as those of a block do, beside constant ones.
+
 Sweeps, each with everything else fixed, and after them the exponents of cost ~ tokens^e and cost ~ D^e:
 
     tokens      label maps, D = 64, sizes (--size) to 256x256 (65,536 tokens); from 20,000 tokens on, one round

@@ -26,7 +26,9 @@ OURS = "asa_ops"  # the name of our method where there is one
 # Of "asa" the kernels of impl="cuda" for compute capability 9.0 are an implementation more: csrc/cuda/asa/arguments.h
 # takes them, or those for every GPU, by this variable.
 HOPPER, HOPPER_VARIABLE = "hopper", "ASA_OPS_HOPPER"
-IMPLS = (*dispatch.NAMES, HOPPER)
+LEARNING = "learning"  # "auto" with thresholds that learn, as those of a block do by default; others have constant ones
+IMPLS = (*dispatch.NAMES, HOPPER, LEARNING)
+_NAMED = {HOPPER: "cuda", LEARNING: "auto"}  # what asa_attention is told
 
 
 @dataclass(frozen=True)
@@ -179,14 +181,14 @@ def runnable(spec: Spec, device: str, impls: list[str]) -> tuple[list[str], dict
     found, why_not = {}, {}  # names, in order
     for impl in impls:
         try:
-            ran = dispatch.resolve(call, "cuda" if impl == HOPPER else impl)
+            ran = dispatch.resolve(call, _NAMED.get(impl, impl))
         except RuntimeError as error:
             why_not[impl] = str(error)
             continue
         if impl == HOPPER and (reason := why_no_hopper(*kind)):
             why_not[impl] = reason
         else:
-            found[impl if impl == HOPPER else ran] = None
+            found[impl if impl in _NAMED else ran] = None
     return list(found), why_not
 
 
@@ -211,9 +213,13 @@ def _asa(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workloa
     tensors = [x.to(device, spec.torch_dtype if i < 3 else torch.float32) for i, x in enumerate(tensors)]
     *leaves, alpha, beta = tensors
 
+    learning = [x.clone().requires_grad_() for x in (alpha, beta)]
+
     def ours(impl: str) -> Callable:
-        named = "cuda" if impl == HOPPER else impl
-        return lambda: lambda q, k, v: asa_attention(q, k, v, alpha, beta, grid=spec.grid, impl=named)
+        call = functools.partial(asa_attention, grid=spec.grid, impl=_NAMED.get(impl, impl))
+        if impl != LEARNING:
+            return lambda: lambda q, k, v: call(q, k, v, alpha, beta)
+        return lambda: lambda q, k, v: call(q, k, v, *learning, threshold_grad="straight_through")
 
     found, why_not = runnable(spec, device, impls)
     prepare = {f"asa {impl}": ours(impl) for impl in found}
@@ -228,7 +234,8 @@ def _asa(spec: Spec, device: str, impls: list[str], peers: list[str]) -> Workloa
             prepare[name] = functools.partial(peer.prepare, problem)
     generator = torch.Generator().manual_seed(1)
     grad_out = torch.randn(leaves[2].shape, generator=generator).to(leaves[2])
-    return Workload(leaves, grad_out, prepare, names, skipped, tensors=tensors)
+    parameters = learning if f"asa {LEARNING}" in prepare else []
+    return Workload(leaves, grad_out, prepare, names, skipped, parameters, tensors)
 
 
 def _maps(spec: Spec, device: str, *channels: int) -> list[Tensor]:

@@ -40,7 +40,9 @@ what is subtracted, in strips that have nine tenths of all keys as neighbours (a
 and ``"cuda"`` compute 1 + g + 2 f (g / 2 less where query is key) and 8 f (``"triton"`` 7 f up to D = 128; both 10 f in
 float32), with f the fraction of blocks of pairs that hold a neighbour, g that of blocks that might. All in N^2 / 8
 bytes (these two: N^2 / 8 + N^2 / 32) plus O(N D); the backward of ``impl="cpu"`` holds survivors besides, up to 16 MB
-(or those of 256 rows) at a time.
+(or those of 256 rows) at a time. Thresholds that learn cost a backward of ``impl="cpu"`` 2 h units more, with h the
+fraction of pairs of which either is a neighbour of the other, or 1 in blocks of 64 x 64 where that is more than a
+quarter, and where neighbours need not be mutual.
 """
 
 from .api import asa_attention, explain, reciprocal_neighbors

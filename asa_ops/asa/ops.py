@@ -303,18 +303,20 @@ def attend(
             return_stats=True,
         )
     ops = of(impl, inputs.query.device)
-    band = 0.0 if threshold_grad is None else threshold_band
-    keep = torch.is_grad_enabled() and any([x is not None and x.requires_grad for x in inputs])
+    wanted = [x is not None and x.requires_grad for x in inputs]
+    keep, learns = torch.is_grad_enabled() and any(wanted), any(wanted[3:5])
     if torch._C._are_functorch_transforms_active():
-        run, keep = ops.fwd, True  # inside a vmap of a grad, requires_grad does not show
+        run, keep, learns = ops.fwd, True, True  # inside a vmap of a grad, requires_grad does not show
     elif torch.compiler.is_compiling():
         run = ops.fwd  # torch.compile fails on a Function that is given one tensor twice
     elif torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in torch's list of public names
-        run, keep = ops.fwd, True  # what it makes of a Function cannot be saved; it may run with gradients or without
+        # What it makes of a Function cannot be saved; it may run with gradients or without.
+        run, keep, learns = ops.fwd, True, True
     elif keep or forward_ad._current_level >= 0:  # only a Function sees a tangent
         run = ops.with_grad
     else:
         run = ops.no_grad
+    band = threshold_band if learns and threshold_grad is not None else 0.0
     tf32 = takes_tf32(impl, inputs.query.dtype)
     out, lse, lse_kept, survivors, _ = run(*inputs, *options, band, keep, tf32)
     return out, AsaStats(lse, lse_kept, survivors)

@@ -677,10 +677,37 @@ void check_case(const Case& c, Ways& ways) {
     run(0, parts(n_k, p.k_at_a_time), kernels.backward_columns_bytes(p),
         [&](Queue& queue, void* scratch) { kernels.backward_columns(p, slab, queue, scratch); });
   }
-  consistent &= p.alpha == nullptr && p.beta == nullptr
-                    ? true
-                    : run(0, p.blocks_q, kernels.backward_thresholds_bytes(p),
-                          [&](Queue& queue, void* scratch) { kernels.backward_thresholds(p, queue, scratch); });
+  if (p.alpha) {
+    const int64_t rows = p.blocks_q * kBlock, distances = c.reciprocal ? p.blocks_q / 2 + 1 : p.blocks_k;
+    Memory<T> q_blocks(rows * c.dim), k_blocks(p.blocks_k * kBlock * c.dim), v_blocks(p.blocks_k * kBlock * c.dim_v),
+        d_out_blocks(rows * c.dim_v), ahead(distances * rows), behind(distances * rows);
+    const auto pack_blocks = [&](const T* from, int64_t n, int64_t dim, T* to) {
+      run(0, parts(n, kBlock), 0, [&](Queue& queue, void*) { kernels.pack_blocks(from, n, dim, to, queue); });
+      return to;
+    };
+    std::vector<uint64_t> learns(p.blocks_q);
+    for (int64_t i = 0; i < n_q; ++i) learns[i / kBlock] |= static_cast<uint64_t>(x.is_query(i)) << i % kBlock;
+    ahead.fill(distances * rows, 0), behind.fill(distances * rows, 0);
+    const AlphaPairs<T> pairs{pack_blocks(p.q, n_q, c.dim, q_blocks.data()),
+                              pack_blocks(p.k, n_k, c.dim, k_blocks.data()),
+                              pack_blocks(p.v, n_k, c.dim_v, v_blocks.data()),
+                              pack_blocks(p.d_out, n_q, c.dim_v, d_out_blocks.data()),
+                              learns.data(),
+                              0,
+                              distances,
+                              ahead.data(),
+                              behind.data()};
+    consistent &= run(0, p.blocks_q, kernels.backward_alpha_bytes(p),
+                      [&](Queue& queue, void* scratch) { kernels.backward_alpha(p, pairs, queue, scratch); });
+    for (int64_t i = 0; i < n_q; ++i) {
+      double sum = 0;
+      for (int64_t x = i; x < distances * rows; x += rows) sum += double(ahead[x]) + double(behind[x]);
+      dalpha[i] = sum == 0 ? T(0) : T(-sum / alpha->data()[i]);
+    }
+  }
+  if (p.beta)
+    consistent &= run(0, p.blocks_q, kernels.backward_beta_bytes(p),
+                      [&](Queue& queue, void* scratch) { kernels.backward_beta(p, queue, scratch); });
   require(name + "groups", consistent);
   report(name + "dq", worst_of(dq.data(), x.dq.x, x.dq_allowed.x));
   report(name + "dk", worst_of(dk.data(), x.dk.x, x.dk_allowed.x));

@@ -140,6 +140,20 @@ def test_thresholds_of_about_0_have_no_gradient(impl):
         assert (gradient.abs().amax() > least) == (least > 0)
 
 
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, *EMULATED, *INTERPRETED])
+@pytest.mark.parametrize("which", ["alpha", "beta"])
+def test_threshold_gradients_of_a_token_alone(impl, which):
+    """Its score, some thousands, is the lse of its row and of its window: a last bit between them would show."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value, grad_out = (torch.randn(16, 1, 1, dim, generator=generator) for dim in (200, 200, 16, 16))
+    multiplier = torch.full((16, 1, 1), 1.5, requires_grad=True)  # of which no score is above the mean of one
+    options = {"grid": (1, 1), "scale": 30.0, "threshold_band": 1.0, "reciprocal": False}
+    out = asa_attention(query, key, value, **{which: multiplier}, **options, **STRAIGHT_THROUGH, impl=impl)
+    (gradient,) = torch.autograd.grad(out, multiplier, grad_out)
+    expected = -(1 - math.log(1.5)) / 1.5 * (value * grad_out).sum(-1)
+    torch.testing.assert_close(gradient, expected)
+
+
 @each_impl
 @pytest.mark.parametrize("grid", [(17, 97), slow((1, 1093)), slow((33, 31)), (1093,), (7, 9, 17)], ids=str)
 def test_equals_reference_on_larger_maps(impl, grid):

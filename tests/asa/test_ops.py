@@ -10,6 +10,7 @@ from cases import make, named, op_arguments, saved_of, with_grad
 from compare import STRAIGHT_THROUGH, count_flops, equal
 from implementations import KERNELS, each_fast, each_kernel, slow
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from asa_ops import asa_attention, nn, reciprocal_neighbors
@@ -260,6 +261,30 @@ def test_triton_refuses_bits_of_another_band():
     outputs = found.fwd(*args, band, keep)
     with pytest.raises(RuntimeError, match=r"kept must be of .* bytes a head, got"):
         found.bwd(torch.ones_like(outputs[0]), *args[:6], *outputs, *args[6:], 0.0)
+
+
+class Bands(TorchDispatchMode):
+    """Notes the band of every backward of ASA."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if "asa" in function.name() and "bwd" in function.name():
+            self.seen.append(args[18])
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("impl", KERNELS)
+def test_constant_thresholds_cost_no_gradient_of_theirs(impl):
+    (*tokens, alpha, beta), options = make(named("plain", grid=(3, 2), batch=1, heads=1), torch.float32)
+    tokens = with_grad(tokens)
+    with Bands() as bands:
+        for learning in ([], [alpha], [beta], [alpha, beta]):
+            thresholds = [x.clone().requires_grad_(any(x is y for y in learning)) for x in (alpha, beta)]
+            asa_attention(*tokens, *thresholds, **options, **STRAIGHT_THROUGH, impl=impl).sum().backward()
+    assert bands.seen == [0.0, 2.0, 2.0, 2.0]
 
 
 def test_backward_makes_no_gradients_of_statistics():

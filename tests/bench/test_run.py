@@ -4,6 +4,7 @@ import pytest
 import torch
 from bench_cases import stored
 
+from asa_ops import asa_attention
 from asa_ops.core import extension
 from bench import accounting, check, measure, peers, record, report, run, workloads
 from examples import files
@@ -62,6 +63,19 @@ def test_a_peer_that_fails_gets_a_row_and_the_run_goes_on(monkeypatch, capsys, q
     assert sum("RuntimeError: out of luck" in line for line in lines) == 2 * len(cases)
     assert any("sdpa flash" in line for line in lines) and "candidates" in lines[0]
     assert all(case.label in shown for case in cases) and "- adasplash was skipped: " in shown
+
+
+def test_thresholds_that_learn_are_a_method_beside_constant_ones(monkeypatch, quick):
+    learning = []
+
+    def attention(*args, **options):
+        learning.append((options.get("threshold_grad"), args[3].requires_grad))
+        return asa_attention(*args, **options)
+
+    monkeypatch.setattr(workloads, "asa_attention", attention)
+    (case,) = quick(*SMALL, "--inputs", "iid", "--mode", "fwd+bwd", "--impl", "auto", "learning", "--peers")
+    assert set(learning) == {(None, False), ("straight_through", True)}
+    assert case.ours[1] == "asa learning" and case.median("asa learning") > 0
 
 
 @pytest.mark.parametrize(("module", "name"), [(workloads, "asa_attention"), (accounting, "reciprocal_neighbors")])

@@ -33,28 +33,34 @@ int64_t parts_of(const Problem<T>& p, const Rows& q, const Rows& k, const Rows* 
   return finite ? 2 : 0;
 }
 
-// x[n][dim] in panels or slices, in memory of a workspace; null if they are not needed.
-enum class Packing { panels, slices };
+// x[n][dim] in panels, slices or blocks, in memory of a workspace; null if they are not needed.
+enum class Packing { panels, slices, blocks };
 template <class T>
 class Packed {
  public:
   Packed(const Kernels<T>& kernels, int64_t n, int64_t dim, bool needed, Packing how, Workspace& workspace)
       : kernels_(kernels), n_(n), dim_(dim), needed_(needed), how_(how) {
-    const int64_t size = how == Packing::panels ? kernels.panels(n) * kernels.panel_size(dim) : n * dim;
+    const int64_t panels = kernels.panels(n), blocks = (n + kBlock - 1) / kBlock;
+    pieces_ = how == Packing::blocks ? blocks : panels;
+    const int64_t size = how == Packing::panels   ? panels * kernels.panel_size(dim)
+                         : how == Packing::blocks ? blocks * kBlock * dim
+                                                  : n * dim;
     numbers_ = workspace.add<T>(needed ? size : 0);
   }
 
   T* pack(const T* x, const Workspace& workspace) const {
     if (!needed_) return nullptr;
     T* const numbers = numbers_.get(workspace);
-    const auto run_all = how_ == Packing::panels ? kernels_.pack_panels : kernels_.pack_slices;
-    run({0, kernels_.panels(n_)}, workspace, [&](Queue& queue, void*) { run_all(x, n_, dim_, numbers, queue); });
+    const auto run_all = how_ == Packing::panels   ? kernels_.pack_panels
+                         : how_ == Packing::slices ? kernels_.pack_slices
+                                                   : kernels_.pack_blocks;
+    run({0, pieces_}, workspace, [&](Queue& queue, void*) { run_all(x, n_, dim_, numbers, queue); });
     return numbers;
   }
 
  private:
   const Kernels<T>& kernels_;
-  int64_t n_, dim_;
+  int64_t n_, dim_, pieces_;
   bool needed_;
   Packing how_;
   Workspace::Piece<T> numbers_;

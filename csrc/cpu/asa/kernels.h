@@ -10,7 +10,8 @@
 //   scan         scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits
 //   aggregate    scores of the pairs that survive; softmax; times v
 //   backward     rows give dq, columns dk and dv, no atomics
-//   thresholds   straight-through gradients of alpha and beta
+//   thresholds   straight-through gradients of thresholds: those of beta, row by row
+//   alpha        and of alpha, block by block
 //
 // Where few pairs survive, a row visits them by a list; where many do, a strip of rows visits all keys and masks.
 
@@ -43,12 +44,15 @@ namespace {
 
 #include "thresholds.h"
 
+#include "alpha.h"
+
 template <class T>
 constexpr Kernels<T> kernels() {
   return {panels_of<T>,
           panel_size<T>,
           pack_panels<T>,
           pack_slices<T>,
+          pack_blocks<T>,
           pack_tiles<T>,
           read_rows<T>,
           write_rows<T>,
@@ -72,8 +76,10 @@ constexpr Kernels<T> kernels() {
           backward_rows<T>,
           backward_columns_bytes<T>,
           backward_columns<T>,
-          backward_thresholds_bytes<T>,
-          backward_thresholds<T>};
+          backward_alpha_bytes<T>,
+          backward_alpha<T>,
+          backward_beta_bytes<T>,
+          backward_beta<T>};
 }
 
 }  // namespace

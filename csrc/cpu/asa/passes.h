@@ -246,6 +246,47 @@ void sum_slabs(const Call& call, Problem<T> p, int64_t i, int64_t threads, const
     if (*x) (*x)->finish(workspace);
 }
 
+// Bytes of sums that learn_alpha() holds at a time, for one head.
+constexpr int64_t kAlphaBytes = 4 * 1024 * 1024;
+
+// Writes dalpha of the rows of a call.
+template <class T>
+void learn_alpha(const Kernels<T>& kernels, const Problem<T>& p, int64_t threads) {
+  const int64_t blocks = parts(p.end - p.begin, kBlock), rows = blocks * kBlock;
+  const int64_t distances = p.reciprocal ? p.blocks_q / 2 + 1 : p.blocks_k;
+  const int64_t fitting = kAlphaBytes / (2 * rows * static_cast<int64_t>(sizeof(T)));
+  const int64_t at_a_time = std::clamp<int64_t>(fitting, 1, distances);
+  Workspace workspace(threads);
+  const Packed<T> q(kernels, p.n_q, p.dim, p.reciprocal, Packing::blocks, workspace);
+  const Packed<T> k(kernels, p.n_k, p.dim, true, Packing::blocks, workspace);
+  const Packed<T> v(kernels, p.n_k, p.dim_v, true, Packing::blocks, workspace);
+  const Packed<T> d_out(kernels, p.n_q, p.dim_v, p.reciprocal, Packing::blocks, workspace);
+  const auto ahead = workspace.add<T>(at_a_time * rows), behind = workspace.add<T>(at_a_time * rows);
+  workspace.add_share(kernels.backward_alpha_bytes(p));
+  workspace.allocate_all();
+  std::vector<uint64_t> learns(p.blocks_q);
+  for (int64_t i = 0; i < p.n_q; ++i)
+    if ((!p.real_q || p.real_q[i]) && !(p.alpha[i] < T(kLeastMultiplier)))
+      learns[i / kBlock] |= uint64_t{1} << i % kBlock;
+  AlphaPairs<T> pairs{q.pack(p.q, workspace), k.pack(p.k, workspace), v.pack(p.v, workspace),
+                      d_out.pack(p.d_out, workspace), learns.data()};
+  pairs.ahead = ahead.get(workspace), pairs.behind = behind.get(workspace);
+  std::fill_n(p.dalpha + p.begin, p.end - p.begin, T(0));
+  for (; pairs.first < distances; pairs.first = pairs.last) {
+    pairs.last = std::min(distances, pairs.first + at_a_time);
+    const int64_t count = (pairs.last - pairs.first) * rows;
+    std::fill_n(pairs.ahead, count, T(0));
+    std::fill_n(pairs.behind, count, T(0));
+    run({p.begin / kBlock, p.begin / kBlock + blocks}, workspace,
+        [&](Queue& queue, void* scratch) { kernels.backward_alpha(p, pairs, queue, scratch); });
+    for (int64_t x = 0; x < count; x += rows)
+      for (int64_t i = p.begin; i < p.end; ++i)
+        p.dalpha[i] += pairs.ahead[x + i - p.begin] + pairs.behind[x + i - p.begin];
+  }
+  for (int64_t i = p.begin; i < p.end; ++i)
+    if (p.dalpha[i] != 0) p.dalpha[i] /= -p.alpha[i];
+}
+
 // Writes dalpha and dbeta of the rows of a call, where `p` has room for them.
 template <class T>
 void learn_thresholds(const Call& call, Problem<T> p, int64_t i, int64_t threads, const Tensor& d_out,
@@ -254,12 +295,14 @@ void learn_thresholds(const Call& call, Problem<T> p, int64_t i, int64_t threads
   Workspace workspace(threads);
   Inputs<T> inputs(call, kernels, p, i, workspace);
   const OutputGradient<T> output(call, kernels, p, i, d_out, out, nan_rows, workspace);
-  workspace.add_share(kernels.backward_thresholds_bytes(p));
+  workspace.add_share(kernels.backward_beta_bytes(p));
   workspace.allocate_all();
   inputs.get(workspace);
   p.d_out = output.get(workspace);
-  run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
-      [&](Queue& queue, void* scratch) { kernels.backward_thresholds(p, queue, scratch); });
+  if (p.dalpha) learn_alpha(kernels, p, threads);
+  if (p.dbeta)
+    run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
+        [&](Queue& queue, void* scratch) { kernels.backward_beta(p, queue, scratch); });
 }
 
 // Fills col_indices with the survivors of the rows of a head; `offsets` are the sums of their numbers, of all heads.

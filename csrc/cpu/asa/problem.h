@@ -102,6 +102,7 @@ struct Problem {
   const uint64_t* words_back(int64_t block, int64_t j) const {
     return back + j * back_stride + (block - begin / kBlock) * kBlock;
   }
+  bool has_block(int64_t block) const { return begin <= block * kBlock && block * kBlock < end; }  // of queries
   bool scanned() const { return thresholded || positions > 0; }
   bool is_one_block() const { return blocks_q == 1 && blocks_k == 1; }
 };
@@ -127,6 +128,17 @@ struct Slab {
   int32_t* starts;  // [blocks_k + 1][end - begin]: where the keys of a column block start in a row's list, else 0
 };
 
+// What the gradient of alpha takes beside a problem. Where neighbours must be mutual, every two blocks of tokens are one
+// pair, at their distance, blocks in a circle: what it adds to alpha of the first block is `ahead`, of the second `behind`.
+// Otherwise the distance is the number of a block of keys, and there is nothing behind.
+template <class T>
+struct AlphaPairs {
+  const T *q, *k, *v, *d_out;  // packed by blocks
+  const uint64_t* learns;  // bit r of word I: whether alpha of row 64 I + r has a gradient
+  int64_t first, last;  // distances
+  T *ahead, *behind;  // [last - first][blocks of rows][kBlock], 0 at first
+};
+
 // Hands out the blocks of one pass to threads. Results do not depend on which thread takes a block.
 struct Queue {
   int64_t next, end;
@@ -145,6 +157,7 @@ struct Kernels {
   int64_t (*panel_size)(int64_t dim);  // numbers in one
   void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);  // one at a time
   void (*pack_slices)(const T* x, int64_t n, int64_t dim, T* slices, Queue&);  // as many rows as a panel has
+  void (*pack_blocks)(const T* x, int64_t n, int64_t dim, T* blocks, Queue&);
   void (*pack_tiles)(const T* x, int64_t n, int64_t dim, int64_t parts, Tiled, const Kind*, uint16_t* tiles, Queue&);
 
   void (*read_rows)(const Rows&, int64_t begin, int64_t end, int64_t padded, const bool* real, T* to);
@@ -171,8 +184,10 @@ struct Kernels {
   void (*backward_rows)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
   int64_t (*backward_columns_bytes)(const Problem<T>&);
   void (*backward_columns)(const Problem<T>&, const Slab<T>&, Queue&, void* scratch);
-  int64_t (*backward_thresholds_bytes)(const Problem<T>&);
-  void (*backward_thresholds)(const Problem<T>&, Queue&, void* scratch);
+  int64_t (*backward_alpha_bytes)(const Problem<T>&);
+  void (*backward_alpha)(const Problem<T>&, const AlphaPairs<T>&, Queue&, void* scratch);
+  int64_t (*backward_beta_bytes)(const Problem<T>&);
+  void (*backward_beta)(const Problem<T>&, Queue&, void* scratch);
 };
 
 // The k-th largest of n numbers (NaN counts as -inf); reorders `scratch` [n].
