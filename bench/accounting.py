@@ -124,7 +124,7 @@ def operations_of(case: Case, method: str) -> float | None:
     """
     impl = method.removeprefix("asa ") if method.startswith("asa ") else "dense" if method in DENSE else None
     if impl == "learning":
-        return None  # how many pairs have scores near a threshold is not known
+        return None  # of how many pairs either is a neighbour of the other is not known
     if impl is None or set(case.sparsity) != set(Sparsity._fields):
         return case.methods[method].flops
     number = units(impl, case.mode == "fwd+bwd", Sparsity(**case.sparsity), case.dim, half=case.dtype != "float32")

@@ -42,7 +42,7 @@ float32), with f the fraction of blocks of pairs that hold a neighbour, g that o
 bytes (these two: N^2 / 8 + N^2 / 32) plus O(N D); the backward of ``impl="cpu"`` holds survivors besides, up to 16 MB
 (or those of 256 rows) at a time. Thresholds that learn cost a backward of ``impl="cpu"`` 2 h units more, with h the
 fraction of pairs of which either is a neighbour of the other, or 1 in blocks of 64 x 64 where that is more than a
-quarter, and where neighbours need not be mutual.
+quarter, in maps of one block, and where neighbours need not be mutual.
 """
 
 from .api import asa_attention, explain, reciprocal_neighbors

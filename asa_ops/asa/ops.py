@@ -309,6 +309,7 @@ def attend(
         run, keep, learns = ops.fwd, True, True  # inside a vmap of a grad, requires_grad does not show
     elif torch.compiler.is_compiling():
         run = ops.fwd  # torch.compile fails on a Function that is given one tensor twice
+        learns = learns or torch.compiler.is_exporting()  # whoever runs it may ask for more than the example did
     elif torch.jit.is_tracing():  # type: ignore[attr-defined]  # not in torch's list of public names
         # What it makes of a Function cannot be saved; it may run with gradients or without.
         run, keep, learns = ops.fwd, True, True

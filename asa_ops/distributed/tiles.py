@@ -96,9 +96,7 @@ class _Pass:
     def __init__(self, call: Call, inputs: Inputs, keep: bool, split: tuple[list[int], list[int]] | None = None):
         self.call, self.inputs = call, inputs
         self.size, self.rank = len(call.n_q), dist.get_rank(call.group)
-        # As one process has it: thresholds learn if asked to, whether or not they are given to learn.
-        band = 0.0 if call.threshold_grad is None or not call.keep else call.threshold_band
-        self.part = _implementation(call.impl)(ops.broadcast(inputs), Options.of(*call.options), band, keep)
+        self.part = _implementation(call.impl)(ops.broadcast(inputs), Options.of(*call.options), call.band, keep)
         block, self.has_one_range = self.part.block, sum(call.n_q) == sum(call.n_k)
         orders = self.part.row_order, self.part.key_order
         self.rows, self.keys = split or tuple(ranges(x.shape[1], self.size, block=block) for x in orders)

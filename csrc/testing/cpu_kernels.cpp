@@ -688,21 +688,19 @@ void check_case(const Case& c, Ways& ways) {
     std::vector<uint64_t> learns(p.blocks_q);
     for (int64_t i = 0; i < n_q; ++i) learns[i / kBlock] |= static_cast<uint64_t>(x.is_query(i)) << i % kBlock;
     ahead.fill(distances * rows, 0), behind.fill(distances * rows, 0);
-    const AlphaPairs<T> pairs{pack_blocks(p.q, n_q, c.dim, q_blocks.data()),
-                              pack_blocks(p.k, n_k, c.dim, k_blocks.data()),
-                              pack_blocks(p.v, n_k, c.dim_v, v_blocks.data()),
-                              pack_blocks(p.d_out, n_q, c.dim_v, d_out_blocks.data()),
-                              learns.data(),
-                              0,
-                              distances,
-                              ahead.data(),
-                              behind.data()};
-    consistent &= run(0, p.blocks_q, kernels.backward_alpha_bytes(p),
-                      [&](Queue& queue, void* scratch) { kernels.backward_alpha(p, pairs, queue, scratch); });
+    AlphaPairs<T> pairs{pack_blocks(p.q, n_q, c.dim, q_blocks.data()), pack_blocks(p.k, n_k, c.dim, k_blocks.data()),
+                        pack_blocks(p.v, n_k, c.dim_v, v_blocks.data()),
+                        pack_blocks(p.d_out, n_q, c.dim_v, d_out_blocks.data()), learns.data()};
+    for (; pairs.first < distances; pairs.first = pairs.last) {  // two at a time
+      pairs.last = std::min(distances, pairs.first + 2);
+      pairs.ahead = ahead.data() + pairs.first * rows, pairs.behind = behind.data() + pairs.first * rows;
+      consistent &= run(0, p.blocks_q, kernels.backward_alpha_bytes(p),
+                        [&](Queue& queue, void* scratch) { kernels.backward_alpha(p, pairs, queue, scratch); });
+    }
     for (int64_t i = 0; i < n_q; ++i) {
       double sum = 0;
       for (int64_t x = i; x < distances * rows; x += rows) sum += double(ahead[x]) + double(behind[x]);
-      dalpha[i] = sum == 0 ? T(0) : T(-sum / alpha->data()[i]);
+      dalpha[i] = x.is_query(i) ? T(-sum / alpha->data()[i]) : T(0);
     }
   }
   if (p.beta)

@@ -143,7 +143,7 @@ def test_thresholds_of_about_0_have_no_gradient(impl):
 @pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, *EMULATED, *INTERPRETED])
 @pytest.mark.parametrize("which", ["alpha", "beta"])
 def test_threshold_gradients_of_a_token_alone(impl, which):
-    """Its score, some thousands, is the lse of its row and of its window: a last bit between them would show."""
+    """Its score, some hundreds, is the lse of its row and of its window: a last bit between them would show."""
     generator = torch.Generator().manual_seed(0)
     query, key, value, grad_out = (torch.randn(16, 1, 1, dim, generator=generator) for dim in (200, 200, 16, 16))
     multiplier = torch.full((16, 1, 1), 1.5, requires_grad=True)  # of which no score is above the mean of one
@@ -463,6 +463,17 @@ def test_a_bad_threshold_in_padding_has_no_gradient(impl):
     asa_attention(*leaves, **options, threshold_grad="straight_through", impl=impl).square().sum().backward()
     for x in leaves[3:]:
         assert (x.grad[padding] == 0).all() and x.grad.isfinite().all() and (x.grad != 0).any()
+
+
+@everywhere()
+def test_a_nan_threshold_has_a_nan_gradient(impl):
+    inputs, options = make(named("plain", batch=1, heads=1), torch.float32)
+    for x in inputs[3:]:
+        x[0, 0, 5] = torch.nan
+    leaves = with_grad(inputs)
+    out = asa_attention(*leaves, **options, threshold_grad="straight_through", impl=impl)
+    for gradient in torch.autograd.grad(out.square().sum(), leaves[3:]):
+        assert gradient[0, 0, 5].isnan()
 
 
 @everywhere("size", (1e4, 1e6, 1e9), quick=(1e9,))

@@ -37,11 +37,17 @@ def load(impl: str | None) -> None:
         simt.load()
 
 
+def leaves_of(tensors: list, options: dict) -> tuple[list, dict]:
+    """Return tensors that get gradients, with ``constant`` tokens alone, and the options of a call."""
+    count = 3 if options.get("constant") else len(tensors)
+    return with_grad(tensors[:count]) + tensors[count:], {k: x for k, x in options.items() if k != "constant"}
+
+
 def whole(group, rank: int, case: Case, dtype: torch.dtype, options: dict) -> list:
     """Return outputs, statistics and gradients of one process."""
     load(options.get("impl"))
     inputs, given = make(case, dtype)
-    inputs = with_grad(inputs)
+    inputs, options = leaves_of(inputs, options)
     out, stats = asa_ops.asa_attention(*inputs, **given, **options, return_stats=True)
     (out * weights(out)).sum().backward()
     return [out.detach(), *stats, *(x if x is None else x.grad for x in inputs)]
@@ -61,7 +67,7 @@ def part_of_process(group, rank: int, case: Case, dtype: torch.dtype, options: d
     mine += [x if x is None else x.expand(shape[0], x.shape[1], shape[2])[:, :, part] for x in inputs[3:]]
     if (mask := given.get("key_padding_mask")) is not None:
         given["key_padding_mask"] = mask[:, keys]
-    mine = with_grad(mine)
+    mine, options = leaves_of(mine, options)
     out, stats = distributed.asa_attention(*mine, **given, **options, group=group, return_stats=True)
     (out * weights(inputs[0].new_empty(*shape, inputs[2].shape[-1]))[:, :, part]).sum().backward()
     return [out.detach(), *stats, *(x if x is None else x.grad for x in mine)]
@@ -111,6 +117,13 @@ def test_tiles_equal_one_process(processes, name, impl):
     case = named(name, grid=(9, 15), batch=1, heads=1)
     case = replace(case, n_keys=case.n_keys and 150)
     check(processes, 2, case, torch.float32, threshold_grad="straight_through", impl=impl)
+
+
+@pytest.mark.parametrize("impl", ["cpu", *(slow(impl) for impl in INTERPRETED)])
+def test_constant_thresholds_equal_one_process(processes, impl):
+    """They do not learn, though straight-through gradients are asked for."""
+    case = named("alpha_only", grid=(9, 15), batch=1, heads=1)
+    check(processes, 2, case, torch.float32, threshold_grad="straight_through", impl=impl, constant=True)
 
 
 @pytest.mark.slow

@@ -66,7 +66,7 @@ class Pairs {
     for (int64_t r = 0; r < kBlock; ++r) wanted[r] = ahead_[r] | behind_[r];
     take_rows(block);
     take_columns(other, behind != nullptr);
-    // Small problems are formed as scan() does: of a pair that is nearly all of its row s - lse is then exact.
+    // Small problems are formed as scan() does, but for AMX: of a pair that is nearly all of its row s - lse is then exact.
     listed_ = count <= kMostListed && !p_.is_one_block();
     if (listed_) list(wanted);
     const int64_t keys = other * kBlock * p_.dim, values = other * kBlock * p_.dim_v;
@@ -93,9 +93,10 @@ class Pairs {
     __builtin_memcpy(words, from, sizeof(Words));
   }
 
-  // Finds the pairs that a threshold decides, of those who are not extra tokens; whether there are any.
+  // Finds the pairs that a threshold decides, of tokens that are not extra; whether there are any.
   bool find(int64_t block, int64_t other) {
     const uint64_t columns = ~lowest_bits(p_.extra - other * kBlock), rows = ~lowest_bits(p_.extra - block * kBlock);
+    const uint64_t learning = pairs_.learns[block], others_learning = p_.reciprocal ? pairs_.learns[other] : 0;
     uint64_t any = 0;
     if (p_.reciprocal) {
       neighbours(other, block, ahead_), transpose64(ahead_);
@@ -107,8 +108,8 @@ class Pairs {
     }
     for (int64_t r = 0; r < kBlock; ++r) {
       if (p_.reciprocal) kept_[r] = ahead_[r] & behind_[r];
-      ahead_[r] &= pairs_.learns[block] >> r & 1 ? columns : 0;
-      behind_[r] &= rows >> r & 1 ? pairs_.learns[other] : 0;
+      ahead_[r] &= learning >> r & 1 ? columns : 0;
+      behind_[r] &= rows >> r & 1 ? others_learning : 0;
       any |= ahead_[r] | behind_[r];
     }
     if (any == 0) return false;
@@ -147,10 +148,11 @@ class Pairs {
     columns_.take(p_, other * kBlock, smaller(kBlock, p_.n_k - other * kBlock), thresholds);
   }
 
-  // Of a block of tokens; what is not asked for is 0.
+  // Of a block of tokens; of thresholds where they are asked for, the last three with top-k.
   struct Numbers {
-    T lse[kBlock], lse_kept[kBlock], delta[kBlock], kappa[kBlock], q_norm[kBlock], k_norm[kBlock];
     Column<T> log_alpha{0};
+    T lse[kBlock], lse_kept[kBlock], delta[kBlock];
+    T kappa[kBlock], q_norm[kBlock], k_norm[kBlock];
 
     void take(const Problem<T>& p, int64_t first, int64_t count, bool thresholds) {
       const bool queries = p.reciprocal || thresholds, keys = p.reciprocal || !thresholds;
@@ -191,7 +193,9 @@ class Pairs {
   void form(const Words& wanted, const T* rows, const T* tokens, const T* by_columns, int64_t dim, T* x) const {
     if (listed_) {
       for (int64_t from = 0, to; from < count_; from = to) {
-        for (to = from + 1; to < count_ && row_[to] == row_[from];) ++to;
+        bool any = false;
+        for (to = from; to < count_ && row_[to] == row_[from]; ++to) any |= wanted[to / kBlock] >> to % kBlock & 1;
+        if (!any) continue;
         dots(rows + row_[from] * dim, tokens, dim, column_ + from, to - from, x + from);
       }
       return;

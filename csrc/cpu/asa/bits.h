@@ -113,17 +113,6 @@ static void transpose64(uint64_t* x) {
 }
 #endif
 
-// A^T of a block: the queries that have its tokens as adaptive neighbours. Only where N_q = N_k.
-template <class T>
-void neighbors_back(const Problem<T>& p, int64_t block, uint64_t* back) {
-  alignas(64) uint64_t tile[64];
-  for (int64_t j = 0; j < p.blocks_k; ++j) {
-    __builtin_memcpy(tile, p.words_back(block, j), sizeof(tile));
-    transpose64(tile);
-    for (int64_t r = 0; r < kBlock; ++r) back[r * p.blocks_k + j] = tile[r];
-  }
-}
-
 // M of a block of queries.
 template <class T>
 void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
@@ -174,11 +163,13 @@ void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l)
   const int64_t size = p.positions;
   for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
     const int64_t i = block * kBlock + r;
-    for_window(p, i, [&](int64_t token, int64_t o) {
-      const int64_t j = token - p.first_key;
-      if (j < 0 || j >= p.n_k) return;
-      const bool flag = transposed ? p.local[token * size + size - 1 - o] : p.local[i * size + o];
-      l[r * p.blocks_k + j / kBlock] |= static_cast<uint64_t>(flag) << j % kBlock;
+    for_window_rows(p, i, [&](int64_t token, int64_t columns, int64_t o) {
+      const int64_t end = smaller(token + columns, p.first_key + p.n_k), skipped = larger(0, p.first_key - token);
+      for (token += skipped, o += skipped; token < end; ++token, ++o) {
+        const int64_t j = token - p.first_key;
+        const bool flag = transposed ? p.local[token * size + size - 1 - o] : p.local[i * size + o];
+        l[r * p.blocks_k + j / kBlock] |= static_cast<uint64_t>(flag) << j % kBlock;
+      }
     });
   }
 }

@@ -253,6 +253,7 @@ constexpr int64_t kAlphaBytes = 4 * 1024 * 1024;
 template <class T>
 void learn_alpha(const Kernels<T>& kernels, const Problem<T>& p, int64_t threads) {
   const int64_t blocks = parts(p.end - p.begin, kBlock), rows = blocks * kBlock;
+  if (blocks == 0) return;
   const int64_t distances = p.reciprocal ? p.blocks_q / 2 + 1 : p.blocks_k;
   const int64_t fitting = kAlphaBytes / (2 * rows * static_cast<int64_t>(sizeof(T)));
   const int64_t at_a_time = std::clamp<int64_t>(fitting, 1, distances);
@@ -284,7 +285,7 @@ void learn_alpha(const Kernels<T>& kernels, const Problem<T>& p, int64_t threads
         p.dalpha[i] += pairs.ahead[x + i - p.begin] + pairs.behind[x + i - p.begin];
   }
   for (int64_t i = p.begin; i < p.end; ++i)
-    if (p.dalpha[i] != 0) p.dalpha[i] /= -p.alpha[i];
+    if (learns[i / kBlock] >> i % kBlock & 1) p.dalpha[i] /= -p.alpha[i];
 }
 
 // Writes dalpha and dbeta of the rows of a call, where `p` has room for them.

@@ -19,8 +19,8 @@ ASA_INLINE Vec<T> slope_at(const Problem<T>& p, Vec<T> z) {
   return (1 - select<T>(z < 0, -z, z) / p.band) / p.band;
 }
 
-// s[c] = <x, rows[list[c]]>, terms added in the order of scan()'s products: of a pair that is nearly all of its window the
-// difference to the logarithm of the mean is then exact. Writes whole vectors.
+// s[c] = <x, rows[list[c]]>, terms added in the order of scan()'s products: but for AMX, of a pair that is nearly all of its window
+// the difference to the logarithm of the mean is then exact. Writes whole vectors.
 template <class T>
 void dots_in_order(const T* x, const T* rows, int64_t dim, const int32_t* list, int64_t count, T* s) {
   for (int64_t c = 0; c < count; c += kLanes<T>) {
