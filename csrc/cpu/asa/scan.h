@@ -126,7 +126,8 @@ struct Scores {
   }
 
   // A power of two, so that weights exp(s - shift) times it are at most about 1, and equal ones add up without rounding.
-  T factor(int64_t r) const { return T(__builtin_ldexp(1.0, -__builtin_ilogb(sum[r]))); }
+  // 0 for a row without keys or with a score that is NaN.
+  T factor(int64_t r) const { return sum[r] > 0 ? T(__builtin_ldexp(1.0, -__builtin_ilogb(sum[r]))) : T(0); }
 
   Column<T> lse() const {
     Column<T> x(1);
