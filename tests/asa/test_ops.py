@@ -287,6 +287,20 @@ def test_constant_thresholds_cost_no_gradient_of_theirs(impl):
     assert bands.seen == [0.0, 2.0, 2.0, 2.0]
 
 
+def test_exported_thresholds_may_learn_though_those_of_the_example_did_not():
+    class Attend(torch.nn.Module):
+        def forward(self, query, key, value, alpha):
+            return asa_attention(query, key, value, alpha, **STRAIGHT_THROUGH, impl="blocked")
+
+    (*tokens, alpha, _), _ = make(named("plain", grid=(3, 2), batch=1, heads=1), torch.float32)
+    tokens = with_grad(tokens)
+    exported = torch.export.export(Attend(), (*tokens, alpha)).module()
+    alpha.requires_grad_()
+    found, expected = (torch.autograd.grad(f(*tokens, alpha).sum(), alpha) for f in (exported, Attend()))
+    torch.testing.assert_close(found, expected)
+    assert expected[0].any()
+
+
 def test_backward_makes_no_gradients_of_statistics():
     """Autograd would materialise zeros for every output, what is kept included."""
     inputs, options = make(named("plain"))
