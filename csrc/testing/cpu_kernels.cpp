@@ -609,16 +609,26 @@ void check_case(const Case& c, Ways& ways) {
   };
   pack_all(p.k, c.dim, p.k_panels);
   slice_all(p.v, n_k, c.dim_v, p.v_slices = v_slices.data());
-  if (p.is_one_block()) {
-    run(0, 1, kernels.forward_block_bytes(p), [&](Queue&, void* scratch) { kernels.forward_block(p, scratch); });
-  } else {
+  const auto scan_and_aggregate = [&] {
     if (p.scanned())
       run(0, p.blocks_q, kernels.scan_bytes(p), [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
     run(0, parts(n_q, p.q_at_a_time), kernels.aggregate_bytes(p),
         [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
-  }
+  };
+  if (p.is_one_block())
+    run(0, 1, kernels.forward_block_bytes(p), [&](Queue&, void* scratch) { kernels.forward_block(p, scratch); });
+  else
+    scan_and_aggregate();
   ways.begun += c.reciprocal && p.begun ? std::count(p.begun, p.begun + n_q, true) : 0;
   p.begun = nullptr, p.mass = p.squares = nullptr;
+  if (p.thresholded && !p.is_one_block()) {
+    report(name + "out, scores not kept", worst_of(out.data(), x.out.x, x.out_allowed.x));
+    const Memory<T> scores(p.blocks_q * kBlock * kernels.score_stride(p));
+    p.scores = scores.data();
+    for (Memory<T>* const numbers : {&out, &lse, &lse_kept}) numbers->fill(numbers == &out ? n_q * c.dim_v : n_q, T(NAN));
+    scan_and_aggregate();
+    p.scores = nullptr;
+  }
 
   std::vector<int32_t> expected_list, counts;
   std::vector<int64_t> offsets = {0};

@@ -125,27 +125,34 @@ def nearly_dense(removed: str, n: int, dtype: torch.dtype) -> tuple[list, dict]:
     return [x[None, None].to(dtype) for x in (query, key, value, alpha, beta)], {"grid": (1, n), "window": 3}
 
 
+KEPT, BEGUN = 333, 2085  # tokens, of which the scan leaves scores, or begins outputs
+
+
 @pytest.mark.parametrize("beta", [False, slow(True)])
 @pytest.mark.parametrize(
-    "removed",
+    "removed, n",
     [
-        "nothing",
-        "the same keys",
-        "keys of large values",
-        "others in every row",
-        "half of the keys",
-        "most of the mass",
-        "less than half of the mass",
+        slow(removed, n, when=n == BEGUN and removed != "keys of large values")
+        for removed in (
+            "nothing",
+            "the same keys",
+            "keys of large values",
+            "others in every row",
+            "half of the keys",
+            "most of the mass",
+            "less than half of the mass",
+        )
+        for n in (KEPT, BEGUN)
     ],
 )
-def test_outputs_that_the_scan_begins(instruction_set, removed, beta):
-    """What reciprocity removes is subtracted, in whichever way and to the accuracy of a sum over what is left."""
-    inputs, options = nearly_dense(removed, 333, torch.float32)
+def test_nearly_dense(instruction_set, removed, n, beta):
+    """What reciprocity removes is left out, or subtracted to the accuracy of a sum over what is left."""
+    inputs, options = nearly_dense(removed, n, torch.float32)
     if not beta:
         inputs[4] = None
     _, one_way = asa_attention(*inputs, **options, reciprocal=False, impl="cpu", return_stats=True)
     _, mutual = asa_attention(*inputs, **options, impl="cpu", return_stats=True)
-    begun = one_way.survivors > 0.9 * 333
+    begun = one_way.survivors > 0.9 * n
     assert begun.double().mean() > (0.45 if removed == "half of the keys" else 0.7)
     lost = 1 - (mutual.lse_kept - one_way.lse_kept)[begun].exp()
     if removed == "nothing":
@@ -160,9 +167,10 @@ def test_outputs_that_the_scan_begins(instruction_set, removed, beta):
     check_equal_to("reference", [x if x is None else x.double() for x in inputs], options)
 
 
-def test_one_value_that_dwarfs_all_others(instruction_set):
+@pytest.mark.parametrize("n", [KEPT, slow(BEGUN)])
+def test_one_value_that_dwarfs_all_others(instruction_set, n):
     """Nobody keeps it. Beside it, what is subtracted seems as small as what is left, and is a million times larger."""
-    inputs, options = nearly_dense("keys of large values", 333, torch.float32)
+    inputs, options = nearly_dense("keys of large values", n, torch.float32)
     inputs[0][..., 0], inputs[1][..., 0], inputs[1][..., 0, 0] = 5, 0, -200
     inputs[2][..., 0, :] = 1e27
     check_against_reference("cpu", inputs, options)

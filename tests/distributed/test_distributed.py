@@ -108,6 +108,13 @@ def test_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
 
 
+@pytest.mark.parametrize("name", ["one_way", slow("all_dense"), slow("alpha_only")])
+@pytest.mark.parametrize("size", [slow(2), 3])
+def test_a_large_map_equals_one_process(processes, size, name):
+    """So large that no scores are kept; the first two begin outputs in the scan."""
+    check(processes, size, named(name, grid=(44, 48), batch=1, heads=1), torch.float32, impl="cpu")
+
+
 @pytest.mark.parametrize("impl", INTERPRETED)
 @pytest.mark.parametrize(
     "name", ["alpha_only", *map(slow, ("plain", "more_keys", "padding", "beta_only", "dense", "extra"))]

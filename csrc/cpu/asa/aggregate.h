@@ -16,10 +16,10 @@ void finish_row(const Problem<T>& p, int64_t i, const uint64_t* m, int64_t count
   for (int64_t d = 0; d < p.dim_v; ++d) p.out[i * p.dim_v + d] = values[d] * factor;
 }
 
-// One stretch of a row's softmax: scores of survivors, by the bits m, become exp(s - shift), other scores 0, where the
+// One stretch of a row's softmax: `weights` are exp(s - shift) of survivors, by the bits m, and 0 of others, where the
 // shift is the largest score so far. Returns the factor by which earlier sums shrink.
 template <class T>
-T masked_exponentials(T* s, const uint64_t* m, int64_t from, int64_t to, T& shift, T& sum) {
+T masked_exponentials(const T* s, const uint64_t* m, int64_t from, int64_t to, T& shift, T& sum, T* weights) {
   Vec<T> most = splat(T(-kInfinity));
   for (int64_t j = from; j < to; j += kLanes<T>)
     most = maximum(most, choose(lane_bits<T>(m, j), load(s + j - from), splat(T(-kInfinity))));
@@ -29,7 +29,7 @@ T masked_exponentials(T* s, const uint64_t* m, int64_t from, int64_t to, T& shif
   Vec<T> part = {};
   for (int64_t j = from; j < to; j += kLanes<T>) {
     const Vec<T> e = choose(lane_bits<T>(m, j), exponential(load(s + j - from) - finite), Vec<T>{});
-    store(s + j - from, e);
+    store(weights + j - from, e);
     part += e;
   }
   const T factor = shift == before ? T(1) : exponential(splat(T(before - finite)))[0];
@@ -152,7 +152,7 @@ void aggregate_on_tiles(const Problem<T>& p, const Survivors<T>& survivors, cons
         if (x + r < count) {
           const int64_t row = rows[x + r];
           scale_row(s, keys, p.scale, s);
-          const T factor = masked_exponentials(s, survivors.row(p, row), from, from + keys, shift[row], sum[row]);
+          const T factor = masked_exponentials(s, survivors.row(p, row), from, from + keys, shift[row], sum[row], s);
           T* const sums = w.sums + (x + r) * w.dim_v;
           if (factor != 1) scale_row(sums, w.dim_v, factor, sums);
         }
@@ -254,6 +254,17 @@ void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t*
   for (int64_t r = 0; r < rows; ++r) changes[r].removed = numbers[r];
 }
 
+// The scores of row i that scan() left, from key `first` on.
+template <class T>
+const T* kept_scores(const Problem<T>& p, int64_t i, int64_t first = 0) {
+  return p.scores + (i - p.begin) * score_stride(p) + first;
+}
+
+template <class T>
+void pick_scores(const T* row, const int32_t* list, int64_t count, T* s, int64_t stride) {
+  for (int64_t c = 0; c < count; ++c) s[c * stride] = row[list[c]];
+}
+
 template <class T>
 void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
   Arena arena(scratch);
@@ -292,13 +303,22 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       words += Survivors<T>::members_room(count);
     });
     const auto is_shared = [&](int64_t r) { return survivors.kind[r / kRows] == Kind::shared; };
-    lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), [&](int64_t r, int64_t from, int64_t to) {
+    const auto form_scores = [&](int64_t r, int64_t from, int64_t to) {
       const int32_t* const list = lists.list[r] + from;
       if (is_shared(r))
         shared_dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from * kRows);
       else
         dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from);
-    });
+    };
+    if (p.scores == nullptr)
+      lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), form_scores);
+    else
+      for (int64_t r = 0; r < survivors.rows; ++r) {
+        const int64_t side_by_side = is_shared(r) ? kRows : 1;
+        for (int64_t x = 0; x < smaller(side_by_side, survivors.rows - r); ++x)
+          pick_scores(kept_scores(p, survivors.first + r + x), lists.list[r], lists.count[r], s + offset[r] + x,
+                      side_by_side);
+      }
     survivors.for_each(Kind::listed, [&](int64_t first, int64_t rows) {
       for (int64_t r = first; r < first + rows; ++r)
         if (survivors.corrected[r / kRows])
@@ -359,12 +379,13 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>,
                     to = smaller(p.n_k, end * kPanel<T>);
       for_whole([&](int64_t first, int64_t rows) {
-        for (int64_t x = begin; x < end; ++x)
+        for (int64_t x = begin; p.scores == nullptr && x < end; ++x)
           scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.n_k - x * kPanel<T>, p.dim,
                  w.whole + (x - begin) * kPanel<T>, stride);
         for (int64_t r = first; r < first + rows; ++r) {
           T* const row = w.whole + (r - first) * stride;
-          const T factor = masked_exponentials(row, survivors.row(p, r), from, to, shift[r], sum[r]);
+          const T* const scores_of_row = p.scores ? kept_scores(p, survivors.first + r, from) : row;
+          const T factor = masked_exponentials(scores_of_row, survivors.row(p, r), from, to, shift[r], sum[r], row);
           if (factor != 1) scale_row(sums + r * p.dim_v, p.dim_v, factor, sums + r * p.dim_v);
         }
         add_product<Left::by_row>(w.whole, stride, Sliced<T>{p.v_slices, p.n_k, from}, to - from, p.dim_v,
@@ -474,7 +495,7 @@ void forward_block(const Problem<T>& p, void* scratch) {
   Arena arena(scratch);
   const BlockScratch<T> w(arena, p);
   const TilesOf<T> tiles(p);
-  Scores<T> scores{p, w.scan, 0, p.n_q, {}, {}};
+  Scores<T> scores{p, w.scan, 0, p.n_q};
   int64_t neighbours[kBlock / kRows];
   scores.form();
   if (p.scanned()) find_neighbours(scores, neighbours);
@@ -498,8 +519,7 @@ void forward_block(const Problem<T>& p, void* scratch) {
     sum[r] = sum_of<T>(part);
     if (!is_near(scores, r, sum[r])) {
       shift[r] = -kInfinity, sum[r] = 0;
-      masked_exponentials(scores.row(r), w.m + r, 0, p.n_k, shift[r], sum[r]);
-      __builtin_memcpy(weights, scores.row(r), kBlock * sizeof(T));
+      masked_exponentials(scores.row(r), w.m + r, 0, p.n_k, shift[r], sum[r], weights);
     }
     if (count[r] > 0) log_sum[r] = sum[r];
   }

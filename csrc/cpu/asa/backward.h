@@ -76,7 +76,7 @@ void masked_probabilities(const Problem<T>& p, int64_t i, const uint64_t* m, boo
     return;
   }
   T shift = -kInfinity, sum = 0;
-  masked_exponentials(s, m, 0, p.n_k, shift, sum);
+  masked_exponentials(s, m, 0, p.n_k, shift, sum, s);
   const T factor = any ? 1 / sum : T(0);
   scale_row(s, p.n_k, factor, s);
   note_softmax(p, i, shift == T(-kInfinity) ? T(0) : shift, factor);

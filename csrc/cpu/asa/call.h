@@ -94,6 +94,8 @@ class Tokens {
   Workspace::Piece<T> copy_;
 };
 
+constexpr int64_t kKeptScores = 16 * 1024 * 1024;  // bytes of scores that a forward keeps, for one head
+
 // Room for rows that the kernels write: in the tensor, or, if it holds other numbers or sums of them, beside it.
 template <class T>
 class Written {
@@ -201,6 +203,15 @@ struct Call {
   // Fewer than kMostRows where threads would have nothing to do.
   static int64_t at_a_time(int64_t blocks, int64_t threads) {
     return blocks >= 16 * threads ? kMostRows : blocks >= 8 * threads ? kMostRows / 2 : kBlock;
+  }
+
+  // Whether a forward leaves scores to its second pass: small ones, which stay in the caches. AMX forms them faster than
+  // memory gives them.
+  bool keeps_scores() const {
+    const bool on_amx = uses_amx() && size_of(type_of(x.query)) == 2;
+    const int64_t size = x.type() == ScalarType::Double ? 8 : 4;
+    return x.has_neighbours() && std::max(x.n_q(), x.n_k()) > kBlock && !on_amx &&
+           x.n_q() * x.n_k() * size <= kKeptScores;
   }
 
   int64_t words() const { return parts(rows.end - rows.begin, kBlock) * parts(x.n_k(), kBlock) * kBlock; }  // of bits

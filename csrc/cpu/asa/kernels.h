@@ -59,6 +59,7 @@ constexpr Kernels<T> kernels() {
           all_finite<T>,
           find_sizes<T>,
           find_nan<T>,
+          score_stride<T>,
           scan_bytes<T>,
           scan<T>,
           aggregate_bytes<T>,

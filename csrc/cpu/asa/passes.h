@@ -7,11 +7,15 @@
 
 namespace asa_ops::cpu {
 
-// The outputs that scan() begins, row by row: whether it did, what Problem says of the sum, and the sum.
+// What scan() leaves to aggregate() of a row: whether it began the output, what Problem says of the sum, and the sum; or, in
+// a problem that keeps them, 0 and the scores.
 constexpr int64_t kBegunNumbers = 5;
 
-// Which passes of a forward run. One that runs alone leaves, or finds, in `begun` the outputs that scan() begins,
-// [rows][kBegunNumbers + dim_v].
+inline int64_t begun_width(const Call& call) {
+  return call.keeps_scores() ? 1 + call.x.n_k() : kBegunNumbers + padded(call.x.dim_v());
+}
+
+// Which passes of a forward run. One that runs alone leaves this, or finds it, in `begun`, [rows][begun_width()].
 template <class T>
 struct Passes {
   bool scan = true, aggregate = true;
@@ -37,6 +41,20 @@ void read_begun(const Problem<T>& p, const T* from) {
   }
 }
 
+template <class T>
+void write_scores(const Problem<T>& p, int64_t stride, T* to) {
+  for (const T* row = p.scores; row < p.scores + (p.end - p.begin) * stride; row += stride) {
+    *to++ = 0;
+    to = std::copy_n(row, p.n_k, to);
+  }
+}
+
+template <class T>
+void read_scores(const Problem<T>& p, int64_t stride, const T* from) {
+  for (T* row = p.scores; row < p.scores + (p.end - p.begin) * stride; row += stride, from += 1 + p.n_k)
+    std::copy_n(from + 1, p.n_k, row);
+}
+
 // Runs passes of a forward for some rows of a head. `p` says where to write, but for the output; without p.keeps what a
 // backward would read goes to scratch.
 template <class T>
@@ -51,7 +69,9 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   if (out) written.emplace(kernels, call.tokens(*out, i), rows, workspace);
   const auto kept = workspace.add<char>(p.keeps ? 0 : call.kept.bytes);
   const bool one_block = p.is_one_block();
-  const bool begins = p.thresholded && !one_block;
+  const bool keeps_scores = call.keeps_scores(), begins = p.thresholded && !one_block && !keeps_scores;
+  const int64_t stride = kernels.score_stride(p);
+  const auto scores = workspace.add<T>(keeps_scores ? parts(rows, kBlock) * kBlock * stride : 0);
   const auto sums = workspace.add<T>(out ? 0 : rows * p.dim_v);
   const int64_t begun_rows = begins ? rows : 0;
   const auto begun = workspace.add<bool>(begun_rows);
@@ -86,12 +106,17 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
     else
       read_begun(p, passes.begun);
   }
+  if (keeps_scores) {
+    p.scores = scores.get(workspace);
+    if (!passes.scan) read_scores(p, stride, passes.begun);
+  }
   p.k_panels = k_panels.pack(p.k, workspace), p.v_slices = v_slices.pack(p.v, workspace);
   p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
   if (one_block) return kernels.forward_block(p, workspace.share(0)), written->finish(workspace);
   if (passes.scan && p.scanned())
     run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
         [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
+  if (keeps_scores && !passes.aggregate) write_scores(p, stride, passes.begun);
   if (begins && !passes.aggregate) write_begun(p, passes.begun);
   if (!passes.aggregate) return;
   run({0, parts(rows, p.q_at_a_time)}, workspace,

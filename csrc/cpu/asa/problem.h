@@ -72,6 +72,9 @@ struct Problem {
   bool* begun;  // [n_q]
   T *shift, *factor, *mass, *squares;
   T* sizes;  // [n_k]
+  // Of small problems, the scores of the rows from `begin` on, which scan() leaves to aggregate(), as many numbers apart as
+  // Kernels::score_stride says; null: they are formed again.
+  T* scores;
   // If thresholded, [blocks of rows][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c
   // as adaptive neighbour.
   uint64_t* bits;
@@ -166,6 +169,7 @@ struct Kernels {
   void (*find_sizes)(const T* x, int64_t n, int64_t dim, T* sizes);  // of begun rows, above
   bool (*find_nan)(const Rows&, int64_t begin, int64_t end, bool* nan_rows);
 
+  int64_t (*score_stride)(const Problem<T>&);
   int64_t (*scan_bytes)(const Problem<T>&);
   void (*scan)(const Problem<T>&, Queue&, void* scratch);
   int64_t (*aggregate_bytes)(const Problem<T>&);

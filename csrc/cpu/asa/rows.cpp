@@ -56,8 +56,6 @@ bool* local_of_head(const Tensor& x, int64_t i, int64_t first) {
 
 int64_t begun_rows(const Call& call) { return call.x.has_neighbours() ? call.rows.end - call.rows.begin : 0; }
 
-int64_t begun_width(const Arguments& x) { return kBegunNumbers + padded(x.dim_v()); }
-
 template <class T>
 T* begun_of_head(const Tensor& begun, int64_t i) {
   return data<T>(begun, i * begun.size(2) * begun.size(3));
@@ -139,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Te
   const Tensor lse =
       torch::stable::new_empty(query, {x.batch(), x.heads(), call.rows.end - call.rows.begin}, x.statistics());
   const Tensor begun =
-      torch::stable::new_empty(query, {x.batch(), x.heads(), begun_rows(call), begun_width(x)}, x.statistics());
+      torch::stable::new_empty(query, {x.batch(), x.heads(), begun_rows(call), begun_width(call)}, x.statistics());
   by_type(call, [&](auto number) {
     using T = decltype(number);
     for_heads(x.n_heads(), [&](int64_t i, int64_t threads) {
@@ -164,7 +162,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor va
   const Found found{bits, kappa, log_mean, local};
   found.check(call, back);
   given.check_statistic(lse, "lse", given.n());
-  check_contiguous(begun, "begun", query, x.statistics(), {x.batch(), x.heads(), begun_rows(call), begun_width(x)});
+  check_contiguous(begun, "begun", query, x.statistics(), {x.batch(), x.heads(), begun_rows(call), begun_width(call)});
   const auto make = [&](std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(query, shape, type);
   };

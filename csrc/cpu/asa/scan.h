@@ -51,6 +51,18 @@ Column<T> log_multipliers(const Problem<T>& p, int64_t first, int64_t rows) {
   return x;
 }
 
+// How many keys make a panel.
+template <class T>
+int64_t panel_width(const Problem<T>& p) {
+  return on_tiles(p) ? kSquare : kPanel<T>;
+}
+
+// From one row of scores to the next; rows reach to the end of a panel and of a block.
+template <class T>
+int64_t score_stride(const Problem<T>& p) {
+  return rounded_up(rounded_up(p.n_k, panel_width(p)), kBlock) + kPad;
+}
+
 // Some rows whose scores are in the cache.
 template <class T>
 struct ScanScratch {
@@ -61,9 +73,9 @@ struct ScanScratch {
 
   ScanScratch(Arena& arena, const Problem<T>& p) {
     const bool tiles = on_tiles(p);
-    width = tiles ? kSquare : kPanel<T>;
+    width = panel_width(p);
     panels = (p.n_k + width - 1) / width;
-    stride = rounded_up(panels * width, kBlock) + kPad;
+    stride = score_stride(p);
     const int64_t fitting = kScoreBytes / (stride * static_cast<int64_t>(sizeof(T))) / kRows * kRows;
     at_a_time = tiles ? kBlock : smaller(kBlock, larger(kFewest, fitting));
     keys = smaller(kValues, rounded_up(p.n_k, kBlock));
@@ -97,10 +109,11 @@ struct Scores {
   const Problem<T>& p;
   const ScanScratch<T>& w;
   int64_t first, rows;
-  T shift[kBlock];
-  double sum[kBlock];
+  T* const s = p.scores ? p.scores + (first - p.begin) * w.stride : w.s;
+  T shift[kBlock] = {};
+  double sum[kBlock] = {};
 
-  T* row(int64_t r) const { return w.s + r * w.stride; }
+  T* row(int64_t r) const { return s + r * w.stride; }
   T* exponentials_of(int64_t r) const { return w.e + r * w.stride; }
 
   void form() {
@@ -391,7 +404,7 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
   for (int64_t block; queue.take(block);) {
     const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
     for (int64_t from = 0; from < rows; from += w.at_a_time) {
-      Scores<T> scores{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from), {}, {}};
+      Scores<T> scores{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from)};
       int64_t neighbours[kBlock / kRows];
       scores.form();
       find_neighbours(scores, neighbours);
