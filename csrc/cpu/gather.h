@@ -1,5 +1,4 @@
-// Products with a list of rows, where few pairs survive. Rows are read where they lie; their length is a multiple of
-// kPad.
+// Products with a list of rows, where few pairs survive. Rows are read where they lie; their length is padded.
 
 template <class T>
 ASA_INLINE void four_dots(const T* x, const T* rows, int64_t dim, const int32_t* list, T* s) {

@@ -20,17 +20,17 @@ constexpr int64_t panel_size(int64_t dim) {
   return kPanel<T> * dim;
 }
 
-// panel[d][kPanel] = x[row][d] for row < rows, 0 for the missing ones; the dim is a multiple of kPad.
+// panel[d][kPanel] = x[row][d] for row < rows, 0 for the missing ones; the dim is padded.
 template <class T>
 static void pack_panel(const T* x, int64_t rows, int64_t dim, T* panel) {
-#if defined(ASA_AVX512)
+#if defined(ASA_AVX512) || defined(ASA_AVX2)
   constexpr int64_t kSide = kLanes<T>;
   for (int64_t first = 0; first < kPanel<T>; first += kSide)
     for (int64_t d = 0; d < dim; d += kSide) {
       Vec<T> y[kSide];
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kSide; ++r) y[r] = first + r < rows ? load(x + (first + r) * dim + d) : Vec<T>{};
-      transpose<T>(y);
+      transpose(y);
 #pragma GCC unroll 16
       for (int64_t r = 0; r < kSide; ++r) store(panel + (d + r) * kPanel<T> + first, y[r]);
     }

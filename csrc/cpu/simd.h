@@ -225,8 +225,9 @@ struct Exchanges {
 template <class T>
 constexpr Exchanges<T> kExchanges;
 
-template <class T>
-ASA_INLINE void transpose(Vec<T>* x) {
+template <class V>
+ASA_INLINE void transpose(V* x) {
+  using T = std::decay_t<decltype(x[0][0])>;
   constexpr int kCount = kLanes<T>;
 #pragma GCC unroll 4
   for (int i = 0; 1 << i < kCount; ++i) {
@@ -240,6 +241,33 @@ ASA_INLINE void transpose(Vec<T>* x) {
       x[r + (1 << i)] = lanes_of_two(a, second, b);
     }
   }
+}
+#elif defined(ASA_AVX2)
+ASA_INLINE void transpose(Vec<float>* x) {
+  __m256 pairs[8], fours[8];  // of numbers that belong to one vector, in each half
+#pragma GCC unroll 4
+  for (int r = 0; r < 8; r += 2) {
+    pairs[r] = _mm256_unpacklo_ps(x[r], x[r + 1]);
+    pairs[r + 1] = _mm256_unpackhi_ps(x[r], x[r + 1]);
+  }
+#pragma GCC unroll 2
+  for (int r = 0; r < 8; r += 4)
+#pragma GCC unroll 2
+    for (int i = 0; i < 2; ++i) {
+      fours[r + 2 * i] = _mm256_shuffle_ps(pairs[r + i], pairs[r + 2 + i], _MM_SHUFFLE(1, 0, 1, 0));
+      fours[r + 2 * i + 1] = _mm256_shuffle_ps(pairs[r + i], pairs[r + 2 + i], _MM_SHUFFLE(3, 2, 3, 2));
+    }
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    x[r] = _mm256_permute2f128_ps(fours[r], fours[r + 4], 0x20);
+    x[r + 4] = _mm256_permute2f128_ps(fours[r], fours[r + 4], 0x31);
+  }
+}
+ASA_INLINE void transpose(Vec<double>* x) {
+  const __m256d a = _mm256_unpacklo_pd(x[0], x[1]), b = _mm256_unpackhi_pd(x[0], x[1]);
+  const __m256d c = _mm256_unpacklo_pd(x[2], x[3]), d = _mm256_unpackhi_pd(x[2], x[3]);
+  x[0] = _mm256_permute2f128_pd(a, c, 0x20), x[1] = _mm256_permute2f128_pd(b, d, 0x20);
+  x[2] = _mm256_permute2f128_pd(a, c, 0x31), x[3] = _mm256_permute2f128_pd(b, d, 0x31);
 }
 #endif
 

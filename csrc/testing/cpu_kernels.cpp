@@ -237,6 +237,7 @@ void check_transpose() {
 struct Case {
   const char* name = "";
   int64_t n_q = 0, n_k = 0, dim = 0, dim_v = 0;
+  bool in_vectors = false;  // head dims, of float32
   double share = 0;
   bool reciprocal = false;
   int64_t topk = 0, height = 0, width = 0, window = 0;
@@ -551,14 +552,15 @@ double worst_of(const T* x, const std::vector<double>& expected, const std::vect
 }
 
 template <class T>
-void check_case(const Case& c, Ways& ways) {
+void check_case(Case c, Ways& ways) {
+  const Kernels<T> kernels = ASA_ISA::kernels<T>();
+  if (c.in_vectors) c.dim *= kernels.pad, c.dim_v *= kernels.pad;
   uint64_t seed = 1;
   auto example = std::make_unique<Example<T>>(c, seed);
   while (!example->is_clear() && seed < 30) example = std::make_unique<Example<T>>(c, ++seed);
   const Example<T>& x = *example;
   const std::string name = std::string(c.name) + ", " + name_of<T> + ", ";
   if (!x.is_clear()) return require(name + "scores apart from thresholds", false);
-  const Kernels<T> kernels = ASA_ISA::kernels<T>();
   const int64_t n_q = c.n_q, n_k = c.n_k;
   const auto parts = [](int64_t n, int64_t size) { return (n + size - 1) / size; };
 
@@ -625,7 +627,8 @@ void check_case(const Case& c, Ways& ways) {
     report(name + "out, scores not kept", worst_of(out.data(), x.out.x, x.out_allowed.x));
     const Memory<T> scores(p.blocks_q * kBlock * kernels.score_stride(p));
     p.scores = scores.data();
-    for (Memory<T>* const numbers : {&out, &lse, &lse_kept}) numbers->fill(numbers == &out ? n_q * c.dim_v : n_q, T(NAN));
+    for (Memory<T>* const numbers : {&out, &lse, &lse_kept})
+      numbers->fill(numbers == &out ? n_q * c.dim_v : n_q, T(NAN));
     scan_and_aggregate();
     p.scores = nullptr;
   }
@@ -817,6 +820,25 @@ const Case kCases[] = {
      .share = 0.98,
      .reciprocal = true,
      .shy = 6},
+    {.name = "three vectors and five",
+     .n_q = 130,
+     .n_k = 130,
+     .dim = 3,
+     .dim_v = 5,
+     .in_vectors = true,
+     .share = 0.3,
+     .reciprocal = true,
+     .height = 13,
+     .width = 10,
+     .window = 3},
+    {.name = "one vector of most keys",
+     .n_q = 140,
+     .n_k = 140,
+     .dim = 1,
+     .dim_v = 1,
+     .in_vectors = true,
+     .share = 0.95,
+     .reciprocal = true},
     {.name = "local window alone", .n_q = 99, .n_k = 99, .dim = 16, .dim_v = 16, .height = 11, .width = 9, .window = 3},
     {.name = "padding",
      .n_q = 137,

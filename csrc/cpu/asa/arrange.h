@@ -109,7 +109,7 @@ bool all_finite(const T* x, int64_t count) {
   return sum_of<T>(sum) == 0;
 }
 
-// The largest magnitude in each row, relative to that in all, and 0 up to a multiple of kBlock; the dim is one of kPad.
+// The largest magnitude in each row, relative to that in all, and 0 up to a multiple of kBlock; the dim is padded.
 template <class T>
 void find_sizes(const T* x, int64_t n, int64_t dim, T* sizes) {
   T largest = 0;

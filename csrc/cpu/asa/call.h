@@ -26,7 +26,10 @@ const Kernels<T>& table() {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-inline int64_t padded(int64_t dim) { return parts(dim, kPad) * kPad; }
+inline int64_t padded(int64_t dim) {  // of either type
+  const int64_t pad = table<float>().pad;
+  return parts(dim, pad) * pad;
+}
 
 inline Type type_of(const Tensor& x) {
   switch (x.scalar_type()) {
@@ -60,7 +63,7 @@ void for_rows(int64_t n, const Workspace& workspace, const F& f) {
   });
 }
 
-// Rows of one head as the kernels take them: contiguous numbers T, as many as a multiple of kPad each. Where those of
+// Rows of one head as the kernels take them: contiguous numbers T, of a padded head dim. Where those of
 // the tensor are not, they are read into memory of the workspace.
 template <class T>
 class Tokens {

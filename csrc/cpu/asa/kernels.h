@@ -48,7 +48,8 @@ namespace {
 
 template <class T>
 constexpr Kernels<T> kernels() {
-  return {panels_of<T>,
+  return {kLanes<float>,
+          panels_of<T>,
           panel_size<T>,
           pack_panels<T>,
           pack_slices<T>,

@@ -9,7 +9,7 @@ namespace asa_ops::cpu {
 constexpr int64_t kBlock = 64;  // the bits of a word
 constexpr int64_t kMostRows = 4 * kBlock;  // taken at a time, which share what the cache holds of the other side
 constexpr double kLeastMultiplier = 0x1p-100;  // see asa_ops/asa/types.py
-constexpr int64_t kPad = 16;  // head dims are multiples of this, padded with zeros
+constexpr int64_t kPad = 16;  // as many numbers as a vector of any instruction set has at most
 
 // AMX multiplies 32 rows and columns at a time, over steps of 32 terms; tiles.h describes how factors lie.
 constexpr int64_t kSquare = 32, kTileNumbers = 16 * kSquare;
@@ -156,6 +156,7 @@ struct Queue {
 // that the function named *_bytes returns.
 template <class T>
 struct Kernels {
+  int64_t pad;  // head dims are multiples of this, padded with zeros
   int64_t (*panels)(int64_t n);  // how many panels n keys make
   int64_t (*panel_size)(int64_t dim);  // numbers in one
   void (*pack_panels)(const T* x, int64_t n, int64_t dim, T* panels, Queue&);  // one at a time
