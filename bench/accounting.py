@@ -22,6 +22,7 @@ from .record import Case
 BLOCK = 64  # side of a tile of pairs: 8 x 8 pixels, or 4 x 4 x 4
 STRIP = 8  # rows that impl="cpu" takes together
 BEGUN = 0.9  # density from which it multiplies strips while it scans them, if mutual, about: it counts neighbours
+KEPT = 2048  # tokens up to which it keeps the scores of float32
 CHUNK = 2**24  # pairs looked at at a time
 
 
@@ -102,13 +103,15 @@ def strips(counts: Tensor, n: int) -> float:
     return sum(rows * n if 4 * kept > STRIP * n else kept for rows, kept in sums)
 
 
-def units(impl: str, backward: bool, sparsity: Sparsity, dim: int = 64, half: bool = False) -> float:
+def units(
+    impl: str, backward: bool, sparsity: Sparsity, tokens: float = math.inf, dim: int = 64, half: bool = False
+) -> float:
     """Return the units that an implementation computes in a call, with its backward or without.
 
     As ``asa_ops/asa/__init__.py`` states them, for reciprocal attention where query is not key.
     """
     if impl == "cpu":
-        forward = 2 if sparsity.density < BEGUN else 1  # in scores that the first pass left
+        forward = 2 if sparsity.density < BEGUN and tokens > KEPT else 1  # in scores that the first pass left
         return 1 + (forward + 5 * backward) * sparsity.strips
     if impl in ("triton", "cuda", "hopper"):
         dkv = impl == "hopper" or (impl == "triton" and dim <= 128)  # in one kernel, which forms scores once
@@ -127,7 +130,8 @@ def operations_of(case: Case, method: str) -> float | None:
         return None  # of how many pairs either is a neighbour of the other is not known
     if impl is None or set(case.sparsity) != set(Sparsity._fields):
         return case.methods[method].flops
-    number = units(impl, case.mode == "fwd+bwd", Sparsity(**case.sparsity), case.dim, half=case.dtype != "float32")
+    half = case.dtype != "float32"
+    number = units(impl, case.mode == "fwd+bwd", Sparsity(**case.sparsity), case.tokens, case.dim, half)
     return number * operations_of_a_unit(case)
 
 
