@@ -205,6 +205,7 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace, specs: l
         if not found:
             parser.error("; ".join(f"--impl {impl}: {reason}" for impl, reason in why_not.items()))
     environment = measure.environment(options.device)
+    results = Record(environment, {}, [])
     if options.add and options.out and options.out.exists():
         try:
             results = record.read(options.out)
@@ -218,8 +219,10 @@ def start(parser: argparse.ArgumentParser, options: argparse.Namespace, specs: l
             parser.error(f"--add: {options.out} is of {', '.join(sorted(others))}, got --dtype {options.dtype}")
         commits = [*str(results.environment.get("commit")).split(", "), str(environment["commit"])]
         results.environment = environment | {"commit": ", ".join(dict.fromkeys(commits))}
-        return results
-    return Record(environment, measure.ceilings(options.device, getattr(torch, options.dtype)), [])
+    # The machine may have been slow when they were measured before.
+    for name, value in measure.ceilings(options.device, getattr(torch, options.dtype)).items():
+        results.ceilings[name] = max(value, results.ceilings.get(name, 0))
+    return results
 
 
 def arguments() -> argparse.ArgumentParser:

@@ -96,10 +96,12 @@ def test_dtypes_and_implementations(tmp_path, capsys, quick):
     quick(*small, "--impl", "blocked", "cpu", "--inputs", "iid", "--peers", "--batch", "2")
     results = record.read(out)
     results.environment["commit"] = "an earlier one"
+    results.ceilings["copy GB/s"] = 20.0
     results.write(out)
     quick(*cross)
     results = record.read(out)
     assert results.environment["commit"] == f"an earlier one, {measure.commit()}"
+    assert results.ceilings == {"torch.mm GFLOP/s": 100.0, "copy GB/s": 20.0}
     asa, cross = results.cases
     assert cross.ours == ["asa_ops reference", "asa_ops cpu"] and asa.ours == ["asa blocked", "asa cpu"]
     page = report.render(results)
