@@ -15,7 +15,9 @@ from asa_ops.asa.types import Inputs, Options, Saved
 
 @dataclass(frozen=True)
 class Case:
-    """A call of asa_attention. Thresholds: "spread" around 1, "heads" (one per head), "zero", "inf", or None."""
+    """A call of asa_attention. Thresholds: "spread" around 1, "heads" (one per head), "zero", "inf", "mixed", "halves",
+    or None.
+    """
 
     name: str
     grid: tuple[int, ...] = (9, 7)
@@ -99,6 +101,8 @@ def threshold(kind: str | None, case: Case, dtype: torch.dtype, generator) -> Te
         choice = torch.rand(shape, generator=generator)
         x[choice < 0.2] = 0
         x[choice > 0.8] = torch.inf
+    elif kind == "halves":  # the first rows keep nobody, the others everybody
+        x.zero_()[..., : case.n // 2] = torch.inf
     return x.to(dtype)
 
 

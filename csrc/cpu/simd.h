@@ -198,8 +198,8 @@ ASA_INLINE T sum_of(Vec<T> x) {
   return sum_of_lanes(x);
 }
 
+// transpose() of as many vectors as each has lanes.
 #if defined(ASA_AVX512)
-// Transposes as many vectors as each has lanes.
 ASA_INLINE Vec<float> lanes_of_two(Vec<float> a, Ints<float> index, Vec<float> b) {
   return _mm512_permutex2var_ps(a, reinterpret_cast<__m512i>(index), b);
 }

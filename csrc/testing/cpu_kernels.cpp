@@ -611,55 +611,75 @@ void check_case(Case c, Ways& ways) {
   };
   pack_all(p.k, c.dim, p.k_panels);
   slice_all(p.v, n_k, c.dim_v, p.v_slices = v_slices.data());
-  const auto scan_and_aggregate = [&] {
-    if (p.scanned())
-      run(0, p.blocks_q, kernels.scan_bytes(p), [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
+  const auto pass_of_rows = [&](const auto& pass) {
+    run(0, p.blocks_q, kernels.scan_bytes(p), [&](Queue& queue, void* scratch) { pass(p, queue, scratch); });
+  };
+  const auto aggregate = [&] {
     run(0, parts(n_q, p.q_at_a_time), kernels.aggregate_bytes(p),
         [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
   };
-  if (p.is_one_block())
-    run(0, 1, kernels.forward_block_bytes(p), [&](Queue&, void* scratch) { kernels.forward_block(p, scratch); });
-  else
-    scan_and_aggregate();
-  ways.begun += c.reciprocal && p.begun ? std::count(p.begun, p.begun + n_q, true) : 0;
-  p.begun = nullptr, p.mass = p.squares = nullptr;
-  if (p.thresholded && !p.is_one_block()) {
-    report(name + "out, scores not kept", worst_of(out.data(), x.out.x, x.out_allowed.x));
-    const Memory<T> scores(p.blocks_q * kBlock * kernels.score_stride(p));
-    p.scores = scores.data();
-    for (Memory<T>* const numbers : {&out, &lse, &lse_kept})
-      numbers->fill(numbers == &out ? n_q * c.dim_v : n_q, T(NAN));
-    scan_and_aggregate();
-    p.scores = nullptr;
-  }
-
   std::vector<int32_t> expected_list, counts;
   std::vector<int64_t> offsets = {0};
-  double worst_lse = 0;
   for (int64_t i = 0; i < n_q; ++i) {
     for (int64_t j = 0; j < n_k; ++j)
       if (x.kept[i][j]) expected_list.push_back(static_cast<int32_t>(j));
     offsets.push_back(expected_list.size()), counts.push_back(static_cast<int32_t>(offsets[i + 1] - offsets[i]));
-    double mass_allowed = x.weight_error;  // of what was begun and is subtracted again
-    for (int64_t j = 0; j < n_k; ++j)
-      if (counts[i] && x.neighbour[i][j]) mass_allowed += x.weight_error * std::exp(x.s(i, j) - x.lse_kept[i]);
-    const double all = p.scanned() || !x.is_query(i) ? x.lse[i] : x.lse_kept[i];
-    worst_lse = worse(worst_lse, error_of(lse[i], all, x.weight_error));
-    worst_lse = worse(worst_lse, error_of(lse_kept[i], x.lse_kept[i], mass_allowed));
-    if (c.window) worst_lse = worse(worst_lse, error_of(log_mean[i], x.log_mean[i], x.weight_error));
-    if (c.topk && x.is_query(i)) worst_lse = worse(worst_lse, error_of(kappa[i], x.kappa[i], x.score_error));
   }
-  const bool same_counts = std::equal(counts.begin(), counts.end(), survivors.data());
-  Memory<int32_t> list(expected_list.size());
-  bool same_list = same_counts &&
-                   run(0, parts(n_q, p.q_at_a_time), kernels.list_survivors_bytes(p), [&](Queue& queue, void* scratch) {
-                     kernels.list_survivors(p, offsets.data(), list.data(), queue, scratch);
-                   });
-  same_list = same_list && std::equal(expected_list.begin(), expected_list.end(), list.data());
-  require(name + "survivors", same_list);
-  report(name + "statistics", worst_lse);
-  report(name + "out", worst_of(out.data(), x.out.x, x.out_allowed.x));
-  if (!same_counts) return;
+  const auto check_forward = [&](const std::string& name, bool may_begin) {
+    double worst = 0;
+    for (int64_t i = 0; i < n_q; ++i) {
+      double mass_allowed = x.weight_error;  // of what was begun and is subtracted again
+      for (int64_t j = 0; j < n_k; ++j)
+        if (counts[i] && may_begin && x.neighbour[i][j])
+          mass_allowed += x.weight_error * std::exp(x.s(i, j) - x.lse_kept[i]);
+      const double all = p.scanned() || !x.is_query(i) ? x.lse[i] : x.lse_kept[i];
+      worst = worse(worst, error_of(lse[i], all, x.weight_error));
+      worst = worse(worst, error_of(lse_kept[i], x.lse_kept[i], mass_allowed));
+      if (c.window) worst = worse(worst, error_of(log_mean[i], x.log_mean[i], x.weight_error));
+      if (c.topk && x.is_query(i)) worst = worse(worst, error_of(kappa[i], x.kappa[i], x.score_error));
+    }
+    const bool same_counts = std::equal(counts.begin(), counts.end(), survivors.data());
+    const Memory<int32_t> list(expected_list.size());
+    const bool same_list = same_counts &&
+                           run(0, parts(n_q, p.q_at_a_time), kernels.list_survivors_bytes(p),
+                               [&](Queue& queue, void* scratch) {
+                                 kernels.list_survivors(p, offsets.data(), list.data(), queue, scratch);
+                               }) &&
+                           std::equal(expected_list.begin(), expected_list.end(), list.data());
+    require(name + "survivors", same_list);
+    report(name + "statistics", worst);
+    report(name + "out", worst_of(out.data(), x.out.x, x.out_allowed.x));
+    return same_counts;
+  };
+  if (p.is_one_block()) {
+    run(0, 1, kernels.forward_block_bytes(p), [&](Queue&, void* scratch) { kernels.forward_block(p, scratch); });
+  } else {
+    if (p.scanned()) pass_of_rows(kernels.scan);
+    aggregate();
+  }
+  ways.begun += c.reciprocal && p.begun ? std::count(p.begun, p.begun + n_q, true) : 0;
+  p.begun = nullptr, p.mass = p.squares = nullptr;
+  if (!check_forward(name, true)) return;
+  if (p.thresholded && !p.is_one_block()) {
+    for (Memory<T>* const numbers : {&lse, &lse_kept, &kappa, &log_mean}) numbers->fill(n_q, T(NAN));
+    out.fill(n_q * c.dim_v, T(NAN));
+    survivors.fill(n_q, -1);
+    bits.fill(p.blocks_q * p.blocks_k * kBlock, ~uint64_t{0});
+    local.fill(n_q * x.positions(), true);
+    const int64_t room = p.blocks_q * kBlock * kernels.score_stride(p);
+    Memory<T> scores(room);
+    p.keeps_scores = true, p.scores = scores.data();
+    pass_of_rows(kernels.scan);
+    aggregate();
+    check_forward(name + "kept scores, ", false);
+    const std::vector<T> before(out.data(), out.data() + n_q * c.dim_v);
+    scores.fill(room, T(NAN));
+    pass_of_rows(kernels.form_scores);
+    aggregate();
+    require(name + "scores formed by themselves",
+            std::memcmp(before.data(), out.data(), before.size() * sizeof(T)) == 0);
+    p.keeps_scores = false, p.scores = nullptr;
+  }
 
   std::vector<Kind> kinds(n_q);
   std::vector<int32_t> keys(n_q), listed(n_q);

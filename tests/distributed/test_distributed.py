@@ -108,11 +108,14 @@ def test_equals_one_process(processes, size, case):
     check(processes, size, case, torch.float32, threshold_grad="straight_through", impl="cpu")
 
 
-@pytest.mark.parametrize("name", ["one_way", slow("all_dense"), slow("alpha_only")])
+@pytest.mark.parametrize(
+    ("name", "alpha"), [("one_way", "spread"), ("alpha_only", "halves"), slow("plain", "zero"), slow("plain", "spread")]
+)
 @pytest.mark.parametrize("size", [slow(2), 3])
-def test_a_large_map_equals_one_process(processes, size, name):
-    """So large that no scores are kept; the first two begin outputs in the scan."""
-    check(processes, size, named(name, grid=(44, 48), batch=1, heads=1), torch.float32, impl="cpu")
+def test_a_large_map_equals_one_process(processes, size, name, alpha):
+    """So large that no scores are kept: but for the last the scan begins outputs, of halves for rows that move."""
+    case = named(name, grid=(44, 48), batch=1, heads=1, alpha=alpha)
+    check(processes, size, case, torch.float32, impl="cpu")
 
 
 @pytest.mark.parametrize("impl", INTERPRETED)

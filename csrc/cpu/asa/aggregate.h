@@ -254,7 +254,7 @@ void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t*
   for (int64_t r = 0; r < rows; ++r) changes[r].removed = numbers[r];
 }
 
-// The scores of row i that scan() left, from key `first` on.
+// The scores of row i that scan() kept, from key `first` on.
 template <class T>
 const T* kept_scores(const Problem<T>& p, int64_t i, int64_t first = 0) {
   return p.scores + (i - p.begin) * score_stride(p) + first;
@@ -303,19 +303,19 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       words += Survivors<T>::members_room(count);
     });
     const auto is_shared = [&](int64_t r) { return survivors.kind[r / kRows] == Kind::shared; };
-    const auto form_scores = [&](int64_t r, int64_t from, int64_t to) {
+    const auto form_some = [&](int64_t r, int64_t from, int64_t to) {
       const int32_t* const list = lists.list[r] + from;
       if (is_shared(r))
         shared_dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from * kRows);
       else
         dots(q + r * p.dim, p.k, p.dim, list, to - from, s + offset[r] + from);
     };
-    if (p.scores == nullptr)
-      lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), form_scores);
+    if (!p.keeps_scores)
+      lists.by_stretches(0, p.n_k, cached_rows<T>(p.dim), form_some);
     else
       for (int64_t r = 0; r < survivors.rows; ++r) {
         const int64_t side_by_side = is_shared(r) ? kRows : 1;
-        for (int64_t x = 0; x < smaller(side_by_side, survivors.rows - r); ++x)
+        for (int64_t x = 0; lists.count[r] > 0 && x < smaller(side_by_side, survivors.rows - r); ++x)
           pick_scores(kept_scores(p, survivors.first + r + x), lists.list[r], lists.count[r], s + offset[r] + x,
                       side_by_side);
       }
@@ -379,12 +379,12 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>,
                     to = smaller(p.n_k, end * kPanel<T>);
       for_whole([&](int64_t first, int64_t rows) {
-        for (int64_t x = begin; p.scores == nullptr && x < end; ++x)
+        for (int64_t x = begin; !p.keeps_scores && x < end; ++x)
           scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.n_k - x * kPanel<T>, p.dim,
                  w.whole + (x - begin) * kPanel<T>, stride);
         for (int64_t r = first; r < first + rows; ++r) {
           T* const row = w.whole + (r - first) * stride;
-          const T* const scores_of_row = p.scores ? kept_scores(p, survivors.first + r, from) : row;
+          const T* const scores_of_row = p.keeps_scores ? kept_scores(p, survivors.first + r, from) : row;
           const T factor = masked_exponentials(scores_of_row, survivors.row(p, r), from, to, shift[r], sum[r], row);
           if (factor != 1) scale_row(sums + r * p.dim_v, p.dim_v, factor, sums + r * p.dim_v);
         }

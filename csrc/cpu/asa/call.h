@@ -26,9 +26,9 @@ const Kernels<T>& table() {
 
 inline int64_t parts(int64_t n, int64_t size) { return (n + size - 1) / size; }
 
-inline int64_t padded(int64_t dim) {  // of either type
-  const int64_t pad = table<float>().pad;
-  return parts(dim, pad) * pad;
+template <class T>
+int64_t padded(const Kernels<T>& kernels, int64_t dim) {
+  return parts(dim, kernels.pad) * kernels.pad;
 }
 
 inline Type type_of(const Tensor& x) {
@@ -70,7 +70,7 @@ class Tokens {
  public:
   // Rows that are not `real` are to be 0; null: all are real.
   Tokens(const Kernels<T>& kernels, Rows rows, int64_t n, const bool* real, Workspace& workspace, bool copied = false)
-      : kernels_(kernels), rows_(rows), n_(n), padded_(padded(rows.dim)), real_(real) {
+      : kernels_(kernels), rows_(rows), n_(n), padded_(padded(kernels, rows.dim)), real_(real) {
     const bool fits = is_type<T>(rows.type) && rows.dim == padded_ && (rows.stride_d == 1 || rows.dim == 0) &&
                       (rows.stride_n == padded_ || n <= 1);
     copied_ = copied || !fits || real != nullptr;
@@ -97,15 +97,13 @@ class Tokens {
   Workspace::Piece<T> copy_;
 };
 
-constexpr int64_t kKeptScores = 16 * 1024 * 1024;  // bytes of scores that a forward keeps, for one head
-
 // Room for rows that the kernels write: in the tensor, or, if it holds other numbers or sums of them, beside it.
 template <class T>
 class Written {
  public:
   // `sum`: over heads so far, [n, padded dim], and after finish() with these; null: the rows are of one head.
   Written(const Kernels<T>& kernels, Rows rows, int64_t n, Workspace& workspace, T* sum = nullptr)
-      : kernels_(kernels), rows_(rows), n_(n), padded_(padded(rows.dim)), sum_(sum) {
+      : kernels_(kernels), rows_(rows), n_(n), padded_(padded(kernels, rows.dim)), sum_(sum) {
     apart_ = sum != nullptr || !is_type<T>(rows.type) || rows.dim != padded_;
     room_ = workspace.add<T>(apart_ ? n * padded_ : 0);
   }
@@ -160,8 +158,9 @@ struct Call {
   // One head, but for tokens, thresholds and what passes read and write.
   template <class T>
   Problem<T> head(int64_t i, int64_t threads) const {
+    const Kernels<T>& kernels = table<T>();
     Problem<T> p{};
-    p.n_q = x.n_q(), p.n_k = x.n_k(), p.dim = padded(x.dim()), p.dim_v = padded(x.dim_v());
+    p.n_q = x.n_q(), p.n_k = x.n_k(), p.dim = padded(kernels, x.dim()), p.dim_v = padded(kernels, x.dim_v());
     p.blocks_q = parts(p.n_q, kBlock), p.blocks_k = parts(p.n_k, kBlock);
     p.begin = rows.begin, p.end = rows.end;
     p.q_at_a_time = at_a_time(parts(p.end - p.begin, kBlock), threads);
@@ -206,15 +205,6 @@ struct Call {
   // Fewer than kMostRows where threads would have nothing to do.
   static int64_t at_a_time(int64_t blocks, int64_t threads) {
     return blocks >= 16 * threads ? kMostRows : blocks >= 8 * threads ? kMostRows / 2 : kBlock;
-  }
-
-  // Whether a forward leaves scores to its second pass: small ones, which stay in the caches. AMX forms them faster than
-  // memory gives them.
-  bool keeps_scores() const {
-    const bool on_amx = uses_amx() && size_of(type_of(x.query)) == 2;
-    const int64_t size = x.type() == ScalarType::Double ? 8 : 4;
-    return x.has_neighbours() && std::max(x.n_q(), x.n_k()) > kBlock && !on_amx &&
-           x.n_q() * x.n_k() * size <= kKeptScores;
   }
 
   int64_t words() const { return parts(rows.end - rows.begin, kBlock) * parts(x.n_k(), kBlock) * kBlock; }  // of bits

@@ -7,15 +7,21 @@
 
 namespace asa_ops::cpu {
 
-// What scan() leaves to aggregate() of a row: whether it began the output, what Problem says of the sum, and the sum; or, in
-// a problem that keeps them, 0 and the scores.
-constexpr int64_t kBegunNumbers = 5;
+// Bytes of scores that a forward keeps, of one head: those of 2,048 tokens in float32. More of them leave the caches, and
+// memory takes longer than forming them again where few pairs survive.
+constexpr int64_t kKeptScores = 35 * 512 * 1024;
 
-inline int64_t begun_width(const Call& call) {
-  return call.keeps_scores() ? 1 + call.x.n_k() : kBegunNumbers + padded(call.x.dim_v());
+template <class T>
+bool keeps_scores(const Kernels<T>& kernels, const Problem<T>& p) {
+  const double rows = p.blocks_q * kBlock, bytes = kernels.score_stride(p) * sizeof(T);
+  return p.thresholded && !p.is_one_block() && p.parts == 0 && rows * bytes <= kKeptScores;
 }
 
-// Which passes of a forward run. One that runs alone leaves this, or finds it, in `begun`, [rows][begun_width()].
+// The outputs that scan() begins, row by row: whether it did, what Problem says of the sum, and the sum.
+constexpr int64_t kBegunNumbers = 5;
+
+// Which passes of a forward run. One that runs alone leaves, or finds, in `begun` the outputs that scan() begins,
+// [rows][kBegunNumbers + dim_v].
 template <class T>
 struct Passes {
   bool scan = true, aggregate = true;
@@ -25,10 +31,10 @@ struct Passes {
 template <class T>
 void write_begun(const Problem<T>& p, T* to) {
   for (int64_t i = p.begin; i < p.end; ++i, to += kBegunNumbers + p.dim_v) {
-    to[0] = p.begun[i];
-    if (p.begun[i]) to[1] = p.shift[i], to[2] = p.factor[i], to[3] = p.mass[i], to[4] = p.squares[i];
-    std::fill_n(to + 1, p.begun[i] ? 0 : kBegunNumbers - 1 + p.dim_v, T(0));
-    if (p.begun[i]) std::copy_n(p.out + i * p.dim_v, p.dim_v, to + kBegunNumbers);
+    std::fill_n(to, kBegunNumbers + p.dim_v, T(0));
+    if (p.begun == nullptr || !p.begun[i]) continue;
+    to[0] = 1, to[1] = p.shift[i], to[2] = p.factor[i], to[3] = p.mass[i], to[4] = p.squares[i];
+    std::copy_n(p.out + i * p.dim_v, p.dim_v, to + kBegunNumbers);
   }
 }
 
@@ -39,20 +45,6 @@ void read_begun(const Problem<T>& p, const T* from) {
     p.shift[i] = from[1], p.factor[i] = from[2], p.mass[i] = from[3], p.squares[i] = from[4];
     std::copy_n(from + kBegunNumbers, p.dim_v, p.out + i * p.dim_v);
   }
-}
-
-template <class T>
-void write_scores(const Problem<T>& p, int64_t stride, T* to) {
-  for (const T* row = p.scores; row < p.scores + (p.end - p.begin) * stride; row += stride) {
-    *to++ = 0;
-    to = std::copy_n(row, p.n_k, to);
-  }
-}
-
-template <class T>
-void read_scores(const Problem<T>& p, int64_t stride, const T* from) {
-  for (T* row = p.scores; row < p.scores + (p.end - p.begin) * stride; row += stride, from += 1 + p.n_k)
-    std::copy_n(from + 1, p.n_k, row);
 }
 
 // Runs passes of a forward for some rows of a head. `p` says where to write, but for the output; without p.keeps what a
@@ -69,9 +61,9 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   if (out) written.emplace(kernels, call.tokens(*out, i), rows, workspace);
   const auto kept = workspace.add<char>(p.keeps ? 0 : call.kept.bytes);
   const bool one_block = p.is_one_block();
-  const bool keeps_scores = call.keeps_scores(), begins = p.thresholded && !one_block && !keeps_scores;
-  const int64_t stride = kernels.score_stride(p);
-  const auto scores = workspace.add<T>(keeps_scores ? parts(rows, kBlock) * kBlock * stride : 0);
+  p.keeps_scores = keeps_scores(kernels, p);
+  const bool begins = p.thresholded && !one_block && !p.keeps_scores;
+  const auto scores = workspace.add<T>(p.keeps_scores ? parts(rows, kBlock) * kBlock * kernels.score_stride(p) : 0);
   const auto sums = workspace.add<T>(out ? 0 : rows * p.dim_v);
   const int64_t begun_rows = begins ? rows : 0;
   const auto begun = workspace.add<bool>(begun_rows);
@@ -106,18 +98,14 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
     else
       read_begun(p, passes.begun);
   }
-  if (keeps_scores) {
-    p.scores = scores.get(workspace);
-    if (!passes.scan) read_scores(p, stride, passes.begun);
-  }
+  if (p.keeps_scores) p.scores = scores.get(workspace);
   p.k_panels = k_panels.pack(p.k, workspace), p.v_slices = v_slices.pack(p.v, workspace);
   p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
   if (one_block) return kernels.forward_block(p, workspace.share(0)), written->finish(workspace);
-  if (passes.scan && p.scanned())
+  if (passes.scan ? p.scanned() : p.keeps_scores)
     run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
-        [&](Queue& queue, void* scratch) { kernels.scan(p, queue, scratch); });
-  if (keeps_scores && !passes.aggregate) write_scores(p, stride, passes.begun);
-  if (begins && !passes.aggregate) write_begun(p, passes.begun);
+        [&](Queue& queue, void* scratch) { (passes.scan ? kernels.scan : kernels.form_scores)(p, queue, scratch); });
+  if (p.thresholded && !passes.aggregate) write_begun(p, passes.begun);
   if (!passes.aggregate) return;
   run({0, parts(rows, p.q_at_a_time)}, workspace,
       [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
@@ -347,10 +335,11 @@ void list_head(const Problem<T>& p, int64_t i, int64_t threads, const int64_t* o
 // The heads that share keys one after the other: calls f(head, threads, dk so far, dv so far) for each.
 template <class T, class F>
 void for_key_heads(const Call& call, int64_t n_k, const F& f) {
+  const auto& kernels = table<T>();
   const Arguments& x = call.x;
   for_heads(x.n_heads() / x.group(), [&](int64_t key_head, int64_t threads) {
     const int64_t shared = x.group() > 1 ? n_k : 0;
-    std::vector<T> dk(shared * padded(x.dim())), dv(shared * padded(x.dim_v()));
+    std::vector<T> dk(shared * padded(kernels, x.dim())), dv(shared * padded(kernels, x.dim_v()));
     for (int64_t i = key_head * x.group(); i < (key_head + 1) * x.group(); ++i)
       f(i, threads, shared > 0 ? dk.data() : nullptr, shared > 0 ? dv.data() : nullptr);
   });

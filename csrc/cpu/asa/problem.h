@@ -72,8 +72,9 @@ struct Problem {
   bool* begun;  // [n_q]
   T *shift, *factor, *mass, *squares;
   T* sizes;  // [n_k]
-  // Of small problems, the scores of the rows from `begin` on, which scan() leaves to aggregate(), as many numbers apart as
-  // Kernels::score_stride says; null: they are formed again.
+  // Whether scan() keeps scores for aggregate(), those of the rows from `begin` on, rows as far apart as
+  // Kernels::score_stride says. Else aggregate() forms scores again.
+  bool keeps_scores;
   T* scores;
   // If thresholded, [blocks of rows][blocks_k][64]: bit c of word [I][J][r] says whether query 64 I + r has key 64 J + c
   // as adaptive neighbour.
@@ -173,6 +174,7 @@ struct Kernels {
   int64_t (*score_stride)(const Problem<T>&);
   int64_t (*scan_bytes)(const Problem<T>&);
   void (*scan)(const Problem<T>&, Queue&, void* scratch);
+  void (*form_scores)(const Problem<T>&, Queue&, void* scratch);  // those that scan() keeps, in its scratch
   int64_t (*aggregate_bytes)(const Problem<T>&);
   void (*aggregate)(const Problem<T>&, Queue&, void* scratch);
   int64_t (*forward_block_bytes)(const Problem<T>&);

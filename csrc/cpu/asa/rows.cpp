@@ -54,6 +54,10 @@ bool* local_of_head(const Tensor& x, int64_t i, int64_t first) {
   return row_zero(data<bool>(x, i * x.size(2) * x.size(3)), first * x.size(3));
 }
 
+int64_t begun_width(const Arguments& x) {
+  return kBegunNumbers + padded(table<float>(), x.dim_v());  // of either type
+}
+
 int64_t begun_rows(const Call& call) { return call.x.has_neighbours() ? call.rows.end - call.rows.begin : 0; }
 
 template <class T>
@@ -137,7 +141,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> scan(Tensor query, Te
   const Tensor lse =
       torch::stable::new_empty(query, {x.batch(), x.heads(), call.rows.end - call.rows.begin}, x.statistics());
   const Tensor begun =
-      torch::stable::new_empty(query, {x.batch(), x.heads(), begun_rows(call), begun_width(call)}, x.statistics());
+      torch::stable::new_empty(query, {x.batch(), x.heads(), begun_rows(call), begun_width(x)}, x.statistics());
   by_type(call, [&](auto number) {
     using T = decltype(number);
     for_heads(x.n_heads(), [&](int64_t i, int64_t threads) {
@@ -162,7 +166,7 @@ std::tuple<Tensor, Tensor, Tensor> aggregate(Tensor query, Tensor key, Tensor va
   const Found found{bits, kappa, log_mean, local};
   found.check(call, back);
   given.check_statistic(lse, "lse", given.n());
-  check_contiguous(begun, "begun", query, x.statistics(), {x.batch(), x.heads(), begun_rows(call), begun_width(call)});
+  check_contiguous(begun, "begun", query, x.statistics(), {x.batch(), x.heads(), begun_rows(call), begun_width(x)});
   const auto make = [&](std::initializer_list<int64_t> shape, ScalarType type) {
     return torch::stable::new_empty(query, shape, type);
   };

@@ -82,7 +82,7 @@ struct ScanScratch {
     sums_stride = tiles ? rounded_up(p.dim_v, kSquare) : p.dim_v;
     q = arena.take<T>(tiles ? 0 : at_a_time * p.dim);
     q_left = arena.take<uint16_t>(tiles ? at_a_time * q_row(p) : 0);
-    s = arena.take<T>(at_a_time * stride);
+    s = arena.take<T>(p.keeps_scores ? 0 : at_a_time * stride);
     e = p.is_one_block() ? arena.take<T>(at_a_time * stride) : nullptr;
     work = arena.take<T>(p.topk ? p.n_k : 0);
     window = arena.take<T>(p.positions * kLanes<T>);
@@ -109,7 +109,7 @@ struct Scores {
   const Problem<T>& p;
   const ScanScratch<T>& w;
   int64_t first, rows;
-  T* const s = p.scores ? p.scores + (first - p.begin) * w.stride : w.s;
+  T* const s = p.keeps_scores ? p.scores + (first - p.begin) * w.stride : w.s;
   T shift[kBlock] = {};
   double sum[kBlock] = {};
 
@@ -396,8 +396,9 @@ void clear_bits(const Problem<T>& p, int64_t block) {
     for (int64_t r = smaller(kBlock, p.n_q - block * kBlock); r < kBlock; ++r) p.words(block, j)[r] = 0;
 }
 
-template <class T>
-void scan(const Problem<T>& p, Queue& queue, void* scratch) {
+// Forms the scores of some rows after the other and calls f(scores).
+template <class T, class F>
+void for_scores(const Problem<T>& p, Queue& queue, void* scratch, const F& f) {
   Arena arena(scratch);
   const ScanScratch<T> w(arena, p);
   const TilesOf<T> tiles(p);
@@ -405,20 +406,32 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
     const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
     for (int64_t from = 0; from < rows; from += w.at_a_time) {
       Scores<T> scores{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from)};
-      int64_t neighbours[kBlock / kRows];
       scores.form();
-      find_neighbours(scores, neighbours);
-      if (p.beta != nullptr) find_local(scores);
-      const auto begins = [&](int64_t r) { return r < scores.rows && begins_output(p, neighbours[r / kRows]); };
-      if constexpr (kHasTiles<T>)
-        for (int64_t r = 0; on_tiles(p) && r < scores.rows; r += kSquare) {
-          bool any = false;
-          for (int64_t x = r; x < r + kSquare; x += kRows) any |= begins(x);
-          if (any) Beginning<T>{scores, r}.form_on_tiles([&](int64_t x) { return begins(r + x); });
-        }
-      for (int64_t r = 0; !on_tiles(p) && r < scores.rows; r += kRows)
-        if (begins(r)) Beginning<T>{scores, r}.form();
+      f(scores);
     }
-    clear_bits(p, block);
   }
+}
+
+template <class T>
+void form_scores(const Problem<T>& p, Queue& queue, void* scratch) {
+  for_scores(p, queue, scratch, [](const Scores<T>&) {});
+}
+
+template <class T>
+void scan(const Problem<T>& p, Queue& queue, void* scratch) {
+  for_scores(p, queue, scratch, [&](const Scores<T>& scores) {
+    int64_t neighbours[kBlock / kRows];
+    find_neighbours(scores, neighbours);
+    if (p.beta != nullptr) find_local(scores);
+    const auto begins = [&](int64_t r) { return r < scores.rows && begins_output(p, neighbours[r / kRows]); };
+    if constexpr (kHasTiles<T>)
+      for (int64_t r = 0; on_tiles(p) && r < scores.rows; r += kSquare) {
+        bool any = false;
+        for (int64_t x = r; x < r + kSquare; x += kRows) any |= begins(x);
+        if (any) Beginning<T>{scores, r}.form_on_tiles([&](int64_t x) { return begins(r + x); });
+      }
+    for (int64_t r = 0; !on_tiles(p) && r < scores.rows; r += kRows)
+      if (begins(r)) Beginning<T>{scores, r}.form();
+    if (scores.first % kBlock == 0) clear_bits(p, scores.first / kBlock);
+  });
 }
