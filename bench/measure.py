@@ -8,7 +8,6 @@ import importlib.metadata
 import itertools
 import multiprocessing
 import platform
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
