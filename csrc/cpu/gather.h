@@ -1,4 +1,5 @@
-// Products with a list of rows, where few pairs survive. Rows are read where they lie; their length is padded.
+// Products with a list of rows, where few pairs survive. Rows are read where they lie; their length, the head
+// dim, is padded (Kernels::pad).
 
 template <class T>
 ASA_INLINE void four_dots(const T* x, const T* rows, int64_t dim, const int32_t* list, T* s) {

@@ -20,7 +20,7 @@ constexpr int64_t panel_size(int64_t dim) {
   return kPanel<T> * dim;
 }
 
-// panel[d][kPanel] = x[row][d] for row < rows, 0 for the missing ones; the dim is padded.
+// panel[d][kPanel] = x[row][d] for row < rows, 0 for the missing ones; the dim is whole vectors.
 template <class T>
 static void pack_panel(const T* x, int64_t rows, int64_t dim, T* panel) {
 #if defined(ASA_AVX512) || defined(ASA_AVX2)

@@ -63,8 +63,8 @@ void for_rows(int64_t n, const Workspace& workspace, const F& f) {
   });
 }
 
-// Rows of one head as the kernels take them: contiguous numbers T, of a padded head dim. Where those of
-// the tensor are not, they are read into memory of the workspace.
+// Rows of one head as the kernels take them: contiguous numbers T, of a padded head dim. Where those of the tensor are not,
+// they are read into memory of the workspace.
 template <class T>
 class Tokens {
  public:
