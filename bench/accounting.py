@@ -21,7 +21,9 @@ from .record import Case
 
 BLOCK = 64  # side of a tile of pairs: 8 x 8 pixels, or 4 x 4 x 4
 STRIP = 8  # rows that impl="cpu" takes together
-BEGUN = 0.9  # density from which it multiplies strips while it scans them, if mutual, about: it counts neighbours
+BEGUN = (15 / 16) ** 2  # density from which it multiplies whole strips while it scans them, about: it counts neighbours
+PARTLY_BEGUN = 0.25  # and from which it does so with the keys of blocks scanned before, but for the last LAG
+LAG = 4
 KEPT = 2048  # tokens up to which it keeps the scores of float32
 CHUNK = 2**24  # pairs looked at at a time
 
@@ -111,8 +113,10 @@ def units(
     As ``asa_ops/asa/__init__.py`` states them, for reciprocal attention where query is not key.
     """
     if impl == "cpu":
-        forward = 2 if sparsity.density < BEGUN and tokens > KEPT else 1  # in scores that the first pass left
-        return 1 + (forward + 5 * backward) * sparsity.strips
+        again = 0.0 if tokens <= KEPT or sparsity.density >= BEGUN else 1.0  # of the visited pairs forms a second score
+        if again and sparsity.density >= PARTLY_BEGUN:
+            again -= max(0.0, 1 - LAG * BLOCK / tokens) ** 2 / 2
+        return 1 + (1 + again + 5 * backward) * sparsity.strips
     if impl in ("triton", "cuda", "hopper"):
         dkv = impl == "hopper" or (impl == "triton" and dim <= 128)  # in one kernel, which forms scores once
         of_backward = 10 if not half else 7 if dkv else 8

@@ -254,6 +254,18 @@ void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t*
   for (int64_t r = 0; r < rows; ++r) changes[r].removed = numbers[r];
 }
 
+// Adds what scan() left of row i, the sum over the survivors in settled blocks, to the sums over the others.
+template <class T>
+void add_begun(const Problem<T>& p, int64_t i, T& shift, T& sum, T* values) {
+  if (p.mass[i] == 0) return;  // no survivors there
+  const double begun = p.shift[i] - __builtin_log(static_cast<double>(p.factor[i]));
+  const T most = larger(static_cast<T>(begun), sum > 0 ? shift : T(-kInfinity));
+  const T ours = __builtin_exp(begun - most), theirs = sum > 0 ? __builtin_exp(static_cast<double>(shift) - most) : 0.0;
+  for (int64_t d = 0; d < p.dim_v; ++d) values[d] = values[d] * theirs + p.out[i * p.dim_v + d] * ours;
+  sum = sum * theirs + p.mass[i] * ours;
+  shift = most;
+}
+
 // The scores of row i that scan() kept, from key `first` on.
 template <class T>
 const T* kept_scores(const Problem<T>& p, int64_t i, int64_t first = 0) {
@@ -376,12 +388,14 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       scale_rows(p.q + (survivors.first + first) * p.dim, rows, p.dim, p.scale, q + first * p.dim);
     });
     for (int64_t begin = 0; begin < panels; begin += stretch) {
-      const int64_t end = smaller(panels, begin + stretch), from = begin * kPanel<T>,
-                    to = smaller(p.n_k, end * kPanel<T>);
+      const int64_t end = smaller(panels, begin + stretch), to = smaller(p.n_k, end * kPanel<T>);
       for_whole([&](int64_t first, int64_t rows) {
-        for (int64_t x = begin; !p.keeps_scores && x < end; ++x)
+        const int64_t start = larger(begin, survivors.summed[first / kRows] * kBlock / kPanel<T>);
+        if (start >= end) return;
+        const int64_t from = start * kPanel<T>;
+        for (int64_t x = start; !p.keeps_scores && x < end; ++x)
           scores(q + first * p.dim, p.k_panels + x * panel_size<T>(p.dim), p.n_k - x * kPanel<T>, p.dim,
-                 w.whole + (x - begin) * kPanel<T>, stride);
+                 w.whole + (x - start) * kPanel<T>, stride);
         for (int64_t r = first; r < first + rows; ++r) {
           T* const row = w.whole + (r - first) * stride;
           const T* const scores_of_row = p.keeps_scores ? kept_scores(p, survivors.first + r, from) : row;
@@ -393,9 +407,11 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
       });
     }
 
-    for (int64_t r = 0; r < survivors.rows; ++r)
+    for (int64_t r = 0; r < survivors.rows; ++r) {
+      if (survivors.summed[r / kRows] > 0) add_begun(p, survivors.first + r, shift[r], sum[r], sums + r * p.dim_v);
       finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r],
                  T(shift[r] + __builtin_log(static_cast<double>(sum[r]))), sum[r], sums + r * p.dim_v);
+    }
   }
 }
 
@@ -495,12 +511,12 @@ void forward_block(const Problem<T>& p, void* scratch) {
   Arena arena(scratch);
   const BlockScratch<T> w(arena, p);
   const TilesOf<T> tiles(p);
-  Scores<T> scores{p, w.scan, 0, p.n_q};
+  Scores<T> scores{p, w.scan, 0, p.n_q, true};
   int64_t neighbours[kBlock / kRows];
   scores.form();
   if (p.scanned()) find_neighbours(scores, neighbours);
   clear_bits(p, 0);
-  non_local(p, 0, w.m);
+  non_local(p, 0, p.blocks_k, w.m);
   if (p.positions > 0) find_local_of_block(scores, w.m);
   Column<T> sum(1), shift(-kInfinity), log_sum(1);
   int64_t count[kBlock];

@@ -113,11 +113,11 @@ static void transpose64(uint64_t* x) {
 }
 #endif
 
-// M of a block of queries.
+// M of a block of queries, and of blocks [0, columns) of keys.
 template <class T>
-void non_local(const Problem<T>& p, int64_t block, uint64_t* m) {
+void non_local(const Problem<T>& p, int64_t block, int64_t columns, uint64_t* m) {
   alignas(64) uint64_t tile[64];
-  for (int64_t j = 0; j < p.blocks_k; ++j) {
+  for (int64_t j = 0; j < columns; ++j) {
     if (p.thresholded && p.bits == nullptr) {  // M of the columns as queries; it is symmetric
       __builtin_memcpy(tile, p.words_back(block, j), sizeof(tile));
       transpose64(tile);
@@ -156,22 +156,25 @@ void keep_mutual(const Problem<T>& p, Queue& queue) {
     }
 }
 
-// Adds L of a block of queries to l, or L^T.
+// Adds L of query i to its words l, or L^T.
+template <class T>
+void add_local_of_row(const Problem<T>& p, int64_t i, bool transposed, uint64_t* l) {
+  const int64_t size = p.positions;
+  for_window_rows(p, i, [&](int64_t token, int64_t columns, int64_t o) {
+    const int64_t end = smaller(token + columns, p.first_key + p.n_k), skipped = larger(0, p.first_key - token);
+    for (token += skipped, o += skipped; token < end; ++token, ++o) {
+      const int64_t j = token - p.first_key;
+      const bool flag = transposed ? p.local[token * size + size - 1 - o] : p.local[i * size + o];
+      l[j / kBlock] |= static_cast<uint64_t>(flag) << j % kBlock;
+    }
+  });
+}
+
+// The same for a block of queries.
 template <class T>
 void add_local(const Problem<T>& p, int64_t block, bool transposed, uint64_t* l) {
-  if (p.positions == 0) return;
-  const int64_t size = p.positions;
-  for (int64_t r = 0; r < smaller(kBlock, p.n_q - block * kBlock); ++r) {
-    const int64_t i = block * kBlock + r;
-    for_window_rows(p, i, [&](int64_t token, int64_t columns, int64_t o) {
-      const int64_t end = smaller(token + columns, p.first_key + p.n_k), skipped = larger(0, p.first_key - token);
-      for (token += skipped, o += skipped; token < end; ++token, ++o) {
-        const int64_t j = token - p.first_key;
-        const bool flag = transposed ? p.local[token * size + size - 1 - o] : p.local[i * size + o];
-        l[r * p.blocks_k + j / kBlock] |= static_cast<uint64_t>(flag) << j % kBlock;
-      }
-    });
-  }
+  for (int64_t r = 0; p.positions > 0 && r < smaller(kBlock, p.n_q - block * kBlock); ++r)
+    add_local_of_row(p, block * kBlock + r, transposed, l + r * p.blocks_k);
 }
 
 inline int64_t count_bits(const uint64_t* words, int64_t size) {
@@ -228,9 +231,10 @@ struct Survivors {
   // Of kRows rows each:
   Kind kind[kMostRows / kRows];
   int64_t together[kMostRows / kRows];  // keys that any of them keeps
-  // Of those whose output scan() began, unless whole rows are faster, m holds what differs from the adaptive neighbours,
-  // which is what kinds and lists are of; restore() makes it the survivors again.
+  // Of those of which scan() left the sum over their neighbours, unless whole rows are faster, m holds what differs from
+  // these, which is what kinds and lists are of; restore() makes it the survivors again.
   bool corrected[kMostRows / kRows];
+  int64_t summed[kMostRows / kRows];  // blocks of keys that are in the sum that scan() left; m has no bits there
 
   Survivors(Arena& arena, const Problem<T>& p)
       : m(arena.take<uint64_t>(p.q_at_a_time * p.blocks_k)),
@@ -244,12 +248,16 @@ struct Survivors {
     rows = smaller(p.q_at_a_time, p.end - first);
     for (int64_t r = 0; r < rows; r += kBlock) {
       uint64_t* const words = m + r * p.blocks_k;
-      non_local(p, (first + r) / kBlock, words);
+      non_local(p, (first + r) / kBlock, p.blocks_k, words);
       add_local(p, (first + r) / kBlock, false, words);
     }
     for (int64_t r = 0; r < rows; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
     for (int64_t r = 0; r < rows; r += kRows) {
-      bool& corrects = corrected[r / kRows] = p.begun != nullptr && p.begun[first + r];
+      const Begun begun = p.begun == nullptr ? Begun::nothing : p.begun[first + r];
+      summed[r / kRows] = begun == Begun::survivors ? settled_blocks((first + r) / kBlock) : 0;
+      for (int64_t x = r; x < smaller(rows, r + kRows); ++x)
+        for (int64_t j = 0; j < summed[r / kRows]; ++j) m[x * p.blocks_k + j] = 0;
+      bool& corrects = corrected[r / kRows] = begun == Begun::neighbours;
       if (corrects) exchange_with_neighbours(p, r);
       kind[r / kRows] = kind_of(p, r);
       if (p.kinds != nullptr) kind[r / kRows] = p.kinds[first + r];
@@ -333,7 +341,7 @@ struct Survivors {
     together[r / kRows] = any;
     // Beside a pair of whole rows, one of shared keys takes half as long again, and one in a list four times as long;
     // or several times as long as that, where AMX forms whole rows.
-    const int64_t whole = 2 * kRows * p.n_k, faster = times_faster(p);
+    const int64_t whole = 2 * kRows * (p.n_k - summed[r / kRows] * kBlock), faster = times_faster(p);
     const int64_t shared = 3 * faster * kRows * any, listed = 8 * faster * sum;
     return whole < shared && whole < listed ? Kind::whole : shared < listed ? Kind::shared : Kind::listed;
   }

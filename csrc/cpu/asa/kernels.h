@@ -63,7 +63,7 @@ constexpr Kernels<T> kernels() {
           score_stride<T>,
           scan_bytes<T>,
           scan<T>,
-          form_scores<T>,
+          scan_again<T>,
           aggregate_bytes<T>,
           aggregate<T>,
           forward_block_bytes<T>,

@@ -32,8 +32,9 @@ template <class T>
 void write_begun(const Problem<T>& p, T* to) {
   for (int64_t i = p.begin; i < p.end; ++i, to += kBegunNumbers + p.dim_v) {
     std::fill_n(to, kBegunNumbers + p.dim_v, T(0));
-    if (p.begun == nullptr || !p.begun[i]) continue;
-    to[0] = 1, to[1] = p.shift[i], to[2] = p.factor[i], to[3] = p.mass[i], to[4] = p.squares[i];
+    if (p.begun == nullptr || p.begun[i] == Begun::nothing) continue;
+    to[0] = static_cast<T>(p.begun[i]), to[1] = p.shift[i], to[2] = p.factor[i], to[3] = p.mass[i],
+    to[4] = p.squares[i];
     std::copy_n(p.out + i * p.dim_v, p.dim_v, to + kBegunNumbers);
   }
 }
@@ -41,7 +42,7 @@ void write_begun(const Problem<T>& p, T* to) {
 template <class T>
 void read_begun(const Problem<T>& p, const T* from) {
   for (int64_t i = p.begin; i < p.end; ++i, from += kBegunNumbers + p.dim_v) {
-    p.begun[i] = from[0] != 0;
+    p.begun[i] = static_cast<Begun>(static_cast<uint8_t>(from[0]));
     p.shift[i] = from[1], p.factor[i] = from[2], p.mass[i] = from[3], p.squares[i] = from[4];
     std::copy_n(from + kBegunNumbers, p.dim_v, p.out + i * p.dim_v);
   }
@@ -66,7 +67,8 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   const auto scores = workspace.add<T>(p.keeps_scores ? parts(rows, kBlock) * kBlock * kernels.score_stride(p) : 0);
   const auto sums = workspace.add<T>(out ? 0 : rows * p.dim_v);
   const int64_t begun_rows = begins ? rows : 0;
-  const auto begun = workspace.add<bool>(begun_rows);
+  const auto begun = workspace.add<Begun>(begun_rows);
+  const auto complete = workspace.add<uint8_t>(begins ? p.blocks_q : 0);
   const auto shift = workspace.add<T>(begun_rows), factor = workspace.add<T>(begun_rows);
   const auto mass = workspace.add<T>(begun_rows), squares = workspace.add<T>(begun_rows);
   const auto sizes = workspace.add<T>(begins ? p.blocks_k * kBlock : 0);
@@ -89,12 +91,13 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   }
   p.out = row_zero(written ? written->get(workspace) : sums.get(workspace), p.begin * p.dim_v);
   if (begins) {
+    if (passes.scan && passes.aggregate) std::fill_n(p.complete = complete.get(workspace), p.blocks_q, uint8_t{0});
     p.begun = begun.get(workspace) - p.begin;
     p.shift = shift.get(workspace) - p.begin, p.factor = factor.get(workspace) - p.begin;
     p.mass = mass.get(workspace) - p.begin, p.squares = squares.get(workspace) - p.begin;
     kernels.find_sizes(p.v, p.n_k, p.dim_v, p.sizes = sizes.get(workspace));
     if (passes.scan)
-      std::fill_n(p.begun + p.begin, rows, false);
+      std::fill_n(p.begun + p.begin, rows, Begun::nothing);
     else
       read_begun(p, passes.begun);
   }
@@ -102,11 +105,16 @@ void forward_head(const Call& call, Problem<T> p, int64_t i, int64_t threads, co
   p.k_panels = k_panels.pack(p.k, workspace), p.v_slices = v_slices.pack(p.v, workspace);
   p.k_tiles = k_tiles.pack(p.k, workspace), p.v_tiles = v_tiles.pack(p.v, workspace);
   if (one_block) return kernels.forward_block(p, workspace.share(0)), written->finish(workspace);
-  if (passes.scan ? p.scanned() : p.keeps_scores)
+  const auto run_scan = [&](const auto& kernel) {
     run({p.begin / kBlock, parts(p.end, kBlock)}, workspace,
-        [&](Queue& queue, void* scratch) { (passes.scan ? kernels.scan : kernels.form_scores)(p, queue, scratch); });
+        [&](Queue& queue, void* scratch) { kernel(p, queue, scratch); });
+  };
+  if (passes.scan && p.scanned()) run_scan(kernels.scan);
   if (p.thresholded && !passes.aggregate) write_begun(p, passes.begun);
   if (!passes.aggregate) return;
+  if ((p.keeps_scores && !passes.scan) ||
+      (begins && std::count(p.begun + p.begin, p.begun + p.end, Begun::put_off) > 0))
+    run_scan(kernels.scan_again);
   run({0, parts(rows, p.q_at_a_time)}, workspace,
       [&](Queue& queue, void* scratch) { kernels.aggregate(p, queue, scratch); });
   written->finish(workspace);

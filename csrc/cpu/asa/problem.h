@@ -26,6 +26,15 @@ enum class Type { half, bfloat16, float32, float64 };
 // from the keys that any of the rows keeps, masked likewise; or row by row from lists.
 enum class Kind : uint8_t { whole, shared, listed };
 
+// What scan() leaves of a row's output: nothing; the sum over its adaptive neighbours, which aggregate() corrects; or the
+// sum over its survivors among the keys of settled blocks, to which aggregate() adds the others. The last is put off
+// where the bits of those blocks were not all there.
+enum class Begun : uint8_t { nothing, neighbours, survivors, put_off };
+
+// How many blocks of keys, from the first on, are settled for a block of queries. Blocks are scanned in order, side by
+// side: the bits of those that are some places before are there in time. It depends on nothing else, as do the sums.
+constexpr int64_t settled_blocks(int64_t block) { return block < 4 ? 0 : block - 4; }
+
 // The rows of one head in a tensor: `dim` numbers each, the first at `numbers`.
 struct Rows {
   const void* numbers;
@@ -65,13 +74,14 @@ struct Problem {
 
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
-  // Rows of which scan() leaves in `out` the sum of w v over the adaptive neighbours, w = exp(s - shift) * factor, and here
-  // the sums of w and of the squares of w times the size of v, its largest number; null, all of them: it leaves none.
-  // Sizes are relative to the largest. In the backward, shift and factor are those of the survivors' probabilities,
-  // exp(s - shift) * factor; null: nobody asks.
-  bool* begun;  // [n_q]
+  // What scan() leaves in `out` is the sum of w v, w = exp(s - shift) * factor, and here the sums of w and of the squares
+  // of w times the size of v, its largest number; null, all of them: it leaves nothing. Sizes are relative to the
+  // largest. In the backward, shift and factor are those of the survivors' probabilities, exp(s - shift) * factor; null:
+  // nobody asks.
+  Begun* begun;  // [n_q]
   T *shift, *factor, *mass, *squares;
   T* sizes;  // [n_k]
+  uint8_t* complete;  // [blocks_q] whether a block has been scanned; null: other processes scan some, at any time
   // Whether scan() keeps scores for aggregate(), those of the rows from `begin` on, rows as far apart as
   // Kernels::score_stride says. Else aggregate() forms scores again.
   bool keeps_scores;
@@ -174,7 +184,8 @@ struct Kernels {
   int64_t (*score_stride)(const Problem<T>&);
   int64_t (*scan_bytes)(const Problem<T>&);
   void (*scan)(const Problem<T>&, Queue&, void* scratch);
-  void (*form_scores)(const Problem<T>&, Queue&, void* scratch);  // those that scan() keeps, in its scratch
+  // In the same scratch, where scan() ran elsewhere or put something off: scores to keep, and outputs.
+  void (*scan_again)(const Problem<T>&, Queue&, void* scratch);
   int64_t (*aggregate_bytes)(const Problem<T>&);
   void (*aggregate)(const Problem<T>&, Queue&, void* scratch);
   int64_t (*forward_block_bytes)(const Problem<T>&);

@@ -2,6 +2,7 @@
 
 constexpr int64_t kScoreBytes = 512 * 1024;  // of the scores formed at a time, but at least kFewest rows
 constexpr double kMostSum = 1e10;  // of exp(s - shift): further from their shift scores would lose digits
+constexpr int64_t kStoredBytes = 2 * 1024 * 1024;  // of exponentials beside scores, so that both stay in the cache
 constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 
 template <class T>
@@ -63,12 +64,19 @@ int64_t score_stride(const Problem<T>& p) {
   return rounded_up(rounded_up(p.n_k, panel_width(p)), kBlock) + kPad;
 }
 
+// Whether rows may begin with the sum over some of their survivors.
+template <class T>
+bool begins_survivors(const Problem<T>& p) {
+  return p.thresholded && p.reciprocal && !p.keeps_scores && !on_tiles(p) && !p.is_one_block();
+}
+
 // Some rows whose scores are in the cache.
 template <class T>
 struct ScanScratch {
   int64_t width, panels, stride, at_a_time, keys, sums_stride;
   T *q, *s, *work, *window, *weights, *sums;
-  T* e;  // exp(s - shift), as s, where keys are one block; else null
+  T* e;  // exp(s - shift), as s, or null
+  uint64_t* m;  // [kBlock][blocks_k]
   uint16_t *q_left, *weights_left;  // on AMX, instead of q and weights; of kSquare rows after the other
 
   ScanScratch(Arena& arena, const Problem<T>& p) {
@@ -83,12 +91,15 @@ struct ScanScratch {
     q = arena.take<T>(tiles ? 0 : at_a_time * p.dim);
     q_left = arena.take<uint16_t>(tiles ? at_a_time * q_row(p) : 0);
     s = arena.take<T>(p.keeps_scores ? 0 : at_a_time * stride);
-    e = p.is_one_block() ? arena.take<T>(at_a_time * stride) : nullptr;
+    const bool fit = at_a_time * stride * static_cast<int64_t>(sizeof(T)) <= kStoredBytes;
+    const bool begins = p.thresholded && !p.keeps_scores && !tiles;
+    e = p.is_one_block() || (begins && fit) ? arena.take<T>(at_a_time * stride) : nullptr;
     work = arena.take<T>(p.topk ? p.n_k : 0);
     window = arena.take<T>(p.positions * kLanes<T>);
     weights = arena.take<T>(p.thresholded && !tiles ? kRows * keys : 0);
     weights_left = arena.take<uint16_t>(p.thresholded && tiles ? kSquare * (keys + kSquare) * p.parts : 0);
     sums = arena.take<T>(p.thresholded ? at_a_time * sums_stride : 0);
+    m = arena.take<uint64_t>(begins_survivors(p) ? kBlock * p.blocks_k : 0);
   }
 
   static int64_t q_row(const Problem<T>& p) { return rounded_up(p.dim, kSquare) * p.parts; }
@@ -109,12 +120,14 @@ struct Scores {
   const Problem<T>& p;
   const ScanScratch<T>& w;
   int64_t first, rows;
+  bool stores;  // exponentials, where there is room
   T* const s = p.keeps_scores ? p.scores + (first - p.begin) * w.stride : w.s;
+  T* const e = stores ? w.e : nullptr;
   T shift[kBlock] = {};
   double sum[kBlock] = {};
 
   T* row(int64_t r) const { return s + r * w.stride; }
-  T* exponentials_of(int64_t r) const { return w.e + r * w.stride; }
+  T* exponentials_of(int64_t r) const { return e == nullptr ? nullptr : e + r * w.stride; }
 
   void form() {
     if (!on_tiles(p)) scale_rows(p.q + first * p.dim, rows, p.dim, p.scale, w.q);
@@ -183,17 +196,18 @@ struct Scores {
   }
 
   void add_exponentials(int64_t r, int64_t from, int64_t to) {
-    T *const s = row(r), *const exponentials = w.e == nullptr ? nullptr : exponentials_of(r);
+    T *const s = row(r), *const exponentials = exponentials_of(r);
     if (to > p.n_k || p.real_k != nullptr) hide(s, from, to);
     if (from == 0) shift[r] = largest_score(s, w.width);
     const Vec<T> largest = splat(shift[r]);
     const int64_t end = smaller(to, rounded_up(p.n_k, kLanes<T>));
-    Vec<T> total = {};
+    Vec<T> total =
+        {};  // the same with or without a store: the last product of an exponential, by a power of 2, is exact
 #pragma GCC unroll 4
     for (int64_t j = from; j < end; j += kLanes<T>) {
-      const Vec<T> e = exponential(load(s + j) - largest);
-      if (exponentials != nullptr) store(exponentials + j, e);
-      total += e;
+      const Vec<T> x = exponential(load(s + j) - largest);
+      if (exponentials != nullptr) store(exponentials + j, x);
+      total += x;
     }
     sum[r] += sum_of<T>(total);
   }
@@ -208,22 +222,30 @@ struct Scores {
       Vec<T> part = {};
       for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
         const Vec<T> y = load(s + j + c);
-        const Vec<T> e = none ? select<T>(y == y, Vec<T>{}, y) : exponential(y - shift[r]);
-        if (w.e != nullptr) store(exponentials_of(r) + j + c, e);
-        part += e;
+        const Vec<T> x = none ? select<T>(y == y, Vec<T>{}, y) : exponential(y - shift[r]);
+        if (e != nullptr) store(exponentials_of(r) + j + c, x);
+        part += x;
       }
       sum[r] += sum_of<T>(part);
     }
   }
 };
 
-// The one-way output of some of the rows, with many keys as adaptive neighbours: the weights of these, times v.
-// aggregate() corrects it for what reciprocity removes and the local block adds. Without AMX they are kRows, with it some
-// of kSquare.
+// Bits of some rows: those of row r for a block of keys.
+struct Rows64 {
+  const uint64_t* words;
+  int64_t row, block;
+  uint64_t operator()(int64_t r, int64_t j) const { return words[r * row + j * block]; }
+};
+
+// What scan() leaves of the output of some of the rows: the weights of those of n_k keys whose bits are set, times v.
+// Without AMX they are kRows, with it some of kSquare.
 template <class T>
 struct Beginning {
   const Scores<T>& scores;
   int64_t r;
+  Rows64 bits;  // of the rows from r on
+  int64_t n_k;
   const Problem<T>& p = scores.p;
   const ScanScratch<T>& w = scores.w;
   T* const sums = w.sums + r * w.sums_stride;
@@ -231,22 +253,21 @@ struct Beginning {
 
   void form() {
     for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
-    for (int64_t from = 0; from < p.n_k; from += w.keys) {
-      const int64_t keys = smaller(w.keys, p.n_k - from);
+    for (int64_t from = 0; from < n_k; from += w.keys) {
+      const int64_t keys = smaller(w.keys, n_k - from);
       for (int64_t x = 0; x < kRows; ++x) {
         T* const weights = w.weights + x * w.keys;
         form_weights(x, r + x < scores.rows, from, keys, [&](int64_t j, Vec<T> e) { store(weights + j, e); });
       }
       add_product<Left::by_row>(w.weights, w.keys, Sliced<T>{p.v_slices, p.n_k, from}, keys, p.dim_v, sums);
     }
-    for (int64_t x = 0; x < smaller(kRows, scores.rows - r); ++x) finish(x);
   }
 
   // On AMX, for the rows x of kSquare for which begins(x) holds; the weights of others are 0.
   template <class F>
   void form_on_tiles(const F& begins) {
-    for (int64_t from = 0; from < p.n_k; from += w.keys) {
-      const int64_t keys = rounded_up(smaller(w.keys, p.n_k - from), kSquare), stride = w.keys + kSquare,
+    for (int64_t from = 0; from < n_k; from += w.keys) {
+      const int64_t keys = rounded_up(smaller(w.keys, n_k - from), kSquare), stride = w.keys + kSquare,
                     plane = kSquare * stride;
       for (int64_t x = 0; x < kSquare; ++x) {
         uint16_t* const weights = w.weights_left + x * stride;
@@ -257,25 +278,31 @@ struct Beginning {
         multiply({w.weights_left, stride, plane}, tiles_of_terms(p.v_tiles, p.dim_v, p.parts, from / kSquare, d),
                  keys / kSquare, p.parts, sums + d, w.sums_stride, from > 0);
     }
-    for (int64_t x = 0; x < kSquare; ++x)
-      if (begins(x)) finish(x);
+  }
+
+  void finish(int64_t x, Begun begun) const {
+    const int64_t i = scores.first + r + x;
+    p.begun[i] = begun;
+    p.shift[i] = scores.shift[r + x], p.factor[i] = scores.factor(r + x);
+    p.mass[i] = mass[x], p.squares[i] = squares[x];
+    for (int64_t d = 0; d < p.dim_v; ++d) p.out[i * p.dim_v + d] = sums[x * w.sums_stride + d];
   }
 
  private:
   // Calls write(j, weights) for the keys from + j, j < keys, and adds the weights up.
   template <class F>
   void form_weights(int64_t x, bool present, int64_t from, int64_t keys, const F& write) {
-    const int64_t i = scores.first + r + x;
-    const uint64_t* const bits = p.words(i / kBlock, from / kBlock) + i % kBlock;
     const T *const s = scores.row(r + x) + from, *const sizes = p.sizes + from;
+    const T* const stored = scores.e == nullptr ? nullptr : scores.exponentials_of(r + x) + from;
     const T shift = present ? scores.shift[r + x] : T(0), factor = present ? scores.factor(r + x) : T(1);
     Vec<T> sum = {}, sum_of_squares = {};
     for (int64_t block = 0; block < keys; block += kBlock) {
-      const uint64_t word = present ? bits[block] : 0;
+      const uint64_t word = present ? bits(x, (from + block) / kBlock) : 0;
       const int64_t end = smaller(keys, block + kBlock);
 #pragma GCC unroll 4
       for (int64_t j = block; j < end; j += kLanes<T>) {
-        const Vec<T> e = choose(word >> (j - block), exponential(load(s + j) - shift) * factor, Vec<T>{});
+        const Vec<T> all = stored == nullptr ? exponential(load(s + j) - shift) : load(stored + j);
+        const Vec<T> e = choose(word >> (j - block), all * factor, Vec<T>{});
         write(j, e);
         sum += e;
         const Vec<T> sized = e * load(sizes + j);
@@ -285,23 +312,48 @@ struct Beginning {
     mass[x] += sum_of<T>(sum);
     squares[x] += sum_of<T>(sum_of_squares);
   }
-
-  void finish(int64_t x) {
-    const int64_t i = scores.first + r + x;
-    p.begun[i] = true;
-    p.shift[i] = scores.shift[r + x], p.factor[i] = scores.factor(r + x);
-    p.mass[i] = mass[x], p.squares[i] = squares[x];
-    for (int64_t d = 0; d < p.dim_v; ++d) p.out[i * p.dim_v + d] = sums[x * w.sums_stride + d];
-  }
 };
 
-// Which share of its keys kRows rows must have as adaptive neighbours for a beginning to pay. Products with lists take
-// about four times as long a pair as products of whole rows: without reciprocity, both of an eighth of all keys as long as
-// one of all. Of the neighbours of a row reciprocity removes about as large a share as it has no neighbours.
+// Whether kRows rows with so many adaptive neighbours begin with the sum over all of these. Of the neighbours of a row
+// reciprocity removes about as large a share as it has no neighbours; lists of what it removes take about four times as
+// long a pair as products of whole rows. So without reciprocity an eighth of all keys pays for the one product that is
+// left.
 template <class T>
-bool begins_output(const Problem<T>& p, int64_t neighbours) {
+bool sums_neighbours(const Problem<T>& p, int64_t neighbours) {
   return p.begun != nullptr &&
-         (p.reciprocal ? 10 * neighbours >= 9 * kRows * p.n_k : 8 * times_faster(p) * neighbours >= kRows * p.n_k);
+         (p.reciprocal ? 16 * neighbours >= 15 * kRows * p.n_k : 8 * times_faster(p) * neighbours >= kRows * p.n_k);
+}
+
+// And whether with the sum over their survivors among n_k keys: fewer are better shared by rows.
+constexpr bool sums_survivors(int64_t survivors, int64_t n_k) { return 4 * survivors >= kRows * n_k; }
+
+// Begins with the sums over survivors where these were put off. The rest of the row has another shift: where too little
+// of it is before this one, or NaN, the row is left.
+template <class T>
+void sum_settled(const Scores<T>& scores) {
+  const Problem<T>& p = scores.p;
+  const int64_t block = scores.first / kBlock, place = scores.first % kBlock, settled = settled_blocks(block);
+  uint64_t* const m = scores.w.m + place * p.blocks_k;
+  bool formed = false;
+  for (int64_t r = 0; r < scores.rows; r += kRows) {
+    Begun* const begun = p.begun + scores.first + r;
+    const int64_t rows = smaller(kRows, scores.rows - r);
+    if (*begun != Begun::put_off) continue;
+    if (!formed) non_local(p, block, settled, scores.w.m);
+    formed = true;
+    int64_t count[kRows] = {}, all = 0;
+    for (int64_t x = 0; x < rows; ++x) {
+      if (p.positions > 0) add_local_of_row(p, scores.first + r + x, false, m + (r + x) * p.blocks_k);
+      all += count[x] = count_bits(m + (r + x) * p.blocks_k, settled);
+      begun[x] = Begun::nothing;
+    }
+    if (!sums_survivors(all, settled * kBlock)) continue;
+    Beginning<T> beginning{scores, r, {m + r * p.blocks_k, p.blocks_k, 1}, settled * kBlock};
+    beginning.form();
+    bool near = true;
+    for (int64_t x = 0; x < rows; ++x) near &= count[x] == 0 || beginning.mass[x] >= 0x1p-10;
+    for (int64_t x = 0; near && x < rows; ++x) beginning.finish(x, Begun::survivors);
+  }
 }
 
 // The local block of the rows: log-mean-exp of their windows, and the flags; a row a lane.
@@ -396,42 +448,87 @@ void clear_bits(const Problem<T>& p, int64_t block) {
     for (int64_t r = smaller(kBlock, p.n_q - block * kBlock); r < kBlock; ++r) p.words(block, j)[r] = 0;
 }
 
-// Forms the scores of some rows after the other and calls f(scores).
-template <class T, class F>
-void for_scores(const Problem<T>& p, Queue& queue, void* scratch, const F& f) {
+// Forms the scores of some rows after the other, where wanted(first row, rows), and calls f(scores), which says whether
+// exponentials of the next rows are likely to be read again.
+template <class T, class W, class F>
+void for_scores(const Problem<T>& p, Queue& queue, void* scratch, const W& wanted, const F& f) {
   Arena arena(scratch);
   const ScanScratch<T> w(arena, p);
   const TilesOf<T> tiles(p);
+  bool stores = false;
   for (int64_t block; queue.take(block);) {
     const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
     for (int64_t from = 0; from < rows; from += w.at_a_time) {
-      Scores<T> scores{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from)};
+      Scores<T> scores{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from), stores};
+      if (!wanted(scores.first, scores.rows)) continue;
       scores.form();
-      f(scores);
+      stores = f(scores);
     }
   }
 }
 
 template <class T>
-void form_scores(const Problem<T>& p, Queue& queue, void* scratch) {
-  for_scores(p, queue, scratch, [](const Scores<T>&) {});
+void scan_again(const Problem<T>& p, Queue& queue, void* scratch) {
+  const auto wanted = [&](int64_t first, int64_t rows) {
+    bool any = p.keeps_scores;
+    for (int64_t i = first; !p.keeps_scores && i < first + rows; ++i) any |= p.begun[i] == Begun::put_off;
+    return any;
+  };
+  for_scores(p, queue, scratch, wanted, [&](const Scores<T>& scores) {
+    if (!p.keeps_scores) sum_settled(scores);
+    return false;
+  });
+}
+
+// Whether all settled blocks of a block have been scanned.
+template <class T>
+bool are_complete(const Problem<T>& p, int64_t block) {
+  bool all = p.complete != nullptr;
+  for (int64_t j = 0; all && j < settled_blocks(block); ++j) all = __atomic_load_n(p.complete + j, __ATOMIC_ACQUIRE);
+  return all;
 }
 
 template <class T>
 void scan(const Problem<T>& p, Queue& queue, void* scratch) {
-  for_scores(p, queue, scratch, [&](const Scores<T>& scores) {
+  const auto all = [](int64_t, int64_t) { return true; };
+  for_scores(p, queue, scratch, all, [&](const Scores<T>& scores) {
+    const int64_t block = scores.first / kBlock;
     int64_t neighbours[kBlock / kRows];
     find_neighbours(scores, neighbours);
     if (p.beta != nullptr) find_local(scores);
-    const auto begins = [&](int64_t r) { return r < scores.rows && begins_output(p, neighbours[r / kRows]); };
+    if (scores.first % kBlock == 0) clear_bits(p, block);
+    if (p.complete != nullptr && smaller(p.n_q, (block + 1) * kBlock) == scores.first + scores.rows)
+      __atomic_store_n(p.complete + block, uint8_t{1}, __ATOMIC_RELEASE);
+    const auto begins = [&](int64_t r) { return r < scores.rows && sums_neighbours(p, neighbours[r / kRows]); };
+    const auto beginning = [&](int64_t r) {
+      const int64_t i = scores.first + r;
+      return Beginning<T>{scores, r, {p.words(i / kBlock, 0) + i % kBlock, 1, kBlock}, p.n_k};
+    };
     if constexpr (kHasTiles<T>)
       for (int64_t r = 0; on_tiles(p) && r < scores.rows; r += kSquare) {
         bool any = false;
         for (int64_t x = r; x < r + kSquare; x += kRows) any |= begins(x);
-        if (any) Beginning<T>{scores, r}.form_on_tiles([&](int64_t x) { return begins(r + x); });
+        if (!any) continue;
+        Beginning<T> b = beginning(r);
+        b.form_on_tiles([&](int64_t x) { return begins(r + x); });
+        for (int64_t x = 0; x < kSquare; ++x)
+          if (begins(r + x)) b.finish(x, Begun::neighbours);
       }
-    for (int64_t r = 0; !on_tiles(p) && r < scores.rows; r += kRows)
-      if (begins(r)) Beginning<T>{scores, r}.form();
-    if (scores.first % kBlock == 0) clear_bits(p, scores.first / kBlock);
+    bool any_put_off = false, any_begun = false;
+    for (int64_t r = 0; !on_tiles(p) && r < scores.rows; r += kRows) {
+      const int64_t rows = smaller(kRows, scores.rows - r);
+      if (begins(r)) {
+        Beginning<T> b = beginning(r);
+        any_begun = true;
+        b.form();
+        for (int64_t x = 0; x < rows; ++x) b.finish(x, Begun::neighbours);
+      } else if (begins_survivors(p) && p.not_finite == nullptr && settled_blocks(block) > 0 &&
+                 sums_survivors(neighbours[r / kRows], p.n_k)) {
+        any_put_off = true;
+        for (int64_t x = 0; x < rows; ++x) p.begun[scores.first + r + x] = Begun::put_off;
+      }
+    }
+    if (any_put_off && are_complete(p, block)) sum_settled(scores);
+    return any_begun;
   });
 }
