@@ -36,7 +36,7 @@ be.
 Cost per image and head, one unit being an N x N x D product (2 N^2 D operations): dense attention computes 2 units
 forward and 5 backward. ``impl="blocked"`` computes 3 (2 unless reciprocal) and 5; ``impl="cpu"`` 1 + 2 f and 5 f, with
 f the fraction of pairs that survive, or 1 in strips of rows where that is more than a quarter. Unless AMX forms scores,
-its forward computes 1 + f up to 2,048 tokens (1,448 in float64), whose scores are kept, else half a unit less where
+its forward computes 1 + f up to 2,048 tokens (1,448 in float64), whose scores are kept; of more 0.4 units less where
 more than a quarter survive. Strips that have 15 of 16 keys as neighbours (an eighth if one-way) take 2 and twice what
 is subtracted, unless scores are kept. ``impl="triton"`` and ``"cuda"`` compute 1 + g + 2 f (g / 2 less where query is
 key) and 8 f (``"triton"`` 7 f up to D = 128; both 10 f in float32), with f the fraction of blocks of pairs that hold a

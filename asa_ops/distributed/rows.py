@@ -10,7 +10,7 @@ its own: so its sums are those of one process.
 
 Per process and head, with R processes: N^2 / (8 R) bytes of bits, and what is gathered, O(N D). The bits of the columns
 are kept too, as many bytes again, where a backward asks for one-way neighbours: thresholds learn, or nobody is to be
-mutual; and in a forward that begins outputs (``scan`` of csrc/cpu/asa).
+mutual; and in a forward that begins outputs with neighbours (``scan`` of csrc/cpu/asa).
 """
 
 from collections.abc import Iterator
@@ -29,6 +29,7 @@ from .call import Call
 from .ranges import BLOCK, blocks_of, ranges, ranges_of_equal_work
 
 PIECE_BYTES = 2**22  # of bits, sent at a time
+WITH_NEIGHBOURS = 1  # Begun::neighbours of csrc/cpu/asa/problem.h
 
 
 def can_run(call: Call, inputs: Inputs) -> bool:
@@ -108,7 +109,7 @@ class Part:
         if not self.is_thresholded():
             return lse, found, begun, None
         mutual, blocks = self.call.options.reciprocal, blocks_of(self.rows)
-        any_begun = collectives.any_process(self.call.group, bool(begun[..., 0].any()))
+        any_begun = collectives.any_process(self.call.group, bool((begun[..., 0] == WITH_NEIGHBOURS).any()))
         only_mutual = mutual and not self.call.band and not any_begun
         if only_mutual:
             self.make_mutual(found[0])

@@ -125,7 +125,8 @@ def nearly_dense(removed: str, n: int, dtype: torch.dtype) -> tuple[list, dict]:
     return [x[None, None].to(dtype) for x in (query, key, value, alpha, beta)], {"grid": (1, n), "window": 3}
 
 
-KEPT, BEGUN = 333, 2150  # tokens, of which the scan leaves scores (up to 2,112 in float32), or begins outputs
+# Tokens of which the scan keeps scores, up to 2,112 in float32 and 1,472 in float64; or begins outputs.
+KEPT, BEGUN, BEGUN_IN_FLOAT64 = 333, 2150, 1600
 
 
 @pytest.mark.parametrize("beta", [False, slow(True)])
@@ -167,44 +168,69 @@ def test_nearly_dense(instruction_set, removed, n, beta):
     check_equal_to("reference", [x if x is None else x.double() for x in inputs], options)
 
 
-def half_dense(survivors: str, dtype: torch.dtype) -> tuple[list, dict]:
+def half_dense(survivors: str, n: int, dtype: torch.dtype) -> tuple[list, dict]:
     """Rows that keep a third to two thirds of all keys: those before their own are summed in the scan."""
-    query, key, value = torch.randn(3, BEGUN, 24, dtype=torch.float64)
-    alpha, options = torch.full((BEGUN,), 0.4), {"reciprocal": True}
+    query, key, value = torch.randn(3, n, 24, dtype=torch.float64)
+    alpha, options = torch.full((n,), 0.4), {"reciprocal": True}
     if survivors == "of little weight":  # the last rows have heavy neighbours, which do not have them
         query, key, alpha = query * 0.3, key * 0.3, None
         query[:, :2], key[:, :2] = 0, 0
         query[-300:, 0], key[-600:-300, 0] = 100, 1
         query[-600:-300, 1], key[-300:, 1] = 200, -1
-        options |= {"topk": 1500, "scale": 1.0}
+        options |= {"topk": 7 * n // 10, "scale": 1.0}
     elif survivors == "beside padding":
-        options["key_padding_mask"] = torch.rand(1, BEGUN) > 0.2
+        options["key_padding_mask"] = torch.rand(1, n) > 0.2
     elif survivors == "of a window":
-        options |= {"grid": (5, 430), "window": 7}
-    beta = torch.full((BEGUN,), 0.5) if "window" in options else None
+        options |= {"grid": (5, n // 5), "window": 7}
+    beta = torch.full((n,), 0.5) if "window" in options else None
     inputs = (query, key, value, alpha, beta)
     return [x if x is None else x[None, None].to(dtype) for x in inputs], options
 
 
+@pytest.mark.parametrize("instruction_set", [slow(x, when=x != BEST) for x in INSTRUCTION_SETS], indirect=True)
 @pytest.mark.parametrize(
-    "survivors", ["of equal rank", slow("of a window"), "of little weight", slow("beside padding")]
+    "survivors, n, dtype",
+    [
+        ("of equal rank", BEGUN_IN_FLOAT64, torch.float64),
+        slow("of equal rank", BEGUN, torch.float32),
+        slow("of a window", BEGUN, torch.float32),
+        ("of little weight", BEGUN, torch.float32),
+        slow("beside padding", BEGUN, torch.float32),
+    ],
 )
-def test_half_dense(instruction_set, with_threads, survivors):
-    inputs, options = half_dense(survivors, torch.float32)
+def test_half_dense(instruction_set, with_threads, survivors, n, dtype):
+    inputs, options = half_dense(survivors, n, dtype)
     fractions = fractions_of_rows(inputs, options)
     assert fractions[fractions > 0].median() > 0.3 and fractions.max() < 0.8
-    check_against_reference("cpu", inputs, options)
+    if dtype == torch.float32:
+        check_against_reference("cpu", inputs, options)
+    else:
+        check_equal_to("blocked", inputs, options)
     once, *others = with_threads(lambda: [asa_attention(*inputs, **options, impl="cpu")], (1, 2, 16))
     assert all(equal(once, other) for other in others)
     check_ranges("asa", inputs, options, begin_of_second=1024)  # where the scan of a range finds no settled blocks
 
 
 def test_half_dense_with_values_that_are_not_finite(instruction_set):
-    inputs, options = half_dense("of equal rank", torch.float32)
+    inputs, options = half_dense("of equal rank", BEGUN, torch.float32)
     inputs[2][..., 5, :], inputs[2][..., BEGUN // 2, 3] = torch.nan, torch.inf
     results = [asa_attention(*inputs, **options, impl=impl) for impl in ("cpu", "blocked")]
     assert 0.3 < results[0].isnan().double().mean() < 0.9
     torch.testing.assert_close(*results, equal_nan=True)
+
+
+@pytest.mark.parametrize("size", [1e25, -1e25, 0.4])
+def test_half_dense_with_equal_scores(instruction_set, size):
+    """Tokens of two kinds, each of which keeps its own: a score of ``size``, and that of others is far below."""
+    kind = torch.randint(2, (BEGUN,)) * 2.0 - 1
+    apart = max(0.5, abs(size))
+    query, key = torch.zeros(2, 1, 1, BEGUN, 8)
+    query[..., 0], query[..., 1], key[..., 0], key[..., 1] = kind, 1, kind * apart, size - apart
+    value = torch.randn(1, 1, BEGUN, 8)
+    out, stats = asa_attention(query, key, value, 0.7, scale=1.0, impl="cpu", return_stats=True)
+    means = torch.stack([value[0, 0, kind == x].double().mean(0) for x in (-1, 1)]).float()
+    torch.testing.assert_close(out[0, 0], means[(kind > 0).long()], rtol=1e-5, atol=1e-6)
+    assert torch.equal(stats.survivors[0, 0], (kind[:, None] == kind).sum(1).int())
 
 
 @pytest.mark.parametrize("n", [KEPT, slow(BEGUN)])

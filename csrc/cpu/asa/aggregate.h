@@ -254,16 +254,18 @@ void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t*
   for (int64_t r = 0; r < rows; ++r) changes[r].removed = numbers[r];
 }
 
-// Adds what scan() left of row i, the sum over the survivors in settled blocks, to the sums over the others.
+// Adds what scan() left of row i, the sum over the survivors in settled blocks, to the sums over the others. Returns the
+// logarithm of the sum of exp(s - shift); `sum` and `values` may be another multiple of what they stand for.
 template <class T>
-void add_begun(const Problem<T>& p, int64_t i, T& shift, T& sum, T* values) {
-  if (p.mass[i] == 0) return;  // no survivors there
-  const double begun = p.shift[i] - __builtin_log(static_cast<double>(p.factor[i]));
-  const T most = larger(static_cast<T>(begun), sum > 0 ? shift : T(-kInfinity));
-  const T ours = __builtin_exp(begun - most), theirs = sum > 0 ? __builtin_exp(static_cast<double>(shift) - most) : 0.0;
+double add_begun(const Problem<T>& p, int64_t i, T& shift, T& sum, T* values) {
+  if (p.mass[i] == 0) return __builtin_log(static_cast<double>(sum));  // no survivors there
+  const T most = sum > 0 && shift > p.shift[i] ? shift : p.shift[i];
+  const auto scale = [&](T x) { return static_cast<T>(__builtin_exp(static_cast<double>(x) - most)); };
+  const T ours = scale(p.shift[i]), theirs = sum > 0 ? scale(shift) * p.factor[i] : T(0);
   for (int64_t d = 0; d < p.dim_v; ++d) values[d] = values[d] * theirs + p.out[i * p.dim_v + d] * ours;
   sum = sum * theirs + p.mass[i] * ours;
   shift = most;
+  return __builtin_log(static_cast<double>(sum)) - __builtin_log(static_cast<double>(p.factor[i]));
 }
 
 // The scores of row i that scan() kept, from key `first` on.
@@ -408,9 +410,11 @@ void aggregate(const Problem<T>& p, Queue& queue, void* scratch) {
     }
 
     for (int64_t r = 0; r < survivors.rows; ++r) {
-      if (survivors.summed[r / kRows] > 0) add_begun(p, survivors.first + r, shift[r], sum[r], sums + r * p.dim_v);
-      finish_row(p, survivors.first + r, survivors.row(p, r), survivors.count[r],
-                 T(shift[r] + __builtin_log(static_cast<double>(sum[r]))), sum[r], sums + r * p.dim_v);
+      const int64_t i = survivors.first + r;
+      T* const values = sums + r * p.dim_v;
+      const double log_sum = survivors.summed[r / kRows] > 0 ? add_begun(p, i, shift[r], sum[r], values)
+                                                             : __builtin_log(static_cast<double>(sum[r]));
+      finish_row(p, i, survivors.row(p, r), survivors.count[r], T(shift[r] + log_sum), sum[r], values);
     }
   }
 }

@@ -254,7 +254,7 @@ struct Survivors {
     for (int64_t r = 0; r < rows; ++r) count[r] = count_bits(row(p, r), p.blocks_k);
     for (int64_t r = 0; r < rows; r += kRows) {
       const Begun begun = p.begun == nullptr ? Begun::nothing : p.begun[first + r];
-      summed[r / kRows] = begun == Begun::survivors ? settled_blocks((first + r) / kBlock) : 0;
+      summed[r / kRows] = begun == Begun::survivors ? settled_blocks((first + r) / kBlock, p.blocks_q) : 0;
       for (int64_t x = r; x < smaller(rows, r + kRows); ++x)
         for (int64_t j = 0; j < summed[r / kRows]; ++j) m[x * p.blocks_k + j] = 0;
       bool& corrects = corrected[r / kRows] = begun == Begun::neighbours;

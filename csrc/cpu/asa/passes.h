@@ -17,7 +17,7 @@ bool keeps_scores(const Kernels<T>& kernels, const Problem<T>& p) {
   return p.thresholded && !p.is_one_block() && p.parts == 0 && rows * bytes <= kKeptScores;
 }
 
-// The outputs that scan() begins, row by row: whether it did, what Problem says of the sum, and the sum.
+// The outputs that scan() begins, row by row: how far it came, what Problem says of the sum, and the sum.
 constexpr int64_t kBegunNumbers = 5;
 
 // Which passes of a forward run. One that runs alone leaves, or finds, in `begun` the outputs that scan() begins,
@@ -32,9 +32,11 @@ template <class T>
 void write_begun(const Problem<T>& p, T* to) {
   for (int64_t i = p.begin; i < p.end; ++i, to += kBegunNumbers + p.dim_v) {
     std::fill_n(to, kBegunNumbers + p.dim_v, T(0));
-    if (p.begun == nullptr || p.begun[i] == Begun::nothing) continue;
-    to[0] = static_cast<T>(p.begun[i]), to[1] = p.shift[i], to[2] = p.factor[i], to[3] = p.mass[i],
-    to[4] = p.squares[i];
+    if (p.begun == nullptr) continue;
+    to[0] = static_cast<T>(p.begun[i]);  // of a scan that runs alone nothing is complete, so never Begun::survivors
+    to[1] = p.shift[i], to[2] = p.factor[i];
+    if (p.begun[i] != Begun::neighbours) continue;
+    to[3] = p.mass[i], to[4] = p.squares[i];
     std::copy_n(p.out + i * p.dim_v, p.dim_v, to + kBegunNumbers);
   }
 }
@@ -42,6 +44,8 @@ void write_begun(const Problem<T>& p, T* to) {
 template <class T>
 void read_begun(const Problem<T>& p, const T* from) {
   for (int64_t i = p.begin; i < p.end; ++i, from += kBegunNumbers + p.dim_v) {
+    const bool put_off = from[0] == 3 && p.parts == 0 && p.n_q == p.n_k && p.not_finite == nullptr;
+    check(put_off || from[0] == 0 || from[0] == 1, "begun", "what rows_scan returned");
     p.begun[i] = static_cast<Begun>(static_cast<uint8_t>(from[0]));
     p.shift[i] = from[1], p.factor[i] = from[2], p.mass[i] = from[3], p.squares[i] = from[4];
     std::copy_n(from + kBegunNumbers, p.dim_v, p.out + i * p.dim_v);

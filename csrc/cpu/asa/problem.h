@@ -27,13 +27,17 @@ enum class Type { half, bfloat16, float32, float64 };
 enum class Kind : uint8_t { whole, shared, listed };
 
 // What scan() leaves of a row's output: nothing; the sum over its adaptive neighbours, which aggregate() corrects; or the
-// sum over its survivors among the keys of settled blocks, to which aggregate() adds the others. The last is put off
-// where the bits of those blocks were not all there.
+// sum over its survivors among the keys of settled blocks, to which aggregate() adds the others. The last is put off, and
+// left to scan_again(), where the bits of those blocks are not all there.
 enum class Begun : uint8_t { nothing, neighbours, survivors, put_off };
 
-// How many blocks of keys, from the first on, are settled for a block of queries. Blocks are scanned in order, side by
-// side: the bits of those that are some places before are there in time. It depends on nothing else, as do the sums.
-constexpr int64_t settled_blocks(int64_t block) { return block < 4 ? 0 : block - 4; }
+// How many blocks of keys, from the first on, are settled for one of so many blocks of queries. Blocks are scanned in
+// order, side by side: with few threads, the bits of those an eighth of all before are there. The number depends on
+// nothing else, so sums do not depend on timing.
+constexpr int64_t settled_blocks(int64_t block, int64_t blocks) {
+  const int64_t apart = (blocks + 7) / 8;
+  return block < apart ? 0 : block - apart;
+}
 
 // The rows of one head in a tensor: `dim` numbers each, the first at `numbers`.
 struct Rows {
@@ -75,7 +79,8 @@ struct Problem {
   T *out, *lse, *lse_kept, *kappa, *log_mean;
   int32_t* survivors;
   // What scan() leaves in `out` is the sum of w v, w = exp(s - shift) * factor, and here the sums of w and of the squares
-  // of w times the size of v, its largest number; null, all of them: it leaves nothing. Sizes are relative to the
+  // of w times the size of v, its largest number; null, all of them: it leaves nothing. Of rows that are put off it leaves
+  // shift and factor. Sizes are relative to the
   // largest. In the backward, shift and factor are those of the survivors' probabilities, exp(s - shift) * factor; null:
   // nobody asks.
   Begun* begun;  // [n_q]

@@ -2,7 +2,7 @@
 
 constexpr int64_t kScoreBytes = 512 * 1024;  // of the scores formed at a time, but at least kFewest rows
 constexpr double kMostSum = 1e10;  // of exp(s - shift): further from their shift scores would lose digits
-constexpr int64_t kStoredBytes = 2 * 1024 * 1024;  // of exponentials beside scores, so that both stay in the cache
+constexpr int64_t kStoredBytes = 2 * 1024 * 1024;  // of exponentials beside their scores: more leave the caches
 constexpr int64_t kFewest = 32;  // rows that share one reading of the keys
 
 template <class T>
@@ -64,10 +64,12 @@ int64_t score_stride(const Problem<T>& p) {
   return rounded_up(rounded_up(p.n_k, panel_width(p)), kBlock) + kPad;
 }
 
-// Whether rows may begin with the sum over some of their survivors.
+// Whether rows of a block may begin with the sum over some of their survivors. Not where values are not finite:
+// aggregate() looks for those that a row keeps, and no longer knows these.
 template <class T>
-bool begins_survivors(const Problem<T>& p) {
-  return p.thresholded && p.reciprocal && !p.keeps_scores && !on_tiles(p) && !p.is_one_block();
+bool may_sum_survivors(const Problem<T>& p, int64_t block) {
+  return p.begun != nullptr && p.reciprocal && !on_tiles(p) && p.not_finite == nullptr &&
+         settled_blocks(block, p.blocks_q) > 0;
 }
 
 // Some rows whose scores are in the cache.
@@ -92,14 +94,14 @@ struct ScanScratch {
     q_left = arena.take<uint16_t>(tiles ? at_a_time * q_row(p) : 0);
     s = arena.take<T>(p.keeps_scores ? 0 : at_a_time * stride);
     const bool fit = at_a_time * stride * static_cast<int64_t>(sizeof(T)) <= kStoredBytes;
-    const bool begins = p.thresholded && !p.keeps_scores && !tiles;
+    const bool begins = p.thresholded && !p.keeps_scores && !tiles && !p.is_one_block();
     e = p.is_one_block() || (begins && fit) ? arena.take<T>(at_a_time * stride) : nullptr;
     work = arena.take<T>(p.topk ? p.n_k : 0);
     window = arena.take<T>(p.positions * kLanes<T>);
     weights = arena.take<T>(p.thresholded && !tiles ? kRows * keys : 0);
     weights_left = arena.take<uint16_t>(p.thresholded && tiles ? kSquare * (keys + kSquare) * p.parts : 0);
     sums = arena.take<T>(p.thresholded ? at_a_time * sums_stride : 0);
-    m = arena.take<uint64_t>(begins_survivors(p) ? kBlock * p.blocks_k : 0);
+    m = arena.take<uint64_t>(begins ? kBlock * p.blocks_k : 0);
   }
 
   static int64_t q_row(const Problem<T>& p) { return rounded_up(p.dim, kSquare) * p.parts; }
@@ -130,12 +132,7 @@ struct Scores {
   T* exponentials_of(int64_t r) const { return e == nullptr ? nullptr : e + r * w.stride; }
 
   void form() {
-    if (!on_tiles(p)) scale_rows(p.q + first * p.dim, rows, p.dim, p.scale, w.q);
-    if constexpr (kHasTiles<T>)
-      for (int64_t r = 0; on_tiles(p) && r < rows; r += kSquare)
-        pack_left<T>(
-            smaller(kSquare, rows - r), [&](int64_t x) { return p.q + (first + r + x) * p.dim; }, p.dim, p.parts,
-            w.q_left + r * w.q_row(p));
+    take_queries();
     for (int64_t r = 0; r < rows; ++r) sum[r] = 0;
     // Products and exponentials each have the registers for themselves; what goes between them stays in the cache.
     constexpr int64_t kKeys = 384;  // at a time, whole panels
@@ -151,6 +148,12 @@ struct Scores {
     }
   }
 
+  // The scores of the first keys alone, by themselves.
+  void form_again(int64_t keys) {
+    take_queries();
+    for (int64_t i = 0; i < (keys + w.width - 1) / w.width; ++i) form_panel(i);
+  }
+
   // A power of two, so that weights exp(s - shift) times it are at most about 1, and equal ones add up without rounding.
   // 0 for a row without keys or with a score that is NaN.
   T factor(int64_t r) const { return sum[r] > 0 ? T(__builtin_ldexp(1.0, -__builtin_ilogb(sum[r]))) : T(0); }
@@ -164,6 +167,15 @@ struct Scores {
   }
 
  private:
+  void take_queries() {
+    if (!on_tiles(p)) scale_rows(p.q + first * p.dim, rows, p.dim, p.scale, w.q);
+    if constexpr (kHasTiles<T>)
+      for (int64_t r = 0; on_tiles(p) && r < rows; r += kSquare)
+        pack_left<T>(
+            smaller(kSquare, rows - r), [&](int64_t x) { return p.q + (first + r + x) * p.dim; }, p.dim, p.parts,
+            w.q_left + r * w.q_row(p));
+  }
+
   void form_panel(int64_t i) {
     if constexpr (kHasTiles<T>)
       if (on_tiles(p)) return form_tiles(i);
@@ -201,8 +213,8 @@ struct Scores {
     if (from == 0) shift[r] = largest_score(s, w.width);
     const Vec<T> largest = splat(shift[r]);
     const int64_t end = smaller(to, rounded_up(p.n_k, kLanes<T>));
-    Vec<T> total =
-        {};  // the same with or without a store: the last product of an exponential, by a power of 2, is exact
+    // The same with a store or without: the last product of an exponential, by a power of 2, is exact.
+    Vec<T> total = {};
 #pragma GCC unroll 4
     for (int64_t j = from; j < end; j += kLanes<T>) {
       const Vec<T> x = exponential(load(s + j) - largest);
@@ -231,21 +243,21 @@ struct Scores {
   }
 };
 
-// Bits of some rows: those of row r for a block of keys.
-struct Rows64 {
-  const uint64_t* words;
-  int64_t row, block;
-  uint64_t operator()(int64_t r, int64_t j) const { return words[r * row + j * block]; }
+// Words of bits, of some rows for blocks of keys.
+struct Words {
+  const uint64_t* first;
+  int64_t row_stride, block_stride;
+  uint64_t operator()(int64_t row, int64_t block) const { return first[row * row_stride + block * block_stride]; }
 };
 
-// What scan() leaves of the output of some of the rows: the weights of those of n_k keys whose bits are set, times v.
-// Without AMX they are kRows, with it some of kSquare.
+// What scan() leaves of the output of some of the rows: the weights of those of the first keys whose bits are set, times
+// v. Without AMX they are kRows, with it some of kSquare. Their shift and factor are there.
 template <class T>
 struct Beginning {
   const Scores<T>& scores;
   int64_t r;
-  Rows64 bits;  // of the rows from r on
-  int64_t n_k;
+  Words bits;  // of the rows from r on
+  int64_t end;  // of the keys
   const Problem<T>& p = scores.p;
   const ScanScratch<T>& w = scores.w;
   T* const sums = w.sums + r * w.sums_stride;
@@ -253,8 +265,8 @@ struct Beginning {
 
   void form() {
     for (int64_t x = 0; x < kRows * p.dim_v; ++x) sums[x] = 0;
-    for (int64_t from = 0; from < n_k; from += w.keys) {
-      const int64_t keys = smaller(w.keys, n_k - from);
+    for (int64_t from = 0; from < end; from += w.keys) {
+      const int64_t keys = smaller(w.keys, end - from);
       for (int64_t x = 0; x < kRows; ++x) {
         T* const weights = w.weights + x * w.keys;
         form_weights(x, r + x < scores.rows, from, keys, [&](int64_t j, Vec<T> e) { store(weights + j, e); });
@@ -266,8 +278,8 @@ struct Beginning {
   // On AMX, for the rows x of kSquare for which begins(x) holds; the weights of others are 0.
   template <class F>
   void form_on_tiles(const F& begins) {
-    for (int64_t from = 0; from < n_k; from += w.keys) {
-      const int64_t keys = rounded_up(smaller(w.keys, n_k - from), kSquare), stride = w.keys + kSquare,
+    for (int64_t from = 0; from < end; from += w.keys) {
+      const int64_t keys = rounded_up(smaller(w.keys, end - from), kSquare), stride = w.keys + kSquare,
                     plane = kSquare * stride;
       for (int64_t x = 0; x < kSquare; ++x) {
         uint16_t* const weights = w.weights_left + x * stride;
@@ -283,7 +295,6 @@ struct Beginning {
   void finish(int64_t x, Begun begun) const {
     const int64_t i = scores.first + r + x;
     p.begun[i] = begun;
-    p.shift[i] = scores.shift[r + x], p.factor[i] = scores.factor(r + x);
     p.mass[i] = mass[x], p.squares[i] = squares[x];
     for (int64_t d = 0; d < p.dim_v; ++d) p.out[i * p.dim_v + d] = sums[x * w.sums_stride + d];
   }
@@ -294,13 +305,14 @@ struct Beginning {
   void form_weights(int64_t x, bool present, int64_t from, int64_t keys, const F& write) {
     const T *const s = scores.row(r + x) + from, *const sizes = p.sizes + from;
     const T* const stored = scores.e == nullptr ? nullptr : scores.exponentials_of(r + x) + from;
-    const T shift = present ? scores.shift[r + x] : T(0), factor = present ? scores.factor(r + x) : T(1);
+    const int64_t i = scores.first + r + x;
+    const T shift = present ? p.shift[i] : T(0), factor = present ? p.factor[i] : T(1);
     Vec<T> sum = {}, sum_of_squares = {};
     for (int64_t block = 0; block < keys; block += kBlock) {
       const uint64_t word = present ? bits(x, (from + block) / kBlock) : 0;
-      const int64_t end = smaller(keys, block + kBlock);
+      const int64_t to = smaller(keys, block + kBlock);
 #pragma GCC unroll 4
-      for (int64_t j = block; j < end; j += kLanes<T>) {
+      for (int64_t j = block; j < to; j += kLanes<T>) {
         const Vec<T> all = stored == nullptr ? exponential(load(s + j) - shift) : load(stored + j);
         const Vec<T> e = choose(word >> (j - block), all * factor, Vec<T>{});
         write(j, e);
@@ -327,32 +339,53 @@ bool sums_neighbours(const Problem<T>& p, int64_t neighbours) {
 // And whether with the sum over their survivors among n_k keys: fewer are better shared by rows.
 constexpr bool sums_survivors(int64_t survivors, int64_t n_k) { return 4 * survivors >= kRows * n_k; }
 
-// Begins with the sums over survivors where these were put off. The rest of the row has another shift: where too little
-// of it is before this one, or NaN, the row is left.
+// Finds the survivors of rows that were put off among the keys of settled blocks: m [kBlock][blocks_k] of their block.
+// Where they are few, nothing is put off any more; returns whether some is.
+template <class T>
+bool find_settled(const Problem<T>& p, int64_t first, int64_t rows, uint64_t* m) {
+  const int64_t block = first / kBlock, settled = settled_blocks(block, p.blocks_q);
+  bool formed = false, any = false;
+  for (int64_t r = 0; r < rows; r += kRows) {
+    Begun* const begun = p.begun + first + r;
+    if (*begun != Begun::put_off) continue;
+    if (!formed) non_local(p, block, settled, m);  // of rows whose scores are to come it is nothing that is read
+    formed = true;
+    const int64_t some = smaller(kRows, rows - r);
+    int64_t count = 0;
+    for (int64_t x = 0; x < some; ++x) {
+      const int64_t i = first + r + x;
+      uint64_t* const words = m + i % kBlock * p.blocks_k;
+      if (p.positions > 0) add_local_of_row(p, i, false, words);
+      count += count_bits(words, settled);
+    }
+    const bool many = sums_survivors(count, settled * kBlock);
+    for (int64_t x = 0; !many && x < some; ++x) begun[x] = Begun::nothing;
+    any |= many;
+  }
+  return any;
+}
+
+// Begins with the sums over these survivors. Where they have less than 2^-10 of the weight of some row, or NaN, the rows
+// are left: so far below the shift, weights lose digits.
 template <class T>
 void sum_settled(const Scores<T>& scores) {
   const Problem<T>& p = scores.p;
-  const int64_t block = scores.first / kBlock, place = scores.first % kBlock, settled = settled_blocks(block);
-  uint64_t* const m = scores.w.m + place * p.blocks_k;
-  bool formed = false;
+  const int64_t settled = settled_blocks(scores.first / kBlock, p.blocks_q);
   for (int64_t r = 0; r < scores.rows; r += kRows) {
     Begun* const begun = p.begun + scores.first + r;
-    const int64_t rows = smaller(kRows, scores.rows - r);
     if (*begun != Begun::put_off) continue;
-    if (!formed) non_local(p, block, settled, scores.w.m);
-    formed = true;
-    int64_t count[kRows] = {}, all = 0;
-    for (int64_t x = 0; x < rows; ++x) {
-      if (p.positions > 0) add_local_of_row(p, scores.first + r + x, false, m + (r + x) * p.blocks_k);
-      all += count[x] = count_bits(m + (r + x) * p.blocks_k, settled);
-      begun[x] = Begun::nothing;
-    }
-    if (!sums_survivors(all, settled * kBlock)) continue;
-    Beginning<T> beginning{scores, r, {m + r * p.blocks_k, p.blocks_k, 1}, settled * kBlock};
+    const uint64_t* const m = scores.w.m + (scores.first + r) % kBlock * p.blocks_k;
+    Beginning<T> beginning{scores, r, {m, p.blocks_k, 1}, settled * kBlock};
     beginning.form();
+    const int64_t rows = smaller(kRows, scores.rows - r);
     bool near = true;
-    for (int64_t x = 0; x < rows; ++x) near &= count[x] == 0 || beginning.mass[x] >= 0x1p-10;
-    for (int64_t x = 0; near && x < rows; ++x) beginning.finish(x, Begun::survivors);
+    for (int64_t x = 0; x < rows; ++x)
+      near &= beginning.mass[x] >= 0x1p-10 || count_bits(m + x * p.blocks_k, settled) == 0;
+    for (int64_t x = 0; x < rows; ++x)
+      if (near)
+        beginning.finish(x, Begun::survivors);
+      else
+        begun[x] = Begun::nothing;
   }
 }
 
@@ -448,10 +481,10 @@ void clear_bits(const Problem<T>& p, int64_t block) {
     for (int64_t r = smaller(kBlock, p.n_q - block * kBlock); r < kBlock; ++r) p.words(block, j)[r] = 0;
 }
 
-// Forms the scores of some rows after the other, where wanted(first row, rows), and calls f(scores), which says whether
-// exponentials of the next rows are likely to be read again.
-template <class T, class W, class F>
-void for_scores(const Problem<T>& p, Queue& queue, void* scratch, const W& wanted, const F& f) {
+// Calls f(scores), yet to be formed, for some rows after the other. It says whether exponentials of the next rows are
+// likely to be read again.
+template <class T, class F>
+void for_strips(const Problem<T>& p, Queue& queue, void* scratch, const F& f) {
   Arena arena(scratch);
   const ScanScratch<T> w(arena, p);
   const TilesOf<T> tiles(p);
@@ -460,8 +493,6 @@ void for_scores(const Problem<T>& p, Queue& queue, void* scratch, const W& wante
     const int64_t rows = smaller(kBlock, p.n_q - block * kBlock);
     for (int64_t from = 0; from < rows; from += w.at_a_time) {
       Scores<T> scores{p, w, block * kBlock + from, smaller(w.at_a_time, rows - from), stores};
-      if (!wanted(scores.first, scores.rows)) continue;
-      scores.form();
       stores = f(scores);
     }
   }
@@ -469,13 +500,14 @@ void for_scores(const Problem<T>& p, Queue& queue, void* scratch, const W& wante
 
 template <class T>
 void scan_again(const Problem<T>& p, Queue& queue, void* scratch) {
-  const auto wanted = [&](int64_t first, int64_t rows) {
-    bool any = p.keeps_scores;
-    for (int64_t i = first; !p.keeps_scores && i < first + rows; ++i) any |= p.begun[i] == Begun::put_off;
-    return any;
-  };
-  for_scores(p, queue, scratch, wanted, [&](const Scores<T>& scores) {
-    if (!p.keeps_scores) sum_settled(scores);
+  for_strips(p, queue, scratch, [&](Scores<T>& scores) {
+    const int64_t settled = settled_blocks(scores.first / kBlock, p.blocks_q) * kBlock;
+    if (p.keeps_scores) {
+      scores.form_again(p.n_k);
+    } else if (find_settled(p, scores.first, scores.rows, scores.w.m)) {
+      scores.form_again(settled);
+      sum_settled(scores);
+    }
     return false;
   });
 }
@@ -484,21 +516,24 @@ void scan_again(const Problem<T>& p, Queue& queue, void* scratch) {
 template <class T>
 bool are_complete(const Problem<T>& p, int64_t block) {
   bool all = p.complete != nullptr;
-  for (int64_t j = 0; all && j < settled_blocks(block); ++j) all = __atomic_load_n(p.complete + j, __ATOMIC_ACQUIRE);
+  for (int64_t j = 0; all && j < settled_blocks(block, p.blocks_q); ++j)
+    all = __atomic_load_n(p.complete + j, __ATOMIC_ACQUIRE);
   return all;
 }
 
 template <class T>
 void scan(const Problem<T>& p, Queue& queue, void* scratch) {
-  const auto all = [](int64_t, int64_t) { return true; };
-  for_scores(p, queue, scratch, all, [&](const Scores<T>& scores) {
+  for_strips(p, queue, scratch, [&](Scores<T>& scores) {
     const int64_t block = scores.first / kBlock;
     int64_t neighbours[kBlock / kRows];
+    scores.form();
     find_neighbours(scores, neighbours);
     if (p.beta != nullptr) find_local(scores);
     if (scores.first % kBlock == 0) clear_bits(p, block);
     if (p.complete != nullptr && smaller(p.n_q, (block + 1) * kBlock) == scores.first + scores.rows)
       __atomic_store_n(p.complete + block, uint8_t{1}, __ATOMIC_RELEASE);
+    for (int64_t r = 0; p.begun != nullptr && r < scores.rows; ++r)
+      p.shift[scores.first + r] = scores.shift[r], p.factor[scores.first + r] = scores.factor(r);
     const auto begins = [&](int64_t r) { return r < scores.rows && sums_neighbours(p, neighbours[r / kRows]); };
     const auto beginning = [&](int64_t r) {
       const int64_t i = scores.first + r;
@@ -522,13 +557,13 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
         any_begun = true;
         b.form();
         for (int64_t x = 0; x < rows; ++x) b.finish(x, Begun::neighbours);
-      } else if (begins_survivors(p) && p.not_finite == nullptr && settled_blocks(block) > 0 &&
-                 sums_survivors(neighbours[r / kRows], p.n_k)) {
+      } else if (may_sum_survivors(p, block) && sums_survivors(neighbours[r / kRows], p.n_k)) {
         any_put_off = true;
         for (int64_t x = 0; x < rows; ++x) p.begun[scores.first + r + x] = Begun::put_off;
       }
     }
-    if (any_put_off && are_complete(p, block)) sum_settled(scores);
+    if (any_put_off && are_complete(p, block) && find_settled(p, scores.first, scores.rows, scores.w.m))
+      sum_settled(scores);
     return any_begun;
   });
 }
