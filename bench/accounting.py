@@ -22,7 +22,7 @@ from .record import Case
 BLOCK = 64  # side of a tile of pairs: 8 x 8 pixels, or 4 x 4 x 4
 STRIP = 8  # rows that impl="cpu" takes together
 BEGUN = (15 / 16) ** 2  # density from which it multiplies whole strips while it scans them, about: it counts neighbours
-PARTLY_BEGUN = 0.25  # and from which it does so with the keys of blocks scanned before, but for the last eighth of all
+PARTLY_BEGUN = 0.25  # and from which it does so with the keys of blocks scanned before, but for a sixteenth of all
 KEPT = 2048  # tokens up to which it keeps the scores of float32
 CHUNK = 2**24  # pairs looked at at a time
 
@@ -114,7 +114,7 @@ def units(
     if impl == "cpu":
         again = 0.0 if tokens <= KEPT or sparsity.density >= BEGUN else 1.0  # of the visited pairs forms a second score
         if again and sparsity.density >= PARTLY_BEGUN:
-            again -= (7 / 8) ** 2 / 2
+            again -= (15 / 16) ** 2 / 2
         return 1 + (1 + again + 5 * backward) * sparsity.strips
     if impl in ("triton", "cuda", "hopper"):
         dkv = impl == "hopper" or (impl == "triton" and dim <= 128)  # in one kernel, which forms scores once

@@ -32,10 +32,10 @@ enum class Kind : uint8_t { whole, shared, listed };
 enum class Begun : uint8_t { nothing, neighbours, survivors, put_off };
 
 // How many blocks of keys, from the first on, are settled for one of so many blocks of queries. Blocks are scanned in
-// order, side by side: with few threads, the bits of those an eighth of all before are there. The number depends on
+// order, side by side: with few threads, the bits of those a sixteenth of all before are there. The number depends on
 // nothing else, so sums do not depend on timing.
 constexpr int64_t settled_blocks(int64_t block, int64_t blocks) {
-  const int64_t apart = (blocks + 7) / 8;
+  const int64_t apart = (blocks + 15) / 16;
   return block < apart ? 0 : block - apart;
 }
 
