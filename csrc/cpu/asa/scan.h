@@ -336,7 +336,8 @@ bool sums_neighbours(const Problem<T>& p, int64_t neighbours) {
          (p.reciprocal ? 16 * neighbours >= 15 * kRows * p.n_k : 8 * times_faster(p) * neighbours >= kRows * p.n_k);
 }
 
-// And whether with the sum over their survivors among n_k keys: fewer are better shared by rows.
+// And whether with the sum over their survivors among n_k keys: fewer are better shared by rows. They are looked for
+// where three eighths of all keys are neighbours.
 constexpr bool sums_survivors(int64_t survivors, int64_t n_k) { return 4 * survivors >= kRows * n_k; }
 
 // Finds the survivors of rows that were put off among the keys of settled blocks: m [kBlock][blocks_k] of their block.
@@ -557,7 +558,7 @@ void scan(const Problem<T>& p, Queue& queue, void* scratch) {
         any_begun = true;
         b.form();
         for (int64_t x = 0; x < rows; ++x) b.finish(x, Begun::neighbours);
-      } else if (may_sum_survivors(p, block) && sums_survivors(neighbours[r / kRows], p.n_k)) {
+      } else if (may_sum_survivors(p, block) && 8 * neighbours[r / kRows] >= 3 * kRows * p.n_k) {
         any_put_off = true;
         for (int64_t x = 0; x < rows; ++x) p.begun[scores.first + r + x] = Begun::put_off;
       }
