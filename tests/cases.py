@@ -15,8 +15,8 @@ from asa_ops.asa.types import Inputs, Options, Saved
 
 @dataclass(frozen=True)
 class Case:
-    """A call of asa_attention. Thresholds: "spread" around 1, "heads" (one per head), "zero", "inf", "mixed", "halves",
-    or None.
+    """A call of asa_attention. Thresholds: "spread" around 1, "heads" (one per head), "low", "zero", "inf", "mixed",
+    "halves", or None.
     """
 
     name: str
@@ -95,6 +95,8 @@ def threshold(kind: str | None, case: Case, dtype: torch.dtype, generator) -> Te
     x = torch.empty(shape, dtype=torch.float64).uniform_(0.2, 2.5, generator=generator)
     if kind == "zero":
         x.zero_()
+    elif kind == "low":  # half of all pairs are neighbours
+        x.mul_(0.1)
     elif kind == "inf":
         x.fill_(torch.inf)
     elif kind == "mixed":  # rows that keep everybody, rows that keep nobody
