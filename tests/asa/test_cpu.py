@@ -9,7 +9,7 @@ import amx
 import pytest
 import simt
 import torch
-from cases import Case, each_case, make, named
+from cases import Case, each_case, make, named, op_arguments
 from compare import call_and_gradients, check_against_reference, check_ranges, equal
 from implementations import INSTRUCTION_SETS, slow
 from torch.utils.cpp_extension import get_cxx_compiler
@@ -209,6 +209,18 @@ def test_half_dense(instruction_set, with_threads, survivors, n, dtype):
     once, *others = with_threads(lambda: [asa_attention(*inputs, **options, impl="cpu")], (1, 2, 16))
     assert all(equal(once, other) for other in others)
     check_ranges("asa", inputs, options, begin_of_second=1024)  # where the scan of a range finds no settled blocks
+
+
+@pytest.mark.parametrize("wrong", [2, 0.5, torch.nan])
+def test_begun_outputs_of_nobody_are_refused(wrong):
+    args = list(op_arguments(*half_dense("of equal rank", BEGUN, torch.float32))[:-2])
+    args[3] = args[3].expand(args[0].shape[:3])
+    ops, rows = torch.ops.asa_ops, [0, BEGUN]
+    *found, begun = ops.asa_rows_scan(*args, rows)
+    assert set(begun[..., 0].unique().tolist()) == {0, 3}  # put off
+    begun[0, 0, 5, 0] = wrong
+    with pytest.raises(RuntimeError, match="begun must be what rows_scan returned"):
+        ops.asa_rows_fwd(*args, rows, *found, begun, found[1])
 
 
 def test_half_dense_with_values_that_are_not_finite(instruction_set):
