@@ -255,7 +255,7 @@ void shared_changes(const Problem<T>& p, int64_t i, int64_t rows, const int32_t*
 }
 
 // Adds what scan() left of row i, the sum over the survivors in settled blocks, to the sums over the others. Returns the
-// logarithm of the sum of exp(s - shift); `sum` and `values` may be another multiple of what they stand for.
+// logarithm of the sum of exp(s - shift); `sum` and `values` are that and the sum of exp(s - shift) v, both times factor.
 template <class T>
 double add_begun(const Problem<T>& p, int64_t i, T& shift, T& sum, T* values) {
   if (p.mass[i] == 0) return __builtin_log(static_cast<double>(sum));  // no survivors there

@@ -44,8 +44,10 @@ void write_begun(const Problem<T>& p, T* to) {
 template <class T>
 void read_begun(const Problem<T>& p, const T* from) {
   for (int64_t i = p.begin; i < p.end; ++i, from += kBegunNumbers + p.dim_v) {
-    const bool put_off = from[0] == 3 && p.parts == 0 && p.n_q == p.n_k && p.not_finite == nullptr;
-    check(put_off || from[0] == 0 || from[0] == 1, "begun", "what rows_scan returned");
+    const auto is = [&](Begun begun) { return from[0] == static_cast<T>(begun); };
+    const bool may_be_put_off = p.parts == 0 && p.n_q == p.n_k && p.not_finite == nullptr;
+    check(is(Begun::nothing) || is(Begun::neighbours) || (is(Begun::put_off) && may_be_put_off), "begun",
+          "what rows_scan returned");
     p.begun[i] = static_cast<Begun>(static_cast<uint8_t>(from[0]));
     p.shift[i] = from[1], p.factor[i] = from[2], p.mass[i] = from[3], p.squares[i] = from[4];
     std::copy_n(from + kBegunNumbers, p.dim_v, p.out + i * p.dim_v);

@@ -80,9 +80,8 @@ struct Problem {
   int32_t* survivors;
   // What scan() leaves in `out` is the sum of w v, w = exp(s - shift) * factor, and here the sums of w and of the squares
   // of w times the size of v, its largest number; null, all of them: it leaves nothing. Of rows that are put off it leaves
-  // shift and factor. Sizes are relative to the
-  // largest. In the backward, shift and factor are those of the survivors' probabilities, exp(s - shift) * factor; null:
-  // nobody asks.
+  // shift and factor. Sizes are relative to the largest. In the backward, shift and factor are those of the survivors'
+  // probabilities, exp(s - shift) * factor; null: nobody asks.
   Begun* begun;  // [n_q]
   T *shift, *factor, *mass, *squares;
   T* sizes;  // [n_k]
