@@ -151,7 +151,7 @@ def check_errors(
     """The error rule: at most twice what rounding may do, plus a unit in the last place of the largest number.
 
     ``compute`` returns the exact results, in float64. What rounding may do is the largest error, over all numbers of a
-    result, of some evaluations of the same formula with every operation rounded at random (``rounding.evaluations``)
+    result, of four evaluations of the same formula with every operation rounded at random (``rounding.evaluations``)
     and the result rounded to ``dtype``: the same on every machine. Twice, for ours is another draw of the same
     kind, by an order of sums and by elementary functions of its own. The unit is for what the formula does not round:
     parts of a result that are put together, weights that matrix units take in ``dtype``.
@@ -162,23 +162,35 @@ def check_errors(
         exp_ulps, ulps: see :func:`rounding.evaluations`.
     """
     exact = compute()
-    count = 4 if exact[0].numel() < 2**14 else 1  # the largest of so many errors hardly differs from one to the next
-    samples = list(rounding.evaluations(compute, precision or ours[0].dtype, exp_ulps, ulps, count))
-    for i, (name, x, truth) in enumerate(zip(names, ours, exact, strict=True)):
-        if not truth.numel():
-            continue
+    kinds = [dtype or x.dtype for x in ours]
+    errors, units = [], []
+    for x, truth, kind in zip(ours, exact, kinds, strict=True):
         assert x.shape == truth.shape
-        coarse = dtype or x.dtype
-        rounded = (sample[i].to(coarse) for sample in samples)
-        error, *others = (_largest_error(y, truth) for y in (x, *rounded))
-        largest = truth.abs().masked_fill(truth.isinf(), 0).max().item()
-        allowed = 2 * max(others) + torch.finfo(coarse).eps * largest
-        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g} (by rounding {max(others):.3g})"
+        errors.append(_largest_error(x, truth))
+        units.append(torch.finfo(kind).eps * _largest(truth.masked_fill(truth.isinf(), 0)))
+    by_rounding = [0.0] * len(exact)
+    draws = rounding.evaluations(compute, precision or ours[0].dtype, exp_ulps, ulps)
+
+    def allowed(i: int) -> float:
+        return 2 * by_rounding[i] + units[i]
+
+    def too_large() -> list[int]:
+        return [i for i, error in enumerate(errors) if not error <= allowed(i)]
+
+    while (left := too_large()) and (draw := next(draws, None)):  # each takes as long as all the rest
+        for i in left:
+            by_rounding[i] = max(by_rounding[i], _largest_error(draw[i].to(kinds[i]), exact[i]))
+    assert not left, "; ".join(
+        f"{names[i]}: error {errors[i]:.3g}, allowed {allowed(i):.3g} (by rounding {by_rounding[i]:.3g})" for i in left
+    )
 
 
 def _largest_error(x: Tensor, truth: Tensor) -> float:
-    error = torch.where(x == truth, 0, x.double() - truth)  # where both are infinite they are equal
-    return error.abs().max().item()
+    return _largest(torch.where(x == truth, 0, x.double() - truth))  # where both are infinite they are equal
+
+
+def _largest(x: Tensor) -> float:
+    return x.abs().max().item() if x.numel() else 0.0
 
 
 def count_flops(function: Callable[[], object]) -> int:
