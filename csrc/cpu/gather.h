@@ -72,7 +72,7 @@ static void accumulate(const T* weights, const T* rows, int64_t dim, const int32
 // The same for kRows rows that share a list; numbers of pairs lie by columns of the list, [count][kRows].
 
 // s[c][r] = <x[r], rows[list[c]]> for c < count, x [kRows][dim]; writes s up to a multiple of kColumns.
-constexpr int64_t kColumns = kRows == 8 ? 3 : 2;
+constexpr int64_t kColumns = 3;
 
 template <class T>
 static void some_shared_dots(const T* x, const T* rows, int64_t dim, const int32_t* list, T* s) {

@@ -92,6 +92,37 @@ static void transpose64(uint64_t* words) {
 #pragma GCC unroll 8
   for (int i = 0; i < 8; ++i) _mm512_storeu_si512(words + 8 * i, x[i]);
 }
+#elif defined(ASA_AVX2)
+// By columns of bytes: one instruction takes a bit of each.
+static void transpose64(uint64_t* words) {
+  uint32_t columns[kBlock][2];
+  for (int half = 0; half < 2; ++half) {
+    const auto rows = reinterpret_cast<const __m128i*>(words + half * 32);  // two each
+    __m256i x[8], y[8];
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu2_m128i(rows + 8 + i, rows + i);
+    // In the low halves of x, and so in the high ones, byte c of row r is number 8 r + c. Each round rotates the 7 bits of
+    // its number by one; after four it is 16 c + r.
+#pragma GCC unroll 4
+    for (int round = 0; round < 4; ++round) {
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) {
+        y[2 * i] = _mm256_unpacklo_epi8(x[i], x[i + 4]);
+        y[2 * i + 1] = _mm256_unpackhi_epi8(x[i], x[i + 4]);
+      }
+#pragma GCC unroll 8
+      for (int i = 0; i < 8; ++i) x[i] = y[i];
+    }
+#pragma GCC unroll 8
+    for (int c = 0; c < 8; ++c)
+#pragma GCC unroll 8
+      for (int bit = 7; bit >= 0; --bit) {
+        columns[8 * c + bit][half] = static_cast<uint32_t>(_mm256_movemask_epi8(x[c]));
+        x[c] = _mm256_add_epi8(x[c], x[c]);
+      }
+  }
+  __builtin_memcpy(words, columns, sizeof(columns));
+}
 #else
 template <int kHalf>
 ASA_INLINE void exchange(uint64_t* x, uint64_t low) {
@@ -117,7 +148,11 @@ static void transpose64(uint64_t* x) {
 template <class T>
 void non_local(const Problem<T>& p, int64_t block, int64_t columns, uint64_t* m) {
   alignas(64) uint64_t tile[64];
+  const bool reads_back = p.thresholded && (p.reciprocal || p.bits == nullptr);
   for (int64_t j = 0; j < columns; ++j) {
+    // The words of the next block lie a page or more further, where processors do not look ahead.
+    for (int64_t r = 0; reads_back && j + 1 < columns && r < kBlock; r += 8)
+      __builtin_prefetch(p.words_back(block, j + 1) + r);
     if (p.thresholded && p.bits == nullptr) {  // M of the columns as queries; it is symmetric
       __builtin_memcpy(tile, p.words_back(block, j), sizeof(tile));
       transpose64(tile);

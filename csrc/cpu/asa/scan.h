@@ -460,16 +460,19 @@ void find_neighbours(const Scores<T>& scores, int64_t* neighbours) {
     const Vec<T> kappa = splat(p.topk ? p.kappa[i] : T(-kInfinity));
     uint64_t* const bits = p.words(i / kBlock, 0) + i % kBlock;
     int64_t count = 0;
-    for (int64_t j = 0; j < p.blocks_k; ++j) {
-      uint64_t word = 0;
-#pragma GCC unroll 4
-      for (int64_t c = 0; c < kBlock; c += kLanes<T>) {
-        const Vec<T> y = load(s + j * kBlock + c);
-        word |= (greater(y - shift, least) & at_least(y, kappa)) << c;
+    const auto find = [&](const auto& is_neighbour) {
+      for (int64_t j = 0; j < p.blocks_k; ++j) {
+        uint64_t word = 0;
+#pragma GCC unroll 8
+        for (int64_t c = 0; c < kBlock; c += kLanes<T>) word |= is_neighbour(load(s + j * kBlock + c)) << c;
+        bits[j * kBlock] = word;
+        count += __builtin_popcountll(word);
       }
-      bits[j * kBlock] = word;
-      count += __builtin_popcountll(word);
-    }
+    };
+    if (p.topk)
+      find([&](Vec<T> y) { return greater(y - shift, least) & at_least(y, kappa); });
+    else
+      find([&](Vec<T> y) { return greater(y - shift, least); });
     if (p.extra > 0 && present) count += add_extra(p, i, bits);
     neighbours[r / kRows] += count;
   }
