@@ -21,7 +21,8 @@ class Processes:
     """Processes, started once."""
 
     def __init__(self, size: int = SIZE, timeout: timedelta = TIMEOUT) -> None:
-        context = mp.get_context("spawn")
+        context = mp.get_context("forkserver")  # one process imports what all of them need
+        context.set_forkserver_preload(["torch.distributed.tensor", "asa_ops"])
         self.folder = tempfile.TemporaryDirectory()
         self.pipes, self.children = [], []
         for rank in range(size):

@@ -71,7 +71,7 @@ def blocks(request, monkeypatch):
     return request.param
 
 
-@pytest.mark.parametrize("blocks", [slow(x, when=x == "wide_tiles") for x in BLOCKS], indirect=True)
+@pytest.mark.parametrize("blocks", [slow(x, when=x in ("whole_rows", "wide_tiles")) for x in BLOCKS], indirect=True)
 def test_any_blocks_give_the_same(blocks):
     check_against_reference("triton", *make(LARGE, torch.float32))
 
