@@ -14,6 +14,8 @@ PAGE := build/bench/page.json
 BLOCKS := criss_cross_attention criss_cross linear_attention linear_attention,kind=channel efficient_attention \
 	channelized_axial squeeze_and_attention interlaced_sparse salient_positions non_local non_local,mode=gaussian \
 	non_local,mode=dot_product
+# What is imported is compiled once, not by every process that a test starts.
+export PYTHONDONTWRITEBYTECODE :=
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1 -O1
 
 .PHONY: demo large-map volume segment sparsify test test-avx2 test-all kernels cuda-kernels sanitize bench bench-page bench-check gpu wheel sdist hub docs lint format clean
