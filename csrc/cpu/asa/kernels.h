@@ -7,7 +7,9 @@
 //   gather       products with a list of rows
 //   bits         who survives: M = A and A^T from bits alone, lists
 //   arrange      tokens of any type and strides to contiguous, padded ones, and back
-//   scan         scores of some rows against all keys, while they are in the cache: lse, thresholds, neighbour bits
+//   scores       scores of some rows against all keys, while they are in the cache
+//   beginning    what is summed of the output meanwhile
+//   scan         the first pass: lse, thresholds, neighbour bits
 //   aggregate    scores of the pairs that survive; softmax; times v
 //   backward     rows give dq, columns dk and dv, no atomics
 //   thresholds   straight-through gradients of thresholds: those of beta, row by row
@@ -35,6 +37,10 @@ namespace {
 #include "bits.h"
 
 #include "arrange.h"
+
+#include "scores.h"
+
+#include "beginning.h"
 
 #include "scan.h"
 
