@@ -100,7 +100,7 @@ static void transpose64(uint64_t* words) {
     const auto rows = reinterpret_cast<const __m128i*>(words + half * 32);  // two each
     __m256i x[8], y[8];
 #pragma GCC unroll 8
-    for (int i = 0; i < 8; ++i) x[i] = _mm256_loadu2_m128i(rows + 8 + i, rows + i);
+    for (int i = 0; i < 8; ++i) x[i] = _mm256_setr_m128i(_mm_loadu_si128(rows + i), _mm_loadu_si128(rows + 8 + i));
     // In the low halves of x, and so in the high ones, byte c of row r is number 8 r + c. Each round rotates the 7 bits of
     // its number by one; after four it is 16 c + r.
 #pragma GCC unroll 4
